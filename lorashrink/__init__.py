@@ -1,0 +1,44 @@
+"""lorashrink: look inside LoRA adapters, shrink them against their base, prove what that did.
+
+import lorashrink as ls
+
+result = ls.resize("lora.safetensors", base="model.safetensors", recipes="fro_ckpt=1,thr=-3.55", output="out/")
+table = ls.inspect("lora.safetensors", base="model.safetensors")
+for layer in ls.open_adapter("lora.safetensors"):
+    layer.delta.dense()      # [out, in, ...] float32
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lorashrink._version import __version__
+from lorashrink.errors import LorashrinkError
+
+if TYPE_CHECKING:
+    from lorashrink.adapters import open_adapter
+    from lorashrink.base_norms import norms
+    from lorashrink.bases import open_base
+    from lorashrink.batch import resize
+    from lorashrink.inspection import inspect
+    from lorashrink.recipe import Recipe
+
+# Imported when first used, because torch takes longer to import than most commands take to run.
+_WHERE = {
+    "Recipe": "recipe",
+    "inspect": "inspection",
+    "norms": "base_norms",
+    "open_adapter": "adapters",
+    "open_base": "bases",
+    "resize": "batch",
+}
+
+__all__ = ["LorashrinkError", "Recipe", "__version__", "inspect", "norms", "open_adapter", "open_base", "resize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'lorashrink' has no attribute '{name}'")
+    from importlib import import_module
+
+    value = getattr(import_module(f"lorashrink.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value

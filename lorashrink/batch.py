@@ -1,0 +1,379 @@
+"""Many adapters in one call: find them, check the outputs, and keep reading, computing and writing going."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from lorashrink._version import __version__
+from lorashrink.adapters import Adapter, Layer, open_adapter
+from lorashrink.base_norms import BaseNorms, Norms
+from lorashrink.bases import Base, Views, open_base
+from lorashrink.delta import Delta
+from lorashrink.errors import LorashrinkError, OutputError, RecipeError, UsageError
+from lorashrink.files import read_header, sha256_file
+from lorashrink.inputs import find_adapters
+from lorashrink.machine import pick_device, worker_pool
+from lorashrink.metadata import Origin
+from lorashrink.recipe import DEFAULT, Recipe, parse_recipes
+from lorashrink.resizing import (
+    OUTPUT_DTYPES,
+    UNMAPPED,
+    Decomposed,
+    FileResult,
+    Plan,
+    aligned,
+    match,
+    plan,
+    result,
+    write,
+)
+from lorashrink.spectrum import Item, Spectrum, decompose
+
+log = logging.getLogger(__name__)
+
+# (what is being done, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+
+DTYPE_NAMES = {"same": "same", **{name: name for name in OUTPUT_DTYPES}, "16": "fp16", "32": "fp32"}
+# On a GPU small files are decomposed together until this many layers fill a batch.
+_CUDA_WAVE_LAYERS = 4096
+_IN_FLIGHT = 2  # waves whose spectra are in memory: one is decomposed while another is written
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An input that could not be shrunk."""
+
+    source: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """The base of a run."""
+
+    path: str
+    family: str
+    kind: str  # "file", "shards", "folder" or "norms"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of a run over one or many adapters."""
+
+    version: str
+    base: BaseInfo | None
+    results: tuple[FileResult, ...]
+    failed: tuple[Failure, ...]
+
+
+def resize(
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    base: str | Path | None = None,
+    recipes: str | Sequence[str] = DEFAULT,
+    output: str | Path | None = None,
+    dtype: str = "same",
+    device: str = "auto",
+    jobs: int | None = None,
+    unmapped: str = "keep",
+    recursive: bool = False,
+    force: bool = False,
+    skip_existing: bool = False,
+    dry_run: bool = False,
+    quantiles: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Shrink adapters, each by each recipe.
+
+    adapters: files, folders of files, or globs. base: a checkpoint, diffusers folder or norm table; needed by
+    recipes that name it. recipes: strings as in `lorashrink.recipe`. output: a folder, or a file name if there
+    is exactly one output; default is beside the input. dtype: "same", "fp16", "bf16" or "fp32". unmapped: what to
+    do with layers that change no weight of the base when a recipe needs one, "keep", "drop" or "error".
+
+    An input that fails is listed in `Report.failed` and the others are done. Raises UsageError, RecipeError,
+    OutputError or InputError if nothing can be done at all; that is found out before any work.
+    """
+    wanted = parse_recipes([recipes] if isinstance(recipes, str) else recipes)
+    dtype = _one_of("dtype", dtype, DTYPE_NAMES)
+    if unmapped not in UNMAPPED:
+        raise UsageError(f"unmapped: '{unmapped}' is not one of {', '.join(UNMAPPED)}.")
+    sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, recursive=recursive)
+    targets = {source: _targets(source, wanted, output, len(sources)) for source in sources}
+    _check_targets(targets, force=force or skip_existing or dry_run)
+    device = pick_device(device)
+    for recipe in wanted:
+        if recipe.needs_base and base is None:
+            raise RecipeError(f"recipe '{recipe}' needs the base checkpoint; give it first or with --base.")
+        if "calibration" in recipe.needs:
+            raise RecipeError(f"recipe '{recipe}' needs calibration statistics, which this version cannot read.")
+    with contextlib.ExitStack() as stack:
+        opened_base = stack.enter_context(open_base(base)) if base is not None else None
+        norms = BaseNorms(opened_base) if opened_base else None
+        pool = stack.enter_context(worker_pool(jobs))
+        settings = _Settings(
+            opened_base, norms, dtype, device, unmapped, dry_run, quantiles, skip_existing, pool, progress
+        )
+        results, failed = _run(targets, settings)
+    info = BaseInfo(str(opened_base.path), opened_base.family.name, opened_base.kind) if opened_base else None
+    return Report(__version__, info, tuple(results), tuple(failed))
+
+
+# --- outputs -------------------------------------------------------------------------
+
+
+def _targets(source: Path, recipes: Sequence[Recipe], output: str | Path | None, sources: int) -> dict[Path, Recipe]:
+    """Where each recipe's output of a source goes."""
+    one = sources == 1 and len(recipes) == 1
+    place = Path(output) if output is not None else source.parent
+    if output is not None and place.suffix == ".safetensors" and not place.is_dir():
+        if not one:
+            raise UsageError(
+                f"-o {output}: one file name, but there are {sources * len(recipes)} outputs. Give a folder instead."
+            )
+        return {place: recipes[0]}
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"-o {output}: is a file, not a folder. Name a folder, or a new file ending in .safetensors.")
+    targets = {place / f"{source.stem}_{recipe.file_items()}.safetensors": recipe for recipe in recipes}
+    if len(targets) < len(recipes):
+        raise RecipeError(
+            "two of the recipes give the same file name, which has two decimals. Run them one by one with -o FILE."
+        )
+    return targets
+
+
+def _check_targets(targets: Mapping[Path, Mapping[Path, Recipe]], *, force: bool) -> None:
+    """Raises OutputError for whatever would stop the writing later, before hours of work."""
+    owners: dict[Path, Path] = {}
+    inputs = {source.resolve() for source in targets}
+    for source, outputs in targets.items():
+        for path in outputs:
+            place = path.resolve()
+            if place in inputs:
+                raise OutputError(
+                    f"{path}: is an input, and inputs are never overwritten. Choose another place with -o."
+                )
+            if place in owners:
+                raise OutputError(
+                    f"{path}: would be the output of both {owners[place]} and {source}. Rename one of them."
+                )
+            owners[place] = source
+            if path.exists() and not force:
+                raise OutputError(f"{path}: exists already. Use --force to replace it or --skip-existing to keep it.")
+            folder = next(parent for parent in [path.parent, *path.parent.parents] if parent.exists())
+            if not folder.is_dir() or not os.access(folder, os.W_OK):
+                raise OutputError(f"{path}: {folder} cannot be written to. Choose another place with -o.")
+
+
+def _one_of(option: str, value: str, table: Mapping[str, str]) -> str:
+    if value not in table:
+        raise UsageError(f"{option}: '{value}' is not one of {', '.join(table)}.")
+    return table[value]
+
+
+# --- the pipeline -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Settings:
+    base: Base | None
+    norms: BaseNorms | None
+    dtype: str
+    device: str
+    unmapped: str
+    dry_run: bool
+    quantiles: bool
+    skip_existing: bool
+    pool: Executor
+    progress: Progress | None
+
+    def report(self, text: str) -> Callable[[int, int], None] | None:
+        progress = self.progress
+        return None if progress is None else lambda done, total: progress(text, done, total)
+
+
+@dataclass(eq=False)
+class _Work:
+    """One adapter on its way through the pipeline."""
+
+    source: Path
+    targets: Mapping[Path, Recipe]
+    started: float
+    adapter: Adapter
+    views: Sequence[Views]
+    source_hash: Future[str]
+    spectra: Sequence[Future[Spectrum]] = ()
+
+
+def _run(targets: Mapping[Path, Mapping[Path, Recipe]], settings: _Settings) -> tuple[list[FileResult], list[Failure]]:
+    """Decompose one wave of files while the one before it is written. Results keep the order of the inputs."""
+    outcomes: dict[Path, list[FileResult] | Failure] = {}
+    in_flight: list[Future[None]] = []
+    with ThreadPoolExecutor(1, "lorashrink-files") as finisher:
+        try:
+            for wave in _waves(targets, settings, outcomes):
+                while len(in_flight) >= _IN_FLIGHT:
+                    in_flight.pop(0).result()
+                layers = [(work, layer) for work in wave for layer in work.adapter.layers]
+                items = [Item(partial(_read, layer), layer.rank) for _, layer in layers]
+                futures = iter(decompose(items, device=settings.device, pool=settings.pool))
+                for work in wave:
+                    work.spectra = [next(futures) for _ in work.adapter.layers]
+                in_flight += [finisher.submit(_finish, work, settings, outcomes) for work in wave]
+            for future in in_flight:
+                future.result()
+        except BaseException:
+            settings.pool.shutdown(wait=False, cancel_futures=True)
+            finisher.shutdown(wait=True, cancel_futures=True)
+            raise
+    ordered = [outcomes[source] for source in targets]
+    results = [each for outcome in ordered if not isinstance(outcome, Failure) for each in outcome]
+    return results, [outcome for outcome in ordered if isinstance(outcome, Failure)]
+
+
+def _read(layer: Layer) -> Delta:
+    return layer.delta
+
+
+def _waves(
+    targets: Mapping[Path, Mapping[Path, Recipe]],
+    settings: _Settings,
+    outcomes: dict[Path, list[FileResult] | Failure],
+) -> Iterator[list[_Work]]:
+    """Open adapters in waves that are decomposed together; those that fail or are done already go to `outcomes`."""
+    enough = _CUDA_WAVE_LAYERS if settings.device.startswith("cuda") else 1
+    wave: list[_Work] = []
+    for source, outputs in targets.items():
+        try:
+            work = _begin(source, outputs, settings, outcomes)
+        except LorashrinkError as error:
+            outcomes[source] = Failure(str(source), str(error))
+            continue
+        if work:
+            wave.append(work)
+        if sum(len(each.adapter) for each in wave) >= enough:
+            yield wave
+            wave = []
+    if wave:
+        yield wave
+
+
+def _begin(
+    source: Path,
+    outputs: Mapping[Path, Recipe],
+    settings: _Settings,
+    outcomes: dict[Path, list[FileResult] | Failure],
+) -> _Work | None:
+    started = time.perf_counter()
+    source_hash = settings.pool.submit(sha256_file, source)
+    adapter = open_adapter(source)
+    try:
+        if settings.skip_existing and any(path.exists() for path in outputs):
+            done = {
+                path: _existing(path, source, recipe, settings, source_hash.result())
+                for path, recipe in outputs.items()
+            }
+            outputs = {path: recipe for path, recipe in outputs.items() if not done[path]}
+            outcomes[source] = [each for each in done.values() if each]
+            if not outputs:
+                adapter.close()
+                return None
+        views = match(adapter, settings.base) if settings.base else [()] * len(adapter)
+        return _Work(source, outputs, started, adapter, views, source_hash)
+    except BaseException:
+        adapter.close()
+        raise
+
+
+def _origin(recipe: Recipe, settings: _Settings, source_hash: str) -> Origin:
+    base = settings.base.fingerprint if settings.base else ""
+    return Origin(source_hash, str(recipe), base, settings.dtype, __version__)
+
+
+def _existing(path: Path, source: Path, recipe: Recipe, settings: _Settings, source_hash: str) -> FileResult | None:
+    """The result that an output which is already there stands for, None if there is no such file."""
+    if not path.exists():
+        return None
+    entries = read_header(path)[1]
+    if not _origin(recipe, settings, source_hash).made(entries):
+        raise OutputError(
+            f"{path}: exists, but was made from another source, base, recipe, dtype or version. "
+            "Use --force to replace it, or choose another place with -o."
+        )
+    return FileResult(
+        source=str(source),
+        output=str(path),
+        recipe=str(recipe),
+        threshold=json.loads(entries["resize_params"])["threshold"],
+        bytes_before=source.stat().st_size,
+        bytes_after=path.stat().st_size,
+        relative_error=(1 - float(entries["lorashrink.energy"])) ** 0.5,
+        seconds=0.0,
+        skipped=True,
+    )
+
+
+def _finish(work: _Work, settings: _Settings, outcomes: dict[Path, list[FileResult] | Failure]) -> None:
+    """Select, write and report one adapter whose layers are being decomposed."""
+    try:
+        plans = _plans(work, settings)
+        if not settings.dry_run:
+            write(
+                plans,
+                pool=settings.pool,
+                device=settings.device,
+                progress=settings.report(f"writing {work.source.name}"),
+            )
+        results = [
+            result(each, path, started=work.started, quantiles=settings.quantiles) for path, each in plans.items()
+        ]
+        earlier = outcomes.get(work.source, [])
+        outcomes[work.source] = [*(earlier if isinstance(earlier, list) else []), *results]
+    except LorashrinkError as error:
+        outcomes[work.source] = Failure(str(work.source), str(error))
+    except Exception as error:
+        log.debug("%s", work.source, exc_info=True)
+        outcomes[work.source] = Failure(str(work.source), f"{work.source}: unexpected {type(error).__name__}: {error}")
+    finally:
+        work.adapter.close()
+
+
+def _plans(work: _Work, settings: _Settings) -> dict[Path, Plan]:
+    report = settings.report(f"decomposing {work.source.name}")
+    spectra = []
+    for count, future in enumerate(work.spectra, 1):
+        spectra.append(future.result())
+        if report and count % 16 == 0:
+            report(count, len(work.spectra))
+    recipes = list(work.targets.values())
+    norms: Norms = {}
+    if settings.norms:
+        names = {"fro"}.union(*(recipe.base_norms for recipe in recipes))
+        found = [views for views in work.views if views]
+        norms = settings.norms.look_up(found, names, pool=settings.pool, progress=settings.report("norms of the base"))
+    alignments: list[Tensor | None] = [None] * len(spectra)
+    if settings.base and any("weight" in recipe.needs for recipe in recipes):
+        measure = partial(aligned, work.adapter, work.views, spectra, settings.base)
+        alignments = list(settings.pool.map(measure, range(len(spectra))))
+    decomposed = Decomposed(work.adapter, work.views, spectra, norms, alignments)
+    return {
+        path: plan(
+            decomposed,
+            recipe,
+            dtype=settings.dtype,
+            unmapped=settings.unmapped,
+            origin=_origin(recipe, settings, work.source_hash.result()),
+        )
+        for path, recipe in work.targets.items()
+    }

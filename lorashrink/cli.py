@@ -1,0 +1,465 @@
+"""The commands: parse, call one public function, print. No logic.
+
+Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import json
+import logging
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from lorashrink._version import __version__
+from lorashrink.errors import LorashrinkError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from lorashrink.batch import Report
+    from lorashrink.inspection import AdapterTable, Inspection
+    from lorashrink.resizing import FileResult
+
+app = typer.Typer(
+    help="Look inside LoRA adapters and shrink them against their base checkpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes a fifth of a second to import, and help should not wait for it
+)
+
+EXIT_SOME_FAILED, EXIT_NOTHING_DONE, EXIT_INTERRUPTED = 1, 2, 130
+
+# --- options that several commands share --------------------------------------------------------
+
+Base = Annotated[Path | None, typer.Option("--base", help="Base checkpoint, diffusers folder or norm table.")]
+Recursive = Annotated[bool, typer.Option("--recursive", help="Look for adapters in subfolders too.")]
+Device = Annotated[str, typer.Option("--device", "-d", help="auto, cpu, cuda, cuda:N or mps.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Worker threads; default one per core.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the table of layers to this file.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; -vv lists every layer.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lorashrink {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Look inside LoRA adapters and shrink them against their base checkpoint."""
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+@app.command()
+def resize(
+    files: Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER...", help="Adapters: files, folders or globs.")],
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", "-r", help="What to keep, e.g. fro_ckpt=1,thr=-3.55; several give several files."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder, or file name if there is one output.")
+    ] = None,
+    base: Base = None,
+    dtype: Annotated[str, typer.Option("--dtype", "-t", help="same, fp16, bf16 or fp32 (also 16, 32).")] = "same",
+    device: Device = "auto",
+    jobs: Jobs = None,
+    unmapped: Annotated[
+        str, typer.Option("--unmapped", help="Layers that the base does not have: keep, drop or error.")
+    ] = "keep",
+    recursive: Recursive = False,
+    force: Force = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Keep outputs of an earlier, equal run.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Report what would be written, and write nothing.")
+    ] = False,
+    as_json: Json = False,
+    as_csv: Csv = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Shrink adapters: keep the dimensions that a recipe names, drop the rest.
+
+    Example: lorashrink resize -o out -r fro_ckpt=1,thr=-3.55 model.safetensors lora.safetensors
+    """
+    with _session(verbose, quiet, debug) as progress:
+        from lorashrink import recipe as recipes
+
+        base, adapters = _split_base(files, base)
+        texts = recipe or [recipes.DEFAULT]
+        recipes.parse_recipes(texts)  # before torch is imported: a typo is answered at once
+        from lorashrink.batch import resize as run
+
+        report = run(
+            adapters,
+            base=base,
+            recipes=texts,
+            output=output,
+            dtype=dtype,
+            device=device,
+            jobs=jobs,
+            unmapped=unmapped,
+            recursive=recursive,
+            force=force,
+            skip_existing=skip_existing,
+            dry_run=dry_run,
+            quantiles=verbose > 0,
+            progress=progress,
+        )
+    if as_csv:
+        _write_csv(as_csv, [{"output": each.output, **_plain(row)} for each in report.results for row in each.layers])
+    if as_json:
+        _print_json(_plain(report))
+    elif not quiet:
+        _print_report(report, verbose, dry_run)
+    _exit([f"{each.error}" for each in report.failed], done=bool(report.results))
+
+
+@app.command()
+def inspect(
+    files: Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER...", help="Adapters: files, folders or globs.")],
+    base: Base = None,
+    header: Annotated[bool, typer.Option("--header", help="Read headers only: instant, without norms.")] = False,
+    spectrum: Annotated[bool, typer.Option("--spectrum", help="List all singular values (with --json).")] = False,
+    recursive: Recursive = False,
+    device: Device = "auto",
+    jobs: Jobs = None,
+    as_json: Json = False,
+    as_csv: Csv = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is inside adapters: ranks, alphas and norms, per layer and block.
+
+    Example: lorashrink inspect model.safetensors lora.safetensors
+    """
+    with _session(verbose, quiet, debug) as progress:
+        from lorashrink.inspection import inspect as run
+
+        base, adapters = _split_base(files, base)
+        inspection = run(
+            adapters,
+            base=base,
+            header=header,
+            spectrum=spectrum,
+            recursive=recursive,
+            device=device,
+            jobs=jobs,
+            progress=progress,
+        )
+    if as_csv:
+        _write_csv(as_csv, [{"path": each.path, **_plain(row)} for each in inspection.files for row in each.layers])
+    if as_json:
+        _print_json(_plain(inspection))
+    elif not quiet:
+        _print_inspection(inspection)
+    _exit(list(inspection.failed.values()), done=bool(inspection.files))
+
+
+@app.command()
+def norms(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint or diffusers folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The table to write, a .json file.")],
+    force: Force = False,
+    jobs: Jobs = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a small table that stands in for a base wherever only norms are needed.
+
+    Example: lorashrink norms model.safetensors -o model-norms.json
+    """
+    with _session(verbose, quiet, debug) as progress:
+        from lorashrink.base_norms import norms as run
+
+        table = run(base, output, force=force, jobs=jobs, progress=progress)
+    if as_json:
+        _print_json(_plain(table))
+    elif not quiet:
+        typer.echo(
+            f"{table.path}: norms of {table.weights} weights of {table.base} ({table.family}), {_size(table.bytes)}"
+        )
+
+
+def _split_base(files: Sequence[str], base: Path | None) -> tuple[Path | None, list[str]]:
+    """The base and the adapters: the first file is the base if it looks like one and no base is given."""
+    from lorashrink.inputs import looks_like_base
+
+    adapters = list(files)
+    if base is None and looks_like_base(adapters[0]):
+        base = Path(adapters.pop(0))
+    if not adapters:
+        raise UsageError(f"{base}: is a base checkpoint; name the adapters behind it.")
+    return base, adapters
+
+
+# --- around every command -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _session(verbose: int, quiet: bool, debug: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Progress on stderr, and the only place where errors become exit statuses."""
+    logging.basicConfig(level=logging.DEBUG if debug or verbose > 1 else logging.WARNING, format="%(message)s")
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _terminated)
+    try:
+        with _progress(quiet) as progress:
+            yield progress
+    except LorashrinkError as error:
+        if debug:
+            raise
+        _fail(str(error), EXIT_NOTHING_DONE)
+    except KeyboardInterrupt:
+        _fail("interrupted; no unfinished file was left", EXIT_INTERRUPTED)
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    typer.echo(f"lorashrink: {message}", err=True)
+    raise typer.Exit(status)
+
+
+def _exit(errors: Sequence[str], *, done: bool) -> None:
+    for error in errors:
+        typer.echo(f"lorashrink: {error}", err=True)
+    if errors:
+        raise typer.Exit(EXIT_SOME_FAILED if done else EXIT_NOTHING_DONE)
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A function that draws one bar per text on stderr; None if nobody would see it."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(text: str, done: int, total: int) -> None:
+            if text not in tasks:
+                tasks[text] = bars.add_task(text, total=total)
+            bars.update(tasks[text], completed=done, visible=done < total)
+
+        yield report
+
+
+# --- printing -----------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, mappings and tuples as JSON knows them; numbers that JSON does not know as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _print_json(document: object) -> None:
+    typer.echo(json.dumps(document, allow_nan=False))
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    try:
+        with open(path, "w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, list(rows[0]) if rows else [])
+            writer.writeheader()
+            writer.writerows(
+                {key: json.dumps(cell) if isinstance(cell, (list, dict)) else cell for key, cell in row.items()}
+                for row in rows
+            )
+    except OSError as error:
+        _fail(f"--csv {path}: cannot be written ({error.strerror or error})", EXIT_NOTHING_DONE)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A pipe has no width; lines that are cut there would be cut in the reader's file.
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+
+
+def _table(*columns: str) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, pad_edge=False)
+    for name in columns:
+        left = name in ("layer", "block", "file", "recipe", "algo", "flags", "kind")
+        table.add_column(
+            name, justify="left" if left else "right", overflow="fold" if left else "ellipsis", no_wrap=not left
+        )
+    return table
+
+
+def _size(count: float) -> str:
+    if count < 1e6:
+        return f"{count / 1e3:.1f} kB"
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}%"
+
+
+def _print_report(report: Report, verbose: int, dry_run: bool) -> None:
+    console = _console()
+    table = _table(
+        "file", "recipe", "before", "after", "saved", "error", "energy", "norm", "layers", "removed", "verbatim"
+    )
+    for each in report.results:
+        _print_details(console, each, verbose)
+        table.add_row(
+            Path(each.output).name,
+            each.recipe,
+            _size(each.bytes_before),
+            _size(each.bytes_after),
+            f"{100 * (1 - each.bytes_after / each.bytes_before):.1f}%",
+            _share(each.relative_error),
+            _share(each.energy),
+            _share(each.norm_ratio),
+            "there" if each.skipped else str(sum(bool(layer.rank_after) for layer in each.layers)),
+            str(len(each.removed)),
+            str(len(each.verbatim)),
+        )
+    if not report.results:
+        return
+    console.print(table)
+    before, after = (sum(getattr(each, f"bytes_{when}") for each in report.results) for when in ("before", "after"))
+    places = sorted({str(Path(each.output).parent) for each in report.results})
+    done = "would be written" if dry_run else "written"
+    console.print(
+        f"{len(report.results)} files {done} to {', '.join(places)}: {_size(before)} -> {_size(after)}, {_size(before - after)} saved"
+    )
+
+
+def _print_details(console: Console, each: FileResult, verbose: int) -> None:
+    for warning in each.warnings:
+        typer.echo(f"{each.output}: {warning}", err=True)
+    if verbose and each.quantiles:
+        console.print(
+            "score quantiles  " + "  ".join(f"{place}: {value:.3f}" for place, value in each.quantiles.items())
+        )
+    if verbose > 1:
+        for layer in each.layers:
+            console.print(
+                f"dim: {layer.rank_before:>3} -> {layer.rank_after:<3}  rle_lora {_share(layer.rle_lora):>7}  "
+                f"rle_ckpt {_share(layer.rle_ckpt):>7}  {layer.name}",
+                markup=False,
+            )
+    if verbose:
+        for removed in each.removed:
+            console.print(f"removed {removed.name}: {removed.reason}", markup=False)
+        for kept in each.verbatim:
+            console.print(f"verbatim {kept.key}: {kept.reason}", markup=False)
+
+
+def _print_inspection(inspection: Inspection) -> None:
+    console = _console()
+    for each in inspection.files:
+        _print_adapter(console, each)
+
+
+def _print_adapter(console: Console, each: AdapterTable) -> None:
+    layers = _table(
+        "layer",
+        "block",
+        "kind",
+        "algo",
+        "shape",
+        "rank",
+        "alpha",
+        "dtype",
+        "fro",
+        "spectral",
+        "eff. rank",
+        "fro/base",
+        "flags",
+    )
+    for row in each.layers:
+        layers.add_row(
+            row.name,
+            row.block,
+            row.kind,
+            row.algo,
+            "×".join(map(str, row.shape)),
+            str(row.rank),
+            _number(row.alpha, "g"),
+            row.dtype,
+            _number(row.fro),
+            _number(row.spectral),
+            _number(row.effective_rank, ".1f"),
+            _share(row.fro_ratio),
+            " ".join(row.flags),
+        )
+    console.print(layers)
+    blocks = _table("block", "layers", "parameters", "bytes", "fro", "fro/base")
+    for block in each.blocks:
+        blocks.add_row(
+            block.block,
+            str(block.layers),
+            f"{block.parameters:,}",
+            _size(block.bytes),
+            _number(block.fro),
+            _share(block.fro_ratio),
+        )
+    console.print(blocks)
+    ranks = sorted({row.rank for row in each.layers})
+    span = "none" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    console.print(
+        f"{each.path}: {_size(each.bytes)}, {each.family or 'unknown family'}, {each.algo} in {each.naming} names, {each.dtype}, "
+        f"{len(each.layers)} layers of rank {span}, {len(each.others)} other tensors",
+        markup=False,
+    )
+
+
+def main() -> None:
+    """Entry point of the `lorashrink` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""What is inside an adapter: ranks, alphas, norms and spectra per layer and block, against the base if given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorashrink.adapters import Adapter, Layer, adapter_family, open_adapter
+from lorashrink.bases import Base, Views, open_base, views_id
+from lorashrink.errors import LorashrinkError
+from lorashrink.inputs import find_adapters
+from lorashrink.names import block, kind, naming
+
+if TYPE_CHECKING:
+    from lorashrink.base_norms import Norms
+    from lorashrink.spectrum import Spectrum
+
+Progress = Callable[[str, int, int], None]
+
+# σ_1 this many times σ_2: one direction that burns when adapters are stacked.
+SPIKE = 10.0
+ENERGIES = ("0.9", "0.95", "0.99")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One layer. Values that were not asked for, or cannot be told, are None."""
+
+    name: str
+    block: str
+    kind: str
+    shape: tuple[int, ...]
+    algo: str
+    rank: int
+    dtype: str
+    base_keys: tuple[str, ...] = ()
+    alpha: float | None = None
+    scale: float | None = None
+    fro: float | None = None
+    spectral: float | None = None
+    stable_rank: float | None = None  # ‖ΔW‖_F² / σ_1²
+    effective_rank: float | None = None  # exp of the entropy of σ²/Σσ²
+    rank_for_energy: Mapping[str, int] = field(default_factory=dict)
+    base_fro: float | None = None
+    base_spectral: float | None = None
+    fro_ratio: float | None = None
+    spectral_ratio: float | None = None
+    flags: tuple[str, ...] = ()
+    singular_values: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRow:
+    """The layers of one block together."""
+
+    block: str
+    layers: int
+    parameters: int
+    bytes: int
+    fro: float | None
+    fro_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTable:
+    """One adapter file."""
+
+    path: str
+    bytes: int
+    family: str | None
+    algo: str
+    naming: str
+    dtype: str
+    metadata: Mapping[str, str]
+    layers: tuple[LayerRow, ...]
+    blocks: tuple[BlockRow, ...]
+    others: Mapping[str, str]  # keys outside the layers, with the reason
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The outcome for one or many files."""
+
+    files: tuple[AdapterTable, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)  # path -> error
+
+
+def inspect(
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    base: str | Path | None = None,
+    header: bool = False,
+    spectrum: bool = False,
+    recursive: bool = False,
+    device: str = "auto",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Look into adapters. `header` answers from headers alone; `spectrum` lists all singular values.
+
+    Files that cannot be read are in `Inspection.failed`. Raises InputError or NotABase if there is nothing to
+    look at or the base cannot be used.
+    """
+    sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, recursive=recursive)
+    files, failed = [], {}
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_base(base)) if base is not None else None
+        measure = _no_measures if header else _measuring(stack, opened, spectrum, device, jobs, progress)
+        for source in sources:
+            try:
+                with open_adapter(source) as adapter:
+                    files.append(_table(adapter, opened, measure))
+            except LorashrinkError as error:
+                failed[str(source)] = str(error)
+    return Inspection(tuple(files), failed)
+
+
+# What is measured of each layer of an adapter whose layers change these base weights.
+_Measure = Callable[[Adapter, Sequence[Views]], Sequence[Mapping[str, object]]]
+
+
+def _no_measures(adapter: Adapter, views: Sequence[Views]) -> Sequence[Mapping[str, object]]:
+    return [{}] * len(views)
+
+
+def _measuring(
+    stack: ExitStack, base: Base | None, spectrum: bool, device: str, jobs: int | None, progress: Progress | None
+) -> _Measure:
+    """The measuring function of this run. torch is imported here, for `header` never."""
+    from lorashrink.base_norms import BaseNorms
+    from lorashrink.machine import pick_device, worker_pool
+    from lorashrink.spectrum import Item, decompose
+
+    pool = stack.enter_context(worker_pool(jobs))
+    norms = BaseNorms(base) if base else None
+    device = pick_device(device)
+
+    def measure(adapter: Adapter, views: Sequence[Views]) -> Sequence[Mapping[str, object]]:
+        items = [Item(partial(getattr, layer, "delta"), layer.rank) for layer in adapter.layers]
+        spectra = []
+        for count, future in enumerate(decompose(items, device=device, pool=pool), 1):
+            spectra.append(future.result())
+            if progress:
+                progress(f"decomposing {adapter.path.name}", count, len(items))
+        known: Norms = {}
+        if norms:
+            report = partial(progress, "norms of the base") if progress else None
+            known = norms.look_up([each for each in views if each], ("fro", "spn"), pool=pool, progress=report)
+        return [
+            _measures(layer, values, known.get(views_id(each), {}) if each else {}, spectrum)
+            for layer, values, each in zip(adapter.layers, spectra, views, strict=True)
+        ]
+
+    return measure
+
+
+def _measures(layer: Layer, spectrum: Spectrum, norms: Mapping[str, float], singular_values: bool) -> dict[str, object]:
+    facts: dict[str, object] = {"alpha": layer.alpha, "scale": layer.scale, "flags": _flags(layer, spectrum)}
+    facts |= {"base_fro": norms.get("fro"), "base_spectral": norms.get("spn")}
+    if not spectrum.finite:
+        return facts
+    sigma = spectrum.sigma.numpy()
+    energies = (sigma**2).cumsum()
+    fro, top = math.sqrt(float(energies[-1])), float(sigma[0])
+    facts |= {"fro": fro, "spectral": top}
+    if singular_values:
+        facts["singular_values"] = tuple(sigma.tolist())
+    if top > 0:
+        shares = (sigma[sigma > 0] / fro) ** 2
+        facts["stable_rank"] = fro**2 / top**2
+        facts["effective_rank"] = math.exp(-sum(share * math.log(share) for share in shares.tolist()))
+        facts["rank_for_energy"] = {
+            share: int(energies.searchsorted(float(share) * energies[-1])) + 1 for share in ENERGIES
+        }
+    if norms:
+        facts["fro_ratio"] = fro / norms["fro"] if norms["fro"] else None
+        facts["spectral_ratio"] = top / norms["spn"] if norms["spn"] else None
+    return facts
+
+
+def _flags(layer: Layer, spectrum: Spectrum) -> tuple[str, ...]:
+    if not spectrum.finite:
+        return ("nan",)
+    sigma = spectrum.sigma
+    tests = {
+        "zero": spectrum.rank == 0,
+        "padded_rank": 0 < spectrum.rank < min(layer.rank, layer.shape[0], math.prod(layer.shape[1:])),
+        "spike": spectrum.rank > 1 and float(sigma[0]) > SPIKE * float(sigma[1]),
+        "negative_alpha": layer.alpha is not None and layer.alpha < 0,
+        "zero_alpha": layer.alpha == 0,
+    }
+    return tuple(flag for flag, present in tests.items() if present)
+
+
+def _table(adapter: Adapter, base: Base | None, measure: _Measure) -> AdapterTable:
+    views = [base.find(layer.name) if base else () for layer in adapter.layers]
+    rows = tuple(
+        LayerRow(
+            name=layer.name,
+            block=block(layer.name),
+            kind=kind(layer.name, layer.shape),
+            shape=layer.shape,
+            algo=layer.family.name,
+            rank=layer.rank,
+            dtype=layer.dtype,
+            base_keys=tuple(view.key for view in each),
+            **measures,  # type: ignore[arg-type]  # the fields of LayerRow that `_measures` fills
+        )
+        for layer, each, measures in zip(adapter.layers, views, measure(adapter, views), strict=True)
+    )
+    return AdapterTable(
+        path=str(adapter.path),
+        bytes=sum(path.stat().st_size for path in adapter.store.files),
+        family=adapter_family(adapter),
+        algo="+".join(sorted({row.algo for row in rows})) or "none",
+        naming=naming([row.name for row in rows]),
+        dtype="+".join(sorted({row.dtype for row in rows})),
+        metadata=adapter.store.metadata,
+        layers=rows,
+        blocks=_blocks(adapter.layers, rows),
+        others=adapter.others,
+    )
+
+
+def _blocks(layers: Sequence[Layer], rows: Sequence[LayerRow]) -> tuple[BlockRow, ...]:
+    members: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        members.setdefault(row.block, []).append(index)
+    return tuple(
+        BlockRow(
+            block=name,
+            layers=len(indices),
+            parameters=sum(_parameters(layers[i]) for i in indices),
+            bytes=sum(info.nbytes for i in indices for info in layers[i].infos.values()),
+            fro=_together([rows[i].fro for i in indices]),
+            fro_ratio=_ratio([(rows[i].fro, rows[i].base_fro) for i in indices]),
+        )
+        for name, indices in sorted(members.items())
+    )
+
+
+def _parameters(layer: Layer) -> int:
+    return sum(math.prod(info.shape) for role, info in layer.infos.items() if role != "alpha")
+
+
+def _together(norms: Sequence[float | None]) -> float | None:
+    known = [norm for norm in norms if norm is not None]
+    return math.hypot(*known) if known else None
+
+
+def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    known = [(fro, base) for fro, base in pairs if fro is not None and base]
+    return math.hypot(*(fro for fro, _ in known)) / math.hypot(*(base for _, base in known)) if known else None

@@ -1,0 +1,145 @@
+"""The metadata of a shrunk file: what described the old tensors is brought up to date, all else is kept.
+
+Keys: `ss_*` and `sshs_*` (sd-scripts), `modelspec.*` (https://github.com/Stability-AI/ModelSpec),
+`resize_params` (resize_lora), `lora_adapter_metadata` (diffusers), `lorashrink.*` (ours).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from lorashrink.adapters import CONFIG_KEY
+from lorashrink.files import TensorInfo, header_bytes
+from lorashrink.recipe import TERMS, Recipe
+
+MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
+SPEC_HASH = "modelspec.hash_sha256"
+SOURCE, BASE, RECIPE, DTYPE, VERSION = (
+    f"lorashrink.{name}" for name in ("source_sha256", "base", "recipe", "dtype", "version")
+)
+# What the old addnet hash reads: 64 KiB at 1 MiB.
+_LEGACY_WINDOW = (0x100000, 0x10000)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a shrunk file comes from; equal origins give equal files."""
+
+    source_sha256: str
+    recipe: str
+    base: str  # fingerprint of the base, "" without one
+    dtype: str  # as asked: "same", "fp16", ...
+    version: str
+
+    def entries(self) -> dict[str, str]:
+        """The metadata entries that record the origin."""
+        return {
+            SOURCE: self.source_sha256,
+            RECIPE: self.recipe,
+            BASE: self.base,
+            DTYPE: self.dtype,
+            VERSION: self.version,
+        }
+
+    def made(self, metadata: Mapping[str, str]) -> bool:
+        """Whether a file with this metadata has this origin."""
+        return all(metadata.get(key) == value for key, value in self.entries().items())
+
+
+def shrunk(
+    old: Mapping[str, str],
+    *,
+    recipe: Recipe,
+    threshold: float | None,
+    origin: Origin,
+    ranks: Mapping[str, int],
+    old_rank: int,
+    error: float,
+) -> dict[str, str]:
+    """Metadata of the output. `ranks` maps the names of the layers that are written to their ranks.
+
+    `error` is the relative error of the file. Hashes of the contents are placeholders of the right length, see
+    `with_hashes`.
+    """
+    new = dict(old)
+    widest = str(max(ranks.values(), default=0))
+    if "ss_network_dim" in old or "ss_network_alpha" in old:
+        # Whole numbers as text: words such as "Dynamic" break readers that parse them.
+        new |= {"ss_network_dim": widest, "ss_network_alpha": widest}
+    if any(key.startswith("ss_") for key in old):
+        comment = f"resized from rank {old_rank} with lorashrink {recipe}"
+        before = old.get("ss_training_comment", "")
+        new["ss_training_comment"] = comment if before in ("", "None") else f"{comment}; {before}"
+    if CONFIG_KEY in old:
+        new[CONFIG_KEY] = _adapter_config(old[CONFIG_KEY], ranks)
+    weights = {key: recipe.normalised.get(key, 0.0) for key in TERMS}
+    params = {
+        "recipe_str": str(recipe),
+        "weights": weights,
+        "target_size": recipe.value if recipe.select == "size" else None,
+        "threshold": threshold,
+        "rescale": recipe.rescale,
+        "lorashrink_version": origin.version,
+    }
+    new["resize_params"] = json.dumps(params, allow_nan=False)
+    new |= origin.entries()
+    # Both, because "0.9" is an energy in one tool and its square root in another; always 8 characters.
+    new |= {"lorashrink.energy": f"{1 - error**2:.6f}", "lorashrink.norm_ratio": f"{max(0.0, 1 - error**2) ** 0.5:.6f}"}
+    new |= {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
+    if SPEC_HASH in old:
+        new[SPEC_HASH] = "0x" + "0" * 64
+    if title := old.get("modelspec.title"):
+        new["modelspec.title"] = f"{title} ({recipe})"
+    return new
+
+
+def _adapter_config(text: str, ranks: Mapping[str, int]) -> str:
+    """PEFT's configuration with the ranks that are now stored; alpha = rank, since factors hold the scale."""
+    config = json.loads(text)
+    for component in {key.partition(".")[0] for key in config}:
+        stored = {name.partition(".")[2]: rank for name, rank in ranks.items() if name.partition(".")[0] == component}
+        if not stored:
+            continue
+        widest = max(stored.values())
+        # "^", because a pattern otherwise also fits modules that end like this one
+        patterns = {f"^{module}": rank for module, rank in sorted(stored.items()) if rank != widest}
+        config |= {
+            f"{component}.r": widest,
+            f"{component}.lora_alpha": widest,
+            f"{component}.rank_pattern": patterns,
+            f"{component}.alpha_pattern": patterns,
+            f"{component}.use_rslora": False,
+        }
+    return json.dumps(config, sort_keys=True)
+
+
+def with_hashes(
+    metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo], data: Callable[[], Iterable[bytes]]
+) -> dict[str, str]:
+    """`metadata` with the placeholders replaced. `data()` yields the bytes behind the header.
+
+    sd-scripts hashes a re-save that keeps only the `ss_*` entries; the legacy hash reads at a fixed place of
+    that file, so the length of its header matters.
+    """
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    window = bytearray()
+    place = 0
+    digest = hashlib.sha256()
+    start, length = _LEGACY_WINDOW
+    header = header_bytes(tensors, training)
+    window += header[start : start + length]
+    place = len(header)
+    for chunk in data():
+        digest.update(chunk)
+        begin, end = max(start - place, 0), max(start + length - place, 0)
+        window += chunk[begin:end]
+        place += len(chunk)
+    new = dict(metadata)
+    new[MODEL_HASH] = digest.hexdigest()
+    new[LEGACY_HASH] = hashlib.sha256(window).hexdigest()[:8]
+    if SPEC_HASH in new:
+        new[SPEC_HASH] = "0x" + digest.hexdigest()
+    return new

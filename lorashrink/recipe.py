@@ -1,0 +1,428 @@
+"""Recipes: which dimensions of each layer survive. Parse once, score, select.
+
+The strings are those of resize_lora, with extensions that cannot collide with them:
+
+    recipes := recipe (":" recipe)*        recipe := item ("," item)*        item := key ["=" number]
+
+`TERMS` is the table of score terms: a new term is one row.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lorashrink.errors import RecipeError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Values = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+DEFAULT = "fro_ckpt=1,thr=-3.55"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LayerFacts:
+    """What a recipe may know about one layer."""
+
+    sigma: Values  # [r] float64, largest first, 0 past the numerical rank
+    numbers: int  # out + in·kh·kw: numbers stored per rank
+    bytes_per_rank: int  # in the output dtype
+    kernel: bool  # a convolution larger than 1×1
+    base_fro: float | None = None
+    base_spn: float | None = None
+    base_alignment: Values | None = None  # [r], |u_iᵀ·W·v_i|
+
+    @property
+    def rank(self) -> int:
+        """The numerical rank."""
+        return int((self.sigma > 0).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A reference that σ is divided by. `needs`: "layer", "norms", "weight" or "calibration"."""
+
+    needs: str
+    help: str
+    reference: Callable[[LayerFacts], float | Values]
+    of_adapter: bool = False  # a norm of the adapter itself, which moves with `rescale`
+
+
+def _fro(values: Values) -> float:
+    return float((values * values).sum() ** 0.5)
+
+
+def _known(value: float | Values | None) -> float | Values:
+    assert value is not None, "the caller looks up what Recipe.needs names"
+    return value
+
+
+TERMS: dict[str, Term] = {
+    "spn_lora": Term("layer", "largest singular value of the layer's ΔW", lambda f: float(f.sigma[0]), True),
+    "spn_ckpt": Term("norms", "spectral norm of the base weight", lambda f: _known(f.base_spn)),
+    "fro_lora": Term("layer", "Frobenius norm of the layer's ΔW", lambda f: _fro(f.sigma), True),
+    "fro_ckpt": Term("norms", "Frobenius norm of the base weight", lambda f: _known(f.base_fro)),
+    "subspace": Term("weight", "|uᵀWv| of the base weight W, per dimension", lambda f: _known(f.base_alignment)),
+    "params": Term("layer", "numbers that one more rank costs", lambda f: float(f.numbers)),
+}
+CALIBRATED = "calib"
+BYTES = "bytes"
+NEEDS = ("layer", "norms", "weight", "calibration")
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    low: float
+    high: float
+    whole: bool = False
+    open_low: bool = False
+
+    def __str__(self) -> str:
+        if self.whole:
+            return f"a whole number of at least {self.low:g}"
+        if math.isinf(self.high):
+            return (
+                "any number"
+                if math.isinf(self.low)
+                else f"a number {'above' if self.open_low else 'from'} {self.low:g}"
+            )
+        return f"a number above {self.low:g} and up to {self.high:g}"
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and value <= self.high and (not self.whole or value == int(value))
+
+
+_ANY = _Range(-math.inf, math.inf)
+_POSITIVE = _Range(0, math.inf, open_low=True)
+_SHARE = _Range(0, 1, open_low=True)
+_COUNT = _Range(1, math.inf, whole=True)
+
+SELECTIONS: dict[str, _Range] = {
+    "thr": _ANY,
+    "size": _POSITIVE,
+    "rank": _COUNT,
+    "energy": _SHARE,
+    "sv_fro": _SHARE,
+    "sv_cumulative": _SHARE,
+    "sv_ratio": _Range(1, math.inf),
+}
+_BY_SCORE = ("thr", "size")
+MODIFIERS: dict[str, _Range] = {
+    "conv_rank": _COUNT,
+    "max_rank": _COUNT,
+    "min_rank": _COUNT,
+    "multiple": _COUNT,
+    "rescale": _ANY,
+    "uniform": _ANY,
+}
+_WEIGHTS = (*TERMS, BYTES, CALIBRATED)
+_BARE = (*_WEIGHTS, "uniform")  # keys that mean 1 when no number follows
+KEYS = (*_WEIGHTS, *SELECTIONS, *MODIFIERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A parsed recipe. `str()` of it is canonical and parses back to an equal one."""
+
+    select: str  # a key of SELECTIONS
+    value: float
+    weights: tuple[tuple[str, float], ...] = ()  # as given, in the order of TERMS; see `normalised`
+    modifiers: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Parse one recipe. Raises RecipeError naming the recipe, the item, and what would be right."""
+        items = dict(_item(text, part) for part in _split(text))
+        selected = [key for key in items if key in SELECTIONS]
+        if len(selected) != 1:
+            found = "has none" if not selected else f"has {' and '.join(selected)}"
+            raise RecipeError(f"recipe '{text}': needs exactly one of {', '.join(SELECTIONS)}; it {found}.")
+        weights = tuple((key, items[key]) for key in _WEIGHTS if key in items)
+        modifiers = {key: items[key] for key in MODIFIERS if key in items}
+        recipe = cls(selected[0], items[selected[0]], weights, modifiers)
+        recipe._check(text)
+        return recipe
+
+    def _check(self, text: str) -> None:
+        terms = [weight for key, weight in self.weights if key in TERMS]
+        if terms and abs(sum(terms)) < 1e-12:
+            raise RecipeError(f"recipe '{text}': the weights of its score terms sum to 0; change one of them.")
+        if terms and any(key == CALIBRATED for key, _ in self.weights):
+            raise RecipeError(f"recipe '{text}': {CALIBRATED} stands alone (with {BYTES}); remove the other terms.")
+        if "conv_rank" in self.modifiers and self.select != "rank":
+            raise RecipeError(f"recipe '{text}': conv_rank= goes with rank= only. Did you mean max_rank=?")
+        if self.rescale == 0:
+            raise RecipeError(f"recipe '{text}': rescale=0 would remove the whole adapter; give another number.")
+        low, high = self.modifiers.get("min_rank", 1), self.modifiers.get("max_rank", math.inf)
+        if low > high:
+            raise RecipeError(f"recipe '{text}': min_rank={low:g} is above max_rank={high:g}.")
+        if self.modifiers.get("multiple", 1) > high:
+            raise RecipeError(
+                f"recipe '{text}': no multiple of {self.modifiers['multiple']:g} is up to max_rank={high:g}."
+            )
+
+    @property
+    def normalised(self) -> dict[str, float]:
+        """Weights of the score terms, divided by their sum; `bytes` and `calib` are not among them."""
+        terms = {key: weight for key, weight in self.weights if key in TERMS}
+        total = sum(terms.values())
+        return {key: weight / total for key, weight in terms.items()}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be looked up for the score: names of `NEEDS`."""
+        needed = {TERMS[key].needs for key, weight in self.normalised.items() if weight}
+        return frozenset(needed | ({"calibration"} if dict(self.weights).get(CALIBRATED) else set()))
+
+    @property
+    def base_norms(self) -> frozenset[str]:
+        """Which norms of the base weights the score uses: "fro", "spn"."""
+        return frozenset(
+            key.partition("_")[0] for key, weight in self.normalised.items() if weight and TERMS[key].needs == "norms"
+        )
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the recipe cannot be applied without a base."""
+        return bool(self.needs & {"norms", "weight"})
+
+    @property
+    def rescale(self) -> float:
+        """Factor on ΔW in the output."""
+        return self.modifiers.get("rescale", 1.0)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are written with one rank."""
+        return bool(self.modifiers.get("uniform", 0))
+
+    def __str__(self) -> str:
+        items = [*self.weights, (self.select, self.value), *self.modifiers.items()]
+        return ",".join(f"{key}={_number(value)}" for key, value in items)
+
+    def file_items(self) -> str:
+        """The recipe as a part of a file name: `frockpt1_th-3.55`."""
+        named = {**self.normalised, **{key: weight for key, weight in self.weights if key not in TERMS}}
+        parts = sorted(f"{key.replace('_', '')}{_short(weight)}" for key, weight in named.items() if weight)
+        modifiers = {
+            key: value
+            for key, value in self.modifiers.items()
+            if key != "rescale" and not (key == "uniform" and not value)
+        }
+        parts += [f"{key.replace('_', '')}{_short(value)}" for key, value in sorted(modifiers.items())]
+        if self.rescale != 1:
+            parts.append(f"scale{_short(self.rescale)}")
+        parts.append(f"{'th' if self.select == 'thr' else self.select.replace('_', '')}{_short(self.value)}")
+        return "_".join(parts)
+
+
+def parse_recipes(texts: Sequence[str]) -> list[Recipe]:
+    """Parse recipes, each text holding one or, separated by `:`, several. Raises RecipeError."""
+    recipes = [Recipe.parse(part) for text in texts for part in text.split(":")]
+    for number, recipe in enumerate(recipes):
+        if recipe in recipes[:number]:
+            raise RecipeError(f"recipe '{recipe}' is given twice.")
+    return recipes
+
+
+def _split(text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise RecipeError(f"recipe '{text}': an item is empty. Example: {DEFAULT}")
+    keys = [part.partition("=")[0].strip() for part in parts]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise RecipeError(f"recipe '{text}': {key} is given twice.")
+    return parts
+
+
+def _item(text: str, part: str) -> tuple[str, float]:
+    key, equals, number = (piece.strip() for piece in part.partition("="))
+    if key not in KEYS:
+        near = difflib.get_close_matches(key, KEYS, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(KEYS)}."
+        raise RecipeError(f"recipe '{text}': unknown key '{key}'. {hint}")
+    allowed = SELECTIONS.get(key) or MODIFIERS.get(key, _ANY)
+    if not equals and key in _BARE:
+        return key, 1.0
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value not in allowed:
+        raise RecipeError(f"recipe '{text}': {key}= needs {allowed}, not '{number}'.")
+    return key, value
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+# --- scoring and selecting ----------------------------------------------------------------------
+
+
+def score(recipe: Recipe, facts: LayerFacts) -> Values:
+    """[r] float64: log10 of rescaled σ over its references; -inf past the numerical rank."""
+    import numpy as np
+
+    rescale = abs(recipe.rescale)
+    with np.errstate(divide="ignore"):
+        result = np.log10(facts.sigma * rescale)
+        for key, weight in recipe.normalised.items():
+            term = TERMS[key]
+            if weight:
+                reference = np.asarray(term.reference(facts)) * (rescale if term.of_adapter else 1.0)
+                # A zero reference is as if it were tiny: the dimension counts as large.
+                result = result - weight * np.log10(np.maximum(reference, 1e-30))
+    result = result - 0.5 * dict(recipe.weights).get(BYTES, 0.0) * math.log10(facts.bytes_per_rank)
+    return np.where(facts.sigma > 0, result, -np.inf)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Selection:
+    """The outcome of a recipe for a whole file."""
+
+    kept: tuple[tuple[int, ...], ...]  # per layer the kept dimensions, best first; () = removed
+    widths: tuple[int, ...]  # per layer the rank to write: len(kept), or more with `uniform`
+    threshold: float | None  # lowest kept score; None if no score decided, or everything was kept
+
+
+def select(
+    recipe: Recipe, layers: Sequence[LayerFacts], file_size: Callable[[Sequence[int], float | None], int]
+) -> Selection:
+    """Apply a recipe to all layers of a file.
+
+    `file_size(widths, threshold)` is the exact size in bytes of the file with these ranks. It is asked only
+    by `size=`. Raises RecipeError if `size=` is smaller than the parts of the file that cannot shrink.
+    """
+    import numpy as np
+
+    scores = [score(recipe, facts) for facts in layers]
+    # Best first; stable, so that equal scores keep the order of σ. A `subspace` score need not fall with σ.
+    orders = [np.argsort(-values, kind="stable") for values in scores]
+    threshold: float | None = None
+    if recipe.select == "size":
+        counts, threshold = _fit(recipe, layers, scores, file_size)
+    elif recipe.select == "thr":
+        threshold = recipe.value
+        counts = [int((values >= threshold).sum()) for values in scores]
+    else:
+        counts = [_PER_LAYER[recipe.select](recipe, facts) for facts in layers]
+        orders = [np.arange(len(values)) for values in scores]
+    counts = _adjusted(recipe, layers, counts)
+    kept = tuple(tuple(order[:count].tolist()) for order, count in zip(orders, counts, strict=True))
+    return Selection(kept, tuple(_widths(recipe, counts)), threshold)
+
+
+def quantiles(recipe: Recipe, layers: Sequence[LayerFacts]) -> dict[float, float]:
+    """Quantiles .01 to .99 of all finite scores, to choose a threshold by."""
+    import numpy as np
+
+    scores = np.concatenate([score(recipe, facts) for facts in layers])
+    scores = scores[np.isfinite(scores)]
+    places = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+    return {place: float(np.quantile(scores, place)) for place in places} if len(scores) else {}
+
+
+def _fit(
+    recipe: Recipe,
+    layers: Sequence[LayerFacts],
+    scores: Sequence[Values],
+    file_size: Callable[[Sequence[int], float | None], int],
+) -> tuple[list[int], float | None]:
+    """Ranks of the longest run of best dimensions whose file fits into `size=` MiB, and the lowest score in it."""
+    import numpy as np
+
+    flat = np.concatenate(scores) if scores else np.empty(0)
+    owner = np.repeat(np.arange(len(scores)), [len(values) for values in scores])
+    order = np.argsort(-flat, kind="stable")
+    order = order[np.isfinite(flat[order])]
+    limit = int(recipe.value * 2**20)
+
+    def counts(taken: int) -> list[int]:
+        return np.bincount(owner[order[:taken]], minlength=len(scores)).tolist()
+
+    def threshold(taken: int) -> float | None:
+        return float(flat[order[taken - 1]]) if 0 < taken < len(order) else None
+
+    def size(taken: int) -> int:
+        return file_size(_widths(recipe, _adjusted(recipe, layers, counts(taken))), threshold(taken))
+
+    if size(0) > limit:
+        raise RecipeError(
+            f"recipe '{recipe}': the parts of this file that cannot shrink need {size(0) / 2**20:.4f} MiB; "
+            f"the smallest possible is size={math.ceil(size(0) / 2**20 * 1e4) / 1e4:g}."
+        )
+    fits, too_many = 0, len(order) + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if size(middle) <= limit:
+            fits = middle
+        else:
+            too_many = middle
+    while size(fits) > limit:  # the text of a threshold may be some bytes longer than its neighbour's
+        fits -= 1
+    return counts(fits), threshold(fits)
+
+
+def _smallest(shares: Values, target: float) -> int:
+    """The smallest k with shares[k-1] >= target, for a rising [r] whose last value is the whole."""
+    import numpy as np
+
+    return min(int(np.searchsorted(shares, target)) + 1, len(shares)) if len(shares) and shares[-1] > 0 else 0
+
+
+def _by_energy(facts: LayerFacts, share: float) -> int:
+    energy = (facts.sigma**2).cumsum()
+    return _smallest(energy, share * energy[-1])
+
+
+def _by_sum(recipe: Recipe, facts: LayerFacts) -> int:
+    total = facts.sigma.cumsum()
+    return _smallest(total, recipe.value * total[-1])
+
+
+def _by_rank(recipe: Recipe, facts: LayerFacts) -> int:
+    wanted = recipe.modifiers.get("conv_rank", recipe.value) if facts.kernel else recipe.value
+    return min(int(wanted), facts.rank)
+
+
+_PER_LAYER: dict[str, Callable[[Recipe, LayerFacts], int]] = {
+    "rank": _by_rank,
+    "energy": lambda recipe, facts: _by_energy(facts, recipe.value),
+    "sv_fro": lambda recipe, facts: _by_energy(facts, recipe.value**2),
+    "sv_cumulative": _by_sum,
+    "sv_ratio": lambda recipe, facts: int((facts.sigma > facts.sigma[0] / recipe.value).sum()),
+}
+
+
+def _adjusted(recipe: Recipe, layers: Sequence[LayerFacts], counts: Sequence[int]) -> list[int]:
+    """Kept dimensions after the modifiers; never more than the layer has."""
+    multiple = int(recipe.modifiers.get("multiple", 1))
+    low = int(recipe.modifiers.get("min_rank", 0))
+    high = recipe.modifiers.get("max_rank", math.inf)
+    adjusted = []
+    for count, facts in zip(counts, layers, strict=True):
+        count = -(-max(count, low) // multiple) * multiple
+        if count > high:
+            count = int(high) // multiple * multiple
+        adjusted.append(min(count, facts.rank))
+    if recipe.uniform:
+        widest = max(adjusted, default=0)
+        adjusted = [min(widest, facts.rank) if count else 0 for count, facts in zip(adjusted, layers, strict=True)]
+    return adjusted
+
+
+def _widths(recipe: Recipe, counts: Sequence[int]) -> list[int]:
+    widest = max(counts, default=0)
+    return [widest if recipe.uniform and count else count for count in counts]

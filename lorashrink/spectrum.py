@@ -1,0 +1,334 @@
+"""The engine: singular values of many ΔW = scale · up · down, and their truncated factors, without forming ΔW.
+
+Nothing larger than r×r is decomposed. With the Gram matrices G_A = down·downᵀ and G_B = upᵀ·up, and a root
+G_A = L·Lᵀ, the squared singular values are the eigenvalues of the symmetric K = Lᵀ·G_B·L = V·S²·Vᵀ, and
+
+    up' = up · (L·V·S^-½)        down' = (S^½·Vᵀ·L⁻¹) · down
+
+are the factors with √σ on both sides. Gram matrices square the condition number, so everything r×r is in
+float64. The relative error of σ_i is then about 2⁻⁵²·(σ_1/σ_i)²: below 1e-9 for all σ_i > σ_1/1000. Where a
+factor is singular, its eigenvalues replace the Cholesky root.
+
+Either Gram matrix may be given instead of computed: with statistics of a layer's inputs and of the model's
+sensitivity to its outputs the same steps give the truncation that is best for the model's output.
+
+Tensors in, tensors out: this module knows nothing of files, names or recipes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorashrink.delta import Delta, fan_in
+
+# A Gram matrix squares the condition number: below sqrt(eps64)·σ_1 nothing is trustworthy, and counts as 0.
+SIGMA_FLOOR = 2.0**-26
+# A Cholesky root whose diagonal spans more than this is too near to singular to be inverted.
+MAX_SPREAD = 2.0**20
+# Eigenvalues of a singular Gram matrix below this part of the largest are rounding.
+GRAM_CLIP = 2.0**-44
+# The same for Gram matrices that were summed up in half or single precision while a model ran.
+STATISTICS_CLIP = 1e-9
+# Numbers converted to float64 at a time, so that on a CPU they are used while still in its cache.
+_CPU_BLOCK = 1 << 17
+_CUDA_CHUNK_BYTES = 1 << 28
+
+
+class Grams(NamedTuple):
+    """The two Gram matrices of one layer, float64 [r, r]."""
+
+    down: Tensor  # down · downᵀ, or down · C · downᵀ with C the mean of x·xᵀ over the layer's inputs
+    up: Tensor  # upᵀ · up, or upᵀ · G · up with G the sum of g·gᵀ over the gradients at its outputs
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Item:
+    """One layer to decompose."""
+
+    load: Callable[[], Delta]
+    rank: int  # of the delta that `load` returns
+    grams: Grams | None = None  # instead of computing them
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Spectrum:
+    """Singular values of one ΔW, and the r×r maps that turn its factors into truncated ones."""
+
+    sigma: Tensor  # [r] float64, largest first, in the unit of the base weight; exactly 0 past the numerical rank
+    left: Tensor  # [r, r] float32: up @ left[:, i] is √σ_i·u_i
+    right: Tensor  # [r, r] float32: right[i] @ down is √σ_i·v_iᵀ
+
+    @property
+    def rank(self) -> int:
+        """The numerical rank: how many singular values are above rounding."""
+        return int((self.sigma > 0).sum())
+
+    @property
+    def finite(self) -> bool:
+        """False if a factor held NaN or infinity; then all of `sigma` is NaN."""
+        return bool(torch.isfinite(self.sigma).all())
+
+
+def spectrum(delta: Delta, grams: Grams | None = None) -> Spectrum:
+    """The spectrum of one layer. See `decompose`, which does many at a time."""
+    return decompose([Item(lambda: delta, delta.rank, grams)])[0].result()
+
+
+def decompose(
+    items: Sequence[Item], *, device: str | torch.device = "cpu", pool: Executor | None = None
+) -> list[Future[Spectrum]]:
+    """The spectra of many layers, in the order of `items`; each future is one layer's result or error.
+
+    Layers of equal rank, of whatever files, are solved together as [L, r, r] problems. With a `pool` the
+    work runs in its threads, and each chunk of layers is read, decomposed and forgotten by one of them; the
+    factors of no more than a few layers per thread are in memory. Cost: O((out + in)·r²) per layer.
+    """
+    device = core_device(device)
+    futures: list[Future[Spectrum]] = [Future() for _ in items]
+    by_rank: dict[int, list[int]] = defaultdict(list)
+    for index, item in enumerate(items):
+        by_rank[item.rank].append(index)
+    for rank, indices in sorted(by_rank.items(), reverse=True):
+        size = _chunk_size(rank, device)
+        for start in range(0, len(indices), size):
+            chunk = [(items[i], futures[i]) for i in indices[start : start + size]]
+            if pool is None:
+                _decompose_chunk(chunk, device)
+            else:
+                pool.submit(_decompose_chunk, chunk, device).add_done_callback(partial(_pass_on_cancel, chunk))
+    return futures
+
+
+def truncate(
+    delta: Delta,
+    spectrum: Spectrum,
+    kept: Sequence[int],
+    *,
+    width: int | None = None,
+    scale: float = 1.0,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """(up' [out, k], down' [k, in·kh·kw]) on the CPU, whose product is `scale` · ΔW reduced to the dimensions `kept`.
+
+    √σ is on both sides and the delta's own scale is contained. With `width` > len(kept) zeros fill the factors
+    up to that rank. Computed in float32, or in float64 if the delta is float64.
+    """
+    kind = torch.float64 if delta.up.dtype == torch.float64 else torch.float32
+    index = torch.as_tensor(kept, dtype=torch.long)
+    half = math.sqrt(abs(scale))
+    left, right = spectrum.left[:, index] * math.copysign(half, scale), spectrum.right[index] * half
+    up = delta.up.to(device, kind) @ left.to(device, kind)
+    down = right.to(device, kind) @ delta.down.to(device, kind)
+    extra = (width or len(kept)) - len(kept)
+    if extra:
+        up = torch.nn.functional.pad(up, (0, extra))
+        down = torch.nn.functional.pad(down, (0, 0, 0, extra))
+    return up.cpu(), down.cpu()
+
+
+def alignment(delta: Delta, spectrum: Spectrum, weight: Tensor) -> Tensor:
+    """[r] float64: u_iᵀ·W·v_i for each singular pair of ΔW; 0 past the numerical rank. W is [out, in·kh·kw]."""
+    rank = spectrum.rank
+    up, down = truncate(delta, spectrum, range(rank))
+    products = ((weight.float() @ down.float().mT) * up.float()).sum(0, dtype=torch.float64)
+    return torch.nn.functional.pad(products / spectrum.sigma[:rank], (0, len(spectrum.sigma) - rank))
+
+
+def core_device(device: str | torch.device) -> torch.device:
+    """Where the r×r part runs: the device itself, or the CPU if it has no float64 (MPS)."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+# --- many small problems ------------------------------------------------------------------------
+
+
+def solve(gram_down: Tensor, gram_up: Tensor, *, clip: float = GRAM_CLIP) -> tuple[Tensor, Tensor, Tensor]:
+    """Spectra of L layers from their Gram matrices, both [L, r, r] float64, on any device.
+
+    Returns sigma [L, r], left and right [L, r, r] in float64. A layer with NaN or infinity gets NaN.
+    """
+    finite = (torch.isfinite(gram_down) & torch.isfinite(gram_up)).all(-1).all(-1)
+    gram_down, size_down = _normalised(gram_down, finite)
+    gram_up, size_up = _normalised(gram_up, finite)
+    root, inverse, swapped = _roots(gram_down, gram_up, clip)
+    core = root.mT @ torch.where(swapped, gram_down, gram_up) @ root
+    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    sigma = values.flip(-1).clamp(min=0).sqrt()
+    vectors = vectors.flip(-1)
+    sigma = torch.where(sigma > SIGMA_FLOOR * sigma[:, :1], sigma, 0)
+    half = sigma.sqrt()
+    tall = root @ vectors * torch.where(half > 0, 1 / half, 0)[:, None, :]  # u-side of the problem as posed
+    wide = half[:, :, None] * (vectors.mT @ inverse)
+    left = torch.where(swapped, wide.mT, tall)
+    right = torch.where(swapped, tall.mT, wide)
+    tilt = (size_down / size_up).pow(0.25)[:, None, None]
+    sigma = sigma * (size_down * size_up).sqrt()[:, None]
+    return torch.where(finite[:, None], sigma, math.nan), left * tilt, right / tilt
+
+
+def _normalised(gram: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices divided by their traces, so that no strength of an adapter under- or overflows."""
+    gram = torch.where(finite[:, None, None], gram, 0)
+    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    size = torch.where(size > 0, size, 1)
+    return gram / size[:, None, None], size
+
+
+def _roots(gram_down: Tensor, gram_up: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(root, its inverse, swapped [L, 1, 1]) with root·rootᵀ the Gram matrix of the better conditioned factor.
+
+    `swapped` says that it is that of `up`, so that the transposed problem is solved.
+    """
+    root_down, spread_down = _cholesky(gram_down)
+    root_up, spread_up = _cholesky(gram_up)
+    swapped = (spread_up < spread_down)[:, None, None]
+    root = torch.where(swapped, root_up, root_down)
+    singular = torch.minimum(spread_up, spread_down) > MAX_SPREAD
+    identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    root = torch.where(singular[:, None, None], identity, root)
+    inverse = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
+    if singular.any():
+        swapped = swapped & ~singular[:, None, None]
+        values, vectors = torch.linalg.eigh(gram_down[singular])
+        kept = values > clip * values[:, -1:]
+        length = torch.where(kept, values, 0).sqrt()
+        root[singular] = vectors * length[:, None, :]
+        inverse[singular] = torch.where(kept, 1 / length, 0)[:, :, None] * vectors.mT
+    return root, inverse, swapped
+
+
+def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """(lower root, ratio of the largest to the smallest number on its diagonal; inf where there is no root)."""
+    root, failed = torch.linalg.cholesky_ex(gram)
+    diagonal = root.diagonal(dim1=-2, dim2=-1)
+    spread = diagonal.amax(-1) / diagonal.amin(-1)
+    return root, torch.where((failed == 0) & (spread > 0), spread, math.inf)
+
+
+# --- Gram matrices ------------------------------------------------------------------------------
+
+
+def grams(deltas: Sequence[Delta], device: torch.device) -> Grams:
+    """The Gram matrices of layers of equal rank, both stacked to [L, r, r]; the scale is not contained."""
+    return Grams(
+        _stacked_grams([delta.down for delta in deltas], device, columns=False),
+        _stacked_grams([delta.up for delta in deltas], device, columns=True),
+    )
+
+
+def _stacked_grams(factors: Sequence[Tensor], device: torch.device, *, columns: bool) -> Tensor:
+    """[L, r, r] of factors [r, n], or [n, r] if `columns`; equal shapes go through one batched product."""
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, factor in enumerate(factors):
+        # On a CPU stacking pays only for small layers; a large one fills the machine by itself.
+        alone = device.type == "cpu" and factor.numel() > _CPU_BLOCK // 4
+        groups[(factor.shape, factor.dtype, index if alone else None)].append(index)
+    rank = factors[0].shape[1 if columns else 0]
+    result = torch.empty(len(factors), rank, rank, dtype=torch.float64, device=device)
+    for indices in groups.values():
+        stacked = _stacked([factors[i] for i in indices], device)
+        result[indices] = _gram(stacked, columns=columns)
+    return result
+
+
+def _stacked(factors: Sequence[Tensor], device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        shape = (len(factors), *factors[0].shape)
+        pinned = torch.empty(shape, dtype=factors[0].dtype, pin_memory=True)
+        torch.stack(list(factors), out=pinned)
+        return pinned.to(device, non_blocking=True)
+    return factors[0][None] if len(factors) == 1 else torch.stack(list(factors)).to(device)
+
+
+def _gram(factors: Tensor, *, columns: bool) -> Tensor:
+    """[L, r, r] float64 of factors [L, r, n], or [L, n, r] if `columns`."""
+    count, rank = factors.shape[0], factors.shape[2 if columns else 1]
+    total = torch.zeros(count, rank, rank, dtype=torch.float64, device=factors.device)
+    block = max(64, _CPU_BLOCK // (count * rank)) if factors.device.type == "cpu" else factors.numel()
+    for part in factors.split(block, dim=1 if columns else 2):
+        wide = part.double()
+        total.baddbmm_(wide.mT, wide) if columns else total.baddbmm_(wide, wide.mT)
+    return total
+
+
+# --- chunks -------------------------------------------------------------------------------------
+
+
+def _chunk_size(rank: int, device: torch.device) -> int:
+    """Layers solved at once: on a GPU as many as memory likes, on a CPU enough to hide the overhead of calls."""
+    if device.type == "cuda":
+        return max(1, _CUDA_CHUNK_BYTES // (8 * rank * rank))
+    return max(4, 1024 // rank)
+
+
+def _decompose_chunk(chunk: Sequence[tuple[Item, Future[Spectrum]]], device: torch.device) -> None:
+    loaded: list[tuple[Item, Delta, Future[Spectrum]]] = []
+    for item, future in chunk:
+        try:
+            loaded.append((item, item.load(), future))
+        except BaseException as error:
+            future.set_exception(error)
+    try:
+        with _own_stream(device):
+            for (_, _, future), result in zip(loaded, _spectra(loaded, device), strict=True):
+                future.set_result(result)
+    except BaseException as error:
+        for _, _, future in loaded:
+            if not future.done():
+                future.set_exception(error)
+
+
+def _pass_on_cancel(chunk: Sequence[tuple[Item, Future[Spectrum]]], done: Future[None]) -> None:
+    if done.cancelled():
+        for _, future in chunk:
+            future.cancel()
+
+
+def _spectra(loaded: Sequence[tuple[Item, Delta, object]], device: torch.device) -> Iterator[Spectrum]:
+    plain = [(number, delta) for number, (item, delta, _) in enumerate(loaded) if item.grams is None]
+    given = [(number, item.grams) for number, (item, _, _) in enumerate(loaded) if item.grams is not None]
+    solved: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    if plain:
+        numbers, deltas = zip(*plain, strict=True)
+        solved |= _by_layer(numbers, solve(*grams(deltas, device)))
+    if given:
+        stacked = [torch.stack([pair[side] for _, pair in given]).to(device, torch.float64) for side in (0, 1)]
+        solved |= _by_layer([number for number, _ in given], solve(*stacked, clip=STATISTICS_CLIP))
+    for number, (_, delta, _) in enumerate(loaded):
+        yield _scaled(delta, *solved[number])
+
+
+def _by_layer(
+    numbers: Sequence[int], solution: tuple[Tensor, Tensor, Tensor]
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    sigma, left, right = (part.cpu() for part in solution)
+    return {number: (sigma[i], left[i], right[i]) for i, number in enumerate(numbers)}
+
+
+def _scaled(delta: Delta, sigma: Tensor, left: Tensor, right: Tensor) -> Spectrum:
+    size = abs(delta.scale)
+    sigma = sigma * size
+    sigma[min(delta.up.shape[0], fan_in(delta.shape)) :] *= 0  # not 0 itself: NaN stays NaN
+    left = left * math.copysign(math.sqrt(size), delta.scale)
+    return Spectrum(sigma, left.float(), (right * math.sqrt(size)).float())
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """On CUDA a stream for this chunk, so that its copies run while another thread's chunk computes."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield

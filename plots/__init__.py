@@ -1,0 +1,1 @@
+"""Figures: one file each, a function from a result table to a matplotlib figure."""

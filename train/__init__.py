@@ -1,0 +1,1 @@
+"""Training of LyCORIS checkpoints; empty in this version."""
