@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from lorashrink.base_norms import norms
     from lorashrink.bases import open_base
     from lorashrink.batch import resize
+    from lorashrink.demonstration import demo
     from lorashrink.inspection import inspect
     from lorashrink.recipe import Recipe
 
 # Imported when first used, because torch takes longer to import than most commands take to run.
 _WHERE = {
     "Recipe": "recipe",
+    "demo": "demonstration",
     "inspect": "inspection",
     "norms": "base_norms",
     "open_adapter": "adapters",
@@ -31,7 +33,17 @@ _WHERE = {
     "resize": "batch",
 }
 
-__all__ = ["LorashrinkError", "Recipe", "__version__", "inspect", "norms", "open_adapter", "open_base", "resize"]
+__all__ = [
+    "LorashrinkError",
+    "Recipe",
+    "__version__",
+    "demo",
+    "inspect",
+    "norms",
+    "open_adapter",
+    "open_base",
+    "resize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -45,7 +45,7 @@ def frobenius(weight: Tensor) -> float:
     """‖W‖_F of a tensor of any shape and float dtype, summed in float64."""
     flat = weight.reshape(-1)
     total = 0.0
-    for block in flat.split(_FRO_BLOCK):
+    for block in torch.split(flat, _FRO_BLOCK):
         wide = block.double()
         total += float(wide @ wide)
     return math.sqrt(total)

@@ -209,6 +209,30 @@ def norms(
         )
 
 
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo-out"),
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run the main job on a small example that is part of the package.
+
+    Example: lorashrink demo -o demo-out
+    """
+    with _session(verbose, quiet, debug) as progress:
+        from lorashrink.demonstration import demo as run
+
+        outcome = run(output, progress=progress)
+    if as_json:
+        _print_json(_plain(outcome))
+    elif not quiet:
+        typer.echo(f"$ {outcome.command}")
+        _print_report(outcome.report, verbose, dry_run=False)
+        typer.echo(f"rank of each block before and after: {outcome.picture}")
+
+
 def _split_base(files: Sequence[str], base: Path | None) -> tuple[Path | None, list[str]]:
     """The base and the adapters: the first file is the base if it looks like one and no base is given."""
     from lorashrink.inputs import looks_like_base
@@ -372,7 +396,8 @@ def _print_report(report: Report, verbose: int, dry_run: bool) -> None:
     places = sorted({str(Path(each.output).parent) for each in report.results})
     done = "would be written" if dry_run else "written"
     console.print(
-        f"{len(report.results)} files {done} to {', '.join(places)}: {_size(before)} -> {_size(after)}, {_size(before - after)} saved"
+        f"{len(report.results)} files {done} to {', '.join(places)}: "
+        f"{_size(before)} -> {_size(after)}, {_size(before - after)} saved"
     )
 
 
@@ -450,8 +475,8 @@ def _print_adapter(console: Console, each: AdapterTable) -> None:
     ranks = sorted({row.rank for row in each.layers})
     span = "none" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     console.print(
-        f"{each.path}: {_size(each.bytes)}, {each.family or 'unknown family'}, {each.algo} in {each.naming} names, {each.dtype}, "
-        f"{len(each.layers)} layers of rank {span}, {len(each.others)} other tensors",
+        f"{each.path}: {_size(each.bytes)}, {each.family or 'unknown family'}, {each.algo} in {each.naming} names, "
+        f"{each.dtype}, {len(each.layers)} layers of rank {span}, {len(each.others)} other tensors",
         markup=False,
     )
 

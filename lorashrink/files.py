@@ -111,7 +111,7 @@ class TensorStore:
         """The raw bytes of a tensor, in pieces of bounded size, whatever its dtype."""
         total = self.tensors[name].nbytes
         for start in range(0, total, _COPY_CHUNK):
-            yield memoryview(self._bytes(name, start, min(_COPY_CHUNK, total - start)).numpy())
+            yield _memory(self._bytes(name, start, min(_COPY_CHUNK, total - start)))
 
     def sample(self, pieces: int = 64, size: int = 4096) -> Iterator[bytes]:
         """`pieces` small blocks spread over each file, to tell apart files with equal headers."""
@@ -136,13 +136,17 @@ class TensorStore:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        # `for layer in open_adapter(path)` is what people write, and it should not leave a warning behind.
+        self.close()
+
     def _bytes(self, name: str, start: int, nbytes: int) -> Tensor:
         import torch
 
         info = self.tensors[name]
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         if nbytes:
-            self._read_at(info.file, memoryview(buffer.numpy()), info.offset + start)
+            self._read_at(info.file, _memory(buffer), info.offset + start)
         return buffer
 
     def _read_at(self, index: int, view: memoryview, offset: int) -> None:
@@ -168,6 +172,11 @@ class TensorStore:
             if index not in self._open_files:
                 self._open_files[index] = open(self.files[index], "rb", buffering=0)  # noqa: SIM115 - held open
             return self._open_files[index]
+
+
+def _memory(flat: Tensor) -> memoryview:
+    """The bytes of a uint8 tensor on the CPU, without a copy."""
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers before Python 3.12 too
 
 
 class PickledStore(TensorStore):
@@ -234,15 +243,8 @@ def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[
             size = os.fstat(handle.fileno()).st_size
             start = handle.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if start[:2] == b"PK" or start[:1] == b"\x80":
-                raise DamagedFile(
-                    f"{path}: this is a pickle, not safetensors. Rename it to .pt or .ckpt to load it without its code."
-                )
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise DamagedFile(
-                    f"{path}: not a safetensors file, or cut short: its header claims {length} bytes, "
-                    f"the file has {size}. Download or copy it again."
-                )
+                raise DamagedFile(_no_header(path, start, length, size))
             raw = handle.read(length)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
@@ -254,6 +256,15 @@ def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[
         raise DamagedFile(f"{path}: the safetensors header is broken ({error}). Download or copy it again.") from error
     _check_layout(path, tensors, 8 + length, size)
     return tensors, metadata, raw
+
+
+def _no_header(path: Path, start: bytes, length: int, size: int) -> str:
+    if start.startswith((b"PK", b"\x80")):
+        return f"{path}: a pickle and not safetensors. Rename it to .pt or .ckpt to load it without its code."
+    return (
+        f"{path}: not a safetensors file, or cut short: its header claims {length} bytes, the file has {size}. "
+        "Download or copy it again."
+    )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -422,7 +433,7 @@ class SafetensorsWriter:
         if flat.numel() != self._tensors[name].nbytes:
             raise ValueError(f"{name}: {flat.numel()} bytes for {self._tensors[name]}")
         if flat.numel():
-            self._write_at(self._offsets[name], memoryview(flat.numpy()))
+            self._write_at(self._offsets[name], _memory(flat))
 
     def copy(self, name: str, source: TensorStore, source_name: str) -> None:
         """Copy the bytes of a tensor of another file."""

@@ -350,7 +350,7 @@ def _fit(
     limit = int(recipe.value * 2**20)
 
     def counts(taken: int) -> list[int]:
-        return np.bincount(owner[order[:taken]], minlength=len(scores)).tolist()
+        return [int(n) for n in np.bincount(owner[order[:taken]], minlength=len(scores))]
 
     def threshold(taken: int) -> float | None:
         return float(flat[order[taken - 1]]) if 0 < taken < len(order) else None
@@ -375,21 +375,23 @@ def _fit(
     return counts(fits), threshold(fits)
 
 
-def _smallest(shares: Values, target: float) -> int:
-    """The smallest k with shares[k-1] >= target, for a rising [r] whose last value is the whole."""
+# .8² is a little above .64; shares that close are equal.
+_SLACK = 1 - 1e-15
+
+
+def _smallest(rising: Values, share: float) -> int:
+    """The smallest k with rising[k-1] >= share of the last value, for a rising [r]; 0 if that is 0."""
     import numpy as np
 
-    return min(int(np.searchsorted(shares, target)) + 1, len(shares)) if len(shares) and shares[-1] > 0 else 0
+    return int(np.searchsorted(rising, share * rising[-1] * _SLACK)) + 1 if len(rising) and rising[-1] > 0 else 0
 
 
 def _by_energy(facts: LayerFacts, share: float) -> int:
-    energy = (facts.sigma**2).cumsum()
-    return _smallest(energy, share * energy[-1])
+    return _smallest((facts.sigma**2).cumsum(), share)
 
 
 def _by_sum(recipe: Recipe, facts: LayerFacts) -> int:
-    total = facts.sigma.cumsum()
-    return _smallest(total, recipe.value * total[-1])
+    return _smallest(facts.sigma.cumsum(), recipe.value)
 
 
 def _by_rank(recipe: Recipe, facts: LayerFacts) -> int:

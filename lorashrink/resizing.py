@@ -270,8 +270,8 @@ def plan(
         if recipe.needs_base and not decomposed.views[index]:
             if unmapped == "error":
                 raise InputError(
-                    f"{adapter.path}: layer {layer.name} changes no weight of the base, and recipe '{recipe}' needs one. "
-                    "Use --unmapped keep or drop."
+                    f"{adapter.path}: layer {layer.name} changes no weight of the base, and recipe '{recipe}' "
+                    "needs one. Use --unmapped keep or drop."
                 )
             if unmapped == "drop":
                 removed[layer.name] = "changes no weight of the base"

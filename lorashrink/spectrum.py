@@ -256,7 +256,7 @@ def _gram(factors: Tensor, *, columns: bool) -> Tensor:
     count, rank = factors.shape[0], factors.shape[2 if columns else 1]
     total = torch.zeros(count, rank, rank, dtype=torch.float64, device=factors.device)
     block = max(64, _CPU_BLOCK // (count * rank)) if factors.device.type == "cpu" else factors.numel()
-    for part in factors.split(block, dim=1 if columns else 2):
+    for part in torch.split(factors, block, dim=1 if columns else 2):
         wide = part.double()
         total.baddbmm_(wide.mT, wide) if columns else total.baddbmm_(wide, wide.mT)
     return total
@@ -330,5 +330,5 @@ def _own_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
         yield

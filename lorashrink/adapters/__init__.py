@@ -184,8 +184,8 @@ def _layer(store: TensorStore, name: str, tagged: Mapping[str, str], config: dic
     missing = family.required - keys.keys()
     if missing or len(keys) != len(tagged):
         raise ShapeError(
-            f"{store.path}: layer {name} has {', '.join(sorted(tagged.values()))} but no {' and '.join(sorted(missing))} "
-            "factor beside it. The file is incomplete; export it again."
+            f"{store.path}: layer {name} has {', '.join(sorted(tagged.values()))} but no "
+            f"{' and '.join(sorted(missing))} factor beside it. The file is incomplete; export it again."
         )
     infos = {role: store.tensors[key] for role, key in keys.items()}
     if problem := family.check(infos):

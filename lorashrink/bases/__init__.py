@@ -147,11 +147,11 @@ def _weights(shapes: Mapping[str, tuple[int, ...]], family: BaseFamily) -> dict[
     aliases: dict[tuple[str, str], Views] = {}
     prefixes = sorted(family.containers, key=len, reverse=True)
     for key, shape in shapes.items():
-        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
-        module = key[len(prefix or "") :].removesuffix(".weight").removesuffix("_weight")
-        if prefix is None or key.endswith("bias") or len(shape) < 2 or min(shape) == 0:
+        container = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+        if container is None or key.endswith("bias") or len(shape) < 2 or min(shape) == 0:
             continue
-        part = family.containers[prefix]
+        module = key[len(container) :].removesuffix(".weight").removesuffix("_weight")
+        part = family.containers[container]
         for name, views in _names(part, module, key, shape, shapes):
             table = own if name == module else aliases
             table.setdefault((part, name.replace(".", "_")), views)
@@ -173,10 +173,10 @@ def _names(
     third = shape[0] // 3
     for number, name in enumerate(clip.thirds(module)):
         yield name, (View(key, (third, *shape[1:]), (number * third, (number + 1) * third)),)
-    if name := clip.fused(module):
+    if whole_name := clip.fused(module):
         keys = [key.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
         if all(other in shapes for other in keys):
-            yield name, tuple(View(other, shapes[other]) for other in keys)
+            yield whole_name, tuple(View(other, shapes[other]) for other in keys)
 
 
 # --- norm tables --------------------------------------------------------------------------------

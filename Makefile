@@ -1,0 +1,49 @@
+# Everything a newcomer needs: `make demo` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench bench-gpu install format example clean
+
+demo: $(VENV)/core
+	$(BIN)/lorashrink demo -o demo-out
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+install: $(VENV)/dev
+
+# import-linter and mypy see train/ and plots/ at their places in the package only once it is installed.
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build $(VENV)/lint
+	$(PIP) --no-deps --target $(VENV)/lint .
+	cd $(VENV)/lint && PYTHONPATH=. ../bin/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
+	cd $(VENV)/lint && MYPYPATH=. ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/bench_resize.py
+
+bench-gpu: $(VENV)/dev
+	$(BIN)/python benchmarks/bench_gpu.py
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+example: $(VENV)/core
+	$(BIN)/python tests/data/make_example.py
+
+clean:
+	rm -rf $(VENV) build demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/dev: $(VENV)/core
+	$(PIP) -e ".[dev]"
+	touch $@
