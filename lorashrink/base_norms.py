@@ -35,6 +35,7 @@ _FRO_BLOCK = 1 << 20  # numbers squared at a time in float64
 _KRYLOV_BLOCK = 8
 _KRYLOV_STEPS = 16  # blocks before a restart
 _KRYLOV_RESTARTS = 20
+_KRYLOV_EXHAUSTED = 1e-5  # what is new in a block, relative, that is but rounding
 _KRYLOV_TOLERANCE = 1e-8  # relative growth of σ_1 in two steps
 _DENSE_SIDE = 256  # up to here the small Gram matrix is simply decomposed
 
@@ -74,12 +75,13 @@ def _krylov(weight: Tensor, start: Tensor) -> tuple[float, Tensor, bool]:
     """(σ_1, right vectors [m, b] to go on from, whether σ_1 stood still for two steps) from one Krylov space."""
     block = torch.linalg.qr(start).Q
     basis, images = block, weight @ block
-    history = [0.0]
+    history = [float(torch.linalg.matrix_norm(images.double(), 2))]
     for _ in range(_KRYLOV_STEPS):
-        block = weight.mT @ images[:, -_KRYLOV_BLOCK:]
-        for _ in range(2):  # once is not enough in float32
-            block = block - basis @ (basis.mT @ block)
-        block = torch.linalg.qr(block).Q
+        image = weight.mT @ images[:, -_KRYLOV_BLOCK:]
+        block = image - basis @ (basis.mT @ image)
+        if float(block.norm()) <= _KRYLOV_EXHAUSTED * float(image.norm()):
+            return history[-1], block, True  # nothing new: the space holds whole singular vectors
+        block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q  # once more, for float32
         basis = torch.cat([basis, block], 1)
         images = torch.cat([images, weight @ block], 1)
         values, vectors = torch.linalg.eigh(images.mT.double() @ images.double())

@@ -1,0 +1,114 @@
+"""The command line as people and programs use it: output, exit statuses, JSON, help, and what stays unimported."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from lorashrink import __version__
+from lorashrink.cli import app
+
+COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def run(*arguments: object, status: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert result.exit_code == status, result.output
+    return result.stdout
+
+
+def test_the_line_of_the_training_guide_works(adapter: Path, base: Path, tmp_path: Path) -> None:
+    text = run("resize", "-o", tmp_path, "-r", "fro_ckpt=1,thr=-3.55", base, adapter)
+    assert (tmp_path / "lora_frockpt1_th-3.55.safetensors").is_file()
+    assert "fro_ckpt=1,thr=-3.55" in text
+    assert "saved" in text
+
+
+def test_the_guides_recipe_is_the_default(adapter: Path, base: Path, tmp_path: Path) -> None:
+    run("resize", "-o", tmp_path, "--base", base, adapter)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora_frockpt1_th-3.55.safetensors"]
+
+
+def test_the_json_of_resize_is_the_documented_one(adapter: Path, base: Path, tmp_path: Path) -> None:
+    document = json.loads(run("resize", "-o", tmp_path, "-r", "fro_ckpt,thr=-1.6", "--json", base, adapter))
+    assert document["version"] == __version__
+    assert document["base"] == {"path": str(base), "family": "sdxl", "kind": "file"}
+    assert document["failed"] == []
+    (result,) = document["results"]
+    assert {"source", "output", "recipe", "threshold", "bytes_before", "bytes_after", "relative_error"} < set(result)
+    assert {"seconds", "layers", "verbatim", "removed", "warnings"} < set(result)
+    assert set(result["layers"][0]) == {
+        *("name", "shape", "algo", "rank_before", "rank_after", "energy", "rle_lora", "rle_ckpt")
+    }
+    assert result["source"] == str(adapter)
+
+
+def test_verbose_lists_layers_quantiles_and_reasons(adapter: Path, base: Path, tmp_path: Path) -> None:
+    text = run("resize", "-o", tmp_path, "-r", "fro_ckpt,thr=-1.6", "-vv", base, adapter)
+    assert re.search(r"dim: +8 -> \d+ +rle_lora +[\d.]+% +rle_ckpt +[\d.]+% +lora_te1_", text)
+    assert "score quantiles" in text
+    assert re.search(r"removed lora_te1_\S+: \S", text)
+
+
+def test_csv_holds_the_numbers_of_the_json(adapter: Path, tmp_path: Path) -> None:
+    place = tmp_path / "table.csv"
+    document = json.loads(run("inspect", adapter, "--json", "--csv", place))
+    with open(place, newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [float(row["fro"]) for row in rows] == [layer["fro"] for layer in document["files"][0]["layers"]]
+
+
+def test_inspect_prints_layers_blocks_and_a_summary(adapter: Path, base: Path) -> None:
+    text = run("inspect", base, adapter)
+    assert re.search(r"lora_unet_middle_block_0_in_layers_2 +MID +conv +lora +32×32×3×3 +4 +4 +F16", text)
+    assert re.search(r"^ *MID +8 ", text, re.MULTILINE)
+    assert "178 layers of rank 4 to 8" in text
+
+
+def test_norms_writes_a_table_that_resize_takes(adapter: Path, base: Path, tmp_path: Path) -> None:
+    run("norms", base, "-o", tmp_path / "table.json")
+    run("resize", "-o", tmp_path / "out", "-r", "spn_ckpt,thr=-1", tmp_path / "table.json", adapter)
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_the_demo_leaves_a_file_and_a_picture(tmp_path: Path) -> None:
+    text = run("demo", "-o", tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".png", ".safetensors"]
+    assert "lorashrink resize -o" in text
+
+
+def test_dtype_aliases_of_resize_lora(adapter: Path, tmp_path: Path) -> None:
+    document = json.loads(run("resize", "-r", "rank=2", "-t", "32", "-o", tmp_path, "--json", adapter))
+    assert document["results"][0]["bytes_after"] > 2 * 178 * 2 * 24 * 4
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_that_names_it(command: str) -> None:
+    text = run(command, "--help")
+    assert f"Example: lorashrink {command} " in re.sub(r"\s+", " ", text)
+    options = get_command(app).commands[command].params  # type: ignore[attr-defined]
+    assert all(getattr(option, "help", None) for option in options)
+
+
+def test_version() -> None:
+    assert run("--version").split() == ["lorashrink", __version__]
+
+
+def test_help_and_header_import_neither_torch_nor_numpy_nor_rich(adapter: Path) -> None:
+    code = (
+        "import sys; from lorashrink.cli import app\n"
+        "try: app([{arguments}])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({{'torch', 'numpy', 'rich', 'matplotlib'}} & set(sys.modules)), file=sys.stderr)"
+    )
+    for arguments in ("'--help'", f"'inspect', '--header', '--json', {str(adapter)!r}"):
+        done = subprocess.run([sys.executable, "-c", code.format(arguments=arguments)], capture_output=True, text=True)
+        assert done.stderr.strip() == "[]", done.stderr
