@@ -33,6 +33,8 @@ from lorashrink.delta import Delta, fan_in
 
 # A Gram matrix squares the condition number: below sqrt(eps64)·σ_1 nothing is trustworthy, and counts as 0.
 SIGMA_FLOOR = 2.0**-26
+# Up to this spread of its Cholesky root's diagonal a factor is as good as any; trained ones stay far below.
+GOOD_SPREAD = 2.0**7
 # A Cholesky root whose diagonal spans more than this is too near to singular to be inverted.
 MAX_SPREAD = 2.0**20
 # Eigenvalues of a singular Gram matrix below this part of the largest are rounding.
@@ -158,54 +160,53 @@ def solve(gram_down: Tensor, gram_up: Tensor, *, clip: float = GRAM_CLIP) -> tup
 
     Returns sigma [L, r], left and right [L, r, r] in float64. A layer with NaN or infinity gets NaN.
     """
-    finite = (torch.isfinite(gram_down) & torch.isfinite(gram_up)).all(-1).all(-1)
-    gram_down, size_down = _normalised(gram_down, finite)
-    gram_up, size_up = _normalised(gram_up, finite)
-    root, inverse, swapped = _roots(gram_down, gram_up, clip)
-    core = root.mT @ torch.where(swapped, gram_down, gram_up) @ root
-    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
-    sigma = values.flip(-1).clamp(min=0).sqrt()
-    vectors = vectors.flip(-1)
+    # Squares of float32 numbers, and products of these, are far inside the range of float64.
+    finite = torch.isfinite(_trace(gram_down) + _trace(gram_up))
+    if not finite.all():
+        gram_down, gram_up = (torch.where(finite[:, None, None], gram, 0) for gram in (gram_down, gram_up))
+    root, inverse, other, swapped = _roots(gram_down, gram_up, clip)
+    values, vectors = torch.linalg.eigh(root.mT @ other @ root)
+    sigma, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
     sigma = torch.where(sigma > SIGMA_FLOOR * sigma[:, :1], sigma, 0)
     half = sigma.sqrt()
-    tall = root @ vectors * torch.where(half > 0, 1 / half, 0)[:, None, :]  # u-side of the problem as posed
-    wide = half[:, :, None] * (vectors.mT @ inverse)
-    left = torch.where(swapped, wide.mT, tall)
-    right = torch.where(swapped, tall.mT, wide)
-    tilt = (size_down / size_up).pow(0.25)[:, None, None]
-    sigma = sigma * (size_down * size_up).sqrt()[:, None]
-    return torch.where(finite[:, None], sigma, math.nan), left * tilt, right / tilt
+    left = root @ vectors * torch.where(half > 0, 1 / half, 0)[:, None, :]
+    right = half[:, :, None] * (vectors.mT @ inverse)
+    if swapped.any():
+        left, right = torch.where(swapped, right.mT, left), torch.where(swapped, left.mT, right)
+    return torch.where(finite[:, None], sigma, math.nan), left, right
 
 
-def _normalised(gram: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices divided by their traces, so that no strength of an adapter under- or overflows."""
-    gram = torch.where(finite[:, None, None], gram, 0)
-    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    size = torch.where(size > 0, size, 1)
-    return gram / size[:, None, None], size
+def _trace(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _roots(gram_down: Tensor, gram_up: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(root, its inverse, swapped [L, 1, 1]) with root·rootᵀ the Gram matrix of the better conditioned factor.
+def _roots(gram_down: Tensor, gram_up: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(root, its inverse, the Gram matrix of the other factor, swapped [L, 1, 1]), root·rootᵀ a Gram matrix.
 
-    `swapped` says that it is that of `up`, so that the transposed problem is solved.
+    That of `down`, or where `down` is nearly singular and `up` is less so, that of `up`; then the transposed
+    problem is solved, and `swapped` says so. Where both are singular, the root is made of eigenvectors.
     """
-    root_down, spread_down = _cholesky(gram_down)
-    root_up, spread_up = _cholesky(gram_up)
-    swapped = (spread_up < spread_down)[:, None, None]
-    root = torch.where(swapped, root_up, root_down)
-    singular = torch.minimum(spread_up, spread_down) > MAX_SPREAD
+    root, spread = _cholesky(gram_down)
+    swapped = torch.zeros_like(spread, dtype=torch.bool)[:, None, None]
+    other = gram_up
+    if (spread > GOOD_SPREAD).any():
+        root_up, spread_up = _cholesky(gram_up)
+        swapped = ((spread > GOOD_SPREAD) & (spread_up < spread))[:, None, None]
+        root, other = torch.where(swapped, root_up, root), torch.where(swapped, gram_down, gram_up)
+        spread = torch.where(swapped[:, 0, 0], spread_up, spread)
+    singular = spread > MAX_SPREAD
     identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
-    root = torch.where(singular[:, None, None], identity, root)
+    if singular.any():
+        root = torch.where(singular[:, None, None], identity, root)
     inverse = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
     if singular.any():
-        swapped = swapped & ~singular[:, None, None]
+        swapped, other = swapped & ~singular[:, None, None], torch.where(singular[:, None, None], gram_up, other)
         values, vectors = torch.linalg.eigh(gram_down[singular])
         kept = values > clip * values[:, -1:]
         length = torch.where(kept, values, 0).sqrt()
         root[singular] = vectors * length[:, None, :]
         inverse[singular] = torch.where(kept, 1 / length, 0)[:, :, None] * vectors.mT
-    return root, inverse, swapped
+    return root, inverse, other, swapped
 
 
 def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +258,8 @@ def _gram(factors: Tensor, *, columns: bool) -> Tensor:
     total = torch.zeros(count, rank, rank, dtype=torch.float64, device=factors.device)
     block = max(64, _CPU_BLOCK // (count * rank)) if factors.device.type == "cpu" else factors.numel()
     for part in torch.split(factors, block, dim=1 if columns else 2):
-        wide = part.double()
+        # half precision to float32 is one instruction, to float64 it is not
+        wide = (part.float() if part.element_size() == 2 else part).double()
         total.baddbmm_(wide.mT, wide) if columns else total.baddbmm_(wide, wide.mT)
     return total
 
