@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorashrink.bases import Base, Views, open_base, table_bytes, views_id
 from lorashrink.errors import NonFinite, NotABase, OutputError
-from lorashrink.files import write_bytes
+from lorashrink.files import check_output, write_bytes
 from lorashrink.machine import worker_pool
 
 if TYPE_CHECKING:
@@ -218,8 +218,7 @@ def norms(
     place = Path(output)
     if place.suffix != ".json":
         raise OutputError(f"{output}: a norm table is a JSON file; give a name that ends in .json.")
-    if place.exists() and not force:
-        raise OutputError(f"{output}: exists already. Use --force to replace it.")
+    check_output(place, force=force, inputs=[Path(base)])
     with open_base(base) as opened, worker_pool(jobs) as pool:
         if opened.store is None:
             raise NotABase(f"{base}: is a norm table already.")

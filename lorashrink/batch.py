@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from lorashrink.base_norms import BaseNorms, Norms
 from lorashrink.bases import Base, Views, open_base
 from lorashrink.delta import Delta
 from lorashrink.errors import LorashrinkError, OutputError, RecipeError, UsageError
-from lorashrink.files import read_header, sha256_file
+from lorashrink.files import check_output, read_header, sha256_file
 from lorashrink.inputs import find_adapters
 from lorashrink.machine import pick_device, worker_pool
 from lorashrink.metadata import Origin
@@ -111,10 +111,12 @@ def resize(
         raise UsageError(f"unmapped: '{unmapped}' is not one of {', '.join(UNMAPPED)}.")
     sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, recursive=recursive)
     targets = {source: _targets(source, wanted, output, len(sources)) for source in sources}
-    _check_targets(targets, force=force or skip_existing or dry_run)
+    _check_targets(targets, [*sources, *_base_files(base)], force=force or skip_existing or dry_run)
     device = pick_device(device)
     for recipe in wanted:
         if recipe.needs_base and base is None:
+            # A base that is missing or damaged was taken for an adapter, and its own error says more.
+            open_adapter(sources[0]).close()
             raise RecipeError(f"recipe '{recipe}' needs the base checkpoint; give it first or with --base.")
         if "calibration" in recipe.needs:
             raise RecipeError(f"recipe '{recipe}' needs calibration statistics, which this version cannot read.")
@@ -153,27 +155,29 @@ def _targets(source: Path, recipes: Sequence[Recipe], output: str | Path | None,
     return targets
 
 
-def _check_targets(targets: Mapping[Path, Mapping[Path, Recipe]], *, force: bool) -> None:
+def _base_files(base: str | Path | None) -> list[Path]:
+    """Every file that may be a part of the base, found without opening it."""
+    if base is None:
+        return []
+    path = Path(base)
+    folder = path if path.is_dir() else path.parent if ".index." in path.name else None
+    return [path, *(folder.rglob("*.safetensors") if folder else ())]
+
+
+def _check_targets(targets: Mapping[Path, Mapping[Path, Recipe]], inputs: Collection[Path], *, force: bool) -> None:
     """Raises OutputError for whatever would stop the writing later, before hours of work."""
-    owners: dict[Path, Path] = {}
-    inputs = {source.resolve() for source in targets}
+    owners: dict[str, Path] = {}
     for source, outputs in targets.items():
         for path in outputs:
-            place = path.resolve()
-            if place in inputs:
-                raise OutputError(
-                    f"{path}: is an input, and inputs are never overwritten. Choose another place with -o."
-                )
+            place = os.path.realpath(path)
             if place in owners:
                 raise OutputError(
                     f"{path}: would be the output of both {owners[place]} and {source}. Rename one of them."
                 )
             owners[place] = source
-            if path.exists() and not force:
+            check_output(path, force=True, inputs=inputs)
+            if os.path.exists(path) and not force:
                 raise OutputError(f"{path}: exists already. Use --force to replace it or --skip-existing to keep it.")
-            folder = next(parent for parent in [path.parent, *path.parent.parents] if parent.exists())
-            if not folder.is_dir() or not os.access(folder, os.W_OK):
-                raise OutputError(f"{path}: {folder} cannot be written to. Choose another place with -o.")
 
 
 def _one_of(option: str, value: str, table: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -107,9 +108,10 @@ def resize(
 
     Example: lorashrink resize -o out -r fro_ckpt=1,thr=-3.55 model.safetensors lora.safetensors
     """
-    with _session(verbose, quiet, debug) as progress:
+    with _session(verbose, quiet, debug, as_json) as progress:
         from lorashrink import recipe as recipes
 
+        _check_csv(as_csv, files, force)
         base, adapters = _split_base(files, base)
         texts = recipe or [recipes.DEFAULT]
         recipes.parse_recipes(texts)  # before torch is imported: a typo is answered at once
@@ -131,8 +133,10 @@ def resize(
             quantiles=verbose > 0,
             progress=progress,
         )
-    if as_csv:
-        _write_csv(as_csv, [{"output": each.output, **_plain(row)} for each in report.results for row in each.layers])
+        if as_csv:
+            _write_csv(
+                as_csv, [{"output": each.output, **_plain(row)} for each in report.results for row in each.layers]
+            )
     if as_json:
         _print_json(_plain(report))
     elif not quiet:
@@ -149,6 +153,7 @@ def inspect(
     recursive: Recursive = False,
     device: Device = "auto",
     jobs: Jobs = None,
+    force: Force = False,
     as_json: Json = False,
     as_csv: Csv = None,
     verbose: Verbose = 0,
@@ -159,9 +164,10 @@ def inspect(
 
     Example: lorashrink inspect model.safetensors lora.safetensors
     """
-    with _session(verbose, quiet, debug) as progress:
+    with _session(verbose, quiet, debug, as_json) as progress:
         from lorashrink.inspection import inspect as run
 
+        _check_csv(as_csv, files, force)
         base, adapters = _split_base(files, base)
         inspection = run(
             adapters,
@@ -173,8 +179,8 @@ def inspect(
             jobs=jobs,
             progress=progress,
         )
-    if as_csv:
-        _write_csv(as_csv, [{"path": each.path, **_plain(row)} for each in inspection.files for row in each.layers])
+        if as_csv:
+            _write_csv(as_csv, [{"path": each.path, **_plain(row)} for each in inspection.files for row in each.layers])
     if as_json:
         _print_json(_plain(inspection))
     elif not quiet:
@@ -197,7 +203,7 @@ def norms(
 
     Example: lorashrink norms model.safetensors -o model-norms.json
     """
-    with _session(verbose, quiet, debug) as progress:
+    with _session(verbose, quiet, debug, as_json) as progress:
         from lorashrink.base_norms import norms as run
 
         table = run(base, output, force=force, jobs=jobs, progress=progress)
@@ -221,7 +227,7 @@ def demo(
 
     Example: lorashrink demo -o demo-out
     """
-    with _session(verbose, quiet, debug) as progress:
+    with _session(verbose, quiet, debug, as_json) as progress:
         from lorashrink.demonstration import demo as run
 
         outcome = run(output, progress=progress)
@@ -249,7 +255,7 @@ def _split_base(files: Sequence[str], base: Path | None) -> tuple[Path | None, l
 
 
 @contextlib.contextmanager
-def _session(verbose: int, quiet: bool, debug: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+def _session(verbose: int, quiet: bool, debug: bool, as_json: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     """Progress on stderr, and the only place where errors become exit statuses."""
     logging.basicConfig(level=logging.DEBUG if debug or verbose > 1 else logging.WARNING, format="%(message)s")
     with contextlib.suppress(ValueError):  # not in the main thread
@@ -260,6 +266,8 @@ def _session(verbose: int, quiet: bool, debug: bool) -> Iterator[Callable[[str, 
     except LorashrinkError as error:
         if debug:
             raise
+        if as_json:
+            _print_json({"version": __version__, "error": str(error)})
         _fail(str(error), EXIT_NOTHING_DONE)
     except KeyboardInterrupt:
         _fail("interrupted; no unfinished file was left", EXIT_INTERRUPTED)
@@ -322,17 +330,26 @@ def _print_json(document: object) -> None:
     typer.echo(json.dumps(document, allow_nan=False))
 
 
+def _check_csv(path: Path | None, inputs: Sequence[str], force: bool) -> None:
+    from lorashrink.files import check_output
+
+    if path is not None:
+        try:
+            check_output(path, force=force, inputs=list(map(Path, inputs)))
+        except LorashrinkError as error:
+            raise UsageError(f"--csv {error}") from error
+
+
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    try:
-        with open(path, "w", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, list(rows[0]) if rows else [])
-            writer.writeheader()
-            writer.writerows(
-                {key: json.dumps(cell) if isinstance(cell, (list, dict)) else cell for key, cell in row.items()}
-                for row in rows
-            )
-    except OSError as error:
-        _fail(f"--csv {path}: cannot be written ({error.strerror or error})", EXIT_NOTHING_DONE)
+    from lorashrink.files import write_bytes
+
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+    writer.writeheader()
+    for row in rows:
+        cells = {key: json.dumps(cell) if isinstance(cell, (list, dict)) else cell for key, cell in row.items()}
+        writer.writerow(cells)
+    write_bytes(path, text.getvalue().encode())
 
 
 def _console() -> Console:

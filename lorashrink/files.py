@@ -16,7 +16,7 @@ import os
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,9 @@ DTYPES: dict[str, tuple[int, str]] = {
     "U8": (1, "uint8"),
     "BOOL": (1, "bool"),
 }
+_TORCH_NAMES = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
 _WRITE_ORDER = {name: place for place, name in enumerate(DTYPES)}
+FLOATS = frozenset(name for name in DTYPES if name.startswith(("F", "BF")))
 _COPY_CHUNK = 1 << 24
 PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin"})
 
@@ -183,9 +185,8 @@ class PickledStore(TensorStore):
     """The tensors of a `.pt`/`.ckpt`/`.bin` file, loaded with `weights_only=True`."""
 
     def __init__(self, path: Path, loaded: Mapping[str, Tensor]) -> None:
-        names = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
         infos = {
-            name: TensorInfo(names[str(value.dtype).removeprefix("torch.")], tuple(value.shape), value.nbytes)
+            name: TensorInfo(_TORCH_NAMES[str(value.dtype).removeprefix("torch.")], tuple(value.shape), value.nbytes)
             for name, value in loaded.items()
         }
         super().__init__(path, infos, {}, [path], [json.dumps(sorted(infos)).encode()])
@@ -243,23 +244,25 @@ def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[
             size = os.fstat(handle.fileno()).st_size
             start = handle.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            start += handle.read(1)
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise DamagedFile(_no_header(path, start, length, size))
-            raw = handle.read(length)
+            raw = start[8:] + handle.read(length - 1)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
         metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}
         tensors = {name: _tensor_info(entry, file, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedFile(f"{path}: the safetensors header is broken ({error}). Download or copy it again.") from error
     _check_layout(path, tensors, 8 + length, size)
     return tensors, metadata, raw
 
 
 def _no_header(path: Path, start: bytes, length: int, size: int) -> str:
-    if start.startswith((b"PK", b"\x80")):
+    # A header begins with a brace, also that of a cut file whose length begins like a pickle.
+    if start[8:] != b"{" and start.startswith((b"PK", b"\x80")):
         return f"{path}: a pickle and not safetensors. Rename it to .pt or .ckpt to load it without its code."
     return (
         f"{path}: not a safetensors file, or cut short: its header claims {length} bytes, the file has {size}. "
@@ -279,6 +282,8 @@ def _tensor_info(entry: Mapping[str, Any], file: int, data_start: int) -> Tensor
     shape = tuple(entry["shape"])
     if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
         raise ValueError("sizes must be whole numbers")
+    if end < begin:
+        raise ValueError(f"a tensor ends at {end}, before its start at {begin}")
     dtype = entry["dtype"]
     count = 1
     for side in shape:
@@ -304,9 +309,11 @@ def _open_shards(index: Path) -> TensorStore:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a shard's name is no text")
     except OSError as error:
         raise InputError(f"{index}: cannot be read ({error.strerror or error}).") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedFile(f"{index}: not a shard index: no usable 'weight_map' ({error}).") from error
     tensors: dict[str, TensorInfo] = {}
     headers = []
@@ -339,7 +346,11 @@ def _open_pickle(path: Path) -> TensorStore:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
         raise DamagedFile(f"{path}: holds no table of named tensors.")
-    return PickledStore(path, {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)})
+    tensors = {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+    for name, value in tensors.items():
+        if str(value.dtype).removeprefix("torch.") not in _TORCH_NAMES or value.layout != torch.strided:
+            raise DamagedFile(f"{path}: tensor {name} is {value.dtype}, {value.layout}, which safetensors cannot hold.")
+    return PickledStore(path, tensors)
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -461,12 +472,7 @@ class SafetensorsWriter:
         try:
             os.fsync(self._file.fileno())
             self._file.close()
-            # mkstemp makes files private to their owner; a result should have the usual rights.
-            umask = os.umask(0)
-            os.umask(umask)
-            self.temporary.chmod(0o666 & ~umask)
-            os.replace(self.temporary, self.path)
-            _sync_folder(self.path.parent)
+            _publish(self.temporary, self.path)
         except OSError as error:
             raise OutputError(_cannot_write(self.path, error)) from error
 
@@ -503,7 +509,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        _publish(temporary, path)
     except OSError as error:
         raise OutputError(_cannot_write(path, error)) from error
     finally:
@@ -517,14 +523,38 @@ def _cannot_write(path: Path, error: OSError) -> str:
     )
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # only POSIX lets a folder be opened and flushed
-        return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a complete file its name, and the rights that its owner's other new files have."""
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)
+    os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened to flush it
+        with contextlib.suppress(OSError):
+            number = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(number)
+            finally:
+                os.close(number)
+
+
+def check_output(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> None:
+    """Find out before hours of work whether a file can be written; `inputs` are never overwritten.
+
+    Raises OutputError if it is one of them, exists and `force` is not set, or lies where nothing can be written.
+    """
+    place = os.path.realpath(path)
+    if any(place == os.path.realpath(each) for each in inputs):
+        raise OutputError(f"{path}: is an input, and inputs are never overwritten. Choose another place.")
+    if os.path.isdir(path):
+        raise OutputError(f"{path}: is a folder. Choose another name.")
+    if os.path.exists(path) and not force:
+        raise OutputError(f"{path}: exists already. Use --force to replace it, or choose another place.")
+    folder = next(
+        parent for parent in [path.absolute().parent, *path.absolute().parent.parents] if os.path.exists(parent)
+    )
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputError(f"{path}: {folder} cannot be written to. Choose another place.")
 
 
 # --- identity -----------------------------------------------------------------------------------

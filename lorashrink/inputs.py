@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,25 +18,26 @@ def find_adapters(given: Sequence[str | Path], *, recursive: bool = False) -> li
     In folders only files that hold adapter tensors count, by their headers. Raises InputError if an entry
     stands for none.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
     for entry in map(str, given):
         path = Path(entry)
-        if path.is_dir():
+        if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
             inside = path.rglob("*") if recursive else path.iterdir()
             paths = [each for each in sorted(inside) if each.suffix == ".safetensors" and not each.name.startswith(".")]
             paths = [each for each in paths if _holds_adapter(each)]
             missing = (
                 f"{entry}: no adapter (.safetensors) in this folder{'' if recursive else '; --recursive looks deeper'}."
             )
-        elif path.exists() or not glob.has_magic(entry):
+        elif os.path.exists(path) or not glob.has_magic(entry):
             paths, missing = [path], ""
         else:
             paths = [Path(each) for each in sorted(glob.glob(entry, recursive=recursive))]
             missing = f"{entry}: no file matches."
         if not paths:
             raise InputError(missing)
-        found |= dict.fromkeys(paths)
-    return list(found)
+        for each in paths:
+            found.setdefault(os.path.realpath(each), each)
+    return list(found.values())
 
 
 def _holds_adapter(path: Path) -> bool:
@@ -48,11 +50,11 @@ def _holds_adapter(path: Path) -> bool:
 def looks_like_base(entry: str) -> bool:
     """Whether a positional argument is a base: by its header, or as a folder with a model's parts."""
     path = Path(entry)
-    if path.is_dir():
+    if os.path.isdir(path):
         return any((path / part).is_dir() for part in ("unet", "text_encoder")) or (path / "model_index.json").is_file()
     if path.suffix == ".json":
         return True
-    if not path.is_file():
+    if not os.path.isfile(path):
         return False
     try:
         if path.suffix.lower() in PICKLE_SUFFIXES:

@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from lorashrink.adapters import CONFIG_KEY
+from lorashrink.adapters import CONFIG_KEY, peft_config
 from lorashrink.files import TensorInfo, header_bytes
 from lorashrink.recipe import TERMS, Recipe
 
@@ -73,8 +74,8 @@ def shrunk(
         comment = f"resized from rank {old_rank} with lorashrink {recipe}"
         before = old.get("ss_training_comment", "")
         new["ss_training_comment"] = comment if before in ("", "None") else f"{comment}; {before}"
-    if CONFIG_KEY in old:
-        new[CONFIG_KEY] = _adapter_config(old[CONFIG_KEY], ranks)
+    if config := peft_config(old):
+        new[CONFIG_KEY] = _adapter_config(config, ranks)
     weights = {key: recipe.normalised.get(key, 0.0) for key in TERMS}
     params = {
         "recipe_str": str(recipe),
@@ -96,9 +97,9 @@ def shrunk(
     return new
 
 
-def _adapter_config(text: str, ranks: Mapping[str, int]) -> str:
+def _adapter_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> str:
     """PEFT's configuration with the ranks that are now stored; alpha = rank, since factors hold the scale."""
-    config = json.loads(text)
+    new = dict(config)
     for component in {key.partition(".")[0] for key in config}:
         stored = {name.partition(".")[2]: rank for name, rank in ranks.items() if name.partition(".")[0] == component}
         if not stored:
@@ -106,14 +107,14 @@ def _adapter_config(text: str, ranks: Mapping[str, int]) -> str:
         widest = max(stored.values())
         # "^", because a pattern otherwise also fits modules that end like this one
         patterns = {f"^{module}": rank for module, rank in sorted(stored.items()) if rank != widest}
-        config |= {
+        new |= {
             f"{component}.r": widest,
             f"{component}.lora_alpha": widest,
             f"{component}.rank_pattern": patterns,
             f"{component}.alpha_pattern": patterns,
             f"{component}.use_rslora": False,
         }
-    return json.dumps(config, sort_keys=True)
+    return json.dumps(new, sort_keys=True)
 
 
 def with_hashes(

@@ -69,7 +69,7 @@ def test_csv_holds_the_numbers_of_the_json(adapter: Path, tmp_path: Path) -> Non
 def test_inspect_prints_layers_blocks_and_a_summary(adapter: Path, base: Path) -> None:
     text = run("inspect", base, adapter)
     assert re.search(r"lora_unet_middle_block_0_in_layers_2 +MID +conv +lora +32×32×3×3 +4 +4 +F16", text)
-    assert re.search(r"^ *MID +8 ", text, re.MULTILINE)
+    assert re.search(r"^ *MID +15 ", text, re.MULTILINE)
     assert "178 layers of rank 4 to 8" in text
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorashrink.adapters import lora
 from lorashrink.adapters.family import Family
 from lorashrink.errors import NotAnAdapter, ShapeError
-from lorashrink.files import TensorInfo, TensorStore, open_tensors
+from lorashrink.files import FLOATS, TensorInfo, TensorStore, open_tensors
 from lorashrink.names import address
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Layer:
         if "alpha" not in self.keys:
             return None
         tensor = self.store.read(self.keys["alpha"])
-        if tensor.numel() != 1:
+        if tensor.numel() != 1 or tensor.is_complex():
             raise ShapeError(
                 f"{self.store.path}: {self.keys['alpha']} should be one number, it is {list(tensor.shape)}."
             )
@@ -165,7 +165,7 @@ def _sort_keys(store: TensorStore) -> tuple[tuple[Layer, ...], dict[str, str]]:
             extras[key[: found.start()]] = key
         else:
             others[key] = "not part of an adapter layer"
-    config = _config_scales(store)
+    config = peft_config(store.metadata)
     layers = []
     for name, tagged in groups.items():
         if name in extras:
@@ -178,19 +178,32 @@ def _sort_keys(store: TensorStore) -> tuple[tuple[Layer, ...], dict[str, str]]:
 
 
 def _layer(store: TensorStore, name: str, tagged: Mapping[str, str], config: dict[str, Any]) -> Layer:
-    numbers = {tag.partition("_")[0] for tag in tagged} - {"f0"} or {"f0"}
+    numbers = {tag.partition("_")[0] for tag in tagged if tag != "f0_alpha"}
+    if len(numbers) > 1:
+        raise ShapeError(
+            f"{store.path}: layer {name} is there in two spellings: {', '.join(sorted(tagged.values()))}. "
+            "Export the file again."
+        )
     family = FAMILIES[int(min(numbers)[1:])]
     keys = {tag.partition("_")[2]: key for tag, key in tagged.items()}
-    missing = family.required - keys.keys()
-    if missing or len(keys) != len(tagged):
+    if missing := family.required - keys.keys():
         raise ShapeError(
-            f"{store.path}: layer {name} has {', '.join(sorted(tagged.values()))} but no "
-            f"{' and '.join(sorted(missing))} factor beside it. The file is incomplete; export it again."
+            f"{store.path}: layer {name} has {', '.join(sorted(tagged.values()))} but no {' and '.join(sorted(missing))} "
+            "factor beside it. The file is incomplete; export it again."
         )
     infos = {role: store.tensors[key] for role, key in keys.items()}
     if problem := family.check(infos):
         raise ShapeError(f"{store.path}: layer {name}: {problem}. Export the file again.")
-    return Layer(name, family, keys, infos, store, _config_scale(config, name, family.rank(infos)))
+    for role, info in infos.items():
+        if role != "alpha" and info.dtype not in FLOATS:
+            raise ShapeError(f"{store.path}: layer {name}: {keys[role]} is {info.dtype}, and factors are floats.")
+    try:
+        scale = _config_scale(config, name, family.rank(infos))
+    except (ValueError, TypeError, re.error) as error:
+        raise ShapeError(
+            f"{store.path}: layer {name}: its {CONFIG_KEY} is broken ({error}). Export it again."
+        ) from error
+    return Layer(name, family, keys, infos, store, scale)
 
 
 # diffusers >= 0.34 keeps PEFT's configuration in this entry; its keys begin with the component
@@ -198,10 +211,11 @@ def _layer(store: TensorStore, name: str, tagged: Mapping[str, str], config: dic
 CONFIG_KEY = "lora_adapter_metadata"
 
 
-def _config_scales(store: TensorStore) -> dict[str, Any]:
+def peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's configuration in a file's metadata; {} if there is none that can be read."""
     try:
-        config = json.loads(store.metadata.get(CONFIG_KEY, "{}"))
-    except ValueError:
+        config = json.loads(metadata.get(CONFIG_KEY, "{}"))
+    except (ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
 

@@ -233,7 +233,7 @@ def _open_table(path: Path) -> Base:
         return Base(path, "norms", family, weights, str(table["fingerprint"]), norms=norms)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
         raise NotABase(
             f"{path}: not a norm table of this version ({error}). Make one with: lorashrink norms BASE -o {path.name}"
         ) from error
