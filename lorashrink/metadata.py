@@ -105,8 +105,7 @@ def _adapter_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> str:
         if not stored:
             continue
         widest = max(stored.values())
-        # "^", because a pattern otherwise also fits modules that end like this one
-        patterns = {f"^{module}": rank for module, rank in sorted(stored.items()) if rank != widest}
+        patterns = {_pattern(module): rank for module, rank in sorted(stored.items()) if rank != widest}
         new |= {
             f"{component}.r": widest,
             f"{component}.lora_alpha": widest,
@@ -115,6 +114,12 @@ def _adapter_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> str:
             f"{component}.use_rslora": False,
         }
     return json.dumps(new, sort_keys=True)
+
+
+def _pattern(module: str) -> str:
+    """A regular expression for one module and, by its start, for none that only ends like it."""
+    # transformers >= 5 has no such level in CLIPTextModel, and loaders take it off the names but not off patterns
+    return "^(text_model.)?" + module.removeprefix("text_model.") if module.startswith("text_model.") else f"^{module}"
 
 
 def with_hashes(

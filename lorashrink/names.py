@@ -34,13 +34,11 @@ def address(name: str) -> tuple[str, str]:
     from a flattened name, so the base's names are flattened too and compared.
     """
     part, rest = "", name
-    matched = True
-    while matched and not part:
-        matched = False
-        for prefix, meaning in PREFIXES:
-            if rest.startswith(prefix):
-                part, rest, matched = meaning, rest.removeprefix(prefix), True
-                break
+    while found := next(((prefix, means) for prefix, means in PREFIXES if rest.startswith(prefix)), None):
+        prefix, means = found
+        if part and means:
+            break
+        part, rest = part or means, rest.removeprefix(prefix)
     for pattern, replacement in _ALIASES:
         rest = pattern.sub(replacement, rest)
     return part, rest.replace(".", "_")
@@ -76,6 +74,8 @@ def block(name: str) -> str:
         return f"OUT{3 * level + (2 if kind == 'upsamplers' else index):02d}"
     if flat.startswith("mid_block"):
         return "MID"
+    if flat == "conv_in":
+        return "IN00"
     if part.startswith("te") and (found := _ENCODER_LAYER.search(flat)):
         return f"{part.upper()}.{int(found[1]):02d}"
     return part.upper() if part.startswith("te") else "other"

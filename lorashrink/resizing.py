@@ -204,6 +204,21 @@ class Plan:
         return {index: place for place, index in enumerate(self.shrunk)}
 
     @cached_property
+    def alpha(self) -> int:
+        """The alpha of every layer of the output.
+
+        One number, because diffusers (0.42) gives the most frequent alpha of a kohya file to all of its layers. It is
+        the largest rank; a layer of a lower rank has factors that are smaller by √(rank/alpha) to make up for it.
+        """
+        return max(self.selection.widths, default=0)
+
+    def baked(self, place: int) -> float:
+        """What a layer's factors hold, relative to its truncated ΔW; the reader's alpha / rank does the rest."""
+        layer = self.decomposed.adapter.layers[self.shrunk[place]]
+        share = self.selection.widths[place] / self.alpha if "alpha" in layer.keys else 1.0
+        return self.recipe.rescale * share
+
+    @cached_property
     def size(self) -> int:
         """Bytes of the output."""
         return file_size(self.tensors, self.metadata)
@@ -439,9 +454,9 @@ def _write_layer(index: int, pairs: Sequence[tuple[Plan, SafetensorsWriter]], de
         place = each.places[index]
         kept, width = each.selection.kept[place], each.selection.widths[place]
         up, down = truncate(
-            delta, each.decomposed.spectra[index], kept, width=width, scale=each.recipe.rescale, device=device
+            delta, each.decomposed.spectra[index], kept, width=width, scale=each.baked(place), device=device
         )
-        values = {"up": up, "down": down, "alpha": torch.tensor(float(width))}
+        values = {"up": up, "down": down, "alpha": torch.tensor(float(each.alpha))}
         for role in layer.family.written(layer.infos, width):
             key = layer.keys[role]
             kind = getattr(torch, DTYPES[each.tensors[key].dtype][1])
@@ -470,9 +485,8 @@ def _verify(each: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps
                 return
             up, down = (store.read(layer.keys[role]).double().flatten(1) for role in ("up", "down"))
             norm = math.sqrt(max(0.0, float(((down @ down.mT) * (up.mT @ up)).sum())))
-            wanted = abs(each.recipe.rescale) * float(
-                (each.facts[place].sigma[list(each.selection.kept[place])] ** 2).sum() ** 0.5
-            )
+            kept = each.facts[place].sigma[list(each.selection.kept[place])]
+            wanted = abs(each.baked(place)) * float((kept**2).sum() ** 0.5)
             if not abs(norm - wanted) <= _NORM_TOLERANCE[each.tensors[layer.keys["up"]].dtype] * wanted:
                 raise OutputError(
                     f"{writer.path}: layer {layer.name} has norm {norm:.4g} after writing, {wanted:.4g} before. "

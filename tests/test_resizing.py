@@ -156,6 +156,18 @@ def test_the_scale_moves_into_the_factors_and_alpha_becomes_the_rank(
     assert_close(up3.norm(dim=0), down3.norm(dim=1), rtol=1e-4, atol=0)
 
 
+def test_layers_of_different_rank_share_one_alpha(tmp_path: Path) -> None:
+    """diffusers 0.42 gives the most frequent alpha of a kohya file to all of its attention layers."""
+    layers = {"lora_unet_a": (*pair(), 8.0), "lora_unet_b": (*pair(rank=3, seed=5), 1.5)}
+    source = make(tmp_path / "a.safetensors", layers, ss_network_dim="8", ss_network_alpha="8")
+    path = only(resize(source, recipes="rank=5", dtype="fp32"))
+    tensors = load_file(path)
+    assert [float(tensors[f"{name}.alpha"]) for name in layers] == [5, 5]
+    assert [tensors[f"{name}.lora_down.weight"].shape[0] for name in layers] == [5, 3]
+    assert_close(deltas(path)["lora_unet_b"], deltas(source)["lora_unet_b"], rtol=1e-4, atol=1e-5)
+    assert metadata(path)["ss_network_alpha"] == "5"
+
+
 def test_an_alpha_of_zero_is_removed_and_said(tmp_path: Path) -> None:
     layers = {"lora_unet_a": (*pair(), 0.0), "lora_unet_b": (*pair(), 8.0)}
     report = resize(make(tmp_path / "a.safetensors", layers), recipes="rank=2")

@@ -188,8 +188,8 @@ def _layer(store: TensorStore, name: str, tagged: Mapping[str, str], config: dic
     keys = {tag.partition("_")[2]: key for tag, key in tagged.items()}
     if missing := family.required - keys.keys():
         raise ShapeError(
-            f"{store.path}: layer {name} has {', '.join(sorted(tagged.values()))} but no {' and '.join(sorted(missing))} "
-            "factor beside it. The file is incomplete; export it again."
+            f"{store.path}: layer {name} has {', '.join(sorted(tagged.values()))} but no "
+            f"{' and '.join(sorted(missing))} factor beside it. The file is incomplete; export it again."
         )
     infos = {role: store.tensors[key] for role, key in keys.items()}
     if problem := family.check(infos):

@@ -27,6 +27,7 @@ FAMILIES: tuple[BaseFamily, ...] = stable_diffusion.FAMILIES
 
 # Not part of what adapters change, though their names may look so.
 _IGNORED = ("first_stage_model.", "vae.", "model_ema.")
+_NO_WEIGHTS = ("bias", "position_ids")
 _PART_FOLDERS = ("unet", "text_encoder", "text_encoder_2")
 
 
@@ -148,7 +149,7 @@ def _weights(shapes: Mapping[str, tuple[int, ...]], family: BaseFamily) -> dict[
     prefixes = sorted(family.containers, key=len, reverse=True)
     for key, shape in shapes.items():
         container = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
-        if container is None or key.endswith("bias") or len(shape) < 2 or min(shape) == 0:
+        if container is None or key.endswith(_NO_WEIGHTS) or len(shape) < 2 or min(shape) == 0:
             continue
         module = key[len(container) :].removesuffix(".weight").removesuffix("_weight")
         part = family.containers[container]
@@ -171,7 +172,7 @@ def _names(
     for name in clip.aliases(module):
         yield name, (whole,)
     third = shape[0] // 3
-    for number, name in enumerate(clip.thirds(module)):
+    for number, name in clip.thirds(module):
         yield name, (View(key, (third, *shape[1:]), (number * third, (number + 1) * third)),)
     if whole_name := clip.fused(module):
         keys = [key.replace("q_proj", f"{letter}_proj") for letter in "qkv"]

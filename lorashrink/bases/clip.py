@@ -32,10 +32,9 @@ def aliases(module: str) -> Iterator[str]:
     yield module
     if found := _LAYER.match(module):
         if found[2] in _INNER:
-            yield f"text_model.encoder.layers.{found[1]}.{_INNER[found[2]]}"
+            yield from _layer_names(found[1], _INNER[found[2]])
     elif found := _HF_LAYER.match(module):
-        # transformers >= 5 saves CLIPTextModel without this level; adapters always name it
-        yield f"text_model.encoder.layers.{found[1]}.{found[2]}"
+        yield from _layer_names(found[1], found[2])
         for open_clip, hugging_face in _INNER.items():
             if found[2] == hugging_face:
                 yield f"transformer.resblocks.{found[1]}.{open_clip}"
@@ -48,12 +47,19 @@ def aliases(module: str) -> Iterator[str]:
                 yield open_clip
 
 
-def thirds(module: str) -> tuple[str, ...]:
-    """The names of q, k and v of a fused open_clip attention, () if the module is something else."""
+def _layer_names(number: str, inner: str) -> Iterator[str]:
+    # transformers >= 5 drops this level from CLIPTextModel, and some adapters follow it
+    for level in ("text_model.", ""):
+        yield f"{level}encoder.layers.{number}.{inner}"
+
+
+def thirds(module: str) -> Iterator[tuple[int, str]]:
+    """(0, 1 or 2, a name of q, k or v) of a fused open_clip attention, nothing if the module is something else."""
     found = _LAYER.match(module)
-    if not found or found[2] != FUSED:
-        return ()
-    return tuple(f"text_model.encoder.layers.{found[1]}.{third}" for third in THIRDS)
+    if found and found[2] == FUSED:
+        for number, third in enumerate(THIRDS):
+            for name in _layer_names(found[1], third):
+                yield number, name
 
 
 def fused(module: str) -> str | None:

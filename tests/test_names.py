@@ -1,0 +1,130 @@
+"""What the name of a layer tells."""
+
+import fixtures
+import pytest
+
+from lorashrink.bases import open_base
+from lorashrink.names import PREFIXES, address, block, kind, naming
+
+ADDRESSES = [
+    ("lora_unet_input_blocks_4_1_proj_in", "unet", "input_blocks_4_1_proj_in"),
+    ("lora_unet__input_blocks_4_1_proj_in", "unet", "input_blocks_4_1_proj_in"),
+    ("lora_te_text_model_encoder_layers_3_mlp_fc1", "te1", "text_model_encoder_layers_3_mlp_fc1"),
+    ("lora_te1_text_model_encoder_layers_3_mlp_fc1", "te1", "text_model_encoder_layers_3_mlp_fc1"),
+    ("lora_te2_text_model_encoder_layers_3_mlp_fc1", "te2", "text_model_encoder_layers_3_mlp_fc1"),
+    ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", "te3", "encoder_block_0_layer_0_SelfAttention_q"),
+    ("unet.mid_block.attentions.0.proj_in", "unet", "mid_block_attentions_0_proj_in"),
+    ("text_encoder.text_model.encoder.layers.0.mlp.fc2", "te1", "text_model_encoder_layers_0_mlp_fc2"),
+    ("text_encoder_2.text_model.encoder.layers.0.mlp.fc2", "te2", "text_model_encoder_layers_0_mlp_fc2"),
+    ("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q", "te3", "encoder_block_0_layer_0_SelfAttention_q"),
+    ("base_model.model.mid_block.attentions.0.proj_in", "", "mid_block_attentions_0_proj_in"),
+    ("base_model.model.base_model.model.unet.conv_in", "unet", "conv_in"),
+    ("unet.base_model.model.conv_in", "unet", "conv_in"),
+    ("mid_block.attentions.0.proj_in", "", "mid_block_attentions_0_proj_in"),
+    ("unet.a.attn1.processor.to_q", "unet", "a_attn1_to_q"),
+    ("unet.a.attn1.processor.to_out", "unet", "a_attn1_to_out_0"),
+    ("unet.a.attn1.to_out", "unet", "a_attn1_to_out_0"),
+    ("unet.a.attn1.to_out.0", "unet", "a_attn1_to_out_0"),
+    ("lora_unet_a_attn1_to_out", "unet", "a_attn1_to_out_0"),
+    ("lora_unet_a_attn1_to_out_0", "unet", "a_attn1_to_out_0"),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "module"), ADDRESSES, ids=[name for name, _, _ in ADDRESSES])
+def test_a_layer_name_is_split_into_part_and_module(name, part, module):
+    assert address(name) == (part, module)
+
+
+def test_no_prefix_hides_a_longer_one():
+    prefixes = [prefix for prefix, _ in PREFIXES]
+    hidden = [
+        (earlier, later)
+        for place, earlier in enumerate(prefixes)
+        for later in prefixes[place + 1 :]
+        if later.startswith(earlier)
+    ]
+    assert hidden == []
+
+
+@pytest.mark.parametrize(
+    ("adapter", "expected"),
+    [
+        ("sdxl_lora_kohya_te1_te2", "kohya"),
+        ("sd15_locon_kohya", "kohya"),
+        ("sdxl_lora_diffusers_peft", "diffusers"),
+        ("sd15_lora_diffusers_processor", "diffusers"),
+    ],
+)
+def test_the_naming_of_a_listed_adapter_is_told(adapter, expected):
+    assert naming(fixtures.module_names(adapter)) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["base_model.model.layers.0.q_proj"], "peft"),
+        (["base_model.model.unet.conv_in"], "peft"),
+        (["text_encoder_2.text_model.encoder.layers.0.mlp.fc1"], "diffusers"),
+        (["double_blocks.0.img_attn.qkv"], "other"),
+        ([], "other"),
+    ],
+    ids=["peft", "peft around diffusers", "text encoder alone", "unknown", "nothing"],
+)
+def test_the_naming_of_layers_is_told(names, expected):
+    assert naming(names) == expected
+
+
+BLOCKS = [
+    ("lora_unet_input_blocks_4_1_proj_in", "IN04"),
+    ("lora_unet_input_blocks_10_0_in_layers_2", "IN10"),
+    ("lora_unet_middle_block_1_transformer_blocks_9_ff_net_2", "MID"),
+    ("lora_unet_output_blocks_0_1_proj_out", "OUT00"),
+    ("lora_unet_output_blocks_2_2_conv", "OUT02"),
+    ("unet.down_blocks.1.attentions.0.proj_in", "IN04"),
+    ("unet.down_blocks.0.resnets.1.conv1", "IN02"),
+    ("unet.down_blocks.0.downsamplers.0.conv", "IN03"),
+    ("unet.mid_block.resnets.1.conv2", "MID"),
+    ("unet.up_blocks.2.resnets.1.conv_shortcut", "OUT07"),
+    ("unet.up_blocks.0.upsamplers.0.conv", "OUT02"),
+    ("lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_attn1_to_q", "OUT05"),
+    ("lora_te_text_model_encoder_layers_11_mlp_fc1", "TE1.11"),
+    ("lora_te2_text_model_encoder_layers_31_mlp_fc1", "TE2.31"),
+    ("lora_te2_transformer_resblocks_31_mlp_c_fc", "TE2.31"),
+    ("text_encoder_2.text_projection", "TE2"),
+    ("lora_unet_time_embed_0", "other"),
+    ("lora_unet_out_2", "other"),
+]
+
+
+@pytest.mark.parametrize(("name", "expected"), BLOCKS, ids=[name for name, _ in BLOCKS])
+def test_a_layer_belongs_to_the_block_that_people_weight(name, expected):
+    assert block(name) == expected
+
+
+KINDS = [
+    ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", (768, 768), "te"),
+    ("lora_unet_input_blocks_1_0_in_layers_2", (320, 320, 3, 3), "conv"),
+    ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", (640, 2048), "attn"),
+    ("lora_unet_input_blocks_4_1_transformer_blocks_0_ff_net_0_proj", (5120, 640), "mlp"),
+    ("lora_unet_input_blocks_4_1_proj_in", (640, 640), "proj"),
+    ("lora_unet_down_blocks_0_attentions_0_proj_in", (320, 320, 1, 1), "proj"),
+    ("lora_unet_input_blocks_1_0_emb_layers_1", (320, 1280), "time"),
+    ("unet.down_blocks.0.resnets.0.time_emb_proj", (320, 1280), "time"),
+    ("unet.up_blocks.0.resnets.0.conv_shortcut", (1280, 2560, 1, 1), "other"),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "expected"), KINDS, ids=[name for name, _, _ in KINDS])
+def test_a_layer_is_of_a_kind(name, shape, expected):
+    assert kind(name, shape) == expected
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd15", "sd2"])
+def test_block_and_kind_of_a_layer_do_not_depend_on_the_layout_that_names_it(family, tmp_path):
+    path = fixtures.write_base(tmp_path, f"{family} UNet in LDM names")
+    with open_base(path) as base:
+        told = {}
+        for (part, name), views in base.weights.items():
+            layer = f"lora_{part}_{name}"
+            told.setdefault(views[0].key, set()).add((block(layer), kind(layer, views[0].shape)))
+    assert {key: answers for key, answers in told.items() if len(answers) > 1} == {}
