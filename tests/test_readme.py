@@ -1,0 +1,68 @@
+"""Every command and every line of Python in the README works, on the example pair."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lorashrink.cli import app
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the README speaks of."""
+    source = ROOT / "lorashrink" / "example"
+    shutil.copy(source / "base.safetensors", tmp_path / "model.safetensors")
+    shutil.copy(source / "adapter.safetensors", tmp_path / "lora.safetensors")
+    (tmp_path / "loras").mkdir()
+    shutil.copy(source / "adapter.safetensors", tmp_path / "loras" / "one.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("example")
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("lorashrink")])
+def test_every_command_works(command: str) -> None:
+    if "model-norms.json" in command and " norms " not in command:
+        CliRunner().invoke(app, ["norms", "model.safetensors", "-o", "model-norms.json"])
+    result = CliRunner().invoke(app, shlex.split(command, comments=True)[1:])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.usefixtures("example")
+@pytest.mark.parametrize("code", PYTHON)
+def test_every_example_in_python_works(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("make")])
+def test_every_make_target_exists(command: str) -> None:
+    target = command.split()[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_numbers_of_the_demo_are_those_of_the_readme(example: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "-o", str(example / "out")])
+    row = re.search(r"([\d.]+) kB +([\d.]+) kB +[\d.]+% +([\d.]+)%", result.stdout)
+    assert row
+    before, after, error = (float(number) for number in row.groups())
+    assert f"{before / 1000:.2f} MB -> {after / 1000:.2f} MB, {error:.1f} % error" in TEXT
+
+
+def test_every_file_that_is_linked_or_listed_exists() -> None:
+    linked = re.findall(r"\]\(([\w./-]+)\)", TEXT)
+    assert len(linked) >= 3
+    assert all((ROOT / name).exists() for name in linked)
+    listed = re.findall(r"^  (\w+(?:\.py|/))", TEXT, re.MULTILINE)
+    assert len(listed) >= 10
+    assert all((ROOT / "lorashrink" / name).exists() for name in listed)
