@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lorashrink._version import __version__
-from lorashrink.adapters import Adapter, Layer, open_adapter
+from lorashrink.adapters import Adapter, Layer, open_adapter, peft
 from lorashrink.base_norms import BaseNorms, Norms
 from lorashrink.bases import Base, Views, open_base
 from lorashrink.delta import Delta
@@ -36,6 +36,7 @@ from lorashrink.resizing import (
     match,
     plan,
     result,
+    shown,
     write,
 )
 from lorashrink.spectrum import Item, Spectrum, decompose
@@ -147,7 +148,10 @@ def _targets(source: Path, recipes: Sequence[Recipe], output: str | Path | None,
         return {place: recipes[0]}
     if place.exists() and not place.is_dir():
         raise OutputError(f"-o {output}: is a file, not a folder. Name a folder, or a new file ending in .safetensors.")
-    targets = {place / f"{source.stem}_{recipe.file_items()}.safetensors": recipe for recipe in recipes}
+    if peft.is_folder(source):
+        targets = {place / f"{source.name}_{recipe.file_items()}" / peft.WEIGHTS_FILE: recipe for recipe in recipes}
+    else:
+        targets = {place / f"{source.stem}_{recipe.file_items()}.safetensors": recipe for recipe in recipes}
     if len(targets) < len(recipes):
         raise RecipeError(
             "two of the recipes give the same file name, which has two decimals. Run them one by one with -o FILE."
@@ -280,12 +284,12 @@ def _begin(
     outcomes: dict[Path, list[FileResult] | Failure],
 ) -> _Work | None:
     started = time.perf_counter()
-    source_hash = settings.pool.submit(sha256_file, source)
     adapter = open_adapter(source)
     try:
+        source_hash = settings.pool.submit(sha256_file, adapter.store.files[0])
         if settings.skip_existing and any(path.exists() for path in outputs):
             done = {
-                path: _existing(path, source, recipe, settings, source_hash.result())
+                path: _existing(path, source, adapter.store.files, recipe, settings, source_hash.result())
                 for path, recipe in outputs.items()
             }
             outputs = {path: recipe for path, recipe in outputs.items() if not done[path]}
@@ -305,7 +309,9 @@ def _origin(recipe: Recipe, settings: _Settings, source_hash: str) -> Origin:
     return Origin(source_hash, str(recipe), base, settings.dtype, __version__)
 
 
-def _existing(path: Path, source: Path, recipe: Recipe, settings: _Settings, source_hash: str) -> FileResult | None:
+def _existing(
+    path: Path, source: Path, files: Sequence[Path], recipe: Recipe, settings: _Settings, source_hash: str
+) -> FileResult | None:
     """The result that an output which is already there stands for, None if there is no such file."""
     if not path.exists():
         return None
@@ -317,10 +323,10 @@ def _existing(path: Path, source: Path, recipe: Recipe, settings: _Settings, sou
         )
     return FileResult(
         source=str(source),
-        output=str(path),
+        output=str(shown(path)),
         recipe=str(recipe),
         threshold=json.loads(entries["resize_params"])["threshold"],
-        bytes_before=source.stat().st_size,
+        bytes_before=sum(each.stat().st_size for each in files),
         bytes_after=path.stat().st_size,
         relative_error=(1 - float(entries["lorashrink.energy"])) ** 0.5,
         seconds=0.0,

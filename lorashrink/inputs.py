@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorashrink.adapters import looks_like_adapter
+from lorashrink.adapters import looks_like_adapter, peft
 from lorashrink.errors import InputError
 from lorashrink.files import PICKLE_SUFFIXES, read_header
 
@@ -21,7 +21,9 @@ def find_adapters(given: Sequence[str | Path], *, recursive: bool = False) -> li
     found: dict[str, Path] = {}
     for entry in map(str, given):
         path = Path(entry)
-        if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
+        if peft.is_folder(path):
+            paths, missing = [path], ""
+        elif os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
             inside = path.rglob("*") if recursive else path.iterdir()
             paths = [each for each in sorted(inside) if each.suffix == ".safetensors" and not each.name.startswith(".")]
             paths = [each for each in paths if _holds_adapter(each)]
@@ -35,9 +37,13 @@ def find_adapters(given: Sequence[str | Path], *, recursive: bool = False) -> li
             missing = f"{entry}: no file matches."
         if not paths:
             raise InputError(missing)
-        for each in paths:
+        for each in (path.parent if _of_peft(path) else path for path in paths):
             found.setdefault(os.path.realpath(each), each)
     return list(found.values())
+
+
+def _of_peft(path: Path) -> bool:
+    return path.name == peft.WEIGHTS_FILE and peft.is_folder(path.parent)
 
 
 def _holds_adapter(path: Path) -> bool:

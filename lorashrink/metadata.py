@@ -10,9 +10,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from lorashrink.adapters import CONFIG_KEY, peft_config
+from lorashrink.adapters import peft
 from lorashrink.files import TensorInfo, header_bytes
 from lorashrink.recipe import TERMS, Recipe
 
@@ -59,11 +58,12 @@ def shrunk(
     ranks: Mapping[str, int],
     old_rank: int,
     error: float,
+    settings: peft.Settings,
 ) -> dict[str, str]:
     """Metadata of the output. `ranks` maps the names of the layers that are written to their ranks.
 
-    `error` is the relative error of the file. Hashes of the contents are placeholders of the right length, see
-    `with_hashes`.
+    `error` is the relative error of the file, `settings` are PEFT's for these ranks. Hashes of the contents are
+    placeholders of the right length, see `with_hashes`.
     """
     new = dict(old)
     widest = str(max(ranks.values(), default=0))
@@ -74,8 +74,8 @@ def shrunk(
         comment = f"resized from rank {old_rank} with lorashrink {recipe}"
         before = old.get("ss_training_comment", "")
         new["ss_training_comment"] = comment if before in ("", "None") else f"{comment}; {before}"
-    if config := peft_config(old):
-        new[CONFIG_KEY] = _adapter_config(config, ranks)
+    if settings and peft.METADATA_KEY in old:
+        new[peft.METADATA_KEY] = peft.to_metadata(settings)
     weights = {key: recipe.normalised.get(key, 0.0) for key in TERMS}
     params = {
         "recipe_str": str(recipe),
@@ -95,31 +95,6 @@ def shrunk(
     if title := old.get("modelspec.title"):
         new["modelspec.title"] = f"{title} ({recipe})"
     return new
-
-
-def _adapter_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> str:
-    """PEFT's configuration with the ranks that are now stored; alpha = rank, since factors hold the scale."""
-    new = dict(config)
-    for component in {key.partition(".")[0] for key in config}:
-        stored = {name.partition(".")[2]: rank for name, rank in ranks.items() if name.partition(".")[0] == component}
-        if not stored:
-            continue
-        widest = max(stored.values())
-        patterns = {_pattern(module): rank for module, rank in sorted(stored.items()) if rank != widest}
-        new |= {
-            f"{component}.r": widest,
-            f"{component}.lora_alpha": widest,
-            f"{component}.rank_pattern": patterns,
-            f"{component}.alpha_pattern": patterns,
-            f"{component}.use_rslora": False,
-        }
-    return json.dumps(new, sort_keys=True)
-
-
-def _pattern(module: str) -> str:
-    """A regular expression for one module and, by its start, for none that only ends like it."""
-    # transformers >= 5 has no such level in CLIPTextModel, and loaders take it off the names but not off patterns
-    return "^(text_model.)?" + module.removeprefix("text_model.") if module.startswith("text_model.") else f"^{module}"
 
 
 def with_hashes(

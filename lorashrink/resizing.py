@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorashrink import metadata
-from lorashrink.adapters import Adapter, Layer, adapter_family
+from lorashrink.adapters import Adapter, Layer, adapter_family, peft
 from lorashrink.base_norms import Norms
 from lorashrink.bases import FAMILIES as BASE_FAMILIES
 from lorashrink.bases import Base, Views, views_id, views_shape
-from lorashrink.delta import fan_in
+from lorashrink.delta import Delta, fan_in
 from lorashrink.errors import FamilyMismatch, InputError, NonFinite, OutputError, RecipeError, ShapeError
-from lorashrink.files import DTYPES, SafetensorsWriter, TensorInfo, header_bytes, open_tensors
+from lorashrink.files import DTYPES, SafetensorsWriter, TensorInfo, header_bytes, open_tensors, write_bytes
 from lorashrink.recipe import LayerFacts, Recipe, Selection, score, select
 from lorashrink.recipe import quantiles as score_quantiles
-from lorashrink.spectrum import Spectrum, alignment, truncate
+from lorashrink.spectrum import Spectrum, alignment, grams, truncate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,6 +197,7 @@ class Plan:
     verbatim: Mapping[str, str]  # key -> reason
     removed: Mapping[str, str]  # layer or key -> reason
     warnings: Sequence[str]
+    settings: peft.Settings  # PEFT's, for the new ranks
 
     @cached_property
     def places(self) -> Mapping[int, int]:
@@ -313,8 +314,11 @@ def plan(
                 result |= _written(adapter.layers[index], width, kinds[index])
         return result
 
+    def ranks_of(widths: Sequence[int]) -> dict[str, int]:
+        return {adapter.layers[i].name: width for i, width in zip(shrunk, widths, strict=True) if width}
+
     def entries(widths: Sequence[int], threshold: float | None, error: float = 0.0) -> dict[str, str]:
-        ranks = {adapter.layers[i].name: width for i, width in zip(shrunk, widths, strict=True) if width}
+        ranks = ranks_of(widths)
         return metadata.shrunk(
             adapter.store.metadata,
             recipe=recipe,
@@ -323,6 +327,7 @@ def plan(
             ranks=ranks,
             old_rank=old_rank,
             error=error,
+            settings=peft.with_ranks(adapter.settings, ranks, verbatim),
         )
 
     selection = select(recipe, facts, lambda widths, threshold: file_size(tensors(widths), entries(widths, threshold)))
@@ -347,6 +352,7 @@ def plan(
         verbatim,
         removed,
         warnings,
+        peft.with_ranks(adapter.settings, ranks_of(selection.widths), verbatim),
     )
 
 
@@ -408,12 +414,21 @@ def write(
         for each, writer in pairs:
             for key in each.verbatim:
                 writer.copy(key, each.decomposed.adapter.store, key)
+        # Hashing is one thread's work; it goes on while the others read the files back.
+        hashed = [pool.submit(_hashed_metadata, each, writer) for each, writer in pairs]
+        for (each, writer), entries in zip(pairs, hashed, strict=True):
             _verify(each, writer, pool, steps)
-            writer.replace_metadata(metadata.with_hashes(each.metadata, each.tensors, writer.data_chunks))
+            writer.replace_metadata(entries.result())
+            if peft.is_folder(each.decomposed.adapter.path):
+                write_bytes(writer.path.parent / peft.CONFIG_FILE, peft.to_file(each.settings))
             writer.commit()
     finally:
         for writer in writers.values():
             writer.__exit__()
+
+
+def _hashed_metadata(each: Plan, writer: SafetensorsWriter) -> dict[str, str]:
+    return metadata.with_hashes(each.metadata, each.tensors, writer.data_chunks)
 
 
 class _Steps:
@@ -483,8 +498,9 @@ def _verify(each: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps
             layer, width = adapter.layers[each.shrunk[place]], each.selection.widths[place]
             if not width:
                 return
-            up, down = (store.read(layer.keys[role]).double().flatten(1) for role in ("up", "down"))
-            norm = math.sqrt(max(0.0, float(((down @ down.mT) * (up.mT @ up)).sum())))
+            up, down = (store.read(layer.keys[role]).flatten(1) for role in ("up", "down"))
+            both = grams([Delta(up, down, 1.0, layer.shape)], torch.device("cpu"))
+            norm = math.sqrt(max(0.0, float((both.down * both.up).sum())))
             kept = each.facts[place].sigma[list(each.selection.kept[place])]
             wanted = abs(each.baked(place)) * float((kept**2).sum() ** 0.5)
             if not abs(norm - wanted) <= _NORM_TOLERANCE[each.tensors[layer.keys["up"]].dtype] * wanted:
@@ -496,12 +512,17 @@ def _verify(each: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps
         _run(pool, range(len(each.shrunk)), check, steps)
 
 
+def shown(output: Path) -> Path:
+    """What a user calls an output: the file, or the folder that is loaded as a whole."""
+    return output.parent if output.name == peft.WEIGHTS_FILE else output
+
+
 def result(each: Plan, output: Path, *, started: float, quantiles: bool = False) -> FileResult:
     """The report on one output."""
     adapter = each.decomposed.adapter
     return FileResult(
         source=str(adapter.path),
-        output=str(output),
+        output=str(shown(output)),
         recipe=str(each.recipe),
         threshold=each.selection.threshold,
         bytes_before=sum(path.stat().st_size for path in adapter.store.files),

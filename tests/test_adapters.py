@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from lorashrink.adapters import CONFIG_KEY, adapter_family, looks_like_adapter, open_adapter
+from lorashrink.adapters import adapter_family, looks_like_adapter, open_adapter, peft
 from lorashrink.errors import NotAnAdapter, ShapeError
 
 NOT_DECOMPOSED = "of a family that is not decomposed"
@@ -301,7 +301,7 @@ def test_a_diffusers_file_adds_what_peft_adds(settings, tmp_path):
             nn.init.normal_(parameter)
     stored = {key.replace("base_model.model.", "unet."): v for key, v in get_peft_model_state_dict(model).items()}
     entries = {f"unet.{key}": value for key, value in config.to_dict().items()}
-    packed = {CONFIG_KEY: json.dumps(entries, default=list)}
+    packed = {peft.METADATA_KEY: json.dumps(entries, default=list)}
     with open_adapter(write(tmp_path / "a.safetensors", stored, packed)) as adapter:
         assert {layer.name for layer in adapter} == {f"unet.{target}" for target in TARGETS}
         for layer in adapter:
@@ -401,7 +401,7 @@ def test_without_alphas_the_configuration_in_the_file_sets_the_scale(config, exp
         for name, rank in (("unet.down.to_k", 4), ("unet.mid.to_k", 8), ("text_encoder.to_k", 2))
         for key, value in (("lora_A.weight", noise(rank, 6)), ("lora_B.weight", noise(8, rank)))
     }
-    entries = None if config is None else {CONFIG_KEY: json.dumps(config)}
+    entries = None if config is None else {peft.METADATA_KEY: json.dumps(config)}
     with open_adapter(write(tmp_path / "a.safetensors", tensors, entries)) as adapter:
         scales = {layer.name: layer.scale for layer in adapter}
     wanted = dict(zip(("unet.down.to_k", "unet.mid.to_k", "text_encoder.to_k"), expected, strict=True))
@@ -409,7 +409,7 @@ def test_without_alphas_the_configuration_in_the_file_sets_the_scale(config, exp
 
 
 def test_a_stored_alpha_wins_over_the_configuration(tmp_path):
-    entries = {CONFIG_KEY: json.dumps({"unet.r": 4, "unet.lora_alpha": 64})}
+    entries = {peft.METADATA_KEY: json.dumps({"unet.r": 4, "unet.lora_alpha": 64})}
     tensors = {"unet.x.lora_A.weight": noise(4, 6), "unet.x.lora_B.weight": noise(8, 4), "unet.x.alpha": torch.ones(())}
     with open_adapter(write(tmp_path / "a.safetensors", tensors, entries)) as adapter:
         assert adapter.layers[0].scale == 0.25
@@ -418,13 +418,13 @@ def test_a_stored_alpha_wins_over_the_configuration(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"unet.lora_alpha"'])
 def test_a_configuration_that_cannot_be_read_counts_as_none(text, tmp_path):
     tensors = {"unet.x.lora_A.weight": noise(4, 6), "unet.x.lora_B.weight": noise(8, 4)}
-    with open_adapter(write(tmp_path / "a.safetensors", tensors, {CONFIG_KEY: text})) as adapter:
+    with open_adapter(write(tmp_path / "a.safetensors", tensors, {peft.METADATA_KEY: text})) as adapter:
         assert adapter.layers[0].scale == 1
 
 
 def test_the_scale_of_a_listed_diffusers_file_is_one(tmp_path):
     with open_adapter(fixtures.write_adapter(tmp_path, "sdxl_lora_diffusers_peft")) as adapter:
-        assert CONFIG_KEY in adapter.store.metadata
+        assert peft.METADATA_KEY in adapter.store.metadata
         assert {layer.scale for layer in adapter} == {1.0}
 
 

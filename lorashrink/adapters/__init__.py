@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorashrink.adapters import lora
+from lorashrink.adapters import lora, peft
 from lorashrink.adapters.family import Family
 from lorashrink.errors import NotAnAdapter, ShapeError
 from lorashrink.files import FLOATS, TensorInfo, TensorStore, open_tensors
@@ -91,6 +90,7 @@ class Adapter:
     store: TensorStore = field(repr=False)
     layers: tuple[Layer, ...]
     others: Mapping[str, str]  # key -> why it is no part of a layer
+    settings: peft.Settings = field(default_factory=dict, repr=False)
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -110,21 +110,25 @@ class Adapter:
 
 
 def open_adapter(path: str | Path) -> Adapter:
-    """Open an adapter file and sort its keys into layers, from the header alone.
+    """Open an adapter file or PEFT folder and sort its keys into layers, from the header alone.
 
     Raises InputError or DamagedFile (unreadable), NotAnAdapter (no key looks like an adapter's), and
     ShapeError (a factor is missing, or the factors of a layer do not fit each other).
     """
     path = Path(path)
-    store = open_tensors(path)
+    folder = path if peft.is_folder(path) else path.parent
+    # A file that PEFT saved is half an adapter: its scale is in the file beside it.
+    of_folder = peft.is_folder(folder) and path in (folder, folder / peft.WEIGHTS_FILE)
+    store = open_tensors(folder / peft.WEIGHTS_FILE if of_folder else path)
     try:
-        layers, others = _sort_keys(store)
+        settings = peft.from_folder(folder) if of_folder else peft.from_metadata(store.metadata)
+        layers, others = _sort_keys(store, settings)
         if not layers and not any(FOREIGN.search(key) for key in others):
             raise NotAnAdapter(
                 f"{path}: no adapter layer found among its {len(store.tensors)} tensors. "
                 "If this is the base checkpoint, give it first or with --base."
             )
-        return Adapter(path, store, layers, others)
+        return Adapter(path, store, layers, others, settings)
     except BaseException:
         store.close()
         raise
@@ -147,7 +151,7 @@ _SUFFIX = re.compile(
 )
 
 
-def _sort_keys(store: TensorStore) -> tuple[tuple[Layer, ...], dict[str, str]]:
+def _sort_keys(store: TensorStore, settings: peft.Settings) -> tuple[tuple[Layer, ...], dict[str, str]]:
     groups: dict[str, dict[str, str]] = {}  # layer name -> "f0_up" -> key
     others: dict[str, str] = {}
     extras: dict[str, str] = {}  # layer name -> a foreign key that belongs to it
@@ -165,7 +169,6 @@ def _sort_keys(store: TensorStore) -> tuple[tuple[Layer, ...], dict[str, str]]:
             extras[key[: found.start()]] = key
         else:
             others[key] = "not part of an adapter layer"
-    config = peft_config(store.metadata)
     layers = []
     for name, tagged in groups.items():
         if name in extras:
@@ -173,11 +176,11 @@ def _sort_keys(store: TensorStore) -> tuple[tuple[Layer, ...], dict[str, str]]:
         elif set(tagged) == {"f0_alpha"}:
             others[tagged["f0_alpha"]] = "an alpha without factors"
         else:
-            layers.append(_layer(store, name, tagged, config))
+            layers.append(_layer(store, name, tagged, settings))
     return tuple(layers), others
 
 
-def _layer(store: TensorStore, name: str, tagged: Mapping[str, str], config: dict[str, Any]) -> Layer:
+def _layer(store: TensorStore, name: str, tagged: Mapping[str, str], settings: peft.Settings) -> Layer:
     numbers = {tag.partition("_")[0] for tag in tagged if tag != "f0_alpha"}
     if len(numbers) > 1:
         raise ShapeError(
@@ -198,43 +201,12 @@ def _layer(store: TensorStore, name: str, tagged: Mapping[str, str], config: dic
         if role != "alpha" and info.dtype not in FLOATS:
             raise ShapeError(f"{store.path}: layer {name}: {keys[role]} is {info.dtype}, and factors are floats.")
     try:
-        scale = _config_scale(config, name, family.rank(infos))
+        scale = peft.scale(settings, name, family.rank(infos))
     except (ValueError, TypeError, re.error) as error:
         raise ShapeError(
-            f"{store.path}: layer {name}: its {CONFIG_KEY} is broken ({error}). Export it again."
+            f"{store.path}: layer {name}: its lora_alpha or a pattern is broken ({error}). Export it again."
         ) from error
     return Layer(name, family, keys, infos, store, scale)
-
-
-# diffusers >= 0.34 keeps PEFT's configuration in this entry; its keys begin with the component
-# ("unet.r", "text_encoder.lora_alpha").
-CONFIG_KEY = "lora_adapter_metadata"
-
-
-def peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's configuration in a file's metadata; {} if there is none that can be read."""
-    try:
-        config = json.loads(metadata.get(CONFIG_KEY, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _config_scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """PEFT's scale of a module: lora_alpha / r, with per-module patterns, / sqrt(r) with rsLoRA."""
-    component, _, module = name.partition(".")
-    alpha = _pattern(config.get(f"{component}.alpha_pattern"), module, config.get(f"{component}.lora_alpha"))
-    if alpha is None:
-        return 1.0
-    return float(alpha) / (rank**0.5 if config.get(f"{component}.use_rslora") else rank)
-
-
-def _pattern(patterns: object, module: str, default: Any) -> Any:
-    if isinstance(patterns, Mapping):
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-    return default
 
 
 # Names and widths that only one family has. The first row with all its marks decides.
