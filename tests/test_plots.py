@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lorashrink.plots.ranks import rank_per_block
 
+from lorashrink.plots.ranks import rank_per_block
 from lorashrink.resizing import FileResult, LayerResult
 
 
