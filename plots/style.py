@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 BEFORE, AFTER, INK = "#c9d3db", "#0072b2", "#333333"
 
-RC: Mapping[str, Any] = {
+RC: dict[Any, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
