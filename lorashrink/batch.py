@@ -25,8 +25,7 @@ from lorashrink.files import check_output, read_header, sha256_file
 from lorashrink.inputs import find_adapters
 from lorashrink.machine import pick_device, worker_pool
 from lorashrink.metadata import Origin
-from lorashrink.recipe import DEFAULT, Recipe, parse_recipes
-from lorashrink.resizing import (
+from lorashrink.planning import (
     OUTPUT_DTYPES,
     UNMAPPED,
     Decomposed,
@@ -37,9 +36,10 @@ from lorashrink.resizing import (
     plan,
     result,
     shown,
-    write,
 )
+from lorashrink.recipe import DEFAULT, Recipe, parse_recipes
 from lorashrink.spectrum import Item, Spectrum, decompose
+from lorashrink.writing import write
 
 log = logging.getLogger(__name__)
 

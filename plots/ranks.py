@@ -15,7 +15,7 @@ from lorashrink.plots.style import AFTER, BEFORE, RC
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lorashrink.resizing import FileResult, LayerResult
+    from lorashrink.planning import FileResult, LayerResult
 
 _ORDER = ("TE", "IN", "MID", "OUT", "other")
 

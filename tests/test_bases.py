@@ -14,7 +14,7 @@ from lorashrink.adapters import open_adapter
 from lorashrink.bases import open_base, recognise, views_id, views_shape
 from lorashrink.errors import FamilyMismatch, InputError, NotABase, ShapeError
 from lorashrink.names import address
-from lorashrink.resizing import match, same_matrix
+from lorashrink.planning import match, same_matrix
 
 UNET_FILE = "model.diffusion_model."
 L_FILE = "conditioner.embedders.0.transformer.text_model.encoder.layers."

@@ -1,11 +1,10 @@
-"""One adapter, decomposed once, becomes one file per recipe."""
+"""What becomes of one adapter: its layers matched with the base, judged by recipes, and laid out as files."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +17,12 @@ from lorashrink.adapters import Adapter, Layer, adapter_family, peft
 from lorashrink.base_norms import Norms
 from lorashrink.bases import FAMILIES as BASE_FAMILIES
 from lorashrink.bases import Base, Views, views_id, views_shape
-from lorashrink.delta import Delta, fan_in
-from lorashrink.errors import FamilyMismatch, InputError, NonFinite, OutputError, RecipeError, ShapeError
-from lorashrink.files import DTYPES, SafetensorsWriter, TensorInfo, header_bytes, open_tensors, write_bytes
+from lorashrink.delta import fan_in
+from lorashrink.errors import FamilyMismatch, InputError, NonFinite, RecipeError, ShapeError
+from lorashrink.files import DTYPES, TensorInfo, header_bytes
 from lorashrink.recipe import LayerFacts, Recipe, Selection, score, select
 from lorashrink.recipe import quantiles as score_quantiles
-from lorashrink.spectrum import Spectrum, alignment, grams, truncate
+from lorashrink.spectrum import Spectrum, alignment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -379,137 +378,6 @@ def _nothing_left(adapter: Adapter, recipe: Recipe, facts: Sequence[LayerFacts])
         f"{adapter.path}: recipe '{recipe}' keeps nothing: the best dimension scores {best:.2f}. "
         "Use a lower threshold or a larger size, or min_rank=1."
     )
-
-
-# --- writing ------------------------------------------------------------------------------------
-
-# Relative difference of a layer's norm before and after rounding to the dtype that still is rounding.
-_NORM_TOLERANCE = {"F64": 1e-6, "F32": 1e-5, "F16": 1e-2, "BF16": 2e-2}
-_LAYERS_PER_TASK = 8
-
-Progress = Callable[[int, int], None]
-
-
-def write(
-    plans: Mapping[Path, Plan],
-    *,
-    pool: Executor,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> None:
-    """Compute and write the outputs of one adapter; each layer is read once for all of them.
-
-    Every file is complete, checked against its spectrum and on the disk before it gets its name. Raises
-    OutputError, after which no part of any output of this adapter is left that was not finished.
-    """
-    first = next(iter(plans.values()))
-    layers = first.decomposed.adapter.layers
-    writers: dict[Path, SafetensorsWriter] = {}
-    steps = _Steps(progress, len(layers) + sum(len(each.shrunk) for each in plans.values()))
-    try:
-        for path, each in plans.items():
-            writers[path] = SafetensorsWriter(path, each.tensors, each.metadata)
-        pairs = [(each, writers[path]) for path, each in plans.items()]
-        _run(pool, range(len(layers)), lambda index: _write_layer(index, pairs, device), steps)
-        for each, writer in pairs:
-            for key in each.verbatim:
-                writer.copy(key, each.decomposed.adapter.store, key)
-        # Hashing is one thread's work; it goes on while the others read the files back.
-        hashed = [pool.submit(_hashed_metadata, each, writer) for each, writer in pairs]
-        for (each, writer), entries in zip(pairs, hashed, strict=True):
-            _verify(each, writer, pool, steps)
-            writer.replace_metadata(entries.result())
-            if peft.is_folder(each.decomposed.adapter.path):
-                write_bytes(writer.path.parent / peft.CONFIG_FILE, peft.to_file(each.settings))
-            writer.commit()
-    finally:
-        for writer in writers.values():
-            writer.__exit__()
-
-
-def _hashed_metadata(each: Plan, writer: SafetensorsWriter) -> dict[str, str]:
-    return metadata.with_hashes(each.metadata, each.tensors, writer.data_chunks)
-
-
-class _Steps:
-    def __init__(self, report: Progress | None, total: int) -> None:
-        self.report, self.total, self.done = report, total, 0
-
-    def __call__(self, count: int) -> None:
-        self.done += count
-        if self.report:
-            self.report(self.done, self.total)
-
-
-def _run(pool: Executor, items: Sequence[int], task: Callable[[int], None], steps: _Steps) -> None:
-    """Run the task for every item in the pool, some at a time; the first error stops the rest."""
-
-    def several(start: int) -> int:
-        part = items[start : start + _LAYERS_PER_TASK]
-        for item in part:
-            task(item)
-        return len(part)
-
-    futures = [pool.submit(several, start) for start in range(0, len(items), _LAYERS_PER_TASK)]
-    try:
-        for future in futures:
-            steps(future.result())
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-def _write_layer(index: int, pairs: Sequence[tuple[Plan, SafetensorsWriter]], device: str) -> None:
-    delta = None
-    for each, writer in pairs:
-        if index not in each.places or not each.selection.widths[each.places[index]]:
-            continue
-        layer = each.decomposed.adapter.layers[index]
-        delta = delta or layer.delta
-        place = each.places[index]
-        kept, width = each.selection.kept[place], each.selection.widths[place]
-        up, down = truncate(
-            delta, each.decomposed.spectra[index], kept, width=width, scale=each.baked(place), device=device
-        )
-        values = {"up": up, "down": down, "alpha": torch.tensor(float(each.alpha))}
-        for role in layer.family.written(layer.infos, width):
-            key = layer.keys[role]
-            kind = getattr(torch, DTYPES[each.tensors[key].dtype][1])
-            writer.write(key, values[role].to(kind))
-
-
-def _verify(each: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> None:
-    """Open the written file as every loader does, and compare the norm of each layer with its spectrum."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(writer.temporary, "pt") as opened:
-            names = set(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise OutputError(f"{writer.path}: the written file cannot be read back ({error}).") from error
-    adapter = each.decomposed.adapter
-    by_name = {layer.name: layer for layer in adapter.layers}
-    gone = {key for name in each.removed for key in (by_name[name].keys.values() if name in by_name else [name])}
-    if names != set(each.tensors) or adapter.store.tensors.keys() - names != gone:
-        raise OutputError(f"{writer.path}: the written file has other tensors than planned; please report this.")
-    with open_tensors(writer.temporary) as store:
-
-        def check(place: int) -> None:
-            layer, width = adapter.layers[each.shrunk[place]], each.selection.widths[place]
-            if not width:
-                return
-            up, down = (store.read(layer.keys[role]).flatten(1) for role in ("up", "down"))
-            both = grams([Delta(up, down, 1.0, layer.shape)], torch.device("cpu"))
-            norm = math.sqrt(max(0.0, float((both.down * both.up).sum())))
-            kept = each.facts[place].sigma[list(each.selection.kept[place])]
-            wanted = abs(each.baked(place)) * float((kept**2).sum() ** 0.5)
-            if not abs(norm - wanted) <= _NORM_TOLERANCE[each.tensors[layer.keys["up"]].dtype] * wanted:
-                raise OutputError(
-                    f"{writer.path}: layer {layer.name} has norm {norm:.4g} after writing, {wanted:.4g} before. "
-                    "Its numbers do not fit the dtype; use -t fp32 or -t bf16. Nothing was written."
-                )
-
-        _run(pool, range(len(each.shrunk)), check, steps)
 
 
 def shown(output: Path) -> Path:

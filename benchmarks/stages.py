@@ -1,0 +1,142 @@
+"""Where the time of one resize command goes: `python stages.py RESULT.json BASE LORA OUT RECIPE`.
+
+Runs the command's work in this fresh process, with clocks around the functions that make up its stages, and writes
+{"stages": {name: seconds}, "cpu": {name: CPU seconds over all threads}, "total": seconds} as JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+_WRITE, _CHECKS, _COMMIT = "write", ("verify", "hash"), "fsync, rename"
+# Functions that run one after another, by the stage they belong to; a missing one is left out of the table.
+# The stages of writing are cut where the first of `_CHECKS` begins, because those may run side by side.
+STAGES = {
+    "open base": ["lorashrink.batch:open_base"],
+    "open adapter, match": ["lorashrink.batch:open_adapter", "lorashrink.batch:match"],
+    "norms look-up": ["lorashrink.batch:BaseNorms"],
+    "select, plan": ["lorashrink.batch:plan"],
+    _WRITE: ["lorashrink.batch:write"],
+    "verify": ["lorashrink.planning:_verify"],
+    "hash": ["lorashrink.planning:metadata.with_hashes"],
+    _COMMIT: ["lorashrink.planning:SafetensorsWriter.commit"],
+    "report": ["lorashrink.batch:result"],
+}
+_LOOK_UP = "lorashrink.base_norms:BaseNorms.look_up"
+# Functions of the worker threads; some contain others.
+WORK = {
+    "hash of the source": "lorashrink.batch:sha256_file",
+    "hash of the output": "lorashrink.planning:metadata.with_hashes",
+    "read tensors": "lorashrink.files:TensorStore.read",
+    "Gram matrices": "lorashrink.spectrum:grams",
+    "r×r algebra": "lorashrink.spectrum:solve",
+    "form factors": "lorashrink.planning:truncate",
+    "write tensors": "lorashrink.files:SafetensorsWriter.write",
+}
+
+
+class Clocks:
+    """Sums of seconds by name; safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = defaultdict(float)
+        self.cpu: dict[str, float] = defaultdict(float)
+        self.begun: dict[str, float] = {}  # when the first call of each began
+        self._lock = threading.Lock()
+
+    def timed(self, name: str, function: Callable[..., Any], *, cpu: bool = False) -> Callable[..., Any]:
+        """The function, with its wall time (or the CPU time of its thread) added to the sums."""
+        clock, sums = (time.thread_time, self.cpu) if cpu else (time.perf_counter, self.wall)
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            self.begun.setdefault(name, time.perf_counter())
+            start = clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                with self._lock:
+                    sums[name] += clock() - start
+
+        return wrapper
+
+    def decompose(self, function: Callable[..., list[Future[Any]]]) -> Callable[..., list[Future[Any]]]:
+        """The same for a function that returns futures: until the last of them is done."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> list[Future[Any]]:
+            start = time.perf_counter()
+            futures = function(*args, **kwargs)
+
+            def finished(_: Future[Any]) -> None:
+                self.wall["decompose"] = max(self.wall["decompose"], time.perf_counter() - start)
+
+            for future in futures:
+                future.add_done_callback(finished)
+            return futures
+
+        return wrapper
+
+
+def replace(place: str, wrap: Callable[[Any], Any]) -> None:
+    """Put `wrap(f)` in place of the function f at "module:name.name"; nothing happens if there is none."""
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part, None)
+    if hasattr(owner, name):
+        setattr(owner, name, wrap(getattr(owner, name)))
+
+
+def install(clocks: Clocks) -> None:
+    """Put the clocks around the functions of the product."""
+    replace("lorashrink.batch:decompose", clocks.decompose)
+    replace(_LOOK_UP, functools.partial(clocks.timed, "norms look-up"))
+    for name, places in STAGES.items():
+        for place in places:
+            replace(place, functools.partial(clocks.timed, name))
+    for name, place in WORK.items():
+        replace(place, functools.partial(clocks.timed, name, cpu=True))
+
+
+def cut_writing(clocks: Clocks) -> None:
+    """Replace the time of writing and of its checks by stages that follow one another."""
+    checked = min(clocks.begun[name] for name in _CHECKS if name in clocks.begun)
+    for name in (_WRITE, *_CHECKS):
+        clocks.wall.pop(name, None)
+    clocks.wall["form, write"] = checked - clocks.begun[_WRITE]
+    clocks.wall["verify, hash"] = clocks.begun[_COMMIT] - checked
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one resize and write the table of its stages."""
+    result, base, lora, out, recipe = arguments
+    clocks = Clocks()
+    started = float(os.environ["BENCH_STARTED"])
+    clocks.wall["start Python"] = time.time() - started
+    clocks.timed("import torch", importlib.import_module)("torch")
+    clocks.timed("import lorashrink", importlib.import_module)("lorashrink.batch")
+    install(clocks)
+    from lorashrink.batch import resize
+
+    resize(lora, base=base, recipes=recipe, output=out, force=True)
+    cut_writing(clocks)
+    total = time.time() - started
+    clocks.wall["rest"] = total - sum(clocks.wall.values())
+    text = json.dumps({"stages": clocks.wall, "cpu": clocks.cpu, "total": total})
+    Path(result).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
