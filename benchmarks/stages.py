@@ -28,20 +28,20 @@ STAGES = {
     "norms look-up": ["lorashrink.batch:BaseNorms"],
     "select, plan": ["lorashrink.batch:plan"],
     _WRITE: ["lorashrink.batch:write"],
-    "verify": ["lorashrink.planning:_verify"],
-    "hash": ["lorashrink.planning:metadata.with_hashes"],
-    _COMMIT: ["lorashrink.planning:SafetensorsWriter.commit"],
+    "verify": ["lorashrink.writing:_verify"],
+    "hash": ["lorashrink.writing:metadata.with_hashes"],
+    _COMMIT: ["lorashrink.writing:SafetensorsWriter.commit"],
     "report": ["lorashrink.batch:result"],
 }
 _LOOK_UP = "lorashrink.base_norms:BaseNorms.look_up"
 # Functions of the worker threads; some contain others.
 WORK = {
     "hash of the source": "lorashrink.batch:sha256_file",
-    "hash of the output": "lorashrink.planning:metadata.with_hashes",
+    "hash of the output": "lorashrink.writing:metadata.with_hashes",
     "read tensors": "lorashrink.files:TensorStore.read",
     "Gram matrices": "lorashrink.spectrum:grams",
     "r×r algebra": "lorashrink.spectrum:solve",
-    "form factors": "lorashrink.planning:truncate",
+    "form factors": "lorashrink.writing:truncate",
     "write tensors": "lorashrink.files:SafetensorsWriter.write",
 }
 

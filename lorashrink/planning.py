@@ -278,59 +278,11 @@ def plan(
     Raises RecipeError (nothing would be left, or `size=` cannot be met) and InputError (`unmapped="error"`).
     """
     adapter = decomposed.adapter
-    verbatim, removed = dict(adapter.others), {}
-    warnings = []
-    shrunk: list[int] = []
-    for index, layer in enumerate(adapter.layers):
-        if recipe.needs_base and not decomposed.views[index]:
-            if unmapped == "error":
-                raise InputError(
-                    f"{adapter.path}: layer {layer.name} changes no weight of the base, and recipe '{recipe}' "
-                    "needs one. Use --unmapped keep or drop."
-                )
-            if unmapped == "drop":
-                removed[layer.name] = "changes no weight of the base"
-            else:
-                verbatim |= dict.fromkeys(layer.keys.values(), "its layer changes no weight of the base")
-        elif decomposed.spectra[index].rank == 0:
-            off = layer.scale == 0
-            removed[layer.name] = "its alpha is 0, which means strength 0" if off else "ΔW is zero"
-            if off:
-                warnings.append(f"{layer.name}: alpha is 0; sd-scripts reads that as full strength, others as none")
-        else:
-            shrunk.append(index)
-    kinds = {index: _output_dtype(adapter.layers[index], dtype) for index in shrunk}
-    if any(kinds[index] != adapter.layers[index].dtype for index in shrunk) and dtype == "same":
-        warnings.append("factors in 8-bit floats are written as fp16, because truncated ones do not fit into 8 bits")
-    facts = [decomposed.facts(index, kinds[index]) for index in shrunk]
-    kept_as_is = {key: adapter.store.tensors[key] for key in verbatim}
-    old_rank = max((layer.rank for layer in adapter.layers), default=0)
-
-    def tensors(widths: Sequence[int]) -> dict[str, TensorInfo]:
-        result = dict(kept_as_is)
-        for index, width in zip(shrunk, widths, strict=True):
-            if width:
-                result |= _written(adapter.layers[index], width, kinds[index])
-        return result
-
-    def ranks_of(widths: Sequence[int]) -> dict[str, int]:
-        return {adapter.layers[i].name: width for i, width in zip(shrunk, widths, strict=True) if width}
-
-    def entries(widths: Sequence[int], threshold: float | None, error: float = 0.0) -> dict[str, str]:
-        ranks = ranks_of(widths)
-        return metadata.shrunk(
-            adapter.store.metadata,
-            recipe=recipe,
-            threshold=threshold,
-            origin=origin,
-            ranks=ranks,
-            old_rank=old_rank,
-            error=error,
-            settings=peft.with_ranks(adapter.settings, ranks, verbatim),
-        )
-
-    selection = select(recipe, facts, lambda widths, threshold: file_size(tensors(widths), entries(widths, threshold)))
-    if adapter.layers and not kept_as_is and not any(selection.widths):
+    shrunk, verbatim, removed = _sorted_layers(decomposed, recipe, unmapped)
+    layout = _Layout(decomposed, recipe, origin, shrunk, verbatim, dtype)
+    facts = [decomposed.facts(index, layout.kinds[index]) for index in shrunk]
+    selection = select(recipe, facts, layout.size)
+    if adapter.layers and not verbatim and not any(selection.widths):
         raise RecipeError(_nothing_left(adapter, recipe, facts))
     for index, width in zip(shrunk, selection.widths, strict=True):
         layer = adapter.layers[index]
@@ -346,13 +298,105 @@ def plan(
         shrunk,
         facts,
         selection,
-        tensors(selection.widths),
-        entries(selection.widths, selection.threshold, relative_error(facts, selection.kept)),
+        layout.tensors(selection.widths),
+        layout.metadata(selection.widths, selection.threshold, relative_error(facts, selection.kept)),
         verbatim,
         removed,
-        warnings,
-        peft.with_ranks(adapter.settings, ranks_of(selection.widths), verbatim),
+        _warnings(decomposed, layout),
+        layout.settings(selection.widths),
     )
+
+
+def _sorted_layers(
+    decomposed: Decomposed, recipe: Recipe, unmapped: str
+) -> tuple[list[int], dict[str, str], dict[str, str]]:
+    """(indices of the layers that the recipe can judge, key -> why verbatim, layer -> why removed)."""
+    adapter = decomposed.adapter
+    shrunk: list[int] = []
+    verbatim, removed = dict(adapter.others), {}
+    for index, layer in enumerate(adapter.layers):
+        if recipe.needs_base and not decomposed.views[index]:
+            if unmapped == "error":
+                raise InputError(
+                    f"{adapter.path}: layer {layer.name} changes no weight of the base, and recipe '{recipe}' "
+                    "needs one. Use --unmapped keep or drop."
+                )
+            if unmapped == "drop":
+                removed[layer.name] = "changes no weight of the base"
+            else:
+                verbatim |= dict.fromkeys(layer.keys.values(), "its layer changes no weight of the base")
+        elif decomposed.spectra[index].rank == 0:
+            removed[layer.name] = "its alpha is 0, which means strength 0" if layer.scale == 0 else "ΔW is zero"
+        else:
+            shrunk.append(index)
+    return shrunk, verbatim, removed
+
+
+def _warnings(decomposed: Decomposed, layout: _Layout) -> list[str]:
+    """What a user should know though nothing went wrong."""
+    warnings = []
+    layers = decomposed.adapter.layers
+    off = [layer.name for layer in layers if layer.scale == 0]
+    if off:
+        warnings.append(f"alpha is 0 in {len(off)} layers, first {off[0]}; sd-scripts reads that as full strength")
+    if layout.dtype == "same" and any(kind != layers[index].dtype for index, kind in layout.kinds.items()):
+        warnings.append("factors in 8-bit floats are written as fp16, because truncated ones do not fit into 8 bits")
+    owners: dict[str, str] = {}
+    for layer, views in zip(layers, decomposed.views, strict=True):
+        first = owners.setdefault(views_id(views), layer.name) if views else layer.name
+        if first != layer.name:
+            warnings.append(f"{first} and {layer.name} change the same weight of the base")
+    return warnings
+
+
+class _Layout:
+    """The output as a function of the ranks that are written, to the last byte."""
+
+    def __init__(
+        self,
+        decomposed: Decomposed,
+        recipe: Recipe,
+        origin: metadata.Origin,
+        shrunk: Sequence[int],
+        verbatim: Mapping[str, str],
+        dtype: str,
+    ) -> None:
+        self.adapter, self.recipe, self.origin, self.dtype = decomposed.adapter, recipe, origin, dtype
+        self.shrunk, self.verbatim = shrunk, verbatim
+        self.kinds = {index: _output_dtype(self.adapter.layers[index], dtype) for index in shrunk}
+        self._as_is = {key: self.adapter.store.tensors[key] for key in verbatim}
+
+    def size(self, widths: Sequence[int], threshold: float | None) -> int:
+        """Bytes of the file."""
+        return file_size(self.tensors(widths), self.metadata(widths, threshold))
+
+    def tensors(self, widths: Sequence[int]) -> dict[str, TensorInfo]:
+        """All tensors of the file."""
+        result = dict(self._as_is)
+        for index, width in zip(self.shrunk, widths, strict=True):
+            if width:
+                result |= _written(self.adapter.layers[index], width, self.kinds[index])
+        return result
+
+    def metadata(self, widths: Sequence[int], threshold: float | None, error: float = 0.0) -> dict[str, str]:
+        """The metadata of the file; its length does not depend on `error`."""
+        return metadata.shrunk(
+            self.adapter.store.metadata,
+            recipe=self.recipe,
+            threshold=threshold,
+            origin=self.origin,
+            ranks=self._ranks(widths),
+            old_rank=max((layer.rank for layer in self.adapter.layers), default=0),
+            error=error,
+            settings=self.settings(widths),
+        )
+
+    def settings(self, widths: Sequence[int]) -> peft.Settings:
+        """PEFT's settings for these ranks."""
+        return peft.with_ranks(self.adapter.settings, self._ranks(widths), self.verbatim)
+
+    def _ranks(self, widths: Sequence[int]) -> dict[str, int]:
+        return {self.adapter.layers[i].name: width for i, width in zip(self.shrunk, widths, strict=True) if width}
 
 
 def _output_dtype(layer: Layer, asked: str) -> str:

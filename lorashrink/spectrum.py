@@ -44,6 +44,8 @@ STATISTICS_CLIP = 1e-9
 # Numbers converted to float64 at a time, so that on a CPU they are used while still in its cache.
 _CPU_BLOCK = 1 << 17
 _CUDA_CHUNK_BYTES = 1 << 28
+# From this rank on, three products of a quarter of the size are faster than one product.
+_SPLIT_RANK = 96
 
 
 class Grams(NamedTuple):
@@ -164,16 +166,27 @@ def solve(gram_down: Tensor, gram_up: Tensor, *, clip: float = GRAM_CLIP) -> tup
     finite = torch.isfinite(_trace(gram_down) + _trace(gram_up))
     if not finite.all():
         gram_down, gram_up = (torch.where(finite[:, None, None], gram, 0) for gram in (gram_down, gram_up))
-    root, inverse, other, swapped = _roots(gram_down, gram_up, clip)
+    root, other, swapped, singular = _roots(gram_down, gram_up, clip)
     values, vectors = torch.linalg.eigh(root.mT @ other @ root)
     sigma, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
     sigma = torch.where(sigma > SIGMA_FLOOR * sigma[:, :1], sigma, 0)
     half = sigma.sqrt()
     left = root @ vectors * torch.where(half > 0, 1 / half, 0)[:, None, :]
-    right = half[:, :, None] * (vectors.mT @ inverse)
+    right = _solved(root, vectors * half[:, None, :], singular).mT
     if swapped.any():
         left, right = torch.where(swapped, right.mT, left), torch.where(swapped, left.mT, right)
     return torch.where(finite[:, None], sigma, math.nan), left, right
+
+
+def _solved(root: Tensor, vectors: Tensor, singular: Tensor) -> Tensor:
+    """root⁻ᵀ · vectors. Singular roots have orthogonal columns, of which those of length 0 are left out."""
+    if not singular.any():
+        return torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+    solved = torch.empty_like(vectors)
+    solved[~singular] = torch.linalg.solve_triangular(root[~singular].mT, vectors[~singular], upper=True)
+    square = (root[singular] ** 2).sum(-2)  # lengths of the columns, squared
+    solved[singular] = root[singular] * torch.where(square > 0, 1 / square, 0)[:, None, :] @ vectors[singular]
+    return solved
 
 
 def _trace(gram: Tensor) -> Tensor:
@@ -181,7 +194,7 @@ def _trace(gram: Tensor) -> Tensor:
 
 
 def _roots(gram_down: Tensor, gram_up: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(root, its inverse, the Gram matrix of the other factor, swapped [L, 1, 1]), root·rootᵀ a Gram matrix.
+    """(root, the Gram matrix of the other factor, swapped [L, 1, 1], singular [L]), root·rootᵀ a Gram matrix.
 
     That of `down`, or where `down` is nearly singular and `up` is less so, that of `up`; then the transposed
     problem is solved, and `swapped` says so. Where both are singular, the root is made of eigenvectors.
@@ -195,18 +208,12 @@ def _roots(gram_down: Tensor, gram_up: Tensor, clip: float) -> tuple[Tensor, Ten
         root, other = torch.where(swapped, root_up, root), torch.where(swapped, gram_down, gram_up)
         spread = torch.where(swapped[:, 0, 0], spread_up, spread)
     singular = spread > MAX_SPREAD
-    identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
-    if singular.any():
-        root = torch.where(singular[:, None, None], identity, root)
-    inverse = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
     if singular.any():
         swapped, other = swapped & ~singular[:, None, None], torch.where(singular[:, None, None], gram_up, other)
         values, vectors = torch.linalg.eigh(gram_down[singular])
         kept = values > clip * values[:, -1:]
-        length = torch.where(kept, values, 0).sqrt()
-        root[singular] = vectors * length[:, None, :]
-        inverse[singular] = torch.where(kept, 1 / length, 0)[:, :, None] * vectors.mT
-    return root, inverse, other, swapped
+        root[singular] = vectors * torch.where(kept, values, 0).sqrt()[:, None, :]
+    return root, other, swapped, singular
 
 
 def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,8 +267,24 @@ def _gram(factors: Tensor, *, columns: bool) -> Tensor:
     for part in torch.split(factors, block, dim=1 if columns else 2):
         # half precision to float32 is one instruction, to float64 it is not
         wide = (part.float() if part.element_size() == 2 else part).double()
-        total.baddbmm_(wide.mT, wide) if columns else total.baddbmm_(wide, wide.mT)
+        _add_square(total, wide.mT if columns else wide)
+    half = rank // 2
+    if rank >= _SPLIT_RANK:
+        total[:, :half, half:] = total[:, half:, :half].mT
     return total
+
+
+def _add_square(total: Tensor, wide: Tensor) -> None:
+    """total [L, r, r] += wide · wideᵀ; of a large one the upper right quarter is left out, as it is the lower left's."""
+    rank = wide.shape[1]
+    if rank < _SPLIT_RANK:
+        total.baddbmm_(wide, wide.mT)
+        return
+    half = rank // 2
+    top, bottom = wide[:, :half], wide[:, half:]
+    total[:, :half, :half].baddbmm_(top, top.mT)
+    total[:, half:, half:].baddbmm_(bottom, bottom.mT)
+    total[:, half:, :half].baddbmm_(bottom, top.mT)
 
 
 # --- chunks -------------------------------------------------------------------------------------
