@@ -300,14 +300,21 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def report(text: str, done: int, total: int) -> None:
             if text not in tasks:
-                tasks[text] = bars.add_task(text, total=total)
-            bars.update(tasks[text], completed=done, visible=done < total)
+                tasks[text] = bars.add_task(text, total=total, rate="")
+            speed = bars.tasks[tasks[text]].speed
+            bars.update(tasks[text], completed=done, visible=done < total, rate=f"{speed:.0f}/s" if speed else "")
 
         yield report
 

@@ -128,6 +128,7 @@ def truncate(
     up to that rank. Computed in float32, or in float64 if the delta is float64.
     """
     kind = torch.float64 if delta.up.dtype == torch.float64 else torch.float32
+    device = core_device(device) if kind == torch.float64 else device
     index = torch.as_tensor(kept, dtype=torch.long)
     half = math.sqrt(abs(scale))
     left, right = spectrum.left[:, index] * math.copysign(half, scale), spectrum.right[index] * half
@@ -275,7 +276,7 @@ def _gram(factors: Tensor, *, columns: bool) -> Tensor:
 
 
 def _add_square(total: Tensor, wide: Tensor) -> None:
-    """total [L, r, r] += wide · wideᵀ; of a large one the upper right quarter is left out, as it is the lower left's."""
+    """total [L, r, r] += wide · wideᵀ, of large ones without the upper right quarter, which mirrors the lower left."""
     rank = wide.shape[1]
     if rank < _SPLIT_RANK:
         total.baddbmm_(wide, wide.mT)

@@ -21,6 +21,7 @@ import lorashrink
 from lorashrink.adapters import open_adapter
 from lorashrink.batch import Report, resize
 from lorashrink.errors import InputError, RecipeError
+from lorashrink.files import SafetensorsWriter
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "parity" / "expected.json").read_text())["recipes"]
 
@@ -271,6 +272,29 @@ def test_a_recipe_that_keeps_nothing_is_an_error_and_no_empty_file(adapter: Path
     report = resize(adapter, recipes="spn_lora,thr=3", output=tmp_path)
     assert "keeps nothing: the best dimension scores 0.00" in report.failed[0].error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_comes_out_wrong_gets_no_name(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = SafetensorsWriter.write
+
+    def damaged(self: SafetensorsWriter, name: str, tensor: Tensor) -> None:
+        original(self, name, tensor * 0 if "middle_block_0_in_layers_2.lora_up" in name else tensor)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", damaged)
+    report = resize(adapter, recipes="rank=2", output=tmp_path)
+    assert "lora_unet_middle_block_0_in_layers_2 has norm 0 after writing" in report.failed[0].error
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_layers_for_one_weight_are_said(base: Path, tmp_path: Path) -> None:
+    layers = {
+        "lora_unet_input_blocks_4_1_proj_in": (*pair(24, 4, 24), 4.0),
+        "unet.down_blocks.1.attentions.0.proj_in": (*pair(24, 4, 24, seed=3), 4.0),
+    }
+    report = resize(make(tmp_path / "a.safetensors", layers), base=base, recipes="rank=2")
+    assert "change the same weight" in report.results[0].warnings[0]
 
 
 # --- metadata -----------------------------------------------------------------------------------
