@@ -305,7 +305,7 @@ def _begin(
 
 
 def _origin(recipe: Recipe, settings: _Settings, source_hash: str) -> Origin:
-    base = settings.base.fingerprint if settings.base else ""
+    base = settings.base.fingerprint if settings.base and recipe.needs_base else ""
     return Origin(source_hash, str(recipe), base, settings.dtype, __version__)
 
 

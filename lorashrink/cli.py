@@ -77,7 +77,7 @@ def main_options(
 
 @app.command()
 def resize(
-    files: Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER...", help="Adapters: files, folders or globs.")],
+    files: Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="Adapters: files, folders or globs.")],
     recipe: Annotated[
         list[str] | None,
         typer.Option("--recipe", "-r", help="What to keep, e.g. fro_ckpt=1,thr=-3.55; several give several files."),
@@ -148,7 +148,7 @@ def resize(
 
 @app.command()
 def inspect(
-    files: Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER...", help="Adapters: files, folders or globs.")],
+    files: Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="Adapters: files, folders or globs.")],
     base: Base = None,
     header: Annotated[bool, typer.Option("--header", help="Read headers only: instant, without norms.")] = False,
     spectrum: Annotated[bool, typer.Option("--spectrum", help="List all singular values (with --json).")] = False,
@@ -422,7 +422,7 @@ def _print_report(report: Report, verbose: int, dry_run: bool) -> None:
     places = sorted({str(Path(each.output).parent) for each in report.results})
     done = "would be written" if dry_run else "written"
     console.print(
-        f"{len(report.results)} files {done} to {', '.join(places)}: "
+        f"{len(report.results)} file{'s' * (len(report.results) != 1)} {done} to {', '.join(places)}: "
         f"{_size(before)} -> {_size(after)}, {_size(before - after)} saved"
     )
 

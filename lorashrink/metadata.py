@@ -30,7 +30,7 @@ class Origin:
 
     source_sha256: str
     recipe: str
-    base: str  # fingerprint of the base, "" without one
+    base: str  # fingerprint of the base, "" if the recipe does not depend on it
     dtype: str  # as asked: "same", "fp16", ...
     version: str
 
