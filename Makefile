@@ -24,10 +24,10 @@ lint: $(VENV)/dev
 	cd $(VENV)/lint && MYPYPATH=. ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 bench: $(VENV)/dev
-	$(BIN)/python benchmarks/bench_resize.py
+	$(BIN)/python benchmarks/bench_resize.py $(ARGS)
 
 bench-gpu: $(VENV)/dev
-	$(BIN)/python benchmarks/bench_gpu.py
+	$(BIN)/python benchmarks/bench_gpu.py $(ARGS)
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .

@@ -126,7 +126,7 @@ def resize(
         norms = BaseNorms(opened_base) if opened_base else None
         pool = stack.enter_context(worker_pool(jobs))
         settings = _Settings(
-            opened_base, norms, dtype, device, unmapped, dry_run, quantiles, skip_existing, pool, progress
+            opened_base, norms, dtype, device, unmapped, dry_run, quantiles, skip_existing, pool, progress, len(sources)
         )
         results, failed = _run(targets, settings)
     info = BaseInfo(str(opened_base.path), opened_base.family.name, opened_base.kind) if opened_base else None
@@ -205,6 +205,12 @@ class _Settings:
     skip_existing: bool
     pool: Executor
     progress: Progress | None
+    files: int
+
+    def count(self, done: int) -> None:
+        """Report how many files are done or failed, if there are several."""
+        if self.progress and self.files > 1:
+            self.progress("files", done, self.files)
 
     def report(self, text: str) -> Callable[[int, int], None] | None:
         progress = self.progress
@@ -267,6 +273,7 @@ def _waves(
             work = _begin(source, outputs, settings, outcomes)
         except LorashrinkError as error:
             outcomes[source] = Failure(str(source), str(error))
+            settings.count(len(outcomes))
             continue
         if work:
             wave.append(work)
@@ -357,6 +364,7 @@ def _finish(work: _Work, settings: _Settings, outcomes: dict[Path, list[FileResu
         outcomes[work.source] = Failure(str(work.source), f"{work.source}: unexpected {type(error).__name__}: {error}")
     finally:
         work.adapter.close()
+        settings.count(len(outcomes))
 
 
 def _plans(work: _Work, settings: _Settings) -> dict[Path, Plan]:
@@ -364,7 +372,7 @@ def _plans(work: _Work, settings: _Settings) -> dict[Path, Plan]:
     spectra = []
     for count, future in enumerate(work.spectra, 1):
         spectra.append(future.result())
-        if report and count % 16 == 0:
+        if report and (count % 16 == 0 or count == len(work.spectra)):
             report(count, len(work.spectra))
     recipes = list(work.targets.values())
     norms: Norms = {}

@@ -181,8 +181,10 @@ def solve(gram_down: Tensor, gram_up: Tensor, *, clip: float = GRAM_CLIP) -> tup
 
 def _solved(root: Tensor, vectors: Tensor, singular: Tensor) -> Tensor:
     """root⁻ᵀ · vectors. Singular roots have orthogonal columns, of which those of length 0 are left out."""
+    solved: Tensor
     if not singular.any():
-        return torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+        solved = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+        return solved
     solved = torch.empty_like(vectors)
     solved[~singular] = torch.linalg.solve_triangular(root[~singular].mT, vectors[~singular], upper=True)
     square = (root[singular] ** 2).sum(-2)  # lengths of the columns, squared

@@ -41,7 +41,8 @@ def write(
     layers = first.decomposed.adapter.layers
     writers: dict[Path, SafetensorsWriter] = {}
     chunks = [range(start, min(start + _CHUNK, len(layers))) for start in range(0, len(layers), _CHUNK)]
-    steps = _Steps(progress, len(layers) + sum(len(each.shrunk) for each in plans.values()))
+    checks = sum(1 for each in plans.values() for width in each.selection.widths if width)
+    steps = _Steps(progress, len(layers) + checks)
     try:
         for path, each in plans.items():
             writers[path] = SafetensorsWriter(path, each.tensors, each.metadata)

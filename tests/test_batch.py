@@ -415,6 +415,20 @@ def test_folders_globs_and_files_are_each_done_once(adapter: Path, base: Path, t
     assert len(deep.results) == 4
 
 
+def test_progress_ends_where_it_said_it_would(adapter: Path, base: Path, tmp_path: Path) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+
+    def progress(text: str, done: int, total: int) -> None:
+        assert done >= seen.get(text, (0, 0))[0]
+        seen[text] = (done, total)
+
+    paths = copies(adapter, tmp_path / "in", 2)
+    paths[1].write_bytes(b"broken")
+    resize(paths, base=base, recipes="fro_ckpt,thr=-1.6:rank=2", output=tmp_path / "out", progress=progress)
+    assert set(seen) == {"norms of the base", "decomposing copy0.safetensors", "writing copy0.safetensors", "files"}
+    assert all(done == total for done, total in seen.values())
+
+
 def test_one_bad_file_does_not_stop_the_others(adapter: Path, tmp_path: Path) -> None:
     paths = copies(adapter, tmp_path / "in", 3)
     paths[1].write_bytes(paths[1].read_bytes()[:5000])
