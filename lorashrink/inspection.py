@@ -205,7 +205,7 @@ def _table(adapter: Adapter, base: Base | None, measure: _Measure) -> AdapterTab
             block=block(layer.name),
             kind=kind(layer.name, layer.shape),
             shape=layer.shape,
-            algo=layer.family.name,
+            algo=layer.algo,
             rank=layer.rank,
             dtype=layer.dtype,
             base_keys=tuple(view.key for view in each),

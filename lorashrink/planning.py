@@ -169,6 +169,7 @@ class Decomposed:
             numbers=numbers,
             bytes_per_rank=numbers * DTYPES[dtype][0],
             kernel=any(side > 1 for side in layer.shape[2:]),
+            removable="magnitude" not in layer.keys,
             base_fro=norms.get("fro"),
             base_spn=norms.get("spn"),
             base_alignment=None if aligned is None else aligned.abs().numpy(),
@@ -240,7 +241,7 @@ class Plan:
                 LayerResult(
                     name=layer.name,
                     shape=layer.shape,
-                    algo=layer.family.name,
+                    algo=layer.algo,
                     rank_before=layer.rank,
                     rank_after=width,
                     energy=1 - (lost / whole) ** 2,
@@ -290,7 +291,7 @@ def plan(
             removed[layer.name] = "no dimension passes the recipe"
             continue
         for role, key in layer.keys.items():
-            if role not in layer.family.written(layer.infos, width):
+            if role not in layer.family.written(layer.infos, width) and key not in verbatim:
                 removed[key] = "folded into the factors, which every loader reads"
     return Plan(
         decomposed,
@@ -325,10 +326,14 @@ def _sorted_layers(
                 removed[layer.name] = "changes no weight of the base"
             else:
                 verbatim |= dict.fromkeys(layer.keys.values(), "its layer changes no weight of the base")
+        elif decomposed.spectra[index].rank == 0 and "magnitude" in layer.keys:
+            verbatim |= dict.fromkeys(layer.keys.values(), "its ΔW is zero, but its magnitude changes the weight")
         elif decomposed.spectra[index].rank == 0:
             removed[layer.name] = "its alpha is 0, which means strength 0" if layer.scale == 0 else "ΔW is zero"
         else:
             shrunk.append(index)
+            if "magnitude" in layer.keys:
+                verbatim[layer.keys["magnitude"]] = "DoRA's magnitude, which belongs to the factors beside it"
     return shrunk, verbatim, removed
 
 
@@ -341,6 +346,9 @@ def _warnings(decomposed: Decomposed, layout: _Layout) -> list[str]:
         warnings.append(f"alpha is 0 in {len(off)} layers, first {off[0]}; sd-scripts reads that as full strength")
     if layout.dtype == "same" and any(kind != layers[index].dtype for index, kind in layout.kinds.items()):
         warnings.append("factors in 8-bit floats are written as fp16, because truncated ones do not fit into 8 bits")
+    dora = sum("magnitude" in layer.keys for layer in layers)
+    if dora:
+        warnings.append(f"{dora} layers are DoRA; their errors are those of ΔW, before the magnitude is applied")
     owners: dict[str, str] = {}
     for layer, views in zip(layers, decomposed.views, strict=True):
         first = owners.setdefault(views_id(views), layer.name) if views else layer.name
@@ -393,7 +401,8 @@ class _Layout:
 
     def settings(self, widths: Sequence[int]) -> peft.Settings:
         """PEFT's settings for these ranks."""
-        return peft.with_ranks(self.adapter.settings, self._ranks(widths), self.verbatim)
+        magnitudes = {layer.keys.get("magnitude") for layer in self.adapter.layers}
+        return peft.with_ranks(self.adapter.settings, self._ranks(widths), self.verbatim.keys() - magnitudes)
 
     def _ranks(self, widths: Sequence[int]) -> dict[str, int]:
         return {self.adapter.layers[i].name: width for i, width in zip(self.shrunk, widths, strict=True) if width}

@@ -33,6 +33,7 @@ class LayerFacts:
     numbers: int  # out + in·kh·kw: numbers stored per rank
     bytes_per_rank: int  # in the output dtype
     kernel: bool  # a convolution larger than 1×1
+    removable: bool = True  # False where even a ΔW of zero would change the model: DoRA
     base_fro: float | None = None
     base_spn: float | None = None
     base_alignment: Values | None = None  # [r], |u_iᵀ·W·v_i|
@@ -415,7 +416,7 @@ def _adjusted(recipe: Recipe, layers: Sequence[LayerFacts], counts: Sequence[int
     high = recipe.modifiers.get("max_rank", math.inf)
     adjusted = []
     for count, facts in zip(counts, layers, strict=True):
-        count = -(-max(count, low) // multiple) * multiple
+        count = -(-max(count, low, 0 if facts.removable else 1) // multiple) * multiple
         if count > high:
             count = int(high) // multiple * multiple
         adjusted.append(min(count, facts.rank))

@@ -11,6 +11,7 @@ from lycoris.modules.locon import LoConModule
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
+from torch.testing import assert_close
 
 from lorashrink.adapters import adapter_family, looks_like_adapter, open_adapter, peft
 from lorashrink.errors import NotAnAdapter, ShapeError
@@ -39,7 +40,7 @@ COUNTS = {
     "sdxl_locon_kohya": (788, 0),
     "sdxl_locon_tucker_kohya": (49, 0),
     "sdxl_lora_diffusers_peft": (736, 0),
-    "sdxl_dora_kohya_out": (0, 2888),
+    "sdxl_dora_kohya_out": (722, 0),
     "sdxl_loha_kohya": (0, 3610),
     "sd15_lora_kohya": (264, 0),
     "sd15_locon_kohya": (278, 0),
@@ -60,16 +61,16 @@ def test_every_key_is_part_of_one_layer_or_listed_with_a_reason(name, tmp_path):
         assert (len(adapter), len(adapter.others)) == COUNTS[name]
 
 
-def test_a_layer_with_a_dora_scale_is_kept_whole(tmp_path):
-    with open_adapter(fixtures.write_adapter(tmp_path, "sdxl_dora_kohya_out")) as adapter:
-        name = "lora_unet_input_blocks_4_1_proj_in"
-        together = f"belongs together with {name}.dora_scale, which is not decomposed"
-        assert {key: reason for key, reason in adapter.others.items() if key.startswith(f"{name}.")} == {
-            f"{name}.dora_scale": NOT_DECOMPOSED,
-            f"{name}.lora_up.weight": together,
-            f"{name}.lora_down.weight": together,
-            f"{name}.alpha": together,
-        }
+@pytest.mark.parametrize("key", ["dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.default.weight"])
+@pytest.mark.parametrize("spelling", ["lora_up.weight lora_down.weight", "lora_B.weight lora_A.weight"])
+def test_a_magnitude_is_a_part_of_its_layer_and_not_of_its_delta(key, spelling, tmp_path):
+    up, down = spelling.split()
+    tensors = {f"x.{up}": noise(8, 4), f"x.{down}": noise(4, 6), f"x.{key}": noise(8, 1)}
+    with open_adapter(write(tmp_path / "a.safetensors", tensors)) as adapter:
+        (layer,) = adapter
+        assert layer.algo == "dora"
+        assert layer.keys["magnitude"] == f"x.{key}"
+        assert_close(layer.delta.dense(), tensors[f"x.{up}"] @ tensors[f"x.{down}"])
 
 
 def test_the_alpha_of_a_loha_stays_with_its_factors(tmp_path):
@@ -88,7 +89,6 @@ def test_norms_beside_factors_are_no_layers(tmp_path):
 
 
 FOREIGN_KEYS = [
-    "x.dora_scale",
     "x.hada_w1_a",
     "x.hada_t2",
     "x.lokr_w1",
@@ -99,8 +99,6 @@ FOREIGN_KEYS = [
     "x.rescale",
     "x.a1.weight",
     "x.bm.weight",
-    "x.lora_magnitude_vector",
-    "x.lora_magnitude_vector.default.weight",
     "x.lora_embedding_A",
     "x.lora_embedding_B.default",
     "x.lora_B.bias",
@@ -141,7 +139,7 @@ def test_what_is_neither_factor_nor_alpha_is_listed(tmp_path):
         assert adapter.others == {
             "bundle_emb.word.clip_l": "not part of an adapter layer",
             "weight": "not part of an adapter layer",
-            "lonely.alpha": "an alpha without factors",
+            "lonely.alpha": "belongs to factors that are not there",
         }
 
 
@@ -436,7 +434,7 @@ LOOKS = {
     "sdxl_locon_kohya": "sdxl",
     "sdxl_locon_tucker_kohya": None,
     "sdxl_lora_diffusers_peft": "sdxl",
-    "sdxl_dora_kohya_out": None,
+    "sdxl_dora_kohya_out": "sdxl",
     "sdxl_loha_kohya": None,
     "sd15_lora_kohya": "sd15",
     "sd15_locon_kohya": "sd15",

@@ -25,7 +25,7 @@ ALL_LAYOUTS = [layout for layouts in fixtures.LAYOUTS.values() for layout in lay
 # Listed convolutions and linear layers of the UNets.
 UNET_WEIGHTS = {"sdxl": 794, "sd15": 282, "sd2": 282}
 # Made of more than factors, so that no layer is decomposed; names are mapped all the same.
-WITHOUT_LAYERS = {"sdxl_dora_kohya_out", "sdxl_loha_kohya"}
+WITHOUT_LAYERS = {"sdxl_loha_kohya"}
 
 
 @pytest.fixture(scope="module")

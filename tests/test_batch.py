@@ -228,7 +228,7 @@ def test_nothing_is_dropped_silently(tmp_path: Path) -> None:
         "lora_unet_x.diff": torch.randn(4, 4).half(),
         "lora_unet_n.w_norm": torch.randn(7),
         "bundle_emb.cat.clip_l": torch.randn(2, 8).bfloat16(),
-        "lora_unet_d.dora_scale": torch.ones(24, 1),
+        "lora_unet_d.diff_b": torch.ones(24),
         "lora_unet_d.lora_up.weight": up.clone(),
         "lora_unet_d.lora_down.weight": down.clone(),
         "note": torch.arange(3),
@@ -244,6 +244,28 @@ def test_nothing_is_dropped_silently(tmp_path: Path) -> None:
         assert torch.equal(after[key], tensor)
     assert {each.name for each in result.removed} == {"lora_unet_z"}
     assert set(after) == set(other) | {"lora_unet_a.lora_up.weight", "lora_unet_a.lora_down.weight"}
+
+
+@pytest.mark.parametrize("side", ["out", "in"])
+def test_dora_keeps_its_magnitude_and_at_least_one_dimension(tmp_path: Path, side: str) -> None:
+    """Without ΔW its weight would be m·W/‖W‖, which is not W: such a layer is never removed."""
+    source = tmp_path / "a.safetensors"
+    magnitude = torch.rand(24, 1).half() if side == "out" else torch.rand(1, 40).half()
+    tensors = {}
+    for name, size in (("weak", 1e-4), ("strong", 1.0), ("zero", 0.0)):
+        up, down = pair()
+        tensors |= {f"{name}.lora_up.weight": size * up, f"{name}.lora_down.weight": down}
+        tensors |= {f"{name}.dora_scale": magnitude.clone(), f"{name}.alpha": torch.tensor(4.0)}
+    save_file(tensors, source)
+    report = resize(source, recipes="thr=0", dtype="fp32", output=tmp_path / "out")
+    after = load_file(only(report))
+    assert set(after) == set(tensors)
+    assert all(torch.equal(after[f"{name}.dora_scale"], magnitude) for name in ("weak", "strong", "zero"))
+    ranks = {row.name: row.rank_after for row in report.results[0].layers}
+    assert ranks["weak"] == 1
+    assert 1 < ranks["strong"] <= 8
+    assert {row.algo for row in report.results[0].layers} == {"dora"}
+    assert any("DoRA" in warning for warning in report.results[0].warnings)
 
 
 @pytest.mark.parametrize("unmapped", ["keep", "drop", "error"])

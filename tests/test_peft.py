@@ -106,6 +106,21 @@ def test_peft_reads_a_truncated_folder_at_the_strength_that_was_written(
     assert config["target_modules"]
 
 
+def test_dora_folders_load_as_before(tmp_path: Path) -> None:
+    folder = saved(LoraConfig(target_modules=["q_proj", "up_proj"], r=6, lora_alpha=9, use_dora=True), tmp_path / "a")
+    report = resize(folder, recipes="energy=1", dtype="fp32", output=tmp_path)
+    place = Path(report.results[0].output)
+    assert_close(output(place), output(folder), rtol=1e-4, atol=1e-4)
+    assert json.loads((place / "adapter_config.json").read_text())["r"] == 6
+    before, after = (load_file(each / "adapter_model.safetensors") for each in (folder, place))
+    magnitudes = [key for key in before if "magnitude" in key]
+    assert len(magnitudes) == 4
+    assert all(torch.equal(before[key], after[key]) for key in magnitudes)
+    smaller = Path(resize(folder, recipes="rank=5", dtype="fp32", output=tmp_path).results[0].output)
+    change = float((output(smaller) - output(folder)).norm() / output(folder).norm())
+    assert 1e-5 < change < 0.1
+
+
 def test_layers_that_stay_as_they_are_keep_their_scale(tmp_path: Path) -> None:
     folder = saved(LoraConfig(target_modules=["q_proj", "up_proj"], r=8, lora_alpha=20), tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")

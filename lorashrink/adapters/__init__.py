@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorashrink.adapters import lora, peft
-from lorashrink.adapters.family import Family
+from lorashrink.adapters.family import SHARED, Family
 from lorashrink.errors import NotAnAdapter, ShapeError
 from lorashrink.files import FLOATS, TensorInfo, TensorStore, open_tensors
 from lorashrink.names import address
@@ -26,8 +26,8 @@ FAMILIES: tuple[Family, ...] = lora.FAMILIES
 # Endings that belong to adapters of families which are recognised but not decomposed (yet): they tell
 # an adapter from a checkpoint, and a layer that carries one is more than its two factors.
 FOREIGN = re.compile(
-    r"\.(?:dora_scale|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|oft_(?:blocks|R\.weight)|rescale|on_input"
-    r"|[ab][12m]\.weight|lora_(?:magnitude_vector|embedding_[AB]|E|[AB]\.bias)(?:\.[^.]+)*|diff(?:_b)?|[wb]_norm"
+    r"\.(?:hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|oft_(?:blocks|R\.weight)|rescale|on_input"
+    r"|[ab][12m]\.weight|lora_(?:embedding_[AB]|E|[AB]\.bias)(?:\.[^.]+)*|diff(?:_b)?|[wb]_norm"
     r"|set_weight|reshape_weight|ia3_l|vera_lambda_[bd]|[pq]_layer\.weight|lambda_layer)$"
 )
 
@@ -54,6 +54,11 @@ class Layer:
         return self.family.rank(self.infos)
 
     @property
+    def algo(self) -> str:
+        """The family's name, or "dora" if the layer has a magnitude."""
+        return "dora" if "magnitude" in self.keys else self.family.name
+
+    @property
     def dtype(self) -> str:
         """The format's name of the factors' dtype, e.g. "F16"."""
         return self.infos["up"].dtype
@@ -78,7 +83,7 @@ class Layer:
     @property
     def delta(self) -> Delta:
         """ΔW in factors, freshly read."""
-        tensors = {role: self.store.read(key) for role, key in self.keys.items() if role != "alpha"}
+        tensors = {role: self.store.read(key) for role, key in self.keys.items() if role not in SHARED}
         return self.family.delta(tensors, self.scale, self.shape)
 
 
@@ -139,15 +144,15 @@ def looks_like_adapter(keys: Mapping[str, object]) -> bool:
     return any(_SUFFIX.search(key) or FOREIGN.search(key) for key in keys if not key.endswith(".alpha"))
 
 
-# One expression for all suffixes; its group name "f0_up" leads back to FAMILIES[0] and the role.
+# One expression for all suffixes; its group name "f0_up" leads back to FAMILIES[0] and the role, "any_alpha" to a
+# role that every family may have.
 _SUFFIX = re.compile(
     "|".join(
         f"(?P<f{number}_{role}>{suffix})$"
         for number, family in enumerate(FAMILIES)
         for role, suffix in family.suffixes.items()
-        if role != "alpha"
     )
-    + r"|(?P<f0_alpha>\.alpha)$"
+    + "".join(f"|(?P<any_{role}>{suffix})$" for role, suffix in SHARED.items())
 )
 
 
@@ -173,15 +178,15 @@ def _sort_keys(store: TensorStore, settings: peft.Settings) -> tuple[tuple[Layer
     for name, tagged in groups.items():
         if name in extras:
             others |= dict.fromkeys(tagged.values(), f"belongs together with {extras[name]}, which is not decomposed")
-        elif set(tagged) == {"f0_alpha"}:
-            others[tagged["f0_alpha"]] = "an alpha without factors"
+        elif all(tag.startswith("any_") for tag in tagged):
+            others |= dict.fromkeys(tagged.values(), "belongs to factors that are not there")
         else:
             layers.append(_layer(store, name, tagged, settings))
     return tuple(layers), others
 
 
 def _layer(store: TensorStore, name: str, tagged: Mapping[str, str], settings: peft.Settings) -> Layer:
-    numbers = {tag.partition("_")[0] for tag in tagged if tag != "f0_alpha"}
+    numbers = {tag.partition("_")[0] for tag in tagged} - {"any"}
     if len(numbers) > 1:
         raise ShapeError(
             f"{store.path}: layer {name} is there in two spellings: {', '.join(sorted(tagged.values()))}. "

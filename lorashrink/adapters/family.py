@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 
     from lorashrink.delta import Delta
 
+# Roles that any family may have beside its own. DoRA's magnitude multiplies the direction of W + ΔW
+# (https://arxiv.org/abs/2402.09353); it stays what it is when ΔW shrinks.
+SHARED = {
+    "alpha": r"\.alpha",
+    "magnitude": r"\.dora_scale|\.lora_magnitude_vector(?:\.[^.]+)*",
+}
+
 # role ("up", "down", ...) -> what the header says of the tensor that plays it
 Infos = Mapping[str, TensorInfo]
 
@@ -22,7 +29,7 @@ class Family:
     """One way to write a layer.
 
     `suffixes` maps each role to a regular expression for the end of its tensor's name; `required`
-    are the roles that make the family; `ignored_roles` may be missing or present.
+    are the roles that make the family. Roles of `SHARED` may come on top.
     """
 
     name: str

@@ -68,7 +68,7 @@ def _written(infos: Infos, rank: int) -> Mapping[str, tuple[int, ...]]:
 
 
 def _family(up: str, down: str, mid: str | None = None, *, name: str = "lora") -> Family:
-    suffixes = {"up": up, "down": down, "alpha": r"\.alpha"}
+    suffixes = {"up": up, "down": down}
     if mid:
         suffixes["mid"] = mid
     return Family(name, suffixes, frozenset({"up", "down"}), _check, _shape, _rank, _delta, _written)
