@@ -251,9 +251,16 @@ def _run(targets: Mapping[Path, Mapping[Path, Recipe]], settings: _Settings) -> 
             settings.pool.shutdown(wait=False, cancel_futures=True)
             finisher.shutdown(wait=True, cancel_futures=True)
             raise
-    ordered = [outcomes[source] for source in targets]
-    results = [each for outcome in ordered if not isinstance(outcome, Failure) for each in outcome]
-    return results, [outcome for outcome in ordered if isinstance(outcome, Failure)]
+    results: list[FileResult] = []
+    failed: list[Failure] = []
+    for source, outputs in targets.items():
+        outcome = outcomes[source]
+        if isinstance(outcome, Failure):
+            failed.append(outcome)
+        else:
+            order = [str(shown(path)) for path in outputs]
+            results += sorted(outcome, key=lambda each: order.index(each.output))
+    return results, failed
 
 
 def _read(layer: Layer) -> Delta:
@@ -313,7 +320,8 @@ def _begin(
 
 def _origin(recipe: Recipe, settings: _Settings, source_hash: str) -> Origin:
     base = settings.base.fingerprint if settings.base and recipe.needs_base else ""
-    return Origin(source_hash, str(recipe), base, settings.dtype, __version__)
+    options = f"dtype={settings.dtype},unmapped={settings.unmapped}"
+    return Origin(source_hash, str(recipe), base, options, __version__)
 
 
 def _existing(
@@ -325,7 +333,7 @@ def _existing(
     entries = read_header(path)[1]
     if not _origin(recipe, settings, source_hash).made(entries):
         raise OutputError(
-            f"{path}: exists, but was made from another source, base, recipe, dtype or version. "
+            f"{path}: exists, but was made from another source, base, recipe, options or version. "
             "Use --force to replace it, or choose another place with -o."
         )
     return FileResult(

@@ -17,8 +17,8 @@ from lorashrink.recipe import TERMS, Recipe
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 SPEC_HASH = "modelspec.hash_sha256"
-SOURCE, BASE, RECIPE, DTYPE, VERSION = (
-    f"lorashrink.{name}" for name in ("source_sha256", "base", "recipe", "dtype", "version")
+SOURCE, BASE, RECIPE, OPTIONS, VERSION = (
+    f"lorashrink.{name}" for name in ("source_sha256", "base", "recipe", "options", "version")
 )
 # What the old addnet hash reads: 64 KiB at 1 MiB.
 _LEGACY_WINDOW = (0x100000, 0x10000)
@@ -31,7 +31,7 @@ class Origin:
     source_sha256: str
     recipe: str
     base: str  # fingerprint of the base, "" if the recipe does not depend on it
-    dtype: str  # as asked: "same", "fp16", ...
+    options: str  # whatever else decides what is written
     version: str
 
     def entries(self) -> dict[str, str]:
@@ -40,7 +40,7 @@ class Origin:
             SOURCE: self.source_sha256,
             RECIPE: self.recipe,
             BASE: self.base,
-            DTYPE: self.dtype,
+            OPTIONS: self.options,
             VERSION: self.version,
         }
 

@@ -462,12 +462,13 @@ def test_one_bad_file_does_not_stop_the_others(adapter: Path, tmp_path: Path) ->
 def test_skip_existing_keeps_equal_results_and_refuses_others(adapter: Path, tmp_path: Path) -> None:
     first = resize(adapter, recipes="rank=1", output=tmp_path)
     before = only(first).stat().st_mtime_ns
-    again = resize(adapter, recipes="rank=1:rank=2", output=tmp_path, skip_existing=True)
-    assert [each.skipped for each in again.results] == [True, False]
+    again = resize(adapter, recipes="rank=2:rank=1", output=tmp_path, skip_existing=True)
+    assert [each.skipped for each in again.results] == [False, True]
+    assert [each.recipe for each in again.results] == ["rank=2", "rank=1"]
     assert only(first).stat().st_mtime_ns == before
-    assert again.results[0].relative_error == pytest.approx(first.results[0].relative_error, abs=1e-3)
+    assert again.results[1].relative_error == pytest.approx(first.results[0].relative_error, abs=1e-3)
     changed = resize(adapter, recipes="rank=1", output=tmp_path, skip_existing=True, dtype="fp32")
-    assert "made from another source, base, recipe, dtype or version" in changed.failed[0].error
+    assert "made from another source, base, recipe, options or version" in changed.failed[0].error
 
 
 def test_a_dry_run_reports_the_exact_size_and_writes_nothing(adapter: Path, tmp_path: Path) -> None:
