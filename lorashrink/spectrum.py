@@ -296,7 +296,8 @@ def _add_square(total: Tensor, wide: Tensor) -> None:
 def _chunk_size(rank: int, device: torch.device) -> int:
     """Layers solved at once: on a GPU as many as memory likes, on a CPU enough to hide the overhead of calls."""
     if device.type == "cuda":
-        return max(1, _CUDA_CHUNK_BYTES // (8 * rank * rank))
+        # several chunks per file, so that one is copied while another is computed
+        return max(1, min(256, _CUDA_CHUNK_BYTES // (8 * rank * rank)))
     return max(4, 1024 // rank)
 
 

@@ -98,6 +98,30 @@ def test_every_command_has_help_with_an_example_that_names_it(command: str) -> N
     assert all(getattr(option, "help", None) for option in options)
 
 
+def names(document: object) -> set[str]:
+    """All keys of a document, at any depth, but for those that are data: metadata, reasons by key, quantiles."""
+    if isinstance(document, list):
+        return set().union(*map(names, document))
+    if not isinstance(document, dict):
+        return set()
+    data = ("metadata", "others", "quantiles")
+    return set(document).union(*(names(value) for key, value in document.items() if key not in data))
+
+
+def test_every_name_in_the_json_is_documented(adapter: Path, base: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "programs.md").read_text()
+    documents = [
+        run("resize", "-o", tmp_path, "-r", "fro_ckpt,thr=-1.6", "-v", "--json", base, adapter),
+        run("inspect", "--json", "--spectrum", base, adapter),
+        run("norms", "--json", base, "-o", tmp_path / "norms.json"),
+        run("resize", "--json", tmp_path / "missing.safetensors", "-r", "rank=1", status=2),
+        run("resize", "--json", "-r", "nonsense", adapter, status=2),
+    ]
+    found = set().union(*(names(json.loads(document)) for document in documents))
+    assert len(found) > 40
+    assert {name for name in found if f'"{name}"' not in text} == set()
+
+
 def test_version() -> None:
     assert run("--version").split() == ["lorashrink", __version__]
 
