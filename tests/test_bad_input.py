@@ -639,7 +639,12 @@ main()
 def test_a_signal_in_the_middle_of_writing_leaves_no_part_of_a_file(out: Path, number: signal.Signals) -> None:
     arguments = ["resize", "-r", "rank=2", "-o", str(out), str(LORA)]
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A background job of a shell starts its children with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     patience = time.monotonic() + 30
     while not contents(out) and process.poll() is None and time.monotonic() < patience:
