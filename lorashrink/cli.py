@@ -144,7 +144,7 @@ def resize(
         _print_json(_plain(report))
     elif not quiet:
         _print_report(report, verbose, dry_run)
-    _exit([f"{each.error}" for each in report.failed], done=bool(report.results))
+    _exit([each.error for each in report.failed], done=bool(report.results))
 
 
 @app.command()

@@ -16,7 +16,7 @@ import os
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -433,7 +433,7 @@ class SafetensorsWriter:
         try:
             self._write_at(0, header)
         except OutputError:
-            self.__exit__()
+            self._discard()
             raise
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -480,6 +480,9 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
         self._file.close()
         with contextlib.suppress(OSError):
             self.temporary.unlink(missing_ok=True)
@@ -560,15 +563,13 @@ def check_output(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> N
 # --- identity -----------------------------------------------------------------------------------
 
 
-def sha256_file(path: Path, update: Callable[[int], None] | None = None) -> str:
+def sha256_file(path: Path) -> str:
     """SHA-256 of a whole file, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb", buffering=0) as handle:
             while chunk := handle.read(_COPY_CHUNK):
                 digest.update(chunk)
-                if update:
-                    update(len(chunk))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
     return digest.hexdigest()

@@ -88,7 +88,8 @@ def shrunk(
     new["resize_params"] = json.dumps(params, allow_nan=False)
     new |= origin.entries()
     # Both, because "0.9" is an energy in one tool and its square root in another; always 8 characters.
-    new |= {"lorashrink.energy": f"{1 - error**2:.6f}", "lorashrink.norm_ratio": f"{max(0.0, 1 - error**2) ** 0.5:.6f}"}
+    energy = max(0.0, 1 - error**2)
+    new |= {"lorashrink.energy": f"{energy:.6f}", "lorashrink.norm_ratio": f"{energy**0.5:.6f}"}
     new |= {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
     if SPEC_HASH in old:
         new[SPEC_HASH] = "0x" + "0" * 64
@@ -106,13 +107,10 @@ def with_hashes(
     that file, so the length of its header matters.
     """
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    window = bytearray()
-    place = 0
-    digest = hashlib.sha256()
-    start, length = _LEGACY_WINDOW
     header = header_bytes(tensors, training)
-    window += header[start : start + length]
-    place = len(header)
+    start, length = _LEGACY_WINDOW
+    window, place = bytearray(header[start : start + length]), len(header)
+    digest = hashlib.sha256()
     for chunk in data():
         digest.update(chunk)
         begin, end = max(start - place, 0), max(start + length - place, 0)

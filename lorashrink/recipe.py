@@ -49,7 +49,6 @@ class Term:
     """A reference that σ is divided by. `needs`: "layer", "norms", "weight" or "calibration"."""
 
     needs: str
-    help: str
     reference: Callable[[LayerFacts], float | Values]
     of_adapter: bool = False  # a norm of the adapter itself, which moves with `rescale`
 
@@ -64,16 +63,15 @@ def _known(value: float | Values | None) -> float | Values:
 
 
 TERMS: dict[str, Term] = {
-    "spn_lora": Term("layer", "largest singular value of the layer's ΔW", lambda f: float(f.sigma[0]), True),
-    "spn_ckpt": Term("norms", "spectral norm of the base weight", lambda f: _known(f.base_spn)),
-    "fro_lora": Term("layer", "Frobenius norm of the layer's ΔW", lambda f: _fro(f.sigma), True),
-    "fro_ckpt": Term("norms", "Frobenius norm of the base weight", lambda f: _known(f.base_fro)),
-    "subspace": Term("weight", "|uᵀWv| of the base weight W, per dimension", lambda f: _known(f.base_alignment)),
-    "params": Term("layer", "numbers that one more rank costs", lambda f: float(f.numbers)),
+    "spn_lora": Term("layer", lambda f: float(f.sigma[0]), True),
+    "spn_ckpt": Term("norms", lambda f: _known(f.base_spn)),
+    "fro_lora": Term("layer", lambda f: _fro(f.sigma), True),
+    "fro_ckpt": Term("norms", lambda f: _known(f.base_fro)),
+    "subspace": Term("weight", lambda f: _known(f.base_alignment)),
+    "params": Term("layer", lambda f: float(f.numbers)),
 }
 CALIBRATED = "calib"
 BYTES = "bytes"
-NEEDS = ("layer", "norms", "weight", "calibration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +175,7 @@ class Recipe:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be looked up for the score: names of `NEEDS`."""
+        """What must be looked up for the score: "layer", "norms", "weight" or "calibration"."""
         needed = {TERMS[key].needs for key, weight in self.normalised.items() if weight}
         return frozenset(needed | ({"calibration"} if dict(self.weights).get(CALIBRATED) else set()))
 

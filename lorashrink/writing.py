@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -39,14 +40,14 @@ def write(
     """
     first = next(iter(plans.values()))
     layers = first.decomposed.adapter.layers
-    writers: dict[Path, SafetensorsWriter] = {}
     chunks = [range(start, min(start + _CHUNK, len(layers))) for start in range(0, len(layers), _CHUNK)]
     checks = sum(1 for each in plans.values() for width in each.selection.widths if width)
     steps = _Steps(progress, len(layers) + checks)
-    try:
-        for path, each in plans.items():
-            writers[path] = SafetensorsWriter(path, each.tensors, each.metadata)
-        pairs = [(each, writers[path]) for path, each in plans.items()]
+    with ExitStack() as stack:
+        pairs = [
+            (each, stack.enter_context(SafetensorsWriter(path, each.tensors, each.metadata)))
+            for path, each in plans.items()
+        ]
         _run(pool, chunks, lambda chunk: _write_layers(chunk, pairs, device), steps)
         for each, writer in pairs:
             for key in each.verbatim:
@@ -59,9 +60,6 @@ def write(
             if peft.is_folder(each.decomposed.adapter.path):
                 write_bytes(writer.path.parent / peft.CONFIG_FILE, peft.to_file(each.settings))
             writer.commit()
-    finally:
-        for writer in writers.values():
-            writer.__exit__()
 
 
 def _hashed_metadata(each: Plan, writer: SafetensorsWriter) -> dict[str, str]:
