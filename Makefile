@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench bench-gpu install format example clean
+.PHONY: demo test lint bench bench-gpu install format example formats clean
 
 demo: $(VENV)/core
 	$(BIN)/lorashrink demo -o demo-out
@@ -25,6 +25,7 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_resize.py $(ARGS)
+	$(BIN)/python benchmarks/bench_models.py
 
 bench-gpu: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_gpu.py $(ARGS)
@@ -35,6 +36,9 @@ format: $(VENV)/dev
 
 example: $(VENV)/core
 	$(BIN)/python tests/data/make_example.py
+
+formats: $(VENV)/dev
+	$(BIN)/python tests/test_formats.py
 
 clean:
 	rm -rf $(VENV) build demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -18,14 +18,18 @@ if TYPE_CHECKING:
     from lorashrink.base_norms import norms
     from lorashrink.bases import open_base
     from lorashrink.batch import resize
+    from lorashrink.conversion import convert
     from lorashrink.demonstration import demo
+    from lorashrink.extraction import extract
     from lorashrink.inspection import inspect
     from lorashrink.recipe import Recipe
 
 # Imported when first used, because torch takes longer to import than most commands take to run.
 _WHERE = {
     "Recipe": "recipe",
+    "convert": "conversion",
     "demo": "demonstration",
+    "extract": "extraction",
     "inspect": "inspection",
     "norms": "base_norms",
     "open_adapter": "adapters",
@@ -37,7 +41,9 @@ __all__ = [
     "LorashrinkError",
     "Recipe",
     "__version__",
+    "convert",
     "demo",
+    "extract",
     "inspect",
     "norms",
     "open_adapter",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Part of the cache key: change it whenever the numbers may change.
-ALGORITHM = 1
+ALGORITHM = 2
 # A file changed this recently could change again within the resolution of its time stamps.
 _SETTLED_SECONDS = 2.0
 _FRO_BLOCK = 1 << 20  # numbers squared at a time in float64

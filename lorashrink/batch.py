@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,29 +15,30 @@ from pathlib import Path
 from torch import Tensor
 
 from lorashrink._version import __version__
-from lorashrink.adapters import Adapter, Layer, open_adapter, peft
+from lorashrink.adapters import UNKNOWN, Adapter, Layer, open_adapter, peft
 from lorashrink.base_norms import BaseNorms, Norms
 from lorashrink.bases import Base, Views, open_base
-from lorashrink.delta import Delta
-from lorashrink.errors import LorashrinkError, OutputError, RecipeError, UsageError
-from lorashrink.files import check_output, read_header, sha256_file
+from lorashrink.delta import AnyDelta
+from lorashrink.errors import InputError, LorashrinkError, OutputError, RecipeError, UsageError
+from lorashrink.files import OUTPUT_DTYPES, read_header, sha256_file
 from lorashrink.inputs import find_adapters
 from lorashrink.machine import pick_device, worker_pool
+from lorashrink.matching import FORMS, bind, match, part
 from lorashrink.metadata import Origin
+from lorashrink.outputs import base_files, check_outputs, name_outputs, shown
 from lorashrink.planning import (
-    OUTPUT_DTYPES,
     UNMAPPED,
     Decomposed,
-    FileResult,
     Plan,
     aligned,
-    match,
     plan,
     result,
-    shown,
 )
 from lorashrink.recipe import DEFAULT, Recipe, parse_recipes
+from lorashrink.renaming import check_naming, renamed
+from lorashrink.results import BaseInfo, Failure, FileResult, Report
 from lorashrink.spectrum import Item, Spectrum, decompose
+from lorashrink.targets import TARGETS, Target, with_items
 from lorashrink.writing import write
 
 log = logging.getLogger(__name__)
@@ -46,37 +46,9 @@ log = logging.getLogger(__name__)
 # (what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
 
-DTYPE_NAMES = {"same": "same", **{name: name for name in OUTPUT_DTYPES}, "16": "fp16", "32": "fp32"}
 # On a GPU small files are decomposed together until this many layers fill a batch.
 _CUDA_WAVE_LAYERS = 4096
 _IN_FLIGHT = 2  # waves whose spectra are in memory: one is decomposed while another is written
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An input that could not be shrunk."""
-
-    source: str
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class BaseInfo:
-    """The base of a run."""
-
-    path: str
-    family: str
-    kind: str  # "file", "shards", "folder" or "norms"
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The outcome of a run over one or many adapters."""
-
-    version: str
-    base: BaseInfo | None
-    results: tuple[FileResult, ...]
-    failed: tuple[Failure, ...]
 
 
 def resize(
@@ -89,10 +61,14 @@ def resize(
     device: str = "auto",
     jobs: int | None = None,
     unmapped: str = "keep",
+    form: str = "auto",
+    naming: str | None = None,
+    target: str | None = None,
     recursive: bool = False,
     force: bool = False,
     skip_existing: bool = False,
     dry_run: bool = False,
+    strict: bool = False,
     quantiles: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -101,93 +77,125 @@ def resize(
     adapters: files, folders of files, or globs. base: a checkpoint, diffusers folder or norm table; needed by
     recipes that name it. recipes: strings as in `lorashrink.recipe`. output: a folder, or a file name if there
     is exactly one output; default is beside the input. dtype: "same", "fp16", "bf16" or "fp32". unmapped: what to
-    do with layers that change no weight of the base when a recipe needs one, "keep", "drop" or "error".
+    do with layers that change no weight of the base when a recipe needs one, "keep", "drop" or "error". form: what
+    becomes of layers that are not LoRA, "lora" (all that can be are written as LoRA), "same" (they stay as they are) or
+    "auto" (each is written in the smaller form). naming: "kohya", "diffusers", "comfy" or "peft" for other names than
+    the input's, which needs a base. target: a program to write for, "vllm". strict:
+    tensors that belong to no known family are an error.
 
     An input that fails is listed in `Report.failed` and the others are done. Raises UsageError, RecipeError,
     OutputError or InputError if nothing can be done at all; that is found out before any work.
     """
-    wanted = parse_recipes([recipes] if isinstance(recipes, str) else recipes)
-    dtype = _one_of("dtype", dtype, DTYPE_NAMES)
-    if unmapped not in UNMAPPED:
-        raise UsageError(f"unmapped: '{unmapped}' is not one of {', '.join(UNMAPPED)}.")
+    if target not in (None, *TARGETS):
+        raise UsageError(f"target: '{target}' is not one of {', '.join(TARGETS)}.")
+    reader = TARGETS[target] if target else None
+    texts = [text for each in ([recipes] if isinstance(recipes, str) else recipes) for text in each.split(":")]
+    wanted = parse_recipes([with_items(text, reader) for text in texts] if reader else texts)
+    check_naming(naming, base)
     sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, recursive=recursive)
-    targets = {source: _targets(source, wanted, output, len(sources)) for source in sources}
-    _check_targets(targets, [*sources, *_base_files(base)], force=force or skip_existing or dry_run)
-    device = pick_device(device)
+    targets = {
+        source: name_outputs(
+            source,
+            [(recipe.file_items(), recipe) for recipe in wanted],
+            output,
+            sources=len(sources),
+            folder=peft.is_folder(source) if naming is None else naming == "peft",
+        )
+        for source in sources
+    }
+    hint = "--force to replace it or --skip-existing to keep it"
+    inputs = [*sources, *base_files(base)]
+    check_outputs(targets, inputs, force=force or skip_existing or dry_run, hint=hint)
     for recipe in wanted:
         if recipe.needs_base and base is None:
             # A base that is missing or damaged was taken for an adapter, and its own error says more.
             open_adapter(sources[0]).close()
             raise RecipeError(f"recipe '{recipe}' needs the base checkpoint; give it first or with --base.")
+    return shrink(
+        targets,
+        partial(_open, naming=naming, target=reader, strict=strict),
+        base=base,
+        dtype=dtype,
+        device=device,
+        jobs=jobs,
+        unmapped=unmapped,
+        form=form,
+        skip_existing=skip_existing,
+        dry_run=dry_run,
+        quantiles=quantiles,
+        options=(f",naming={naming}" if naming else "") + (f",target={target}" if target else ""),
+        progress=progress,
+    )
+
+
+def _open(source: Path, base: Base | None, *, naming: str | None, target: Target | None, strict: bool) -> Adapter:
+    adapter = open_adapter(source)
+    try:
+        unknown = [key for key, reason in adapter.others.items() if reason == UNKNOWN]
+        if strict and unknown:
+            raise InputError(
+                f"{source}: {len(unknown)} tensors belong to no known family, first {unknown[0]}. "
+                "Without --strict they are copied as they are."
+            )
+        adapter = renamed(adapter, naming, base).adapter if naming and base else adapter
+        return target.fit(adapter) if target else adapter
+    except BaseException:
+        adapter.close()
+        raise
+
+
+def shrink(
+    targets: Mapping[Path, Mapping[Path, Recipe]],
+    opener: Callable[[Path, Base | None], Adapter],
+    *,
+    base: str | Path | None = None,
+    dtype: str = "same",
+    device: str = "auto",
+    jobs: int | None = None,
+    unmapped: str = "keep",
+    form: str = "auto",
+    skip_existing: bool = False,
+    dry_run: bool = False,
+    quantiles: bool = False,
+    options: str = "",
+    progress: Progress | None = None,
+) -> Report:
+    """Shrink what `opener` makes of each source, to each of its outputs, source -> output -> recipe.
+
+    The other arguments are those of `resize`; `options` tells whatever else decides what is written.
+    """
+    for option, value, allowed in (
+        ("dtype", dtype, tuple(OUTPUT_DTYPES)),
+        ("unmapped", unmapped, UNMAPPED),
+        ("as", form, FORMS),
+    ):
+        if value not in allowed:
+            raise UsageError(f"{option}: '{value}' is not one of {', '.join(allowed)}.")
+    for recipe in {recipe for outputs in targets.values() for recipe in outputs.values()}:
         if "calibration" in recipe.needs:
             raise RecipeError(f"recipe '{recipe}' needs calibration statistics, which this version cannot read.")
+    device = pick_device(device)
     with contextlib.ExitStack() as stack:
         opened_base = stack.enter_context(open_base(base)) if base is not None else None
-        norms = BaseNorms(opened_base) if opened_base else None
-        pool = stack.enter_context(worker_pool(jobs))
         settings = _Settings(
-            opened_base, norms, dtype, device, unmapped, dry_run, quantiles, skip_existing, pool, progress, len(sources)
+            opener=opener,
+            base=opened_base,
+            norms=BaseNorms(opened_base) if opened_base else None,
+            dtype={"16": "fp16", "32": "fp32"}.get(dtype, dtype),
+            device=device,
+            unmapped=unmapped,
+            form=form,
+            dry_run=dry_run,
+            quantiles=quantiles,
+            skip_existing=skip_existing,
+            options=options,
+            pool=stack.enter_context(worker_pool(jobs)),
+            progress=progress,
+            files=len(targets),
         )
         results, failed = _run(targets, settings)
     info = BaseInfo(str(opened_base.path), opened_base.family.name, opened_base.kind) if opened_base else None
     return Report(__version__, info, tuple(results), tuple(failed))
-
-
-# --- outputs -------------------------------------------------------------------------
-
-
-def _targets(source: Path, recipes: Sequence[Recipe], output: str | Path | None, sources: int) -> dict[Path, Recipe]:
-    """Where each recipe's output of a source goes."""
-    one = sources == 1 and len(recipes) == 1
-    place = Path(output) if output is not None else source.parent
-    if output is not None and place.suffix == ".safetensors" and not place.is_dir():
-        if not one:
-            raise UsageError(
-                f"-o {output}: one file name, but there are {sources * len(recipes)} outputs. Give a folder instead."
-            )
-        return {place: recipes[0]}
-    if place.exists() and not place.is_dir():
-        raise OutputError(f"-o {output}: is a file, not a folder. Name a folder, or a new file ending in .safetensors.")
-    if peft.is_folder(source):
-        targets = {place / f"{source.name}_{recipe.file_items()}" / peft.WEIGHTS_FILE: recipe for recipe in recipes}
-    else:
-        targets = {place / f"{source.stem}_{recipe.file_items()}.safetensors": recipe for recipe in recipes}
-    if len(targets) < len(recipes):
-        raise RecipeError(
-            "two of the recipes give the same file name, which has two decimals. Run them one by one with -o FILE."
-        )
-    return targets
-
-
-def _base_files(base: str | Path | None) -> list[Path]:
-    """Every file that may be a part of the base, found without opening it."""
-    if base is None:
-        return []
-    path = Path(base)
-    folder = path if path.is_dir() else path.parent if ".index." in path.name else None
-    return [path, *(folder.rglob("*.safetensors") if folder else ())]
-
-
-def _check_targets(targets: Mapping[Path, Mapping[Path, Recipe]], inputs: Collection[Path], *, force: bool) -> None:
-    """Raises OutputError for whatever would stop the writing later, before hours of work."""
-    owners: dict[str, Path] = {}
-    for source, outputs in targets.items():
-        for path in outputs:
-            place = os.path.realpath(path)
-            if place in owners:
-                raise OutputError(
-                    f"{path}: would be the output of both {owners[place]} and {source}. Rename one of them."
-                )
-            owners[place] = source
-            check_output(path, force=True, inputs=inputs)
-            if os.path.exists(path) and not force:
-                raise OutputError(f"{path}: exists already. Use --force to replace it or --skip-existing to keep it.")
-
-
-def _one_of(option: str, value: str, table: Mapping[str, str]) -> str:
-    if value not in table:
-        raise UsageError(f"{option}: '{value}' is not one of {', '.join(table)}.")
-    return table[value]
 
 
 # --- the pipeline -------------------------------------------------------------------------------
@@ -195,14 +203,17 @@ def _one_of(option: str, value: str, table: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Settings:
+    opener: Callable[[Path, Base | None], Adapter]
     base: Base | None
     norms: BaseNorms | None
     dtype: str
     device: str
     unmapped: str
+    form: str
     dry_run: bool
     quantiles: bool
     skip_existing: bool
+    options: str
     pool: Executor
     progress: Progress | None
     files: int
@@ -240,7 +251,7 @@ def _run(targets: Mapping[Path, Mapping[Path, Recipe]], settings: _Settings) -> 
                 while len(in_flight) >= _IN_FLIGHT:
                     in_flight.pop(0).result()
                 layers = [(work, layer) for work in wave for layer in work.adapter.layers]
-                items = [Item(partial(_read, layer), layer.rank) for _, layer in layers]
+                items = [Item(partial(_read, layer), layer.width, limit=_limit(work)) for work, layer in layers]
                 futures = iter(decompose(items, device=settings.device, pool=settings.pool))
                 for work in wave:
                     work.spectra = [next(futures) for _ in work.adapter.layers]
@@ -263,8 +274,15 @@ def _run(targets: Mapping[Path, Mapping[Path, Recipe]], settings: _Settings) -> 
     return results, failed
 
 
-def _read(layer: Layer) -> Delta:
+def _read(layer: Layer) -> AnyDelta:
     return layer.delta
+
+
+def _limit(work: _Work) -> int | None:
+    """The most dimensions that any recipe can keep of a layer, None if one may keep all."""
+    limits = [recipe.limit for recipe in work.targets.values()]
+    known = [limit for limit in limits if limit is not None]
+    return max(known) if len(known) == len(limits) else None
 
 
 def _waves(
@@ -298,7 +316,7 @@ def _begin(
     outcomes: dict[Path, list[FileResult] | Failure],
 ) -> _Work | None:
     started = time.perf_counter()
-    adapter = open_adapter(source)
+    adapter = settings.opener(source, settings.base)
     try:
         source_hash = settings.pool.submit(sha256_file, adapter.store.files[0])
         if settings.skip_existing and any(path.exists() for path in outputs):
@@ -312,6 +330,7 @@ def _begin(
                 adapter.close()
                 return None
         views = match(adapter, settings.base) if settings.base else [()] * len(adapter)
+        adapter, views = part(bind(adapter, views, settings.base), views, settings.form)
         return _Work(source, outputs, started, adapter, views, source_hash)
     except BaseException:
         adapter.close()
@@ -320,7 +339,7 @@ def _begin(
 
 def _origin(recipe: Recipe, settings: _Settings, source_hash: str) -> Origin:
     base = settings.base.fingerprint if settings.base and recipe.needs_base else ""
-    options = f"dtype={settings.dtype},unmapped={settings.unmapped}"
+    options = f"dtype={settings.dtype},unmapped={settings.unmapped},as={settings.form}{settings.options}"
     return Origin(source_hash, str(recipe), base, options, __version__)
 
 
@@ -399,6 +418,7 @@ def _plans(work: _Work, settings: _Settings) -> dict[Path, Plan]:
             recipe,
             dtype=settings.dtype,
             unmapped=settings.unmapped,
+            form=settings.form,
             origin=_origin(recipe, settings, work.source_hash.result()),
         )
         for path, recipe in work.targets.items()

@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from lorashrink.batch import Report
     from lorashrink.inspection import AdapterTable, Inspection
-    from lorashrink.planning import FileResult
+    from lorashrink.results import ConversionReport, FileResult, Report
 
 app = typer.Typer(
     help="Look inside LoRA adapters and shrink them against their base checkpoint.",
@@ -46,7 +45,17 @@ EXIT_SOME_FAILED, EXIT_NOTHING_DONE, EXIT_INTERRUPTED = 1, 2, 130
 
 # --- options that several commands share --------------------------------------------------------
 
+Recipes = Annotated[
+    list[str] | None,
+    typer.Option("--recipe", "-r", help="What to keep, e.g. fro_ckpt=1,thr=-3.55; several give several files."),
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder, or file name if there is one output.")]
+Dtype = Annotated[str, typer.Option("--dtype", "-t", help="same, fp16, bf16 or fp32 (also 16, 32).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Report what would be written, and write nothing.")]
 Base = Annotated[Path | None, typer.Option("--base", help="Base checkpoint, diffusers folder or norm table.")]
+Naming = Annotated[
+    str | None, typer.Option("--naming", help="Names of the output: kohya, diffusers, comfy or peft; needs a base.")
+]
 Recursive = Annotated[bool, typer.Option("--recursive", help="Look for adapters in subfolders too.")]
 Device = Annotated[str, typer.Option("--device", "-d", help="auto, cpu, cuda, cuda:N or mps.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Worker threads; default one per core.")]
@@ -79,28 +88,30 @@ def main_options(
 @app.command()
 def resize(
     files: Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="Adapters: files, folders or globs.")],
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option("--recipe", "-r", help="What to keep, e.g. fro_ckpt=1,thr=-3.55; several give several files."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder, or file name if there is one output.")
-    ] = None,
+    recipe: Recipes = None,
+    output: Output = None,
     base: Base = None,
-    dtype: Annotated[str, typer.Option("--dtype", "-t", help="same, fp16, bf16 or fp32 (also 16, 32).")] = "same",
+    dtype: Dtype = "same",
     device: Device = "auto",
     jobs: Jobs = None,
     unmapped: Annotated[
         str, typer.Option("--unmapped", help="Layers that the base does not have: keep, drop or error.")
     ] = "keep",
+    form: Annotated[
+        str,
+        typer.Option("--as", help="Layers that are not LoRA: auto (smaller form), lora (all that can be), same."),
+    ] = "auto",
+    naming: Naming = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Write for a program that reads less than the format allows: vllm.")
+    ] = None,
     recursive: Recursive = False,
     force: Force = False,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Keep outputs of an earlier, equal run.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Report what would be written, and write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Tensors of no known family are an error.")] = False,
     as_json: Json = False,
     as_csv: Csv = None,
     verbose: Verbose = 0,
@@ -129,10 +140,14 @@ def resize(
             device=device,
             jobs=jobs,
             unmapped=unmapped,
+            form=form,
+            naming=naming,
+            target=target,
             recursive=recursive,
             force=force,
             skip_existing=skip_existing,
             dry_run=dry_run,
+            strict=strict,
             quantiles=verbose > 0,
             progress=progress,
         )
@@ -189,6 +204,97 @@ def inspect(
     elif not quiet:
         _print_inspection(inspection)
     _exit(list(inspection.failed.values()), done=bool(inspection.files))
+
+
+@app.command()
+def extract(
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The fine-tuned checkpoint or folder.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The checkpoint that it was tuned from.")],
+    recipe: Recipes = None,
+    output: Output = None,
+    naming: Annotated[str, typer.Option("--naming", help="Names of the output: kohya, diffusers or comfy.")] = "kohya",
+    vectors: Annotated[
+        bool, typer.Option("--vectors", help="Differences of biases and normalisation layers too.")
+    ] = False,
+    dtype: Annotated[str, typer.Option("--dtype", "-t", help="fp16, bf16 or fp32 (also 16, 32).")] = "fp16",
+    device: Device = "auto",
+    jobs: Jobs = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make an adapter of what fine-tuning changed in a checkpoint.
+
+    Example: lorashrink extract tuned.safetensors model.safetensors -r rank=64 -o new.safetensors
+    """
+    with _session(verbose, quiet, debug, as_json) as progress:
+        from lorashrink import recipe as recipes
+
+        texts = recipe or [recipes.DEFAULT]
+        recipes.parse_recipes(texts)
+        from lorashrink.extraction import extract as run
+
+        report = run(
+            tuned,
+            base,
+            recipes=texts,
+            output=output,
+            naming=naming,
+            vectors=vectors,
+            dtype=dtype,
+            device=device,
+            jobs=jobs,
+            force=force,
+            dry_run=dry_run,
+            quantiles=verbose > 0,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(_plain(report))
+    elif not quiet:
+        _print_report(report, verbose, dry_run)
+
+
+@app.command()
+def convert(
+    files: Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="Adapters: files, folders or globs.")],
+    base: Base = None,
+    naming: Naming = None,
+    dtype: Dtype = "same",
+    output: Output = None,
+    recursive: Recursive = False,
+    force: Force = False,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write adapters in another naming, container or dtype, without shrinking them.
+
+    Example: lorashrink convert --naming diffusers model.safetensors lora.safetensors
+    """
+    with _session(verbose, quiet, debug, as_json) as progress:
+        from lorashrink.conversion import convert as run
+
+        base, adapters = _split_base(files, base)
+        report = run(
+            adapters,
+            base=base,
+            naming=naming,
+            dtype=dtype,
+            output=output,
+            recursive=recursive,
+            force=force,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(_plain(report))
+    elif not quiet:
+        _print_conversion(report, verbose)
+    _exit([each.error for each in report.failed], done=bool(report.results))
 
 
 @app.command()
@@ -431,9 +537,21 @@ def _print_report(report: Report, verbose: int, dry_run: bool) -> None:
     )
 
 
+def _print_conversion(report: ConversionReport, verbose: int) -> None:
+    for each in report.results:
+        kept = f", {len(each.kept)} tensors under their old names" if each.kept else ""
+        exact = "bit by bit" if each.exact else "rounded"
+        typer.echo(f"{each.output}: {each.layers} layers, {_size(each.bytes_after)}, {exact}{kept}")
+        for tensor in each.kept if verbose else ():
+            typer.echo(f"kept {tensor.key}: {tensor.reason}")
+
+
 def _print_details(console: Console, each: FileResult, verbose: int) -> None:
     for warning in each.warnings:
         typer.echo(f"{each.output}: {warning}", err=True)
+    if each.forms:
+        sizes = ", ".join(f"--as {form} {_size(size)}" for form, size in each.forms.items())
+        console.print(f"{Path(each.output).name} {_size(each.bytes_after)}; {sizes}", markup=False)
     if verbose and each.quantiles:
         console.print(
             "score quantiles  " + "  ".join(f"{place}: {value:.3f}" for place, value in each.quantiles.items())

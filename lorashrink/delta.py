@@ -1,10 +1,11 @@
-"""`Delta`: what one adapter layer adds to one weight of the base, in factored form."""
+"""What one adapter layer adds to one weight of the base: as two factors, as a matrix, or as a Kronecker product."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -28,6 +29,52 @@ class Delta:
     def dense(self) -> Tensor:
         """ΔW itself, float32, in `shape`. For looking at and for tests; the engine never needs it."""
         return (self.scale * (self.up.double() @ self.down.double())).float().reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Dense:
+    """ΔW = scale · matrix, reshaped to `shape`, of a layer that is not of low rank.
+
+    matrix [out, in·kh·kw], any float dtype.
+    """
+
+    matrix: Tensor
+    scale: float
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """The shorter side of the matrix."""
+        return min(self.matrix.shape)
+
+    def dense(self) -> Tensor:
+        """ΔW itself, float32, in `shape`."""
+        return (self.scale * self.matrix.double()).float().reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Kronecker:
+    """ΔW = first ⊗ second, both as matrices, reshaped to `shape`.
+
+    first [n1, m1], second [n2, m2·kh·kw]; shape [n1·n2, m1·m2, kh, kw, ...].
+    """
+
+    first: Dense
+    second: Delta | Dense
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """The product of the factors' ranks."""
+        return self.first.rank * self.second.rank
+
+    def dense(self) -> Tensor:
+        """ΔW itself, float32, in `shape`."""
+        matrices = [part.dense().flatten(1).double() for part in (self.first, self.second)]
+        return torch.kron(*matrices).float().reshape(self.shape)
+
+
+AnyDelta = Delta | Dense | Kronecker
 
 
 def fan_in(shape: tuple[int, ...]) -> int:

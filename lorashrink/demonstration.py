@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorashrink.batch import Report, resize
+from lorashrink.batch import resize
 from lorashrink.errors import OutputError
 from lorashrink.recipe import DEFAULT
+from lorashrink.results import Report
 
 EXAMPLE = Path(__file__).parent / "example"
 

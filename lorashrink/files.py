@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import struct
 import tempfile
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +55,15 @@ DTYPES: dict[str, tuple[int, str]] = {
 _TORCH_NAMES = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
 _WRITE_ORDER = {name: place for place, name in enumerate(DTYPES)}
 FLOATS = frozenset(name for name in DTYPES if name.startswith(("F", "BF")))
+# What users call the dtypes to write -> the format's name; None keeps the input's.
+OUTPUT_DTYPES: dict[str, str | None] = {
+    "same": None,
+    "fp16": "F16",
+    "bf16": "BF16",
+    "fp32": "F32",
+    "16": "F16",
+    "32": "F32",
+}
 _COPY_CHUNK = 1 << 24
 PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin"})
 
@@ -181,22 +192,64 @@ def _memory(flat: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers before Python 3.12 too
 
 
-class PickledStore(TensorStore):
-    """The tensors of a `.pt`/`.ckpt`/`.bin` file, loaded with `weights_only=True`."""
+class ComputedStore(TensorStore):
+    """Tensors that are made when they are read, mostly of those of another store.
 
-    def __init__(self, path: Path, loaded: Mapping[str, Tensor]) -> None:
-        infos = {
-            name: TensorInfo(_TORCH_NAMES[str(value.dtype).removeprefix("torch.")], tuple(value.shape), value.nbytes)
-            for name, value in loaded.items()
-        }
-        super().__init__(path, infos, {}, [path], [json.dumps(sorted(infos)).encode()])
-        self._loaded = dict(loaded)
+    `made` maps names to what a header would say of them and to the function that makes them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        made: Mapping[str, tuple[TensorInfo, Callable[[], Tensor]]],
+        metadata: Mapping[str, str],
+        files: Sequence[Path],
+        headers: Sequence[bytes] = (),
+    ) -> None:
+        super().__init__(path, {name: info for name, (info, _) in made.items()}, metadata, files, headers)
+        self._make = {name: make for name, (_, make) in made.items()}
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The raw bytes of a tensor, made once."""
+        data = _memory(self._bytes(name, 0, self.tensors[name].nbytes))
+        for start in range(0, len(data), _COPY_CHUNK):
+            yield data[start : start + _COPY_CHUNK]
 
     def _bytes(self, name: str, start: int, nbytes: int) -> Tensor:
         import torch
 
-        flat = self._loaded[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        flat = self._make[name]().detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        if flat.numel() != self.tensors[name].nbytes:
+            raise ValueError(f"{name}: {flat.numel()} bytes for {self.tensors[name]}")
         return flat[start : start + nbytes].clone()
+
+
+def tensor_info(dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+    """What a header says of a tensor of this dtype (the format's name) and shape."""
+    return TensorInfo(dtype, shape, math.prod(shape) * DTYPES[dtype][0])
+
+
+def cast(tensor: Tensor, dtype: str) -> Tensor:
+    """The tensor in a dtype of the format."""
+    import torch
+
+    return tensor.to(getattr(torch, DTYPES[dtype][1]))
+
+
+def pickled_store(path: Path, loaded: Mapping[str, Tensor]) -> TensorStore:
+    """The tensors of a `.pt`/`.ckpt`/`.bin` file that were loaded with `weights_only=True`."""
+    made = {
+        name: (
+            tensor_info(_TORCH_NAMES[str(value.dtype).removeprefix("torch.")], tuple(value.shape)),
+            partial(_same, value),
+        )
+        for name, value in loaded.items()
+    }
+    return ComputedStore(path, made, {}, [path], [json.dumps(sorted(made)).encode()])
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -221,7 +274,7 @@ def join_stores(path: Path, parts: Mapping[str, TensorStore]) -> TensorStore:
     files: list[Path] = []
     headers: list[bytes] = []
     for prefix, part in parts.items():
-        if isinstance(part, PickledStore):
+        if isinstance(part, ComputedStore):
             raise InputError(f"{part.path}: weights of a folder must be safetensors; convert this file first.")
         for name, info in part.tensors.items():
             tensors[prefix + name] = TensorInfo(
@@ -350,7 +403,7 @@ def _open_pickle(path: Path) -> TensorStore:
     for name, value in tensors.items():
         if str(value.dtype).removeprefix("torch.") not in _TORCH_NAMES or value.layout != torch.strided:
             raise DamagedFile(f"{path}: tensor {name} is {value.dtype}, {value.layout}, which safetensors cannot hold.")
-    return PickledStore(path, tensors)
+    return pickled_store(path, tensors)
 
 
 # --- folders ------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorashrink.adapters import looks_like_adapter, peft
+from lorashrink.bases.containers import is_model_folder
+from lorashrink.bases.gguf_file import is_gguf
 from lorashrink.errors import InputError
 from lorashrink.files import PICKLE_SUFFIXES, read_header
 
@@ -43,7 +45,7 @@ def find_adapters(given: Sequence[str | Path], *, recursive: bool = False) -> li
 
 
 def _of_peft(path: Path) -> bool:
-    return path.name == peft.WEIGHTS_FILE and peft.is_folder(path.parent)
+    return path.name in peft.WEIGHTS_FILES and peft.is_folder(path.parent)
 
 
 def _holds_adapter(path: Path) -> bool:
@@ -57,7 +59,9 @@ def looks_like_base(entry: str) -> bool:
     """Whether a positional argument is a base: by its header, or as a folder with a model's parts."""
     path = Path(entry)
     if os.path.isdir(path):
-        return any((path / part).is_dir() for part in ("unet", "text_encoder")) or (path / "model_index.json").is_file()
+        return not peft.is_folder(path) and is_model_folder(path)
+    if is_gguf(path):
+        return True
     if path.suffix == ".json":
         return True
     if not os.path.isfile(path):

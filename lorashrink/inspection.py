@@ -14,6 +14,7 @@ from lorashrink.adapters import Adapter, Layer, adapter_family, open_adapter
 from lorashrink.bases import Base, Views, open_base, views_id
 from lorashrink.errors import LorashrinkError
 from lorashrink.inputs import find_adapters
+from lorashrink.matching import bind, fits
 from lorashrink.names import block, kind, naming
 
 if TYPE_CHECKING:
@@ -141,19 +142,22 @@ def _measuring(
     device = pick_device(device)
 
     def measure(adapter: Adapter, views: Sequence[Views]) -> Sequence[Mapping[str, object]]:
-        items = [Item(partial(getattr, layer, "delta"), layer.rank) for layer in adapter.layers]
-        spectra = []
-        for count, future in enumerate(decompose(items, device=device, pool=pool), 1):
-            spectra.append(future.result())
+        present = [layer for layer in adapter.layers if layer.bound]
+        items = [Item(partial(getattr, layer, "delta"), layer.width) for layer in present]
+        spectra: dict[str, Spectrum] = {}
+        for layer, future in zip(present, decompose(items, device=device, pool=pool), strict=True):
+            spectra[layer.name] = future.result()
             if progress:
-                progress(f"decomposing {adapter.path.name}", count, len(items))
+                progress(f"decomposing {adapter.path.name}", len(spectra), len(items))
         known: Norms = {}
         if norms:
             report = partial(progress, "norms of the base") if progress else None
             known = norms.look_up([each for each in views if each], ("fro", "spn"), pool=pool, progress=report)
         return [
-            _measures(layer, values, known.get(views_id(each), {}) if each else {}, spectrum)
-            for layer, values, each in zip(adapter.layers, spectra, views, strict=True)
+            _measures(layer, spectra[layer.name], known.get(views_id(each), {}) if each else {}, spectrum)
+            if layer.name in spectra
+            else {"alpha": layer.alpha, "flags": ("needs_base",)}
+            for layer, each in zip(adapter.layers, views, strict=True)
         ]
 
     return measure
@@ -191,14 +195,16 @@ def _flags(layer: Layer, spectrum: Spectrum) -> tuple[str, ...]:
         "zero": spectrum.rank == 0,
         "padded_rank": 0 < spectrum.rank < min(layer.rank, layer.shape[0], math.prod(layer.shape[1:])),
         "spike": spectrum.rank > 1 and float(sigma[0]) > SPIKE * float(sigma[1]),
-        "negative_alpha": layer.alpha is not None and layer.alpha < 0,
-        "zero_alpha": layer.alpha == 0,
+        "negative_alpha": layer.alpha is not None and layer.scale < 0,
+        "zero_alpha": layer.off,
     }
     return tuple(flag for flag, present in tests.items() if present)
 
 
 def _table(adapter: Adapter, base: Base | None, measure: _Measure) -> AdapterTable:
-    views = [base.find(layer.name) if base else () for layer in adapter.layers]
+    found = [base.find(layer.name) if base else () for layer in adapter.layers]
+    views = [each if each and fits(layer, each) else () for layer, each in zip(adapter.layers, found, strict=True)]
+    adapter = bind(adapter, views, base)
     rows = tuple(
         LayerRow(
             name=layer.name,

@@ -59,17 +59,20 @@ def shrunk(
     old_rank: int,
     error: float,
     settings: peft.Settings,
+    became_lora: bool = False,
 ) -> dict[str, str]:
     """Metadata of the output. `ranks` maps the names of the layers that are written to their ranks.
 
     `error` is the relative error of the file, `settings` are PEFT's for these ranks. Hashes of the contents are
-    placeholders of the right length, see `with_hashes`.
+    placeholders of the right length, see `with_hashes`. `became_lora`: layers of another family are LoRA now.
     """
     new = dict(old)
     widest = str(max(ranks.values(), default=0))
     if "ss_network_dim" in old or "ss_network_alpha" in old:
         # Whole numbers as text: words such as "Dynamic" break readers that parse them.
         new |= {"ss_network_dim": widest, "ss_network_alpha": widest}
+    if became_lora and "ss_network_module" in old:
+        new |= {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
     if any(key.startswith("ss_") for key in old):
         comment = f"resized from rank {old_rank} with lorashrink {recipe}"
         before = old.get("ss_training_comment", "")
@@ -90,12 +93,18 @@ def shrunk(
     # Both, because "0.9" is an energy in one tool and its square root in another; always 8 characters.
     energy = max(0.0, 1 - error**2)
     new |= {"lorashrink.energy": f"{energy:.6f}", "lorashrink.norm_ratio": f"{energy**0.5:.6f}"}
-    new |= {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
-    if SPEC_HASH in old:
-        new[SPEC_HASH] = "0x" + "0" * 64
+    new = with_placeholders({**new, MODEL_HASH: "", LEGACY_HASH: ""})
     if title := old.get("modelspec.title"):
         new["modelspec.title"] = f"{title} ({recipe})"
     return new
+
+
+_PLACEHOLDERS = {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8, SPEC_HASH: "0x" + "0" * 64}
+
+
+def with_placeholders(metadata: Mapping[str, str]) -> dict[str, str]:
+    """`metadata` with placeholders for those hashes of the contents that it has."""
+    return {key: _PLACEHOLDERS.get(key, text) for key, text in metadata.items()}
 
 
 def with_hashes(
@@ -116,9 +125,9 @@ def with_hashes(
         begin, end = max(start - place, 0), max(start + length - place, 0)
         window += chunk[begin:end]
         place += len(chunk)
-    new = dict(metadata)
-    new[MODEL_HASH] = digest.hexdigest()
-    new[LEGACY_HASH] = hashlib.sha256(window).hexdigest()[:8]
-    if SPEC_HASH in new:
-        new[SPEC_HASH] = "0x" + digest.hexdigest()
-    return new
+    hashes = {
+        MODEL_HASH: digest.hexdigest(),
+        LEGACY_HASH: hashlib.sha256(window).hexdigest()[:8],
+        SPEC_HASH: "0x" + digest.hexdigest(),
+    }
+    return {key: hashes.get(key, text) for key, text in metadata.items()}

@@ -7,88 +7,157 @@ import re
 # Tried in this order, so a longer prefix stands before one that it begins with.
 PREFIXES: tuple[tuple[str, str], ...] = (
     ("base_model.model.", ""),
+    ("module.", ""),
+    ("lycoris_", ""),
     ("lora_unet__", "unet"),
     ("lora_unet_", "unet"),
+    ("oft_unet_", "unet"),
+    ("lora_transformer_", "unet"),
+    ("lora_prior_unet_", "unet"),
+    ("lora_prior_te_", "te1"),
     ("lora_te1_", "te1"),
     ("lora_te2_", "te2"),
     ("lora_te3_", "te3"),
+    ("lora_te4_", "te4"),
     ("lora_te_", "te1"),
+    ("model.diffusion_model.", "unet"),
+    ("diffusion_model.", "unet"),
     ("unet.", "unet"),
+    ("transformer.", "unet"),
+    ("prior.", "unet"),
     ("text_encoder.", "te1"),
     ("text_encoder_2.", "te2"),
     ("text_encoder_3.", "te3"),
+    ("text_encoder_4.", "te4"),
+    ("text_encoders.clip_l.transformer.", "te1"),
+    ("text_encoders.clip_l.", "te1"),
+    ("text_encoders.clip_g.transformer.", "te2"),
+    ("text_encoders.clip_g.", "te2"),
+    ("text_encoders.t5xxl.transformer.", "te3"),
+    ("text_encoders.t5xxl.", "te3"),
 )
+# Any other text encoder that ComfyUI knows is the only one of its model.
+_OTHER_ENCODER = re.compile(r"text_encoders\.[^.]+\.(?:transformer\.)?")
 
 # Old diffusers files name the attention processor instead of the projection, and omit the index
-# of the output projection's only layer.
+# of the output projection's only layer. The last is a typing error in files that are out there.
 _ALIASES = (
     (re.compile(r"[._]processor(?=[._])"), ""),
     (re.compile(r"([._])to_out$"), r"\1to_out\g<1>0"),
+    (re.compile(r"^sformer_blocks(?=[._])"), "transformer_blocks"),
 )
 
 
 def address(name: str) -> tuple[str, str]:
     """(part of the model, module name with `_` for `.`) of an adapter layer.
 
-    Parts are "unet", "te1", "te2", "te3", or "" when the name does not tell. Dots cannot be restored
+    Parts are "unet" (any denoiser), "te1" to "te4", or "" when the name does not tell. Dots cannot be restored
     from a flattened name, so the base's names are flattened too and compared.
     """
     part, rest = "", name
-    while found := next(((prefix, means) for prefix, means in PREFIXES if rest.startswith(prefix)), None):
-        prefix, means = found
+    while found := _prefix(rest):
+        length, means = found
         if part and means:
             break
-        part, rest = part or means, rest.removeprefix(prefix)
+        part, rest = part or means, rest[length:]
+    return part, flat(rest)
+
+
+def _prefix(name: str) -> tuple[int, str] | None:
+    for prefix, means in PREFIXES:
+        if name.startswith(prefix):
+            return len(prefix), means
+    other = _OTHER_ENCODER.match(name)
+    return (other.end(), "te1") if other else None
+
+
+def flat(module: str) -> str:
+    """A module name with `_` for `.`, in the one spelling that all its aliases share."""
     for pattern, replacement in _ALIASES:
-        rest = pattern.sub(replacement, rest)
-    return part, rest.replace(".", "_")
+        module = pattern.sub(replacement, module)
+    return module.replace(".", "_")
+
+
+# Naming -> how its names begin; the first that fits one of the names decides.
+_NAMINGS = (
+    ("peft", ("base_model.model.",)),
+    ("kohya", ("lora_", "oft_unet_")),
+    ("comfy", ("diffusion_model.", "model.diffusion_model.", "text_encoders.")),
+    ("diffusers", ("unet.", "transformer.", "prior.", "text_encoder.", "text_encoder_")),
+)
 
 
 def naming(names: list[str]) -> str:
-    """How the layers are named: "kohya", "diffusers", "peft", or "other"."""
-    if any(name.startswith("base_model.model.") for name in names):
-        return "peft"
-    if any(name.startswith("lora_") for name in names):
-        return "kohya"
-    if any(name.startswith(("unet.", "text_encoder")) for name in names):
-        return "diffusers"
+    """How the layers are named: "kohya", "diffusers", "peft", "comfy", or "other"."""
+    for kind, prefixes in _NAMINGS:
+        if any(name.startswith(prefixes) for name in names):
+            return kind
     return "other"
 
 
 # What each block of a UNet is called in both of its layouts, as people who weight blocks know them.
 _LDM_BLOCK = re.compile(r"^(input_blocks|middle_block|output_blocks)_(\d+)")
 _DIFFUSERS_BLOCK = re.compile(r"^(down_blocks|up_blocks)_(\d+)_(attentions|resnets|downsamplers|upsamplers)_(\d+)")
-_ENCODER_LAYER = re.compile(r"(?:encoder_layers|resblocks)_(\d+)")
+_ENCODER_LAYER = re.compile(r"(?:encoder_layers|resblocks|encoder_block|^(?:model_)?(?:language_model_)?layers)_(\d+)")
 _LDM = {"input_blocks": "IN", "output_blocks": "OUT"}
+# Transformers: blocks of two streams, of one, and of models that have but one kind (or do not tell).
+_TRANSFORMER_BLOCKS = (
+    (
+        "D",
+        re.compile(
+            r"^(?:double_blocks|double_layers|double_stream_blocks|joint_blocks|joint_transformer_blocks)_(\d+)"
+        ),
+    ),
+    ("S", re.compile(r"^(?:single_blocks|single_layers|single_stream_blocks|single_transformer_blocks)_(\d+)")),
+    ("L", re.compile(r"^(?:(?:model_)?(?:language_model_)?(?:model_)?layers|(?:transformer_)?blocks|h)_(\d+)")),
+)
 
 
 def block(name: str) -> str:
-    """The block that a layer belongs to: "IN04", "MID", "OUT02", "TE1.05", or "other"."""
-    part, flat = address(name)
-    if found := _LDM_BLOCK.match(flat):
+    """The block that a layer belongs to: "IN04", "MID", "OUT02", "D07", "S12", "L05", "TE1.05", or "other"."""
+    part, module = address(name)
+    if part.startswith("te"):
+        found = _ENCODER_LAYER.search(module)
+        return f"{part.upper()}.{int(found[1]):02d}" if found else part.upper()
+    if found := _LDM_BLOCK.match(module):
         return "MID" if found[1] == "middle_block" else f"{_LDM[found[1]]}{int(found[2]):02d}"
-    if found := _DIFFUSERS_BLOCK.match(flat):
+    if found := _DIFFUSERS_BLOCK.match(module):
         level, kind, index = int(found[2]), found[3], int(found[4])
         if found[1] == "down_blocks":
             return f"IN{3 * level + (3 if kind == 'downsamplers' else 1 + index):02d}"
         return f"OUT{3 * level + (2 if kind == 'upsamplers' else index):02d}"
-    if flat.startswith("mid_block"):
+    if module.startswith("mid_block"):
         return "MID"
-    if flat == "conv_in":
+    if module == "conv_in":
         return "IN00"
-    if part.startswith("te") and (found := _ENCODER_LAYER.search(flat)):
-        return f"{part.upper()}.{int(found[1]):02d}"
-    return part.upper() if part.startswith("te") else "other"
+    for letter, pattern in _TRANSFORMER_BLOCKS:
+        if found := pattern.match(module):
+            return f"{letter}{int(found[1]):02d}"
+    return "other"
+
+
+# The first word that a name contains tells what its layer does.
+_KINDS = (
+    (re.compile(r"embed_tokens|lm_head"), "other"),
+    (
+        re.compile(
+            r"(?:^|_)(?:img_mod|txt_mod|modulation|adaLN|adaln|mod[XCF]+)(?:_|$)|norm\d?(?:_context|_out)?_linear"
+        ),
+        "mod",
+    ),
+    (re.compile(r"proj_mlp"), "mlp"),
+    (re.compile(r"attn|attention_|linear1|qkv_"), "attn"),
+    (re.compile(r"ff_|ffn_|mlp|feed_forward"), "mlp"),
+    (re.compile(r"proj_|linear2"), "proj"),
+    (re.compile(r"emb|time_in|vector_in|guidance_in|time_proj"), "time"),
+)
 
 
 def kind(name: str, shape: tuple[int, ...]) -> str:
-    """What the layer does: "te", "conv", "attn", "mlp", "proj", "time", or "other"."""
-    part, flat = address(name)
+    """What the layer does: "te", "conv", "attn", "mlp", "mod", "proj", "time", or "other"."""
+    part, module = address(name)
     if part.startswith("te"):
         return "te"
     if len(shape) > 2 and any(side > 1 for side in shape[2:]):
         return "conv"
-    for word, meaning in (("attn", "attn"), ("ff_", "mlp"), ("mlp", "mlp"), ("proj_", "proj"), ("emb", "time")):
-        if word in flat:
-            return meaning
-    return "other"
+    return next((meaning for pattern, meaning in _KINDS if pattern.search(module)), "other")

@@ -1,142 +1,34 @@
-"""What becomes of one adapter: its layers matched with the base, judged by recipes, and laid out as files."""
+"""What becomes of one adapter: its layers judged by recipes and laid out as files."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from lorashrink import metadata
-from lorashrink.adapters import Adapter, Layer, adapter_family, peft
+from lorashrink.adapters import Adapter, Layer, lora_form, peft
+from lorashrink.adapters.family import Family, Infos
 from lorashrink.base_norms import Norms
-from lorashrink.bases import FAMILIES as BASE_FAMILIES
-from lorashrink.bases import Base, Views, views_id, views_shape
+from lorashrink.bases import Base, Views, views_id
 from lorashrink.delta import fan_in
-from lorashrink.errors import FamilyMismatch, InputError, NonFinite, RecipeError, ShapeError
-from lorashrink.files import DTYPES, TensorInfo, header_bytes
+from lorashrink.errors import InputError, NonFinite, RecipeError
+from lorashrink.files import DTYPES, OUTPUT_DTYPES, TensorInfo, header_bytes, tensor_info
+from lorashrink.outputs import shown
 from lorashrink.recipe import LayerFacts, Recipe, Selection, score, select
 from lorashrink.recipe import quantiles as score_quantiles
+from lorashrink.results import FileResult, LayerResult, Removed, Verbatim
 from lorashrink.spectrum import Spectrum, alignment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# --- results ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class LayerResult:
-    """What became of one layer."""
-
-    name: str
-    shape: tuple[int, ...]
-    algo: str
-    rank_before: int
-    rank_after: int  # 0 = removed
-    energy: float  # Σσ² kept / Σσ²
-    rle_lora: float  # ‖lost‖_F / ‖ΔW‖_F
-    rle_ckpt: float | None  # ‖lost‖_F / ‖W‖_F, None without a base weight
-
-
-@dataclass(frozen=True, slots=True)
-class Verbatim:
-    """A tensor that was copied as it is."""
-
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """A layer, or one tensor of it, that is not in the output."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class FileResult:
-    """One written file (or, with a dry run, one that would be)."""
-
-    source: str
-    output: str
-    recipe: str
-    threshold: float | None
-    bytes_before: int
-    bytes_after: int
-    relative_error: float  # sqrt(Σ‖lost‖² / Σ‖ΔW‖²)
-    seconds: float
-    layers: tuple[LayerResult, ...] = ()
-    verbatim: tuple[Verbatim, ...] = ()
-    removed: tuple[Removed, ...] = ()
-    warnings: tuple[str, ...] = ()
-    quantiles: Mapping[str, float] = field(default_factory=dict)  # of the score, on request
-    skipped: bool = False  # an equal file was already there
-
-    @property
-    def energy(self) -> float:
-        """Share of ΣΣσ² that was kept."""
-        return 1 - self.relative_error**2
-
-    @property
-    def norm_ratio(self) -> float:
-        """Share of the Frobenius norm that was kept: the square root of the energy."""
-        return math.sqrt(max(0.0, self.energy))
-
-
-# --- matching with the base ---------------------------------------------------------------------
-
-
-def match(adapter: Adapter, base: Base) -> list[Views]:
-    """For each layer the base weight that it changes, () where the base has none such.
-
-    Raises FamilyMismatch or ShapeError if adapter and base do not belong together.
-    """
-    found = [base.find(layer.name) for layer in adapter.layers]
-    wrong = [
-        (layer, views)
-        for layer, views in zip(adapter.layers, found, strict=True)
-        if views and not same_matrix(layer.shape, views_shape(views))
-    ]
-    looks = adapter_family(adapter)
-    titles = {family.name: family.title for family in BASE_FAMILIES}
-    if (wrong or 2 * sum(map(bool, found)) < len(found)) and looks not in (None, base.family.name):
-        raise FamilyMismatch(
-            f"{adapter.path}: looks like an adapter for {titles.get(looks or '', looks)}, but {base.path} is "
-            f"{base.family.title}. Give the base that it was trained on, or a relative of it."
-        )
-    if wrong:
-        layer, views = wrong[0]
-        raise ShapeError(
-            f"{adapter.path}: layer {layer.name} changes a weight of {list(layer.shape)}, but {views_id(views)} of "
-            f"{base.path} is {list(views_shape(views))}. Give the base that the adapter was trained on."
-        )
-    if adapter.layers and not any(found):
-        raise FamilyMismatch(
-            f"{adapter.path}: none of its {len(adapter)} layers, such as {adapter.layers[0].name}, is in {base.path} "
-            f"({base.family.title}). Give the base that it was trained on, or a relative of it."
-        )
-    return found
-
-
-def same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Whether two shapes mean the same matrix: a 1×1 convolution is a linear layer."""
-
-    def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[:2] if all(side == 1 for side in shape[2:]) else shape
-
-    return squeezed(a) == squeezed(b)
-
-
-# --- planning -----------------------------------------------------------------------------------
-
-OUTPUT_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 _SHRINKABLE_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 UNMAPPED = ("keep", "drop", "error")
 
@@ -169,18 +61,38 @@ class Decomposed:
             numbers=numbers,
             bytes_per_rank=numbers * DTYPES[dtype][0],
             kernel=any(side > 1 for side in layer.shape[2:]),
-            removable="magnitude" not in layer.keys,
+            removable=not _more_than_delta(layer),
             base_fro=norms.get("fro"),
             base_spn=norms.get("spn"),
             base_alignment=None if aligned is None else aligned.abs().numpy(),
+            tail=self.spectra[index].tail,
         )
 
 
+def _more_than_delta(layer: Layer) -> bool:
+    """Whether the layer would change the model even with a ΔW of zero."""
+    return bool({"magnitude", "bias"} & layer.keys.keys())
+
+
 def _culprit(layer: Layer) -> str:
-    for role, key in layer.keys.items():
-        if role != "alpha" and not torch.isfinite(layer.store.read(key)).all():
+    for role, key in {**layer.keys, **layer.common}.items():
+        if role != "alpha" and not torch.isfinite(layer.store.read(key).float()).all():
             return f" (in {key})"
     return ""
+
+
+class Form(NamedTuple):
+    """How a layer is written."""
+
+    name: str
+    family: Family
+    keys: Mapping[str, str]  # role -> key
+    infos: Infos
+
+
+def _form(layer: Layer) -> Form:
+    """The layer's own form if it can have any rank, else that of a LoRA."""
+    return Form(layer.name, layer.family, layer.keys, layer.infos) if layer.family.written else Form(*lora_form(layer))
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,17 +104,25 @@ class Plan:
     shrunk: Sequence[int]  # indices of the layers that the recipe judged
     facts: Sequence[LayerFacts]  # of these
     selection: Selection  # of these
+    losses: Sequence[float]  # of these: ‖ΔW - ΔW'‖_F before `rescale`
+    forms: Sequence[Form]  # of these
+    stays: frozenset[int]  # places among these whose own form is the smaller one
     tensors: Mapping[str, TensorInfo]  # of the output
     metadata: Mapping[str, str]
     verbatim: Mapping[str, str]  # key -> reason
     removed: Mapping[str, str]  # layer or key -> reason
     warnings: Sequence[str]
     settings: peft.Settings  # PEFT's, for the new ranks
+    form_sizes: Mapping[str, int]  # see FileResult.forms
 
     @cached_property
     def places(self) -> Mapping[int, int]:
-        """Where a layer, by its index in the adapter, stands among those that the recipe judged."""
-        return {index: place for place, index in enumerate(self.shrunk)}
+        """Index in the adapter -> place in `shrunk`, of the layers that are written anew."""
+        return {
+            index: place
+            for place, index in enumerate(self.shrunk)
+            if self.selection.widths[place] and place not in self.stays
+        }
 
     @cached_property
     def alpha(self) -> int:
@@ -211,12 +131,11 @@ class Plan:
         One number, because diffusers (0.42) gives the most frequent alpha of a kohya file to all of its layers. It is
         the largest rank; a layer of a lower rank has factors that are smaller by √(rank/alpha) to make up for it.
         """
-        return max(self.selection.widths, default=0)
+        return max((self.selection.widths[place] for place in self.places.values()), default=0)
 
     def baked(self, place: int) -> float:
         """What a layer's factors hold, relative to its truncated ΔW; the reader's alpha / rank does the rest."""
-        layer = self.decomposed.adapter.layers[self.shrunk[place]]
-        share = self.selection.widths[place] / self.alpha if "alpha" in layer.keys else 1.0
+        share = self.selection.widths[place] / self.alpha if "alpha" in self.forms[place].keys else 1.0
         return self.recipe.rescale * share
 
     @cached_property
@@ -227,23 +146,21 @@ class Plan:
     @cached_property
     def relative_error(self) -> float:
         """See `relative_error`."""
-        return relative_error(self.facts, self.selection.kept)
+        return relative_error(self.facts, self.losses)
 
     def layer_results(self) -> tuple[LayerResult, ...]:
         """One row per layer that the recipe judged."""
         rows = []
-        for index, facts, kept, width in zip(
-            self.shrunk, self.facts, self.selection.kept, self.selection.widths, strict=True
-        ):
+        for place, (index, facts, lost) in enumerate(zip(self.shrunk, self.facts, self.losses, strict=True)):
             layer = self.decomposed.adapter.layers[index]
-            lost, whole = _lost(facts, kept), float((facts.sigma**2).sum() ** 0.5)
+            whole = math.sqrt(facts.total)
             rows.append(
                 LayerResult(
                     name=layer.name,
                     shape=layer.shape,
                     algo=layer.algo,
                     rank_before=layer.rank,
-                    rank_after=width,
+                    rank_after=layer.rank if place in self.stays else self.selection.widths[place],
                     energy=1 - (lost / whole) ** 2,
                     rle_lora=lost / whole,
                     rle_ckpt=abs(self.recipe.rescale) * lost / facts.base_fro if facts.base_fro else None,
@@ -252,18 +169,17 @@ class Plan:
         return tuple(rows)
 
 
-def relative_error(layers: Sequence[LayerFacts], kept: Sequence[Sequence[int]]) -> float:
-    """sqrt(Σ‖lost‖² / Σ‖ΔW‖²) over layers of which these dimensions are kept."""
-    total = sum(float((facts.sigma**2).sum()) for facts in layers)
-    lost = sum(_lost(facts, dimensions) ** 2 for facts, dimensions in zip(layers, kept, strict=True))
-    return math.sqrt(lost / total) if total else 0.0
+def relative_error(layers: Sequence[LayerFacts], losses: Sequence[float]) -> float:
+    """sqrt(Σ‖lost‖² / Σ‖ΔW‖²) over layers that lose these Frobenius norms."""
+    total = sum(facts.total for facts in layers)
+    return math.sqrt(sum(lost**2 for lost in losses) / total) if total else 0.0
 
 
 def _lost(facts: LayerFacts, kept: Sequence[int]) -> float:
     """‖ΔW - ΔW'‖_F, summed over the dimensions that are gone, so that small losses are exact."""
     rest = facts.sigma.copy()
     rest[list(kept)] = 0
-    return float((rest**2).sum() ** 0.5)
+    return math.sqrt(float((rest**2).sum()) + facts.tail)
 
 
 def file_size(tensors: Mapping[str, TensorInfo], entries: Mapping[str, str]) -> int:
@@ -272,7 +188,13 @@ def file_size(tensors: Mapping[str, TensorInfo], entries: Mapping[str, str]) -> 
 
 
 def plan(
-    decomposed: Decomposed, recipe: Recipe, *, dtype: str = "same", unmapped: str = "keep", origin: metadata.Origin
+    decomposed: Decomposed,
+    recipe: Recipe,
+    *,
+    dtype: str = "same",
+    unmapped: str = "keep",
+    form: str = "auto",
+    origin: metadata.Origin,
 ) -> Plan:
     """Decide what is kept, what is removed, and what the output looks like to the last byte.
 
@@ -280,31 +202,43 @@ def plan(
     """
     adapter = decomposed.adapter
     shrunk, verbatim, removed = _sorted_layers(decomposed, recipe, unmapped)
-    layout = _Layout(decomposed, recipe, origin, shrunk, verbatim, dtype)
+    layout = _Layout(decomposed, recipe, origin, shrunk, verbatim, dtype, form)
     facts = [decomposed.facts(index, layout.kinds[index]) for index in shrunk]
     selection = select(recipe, facts, layout.size)
-    if adapter.layers and not verbatim and not any(selection.widths):
+    widths = selection.widths
+    if adapter.layers and not verbatim and not any(widths):
         raise RecipeError(_nothing_left(adapter, recipe, facts))
-    for index, width in zip(shrunk, selection.widths, strict=True):
+    stays = layout.stays(widths)
+    losses = [0.0 if place in stays else _lost(each, selection.kept[place]) for place, each in enumerate(facts)]
+    tensors = layout.tensors(widths)
+    for place, index in enumerate(shrunk):
         layer = adapter.layers[index]
-        if not width:
+        if place in stays:
+            why = f"smaller as {layer.algo} than as a LoRA of rank {widths[place]}"
+            verbatim |= dict.fromkeys(layer.keys.values(), why)
+        elif not widths[place]:
             removed[layer.name] = "no dimension passes the recipe"
-            continue
-        for role, key in layer.keys.items():
-            if role not in layer.family.written(layer.infos, width) and key not in verbatim:
-                removed[key] = "folded into the factors, which every loader reads"
+        elif layer.family.written:
+            gone = [key for key in layer.keys.values() if key not in tensors]
+            removed |= dict.fromkeys(gone, "folded into the factors, which every loader reads")
+    for key in adapter.common:
+        (verbatim if key in tensors else removed)[key] = "shared by layers"
     return Plan(
-        decomposed,
-        recipe,
-        shrunk,
-        facts,
-        selection,
-        layout.tensors(selection.widths),
-        layout.metadata(selection.widths, selection.threshold, relative_error(facts, selection.kept)),
-        verbatim,
-        removed,
-        _warnings(decomposed, layout),
-        layout.settings(selection.widths),
+        decomposed=decomposed,
+        recipe=recipe,
+        shrunk=shrunk,
+        facts=facts,
+        selection=selection,
+        losses=losses,
+        forms=layout.forms,
+        stays=stays,
+        tensors=tensors,
+        metadata=layout.metadata(widths, selection.threshold, relative_error(facts, losses)),
+        verbatim=verbatim,
+        removed=removed,
+        warnings=_warnings(decomposed, layout, widths),
+        settings=layout.settings(widths),
+        form_sizes=layout.form_sizes(widths, selection.threshold),
     )
 
 
@@ -314,7 +248,7 @@ def _sorted_layers(
     """(indices of the layers that the recipe can judge, key -> why verbatim, layer -> why removed)."""
     adapter = decomposed.adapter
     shrunk: list[int] = []
-    verbatim, removed = dict(adapter.others), {}
+    verbatim, removed = dict(adapter.others), dict(adapter.dropped)
     for index, layer in enumerate(adapter.layers):
         if recipe.needs_base and not decomposed.views[index]:
             if unmapped == "error":
@@ -326,10 +260,10 @@ def _sorted_layers(
                 removed[layer.name] = "changes no weight of the base"
             else:
                 verbatim |= dict.fromkeys(layer.keys.values(), "its layer changes no weight of the base")
-        elif decomposed.spectra[index].rank == 0 and "magnitude" in layer.keys:
-            verbatim |= dict.fromkeys(layer.keys.values(), "its ΔW is zero, but its magnitude changes the weight")
+        elif decomposed.spectra[index].rank == 0 and _more_than_delta(layer):
+            verbatim |= dict.fromkeys(layer.keys.values(), "its ΔW is zero, but its other tensors change the model")
         elif decomposed.spectra[index].rank == 0:
-            removed[layer.name] = "its alpha is 0, which means strength 0" if layer.scale == 0 else "ΔW is zero"
+            removed[layer.name] = "its alpha is 0, which means strength 0" if layer.off else "ΔW is zero"
         else:
             shrunk.append(index)
             if "magnitude" in layer.keys:
@@ -337,11 +271,15 @@ def _sorted_layers(
     return shrunk, verbatim, removed
 
 
-def _warnings(decomposed: Decomposed, layout: _Layout) -> list[str]:
+def _warnings(decomposed: Decomposed, layout: _Layout, widths: Sequence[int]) -> list[str]:
     """What a user should know though nothing went wrong."""
     warnings = []
     layers = decomposed.adapter.layers
-    off = [layer.name for layer in layers if layer.scale == 0]
+    if not layout.written(widths):
+        warnings.append(
+            "no layer is smaller as a LoRA of these ranks, or can be one; the output is a copy of the input"
+        )
+    off = [layer.name for layer in layers if layer.off]
     if off:
         warnings.append(f"alpha is 0 in {len(off)} layers, first {off[0]}; sd-scripts reads that as full strength")
     if layout.dtype == "same" and any(kind != layers[index].dtype for index, kind in layout.kinds.items()):
@@ -368,59 +306,112 @@ class _Layout:
         shrunk: Sequence[int],
         verbatim: Mapping[str, str],
         dtype: str,
+        form: str,
     ) -> None:
         self.adapter, self.recipe, self.origin, self.dtype = decomposed.adapter, recipe, origin, dtype
-        self.shrunk, self.verbatim = shrunk, verbatim
+        self.form = form
+        self.layers = [self.adapter.layers[index] for index in shrunk]
+        self.forms = [_form(layer) for layer in self.layers]
+        self.verbatim = verbatim
         self.kinds = {index: _output_dtype(self.adapter.layers[index], dtype) for index in shrunk}
+        self._dtypes = list(self.kinds.values())
         self._as_is = {key: self.adapter.store.tensors[key] for key in verbatim}
+        self._converted = frozenset(place for place, layer in enumerate(self.layers) if not layer.family.written)
 
-    def size(self, widths: Sequence[int], threshold: float | None) -> int:
+    def size(self, widths: Sequence[int], threshold: float | None, form: str | None = None) -> int:
         """Bytes of the file."""
-        return file_size(self.tensors(widths), self.metadata(widths, threshold))
+        return file_size(self.tensors(widths, form), self.metadata(widths, threshold, form=form))
 
-    def tensors(self, widths: Sequence[int]) -> dict[str, TensorInfo]:
+    def form_sizes(self, widths: Sequence[int], threshold: float | None) -> dict[str, int]:
+        """Bytes of the file with all layers that are no LoRA left as they are, or all written as LoRA."""
+        return {form: self.size(widths, threshold, form) for form in ("same", "lora")} if self._converted else {}
+
+    def stays(self, widths: Sequence[int], form: str | None = None) -> frozenset[int]:
+        """Places of the layers that stay in their own form, because they are larger as LoRA."""
+        form = form or self.form
+        candidates = [place for place in self._converted if widths[place]]
+        if form == "lora":
+            return frozenset()
+        if form == "same":
+            return frozenset(candidates)
+        stored = self.adapter.store.tensors
+        own = {place: _bytes({key: stored[key] for key in self.layers[place].keys.values()}) for place in candidates}
+        lora = {place: _bytes(self._written(place, widths[place])) for place in candidates}
+        if self.adapter.as_folder:  # whose configuration knows one kind of adapter
+            return frozenset(candidates if sum(own.values()) <= sum(lora.values()) else ())
+        return frozenset(place for place in candidates if own[place] <= lora[place])
+
+    def written(self, widths: Sequence[int], form: str | None = None) -> list[int]:
+        """Places of the layers that are written anew."""
+        stays = self.stays(widths, form)
+        return [place for place, width in enumerate(widths) if width and place not in stays]
+
+    def tensors(self, widths: Sequence[int], form: str | None = None) -> dict[str, TensorInfo]:
         """All tensors of the file."""
         result = dict(self._as_is)
-        for index, width in zip(self.shrunk, widths, strict=True):
-            if width:
-                result |= _written(self.adapter.layers[index], width, self.kinds[index])
+        stays = self.stays(widths, form)
+        for place, width in enumerate(widths):
+            if place in stays:
+                layer = self.layers[place]
+                keys = [*layer.keys.values(), *layer.common.values()]
+                result |= {key: self.adapter.store.tensors[key] for key in keys}
+            elif width:
+                result |= self._written(place, width)
         return result
 
-    def metadata(self, widths: Sequence[int], threshold: float | None, error: float = 0.0) -> dict[str, str]:
+    def _written(self, place: int, width: int) -> dict[str, TensorInfo]:
+        _, family, keys, known = self.forms[place]
+        assert family.written
+        infos = {}
+        for role, shape in family.written(known, width).items():
+            # A half precision alpha could not hold every whole number.
+            kind = "F32" if role == "alpha" else self._dtypes[place]
+            infos[keys[role]] = tensor_info(kind, shape)
+        if "bias" in keys:
+            infos[keys["bias"]] = tensor_info(self._dtypes[place], known["bias"].shape)
+        return infos
+
+    def metadata(
+        self, widths: Sequence[int], threshold: float | None, error: float = 0.0, form: str | None = None
+    ) -> dict[str, str]:
         """The metadata of the file; its length does not depend on `error`."""
         return metadata.shrunk(
             self.adapter.store.metadata,
             recipe=self.recipe,
             threshold=threshold,
             origin=self.origin,
-            ranks=self._ranks(widths),
+            ranks=self._ranks(widths, form),
             old_rank=max((layer.rank for layer in self.adapter.layers), default=0),
             error=error,
-            settings=self.settings(widths),
+            settings=self.settings(widths, form),
+            became_lora=any(place in self._converted for place in self.written(widths, form)),
         )
 
-    def settings(self, widths: Sequence[int]) -> peft.Settings:
+    def settings(self, widths: Sequence[int], form: str | None = None) -> peft.Settings:
         """PEFT's settings for these ranks."""
+        settings = self.adapter.settings
+        if any(place in self._converted for place in self.written(widths, form)):
+            settings = peft.as_lora(settings)
         magnitudes = {layer.keys.get("magnitude") for layer in self.adapter.layers}
-        return peft.with_ranks(self.adapter.settings, self._ranks(widths), self.verbatim.keys() - magnitudes)
+        return peft.with_ranks(settings, self._ranks(widths, form), self.verbatim.keys() - magnitudes)
 
-    def _ranks(self, widths: Sequence[int]) -> dict[str, int]:
-        return {self.adapter.layers[i].name: width for i, width in zip(self.shrunk, widths, strict=True) if width}
+    def _ranks(self, widths: Sequence[int], form: str | None) -> dict[str, int]:
+        return {self.forms[place].name: widths[place] for place in self.written(widths, form)}
+
+
+# What the header says of a tensor beside its name: dtype, shape, two offsets.
+_ENTRY_BYTES = 64
+
+
+def _bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """About what these tensors take in a file."""
+    return sum(info.nbytes + len(key) + _ENTRY_BYTES for key, info in tensors.items())
 
 
 def _output_dtype(layer: Layer, asked: str) -> str:
-    if asked != "same":
-        return OUTPUT_DTYPES[asked]
+    if wanted := OUTPUT_DTYPES[asked]:
+        return wanted
     return layer.dtype if layer.dtype in _SHRINKABLE_DTYPES else "F16"
-
-
-def _written(layer: Layer, width: int, dtype: str) -> dict[str, TensorInfo]:
-    infos = {}
-    for role, shape in layer.family.written(layer.infos, width).items():
-        # A half precision alpha could not hold every whole number.
-        kind = "F32" if role == "alpha" else dtype
-        infos[layer.keys[role]] = TensorInfo(kind, shape, math.prod(shape) * DTYPES[kind][0])
-    return infos
 
 
 def _nothing_left(adapter: Adapter, recipe: Recipe, facts: Sequence[LayerFacts]) -> str:
@@ -431,11 +422,6 @@ def _nothing_left(adapter: Adapter, recipe: Recipe, facts: Sequence[LayerFacts])
         f"{adapter.path}: recipe '{recipe}' keeps nothing: the best dimension scores {best:.2f}. "
         "Use a lower threshold or a larger size, or min_rank=1."
     )
-
-
-def shown(output: Path) -> Path:
-    """What a user calls an output: the file, or the folder that is loaded as a whole."""
-    return output.parent if output.name == peft.WEIGHTS_FILE else output
 
 
 def result(each: Plan, output: Path, *, started: float, quantiles: bool = False) -> FileResult:
@@ -454,6 +440,7 @@ def result(each: Plan, output: Path, *, started: float, quantiles: bool = False)
         verbatim=tuple(Verbatim(key, reason) for key, reason in each.verbatim.items()),
         removed=tuple(Removed(name, reason) for name, reason in each.removed.items()),
         warnings=tuple(each.warnings),
+        forms=each.form_sizes,
         quantiles={f"{k:g}": v for k, v in score_quantiles(each.recipe, each.facts).items()} if quantiles else {},
     )
 

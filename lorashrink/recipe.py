@@ -37,6 +37,12 @@ class LayerFacts:
     base_fro: float | None = None
     base_spn: float | None = None
     base_alignment: Values | None = None  # [r], |u_iᵀ·W·v_i|
+    tail: float = 0.0  # Σσ² of dimensions that were not computed, because no recipe can keep them
+
+    @property
+    def total(self) -> float:
+        """‖ΔW‖_F², all dimensions included."""
+        return float((self.sigma**2).sum()) + self.tail
 
     @property
     def rank(self) -> int:
@@ -53,10 +59,6 @@ class Term:
     of_adapter: bool = False  # a norm of the adapter itself, which moves with `rescale`
 
 
-def _fro(values: Values) -> float:
-    return float((values * values).sum() ** 0.5)
-
-
 def _known(value: float | Values | None) -> float | Values:
     assert value is not None, "the caller looks up what Recipe.needs names"
     return value
@@ -65,7 +67,7 @@ def _known(value: float | Values | None) -> float | Values:
 TERMS: dict[str, Term] = {
     "spn_lora": Term("layer", lambda f: float(f.sigma[0]), True),
     "spn_ckpt": Term("norms", lambda f: _known(f.base_spn)),
-    "fro_lora": Term("layer", lambda f: _fro(f.sigma), True),
+    "fro_lora": Term("layer", lambda f: math.sqrt(f.total), True),
     "fro_ckpt": Term("norms", lambda f: _known(f.base_fro)),
     "subspace": Term("weight", lambda f: _known(f.base_alignment)),
     "params": Term("layer", lambda f: float(f.numbers)),
@@ -117,11 +119,13 @@ MODIFIERS: dict[str, _Range] = {
     "max_rank": _COUNT,
     "min_rank": _COUNT,
     "multiple": _COUNT,
+    "pow2": _ANY,
     "rescale": _ANY,
     "uniform": _ANY,
 }
 _WEIGHTS = (*TERMS, BYTES, CALIBRATED)
-_BARE = (*_WEIGHTS, "uniform")  # keys that mean 1 when no number follows
+_SWITCHES = ("pow2", "uniform")
+_BARE = (*_WEIGHTS, *_SWITCHES)  # keys that mean 1 when no number follows
 KEYS = (*_WEIGHTS, *SELECTIONS, *MODIFIERS)
 
 
@@ -158,6 +162,8 @@ class Recipe:
             raise RecipeError(f"recipe '{text}': conv_rank= goes with rank= only. Did you mean max_rank=?")
         if self.rescale == 0:
             raise RecipeError(f"recipe '{text}': rescale=0 would remove the whole adapter; give another number.")
+        if self.modifiers.get("pow2") and "multiple" in self.modifiers:
+            raise RecipeError(f"recipe '{text}': pow2 and multiple= both round the ranks; remove one of them.")
         low, high = self.modifiers.get("min_rank", 1), self.modifiers.get("max_rank", math.inf)
         if low > high:
             raise RecipeError(f"recipe '{text}': min_rank={low:g} is above max_rank={high:g}.")
@@ -201,6 +207,17 @@ class Recipe:
         """Whether all layers are written with one rank."""
         return bool(self.modifiers.get("uniform", 0))
 
+    @property
+    def limit(self) -> int | None:
+        """The largest rank that the recipe can give to any layer, None if that depends on the spectrum."""
+        if self.select == "sv_cumulative":  # the one selection that asks for every σ
+            return None
+        ranks = [self.value, self.modifiers.get("conv_rank", 0)] if self.select == "rank" else [math.inf]
+        most = min(max(ranks, default=0), self.modifiers.get("max_rank", math.inf))
+        if math.isinf(most):
+            return None
+        return _rounded(self, int(max(most, self.modifiers.get("min_rank", 0))))
+
     def __str__(self) -> str:
         items = [*self.weights, (self.select, self.value), *self.modifiers.items()]
         return ",".join(f"{key}={_number(value)}" for key, value in items)
@@ -212,7 +229,7 @@ class Recipe:
         modifiers = {
             key: value
             for key, value in self.modifiers.items()
-            if key != "rescale" and not (key == "uniform" and not value)
+            if key != "rescale" and not (key in _SWITCHES and not value)
         }
         parts += [f"{key.replace('_', '')}{_short(value)}" for key, value in sorted(modifiers.items())]
         if self.rescale != 1:
@@ -327,7 +344,7 @@ def quantiles(recipe: Recipe, layers: Sequence[LayerFacts]) -> dict[float, float
     """Quantiles .01 to .99 of all finite scores, to choose a threshold by."""
     import numpy as np
 
-    scores = np.concatenate([score(recipe, facts) for facts in layers])
+    scores = np.concatenate([np.empty(0), *(score(recipe, facts) for facts in layers)])
     scores = scores[np.isfinite(scores)]
     places = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
     return {place: float(np.quantile(scores, place)) for place in places} if len(scores) else {}
@@ -386,7 +403,9 @@ def _smallest(rising: Values, share: float) -> int:
 
 
 def _by_energy(facts: LayerFacts, share: float) -> int:
-    return _smallest((facts.sigma**2).cumsum(), share)
+    import numpy as np
+
+    return _smallest(np.append((facts.sigma**2).cumsum(), facts.total), share)
 
 
 def _by_sum(recipe: Recipe, facts: LayerFacts) -> int:
@@ -409,21 +428,30 @@ _PER_LAYER: dict[str, Callable[[Recipe, LayerFacts], int]] = {
 
 def _adjusted(recipe: Recipe, layers: Sequence[LayerFacts], counts: Sequence[int]) -> list[int]:
     """Kept dimensions after the modifiers; never more than the layer has."""
-    multiple = int(recipe.modifiers.get("multiple", 1))
     low = int(recipe.modifiers.get("min_rank", 0))
-    high = recipe.modifiers.get("max_rank", math.inf)
-    adjusted = []
-    for count, facts in zip(counts, layers, strict=True):
-        count = -(-max(count, low, 0 if facts.removable else 1) // multiple) * multiple
-        if count > high:
-            count = int(high) // multiple * multiple
-        adjusted.append(min(count, facts.rank))
+    adjusted = [
+        min(_rounded(recipe, max(count, low, 0 if facts.removable else 1)), facts.rank)
+        for count, facts in zip(counts, layers, strict=True)
+    ]
     if recipe.uniform:
-        widest = max(adjusted, default=0)
+        widest = _rounded(recipe, max(adjusted, default=0))
         adjusted = [min(widest, facts.rank) if count else 0 for count, facts in zip(adjusted, layers, strict=True)]
     return adjusted
 
 
 def _widths(recipe: Recipe, counts: Sequence[int]) -> list[int]:
+    """Ranks to write. Only `uniform` and `pow2` promise ranks that a layer may not have; zeros fill it up to them."""
     widest = max(counts, default=0)
-    return [widest if recipe.uniform and count else count for count in counts]
+    wanted = [widest if recipe.uniform and count else count for count in counts]
+    return [_rounded(recipe, count) for count in wanted] if recipe.modifiers.get("pow2") else wanted
+
+
+def _rounded(recipe: Recipe, count: int) -> int:
+    """`count` rounded up to a multiple or power of two, or down where it would pass `max_rank`."""
+    high = recipe.modifiers.get("max_rank", math.inf)
+    if recipe.modifiers.get("pow2"):
+        power = 1 << (count - 1).bit_length() if count else 0
+        return power if power <= high else 1 << (int(high).bit_length() - 1)
+    multiple = int(recipe.modifiers.get("multiple", 1))
+    count = -(-count // multiple) * multiple
+    return count if count <= high else int(high) // multiple * multiple

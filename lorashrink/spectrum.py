@@ -9,6 +9,10 @@ are the factors with √σ on both sides. Gram matrices square the condition num
 float64. The relative error of σ_i is then about 2⁻⁵²·(σ_1/σ_i)²: below 1e-9 for all σ_i > σ_1/1000. Where a
 factor is singular, its eigenvalues replace the Cholesky root.
 
+A ΔW that is not of low rank is decomposed through the Gram matrix of its shorter side, or, where only a few
+dimensions can be kept, through a random sketch (Halko, Martinsson, Tropp, https://arxiv.org/abs/0909.4061). The
+singular values of a Kronecker product are the products of those of its factors.
+
 Either Gram matrix may be given instead of computed: with statistics of a layer's inputs and of the model's
 sensitivity to its outputs the same steps give the truncation that is best for the model's output.
 
@@ -29,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorashrink.delta import Delta, fan_in
+from lorashrink.delta import AnyDelta, Delta, Dense, Kronecker, fan_in
 
 # A Gram matrix squares the condition number: below sqrt(eps64)·σ_1 nothing is trustworthy, and counts as 0.
 SIGMA_FLOOR = 2.0**-26
@@ -46,6 +50,12 @@ _CPU_BLOCK = 1 << 17
 _CUDA_CHUNK_BYTES = 1 << 28
 # From this rank on, three products of a quarter of the size are faster than one product.
 _SPLIT_RANK = 96
+# Layers of this rank and above are large enough to fill a thread by themselves.
+_LARGE_RANK = 512
+# A sketch pays where it has at most this part of all dimensions.
+_SKETCH_SHARE = 0.25
+_SKETCH_ROUNDS = 4  # of subspace iteration; the spectra of weight differences fall slowly
+_SKETCH_EXTRA = 32  # dimensions beside the wanted ones, so that the last of these are right
 
 
 class Grams(NamedTuple):
@@ -59,18 +69,33 @@ class Grams(NamedTuple):
 class Item:
     """One layer to decompose."""
 
-    load: Callable[[], Delta]
-    rank: int  # of the delta that `load` returns
+    load: Callable[[], AnyDelta]
+    rank: int  # of the delta that `load` returns; may be an estimate if that is no `Delta`
     grams: Grams | None = None  # instead of computing them
+    limit: int | None = None  # no more than this many dimensions will be kept
+
+
+class _Pair(NamedTuple):
+    """The spectra of the two factors of a Kronecker product."""
+
+    first: Spectrum
+    second: Spectrum
+    order: Tensor  # [r]: place of each singular value in the grid of products, first · (rank of second) + second
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Spectrum:
-    """Singular values of one ΔW, and the r×r maps that turn its factors into truncated ones."""
+    """Singular values of one ΔW, and what it takes to truncate it.
+
+    The r×r maps of a `Dense` would be as large as the layer, so that `truncate` computes its vectors again.
+    """
 
     sigma: Tensor  # [r] float64, largest first, in the unit of the base weight; exactly 0 past the numerical rank
-    left: Tensor  # [r, r] float32: up @ left[:, i] is √σ_i·u_i
-    right: Tensor  # [r, r] float32: right[i] @ down is √σ_i·v_iᵀ
+    left: Tensor | None = None  # [r, r] float32: up @ left[:, i] is √σ_i·u_i
+    right: Tensor | None = None  # [r, r] float32: right[i] @ down is √σ_i·v_iᵀ
+    pair: _Pair | None = None
+    limit: int | None = None  # of a sketch, which has only this many dimensions
+    tail: float = 0.0  # Σσ² of the dimensions that the sketch does not have
 
     @property
     def rank(self) -> int:
@@ -83,9 +108,9 @@ class Spectrum:
         return bool(torch.isfinite(self.sigma).all())
 
 
-def spectrum(delta: Delta, grams: Grams | None = None) -> Spectrum:
+def spectrum(delta: AnyDelta, grams: Grams | None = None, *, limit: int | None = None) -> Spectrum:
     """The spectrum of one layer. See `decompose`, which does many at a time."""
-    return decompose([Item(lambda: delta, delta.rank, grams)])[0].result()
+    return decompose([Item(lambda: delta, delta.rank, grams, limit)])[0].result()
 
 
 def decompose(
@@ -114,7 +139,7 @@ def decompose(
 
 
 def truncate(
-    delta: Delta,
+    delta: AnyDelta,
     spectrum: Spectrum,
     kept: Sequence[int],
     *,
@@ -127,13 +152,10 @@ def truncate(
     √σ is on both sides and the delta's own scale is contained. With `width` > len(kept) zeros fill the factors
     up to that rank. Computed in float32, or in float64 if the delta is float64.
     """
-    kind = torch.float64 if delta.up.dtype == torch.float64 else torch.float32
-    device = core_device(device) if kind == torch.float64 else device
+    device = core_device(device) if _kind(delta) == torch.float64 else torch.device(device)
     index = torch.as_tensor(kept, dtype=torch.long)
     half = math.sqrt(abs(scale))
-    left, right = spectrum.left[:, index] * math.copysign(half, scale), spectrum.right[index] * half
-    up = delta.up.to(device, kind) @ left.to(device, kind)
-    down = right.to(device, kind) @ delta.down.to(device, kind)
+    up, down = _columns(delta, spectrum, index, (math.copysign(half, scale), half), device)
     extra = (width or len(kept)) - len(kept)
     if extra:
         up = torch.nn.functional.pad(up, (0, extra))
@@ -141,7 +163,7 @@ def truncate(
     return up.cpu(), down.cpu()
 
 
-def alignment(delta: Delta, spectrum: Spectrum, weight: Tensor) -> Tensor:
+def alignment(delta: AnyDelta, spectrum: Spectrum, weight: Tensor) -> Tensor:
     """[r] float64: u_iᵀ·W·v_i for each singular pair of ΔW; 0 past the numerical rank. W is [out, in·kh·kw]."""
     rank = spectrum.rank
     up, down = truncate(delta, spectrum, range(rank))
@@ -153,6 +175,118 @@ def core_device(device: str | torch.device) -> torch.device:
     """Where the r×r part runs: the device itself, or the CPU if it has no float64 (MPS)."""
     device = torch.device(device)
     return torch.device("cpu") if device.type == "mps" else device
+
+
+# --- forms of ΔW --------------------------------------------------------------------------------
+
+
+def _kind(delta: AnyDelta) -> torch.dtype:
+    """float64 if the layer is stored so, else float32."""
+    if isinstance(delta, Kronecker):
+        return _kind(delta.second)
+    stored = delta.matrix if isinstance(delta, Dense) else delta.up
+    return torch.float64 if stored.dtype == torch.float64 else torch.float32
+
+
+def _columns(
+    delta: AnyDelta, spectrum: Spectrum, index: Tensor, factors: tuple[float, float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """√σ_i·u_i [out, k] and √σ_i·v_iᵀ [k, in·kh·kw] of the dimensions in `index`, each times its factor."""
+    if isinstance(delta, Delta):
+        assert spectrum.left is not None
+        assert spectrum.right is not None
+        left, right = spectrum.left[:, index] * factors[0], spectrum.right[index] * factors[1]
+        kind = _kind(delta)
+        return delta.up.to(device, kind) @ left.to(device, kind), right.to(device, kind) @ delta.down.to(device, kind)
+    if isinstance(delta, Dense):
+        return _dense_columns(delta, spectrum, index, factors, device)
+    assert spectrum.pair is not None
+    first, second, order = spectrum.pair
+    places = order[index]
+    count = len(second.sigma)
+    ups, downs = zip(
+        _columns(delta.first, first, places // count, factors, device),
+        _columns(delta.second, second, places % count, (1.0, 1.0), device),
+        strict=True,
+    )
+    kind = _kind(delta)
+    up = torch.einsum("ak,bk->abk", *(each.to(kind) for each in ups)).reshape(-1, len(index))
+    down = torch.einsum("ka,kb->kab", *(each.to(kind) for each in downs)).reshape(len(index), -1)
+    return up, down
+
+
+def _dense_columns(
+    delta: Dense, spectrum: Spectrum, index: Tensor, factors: tuple[float, float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    if spectrum.limit is not None:
+        sketch, maps = _sketch(delta, spectrum.limit, device)
+        return _columns(sketch, maps, index, factors, device)
+    core, kind = core_device(device), _kind(delta)
+    tall = delta.matrix.shape[0] > delta.matrix.shape[1]
+    matrix = delta.matrix.to(device)
+    vectors = torch.linalg.eigh(_dense_gram(matrix.to(core))).eigenvectors.flip(-1)[:, index.to(core)]  # [r, k]
+    half = spectrum.sigma[index].sqrt().to(core)
+    other = torch.where(half > 0, 1 / half, 0) * abs(delta.scale)
+    short, long = (vectors * half).to(device, kind), (vectors * other).to(device, kind)
+    sign = math.copysign(factors[0], factors[0] * delta.scale)
+    if tall:
+        return matrix.to(kind) @ (long * sign), short.mT * factors[1]
+    return short * sign, (long * factors[1]).mT @ matrix.to(kind)
+
+
+def _dense_gram(matrix: Tensor) -> Tensor:
+    """[r, r] float64 of the shorter side."""
+    return _gram(matrix[None], columns=matrix.shape[0] > matrix.shape[1])[0]
+
+
+def _of_dense(delta: Dense, limit: int | None, device: torch.device) -> Spectrum:
+    if limit is not None and limit + _SKETCH_EXTRA <= _SKETCH_SHARE * delta.rank:
+        return _of_sketch(delta, limit, device)
+    gram = _dense_gram(delta.matrix.to(core_device(device)))
+    if not torch.isfinite(_trace(gram)):
+        return Spectrum(torch.full((delta.rank,), math.nan, dtype=torch.float64))
+    sigma = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0).sqrt()
+    return Spectrum(abs(delta.scale) * torch.where(sigma > SIGMA_FLOOR * sigma[:1], sigma, 0).cpu())
+
+
+def _of_sketch(delta: Dense, limit: int, device: torch.device) -> Spectrum:
+    """The first `limit` dimensions; what they leave out is known to the last digit."""
+    total = delta.scale**2 * float(_squares(delta.matrix))
+    if not math.isfinite(total):
+        return Spectrum(torch.full((limit,), math.nan, dtype=torch.float64))
+    sigma = _sketch(delta, limit, device)[1].sigma[:limit]
+    return Spectrum(sigma, limit=limit, tail=max(0.0, total - float((sigma**2).sum())))
+
+
+def _sketch(delta: Dense, limit: int, device: torch.device) -> tuple[Delta, Spectrum]:
+    """ΔW projected on the space of its first `limit` left vectors and some more, by subspace iteration."""
+    kind = _kind(delta)
+    matrix = delta.matrix.to(device, kind)
+    # the same numbers each time: what is written must be what was judged
+    start = torch.randn(
+        matrix.shape[1], limit + _SKETCH_EXTRA, generator=torch.Generator().manual_seed(0), dtype=kind
+    ).to(device)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(_SKETCH_ROUNDS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+    low = Delta(basis.cpu(), (basis.mT @ matrix).cpu(), delta.scale, delta.shape)
+    return low, spectrum(low)
+
+
+def _squares(matrix: Tensor) -> Tensor:
+    """Σ of squares, float64."""
+    flat = matrix.reshape(-1)
+    return torch.stack([part.double() @ part.double() for part in torch.split(flat, _CPU_BLOCK)]).sum()
+
+
+def _of_kronecker(delta: Kronecker, device: torch.device) -> Spectrum:
+    first = _of_dense(delta.first, None, device)
+    second = spectrum(delta.second) if isinstance(delta.second, Delta) else _of_dense(delta.second, None, device)
+    products = torch.outer(first.sigma, second.sigma).flatten()
+    order = products.argsort(descending=True, stable=True)
+    sigma = products[order]
+    sigma = torch.where(sigma > SIGMA_FLOOR * sigma[:1], sigma, 0 * sigma)  # not 0 itself: NaN stays NaN
+    return Spectrum(sigma, pair=_Pair(first, second, order))
 
 
 # --- many small problems ------------------------------------------------------------------------
@@ -298,11 +432,11 @@ def _chunk_size(rank: int, device: torch.device) -> int:
     if device.type == "cuda":
         # several chunks per file, so that one is copied while another is computed
         return max(1, min(256, _CUDA_CHUNK_BYTES // (8 * rank * rank)))
-    return max(4, 1024 // rank)
+    return 1 if rank >= _LARGE_RANK else max(4, 1024 // rank)
 
 
 def _decompose_chunk(chunk: Sequence[tuple[Item, Future[Spectrum]]], device: torch.device) -> None:
-    loaded: list[tuple[Item, Delta, Future[Spectrum]]] = []
+    loaded: list[tuple[Item, AnyDelta, Future[Spectrum]]] = []
     for item, future in chunk:
         try:
             loaded.append((item, item.load(), future))
@@ -324,18 +458,28 @@ def _pass_on_cancel(chunk: Sequence[tuple[Item, Future[Spectrum]]], done: Future
             future.cancel()
 
 
-def _spectra(loaded: Sequence[tuple[Item, Delta, object]], device: torch.device) -> Iterator[Spectrum]:
-    plain = [(number, delta) for number, (item, delta, _) in enumerate(loaded) if item.grams is None]
-    given = [(number, item.grams) for number, (item, _, _) in enumerate(loaded) if item.grams is not None]
+def _spectra(loaded: Sequence[tuple[Item, AnyDelta, object]], device: torch.device) -> Iterator[Spectrum]:
+    plain: dict[int, list[tuple[int, Delta]]] = defaultdict(list)  # rank -> layers
+    given: dict[int, list[tuple[int, Grams]]] = defaultdict(list)
+    for number, (item, delta, _) in enumerate(loaded):
+        if isinstance(delta, Delta) and item.grams is None:
+            plain[delta.rank].append((number, delta))
+        elif isinstance(delta, Delta) and item.grams is not None:
+            given[delta.rank].append((number, item.grams))
     solved: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    if plain:
-        numbers, deltas = zip(*plain, strict=True)
+    for layers in plain.values():
+        numbers, deltas = zip(*layers, strict=True)
         solved |= _by_layer(numbers, solve(*grams(deltas, device)))
-    if given:
-        stacked = [torch.stack([pair[side] for _, pair in given]).to(device, torch.float64) for side in (0, 1)]
-        solved |= _by_layer([number for number, _ in given], solve(*stacked, clip=STATISTICS_CLIP))
-    for number, (_, delta, _) in enumerate(loaded):
-        yield _scaled(delta, *solved[number])
+    for pairs in given.values():
+        stacked = [torch.stack([pair[side] for _, pair in pairs]).to(device, torch.float64) for side in (0, 1)]
+        solved |= _by_layer([number for number, _ in pairs], solve(*stacked, clip=STATISTICS_CLIP))
+    for number, (item, delta, _) in enumerate(loaded):
+        if isinstance(delta, Dense):
+            yield _of_dense(delta, item.limit, device)
+        elif isinstance(delta, Kronecker):
+            yield _of_kronecker(delta, device)
+        else:
+            yield _scaled(delta, *solved[number])
 
 
 def _by_layer(

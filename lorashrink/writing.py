@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from lorashrink import metadata
-from lorashrink.adapters import peft
-from lorashrink.delta import Delta
+from lorashrink.adapters import Layer, adapter_of, peft
+from lorashrink.delta import AnyDelta, Delta
 from lorashrink.errors import OutputError
-from lorashrink.files import DTYPES, SafetensorsWriter, TensorStore, open_tensors, write_bytes
+from lorashrink.files import DTYPES, SafetensorsWriter, open_tensors, write_bytes
 from lorashrink.planning import Plan
 from lorashrink.spectrum import grams, truncate
 
@@ -41,7 +41,7 @@ def write(
     first = next(iter(plans.values()))
     layers = first.decomposed.adapter.layers
     chunks = [range(start, min(start + _CHUNK, len(layers))) for start in range(0, len(layers), _CHUNK)]
-    checks = sum(1 for each in plans.values() for width in each.selection.widths if width)
+    checks = sum(len(each.places) for each in plans.values())
     steps = _Steps(progress, len(layers) + checks)
     with ExitStack() as stack:
         pairs = [
@@ -57,7 +57,7 @@ def write(
         for (each, writer), entries in zip(pairs, hashed, strict=True):
             _verify(each, writer, pool, steps)
             writer.replace_metadata(entries.result())
-            if peft.is_folder(each.decomposed.adapter.path):
+            if each.decomposed.adapter.as_folder:
                 write_bytes(writer.path.parent / peft.CONFIG_FILE, peft.to_file(each.settings))
             writer.commit()
 
@@ -93,22 +93,28 @@ def _write_layers(indices: Sequence[int], pairs: Sequence[tuple[Plan, Safetensor
         delta = None
         for each, writer in pairs:
             place = each.places.get(index)
-            if place is None or not each.selection.widths[place]:
+            if place is None:
                 continue
             delta = delta or each.decomposed.adapter.layers[index].delta
             _write_layer(each, place, delta, writer, device)
 
 
-def _write_layer(each: Plan, place: int, delta: Delta, writer: SafetensorsWriter, device: str) -> None:
+def _write_layer(each: Plan, place: int, delta: AnyDelta, writer: SafetensorsWriter, device: str) -> None:
     index, width = each.shrunk[place], each.selection.widths[place]
     spectrum, layer = each.decomposed.spectra[index], each.decomposed.adapter.layers[index]
     up, down = truncate(
         delta, spectrum, each.selection.kept[place], width=width, scale=each.baked(place), device=device
     )
-    values = {"up": up, "down": down, "alpha": torch.tensor(float(each.alpha))}
-    for role in layer.family.written(layer.infos, width):
-        key = layer.keys[role]
-        writer.write(key, values[role].to(getattr(torch, DTYPES[each.tensors[key].dtype][1])))
+    _, family, keys, infos = each.forms[place]
+    assert family.written
+    values = dict(family.pack(up, down) if family.pack else {"up": up, "down": down})
+    values["alpha"] = torch.tensor(float(each.alpha))
+    if "bias" in keys:
+        # read at the scale of the factors, which is inside them now
+        values["bias"] = layer.store.read(keys["bias"]).float() * (layer.scale * each.baked(place))
+    for role in (*family.written(infos, width), *({"bias"} & keys.keys())):
+        info = each.tensors[keys[role]]
+        writer.write(keys[role], values[role].to(getattr(torch, DTYPES[info.dtype][1])))
 
 
 def _verify(each: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> None:
@@ -123,31 +129,33 @@ def _verify(each: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps
     adapter = each.decomposed.adapter
     by_name = {layer.name: layer for layer in adapter.layers}
     gone = {key for name in each.removed for key in (by_name[name].keys.values() if name in by_name else [name])}
-    if names != set(each.tensors) or adapter.store.tensors.keys() - names != gone:
+    replaced = {key for index in each.places for key in adapter.layers[index].keys.values()}
+    stored = adapter.store.tensors.keys()
+    if names != set(each.tensors) or not gone & stored <= stored - names <= gone | replaced:
         raise OutputError(f"{writer.path}: the written file has other tensors than planned; please report this.")
     with open_tensors(writer.temporary) as store:
-        _run(pool, _chunks_of_equal_width(each), lambda places: _check_norms(each, writer.path, store, places), steps)
+        written = {layer.name: layer for layer in adapter_of(writer.path, store, each.settings)}
+        _run(pool, _chunks_of_equal_width(each), lambda places: _check_norms(each, writer.path, written, places), steps)
 
 
 def _chunks_of_equal_width(each: Plan) -> list[list[int]]:
     by_width: dict[int, list[int]] = defaultdict(list)
-    for place, width in enumerate(each.selection.widths):
-        if width:
-            by_width[width].append(place)
+    for place in each.places.values():
+        by_width[each.selection.widths[place]].append(place)
     return [places[start : start + _CHUNK] for places in by_width.values() for start in range(0, len(places), _CHUNK)]
 
 
-def _check_norms(each: Plan, path: Path, store: TensorStore, places: Sequence[int]) -> None:
-    layers = [each.decomposed.adapter.layers[each.shrunk[place]] for place in places]
-    factors = [[store.read(layer.keys[role]).flatten(1) for role in ("up", "down")] for layer in layers]
-    deltas = [Delta(up, down, 1.0, layer.shape) for (up, down), layer in zip(factors, layers, strict=True)]
-    both = grams(deltas, torch.device("cpu"))
+def _check_norms(each: Plan, path: Path, written: Mapping[str, Layer], places: Sequence[int]) -> None:
+    """Compare what a reader of the file gets, scale included, with what was to be kept."""
+    layers = [written[each.forms[place].name] for place in places]
+    deltas = [layer.delta for layer in layers]
+    both = grams([delta for delta in deltas if isinstance(delta, Delta)], torch.device("cpu"))
     squares = (both.down * both.up).sum((-2, -1)).tolist()
     for place, layer, square in zip(places, layers, squares, strict=True):
         kept = each.facts[place].sigma[list(each.selection.kept[place])]
-        wanted = abs(each.baked(place)) * float((kept**2).sum() ** 0.5)
-        norm = math.sqrt(max(0.0, square))  # NaN, if a number overflowed, compares as wrong
-        if not abs(norm - wanted) <= _NORM_TOLERANCE[each.tensors[layer.keys["up"]].dtype] * wanted:
+        wanted = abs(each.recipe.rescale) * float((kept**2).sum() ** 0.5)
+        norm = abs(layer.scale) * math.sqrt(max(0.0, square))  # NaN, if a number overflowed, compares as wrong
+        if not abs(norm - wanted) <= _NORM_TOLERANCE[layer.dtype] * wanted:
             raise OutputError(
                 f"{path}: layer {layer.name} has norm {norm:.4g} after writing, {wanted:.4g} before. "
                 "Its numbers do not fit the dtype; use -t fp32 or -t bf16. Nothing was written."

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lorashrink.adapters import FOREIGN
+from lorashrink.adapters import layer_name
 from lorashrink.files import DTYPES, TensorInfo, header_bytes
 
 NAMES = Path(__file__).parent / "data" / "names"
+LISTED = tuple(sorted(path.name.removesuffix(".json.gz") for path in NAMES.glob("*.json.gz")))
 Shapes = dict[str, tuple[int, ...]]
 
 ADAPTERS = (
@@ -53,12 +54,14 @@ def metadata(name: str) -> dict[str, str]:
     return dict(_listing(name).get("metadata", {}))
 
 
+def about(name: str) -> dict:
+    """What is known of a listed file beside its tensors: family, algo, naming, provenance, complete, config, ..."""
+    return {key: value for key, value in _listing(name).items() if key != "tensors"}
+
+
 def module_names(adapter: str) -> list[str]:
     """What the adapter's layers are called, whatever their family: keys without the family's ending."""
-    ending = re.compile(
-        r"(?:\.lora_(?:up|down|mid)|\.lora_[AB]|[._]lora(?:_linear_layer)?\.(?:up|down))\.weight$|\.alpha$"
-    )
-    return list(dict.fromkeys(FOREIGN.sub("", ending.sub("", key)) for key in shapes(adapter)))
+    return list(dict.fromkeys(map(layer_name, shapes(adapter))))
 
 
 def scaled(original: Mapping[str, tuple[int, ...]], by: int = 32) -> Shapes:
@@ -104,12 +107,23 @@ def write_adapter(folder: Path, name: str) -> Path:
     return write_header(folder / f"{name}.safetensors", shapes(name), metadata(name))
 
 
+def write_listed(folder: Path, name: str) -> Path:
+    """The same, but as a PEFT folder where the list has its settings."""
+    if "config" not in about(name):
+        return write_adapter(folder, name)
+    write_header(folder / name / "adapter_model.safetensors", shapes(name), metadata(name))
+    (folder / name / "adapter_config.json").write_text(json.dumps(about(name)["config"]))
+    return folder / name
+
+
 # --- bases --------------------------------------------------------------------------------------
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
+    "transformer": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
+    "text_encoder_3": "model.safetensors",
 }
 
 
@@ -179,15 +193,24 @@ UNET_LAYOUTS = tuple(
 )
 
 
+def parts(layout: str) -> dict[str, Shapes]:
+    """Folder -> tensors of a base in one of the layouts; the folder of a single file is ""."""
+    contents = _layout(layout)
+    return contents if "unet" in contents else {"": contents}
+
+
+def write_parts(folder: Path, name: str, contents: Mapping[str, Shapes], entries: Mapping[str, str]) -> Path:
+    """A base of these parts, headers only: a file, or a diffusers folder."""
+    if set(contents) == {""}:
+        return write_header(folder / f"{name}.safetensors", contents[""], entries)
+    for part, tensors in contents.items():
+        write_header(folder / name / part / WEIGHTS[part], tensors, entries)
+    return folder / name
+
+
 def write_base(folder: Path, layout: str) -> Path:
     """A base, headers only, in full size: a file, or a diffusers folder."""
-    contents = _layout(layout)
-    name = layout.replace(" ", "-")
-    if "unet" not in contents:
-        return write_header(folder / f"{name}.safetensors", contents)
-    for part, tensors in contents.items():
-        write_header(folder / name / part / WEIGHTS[part], tensors)
-    return folder / name
+    return write_parts(folder, layout.replace(" ", "-"), parts(layout), {})
 
 
 def write_folder(folder: Path, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> Path:

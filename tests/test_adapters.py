@@ -16,8 +16,6 @@ from torch.testing import assert_close
 from lorashrink.adapters import adapter_family, looks_like_adapter, open_adapter, peft
 from lorashrink.errors import NotAnAdapter, ShapeError
 
-NOT_DECOMPOSED = "of a family that is not decomposed"
-
 
 def write(path, tensors, entries=None):
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, entries)
@@ -41,7 +39,7 @@ COUNTS = {
     "sdxl_locon_tucker_kohya": (49, 0),
     "sdxl_lora_diffusers_peft": (736, 0),
     "sdxl_dora_kohya_out": (722, 0),
-    "sdxl_loha_kohya": (0, 3610),
+    "sdxl_loha_kohya": (722, 0),
     "sd15_lora_kohya": (264, 0),
     "sd15_locon_kohya": (278, 0),
     "sd15_locon_norm_kohya": (192, 218),
@@ -73,22 +71,15 @@ def test_a_magnitude_is_a_part_of_its_layer_and_not_of_its_delta(key, spelling, 
         assert_close(layer.delta.dense(), tensors[f"x.{up}"] @ tensors[f"x.{down}"])
 
 
-def test_the_alpha_of_a_loha_stays_with_its_factors(tmp_path):
-    with open_adapter(fixtures.write_adapter(tmp_path, "sdxl_loha_kohya")) as adapter:
-        reasons = {key: reason for key, reason in adapter.others.items() if key.endswith(".alpha")}
-        assert len(reasons) == 722
-        assert all("hada_" in reason and reason.endswith("not decomposed") for reason in reasons.values())
-        hadamard = {reason for key, reason in adapter.others.items() if ".hada_" in key}
-        assert hadamard == {NOT_DECOMPOSED}
-
-
 def test_norms_beside_factors_are_no_layers(tmp_path):
     with open_adapter(fixtures.write_adapter(tmp_path, "sd15_locon_norm_kohya")) as adapter:
-        assert {key.rpartition(".")[2] for key in adapter.others} == {"w_norm", "b_norm"}
-        assert set(adapter.others.values()) == {NOT_DECOMPOSED}
+        assert {key.rpartition(".")[2]: reason for key, reason in adapter.others.items()} == {
+            "w_norm": "a difference of a normalisation layer",
+            "b_norm": "a difference of a bias",
+        }
 
 
-FOREIGN_KEYS = [
+OF_OTHER_FAMILIES = [
     "x.hada_w1_a",
     "x.hada_t2",
     "x.lokr_w1",
@@ -96,36 +87,49 @@ FOREIGN_KEYS = [
     "x.lokr_t2",
     "x.oft_blocks",
     "x.oft_R.weight",
-    "x.rescale",
     "x.a1.weight",
-    "x.bm.weight",
     "x.lora_embedding_A",
     "x.lora_embedding_B.default",
-    "x.lora_B.bias",
     "x.lora_E",
     "x.diff",
-    "x.diff_b",
-    "x.w_norm",
-    "x.set_weight",
     "x.ia3_l",
     "x.on_input",
     "x.vera_lambda_d",
+]
+CARRIED = [
+    "x.diff_b",
+    "x.w_norm",
+    "x.set_weight",
     "x.q_layer.weight",
+    "x.lokr_t1",
+    "x.fourierft_spectrum",
+    "x.hra_u",
+    "x.boft_R",
+    "x.ln_tuning_layers.weight",
 ]
 
 
-@pytest.mark.parametrize("key", FOREIGN_KEYS)
-def test_a_key_of_another_family_takes_the_factors_of_its_layer_along(key, tmp_path):
+@pytest.mark.parametrize("key", OF_OTHER_FAMILIES)
+def test_a_layer_of_several_families_stays_together(key, tmp_path):
     tensors = {**factors("x"), "x.alpha": torch.tensor(2.0), **factors("y"), key: torch.ones(2)}
     with open_adapter(write(tmp_path / "a.safetensors", tensors)) as adapter:
         assert [layer.name for layer in adapter] == ["y"]
-        together = f"belongs together with {key}, which is not decomposed"
-        assert adapter.others == {
-            key: NOT_DECOMPOSED,
-            "x.lora_up.weight": together,
-            "x.lora_down.weight": together,
-            "x.alpha": together,
-        }
+        keys = (key, "x.lora_up.weight", "x.lora_down.weight", "x.alpha")
+        assert adapter.others == dict.fromkeys(keys, "its layer, x, is made of several families")
+
+
+@pytest.mark.parametrize("key", CARRIED)
+def test_what_changes_no_matrix_is_carried_along(key, tmp_path):
+    with open_adapter(write(tmp_path / "a.safetensors", {**factors("x"), key: torch.ones(2)})) as adapter:
+        assert [layer.name for layer in adapter] == ["x"]
+        assert list(adapter.others) == [key]
+    with open_adapter(write(tmp_path / "b.safetensors", {key: torch.ones(2)})) as adapter:
+        assert len(adapter) == 0
+
+
+def test_factors_without_their_partners_are_refused(tmp_path):
+    with pytest.raises(ShapeError, match="x has x.hada_t2 but no"):
+        open_adapter(write(tmp_path / "a.safetensors", {"x.hada_t2": torch.ones(2, 2, 3, 3)}))
 
 
 def test_what_is_neither_factor_nor_alpha_is_listed(tmp_path):
@@ -137,7 +141,7 @@ def test_what_is_neither_factor_nor_alpha_is_listed(tmp_path):
     }
     with open_adapter(write(tmp_path / "a.safetensors", tensors)) as adapter:
         assert adapter.others == {
-            "bundle_emb.word.clip_l": "not part of an adapter layer",
+            "bundle_emb.word.clip_l": "an embedding that comes with the adapter",
             "weight": "not part of an adapter layer",
             "lonely.alpha": "belongs to factors that are not there",
         }
@@ -435,7 +439,7 @@ LOOKS = {
     "sdxl_locon_tucker_kohya": None,
     "sdxl_lora_diffusers_peft": "sdxl",
     "sdxl_dora_kohya_out": "sdxl",
-    "sdxl_loha_kohya": None,
+    "sdxl_loha_kohya": "sdxl",
     "sd15_lora_kohya": "sd15",
     "sd15_locon_kohya": "sd15",
     "sd15_locon_norm_kohya": "sd15",
@@ -453,7 +457,7 @@ def test_the_family_of_models_is_told_from_names_and_widths(name, tmp_path):
 PARTIAL = {
     "second encoder alone": ({"lora_te2_text_model_encoder_layers_0_mlp_fc1": (5120, 1280)}, "sdxl"),
     "first encoder alone": ({"lora_te1_text_model_encoder_layers_0_mlp_fc1": (3072, 768)}, None),
-    "deep transformer": ({"lora_unet_middle_block_1_transformer_blocks_2_attn1_to_q": (1280, 1280)}, "sdxl"),
+    "deep transformer": ({"lora_unet_middle_block_1_transformer_blocks_4_attn1_to_q": (1280, 1280)}, "sdxl"),
     "shallow transformer": ({"lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q": (1280, 1280)}, None),
     "context of SDXL": ({"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": (640, 2048)}, "sdxl"),
     "context of SD 1.x": ({"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": (640, 768)}, "sd15"),

@@ -19,9 +19,10 @@ from torch.testing import assert_close
 
 import lorashrink
 from lorashrink.adapters import open_adapter
-from lorashrink.batch import Report, resize
+from lorashrink.batch import resize
 from lorashrink.errors import InputError, RecipeError
 from lorashrink.files import SafetensorsWriter
+from lorashrink.results import Report
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "parity" / "expected.json").read_text())["recipes"]
 
@@ -225,12 +226,13 @@ def test_nothing_is_dropped_silently(tmp_path: Path) -> None:
     source = tmp_path / "a.safetensors"
     up, down = pair()
     other = {
-        "lora_unet_x.diff": torch.randn(4, 4).half(),
+        "lora_unet_x.diff": torch.randn(4).half(),
         "lora_unet_n.w_norm": torch.randn(7),
         "bundle_emb.cat.clip_l": torch.randn(2, 8).bfloat16(),
         "lora_unet_d.diff_b": torch.ones(24),
-        "lora_unet_d.lora_up.weight": up.clone(),
-        "lora_unet_d.lora_down.weight": down.clone(),
+        "lora_unet_m.hada_w1_a": torch.ones(24),
+        "lora_unet_m.lora_up.weight": up.clone(),
+        "lora_unet_m.lora_down.weight": down.clone(),
         "note": torch.arange(3),
     }
     zero = {"lora_unet_z.lora_up.weight": 0 * up, "lora_unet_z.lora_down.weight": down.clone()}

@@ -27,7 +27,30 @@ ADDRESSES = [
     ("unet.a.attn1.to_out.0", "unet", "a_attn1_to_out_0"),
     ("lora_unet_a_attn1_to_out", "unet", "a_attn1_to_out_0"),
     ("lora_unet_a_attn1_to_out_0", "unet", "a_attn1_to_out_0"),
-]
+    ("diffusion_model.double_blocks.0.img_attn.qkv", "unet", "double_blocks_0_img_attn_qkv"),
+    ("model.diffusion_model.double_blocks.0.img_attn.qkv", "unet", "double_blocks_0_img_attn_qkv"),
+    ("transformer.transformer_blocks.0.attn.to_q", "unet", "transformer_blocks_0_attn_to_q"),
+    ("transformer.base_model.model.transformer_blocks.0.attn.to_q", "unet", "transformer_blocks_0_attn_to_q"),
+    ("lora_transformer_transformer_blocks_0_attn_to_q", "unet", "transformer_blocks_0_attn_to_q"),
+    ("lycoris_transformer_blocks_0_attn_to_q", "", "transformer_blocks_0_attn_to_q"),
+    ("oft_unet_input_blocks_4_1_proj_in", "unet", "input_blocks_4_1_proj_in"),
+    ("lora_prior_unet_down_blocks_0_2_attention_to_q", "unet", "down_blocks_0_2_attention_to_q"),
+    ("lora_prior_te_text_model_encoder_layers_3_mlp_fc1", "te1", "text_model_encoder_layers_3_mlp_fc1"),
+    ("prior.down_blocks.0.2.attention.to_q", "unet", "down_blocks_0_2_attention_to_q"),
+    ("text_encoder_4.model.layers.0.mlp.up_proj", "te4", "model_layers_0_mlp_up_proj"),
+    ("text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1", "te1",
+     "text_model_encoder_layers_0_mlp_fc1"),
+    ("text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1", "te2",
+     "text_model_encoder_layers_0_mlp_fc1"),
+    ("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q", "te3",
+     "encoder_block_0_layer_0_SelfAttention_q"),
+    ("text_encoders.qwen3_06b.transformer.model.layers.0.mlp.up_proj", "te1", "model_layers_0_mlp_up_proj"),
+    ("base_model.model.model.layers.0.mlp.up_proj", "", "model_layers_0_mlp_up_proj"),
+    ("base_model.model.transformer.h.0.attn.c_attn", "unet", "h_0_attn_c_attn"),
+    ("double_blocks.0.processor.qkv_lora1", "", "double_blocks_0_qkv_lora1"),
+    ("diffusion_model.sformer_blocks.0.attn.to_q", "unet", "transformer_blocks_0_attn_to_q"),
+    ("module.diffusion_model.blocks.0.ffn.0", "unet", "blocks_0_ffn_0"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "part", "module"), ADDRESSES, ids=[name for name, _, _ in ADDRESSES])
@@ -46,17 +69,26 @@ def test_no_prefix_hides_a_longer_one():
     assert hidden == []
 
 
-@pytest.mark.parametrize(
-    ("adapter", "expected"),
-    [
-        ("sdxl_lora_kohya_te1_te2", "kohya"),
-        ("sd15_locon_kohya", "kohya"),
-        ("sdxl_lora_diffusers_peft", "diffusers"),
-        ("sd15_lora_diffusers_processor", "diffusers"),
-    ],
+# How the lists call a naming, where it is one of these under another name, and what has no prefix at all.
+NAMINGS = {"musubi": "kohya", "ai-toolkit": "comfy", "diffusion-pipe": "diffusers"}
+NAMINGS |= dict.fromkeys(("simpletuner", "xlabs", "bfl-control"), "other")
+OTHERWISE = {
+    "anima_lora_peft_diffusion_model": "comfy",
+    "qwen_image_lora_diffusers_downup": "other",
+    "qwen_image_lora_peft_default": "other",
+}
+ADAPTERS = sorted(
+    name
+    for path in fixtures.NAMES.glob("*.json.gz")
+    for name in [path.name.partition(".")[0]]
+    if not name.startswith("base_")
 )
-def test_the_naming_of_a_listed_adapter_is_told(adapter, expected):
-    assert naming(fixtures.module_names(adapter)) == expected
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_naming_of_a_listed_adapter_is_told(adapter):
+    said = fixtures._listing(adapter)["naming"]
+    assert naming(fixtures.module_names(adapter)) == OTHERWISE.get(adapter, NAMINGS.get(said, said))
 
 
 @pytest.mark.parametrize(
@@ -65,10 +97,28 @@ def test_the_naming_of_a_listed_adapter_is_told(adapter, expected):
         (["base_model.model.layers.0.q_proj"], "peft"),
         (["base_model.model.unet.conv_in"], "peft"),
         (["text_encoder_2.text_model.encoder.layers.0.mlp.fc1"], "diffusers"),
+        (["transformer.blocks.0.attn1.to_q"], "diffusers"),
+        (["prior.down_blocks.0.2.attention.to_q"], "diffusers"),
+        (["lora_transformer_blocks_0_attn1_to_q"], "kohya"),
+        (["oft_unet_input_blocks_4_1_proj_in"], "kohya"),
+        (["text_encoders.clip_l.transformer.x", "diffusion_model.y"], "comfy"),
         (["double_blocks.0.img_attn.qkv"], "other"),
+        (["lycoris_transformer_blocks_0_attn_to_q"], "other"),
         ([], "other"),
     ],
-    ids=["peft", "peft around diffusers", "text encoder alone", "unknown", "nothing"],
+    ids=[
+        "peft",
+        "peft around diffusers",
+        "text encoder alone",
+        "transformer",
+        "prior",
+        "OneTrainer",
+        "OFT",
+        "ComfyUI",
+        "no prefix",
+        "LyCORIS",
+        "nothing",
+    ],
 )
 def test_the_naming_of_layers_is_told(names, expected):
     assert naming(names) == expected
@@ -93,6 +143,21 @@ BLOCKS = [
     ("text_encoder_2.text_projection", "TE2"),
     ("lora_unet_time_embed_0", "other"),
     ("lora_unet_out_2", "other"),
+    ("lora_unet_double_blocks_7_img_attn_qkv", "D07"),
+    ("transformer.joint_transformer_blocks.3.attn.to_q", "D03"),
+    ("lora_unet_joint_blocks_23_x_block_attn_qkv", "D23"),
+    ("diffusion_model.double_stream_blocks.15.block.attn1.to_q", "D15"),
+    ("transformer.single_transformer_blocks.12.proj_out", "S12"),
+    ("lora_unet_single_blocks_37_linear1", "S37"),
+    ("transformer.transformer_blocks.5.attn.to_q", "L05"),
+    ("lora_unet_blocks_29_ffn_0", "L29"),
+    ("diffusion_model.layers.5.attention.to_q", "L05"),
+    ("base_model.model.model.layers.5.mlp.up_proj", "L05"),
+    ("base_model.model.model.language_model.layers.5.mlp.up_proj", "L05"),
+    ("base_model.model.transformer.h.5.attn.c_attn", "L05"),
+    ("diffusion_model.context_refiner.0.attention.to_q", "other"),
+    ("lora_te3_encoder_block_23_layer_0_SelfAttention_q", "TE3.23"),
+    ("lora_te_layers_5_mlp_up_proj", "TE1.05"),
 ]
 
 
@@ -111,6 +176,27 @@ KINDS = [
     ("lora_unet_input_blocks_1_0_emb_layers_1", (320, 1280), "time"),
     ("unet.down_blocks.0.resnets.0.time_emb_proj", (320, 1280), "time"),
     ("unet.up_blocks.0.resnets.0.conv_shortcut", (1280, 2560, 1, 1), "other"),
+    ("lora_unet_double_blocks_0_img_attn_qkv", (9216, 3072), "attn"),
+    ("lora_unet_double_blocks_0_txt_mlp_2", (3072, 12288), "mlp"),
+    ("lora_unet_double_blocks_0_img_mod_lin", (18432, 3072), "mod"),
+    ("transformer.transformer_blocks.0.norm1_context.linear", (18432, 3072), "mod"),
+    ("transformer.transformer_blocks.0.img_mod.1", (18432, 3072), "mod"),
+    ("transformer.single_transformer_blocks.0.norm.linear", (9216, 3072), "mod"),
+    ("diffusion_model.layers.0.adaLN_modulation.0", (15360, 256), "mod"),
+    ("lora_unet_single_blocks_0_linear1", (21504, 3072), "attn"),
+    ("lora_unet_single_blocks_0_linear2", (3072, 15360), "proj"),
+    ("transformer.single_transformer_blocks.0.proj_mlp", (12288, 3072), "mlp"),
+    ("transformer.single_transformer_blocks.0.proj_out", (3072, 15360), "proj"),
+    ("diffusion_model.layers.0.attention.out", (3840, 3840), "attn"),
+    ("diffusion_model.layers.0.feed_forward.w1", (10240, 3840), "mlp"),
+    ("diffusion_model.blocks.0.ffn.0", (8960, 1536), "mlp"),
+    ("diffusion_model.blocks.0.cross_attn.k_img", (1536, 1536), "attn"),
+    ("transformer.patch_embedding", (1536, 16, 1, 2, 2), "conv"),
+    ("base_model.model.model.layers.0.self_attn.q_proj", (2048, 2048), "attn"),
+    ("base_model.model.model.layers.0.mlp.up_proj", (8192, 2048), "mlp"),
+    ("base_model.model.model.embed_tokens", (128256, 2048), "other"),
+    ("base_model.model.lm_head", (128256, 2048), "other"),
+    ("lora_te3_encoder_block_0_layer_1_DenseReluDense_wo", (4096, 10240), "te"),
 ]
 
 

@@ -124,7 +124,7 @@ def test_dora_folders_load_as_before(tmp_path: Path) -> None:
 def test_layers_that_stay_as_they_are_keep_their_scale(tmp_path: Path) -> None:
     folder = saved(LoraConfig(target_modules=["q_proj", "up_proj"], r=8, lora_alpha=20), tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
-    tensors["base_model.model.blocks.0.q_proj.lora_B.bias"] = torch.zeros(24)
+    tensors["base_model.model.blocks.0.q_proj.hada_w1_a"] = torch.zeros(24)
     save_file(tensors, folder / "adapter_model.safetensors")
     report = resize(folder, recipes="rank=3", output=tmp_path)
     config = json.loads((Path(report.results[0].output) / "adapter_config.json").read_text())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorashrink.planning import FileResult, LayerResult
+from lorashrink.results import FileResult, LayerResult
 from lorashrink.plots.ranks import rank_per_block
 
 

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lorashrink.cli import app
@@ -33,6 +35,16 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("example")
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("lorashrink")])
 def test_every_command_works(command: str) -> None:
+    if "tuned.safetensors" in command:
+        tensors = load_file("model.safetensors")
+        save_file(
+            {key: tensor + 0.01 * torch.randn(tensor.shape) for key, tensor in tensors.items()}, "tuned.safetensors"
+        )
+    if "peft-folder" in command:
+        denoiser = {key: each for key, each in load_file("lora.safetensors").items() if key.startswith("lora_unet")}
+        save_file(denoiser, "peft.safetensors")
+        CliRunner().invoke(app, ["convert", "--naming", "peft", "model.safetensors", "peft.safetensors"])
+        Path("peft_peft").rename("peft-folder")
     if "model-norms.json" in command and " norms " not in command:
         CliRunner().invoke(app, ["norms", "model.safetensors", "-o", "model-norms.json"])
     result = CliRunner().invoke(app, shlex.split(command, comments=True)[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def recipes(draw: st.DrawFn) -> str:
         items.append(f"bytes={draw(st.floats(0.1, 2))!r}")
     if draw(st.booleans()):
         items.append(f"rescale={draw(numbers)!r}")
-    items += draw(st.lists(st.sampled_from(["min_rank=2", "max_rank=64", "multiple=8", "uniform"]), unique=True))
+    items += draw(st.lists(st.sampled_from(["min_rank=2", "max_rank=64", "pow2", "uniform"]), unique=True))
     return ",".join(draw(st.permutations(items)))
 
 
@@ -151,6 +152,7 @@ def test_file_names_are_those_of_resize_lora(text: str, expected: str) -> None:
         ("rank=8,conv_rank=4", "convrank4_rank8"),
         ("fro_ckpt,bytes,size=32", "bytes1_frockpt1_size32"),
         ("rank=8,rescale=-0.5,uniform", "uniform1_scale-0.5_rank8"),
+        ("energy=0.9,multiple=8", "multiple8_energy0.9"),
     ],
 )
 def test_file_names_tell_recipes_apart(text: str, items: str) -> None:
@@ -250,6 +252,37 @@ def test_max_rank_caps_after_rounding_to_a_multiple() -> None:
     many = facts(*np.linspace(9, 1, 40))
     assert kept("rank=17,multiple=16,max_rank=24", many) == [16]
     assert kept("rank=17,multiple=16", many) == [32]
+
+
+@pytest.mark.parametrize(("text", "widths"), [("thr=0,pow2", (4, 2)), ("thr=0,pow2,uniform", (4, 4))])
+def test_pow2_writes_ranks_that_are_powers_of_two(text: str, widths: tuple[int, ...]) -> None:
+    layers = [facts(5, 4, 3, 0.5, 0.4), facts(2, 1)]
+    selection = select(Recipe.parse(text), layers, size_of(layers))
+    assert selection.widths == widths
+    assert [len(kept) for kept in selection.kept] == [4, 2]
+
+
+def test_what_a_sketch_left_out_counts_for_the_energy() -> None:
+    whole, sketched = facts(3, 2, 1), replace(facts(3), tail=5.0)
+    assert whole.total == sketched.total == 14
+    kept = select(Recipe.parse("energy=0.6,max_rank=1"), [whole, sketched], size_of([whole, sketched])).kept
+    assert kept == ((0,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        ("rank=8", 8),
+        ("rank=8,conv_rank=12", 12),
+        ("energy=0.9", None),
+        ("energy=0.9,max_rank=10,pow2", 8),
+        ("rank=9,pow2", 16),
+        ("thr=0,max_rank=64,multiple=8", 64),
+        ("sv_cumulative=0.5,max_rank=4", None),
+    ],
+)
+def test_a_recipe_tells_the_largest_rank_it_can_give(text: str, limit: int | None) -> None:
+    assert Recipe.parse(text).limit == limit
 
 
 def test_uniform_writes_one_rank_and_leaves_removed_layers_removed() -> None:

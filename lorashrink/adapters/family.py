@@ -3,41 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 from lorashrink.files import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorashrink.delta import Delta
+    from lorashrink.delta import AnyDelta
 
 # Roles that any family may have beside its own. DoRA's magnitude multiplies the direction of W + ΔW
 # (https://arxiv.org/abs/2402.09353); it stays what it is when ΔW shrinks.
 SHARED = {
     "alpha": r"\.alpha",
-    "magnitude": r"\.dora_scale|\.lora_magnitude_vector(?:\.[^.]+)*",
+    "magnitude": r"\.(?:dora_scale|lora_magnitude_vector(?:\.[^.]+)*)",
 }
 
+Shape = tuple[int, ...]
 # role ("up", "down", ...) -> what the header says of the tensor that plays it
 Infos = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Stored:
+    """All that the ΔW of one layer is made of."""
+
+    tensors: Mapping[str, Tensor]  # role -> tensor, as stored; without the roles of `SHARED`
+    scale: float  # what `Family.scale` says
+    shape: Shape  # of the base weight
+    weight: Tensor | None = None  # the base weight, float32 [out, in·kh·kw], for families that need it
+    config: Mapping[str, Any] = field(default_factory=dict)  # PEFT's settings, {} if the file has none
+
+
+class Needs(Enum):
+    """What a family needs the base weight for."""
+
+    NOTHING = "nothing"
+    ADDITION = "a part of ΔW is made of the base weight"
+    SHAPE = "only the base weight tells how wide its layers are"
+    MULTIPLICATION = "it multiplies the base weight, so that ΔW exists only together with it"
+
+
+def alpha_over_rank(infos: Infos, alpha: float | None, config_scale: float) -> float:
+    """alpha / stored rank; without an alpha tensor what the file's configuration says."""
+    return config_scale if alpha is None else alpha / infos["down"].shape[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """One way to write a layer.
 
-    `suffixes` maps each role to a regular expression for the end of its tensor's name; `required`
-    are the roles that make the family. Roles of `SHARED` may come on top.
+    `suffixes` maps each role to a regular expression for the end of its tensor's name. A layer belongs to the first
+    family that has all its suffixes and at least one of its `marks`; it must have all roles of one of the
+    sets in `required`. Roles of `SHARED` may come on top.
     """
 
     name: str
     suffixes: Mapping[str, str]
-    required: frozenset[str]
+    required: tuple[frozenset[str], ...]
     check: Callable[[Infos], str | None]  # what is wrong with the shapes, if anything
-    shape: Callable[[Infos], tuple[int, ...]]  # of the base weight
-    rank: Callable[[Infos], int]
-    delta: Callable[[Mapping[str, Tensor], float, tuple[int, ...]], Delta]
-    # role -> shape when the layer is written with another rank; roles left out are folded away
-    written: Callable[[Infos, int], Mapping[str, tuple[int, ...]]]
+    # Of the base weight. The kernel of a convolution is missing, (out, in·kh·kw), where the file does not tell it
+    # (`flat`), and families that multiply tell what they can: (out,) or ().
+    shape: Callable[[Infos], Shape]
+    rank: Callable[[Infos], int]  # stored rank, as shown to users
+    width: Callable[[Infos], int]  # rank of what `delta` returns, as far as the header tells
+    delta: Callable[[Stored], AnyDelta]
+    scale: Callable[[Infos, float | None, float], float] = alpha_over_rank  # (infos, alpha or None, PEFT's scale)
+    marks: frozenset[str] = frozenset()  # roles that prove the family; empty means all of its own
+    flat: Callable[[Infos], bool] = lambda infos: False
+    needs: Needs = Needs.NOTHING
+    # role -> shape when the layer is written with another rank, in its own form; roles left out are folded away.
+    # None: the family has no form of a chosen rank, and its layers are written as LoRA or stay as they are.
+    written: Callable[[Infos, int], Mapping[str, Shape]] | None = None
+    # (up [out, r], down [r, in·kh·kw]) -> the tensors of the roles in `written`, if these are not just "up" and "down"
+    pack: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None
+    # role -> regular expression for the whole name of a tensor that all layers of the file have in common
+    common: Mapping[str, str] = field(default_factory=dict)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lorashrink.errors import DamagedFile, InputError
 METADATA_KEY = "lora_adapter_metadata"  # its keys begin with the component: "unet.r", "text_encoder.lora_alpha"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_FILES = (WEIGHTS_FILE, "adapter_model.bin")
 
 # component ("unet", ...; "" for a whole folder) -> its settings
 Settings = Mapping[str, Mapping[str, Any]]
@@ -26,7 +28,12 @@ Settings = Mapping[str, Mapping[str, Any]]
 def is_folder(path: Path) -> bool:
     """Whether this is a folder as PEFT's `save_pretrained` makes them."""
     # unlike Path.is_file, no error for a name that is too long
-    return all(os.path.isfile(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+    return os.path.isfile(path / CONFIG_FILE) and any(os.path.isfile(path / name) for name in WEIGHTS_FILES)
+
+
+def weights_in(folder: Path) -> Path:
+    """The file with the tensors of a PEFT folder."""
+    return next(folder / name for name in WEIGHTS_FILES if os.path.isfile(folder / name))
 
 
 def from_metadata(metadata: Mapping[str, str]) -> Settings:
@@ -56,17 +63,79 @@ def from_folder(folder: Path) -> Settings:
     return {"": config}
 
 
+def config(settings: Settings, layer: str) -> Mapping[str, Any]:
+    """The settings that apply to a layer; {} if there are none."""
+    return settings.get(_module(settings, layer)[0], {})
+
+
 def scale(settings: Settings, layer: str, rank: int) -> float:
     """alpha/r of a layer, or alpha/√r with rsLoRA; 1 if the settings say nothing.
 
-    Raises ValueError, TypeError or re.error if they are broken.
+    `rank` is the stored one; what PEFT divides by is another number in families whose tensors have another size.
+    Raises ValueError, TypeError, ZeroDivisionError or re.error if the settings are broken.
     """
     component, module = _module(settings, layer)
-    config = settings.get(component, {})
-    alpha = _pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    found = settings.get(component, {})
+    alpha = _pattern_value(found.get("alpha_pattern"), module, found.get("lora_alpha", found.get("alpha")))
     if alpha is None:
         return 1.0
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    divisor: float = rank
+    if found.get("peft_type") in ("LOHA", "LOKR"):
+        divisor = float(_pattern_value(found.get("rank_pattern"), module, found.get("r", rank)))
+    elif found.get("peft_type") == "ADALORA":
+        divisor = float(found.get("init_r", rank)) + 1e-5  # as its forward pass does; the trained count is not saved
+    return float(alpha) / (divisor**0.5 if found.get("use_rslora") else divisor)
+
+
+# What the configuration of any kind of adapter has in common with LoRA's.
+_COMMON = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_bias",
+    "modules_to_save",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_dora",
+)
+
+
+def as_lora(settings: Settings) -> Settings:
+    """The settings of an adapter of another kind whose layers are all written as LoRA."""
+    return {
+        component: each
+        if each.get("peft_type", "LORA") == "LORA"
+        else {"peft_type": "LORA", "bias": "none", **{key: each[key] for key in _COMMON if key in each}}
+        for component, each in settings.items()
+    }
+
+
+def settings_for(scales: Mapping[str, tuple[int, float]], known: Mapping[str, Any]) -> Settings:
+    """The settings of a folder of LoRA layers: module -> (rank, scale), with what is known of the model."""
+    ranks = {module: rank for module, (rank, _) in scales.items()}
+    alphas = {module: rank * scale for module, (rank, scale) in scales.items()}
+    rank, alpha = (_most_frequent(values.values()) for values in (ranks, alphas))
+    return {
+        "": {
+            **{key: known[key] for key in _COMMON if key in known},
+            "peft_type": "LORA",
+            "bias": "none",
+            "r": rank,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "target_modules": sorted(scales),
+            "rank_pattern": {_pattern(module): each for module, each in sorted(ranks.items()) if each != rank},
+            "alpha_pattern": {_pattern(module): each for module, each in sorted(alphas.items()) if each != alpha},
+        }
+    }
+
+
+def _most_frequent(values: Collection[float]) -> Any:
+    return max(dict.fromkeys(values), key=list(values).count, default=1)
 
 
 def with_ranks(settings: Settings, ranks: Mapping[str, int], others: Collection[str]) -> Settings:
@@ -80,8 +149,8 @@ def with_ranks(settings: Settings, ranks: Mapping[str, int], others: Collection[
         stored = {module: rank for at, module, rank in _located(settings, ranks) if at == component}
         if not stored:
             continue
-        if others:
-            rank, rooted = config.get("r"), bool(config.get("use_rslora"))
+        if others and "r" in config:
+            rank, rooted = config["r"], bool(config.get("use_rslora"))
             alphas = {module: each**0.5 if rooted else each for module, each in stored.items()}
             default = config.get("lora_alpha")
         else:
@@ -117,11 +186,19 @@ def _located(settings: Settings, ranks: Mapping[str, int]) -> list[tuple[str, st
 
 
 def _pattern_value(patterns: object, module: str, default: Any) -> Any:
+    """The value of the first pattern that fits the module's name, as PEFT looks it up."""
     if isinstance(patterns, Mapping):
         for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            tail = pattern.rpartition(".")[2]
+            # almost all patterns end in a plain word, which tells at once; thousands of expressions are slow
+            if (not tail.isidentifier() or module.endswith(tail)) and _compiled(pattern).match(module):
                 return value
     return default
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _pattern(module: str) -> str:

@@ -1,25 +1,117 @@
-"""The row of the base table: how a family of models is recognised, and where its parts lie in a file."""
+"""The row of the base table: how a family of models is recognised, where its parts lie, and what they are called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from lorashrink.bases.rules import Rules
+
+# What may stand before the names of a denoiser: in files of one part, in all-in-one files, and in folders.
+DENOISER = dict.fromkeys(
+    (
+        "",
+        "module.",
+        "net.",
+        "model.",
+        "unet.",
+        "transformer.",
+        "prior.",
+        "diffusion_model.",
+        "model.diffusion_model.",
+    ),
+    "unet",
+)
 
 
-@dataclass(frozen=True, slots=True)
+class Header:
+    """Names and shapes of a base's tensors, found by what their names end with, whatever stands before."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._names = tuple(shapes)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            self._shapes.setdefault(name, shape)
+            for place, letter in enumerate(name):
+                if letter == ".":
+                    self._shapes.setdefault(name[place + 1 :], shape)
+
+    def has(self, *endings: str) -> bool:
+        """Whether there is a tensor for each of the endings."""
+        return all(ending in self._shapes for ending in endings)
+
+    def has_weights(self) -> bool:
+        """Whether any tensor is a matrix that is called a weight."""
+        return any(name.endswith("weight") and len(shape) >= 2 for name, shape in self._shapes.items())
+
+    def begins(self, *prefixes: str) -> bool:
+        """Whether some tensor's whole name begins with one of the prefixes."""
+        return any(name.startswith(prefixes) for name in self._names)
+
+    def shape(self, ending: str) -> tuple[int, ...]:
+        """The shape of the tensor, () if there is none."""
+        return self._shapes.get(ending, ())
+
+
+@dataclass(frozen=True, eq=False)
 class BaseFamily:
     """A family of models.
 
-    `containers` maps the prefix of a part's tensors to the part ("unet", "te1", ...); a longer prefix
-    wins. `recognise` sees all tensor names with their shapes.
+    `containers` maps the prefix of a part's tensors to the part: "unet" is any denoiser and a language model, "te1",
+    "te2", ... are text encoders; a longer prefix wins. `rules` name the weights of "unet".
+
+    `kohya` is the layout whose names kohya-style adapters flatten, `denoiser` the prefix of diffusers adapters, and
+    `encoders` how many text encoders adapters can tell apart. `instead` maps a part that adapters speak of to the part
+    of the base that they mean by it. Modules that end with `transposed` multiply from the right.
     """
 
     name: str
     title: str
     containers: Mapping[str, str]
-    recognise: Callable[[Mapping[str, tuple[int, ...]]], bool]
+    recognise: Callable[[Header], bool]
+    rules: Rules = field(default=Rules(()), repr=False)
+    kohya: str = "native"
+    denoiser: str = "transformer"
+    encoders: int = 1
+    instead: Mapping[str, str] = field(default_factory=dict)
+    transposed: tuple[str, ...] = ()
+
+    @cached_property
+    def by_length(self) -> tuple[tuple[str, str], ...]:
+        """The containers, the longest prefix first."""
+        return tuple(sorted(self.containers.items(), key=lambda each: -len(each[0])))
+
+    def folder(self, part: str) -> str:
+        """What diffusers calls a part: "unet", "transformer", "text_encoder_2", ...; "" if it has no name for it."""
+        if part == "unet":
+            return self.denoiser
+        named = (prefix for prefix, other in self.containers.items() if other == part)
+        return next(
+            (prefix[:-1] for prefix in named if prefix.startswith("text_encoder") and prefix.count(".") == 1), ""
+        )
+
+    def in_one_file(self, part: str) -> str:
+        """What ComfyUI puts before a part's names: "diffusion_model.", "text_encoders.t5xxl.transformer.", or ""."""
+        if part == "unet":
+            return "diffusion_model."
+        named = (prefix for prefix, other in self.containers.items() if other == part)
+        return next((prefix for prefix in named if prefix.endswith(".transformer.") and prefix.count(".") == 3), "")
 
 
-def has(names: Collection[str], *endings: str) -> bool:
-    """Whether some tensor name is, or ends behind a container's dot with, one of the endings."""
-    return any(name == ending or name.endswith("." + ending) for ending in endings for name in names)
+def marks(*alternatives: tuple[str, ...]) -> Callable[[Header], bool]:
+    """Recognises a base by tensors that it has: all of one of the alternatives."""
+    return lambda header: any(header.has(*endings) for endings in alternatives)
+
+
+def containers(**encoders: tuple[str, ...]) -> dict[str, str]:
+    """Where the denoiser lies, and each text encoder: in which folder, and under which names in all-in-one files."""
+    found = dict(DENOISER)
+    for part, (folder, *names) in encoders.items():
+        found[f"{folder}."] = part
+        found |= {f"text_encoders.{name}.{level}": part for name in names for level in ("", "transformer.")}
+    return found
+
+
+# Of a family with one text encoder that is not CLIP: adapters number it in several ways.
+ONE_ENCODER = {"te2": "te1", "te3": "te1"}

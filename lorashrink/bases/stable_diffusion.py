@@ -1,66 +1,136 @@
-"""SD 1.x, SD 2.x and SDXL: single files in LDM layout and diffusers folders."""
+"""Models with a UNet: SD 1.x, SD 2.x, SDXL and its refiner, and relatives; Stable Cascade's prior."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from lorashrink.bases.family import BaseFamily, Header, containers, marks
+from lorashrink.bases.rules import Rules, rule
+from lorashrink.bases.unet import RULES
 
-from lorashrink.bases.family import BaseFamily, has
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-_UNET = {"model.diffusion_model.": "unet", "diffusion_model.": "unet", "unet.": "unet", "": "unet"}
-_CLIP_L = {"text_encoder.": "te1"}
+_CLIP_L = ("text_encoder", "clip_l")
 
 
-def _is_unet(shapes: Shapes) -> bool:
-    return has(
-        shapes,
-        "input_blocks.1.0.in_layers.2.weight",
-        "down_blocks.0.resnets.0.conv1.weight",
-        "input_blocks.1.0.emb_layers.1.weight",
-        "down_blocks.0.resnets.0.time_emb_proj.weight",
+def _is_unet(header: Header) -> bool:
+    """A UNet, and no autoencoder, whose halves have similar names."""
+    ldm, diffusers = "input_blocks.1.0", "down_blocks.0.resnets.0"
+    return not header.begins("encoder.", "decoder.") and any(
+        header.has(name)
+        for name in (
+            f"{ldm}.in_layers.2.weight",
+            f"{ldm}.emb_layers.1.weight",
+            f"{diffusers}.conv1.weight",
+            f"{diffusers}.time_emb_proj.weight",
+        )
     )
 
 
-def _is_sdxl(shapes: Shapes) -> bool:
-    """Two text encoders, or the second embedding that carries sizes, and three levels where the refiner has four."""
-    if has(shapes, "input_blocks.10.0.in_layers.2.weight", "down_blocks.3.resnets.0.conv1.weight"):
-        return False
-    two_encoders = any(name.startswith(("conditioner.embedders.1.", "text_encoder_2.")) for name in shapes)
-    sizes = has(shapes, "label_emb.0.0.weight", "add_embedding.linear_1.weight")
-    return _is_unet(shapes) and (two_encoders or sizes)
+def _has_sizes(header: Header) -> bool:
+    """A second embedding carries the picture's size, or an aesthetic score."""
+    return header.has("label_emb.0.0.weight") or header.has("add_embedding.linear_1.weight")
 
 
-def _is_sd2(shapes: Shapes) -> bool:
+def _has_two_encoders(header: Header) -> bool:
+    return header.begins("conditioner.embedders.1.", "text_encoder_2.")
+
+
+def _has_four_levels(header: Header) -> bool:
+    return header.has("input_blocks.10.0.in_layers.2.weight") or header.has("down_blocks.3.resnets.0.conv1.weight")
+
+
+def _first_projection(header: Header) -> tuple[int, ...]:
+    return header.shape("input_blocks.1.1.proj_in.weight") or header.shape("down_blocks.0.attentions.0.proj_in.weight")
+
+
+def _is_sdxl(header: Header) -> bool:
+    return _is_unet(header) and not _has_four_levels(header) and (_has_two_encoders(header) or _has_sizes(header))
+
+
+def _is_refiner(header: Header) -> bool:
+    """Sizes like SDXL, levels like SD, and no attention in the first level like neither of SD."""
+    return _is_unet(header) and _has_four_levels(header) and _has_sizes(header) and not _first_projection(header)
+
+
+def _is_sd2(header: Header) -> bool:
     """SD 2.x has linear projections in its transformers, SD 1.x has 1×1 convolutions."""
-    if not _is_unet(shapes) or has(shapes, "label_emb.0.0.weight", "add_embedding.linear_1.weight"):
-        return False
-    projections = [
-        shape
-        for name, shape in shapes.items()
-        if name.endswith(("input_blocks.1.1.proj_in.weight", "down_blocks.0.attentions.0.proj_in.weight"))
-    ]
-    return any(len(shape) == 2 for shape in projections)
+    return _is_unet(header) and len(_first_projection(header)) == 2
 
 
-def _is_sd1(shapes: Shapes) -> bool:
-    sizes = has(shapes, "label_emb.0.0.weight", "add_embedding.linear_1.weight")
-    return _is_unet(shapes) and not sizes and not _is_sd2(shapes) and not _is_sdxl(shapes)
+def _is_sd1(header: Header) -> bool:
+    return _is_unet(header) and not _has_sizes(header)
 
+
+# The prior of Stable Cascade; its attention is PyTorch's own, which keeps q, k and v in one matrix.
+_CASCADE = tuple(
+    each
+    for side in ("down_blocks", "up_blocks")
+    for block in [f"{side}.{{}}.{{}}.attention"]
+    for each in (
+        rule(
+            f"{block}.attn.in_proj",
+            tuple(f"{block}.to_{letter}" for letter in "qkv"),
+            tuple(f"{block}.attn.to_{letter}" for letter in "qkv"),
+        ),
+        rule(f"{block}.attn.out_proj", f"{block}.to_out.0"),
+    )
+)
 
 FAMILIES = (
+    BaseFamily(
+        "kolors",
+        "Kolors",
+        containers(te1=("text_encoder",)),
+        lambda header: _is_unet(header) and header.has("encoder_hid_proj.weight"),
+        RULES,
+        denoiser="unet",
+    ),
     BaseFamily(
         "sdxl",
         "SDXL",
         {
-            **_UNET,
-            **_CLIP_L,
+            **containers(te1=_CLIP_L, te2=("text_encoder_2", "clip_g")),
             "conditioner.embedders.0.transformer.": "te1",
             "conditioner.embedders.1.model.": "te2",
-            "text_encoder_2.": "te2",
         },
         _is_sdxl,
+        RULES,
+        denoiser="unet",
+        encoders=2,
     ),
-    BaseFamily("sd2", "SD 2.x", {**_UNET, **_CLIP_L, "cond_stage_model.model.": "te1"}, _is_sd2),
-    BaseFamily("sd15", "SD 1.x", {**_UNET, **_CLIP_L, "cond_stage_model.transformer.": "te1"}, _is_sd1),
+    BaseFamily(
+        "sdxl-refiner",
+        "the SDXL refiner",
+        {**containers(te1=("text_encoder_2", "clip_g")), "conditioner.embedders.0.model.": "te1"},
+        _is_refiner,
+        RULES,
+        kohya="diffusers",
+        denoiser="unet",
+        instead={"te2": "te1"},
+    ),
+    BaseFamily(
+        "sd2",
+        "SD 2.x",
+        {**containers(te1=("text_encoder", "clip_h")), "cond_stage_model.model.": "te1"},
+        _is_sd2,
+        RULES,
+        kohya="diffusers",
+        denoiser="unet",
+    ),
+    BaseFamily(
+        "sd15",
+        "SD 1.x",
+        {**containers(te1=_CLIP_L), "cond_stage_model.transformer.": "te1"},
+        _is_sd1,
+        RULES,
+        kohya="diffusers",
+        denoiser="unet",
+    ),
+    BaseFamily("unet", "another UNet", containers(te1=_CLIP_L), _is_unet, RULES, denoiser="unet"),
+    BaseFamily(
+        "cascade",
+        "Stable Cascade",
+        containers(te1=("text_encoder", "clip_g")),
+        marks(("down_blocks.0.0.channelwise.0.weight",)),
+        Rules(_CASCADE),
+        denoiser="prior",
+        instead={"te2": "te1"},
+    ),
 )

@@ -1,0 +1,252 @@
+"""OFT and BOFT: rotations multiply the base weight, W' = rotation · W; ΔW = W' − W.
+
+The rotations are Cayley transforms of skew-symmetric matrices Q: R = (I + Q)·(I − Q)⁻¹.
+
+- Diag-OFT of LyCORIS and kohya, `oft_blocks` [k, b, b], out = k·b: Q = B − Bᵀ, and Rᵀ turns each block of b rows.
+- BOFT of LyCORIS, `oft_blocks` [m, k, b, b]: m such stages one after another, and R turns rows that are 2ⁱ·b/2 apart.
+- Both with `rescale` [out, 1, ...], which multiplies the rows of W'. Their alpha is no scale but a bound: over all
+  blocks ‖Q‖ is at most alpha·out; 0 and below mean no bound.
+- kohya's for FLUX, `oft_blocks.0` [k, b, b] and so on: a Diag-OFT for each part of a fused weight's rows.
+- OFT of PEFT and OneTrainer, `oft_R.weight` [k, b·(b−1)/2], in·kh·kw = k·b: the upper triangle of Q, divided
+  by 2·√(b−1) if there is `scaled_oft` beside it. Each block of b columns is multiplied by Rᵀ, where R is a truncated
+  series, or the inverse of the R above if the settings say that it is exact. One block alone is repeated.
+
+Sources: OFT (https://arxiv.org/abs/2306.07280); BOFT (https://arxiv.org/abs/2311.06243); the series is that of OFTv2
+(https://arxiv.org/abs/2506.19847).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lorashrink.adapters.family import Family, Infos, Needs, Shape, Stored
+from lorashrink.errors import ShapeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorashrink.delta import Dense
+
+# PEFT's defaults; OneTrainer has no other values.
+_SERIES_TERMS = 5
+_MOST_TERMS = 1000
+_COFT_EPS = 6e-5
+
+
+# --- rotations of rows --------------------------------------------------------------------------
+
+
+def _parts(roles: Mapping[str, object]) -> list[str]:
+    return sorted(role for role in roles if role.startswith("blocks"))
+
+
+def _check_rows(infos: Infos) -> str | None:
+    parts = _parts(infos)
+    if parts != ["blocks"] and parts != [f"blocks{number}" for number in range(len(parts))]:
+        return f"it has {', '.join(parts)}, and others are missing"
+    for part in parts:
+        if problem := _blocks_problem(infos[part].shape):
+            return problem
+    if "rescale" in infos:
+        rescale, out = infos["rescale"].shape, _shape(infos)[0]
+        if rescale[:1] != (out,) or math.prod(rescale) != out:
+            return f"rescale is {list(rescale)} for {out} rows"
+    return None
+
+
+def _blocks_problem(blocks: Shape) -> str | None:
+    if len(blocks) not in (3, 4) or blocks[-1] != blocks[-2]:
+        return f"oft_blocks {list(blocks)} are no square blocks"
+    if 0 in blocks:
+        return f"oft_blocks {list(blocks)} are empty"
+    if len(blocks) == 4:
+        stages, count, size, _ = blocks
+        # compared first, because 2 to the power of a number in a header may be anything
+        if size % 2 or stages > count.bit_length() or count % 2 ** (stages - 1):
+            return f"{count} blocks of {size} rows have no {stages} butterfly stages"
+    return None
+
+
+def _shape(infos: Infos) -> Shape:
+    return (sum(infos[part].shape[-3] * infos[part].shape[-1] for part in _parts(infos)),)
+
+
+def _block_size(infos: Infos) -> int:
+    return infos[_parts(infos)[0]].shape[-1]
+
+
+def _bound(infos: Infos, alpha: float | None, config_scale: float) -> float:
+    return alpha or 0.0
+
+
+def _skew(blocks: Tensor, bound: float) -> Tensor:
+    skew = blocks.double()
+    skew = skew - skew.mT
+    norm = float(skew.norm())
+    return skew * (bound / norm) if 0 < bound < norm else skew
+
+
+def _turn_less_one(skew: Tensor) -> Tensor:
+    """R − I, without the cancellation: 2·(I − Q)⁻¹·Q = (I + QᵀQ)⁻¹·2·(I + Q)·Q."""
+    import torch
+
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype)
+    # Not `solve`: batched LU of torch 2.13 hangs in processes that have called torch.set_num_threads.
+    # The root of NaN is no error here; they are refused with the layer's name elsewhere.
+    root = torch.linalg.cholesky_ex(identity + skew.mT @ skew)[0]
+    return torch.cholesky_solve(2 * (skew + skew @ skew), root)
+
+
+def _diagonal(skew: Tensor, rows: Tensor) -> Tensor:
+    """What the rotation changes in rows [k·b, m]."""
+    count, size, _ = skew.shape
+    turns = _turn_less_one(-skew).to(rows.dtype)  # the transposed rotation is that of −Q
+    change: Tensor = turns @ rows.reshape(count, size, -1)
+    return change.flatten(0, 1)
+
+
+def _butterfly(skew: Tensor, rows: Tensor) -> Tensor:
+    """What the stages change in rows [k·b, m]."""
+    import torch
+
+    _, count, size, _ = skew.shape
+    change = torch.zeros_like(rows)
+    for stage, turns in enumerate(_turn_less_one(skew).to(rows.dtype)):
+        apart, columns = 2**stage * size // 2, rows.shape[1]
+        moved = (rows + change).reshape(-1, 2, apart, columns).transpose(1, 2).reshape(count, size, columns)
+        turned = (turns @ moved).reshape(-1, apart, 2, columns)
+        change += turned.transpose(1, 2).reshape(rows.shape)
+    return change
+
+
+def _delta_rows(stored: Stored) -> Dense:
+    import torch
+
+    from lorashrink.delta import Dense
+
+    weight = _weight(stored)
+    blocks = [stored.tensors[part] for part in _parts(stored.tensors)]
+    sizes = [each.shape[-3] * each.shape[-1] for each in blocks]
+    if sum(sizes) != weight.shape[0]:
+        raise ShapeError(f"Rotations of {sum(sizes)} rows do not fit a weight of {weight.shape[0]} rows.")
+    changes = []
+    for each, rows in zip(blocks, torch.split(weight, sizes), strict=True):
+        skew = _skew(each, stored.scale * len(rows))
+        changes.append(_diagonal(skew, rows) if skew.ndim == 3 else _butterfly(skew, rows))
+    change = torch.cat(changes)
+    if "rescale" in stored.tensors:
+        rescale = stored.tensors["rescale"].float().reshape(-1, 1)
+        change = rescale * change + (rescale - 1) * weight
+    return Dense(change, 1.0, stored.shape)
+
+
+def _weight(stored: Stored) -> Tensor:
+    assert stored.weight is not None, "Family.needs asks for it"
+    return stored.weight
+
+
+# --- rotations of columns -----------------------------------------------------------------------
+
+
+def _check_columns(infos: Infos) -> str | None:
+    triangles = infos["triangles"].shape
+    if len(triangles) != 2 or 0 in triangles:
+        return f"oft_R {list(triangles)} is no list of triangles"
+    size = _side(triangles[1])
+    if size * (size - 1) // 2 != triangles[1]:
+        return f"oft_R {list(triangles)}: no square has {triangles[1]} numbers above its diagonal"
+    return None
+
+
+def _side(numbers: int) -> int:
+    """Of the square that has so many numbers above its diagonal."""
+    return (1 + math.isqrt(1 + 8 * numbers)) // 2
+
+
+def _delta_columns(stored: Stored) -> Dense:
+    import torch
+
+    from lorashrink.delta import Dense
+
+    weight, triangles = _weight(stored), stored.tensors["triangles"].double()
+    count, size = len(triangles), _side(triangles.shape[1])
+    if weight.shape[1] % size or count not in (1, weight.shape[1] // size):
+        raise ShapeError(f"{count} rotations of {size} columns each do not fit a weight of {weight.shape[1]} columns.")
+    upper = torch.zeros(count, size, size, dtype=triangles.dtype)
+    row, column = torch.triu_indices(size, size, 1)
+    upper[:, row, column] = triangles
+    if "scaled" in stored.tensors:
+        upper /= 2 * math.sqrt(size - 1)
+    turns = _series_or_exact(_near_identity(upper - upper.mT, stored.config), stored.config)
+    # OneTrainer, whose files come without settings, turns the inputs of a linear layer but the kernel of a convolution
+    turns = turns if len(stored.shape) > 2 and not stored.config else turns.mT
+    blocks = weight.reshape(len(weight), -1, size).transpose(0, 1)
+    change = (blocks @ turns.to(weight.dtype)).transpose(0, 1).flatten(1)
+    return Dense(change, 1.0, stored.shape)
+
+
+def _near_identity(skew: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """With PEFT's `coft`: each block no longer than eps/√k."""
+    if not config.get("coft"):
+        return skew
+    eps = config.get("eps", _COFT_EPS)
+    if not isinstance(eps, int | float):
+        raise ShapeError(f"eps in the adapter's settings should be a number, it is {eps!r}.")
+    norms = skew.flatten(1).norm(dim=1)[:, None, None]
+    shorter: Tensor = eps / math.sqrt(len(skew)) / norms
+    return skew * shorter.clamp(max=1).nan_to_num(nan=1.0)
+
+
+def _series_or_exact(skew: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """R − I for R = (I − Q)·(I + Q)⁻¹, or PEFT's series for its inverse, I + 2Q + 2Q² + ... + Qᵗ⁻¹."""
+    if not config.get("use_cayley_neumann", True):
+        return _turn_less_one(-skew)
+    terms = config.get("num_cayley_neumann_terms", _SERIES_TERMS)
+    if not isinstance(terms, int) or not 0 <= terms <= _MOST_TERMS:
+        raise ShapeError(f"num_cayley_neumann_terms in the adapter's settings should be a small number, not {terms!r}.")
+    if terms < 3:
+        return 2 * skew if terms == 2 else 0 * skew
+    power = skew @ skew
+    total = 2 * (skew + power)
+    for _ in range(3, terms - 1):
+        power = power @ skew
+        total += 2 * power
+    return total + power @ skew
+
+
+def _of_rows(**suffixes: str) -> Family:
+    blocks = frozenset(_parts(suffixes))
+    return Family(
+        name="oft",
+        suffixes=suffixes,
+        required=(frozenset({min(blocks)}),),
+        check=_check_rows,
+        shape=_shape,
+        rank=_block_size,
+        width=lambda infos: _shape(infos)[0],
+        delta=_delta_rows,
+        scale=_bound,
+        marks=blocks,
+        needs=Needs.MULTIPLICATION,
+    )
+
+
+FAMILIES = (
+    _of_rows(blocks=r"\.oft_blocks", rescale=r"\.rescale"),
+    _of_rows(**{f"blocks{part}": rf"\.oft_blocks\.{part}" for part in range(4)}),
+    Family(
+        name="oft",
+        suffixes={"triangles": r"\.oft_R(?:\.[^.]+)?\.weight", "scaled": r"\.oft_R\.scaled_oft"},
+        required=(frozenset({"triangles"}),),
+        check=_check_columns,
+        shape=lambda infos: (),
+        rank=lambda infos: _side(infos["triangles"].shape[1]),
+        width=lambda infos: infos["triangles"].shape[0] * _side(infos["triangles"].shape[1]),
+        delta=_delta_columns,
+        scale=lambda infos, alpha, config_scale: 1.0,
+        marks=frozenset({"triangles"}),
+        needs=Needs.MULTIPLICATION,
+    ),
+)

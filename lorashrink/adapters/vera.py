@@ -1,0 +1,68 @@
+"""VeRA: ΔW = diag(b) · B · diag(d) · A, where all layers have the random matrices A and B in common.
+
+d [r], b [out]; A [r, ≥ in] and B [≥ out, r] are as large as the largest layer, and the first columns and rows of them
+are a layer's own. Source: https://arxiv.org/abs/2310.11454, as PEFT stores it with `save_projection`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from lorashrink.adapters.family import Family, Infos, Needs, Shape, Stored
+from lorashrink.errors import ShapeError
+
+if TYPE_CHECKING:
+    from lorashrink.delta import Delta
+
+
+def _check(infos: Infos) -> str | None:
+    a, b = infos["A"].shape, infos["B"].shape
+    d, rows = infos["lambda_d"].shape, infos["lambda_b"].shape
+    if len(a) != 2 or len(b) != 2 or len(d) != 1 or len(rows) != 1:
+        return f"A {list(a)} and B {list(b)} with {list(d)} and {list(rows)} are no matrices with their factors"
+    if not a[0] == b[1] == d[0]:
+        return f"A is {list(a)}, B is {list(b)}, lambda_d is {list(d)}; their ranks differ"
+    if rows[0] > b[0]:
+        return f"lambda_b is {list(rows)}, B is {list(b)}: it has too few rows"
+    return f"A {list(a)} or lambda_b {list(rows)} is empty" if 0 in (*a, *rows) else None
+
+
+def _shape(infos: Infos) -> Shape:
+    return (infos["lambda_b"].shape[0],)
+
+
+def _rank(infos: Infos) -> int:
+    return infos["lambda_d"].shape[0]
+
+
+def _delta(stored: Stored) -> Delta:
+    from lorashrink.delta import Delta
+
+    tensors, columns = stored.tensors, math.prod(stored.shape[1:])
+    rows = tensors["lambda_b"].float()[:, None]
+    if len(stored.shape) < 2 or columns > tensors["A"].shape[1] or len(rows) != stored.shape[0]:
+        raise ShapeError(
+            f"A layer of {len(rows)} rows and at most {tensors['A'].shape[1]} columns does not fit a weight "
+            f"of {list(stored.shape)}."
+        )
+    up = rows * tensors["B"][: len(rows)].float()
+    down = tensors["lambda_d"].float()[:, None] * tensors["A"][:, :columns].float()
+    return Delta(up, down, stored.scale, stored.shape)
+
+
+FAMILIES = (
+    Family(
+        name="vera",
+        suffixes={"lambda_d": r"\.vera_lambda_d(?:\.[^.]+)?", "lambda_b": r"\.vera_lambda_b(?:\.[^.]+)?"},
+        required=(frozenset({"lambda_d", "lambda_b", "A", "B"}),),
+        check=_check,
+        shape=_shape,
+        rank=_rank,
+        width=_rank,
+        delta=_delta,
+        scale=lambda infos, alpha, config_scale: 1.0,
+        needs=Needs.SHAPE,
+        common={"A": r"(?:.*\.)?vera_A(?:\..+)?", "B": r"(?:.*\.)?vera_B(?:\..+)?"},
+    ),
+)

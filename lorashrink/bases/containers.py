@@ -1,0 +1,56 @@
+"""How a base lies on the disk: a file, shards, a folder of one model or of several parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorashrink.bases.gguf_file import is_gguf, open_gguf
+from lorashrink.bases.quantised import unpacked
+from lorashrink.errors import InputError, NotABase
+from lorashrink.files import TensorStore, join_stores, open_tensors, weights_file
+
+PART_FOLDERS = ("unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+_PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether this folder holds a model, whole or in parts, as diffusers and transformers save them."""
+    if (path / "model_index.json").is_file() or any((path / part).is_dir() for part in PART_FOLDERS):
+        return True
+    return (path / "config.json").is_file() and _weights(path) is not None
+
+
+def open_store(path: Path) -> tuple[TensorStore, str]:
+    """The weights of a base, and what it is: "file", "shards" or "folder". Raises InputError or NotABase."""
+    store, kind = _open(path)
+    try:
+        return unpacked(store), kind
+    except BaseException:
+        store.close()
+        raise
+
+
+def _open(path: Path) -> tuple[TensorStore, str]:
+    if path.is_dir():
+        return _open_folder(path), "folder"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file or folder.")
+    if is_gguf(path):
+        return open_gguf(path), "file"
+    return open_tensors(path), "shards" if path.suffix == ".json" else "file"
+
+
+def _open_folder(path: Path) -> TensorStore:
+    parts = {f"{name}.": found for name in PART_FOLDERS if (found := _weights(path / name))}
+    if parts:
+        return join_stores(path, {prefix: open_tensors(found) for prefix, found in parts.items()})
+    if found := _weights(path):
+        return open_tensors(found)
+    raise NotABase(
+        f"{path}: no unet/, transformer/ or text_encoder/ with safetensors weights in this folder, and no weights "
+        "either. Give the folder of the model, or one file."
+    )
+
+
+def _weights(folder: Path) -> Path | None:
+    return weights_file(folder) or next((folder / name for name in _PICKLES if (folder / name).is_file()), None)

@@ -1,0 +1,48 @@
+"""The registry of model families, in the order in which they are tried."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from lorashrink.bases import encoders, flux, images, language, stable_diffusion, video
+from lorashrink.bases.family import DENOISER, BaseFamily, Header
+
+# Endings and beginnings that only adapters have, and control networks that are shaped like them.
+_ADAPTER = re.compile(
+    r"lora\d?[._]|lokr_|hada_|oft_|ia3_|vera_|\.(?:alpha|on_input|diff|dora_scale|[ab][12]\.weight)$|^lllite_"
+)
+
+
+def _looks_like_adapter(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return any(_ADAPTER.search(key) for key in shapes)
+
+
+# Parts lie as they do elsewhere, and every weight is found under the name that it has.
+UNKNOWN = BaseFamily(
+    "unknown",
+    "an unknown family",
+    {
+        **{prefix: part for prefix, part in DENOISER.items() if prefix not in ("model.", "module.", "net.")},
+        "text_encoder.": "te1",
+        "text_encoder_2.": "te2",
+        "text_encoder_3.": "te3",
+    },
+    lambda header: header.has_weights(),
+)
+FAMILIES: tuple[BaseFamily, ...] = (
+    *stable_diffusion.FAMILIES,
+    *video.FAMILIES,
+    *flux.FAMILIES,
+    *images.FAMILIES,
+    *encoders.FAMILIES,
+    *language.FAMILIES,
+    UNKNOWN,
+)
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]]) -> BaseFamily | None:
+    """The family of a checkpoint, from its tensor names and shapes; None if it is none, or an adapter."""
+    header = Header(shapes)
+    found = next((family for family in FAMILIES if family.recognise(header)), None)
+    return None if found is UNKNOWN and _looks_like_adapter(shapes) else found

@@ -1,0 +1,69 @@
+"""Norm tables: one JSON object that stands in for a base wherever norms are enough.
+
+It holds the names and shapes of the base's tensors, from which the weights are named as for the base itself, and the
+norms of each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorashrink.bases.families import FAMILIES
+from lorashrink.bases.family import BaseFamily
+from lorashrink.errors import InputError, NotABase
+
+FORMAT = "lorashrink-norms"
+VERSION = 2
+
+Norms = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Table:
+    """What a norm table says."""
+
+    family: BaseFamily
+    fingerprint: str
+    shapes: Mapping[str, tuple[int, ...]]
+    norms: Norms  # views_id -> {"fro": ‖W‖_F, "spn": ‖W‖₂}
+
+
+def to_bytes(family: BaseFamily, name: str, fingerprint: str, shapes: Mapping[str, Any], norms: Norms) -> bytes:
+    """The contents of a norm table for the base of this name."""
+    table = {
+        "format": FORMAT,
+        "version": VERSION,
+        "family": family.name,
+        "base": name,
+        "fingerprint": fingerprint,
+        "tensors": shapes,
+        "norms": {key: {name: each[name] for name in ("fro", "spn")} for key, each in norms.items()},
+    }
+    return (json.dumps(table, separators=(",", ":")) + "\n").encode()
+
+
+def read(path: Path) -> Table:
+    """Read a norm table. Raises InputError (unreadable) or NotABase (not one, or of another version)."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table["format"] != FORMAT:
+            raise KeyError(FORMAT)
+        if table["version"] != VERSION:
+            raise ValueError(f"it has version {table['version']}, this program reads {VERSION}")
+        norms = {key: {name: float(each[name]) for name in ("fro", "spn")} for key, each in table["norms"].items()}
+        if not all(math.isfinite(value) and value >= 0 for each in norms.values() for value in each.values()):
+            raise ValueError("a norm is not a finite number")
+        shapes = {str(key): tuple(map(int, shape)) for key, shape in table["tensors"].items()}
+        family = next(family for family in FAMILIES if family.name == table["family"])
+        return Table(family, str(table["fingerprint"]), shapes, norms)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        raise NotABase(
+            f"{path}: not a norm table of this version ({error}). Make one with: lorashrink norms BASE -o {path.name}"
+        ) from error

@@ -1,0 +1,67 @@
+"""A weight as adapters see it: a tensor of the base, some of its rows, or several of them one below the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor of the base, or a range of its rows, perhaps transposed."""
+
+    key: str
+    shape: tuple[int, ...]  # of the view, [out, in, ...]
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        return self.key if self.rows is None else f"{self.key}[{self.rows[0]}:{self.rows[1]}]"
+
+
+# Views in row order; several where the adapter's weight is fused and the base's is split.
+Views = tuple[View, ...]
+
+
+def views_shape(views: Views) -> tuple[int, ...]:
+    """Shape of the stacked views."""
+    return (sum(view.shape[0] for view in views), *views[0].shape[1:])
+
+
+def views_id(views: Views) -> str:
+    """A name for the stacked views, unique within their base."""
+    return " + ".join(map(str, views))
+
+
+def stacked(parts: list[Views]) -> Views | None:
+    """The parts one below the other; None if their rows differ in length."""
+    views = tuple(view for part in parts for view in part)
+    return views if len({view.shape[1:] for view in views}) == 1 else None
+
+
+def cut(views: Views, sizes: list[int]) -> list[Views] | None:
+    """The rows in pieces of these sizes; None if they do not add up, or a view has no rows to choose from."""
+    if sum(sizes) != views_shape(views)[0] or min(sizes) <= 0:
+        return None
+    if len(sizes) == 1:
+        return [views]
+    if any(view.transposed for view in views):
+        return None
+    ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
+    return [_rows(views, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _rows(views: Views, start: int, stop: int) -> Views:
+    found, first = [], 0
+    for view in views:
+        low, high = max(start - first, 0), min(stop - first, view.shape[0])
+        first += view.shape[0]
+        if low < high:
+            found.append(_part(view, low, high))
+    return tuple(found)
+
+
+def _part(view: View, low: int, high: int) -> View:
+    if high - low == view.shape[0]:
+        return view
+    offset = view.rows[0] if view.rows else 0
+    return replace(view, shape=(high - low, *view.shape[1:]), rows=(offset + low, offset + high))

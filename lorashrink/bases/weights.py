@@ -1,0 +1,99 @@
+"""From the names and shapes of a base's tensors to every name under which an adapter may speak of its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Container, Iterable, Mapping
+from dataclasses import dataclass
+
+from lorashrink.bases import encoders
+from lorashrink.bases.family import BaseFamily
+from lorashrink.bases.rules import LAYOUTS, spell
+from lorashrink.bases.views import View, Views, views_id
+from lorashrink.names import address, flat
+
+# Not part of what adapters change, though their names may look so.
+_IGNORED = ("first_stage_model.", "vae.", "model_ema.")
+_NO_WEIGHTS = ("bias", "position_ids")
+_ENCODER = re.compile(r"text_encoders\.[^.]+\.(?:transformer\.)?")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Weights:
+    """The weights of a base, each under several names.
+
+    `by_name` maps (part, flattened module name) to views; `layouts` maps each layout to (part, module name) -> views,
+    where every weight stands once.
+    """
+
+    by_name: Mapping[tuple[str, str], Views]
+    layouts: Mapping[str, Mapping[tuple[str, str], Views]]
+
+    def limited(self, ids: Container[str]) -> Weights:
+        """Those whose `views_id` is one of these."""
+        tables = {
+            layout: {name: views for name, views in table.items() if views_id(views) in ids}
+            for layout, table in {"": self.by_name, **self.layouts}.items()
+        }
+        return Weights(tables.pop(""), tables)
+
+
+def relevant(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The tensors that are not the autoencoder's, or averages of others."""
+    return {key: shape for key, shape in shapes.items() if not key.startswith(_IGNORED)}
+
+
+def name_weights(shapes: Shapes, family: BaseFamily) -> Weights:
+    """Name all weights of a base of this family."""
+    parts: dict[str, dict[str, Views]] = {}
+    for key, shape in shapes.items():
+        found = _place(key, family)
+        if found and not key.endswith(_NO_WEIGHTS) and len(shape) >= 2 and min(shape) > 0:
+            part, module = found
+            view = (
+                View(key, shape[::-1], transposed=True) if _transposed(key, module, part, family) else View(key, shape)
+            )
+            parts.setdefault(part, {}).setdefault(module, (view,))
+    by_name: dict[tuple[str, str], Views] = {}
+    layouts: dict[str, dict[tuple[str, str], Views]] = {layout: {} for layout in LAYOUTS}
+    for part, modules in parts.items():
+        spelled = spell(modules, family.rules if part == "unet" else encoders.RULES)
+        table = _table(modules.items(), spelled.aliases)
+        by_name |= {(part, name): views for name, views in table.items()}
+        for layout, names in spelled.layouts.items():
+            layouts[layout] |= {(part, name): views for name, views in names.items()}
+    return Weights(by_name, layouts)
+
+
+def _place(key: str, family: BaseFamily) -> tuple[str, str] | None:
+    """(part, module name) of a tensor, None if it is in none of the family's parts."""
+    module = key.removesuffix(".weight").removesuffix("_weight")
+    for prefix, part in family.by_length:
+        if key.startswith(prefix) and (prefix or not key.startswith("text_encoders.")):
+            return part, module[len(prefix) :]
+    found = _ENCODER.match(key)
+    return ("te1", module[found.end() :]) if found and family.encoders == 1 else None
+
+
+def _transposed(key: str, module: str, part: str, family: BaseFamily) -> bool:
+    if part == "unet":
+        return module.endswith(family.transposed) if family.transposed else False
+    return module in encoders.TRANSPOSED and not key.endswith(".weight")
+
+
+def _table(own: Collection[tuple[str, Views]], aliases: Collection[tuple[str, Views]]) -> dict[str, Views]:
+    """Flattened name -> views. A name that the base itself uses is no other weight's alias, and one name for two
+    weights is no name at all."""
+    first = _gathered((flat(name), views) for name, views in own)
+    more = [(address(name)[1], views) for name, views in own] + [(flat(name), views) for name, views in aliases]
+    second = _gathered((name, views) for name, views in more if name not in first)
+    return {name: views for name, views in {**second, **first}.items() if views}
+
+
+def _gathered(pairs: Iterable[tuple[str, Views]]) -> dict[str, Views]:
+    found: dict[str, Views] = {}
+    for name, views in pairs:
+        found[name] = views if found.get(name, views) == views else ()
+    return found

@@ -1,0 +1,121 @@
+"""What commands report: frozen, of plain values, the JSON of the command line to the letter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """What became of one layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    algo: str
+    rank_before: int
+    rank_after: int  # 0 = removed
+    energy: float  # Σσ² kept / Σσ²
+    rle_lora: float  # ‖lost‖_F / ‖ΔW‖_F
+    rle_ckpt: float | None  # ‖lost‖_F / ‖W‖_F, None without a base weight
+
+
+@dataclass(frozen=True, slots=True)
+class Verbatim:
+    """A tensor that was copied as it is."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A layer, or one tensor of it, that is not in the output."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileResult:
+    """One written file (or, with a dry run, one that would be)."""
+
+    source: str
+    output: str
+    recipe: str
+    threshold: float | None
+    bytes_before: int
+    bytes_after: int
+    relative_error: float  # sqrt(Σ‖lost‖² / Σ‖ΔW‖²)
+    seconds: float
+    layers: tuple[LayerResult, ...] = ()
+    verbatim: tuple[Verbatim, ...] = ()
+    removed: tuple[Removed, ...] = ()
+    warnings: tuple[str, ...] = ()
+    quantiles: Mapping[str, float] = field(default_factory=dict)  # of the score, on request
+    # Bytes with the layers that are no LoRA left as they are ("same") or all written as LoRA ("lora"); {} without such
+    forms: Mapping[str, int] = field(default_factory=dict)
+    skipped: bool = False  # an equal file was already there
+
+    @property
+    def energy(self) -> float:
+        """Share of ΣΣσ² that was kept."""
+        return 1 - self.relative_error**2
+
+    @property
+    def norm_ratio(self) -> float:
+        """Share of the Frobenius norm that was kept: the square root of the energy."""
+        return math.sqrt(max(0.0, self.energy))
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An input that could not be shrunk."""
+
+    source: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """The base of a run."""
+
+    path: str
+    family: str
+    kind: str  # "file", "shards", "folder" or "norms"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of a run over one or many adapters."""
+
+    version: str
+    base: BaseInfo | None
+    results: tuple[FileResult, ...]
+    failed: tuple[Failure, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """One adapter that was written in another naming, container or dtype."""
+
+    source: str
+    output: str
+    naming: str | None  # None: the input's
+    dtype: str
+    bytes_before: int
+    bytes_after: int
+    layers: int
+    exact: bool  # every tensor of the output has the bits of the input's, perhaps some of its rows
+    kept: tuple[Verbatim, ...]  # tensors under their old names
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionReport:
+    """The outcome of a conversion of one or many adapters."""
+
+    version: str
+    base: BaseInfo | None
+    results: tuple[Converted, ...]
+    failed: tuple[Failure, ...]

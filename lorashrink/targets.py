@@ -1,0 +1,48 @@
+"""Programs that read less than the format allows: what an adapter must be for them, and what that takes away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from lorashrink.adapters import Adapter
+from lorashrink.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A program. `items` are added to every recipe; `fit` takes away what the program does not read."""
+
+    items: tuple[str, ...]
+    fit: Callable[[Adapter], Adapter]
+
+
+def _for_vllm(adapter: Adapter) -> Adapter:
+    """One rank, no patterns, and nothing beside the factors (https://docs.vllm.ai, LoRA adapters)."""
+    if not adapter.as_folder:
+        raise UsageError(
+            f"{adapter.path}: vLLM loads PEFT folders. Give one, or add --naming peft with the model as --base."
+        )
+    dora = [layer.name for layer in adapter.layers if "magnitude" in layer.keys]
+    if dora:
+        raise UsageError(
+            f"{adapter.path}: {len(dora)} layers are DoRA, first {dora[0]}, which vLLM does not load. "
+            "Merge the adapter into its model instead."
+        )
+    dropped = {key: f"vLLM does not load it ({reason})" for key, reason in adapter.others.items()}
+    layers = []
+    for layer in adapter.layers:
+        if "bias" in layer.keys:
+            dropped[layer.keys["bias"]] = "vLLM does not load biases of adapters"
+        layers.append(replace(layer, keys={role: key for role, key in layer.keys.items() if role != "bias"}))
+    config = {**adapter.settings.get("", {}), "bias": "none", "lora_bias": False, "modules_to_save": None}
+    return replace(adapter, layers=tuple(layers), others={}, dropped=dropped, settings={"": config})
+
+
+TARGETS: Mapping[str, Target] = {"vllm": Target(("uniform", "pow2"), _for_vllm)}
+
+
+def with_items(recipe: str, target: Target) -> str:
+    """The recipe as the target needs it."""
+    given = {item.partition("=")[0].strip() for item in recipe.split(",")}
+    return ",".join([recipe, *(item for item in target.items if item not in given)])
