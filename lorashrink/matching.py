@@ -92,8 +92,12 @@ def part(adapter: Adapter, views: Sequence[Views], form: str) -> tuple[Adapter, 
     """
     others = dict(adapter.others)
     kept = []
-    for layer, found in zip(adapter.layers, views, strict=True):
-        if reason := _reason_to_stay(layer, form):
+    reasons = [_reason_to_stay(layer, form) for layer in adapter.layers]
+    if adapter.as_folder and (first := next(filter(None, reasons), None)):
+        # its configuration knows one kind of layers, so that all of that kind are LoRA, or none
+        reasons = [None if layer.family.written else first for layer in adapter.layers]
+    for layer, found, reason in zip(adapter.layers, views, reasons, strict=True):
+        if reason:
             others |= dict.fromkeys([*layer.keys.values(), *layer.common.values()], reason)
         else:
             kept.append((layer, found))

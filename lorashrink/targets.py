@@ -11,8 +11,12 @@ from lorashrink.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A program. `items` are added to every recipe; `fit` takes away what the program does not read."""
+    """A program that reads nothing but factors.
 
+    `items` are added to every recipe; `fit` takes away what the program does not read.
+    """
+
+    title: str
     items: tuple[str, ...]
     fit: Callable[[Adapter], Adapter]
 
@@ -39,10 +43,10 @@ def _for_vllm(adapter: Adapter) -> Adapter:
     return replace(adapter, layers=tuple(layers), others={}, dropped=dropped, settings={"": config})
 
 
-TARGETS: Mapping[str, Target] = {"vllm": Target(("uniform", "pow2"), _for_vllm)}
+TARGETS: Mapping[str, Target] = {"vllm": Target("vLLM", ("uniform", "pow2"), _for_vllm)}
 
 
 def with_items(recipe: str, target: Target) -> str:
-    """The recipe as the target needs it."""
-    given = {item.partition("=")[0].strip() for item in recipe.split(",")}
-    return ",".join([recipe, *(item for item in target.items if item not in given)])
+    """The recipe as the target needs it, whatever it says itself of these items."""
+    given = [item for item in recipe.split(",") if item.partition("=")[0].strip() not in target.items]
+    return ",".join([*given, *target.items])

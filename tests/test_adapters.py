@@ -128,7 +128,7 @@ def test_what_changes_no_matrix_is_carried_along(key, tmp_path):
 
 
 def test_factors_without_their_partners_are_refused(tmp_path):
-    with pytest.raises(ShapeError, match="x has x.hada_t2 but no"):
+    with pytest.raises(ShapeError, match=r"x has x\.hada_t2 but no"):
         open_adapter(write(tmp_path / "a.safetensors", {"x.hada_t2": torch.ones(2, 2, 3, 3)}))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lorashrink.results import FileResult, LayerResult
 from lorashrink.plots.ranks import rank_per_block
+from lorashrink.results import FileResult, LayerResult
 
 
 def layer(name: str, before: int, after: int) -> LayerResult:
