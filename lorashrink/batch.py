@@ -243,6 +243,7 @@ class _Work:
     adapter: Adapter
     views: Sequence[Views]
     source_hash: Future[str]
+    depends_on_base: bool
     spectra: Sequence[Future[Spectrum]] = ()
 
 
@@ -326,7 +327,7 @@ def _begin(
         source_hash = settings.pool.submit(sha256_file, adapter.store.files[0])
         if settings.skip_existing and any(path.exists() for path in outputs):
             done = {
-                path: _existing(path, source, adapter.store.files, recipe, settings, source_hash.result())
+                path: _existing(path, source, adapter, recipe, settings, source_hash.result())
                 for path, recipe in outputs.items()
             }
             outputs = {path: recipe for path, recipe in outputs.items() if not done[path]}
@@ -335,27 +336,33 @@ def _begin(
                 adapter.close()
                 return None
         views = match(adapter, settings.base) if settings.base else [()] * len(adapter)
+        depends = _depends_on_base(adapter, settings)
         adapter, views = part(bind(adapter, views, settings.base), views, settings.form)
-        return _Work(source, outputs, started, adapter, views, source_hash)
+        return _Work(source, outputs, started, adapter, views, source_hash, depends)
     except BaseException:
         adapter.close()
         raise
 
 
-def _origin(recipe: Recipe, settings: _Settings, source_hash: str) -> Origin:
-    base = settings.base.fingerprint if settings.base and recipe.needs_base else ""
+def _depends_on_base(adapter: Adapter, settings: _Settings) -> bool:
+    """Whether the base decides what is written, whatever the recipe: by other names, or layers that are no LoRA."""
+    return bool(settings.options) or not all(layer.family.written for layer in adapter.layers)
+
+
+def _origin(recipe: Recipe, settings: _Settings, depends_on_base: bool, source_hash: str) -> Origin:
+    base = settings.base.fingerprint if settings.base and (recipe.needs_base or depends_on_base) else ""
     options = f"dtype={settings.dtype},unmapped={settings.unmapped},as={settings.form}{settings.options}"
     return Origin(source_hash, str(recipe), base, options, __version__)
 
 
 def _existing(
-    path: Path, source: Path, files: Sequence[Path], recipe: Recipe, settings: _Settings, source_hash: str
+    path: Path, source: Path, adapter: Adapter, recipe: Recipe, settings: _Settings, source_hash: str
 ) -> FileResult | None:
     """The result that an output which is already there stands for, None if there is no such file."""
     if not path.exists():
         return None
     entries = read_header(path)[1]
-    if not _origin(recipe, settings, source_hash).made(entries):
+    if not _origin(recipe, settings, _depends_on_base(adapter, settings), source_hash).made(entries):
         raise OutputError(
             f"{path}: exists, but was made from another source, base, recipe, options or version. "
             "Use --force to replace it, or choose another place with -o."
@@ -365,7 +372,7 @@ def _existing(
         output=str(shown(path)),
         recipe=str(recipe),
         threshold=json.loads(entries["resize_params"])["threshold"],
-        bytes_before=sum(each.stat().st_size for each in files),
+        bytes_before=sum(each.stat().st_size for each in adapter.store.files),
         bytes_after=path.stat().st_size,
         relative_error=(1 - float(entries["lorashrink.energy"])) ** 0.5,
         seconds=0.0,
@@ -424,7 +431,7 @@ def _plans(work: _Work, settings: _Settings) -> dict[Path, Plan]:
             dtype=settings.dtype,
             unmapped=settings.unmapped,
             form=settings.form,
-            origin=_origin(recipe, settings, work.source_hash.result()),
+            origin=_origin(recipe, settings, work.depends_on_base, work.source_hash.result()),
         )
         for path, recipe in work.targets.items()
     }

@@ -6,6 +6,7 @@ like any other, whose layers are whole differences.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,8 @@ from lorashrink.results import Report
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_EMBEDDING = re.compile(r"(?:token_embedding|position(?:al)?_embedding|embed_tokens|wte|wpe|shared|attention_bias)$")
 
 # (part, module name) -> views
 Modules = Mapping[tuple[str, str], Views]
@@ -94,7 +97,9 @@ def _difference(tuned_path: Path, base: Base | None, *, naming: str, vectors: bo
         for part, module in {**theirs, **ours}:
             key = layer_name_in(naming, base.family, part, module) + ending
             new, old = ours.get((part, module)), theirs.get((part, module))
-            if new is None or old is None:
+            if _EMBEDDING.search(module):
+                missing[key.removesuffix(ending)] = "an embedding, which loaders of adapters do not change"
+            elif new is None or old is None:
                 missing[key.removesuffix(ending)] = f"only {base.path if new is None else tuned_path} has this weight"
             elif views_shape(new) != views_shape(old):
                 sides = [list(views_shape(each)) for each in (new, old)]

@@ -77,12 +77,12 @@ def same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 def bind(adapter: Adapter, views: Sequence[Views], base: Base | None) -> Adapter:
     """The adapter with what its layers need of the base: open shapes, and weights that are a part of ΔW."""
-    readable = base is not None and base.store is not None
-    layers = tuple(
-        layer.on(views_shape(found), partial(base.weight, found) if base and readable else None) if found else layer
+    readable = base if base and base.store else None
+    layers = [
+        layer.on(views_shape(found), partial(readable.weight, found) if readable else None) if found else layer
         for layer, found in zip(adapter.layers, views, strict=True)
-    )
-    return replace(adapter, layers=layers)
+    ]
+    return replace(adapter, layers=tuple(layers))
 
 
 def part(adapter: Adapter, views: Sequence[Views], form: str) -> tuple[Adapter, list[Views]]:

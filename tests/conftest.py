@@ -6,11 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # Deadlines measure the machine, and these machines are shared.
 settings.register_profile("lorashrink", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("lorashrink")
+
+# Small tensors gain nothing from threads, and on a shared machine threads wait for each other.
+torch.set_num_threads(1)
 
 PARITY = Path(__file__).parent / "data" / "parity"
 

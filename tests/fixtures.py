@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from lorashrink.adapters import layer_name
+from lorashrink.bases import View, unet
+from lorashrink.bases.rules import spell
 from lorashrink.files import DTYPES, TensorInfo, header_bytes
 
 NAMES = Path(__file__).parent / "data" / "names"
@@ -218,3 +220,11 @@ def write_folder(folder: Path, parts: Mapping[str, Mapping[str, torch.Tensor]]) 
     for part, tensors in parts.items():
         write_tensors(folder / part / WEIGHTS[part], tensors)
     return folder
+
+
+def ldm_module(name: str) -> str:
+    """The LDM name of a module of a diffusers UNet that has attention in every level."""
+    weight, other = (View(name, (1, 1)),), (View("", (1, 1)),)
+    modules = {f"up_blocks.{number}.attentions.0": other for number in range(4)} | {name: weight}
+    native = spell(modules, unet.RULES).layouts["native"]
+    return next(module for module, views in native.items() if views == weight)

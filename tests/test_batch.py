@@ -20,6 +20,7 @@ from torch.testing import assert_close
 import lorashrink
 from lorashrink.adapters import open_adapter
 from lorashrink.batch import resize
+from lorashrink.demonstration import EXAMPLE
 from lorashrink.errors import InputError, RecipeError
 from lorashrink.files import SafetensorsWriter
 from lorashrink.results import Report
@@ -246,6 +247,22 @@ def test_nothing_is_dropped_silently(tmp_path: Path) -> None:
         assert torch.equal(after[key], tensor)
     assert {each.name for each in result.removed} == {"lora_unet_z"}
     assert set(after) == set(other) | {"lora_unet_a.lora_up.weight", "lora_unet_a.lora_down.weight"}
+
+
+def test_another_base_makes_another_file_where_layers_need_it(tmp_path: Path) -> None:
+    """No term of the recipe asks for the base, but OFT multiplies it."""
+    name = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
+    bases = [tmp_path / f"base{number}.safetensors" for number in (0, 1)]
+    shapes = load_file(EXAMPLE / "base.safetensors")
+    for number, path in enumerate(bases):
+        save_file({key: tensor + number for key, tensor in shapes.items()}, path)
+    source = tmp_path / "oft.safetensors"
+    blocks = 0.1 * torch.randn(shapes[name].shape[0] // 4, 4, 4)
+    save_file({"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.oft_blocks": blocks}, source)
+    options = {"recipes": "rank=2", "form": "lora", "output": tmp_path / "out", "skip_existing": True}
+    assert not resize(source, base=bases[0], **options).results[0].skipped
+    assert resize(source, base=bases[0], **options).results[0].skipped
+    assert "made from another source, base" in resize(source, base=bases[1], **options).failed[0].error
 
 
 @pytest.mark.parametrize("side", ["out", "in"])

@@ -34,15 +34,6 @@ NAMINGS = ("kohya", "diffusers", "comfy", "peft")
 KINDS = ("native", "diffusers", "norms")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Many small products are faster in one thread, above all on a machine that does other things too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- bases, and what adapters do to them --------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import fixtures
 import pytest
 import torch
 from fixtures import WEIGHTS, write_folder, write_tensors
@@ -20,21 +21,12 @@ from typer.testing import CliRunner
 import lorashrink
 from lorashrink.adapters import open_adapter
 from lorashrink.bases import open_base
-from lorashrink.bases.unet import aliases
 from lorashrink.cli import app
 from lorashrink.errors import InputError, OutputError, RecipeError, UsageError
 from lorashrink.extraction import extract
 from lorashrink.results import FileResult, Report
 
 EXAMPLE = Path(lorashrink.__file__).parent / "example" / "base.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def changed(tensors: Mapping[str, Tensor], size: float = 0.02, seed: int = 0) -> dict[str, Tensor]:
@@ -242,7 +234,7 @@ def in_one_file(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]
     found = {}
     for key, tensor in states["unet"].items():
         module, _, kind = key.rpartition(".")
-        found[f"model.diffusion_model.{list(aliases(module))[-1]}.{kind}"] = tensor
+        found[f"model.diffusion_model.{fixtures.ldm_module(module)}.{kind}"] = tensor
     for key, tensor in states["text_encoder"].items():
         found[f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor
     encoder = encoder_in_open_clip_names(states["text_encoder_2"])

@@ -35,7 +35,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lorashrink.adapters import open_adapter
 from lorashrink.bases import open_base
-from lorashrink.bases.unet import aliases
 from lorashrink.batch import resize
 from lorashrink.conversion import convert
 
@@ -57,15 +56,6 @@ def text_config(width, layers):
         pad_token_id=1,
         eos_token_id=2,
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Small products are faster in one thread, above all on a machine that does other things too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_sdxl():
@@ -237,7 +227,7 @@ def ldm_name(name):
     """None outside of the blocks, where trainers put nothing."""
     if "blocks" not in name and not name.startswith("mid_block"):
         return None
-    return list(aliases(name))[-1]
+    return fixtures.ldm_module(name)
 
 
 def diffusers_name(name):

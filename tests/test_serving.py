@@ -32,14 +32,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def only(report: Report) -> FileResult:
     assert report.failed == ()
     (result,) = report.results

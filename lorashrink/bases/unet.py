@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lorashrink.bases.rules import Rule, Rules, below, filled, rule
+from lorashrink.bases.rules import Rule, Rules, below, rule
 
 _LEVELS = 4  # SD 1.x, SD 2.x and the SDXL refiner; SDXL has 3
 
@@ -55,12 +55,3 @@ RULES = Rules(
         *(each for number in range(_LEVELS) for each in _level(number)),
     )
 )
-
-
-def aliases(module: str) -> Iterator[str]:
-    """The module's own name and the one in the other layout, of a UNet with attention in every level."""
-    yield module
-    found = RULES.find(module, {f"up_blocks.{number}.attentions.0": () for number in range(_LEVELS)})
-    if found:
-        (number, spelled, _), words = found
-        yield filled(RULES.rules[number].spellings[1 - spelled].names[0], words)
