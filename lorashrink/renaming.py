@@ -14,7 +14,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorashrink.adapters import Adapter, Layer, adapter_of, peft
+from lorashrink.adapters import Adapter, Layer, adapter_of, layer_name, peft
 from lorashrink.adapters.family import Shape
 from lorashrink.bases import Base, BaseFamily, Views, views_shape
 from lorashrink.errors import NonFinite, ShapeError, UsageError
@@ -92,17 +92,26 @@ def renamed(adapter: Adapter, naming: str, base: Base, dtype: str | None = None)
         _write(output, adapter, target, layer_name_in(naming, base.family, target.part, target.module), naming)
     for index in left:
         _keep(output, adapter.layers[index], "the base has no other name for it")
+    named = {views: address for address, views in base.modules(layout_of(naming, base)).items()}
     for key, reason in adapter.others.items():
-        output.kept[key] = reason
+        name = layer_name(key)
+        if address := named.get(base.find(name)):  # a bias of a weight goes where the weight goes
+            _copy(output, adapter, key, layer_name_in(naming, base.family, *address) + key[len(name) :])
+        else:
+            output.kept[key] = reason
     for key in (*output.kept, *adapter.common):
-        if key in output.made:
-            raise ShapeError(f"{adapter.path}: {key} is also the new name of another tensor. Export the file again.")
-        output.made[key] = (adapter.store.tensors[key], partial(adapter.store.read, key))
+        _copy(output, adapter, key, key)
     metadata = {key: text for key, text in adapter.store.metadata.items() if key != peft.METADATA_KEY}
     settings = _settings(adapter, output) if naming == "peft" else {}
     store = ComputedStore(adapter.path, output.made, metadata, adapter.store.files, adapter.store.headers)
     new = replace(adapter_of(adapter.path, store, settings), as_folder=naming == "peft")
     return Renamed(new, output.kept, output.exact)
+
+
+def _copy(output: _Output, adapter: Adapter, key: str, new: str) -> None:
+    if new in output.made:
+        raise ShapeError(f"{adapter.path}: {new} would be the name of two tensors. Export the file again.")
+    output.made[new] = (adapter.store.tensors[key], partial(adapter.store.read, key))
 
 
 def check_naming(naming: str | None, base: object) -> None:

@@ -800,6 +800,16 @@ def test_a_lora_beside_what_cannot_be_cut_is_kept_with_its_own_reason(bases, tmp
     assert not any(reasons[key].startswith("lora, which cannot be cut") for key in reasons)
 
 
+def test_the_difference_of_a_bias_goes_where_its_weight_goes(bases, tmp_path: Path) -> None:
+    up, down = pair(WIDTH, 4, WIDTH)
+    name, bias = "lora_unet_double_blocks_0_img_attn_proj", torch.randn(WIDTH)
+    tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.diff_b": bias}
+    source = write_tensors(tmp_path / "a.safetensors", tensors)
+    result = converted(source, bases("flux", "native"), "comfy", tmp_path / "out")
+    assert result.kept == ()
+    assert torch.equal(tensors_of(result)["diffusion_model.double_blocks.0.img_attn.proj.diff_b"], bias)
+
+
 def test_what_belongs_to_no_layer_is_kept_and_listed(bases, tmp_path: Path) -> None:
     up, down = pair(WIDTH, 4, WIDTH)
     others = {

@@ -124,7 +124,10 @@ def open_base(path: str | Path) -> Base:
         shapes = relevant({name: info.shape for name, info in store.tensors.items() if info.dtype in FLOATS})
         family = recognise(shapes)
         if family is None:
-            raise NotABase(f"{path}: no checkpoint of a known family among its {len(store.tensors)} tensors.")
+            raise NotABase(
+                f"{path}: no checkpoint of a known family among its {len(store.tensors)} tensors. "
+                "If it is an adapter, name it behind its base."
+            )
         return Base(path, kind, family, shapes, content_fingerprint(store), store)
     except BaseException:
         store.close()
