@@ -73,6 +73,8 @@ class Family:
     scale: Callable[[Infos, float | None, float], float] = alpha_over_rank  # (infos, alpha or None, PEFT's scale)
     marks: frozenset[str] = frozenset()  # roles that prove the family; empty means all of its own
     flat: Callable[[Infos], bool] = lambda infos: False
+    # why a complete layer is no ΔW of a matrix, and is copied along; None if it is one
+    carried: Callable[[Infos], str | None] = lambda infos: None
     needs: Needs = Needs.NOTHING
     # role -> shape when the layer is written with another rank, in its own form; roles left out are folded away.
     # None: the family has no form of a chosen rank, and its layers are written as LoRA or stay as they are.

@@ -49,5 +49,6 @@ FAMILIES = (
         width=_rank,
         delta=_delta,
         scale=lambda infos, alpha, config_scale: 1.0,
+        carried=lambda infos: "a difference of a vector" if is_vector(infos) else None,
     ),
 )
