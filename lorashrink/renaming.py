@@ -102,6 +102,9 @@ def renamed(adapter: Adapter, naming: str, base: Base, dtype: str | None = None)
     for key in (*output.kept, *adapter.common):
         _copy(output, adapter, key, key)
     metadata = {key: text for key, text in adapter.store.metadata.items() if key != peft.METADATA_KEY}
+    widest = max((rank for rank, _ in output.scales.values()), default=0)
+    if metadata.get("ss_network_dim", "").isdigit() and widest > int(metadata["ss_network_dim"]):
+        metadata["ss_network_dim"] = str(widest)  # where layers were fused
     settings = _settings(adapter, output) if naming == "peft" else {}
     store = ComputedStore(adapter.path, output.made, metadata, adapter.store.files, adapter.store.headers)
     new = replace(adapter_of(adapter.path, store, settings), as_folder=naming == "peft")
