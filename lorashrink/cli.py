@@ -533,7 +533,7 @@ def _print_report(report: Report, verbose: int, dry_run: bool) -> None:
     done = "would be written" if dry_run else "written"
     console.print(
         f"{len(report.results)} file{'s' * (len(report.results) != 1)} {done} to {', '.join(places)}: "
-        f"{_size(before)} -> {_size(after)}, {_size(before - after)} saved"
+        f"{_size(before)} -> {_size(after)}, {_size(abs(before - after))} {'saved' if after <= before else 'more'}"
     )
 
 
