@@ -36,7 +36,7 @@ from lorashrink.planning import (
 )
 from lorashrink.recipe import DEFAULT, Recipe, parse_recipes
 from lorashrink.renaming import check_naming, renamed
-from lorashrink.results import BaseInfo, Failure, FileResult, Report
+from lorashrink.results import Failure, FileResult, Report
 from lorashrink.spectrum import Item, Spectrum, decompose
 from lorashrink.targets import TARGETS, Target, with_items
 from lorashrink.writing import write
@@ -198,8 +198,7 @@ def shrink(
             files=len(targets),
         )
         results, failed = _run(targets, settings)
-    info = BaseInfo(str(opened_base.path), opened_base.family.name, opened_base.kind) if opened_base else None
-    return Report(__version__, info, tuple(results), tuple(failed))
+    return Report(__version__, opened_base.info if opened_base else None, tuple(results), tuple(failed))
 
 
 # --- the pipeline -------------------------------------------------------------------------------

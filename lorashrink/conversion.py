@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lorashrink import metadata
 from lorashrink._version import __version__
 from lorashrink.adapters import Adapter, open_adapter, peft
-from lorashrink.bases import Base, open_base
+from lorashrink.bases import open_base
 from lorashrink.errors import LorashrinkError, NonFinite, OutputError, UsageError
 from lorashrink.files import (
     FLOATS,
@@ -26,7 +26,7 @@ from lorashrink.files import (
 from lorashrink.inputs import find_adapters
 from lorashrink.outputs import base_files, check_outputs, name_outputs, shown
 from lorashrink.renaming import Renamed, check_naming, renamed
-from lorashrink.results import BaseInfo, ConversionReport, Converted, Failure, Verbatim
+from lorashrink.results import ConversionReport, Converted, Failure, Verbatim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,11 +84,7 @@ def convert(
                 failed.append(Failure(str(source), str(error)))
             if progress:
                 progress("converting", done, len(targets))
-    return ConversionReport(__version__, _info(opened), tuple(results), tuple(failed))
-
-
-def _info(base: Base | None) -> BaseInfo | None:
-    return BaseInfo(str(base.path), base.family.name, base.kind) if base else None
+    return ConversionReport(__version__, opened.info if opened else None, tuple(results), tuple(failed))
 
 
 def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: str, kind: str | None) -> Converted:
@@ -98,7 +94,8 @@ def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: st
     with SafetensorsWriter(path, store.tensors, entries) as writer:
         for key in store.tensors:
             writer.copy(key, store, key)
-        _check_readable(writer)
+        if writer.readable_names() != store.tensors.keys():
+            raise OutputError(f"{path}: the written file has other tensors than planned; please report this.")
         writer.replace_metadata(metadata.with_hashes(entries, store.tensors, writer.data_chunks))
         if adapter.as_folder:
             write_bytes(path.parent / peft.CONFIG_FILE, peft.to_file(adapter.settings))
@@ -115,16 +112,6 @@ def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: st
         exact=new.exact and same,
         kept=tuple(Verbatim(key, reason) for key, reason in new.kept.items()),
     )
-
-
-def _check_readable(writer: SafetensorsWriter) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(writer.temporary, "pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise OutputError(f"{writer.path}: the written file cannot be read back ({error}).") from error
 
 
 def _cast_store(adapter: Adapter, kind: str) -> TensorStore:

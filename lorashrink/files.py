@@ -513,6 +513,16 @@ class SafetensorsWriter:
             while chunk := handle.read(_COPY_CHUNK):
                 yield chunk
 
+    def readable_names(self) -> set[str]:
+        """The tensors that the reference library finds in what was written. Raises OutputError if it finds no file."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.temporary, "pt") as opened:
+                return set(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise OutputError(f"{self.path}: the written file cannot be read back ({error}).") from error
+
     def replace_metadata(self, metadata: Mapping[str, str]) -> None:
         """Write the header again, with other metadata of the same encoded length."""
         header = header_bytes(self._tensors, metadata)

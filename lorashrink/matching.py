@@ -115,8 +115,6 @@ def _reason_to_stay(layer: Layer, form: str) -> str | None:
         return f"{layer.algo}: {layer.family.needs.value}; with a base, --as lora makes a LoRA of it"
     if not layer.bound:
         return f"{layer.algo}: {layer.family.needs.value}, and there is none"
-    if layer.family.needs is Needs.SHAPE and not layer.shape_known:
-        return f"{layer.algo}: {layer.family.needs.value}, and there is none"
     if not layer.shape_known and kind(layer.name, ()) not in ("attn", "mlp", "te"):
         return f"{layer.algo}: only the base tells whether this is a convolution"
     return None

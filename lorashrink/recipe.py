@@ -113,7 +113,6 @@ SELECTIONS: dict[str, _Range] = {
     "sv_cumulative": _SHARE,
     "sv_ratio": _Range(1, math.inf),
 }
-_BY_SCORE = ("thr", "size")
 MODIFIERS: dict[str, _Range] = {
     "conv_rank": _COUNT,
     "max_rank": _COUNT,

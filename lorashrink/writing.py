@@ -119,13 +119,7 @@ def _write_layer(each: Plan, place: int, delta: AnyDelta, writer: SafetensorsWri
 
 def _verify(each: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> None:
     """Open the written file as every loader does, and compare the norm of each layer with its spectrum."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(writer.temporary, "pt") as opened:
-            names = set(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise OutputError(f"{writer.path}: the written file cannot be read back ({error}).") from error
+    names = writer.readable_names()
     adapter = each.decomposed.adapter
     by_name = {layer.name: layer for layer in adapter.layers}
     gone = {key for name in each.removed for key in (by_name[name].keys.values() if name in by_name else [name])}

@@ -21,6 +21,7 @@ from lorashrink.bases.weights import Weights, name_weights, relevant
 from lorashrink.errors import NotABase
 from lorashrink.files import FLOATS, TensorStore, content_fingerprint
 from lorashrink.names import address
+from lorashrink.results import BaseInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,11 @@ class Base:
     fingerprint: str
     store: TensorStore | None = field(default=None, repr=False)
     norms: Mapping[str, Mapping[str, float]] = field(default_factory=dict, repr=False)
+
+    @property
+    def info(self) -> BaseInfo:
+        """What reports say of the base."""
+        return BaseInfo(str(self.path), self.family.name, self.kind)
 
     @property
     def weights(self) -> Mapping[tuple[str, str], Views]:
