@@ -26,6 +26,7 @@ lint: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_resize.py $(ARGS)
 	$(BIN)/python benchmarks/bench_models.py
+	$(BIN)/python benchmarks/bench_train.py
 
 bench-gpu: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_gpu.py $(ARGS)

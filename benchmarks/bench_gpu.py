@@ -1,31 +1,59 @@
-"""The engine on a GPU beside the CPU: the same layers in memory, decomposed together, truncated and compared.
+"""What a GPU makes of both jobs: the engine beside the CPU, and training steps of the size of SDXL.
 
-    python benchmarks/bench_gpu.py --rank 64 --files 4
+    python benchmarks/bench_gpu.py --only resize --rank 64 --files 4
+    python benchmarks/bench_gpu.py --only train --batch 1 4 8
 
-Ends with 0 and a sentence where there is no GPU, and with 1 if the singular values differ by more than 1e-9.
+Ends with 0 and a sentence where there is no GPU, and with 1 if the singular values differ by more than 1e-9. With
+--small the training steps are those of a tiny model, and run without a GPU too: they show that they run, no more.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from rates import cores
 from sdxl_data import factors, shapes
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+import lorashrink.train
 from lorashrink.delta import Delta
 from lorashrink.machine import worker_pool
 from lorashrink.spectrum import Item, Spectrum, decompose, truncate
+from lorashrink.train.data import Data, Draw
+from lorashrink.train.loader import Batch
+from lorashrink.train.memory import count_activations, optimizer_bytes, tensor_bytes
+from lorashrink.train.model import Model, set_attention, set_checkpointing, weight_dtype
+from lorashrink.train.network import build_network
+from lorashrink.train.objective import Objective
+from lorashrink.train.optimizers import make_optimizer, make_scheduler
+from lorashrink.train.options import Options, parse
+from lorashrink.train.stepping import Stepper
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import tiny_sdxl
 
 TOLERANCE = 1e-9  # relative, of singular values down to a thousandth of the layer's largest
 _STRENGTH = 1.0  # ‖ΔW‖_F of every layer
 _ALPHA = 32.0
+
+
+# --- shrinking ----------------------------------------------------------------------------------
 
 
 def deltas(rank: int, files: int, *, small: bool) -> list[Delta]:
@@ -90,18 +118,225 @@ def compare(layers: Sequence[Delta], repeats: int) -> float:
     return difference
 
 
+# --- training -----------------------------------------------------------------------------------
+
+WARM_UP = 2  # steps that are not counted
+MOST_SKIPPED = 12  # steps with infinite gradients, after each of which fp16's loss scale is halved
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """The model and the pictures; what is given here takes the place of SDXL's settings."""
+
+    pixels: int
+    unet: dict[str, Any]
+    encoders: tuple[dict[str, Any], dict[str, Any]]
+
+
+def _encoder(width: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "projection_dim": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+
+
+SDXL = Size(1024, {}, ({}, {}))
+TINY = Size(
+    128,
+    {
+        "block_out_channels": (32, 64, 64),
+        "attention_head_dim": (2, 4, 4),
+        "transformer_layers_per_block": (1, 1, 2),
+        "cross_attention_dim": 16 + 24,
+        "projection_class_embeddings_input_dim": 24 + 6 * 256,
+    },
+    (_encoder(16), _encoder(24)),
+)
+
+
+def guide_options(precision: str, size: Size, batch: int, bypass: bool) -> Options:
+    """The guide's command as far as it matters for a step; no step accumulates gradients."""
+    network = ["preset=full", "conv_dim=256", "conv_alpha=4", "algo=locon", f"bypass_mode={bypass}"]
+    return parse(
+        [
+            *["--network_module=lycoris.kohya", "--network_dim=8", "--network_alpha=4", "--network_args", *network],
+            *["--learning_rate=0.0001", "--optimizer_type=AdamW", "--max_grad_norm=1", "--scale_weight_norms=1"],
+            *["--multires_noise_iterations=10", "--multires_noise_discount=0.1", "--gradient_checkpointing", "--sdpa"],
+            *[f"--mixed_precision={precision}", f"--train_batch_size={batch}", f"--resolution={size.pixels}"],
+            *["--cache_latents", "--no_half_vae", "--seed=1"],
+        ]
+    )
+
+
+def random_model(options: Options, size: Size, device: torch.device) -> Model:
+    """SDXL with random weights, made on the device. Its VAE has none: with latents at hand no step runs it."""
+    settings = Path(lorashrink.train.__file__).parent / "sdxl"
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizers = [tiny_sdxl.write_tokenizer(Path(folder) / pad, pad) for pad in (tiny_sdxl.EOS, "!")]
+    torch.manual_seed(0)
+    with _dtype(weight_dtype(options)), device:
+        unet = UNet2DConditionModel.from_config({**UNet2DConditionModel.load_config(settings / "unet"), **size.unet})
+        encoders = [
+            kind(CLIPTextConfig.from_pretrained(settings / name, **narrower))
+            for (name, kind), narrower in zip(kinds.items(), size.encoders, strict=True)
+        ]
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(settings / "vae"))
+    model = Model(unet, vae, (encoders[0], encoders[1]), (tokenizers[0], tokenizers[1]))
+    model.encoders[1].text_model.eos_token_id = tokenizers[1].eos_token_id
+    for module in model.modules:
+        module.requires_grad_(False).eval()
+    return model
+
+
+@contextmanager
+def _dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def ready(options: Options, size: Size) -> Stepper:
+    """The trainer's own step on that model."""
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    model = random_model(options, size, accelerator.device)
+    network = build_network(model, options)
+    network.to(accelerator.device)
+    network.train(True)
+    set_attention(model, options)
+    set_checkpointing(model, options)
+    groups, rates = network.groups(options)
+    optimizer, _ = make_optimizer(options, groups)
+    optimizer, scheduler = accelerator.prepare(optimizer, make_scheduler(options, optimizer, options.max_train_steps))
+    return Stepper(
+        options=options,
+        accelerator=accelerator,
+        seed=1,
+        data=Data((), (), ()),
+        model=model,
+        network=network,
+        objective=Objective(options),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        parameters=[each for each in network.parameters() if each.requires_grad],
+        trains_text=any("textencoder" in rate for rate in rates),
+    )
+
+
+def random_batch(options: Options, size: Size, step: int) -> Batch:
+    """Pictures that do not exist, with their latents; their captions are longer than what the encoders read."""
+    count, side = options.train_batch_size, size.pixels // 8
+    numbers = torch.Generator().manual_seed(step)
+    return Batch(
+        draws=tuple(Draw(0, number, step, 1, step) for number in range(count)),
+        captions=("what a picture shows, and how it looks, " * 4,) * count,
+        flipped=(False,) * count,
+        time_ids=torch.tensor([[size.pixels, size.pixels, 0, 0, size.pixels, size.pixels]] * count).float(),
+        weights=torch.ones(count),
+        latents=torch.randn((count, 4, side, side), generator=numbers) / 0.13025,
+        pixels=None,
+        text=None,
+    )
+
+
+def estimate(options: Options, size: Size) -> float:
+    """The peak that `lorashrink train --plan` would count on, in bytes, without its margin."""
+    model = random_model(options, size, torch.device("meta"))
+    network = build_network(model, options)
+    frozen = tensor_bytes(each for part in (model.unet, *model.encoders) for each in part.parameters())
+    trained = sum(each.numel() for each in network.parameters())
+    pixels = (size.pixels, size.pixels)
+    activations = count_activations(model, network, options, options.train_batch_size, pixels).checkpointed
+    return frozen + trained * (4 + 4 + (optimizer_bytes(options) or 0)) + activations
+
+
+def train(options: Options, size: Size, steps: int) -> float:
+    """Seconds per step, the median; infinite where memory is too small. Steps that fp16 skips do not count.
+
+    The peak of memory is left in torch's statistics.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    laps: list[float] = []
+    try:
+        stepper = ready(options, size)
+        for step in range(WARM_UP + steps + MOST_SKIPPED):
+            batch = random_batch(options, size, step)
+            start = time.perf_counter()
+            loss = stepper.accumulate(batch)
+            stepper.apply()
+            loss.item()  # waits for the GPU
+            if not stepper.accelerator.optimizer_step_was_skipped:
+                laps.append(time.perf_counter() - start)
+            if len(laps) == WARM_UP + steps:
+                return median(laps[WARM_UP:])
+    except torch.OutOfMemoryError:
+        return math.inf
+    raise SystemExit(f"{MOST_SKIPPED + 1} steps had gradients that are not finite in {options.mixed_precision}")
+
+
+def report_training(size: Size, precision: str, batches: Sequence[int], steps: int) -> None:
+    """Step time and peak memory for each batch size, beside what was estimated; then both ways LyCORIS can compute."""
+    taken = {}
+    for batch, bypass in [*((batch, True) for batch in batches), (batches[0], False)]:
+        options = guide_options(precision, size, batch, bypass)
+        expected = estimate(options, size)
+        taken[batch, bypass] = train(options, size, steps)
+        measured = f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB" if torch.cuda.is_available() else "not known"
+        print(
+            f"      {taken[batch, bypass]:.3f} s per step  peak memory {measured}, estimated {expected / GIB:.2f} GiB  "
+            f"| batch {batch}, bypass_mode={bypass}",
+            flush=True,
+        )
+    ours, other = taken[batches[0], True], taken[batches[0], False]
+    print(
+        f"{other / ours:.2f}x  bypass_mode=True {ours:.3f} s  False {other:.3f} s  {_machine()}, {precision}, "
+        f"{size.pixels}x{size.pixels}, batch {batches[0]}"
+    )
+
+
+def _machine() -> str:
+    if not torch.cuda.is_available():
+        return f"no GPU, {cores()} cores, torch {torch.__version__}"
+    gpu = torch.cuda.get_device_properties(0)
+    capability = f"{gpu.major}.{gpu.minor}"
+    return f"{gpu.name} {gpu.total_memory / GIB:.0f} GiB sm {capability}, {cores()} cores, torch {torch.__version__}"
+
+
+# --- both ---------------------------------------------------------------------------------------
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, or say that there is no GPU."""
-    parser = argparse.ArgumentParser(description="Time the engine on a GPU beside the CPU.")
+    """Compare and measure, or say that there is no GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=["resize", "train"], default=["resize", "train"])
     parser.add_argument("--rank", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--files", type=int, default=1, help="LoRAs whose layers are decomposed together")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side; the fastest counts (default 3)")
-    parser.add_argument("--small", action="store_true", help="widths divided by 8: a quick look")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="pictures per training step")
+    parser.add_argument("--steps", type=int, default=8, help="training steps that count (default 8)")
+    parser.add_argument("--precision", choices=["fp16", "bf16"], default="fp16", help="of training (default fp16)")
+    parser.add_argument("--small", action="store_true", help="widths divided by 8, a tiny model: a quick look")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    there = torch.cuda.is_available()
+    if not there:
         print("no GPU: torch finds no CUDA device on this machine, nothing was compared")
-        return 0
-    differences = [compare(deltas(rank, options.files, small=options.small), options.repeats) for rank in options.rank]
+    differences = [0.0]
+    if there and "resize" in options.only:
+        made = (deltas(rank, options.files, small=options.small) for rank in options.rank)
+        differences = [compare(layers, options.repeats) for layers in made]
+    if (there or options.small) and "train" in options.only:
+        report_training(TINY if options.small else SDXL, options.precision, options.batch, options.steps)
     return int(max(differences) > TOLERANCE)
 
 

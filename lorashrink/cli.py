@@ -348,6 +348,18 @@ def demo(
         typer.echo(f"rank of each block before and after: {outcome.picture}")
 
 
+# The trainer has a parser of its own, because its flags are those of another program.
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train an SDXL LyCORIS adapter, with the flags of sd-scripts' sdxl_train_network.py.
+
+    Example: lorashrink train --config_file settings.toml
+    """
+    from lorashrink.train.command import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 def _split_base(files: Sequence[str], base: Path | None) -> tuple[Path | None, list[str]]:
     """The base and the adapters: the first file is the base if it looks like one and no base is given."""
     from lorashrink.inputs import looks_like_base

@@ -585,7 +585,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> str:
     return (
-        f"{path}: cannot be written ({error.strerror or error}). Nothing was left behind; choose another place with -o."
+        f"{path}: cannot be written ({error.strerror or error}). Nothing was left behind; choose another place."
     )
 
 

@@ -1,0 +1,74 @@
+"""The loss and the learning rates of a run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from lorashrink.errors import InputError
+from lorashrink.plots.style import AFTER, BEFORE, INK, RC
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Points = Sequence[tuple[int, float]]  # step, value
+
+_CURRENT, _AVERAGE, _RATE = "loss/current", "loss/average", "lr/"
+_STYLES = ("-", "--", ":", "-.")
+
+
+def loss_curve(scalars: Mapping[str, Points]) -> Figure:
+    """The loss of each step, pale, and its average, bold; below it the learning rates if there are any.
+
+    scalars: what was logged under each tag: `loss/current`, `loss/average` and any `lr/...`; others are not drawn.
+    Raises InputError if there is no `loss/average`.
+    """
+    if not scalars.get(_AVERAGE):
+        raise InputError(f"the log holds no {_AVERAGE}, so no step of training is in it")
+    rates = _merged({tag.removeprefix(_RATE): scalars[tag] for tag in sorted(scalars) if tag.startswith(_RATE)})
+    with rc_context(RC):
+        figure = Figure(figsize=(8.0, 5.0 if rates else 3.8))
+        panels = figure.subplots(
+            2 if rates else 1, sharex=True, squeeze=False, height_ratios=[3, 1] if rates else None
+        ).flat
+        _losses(panels[0], scalars)
+        if rates:
+            _rates(panels[1], rates)
+        panels[-1].set_xlabel("optimizer step")
+        return figure
+
+
+def _losses(axes: Axes, scalars: Mapping[str, Points]) -> None:
+    axes.plot(*_columns(scalars.get(_CURRENT, ())), color=BEFORE, linewidth=0.8)
+    axes.plot(*_columns(scalars[_AVERAGE]), color=AFTER, linewidth=2.2)
+    step, value = scalars[_AVERAGE][-1]
+    axes.annotate(f"average {value:.3g}", (step, value), (6, 0), textcoords="offset points", va="center", color=AFTER)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("loss (mean squared error)")
+    axes.set_title("Loss of each step, pale, and its average")
+
+
+def _rates(axes: Axes, rates: Mapping[str, Points]) -> None:
+    for (name, points), style in zip(rates.items(), itertools.cycle(_STYLES), strict=False):
+        axes.plot(*_columns(points), color=INK, linewidth=1.2, linestyle=style, label=name)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("learning rate")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+
+
+def _merged(rates: Mapping[str, Points]) -> dict[str, Points]:
+    """Equal curves under one name, because one would hide the other."""
+    names: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for name, points in rates.items():
+        if points:
+            names.setdefault(tuple(points), []).append(name)
+    return {"\n".join(same): points for points, same in names.items()}
+
+
+def _columns(points: Points) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]

@@ -1,0 +1,581 @@
+"""Folders and dataset files, the order of an epoch, and batches of pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_sdxl import write_pictures
+
+from lorashrink.errors import InputError, UsageError
+from lorashrink.train.buckets import BucketRules, Fit
+from lorashrink.train.captions import CaptionRules
+from lorashrink.train.data import Data, Dataset, Draw, Picture, Subset, batch_count, epoch_batches, read_pixels, scan
+from lorashrink.train.loader import Batch, Loader
+from lorashrink.train.options import Options
+
+SQUARE, WIDE = (64, 64), (96, 40)
+
+
+def options(folder: Path, **change: Any) -> Options:
+    return Options(**{"train_data_dir": str(folder), "resolution": "64", "caption_extension": ".txt"} | change)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three pictures shown twice, one shown three times."""
+    parent = tmp_path / "train"
+    write_pictures(
+        parent / "2_big_cat",
+        {"b.png": SQUARE, "a.png": WIDE, "c.png": SQUARE},
+        {"a.png": "one, two, three, four", "b.png": "five, six, seven", "c.png": "eight"},
+    )
+    write_pictures(parent / "03_dog", {"d.png": SQUARE}, {"d.png": "nine, ten\nsecond line"})
+    return parent
+
+
+def shown(data: Data) -> dict[str, int]:
+    return {picture.path.name: picture.repeats for dataset in data.datasets for picture in dataset.pictures}
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def test_folders_give_repeats_words_and_captions_sorted_by_name(pictures: Path) -> None:
+    data = scan(options(pictures))
+    assert [(subset.folder.name, subset.repeats, subset.class_words) for subset in data.subsets] == [
+        ("03_dog", 3, "dog"),
+        ("2_big_cat", 2, "big_cat"),
+    ]
+    [dataset] = data.datasets
+    assert [(picture.path.name, picture.lines) for picture in dataset.pictures] == [
+        ("d.png", ("nine, ten",)),
+        ("a.png", ("one, two, three, four",)),
+        ("b.png", ("five, six, seven",)),
+        ("c.png", ("eight",)),
+    ]
+    assert data.skipped == ()
+
+
+def test_pictures_directly_in_the_parent_are_an_error_that_tells_how_to_name_folders(tmp_path: Path) -> None:
+    write_pictures(tmp_path, {"a.png": SQUARE, "b.png": SQUARE})
+    with pytest.raises(InputError, match=r"the 2 pictures directly in it are not used.*10_words"):
+        scan(options(tmp_path))
+
+
+def test_pictures_directly_in_the_parent_beside_good_folders_are_named(
+    pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_pictures(pictures, {"lost.png": SQUARE})
+    assert "lost.png" not in shown(scan(options(pictures)))
+    assert "1 pictures directly in" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["cat", "0_cat", "-1_cat", "x2_cat", "1.5_cat"])
+def test_folders_without_a_number_of_repeats_are_ignored_with_a_warning(
+    pictures: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    write_pictures(pictures / name, {"lost.png": SQUARE})
+    assert "lost.png" not in shown(scan(options(pictures)))
+    assert [record.message.count(f"{pictures / name} is ignored") for record in caplog.records] == [1]
+
+
+def test_a_missing_folder_is_named_with_its_option(tmp_path: Path, pictures: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere.*--train_data_dir"):
+        scan(options(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match=r"nowhere.*--reg_data_dir"):
+        scan(options(pictures, reg_data_dir=str(tmp_path / "nowhere")))
+    with pytest.raises(UsageError, match="--train_data_dir is missing"):
+        scan(Options(resolution="64"))
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "jpeg", "webp", "bmp", "avif"])
+def test_each_ending_is_found_in_lower_and_upper_case(tmp_path: Path, ending: str) -> None:
+    folder = tmp_path / "1_x"
+    write_pictures(folder, {f"a.{ending}": SQUARE, f"B.{ending.upper()}": SQUARE})
+    (folder / "notes.md").write_text("no picture")
+    assert set(shown(scan(options(tmp_path)))) == {f"a.{ending}", f"B.{ending.upper()}"}
+
+
+def test_unreadable_pictures_are_left_out_named_and_counted_in_one_warning(
+    pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [pictures / "2_big_cat" / "bad.png", pictures / "2_big_cat" / "worse.jpg"]
+    bad[0].write_bytes(b"no picture")
+    bad[1].touch()
+    data = scan(options(pictures))
+    assert [path for path, _ in data.skipped] == bad
+    assert len(shown(data)) == 4
+    [record] = caplog.records
+    assert "2 pictures" in record.message
+    assert all(str(path) in record.message for path in bad)
+
+
+def test_pictures_too_small_for_any_bucket_are_left_out(pictures: Path) -> None:
+    write_pictures(pictures / "1_small", {"small.png": (200, 8)})
+    data = scan(options(pictures, enable_bucket=True, bucket_no_upscale=True, bucket_reso_steps=32))
+    [(path, reason)] = data.skipped
+    assert path.name == "small.png"
+    assert "200x8" in reason
+
+
+def test_scanning_reads_sizes_only_and_reading_pixels_names_a_damaged_picture(pictures: Path) -> None:
+    path = pictures / "2_big_cat" / "b.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    [picture] = [each for each in scan(options(pictures)).datasets[0].pictures if each.path == path]
+    assert picture.fit.original == SQUARE
+    with pytest.raises(InputError, match=r"b\.png: cannot be read.*replace or remove"):
+        read_pixels(picture)
+
+
+def test_a_picture_that_changes_its_size_after_scanning_is_an_error(pictures: Path) -> None:
+    picture = scan(options(pictures)).datasets[0].pictures[0]
+    Image.new("RGB", (10, 10)).save(picture.path)
+    with pytest.raises(InputError, match=r"d\.png: the picture was changed"):
+        read_pixels(picture)
+
+
+def test_pixels_of_a_picture_that_fits_are_its_own(pictures: Path) -> None:
+    picture = scan(options(pictures)).datasets[0].pictures[0]
+    assert np.array_equal(read_pixels(picture), np.asarray(Image.open(picture.path)))
+
+
+def test_an_empty_caption_file_is_an_error_that_names_it(pictures: Path) -> None:
+    (pictures / "2_big_cat" / "a.txt").write_text("")
+    with pytest.raises(InputError, match=r"a\.txt"):
+        scan(options(pictures))
+
+
+def test_words_of_the_folder_stand_in_for_missing_captions_with_one_warning(
+    pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = scan(options(pictures, caption_extension=".caption"))
+    assert {picture.lines for picture in data.datasets[0].pictures} == {("big_cat",), ("dog",)}
+    [record] = caplog.records
+    assert record.message.startswith("4 pictures have no caption file")
+    assert "d.caption" in record.message
+
+
+def test_without_words_missing_captions_are_empty_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_pictures(tmp_path / "1_", {"a.png": SQUARE, "b.png": SQUARE})
+    data = scan(options(tmp_path))
+    assert [picture.lines for picture in data.datasets[0].pictures] == [("",), ("",)]
+    [record] = caplog.records
+    assert record.message.startswith("2 pictures have no caption file")
+    assert "empty" in record.message
+
+
+@pytest.mark.parametrize(
+    ("resolution", "change", "named"),
+    [
+        (None, {}, "--resolution is missing"),
+        ("big", {}, "'big'"),
+        ("64,64,64", {}, "'64,64,64'"),
+        ("60", {}, "multiples of 8"),
+        ("64", {"train_batch_size": 0}, "batch size"),
+        ("64", {"enable_bucket": True, "bucket_reso_steps": 48}, "multiple of 32"),
+        ("64", {"enable_bucket": True, "min_bucket_reso": 128}, "min_bucket_reso 128"),
+        ("2048", {"enable_bucket": True}, "max_bucket_reso 1024"),
+    ],
+)
+def test_contradictory_sizes_are_refused(
+    pictures: Path, resolution: str | None, change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UsageError, match=named):
+        scan(options(pictures, resolution=resolution, **change))
+
+
+# --- regularisation pictures --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folder", "count", "expected"),
+    [
+        # 9 training pictures with repeats: each regularisation picture is shown 9 / count times, first ones more often.
+        ("1_cat", 1, [9]),
+        ("1_cat", 2, [5, 4]),
+        ("2_cat", 4, [3, 2, 2, 2]),
+        ("1_cat", 9, [1] * 9),
+        ("4_cat", 4, [4, 4, 1]),
+        ("1_cat", 11, [1] * 9),
+    ],
+)
+def test_regularisation_pictures_are_shown_as_often_as_the_others(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, folder: str, count: int, expected: list[int]
+) -> None:
+    write_pictures(tmp_path / "reg" / folder, {f"r{place:02}.png": SQUARE for place in range(count)})
+    data = scan(options(pictures, reg_data_dir=str(tmp_path / "reg")))
+    regs = [picture.repeats for picture in data.datasets[0].pictures if picture.subset.is_reg]
+    assert regs == expected
+    assert sum(shown(data).values()) == 18
+    given = int(folder[0]) * count
+    assert ("regularisation pictures" in caplog.text) == (given > 9)
+
+
+def test_regularisation_pictures_have_the_prior_loss_weight(pictures: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "reg" / "1_cat", {"r.png": SQUARE}, {"r.png": "cat"})
+    chosen = options(pictures, reg_data_dir=str(tmp_path / "reg"), prior_loss_weight=0.25, max_data_loader_n_workers=0)
+    data = scan(chosen)
+    for batch in loader(data, chosen).epoch(1):
+        regs = [data.datasets[0].pictures[one.picture].subset.is_reg for one in batch.draws]
+        assert batch.weights.tolist() == [0.25 if reg else 1.0 for reg in regs]
+
+
+# --- dataset files ------------------------------------------------------------------------------
+
+
+def toml(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_keys_of_a_dataset_file_are_inherited_from_section_to_section_and_last_from_the_options(
+    pictures: Path, tmp_path: Path
+) -> None:
+    path = toml(
+        tmp_path / "data.toml",
+        f"""
+        [general]
+        shuffle_caption = true
+        keep_tokens = 1
+        caption_extension = ".txt"
+        enable_bucket = true
+        bucket_reso_steps = 32
+
+        [[datasets]]
+        resolution = 64
+        batch_size = 4
+        min_bucket_reso = 32
+        keep_tokens = 2
+        [[datasets.subsets]]
+        image_dir = {json.dumps(str(pictures / "2_big_cat"))}
+        class_tokens = "a cat"
+        num_repeats = 5
+        keep_tokens = 3
+        flip_aug = true
+        color_aug = false
+        resize_interpolation = "lanczos"
+        [[datasets.subsets]]
+        image_dir = {json.dumps(str(pictures / "03_dog"))}
+        is_reg = true
+
+        [[datasets]]
+        resolution = [128, 96]
+        min_bucket_reso = 64
+        [[datasets.subsets]]
+        image_dir = {json.dumps(str(pictures / "03_dog"))}
+        token_warmup_step = 10
+        """,
+    )
+    data = scan(
+        Options(
+            dataset_config=path,
+            dataset_repeats=7,
+            train_batch_size=2,
+            caption_dropout_rate=0.5,
+            max_bucket_reso=256,
+            shuffle_caption=False,
+        )
+    )
+    first, second = data.datasets
+    assert first.buckets == BucketRules((64, 64), True, 32, 256, 32, True)
+    assert second.buckets == BucketRules((128, 96), True, 64, 256, 32, True)
+    assert (first.batch_size, second.batch_size) == (4, 2)
+    rules = {"extension": ".txt", "shuffle": True, "dropout_rate": 0.5}
+    assert data.subsets == (
+        Subset(pictures / "2_big_cat", 5, "a cat", False, True, CaptionRules(keep_tokens=3, **rules), "lanczos"),
+        Subset(pictures / "03_dog", 7, "", True, False, CaptionRules(keep_tokens=2, **rules)),
+        Subset(pictures / "03_dog", 7, "", False, False, CaptionRules(keep_tokens=1, token_warmup_step=10, **rules)),
+    )
+    # Evened out within its dataset: one regularisation picture for 3 pictures shown 5 times.
+    assert [picture.repeats for picture in first.pictures] == [5, 5, 5, 15]
+    assert [picture.repeats for picture in second.pictures] == [7]
+
+
+def config(pictures: Path, *, top: str = "", dataset: str = "", subset: str = "", folder: str = "2_big_cat") -> str:
+    return f"""
+        {top}
+        [[datasets]]
+        {dataset}
+        [[datasets.subsets]]
+        image_dir = {json.dumps(str(pictures / folder))}
+        {subset}
+        """
+
+
+@pytest.mark.parametrize(
+    ("part", "text", "named"),
+    [
+        ("subset", "num_repeat = 2", "num_repeat; did you mean num_repeats"),
+        ("subset", "batch_size = 2", r"batch_size; it belongs in \[\[datasets\]\]"),
+        ("dataset", "is_reg = true", r"is_reg; it belongs in \[\[datasets.subsets\]\]"),
+        ("top", "[general]\nkeep_tokns = 1", "keep_tokns; did you mean keep_tokens"),
+        ("top", "[generl]\nkeep_tokens = 1", "no such section: generl"),
+        ("subset", 'metadata_file = "meta.json"', "not supported: metadata_file"),
+        ("subset", 'conditioning_data_dir = "x"', "not supported: conditioning_data_dir"),
+        ("top", "[general]\ncolor_aug = true", "not supported: color_aug"),
+        ("dataset", "validation_split = 0.1", "not supported: validation_split"),
+        ("subset", 'num_repeats = "2"', "num_repeats must be a whole number"),
+        ("subset", "flip_aug = 1", "flip_aug must be true or false"),
+        ("subset", "class_tokens = 1", "class_tokens must be text"),
+        ("subset", "keep_tokens = true", "keep_tokens must be a whole number"),
+        ("dataset", "resolution = 1.5", "resolution must be a whole number or"),
+        ("dataset", 'resize_interpolation = "magic"', "resize_interpolation must be one of lanczos"),
+    ],
+)
+def test_mistakes_in_a_dataset_file_are_named_with_the_file(
+    pictures: Path, tmp_path: Path, part: str, text: str, named: str
+) -> None:
+    path = toml(tmp_path / "data.toml", config(pictures, **{part: text}))
+    with pytest.raises(UsageError, match=rf"data\.toml: .*{named}"):
+        scan(Options(dataset_config=path, resolution="64"))
+
+
+def test_values_that_change_nothing_are_accepted_in_a_dataset_file(pictures: Path, tmp_path: Path) -> None:
+    nothing = "color_aug = false\nrandom_crop = false\nvalidation_split = 0.0\nnetwork_multiplier = 1.0"
+    path = toml(tmp_path / "data.toml", config(pictures, dataset=nothing, subset="alpha_mask = false"))
+    assert len(shown(scan(Options(dataset_config=path, resolution="64", caption_extension=".txt")))) == 3
+
+
+def test_a_subset_shown_zero_times_is_dropped(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = toml(tmp_path / "data.toml", config(pictures))
+    with pytest.raises(InputError, match=r"data\.toml: no pictures"):
+        scan(Options(dataset_config=path, resolution="64", dataset_repeats=0))
+    assert "2_big_cat is ignored: it is shown 0 times" in caplog.text
+
+
+def test_a_folder_of_a_dataset_file_that_is_not_there_is_named(pictures: Path, tmp_path: Path) -> None:
+    path = toml(tmp_path / "data.toml", config(pictures, folder="nowhere"))
+    with pytest.raises(InputError, match=r"data\.toml: image_dir .*nowhere"):
+        scan(Options(dataset_config=path, resolution="64"))
+
+
+# --- the order of an epoch ----------------------------------------------------------------------
+
+
+def made_of(*datasets: tuple[int, list[tuple[int, int]]]) -> Data:
+    """Datasets of (batch size, pictures), pictures of (repeats, side of the bucket)."""
+    rules = BucketRules((64, 64), False, 0, 0, 64, True)
+    subset = Subset(Path("1_x"), 1, "", False, False, CaptionRules())
+    return Data(
+        tuple(
+            Dataset(
+                tuple(
+                    Picture(Path(f"1_x/{place}.png"), ("",), subset, Fit(*[(side, side)] * 3), repeats)
+                    for place, (repeats, side) in enumerate(pictures)
+                ),
+                size,
+                rules,
+                (),
+            )
+            for size, pictures in datasets
+        ),
+        (subset,),
+        (),
+    )
+
+
+PICTURES = st.lists(st.tuples(st.integers(1, 3), st.sampled_from([64, 128])), min_size=1, max_size=6)
+DATA = st.lists(st.tuples(st.integers(1, 4), PICTURES), min_size=1, max_size=2).map(lambda sets: made_of(*sets))
+
+
+@given(DATA, st.integers(1, 4), st.integers(1, 3))
+def test_an_epoch_shows_each_picture_as_often_as_it_should_in_batches_of_one_bucket(
+    data: Data, epoch: int, seed: int
+) -> None:
+    batches = epoch_batches(data, epoch, seed)
+    assert Counter((one.dataset, one.picture, one.repeat) for batch in batches for one in batch) == {
+        (place, number, repeat): 1
+        for place, dataset in enumerate(data.datasets)
+        for number, picture in enumerate(dataset.pictures)
+        for repeat in range(picture.repeats)
+    }
+    assert len(batches) == batch_count(data)
+    smaller = Counter[Any]()
+    for batch in batches:
+        [(place, bucket)] = {
+            (one.dataset, data.datasets[one.dataset].pictures[one.picture].fit.bucket) for one in batch
+        }
+        assert len(batch) <= data.datasets[place].batch_size
+        smaller[place, bucket] += len(batch) < data.datasets[place].batch_size
+    assert max(smaller.values()) <= 1
+
+
+def showings(batches: list[list[Draw]]) -> list[list[tuple[int, int, int]]]:
+    return [[(one.dataset, one.picture, one.repeat) for one in batch] for batch in batches]
+
+
+@given(DATA, st.integers(1, 5))
+def test_several_processes_share_the_batches_of_one_and_begin_again_where_they_are_short(
+    data: Data, world: int
+) -> None:
+    alone, shared = epoch_batches(data, 2, 7), epoch_batches(data, 2, 7, world=world)
+    assert len(shared) % world == 0
+    assert 0 <= len(shared) - len(alone) < world
+    assert showings(shared) == (showings(alone) * world)[: len(shared)]
+
+
+def test_the_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
+    data = made_of((2, [(3, 64)] * 8))
+    torch.manual_seed(1)
+    first = epoch_batches(data, 1, 5)
+    torch.manual_seed(2)
+    assert epoch_batches(data, 1, 5) == first
+    assert showings(epoch_batches(data, 2, 5)) != showings(first)
+    assert showings(epoch_batches(data, 1, 6)) != showings(first)
+
+
+def test_steps_count_on_over_epochs_and_an_epoch_begins_with_a_new_one() -> None:
+    data = made_of((1, [(1, 64)] * 7))
+
+    def steps(epoch: int, **how: int) -> list[int]:
+        return [one.step for batch in epoch_batches(data, epoch, 0, **how) for one in batch]
+
+    assert steps(1) == [0, 1, 2, 3, 4, 5, 6]
+    assert steps(2) == [7, 8, 9, 10, 11, 12, 13]
+    assert steps(1, accumulation=3) == [0, 0, 0, 1, 1, 1, 2]
+    assert steps(3, accumulation=3) == [6, 6, 6, 7, 7, 7, 8]
+    # 7 batches of 2 processes: 4 each, 2 steps of 2 batches each.
+    assert steps(2, world=2, accumulation=2) == [2, 2, 2, 2, 3, 3, 3, 3]
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+def loader(data: Data, chosen: Options, *, seed: int = 3, rank: int = 0, world: int = 1) -> Loader:
+    return Loader(data, chosen, seed, rank, world, None, None, total_steps=100)
+
+
+def lively(pictures: Path, **change: Any) -> Options:
+    """Options with all that draws random numbers."""
+    return options(
+        pictures,
+        **{
+            "shuffle_caption": True,
+            "keep_tokens": 1,
+            "caption_tag_dropout_rate": 0.2,
+            "flip_aug": True,
+            "train_batch_size": 2,
+            "enable_bucket": True,
+            "bucket_reso_steps": 32,
+            "min_bucket_reso": 32,
+            "max_data_loader_n_workers": 0,
+        }
+        | change,
+    )
+
+
+def same(first: Batch, second: Batch) -> bool:
+    return (
+        (first.draws, first.captions, first.flipped) == (second.draws, second.captions, second.flipped)
+        and torch.equal(first.time_ids, second.time_ids)
+        and torch.equal(first.pixels, second.pixels)
+    )
+
+
+def test_batches_hold_what_the_unet_and_the_vae_take(pictures: Path) -> None:
+    chosen = lively(pictures)
+    data = scan(chosen)
+    buckets = {picture.path.name: picture.fit.bucket for picture in data.datasets[0].pictures}
+    assert buckets == {"a.png": (96, 32), "b.png": (64, 64), "c.png": (64, 64), "d.png": (64, 64)}
+    batches = list(loader(data, chosen).epoch(1))
+    assert len(batches) == loader(data, chosen).batches_per_epoch == 5  # 2 showings of a, 7 of the others
+    for batch in batches:
+        of = [data.datasets[0].pictures[one.picture] for one in batch.draws]
+        width, height = of[0].fit.bucket
+        assert batch.pixels.shape == (len(of), 3, height, width)
+        assert batch.pixels.dtype == batch.time_ids.dtype == torch.float32
+        assert batch.latents is None
+        assert batch.text is None
+        for picture, pixels, caption, flipped, ids in zip(
+            of, batch.pixels, batch.captions, batch.flipped, batch.time_ids, strict=True
+        ):
+            plain = torch.from_numpy(read_pixels(picture).copy()).permute(2, 0, 1) / 127.5 - 1
+            torch.testing.assert_close(pixels, plain.flip(-1) if flipped else plain, rtol=0, atol=1e-6)
+            assert tuple(ids.tolist()) == picture.fit.time_ids(flipped)
+            tags = picture.lines[0].split(", ")
+            assert caption.split(", ")[0] == tags[0]
+            assert set(caption.split(", ")) <= set(tags)
+
+
+def test_flips_and_captions_change_between_repeats_and_epochs(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "8_x", {"a.png": SQUARE}, {"a.png": "1, 2, 3, 4, 5, 6, 7, 8"})
+    chosen = lively(tmp_path, train_batch_size=8, caption_tag_dropout_rate=0.0)
+    [first], [second] = (list(loader(scan(chosen), chosen).epoch(epoch)) for epoch in (1, 2))
+    assert len(set(first.captions)) > 4
+    assert len(set(first.captions) | set(second.captions)) > 10
+    assert set(first.flipped) == {False, True}
+
+
+def test_workers_processes_and_restarts_change_nothing(pictures: Path) -> None:
+    chosen = lively(pictures)
+    data = scan(chosen)
+    alone = list(loader(data, chosen).epoch(2))
+    two_workers = lively(pictures, max_data_loader_n_workers=2, persistent_data_loader_workers=True)
+    working = loader(data, two_workers)
+    assert len(list(working.epoch(1))) == 5
+    for others in (working.epoch(2), working.epoch(2), loader(data, two_workers).epoch(2)):
+        assert all(same(*pair) for pair in zip(alone, others, strict=True))
+    for start in range(6):
+        rest = list(loader(data, chosen).epoch(2, start))
+        assert all(same(*pair) for pair in zip(alone[start:], rest, strict=True))
+    halves = [list(loader(data, chosen, rank=rank, world=2).epoch(2)) for rank in (0, 1)]
+    assert [len(half) for half in halves] == [3, 3]
+    together = [batch for pair in zip(*halves, strict=True) for batch in pair]
+    for one, other in zip([*alone, alone[0]], together, strict=True):
+        # Two processes take half as many steps.
+        assert [asdict(draw) | {"step": 0} for draw in one.draws] == [
+            asdict(draw) | {"step": 0} for draw in other.draws
+        ]
+        assert (one.captions, one.flipped) == (other.captions, other.flipped)
+        assert torch.equal(one.pixels, other.pixels)
+
+
+def test_folders_may_move_without_changing_what_is_drawn(pictures: Path, tmp_path: Path) -> None:
+    before = list(loader(scan(lively(pictures)), lively(pictures)).epoch(1))
+    elsewhere = lively(Path(shutil.move(pictures, tmp_path / "elsewhere")))
+    after = list(loader(scan(elsewhere), elsewhere).epoch(1))
+    assert all(same(*pair) for pair in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_leaves_global_random_numbers_alone(pictures: Path, workers: int) -> None:
+    chosen = lively(pictures, max_data_loader_n_workers=workers)
+    before = torch.get_rng_state()
+    assert list(loader(scan(chosen), chosen).epoch(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_picture_is_named_in_the_error_of_a_worker(pictures: Path, workers: int) -> None:
+    path = pictures / "2_big_cat" / "b.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    chosen = lively(pictures, max_data_loader_n_workers=workers)
+    with pytest.raises(InputError) as caught:
+        list(loader(scan(chosen), chosen).epoch(1))
+    assert str(caught.value).startswith(str(path))
+
+
+def test_token_warm_up_follows_the_optimizer_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+    write_pictures(tmp_path / "4_x", {"a.png": SQUARE}, {"a.png": "1, 2, 3, 4, 5"})
+    chosen = options(
+        tmp_path, token_warmup_min=1, token_warmup_step=4, gradient_accumulation_steps=2, max_data_loader_n_workers=0
+    )
+    reading = loader(scan(chosen), chosen)
+    counts = [len(batch.captions[0].split(", ")) for epoch in (1, 2, 3) for batch in reading.epoch(epoch)]
+    # floor(step / 4 · (5 - 1)) + 1 tags, two batches per step.
+    assert counts == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5, 5]

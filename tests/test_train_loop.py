@@ -1,0 +1,272 @@
+"""Whole runs: what must not change the result does not, and what is asked for happens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_sdxl
+import torch
+import training
+from safetensors import safe_open
+from safetensors.torch import load_file
+from training import equal, flags, run
+
+from lorashrink.adapters import open_adapter
+from lorashrink.errors import NonFinite, OutputError, UsageError
+from lorashrink.train.command import main
+from lorashrink.train.logs import read_scalars
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sdxl.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return training.write_data(tmp_path / "data")
+
+
+def size(tensors: dict[str, torch.Tensor]) -> float:
+    return max(float(value.abs().max()) for key, value in tensors.items() if "lora_up" in key)
+
+
+def test_equal_seeds_give_equal_bits_and_others_do_not(model: Path, data: Path, tmp_path: Path) -> None:
+    first = run(flags(model, data, tmp_path / "1"))
+    again = run(flags(model, data, tmp_path / "2"))
+    other = run(flags(model, data, tmp_path / "3", "--seed=2"))
+    assert size(first) > 0
+    assert equal(first, again)
+    assert not equal(first, other)
+
+
+def test_global_random_numbers_of_before_do_not_matter(model: Path, data: Path, tmp_path: Path) -> None:
+    first = run(flags(model, data, tmp_path / "1"))
+    torch.rand(7)
+    assert equal(first, run(flags(model, data, tmp_path / "2")))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--max_data_loader_n_workers=2",),
+        ("--cache_latents",),
+        ("--cache_latents_to_disk",),
+        ("--cache_latents_to_disk", "--max_data_loader_n_workers=2", "--persistent_data_loader_workers"),
+        ("--gradient_checkpointing",),
+        ("--lowram", "--sdpa"),
+    ],
+    ids=" ".join,
+)
+def test_workers_caches_and_checkpointing_do_not_change_a_bit(
+    more: tuple[str, ...], model: Path, data: Path, tmp_path: Path
+) -> None:
+    common = ("--shuffle_caption", "--keep_tokens=1", "--flip_aug")
+    assert equal(
+        run(flags(model, data, tmp_path / "1", *common)), run(flags(model, data, tmp_path / "2", *common, *more))
+    )
+
+
+@pytest.mark.parametrize("cache", ["--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"])
+def test_cached_captions_do_not_change_a_bit(cache: str, model: Path, data: Path, tmp_path: Path) -> None:
+    plain = run(flags(model, data, tmp_path / "1", "--network_train_unet_only"))
+    cached = run(flags(model, data, tmp_path / "2", "--network_train_unet_only", cache))
+    assert not any(key.startswith("lora_te") for key in plain)
+    assert equal(plain, cached)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--scale_weight_norms=0.01",),
+        ("--network_args", "preset=attn-mlp", "use_scalar=True"),
+        ("--network_args", "preset=attn-mlp", "module_dropout=0.3", "rank_dropout=0.2"),
+        ("--mixed_precision=fp16", "--no_half_vae", "--save_precision=fp16"),
+        ("--optimizer_type=Prodigy", "--learning_rate=1"),
+        ("--optimizer_type=AdamWScheduleFree",),
+    ],
+    ids=lambda more: " ".join(more) or "plain",
+)
+def test_a_resumed_run_ends_with_the_same_bits(more: tuple[str, ...], model: Path, data: Path, tmp_path: Path) -> None:
+    """Interrupted within an epoch; six batches of one, two in a step."""
+    common = ("--gradient_accumulation_steps=2", "--lr_scheduler=cosine", "--max_train_steps=5", *more)
+    if "ScheduleFree" in str(more):
+        common = tuple(each for each in common if "scheduler" not in each)
+    whole = run(flags(model, data, tmp_path / "1", *common, "--save_every_n_steps=2", "--save_state"))
+    state = tmp_path / "1" / "x-step00000002-state"
+    resumed = run(flags(model, data, tmp_path / "2", *common, f"--resume={state}"))
+    assert equal(whole, resumed)
+
+
+def test_the_state_at_the_end_of_an_epoch_goes_on_with_the_next(model: Path, data: Path, tmp_path: Path) -> None:
+    common = ("--max_train_epochs=2", "--save_state")
+    whole = run(flags(model, data, tmp_path / "1", *common, "--save_every_n_epochs=1", "--save_every_n_steps=6"))
+    for name in ("x-000001-state", "x-step00000006-state"):
+        assert json.loads((tmp_path / "1" / name / "train_state.json").read_text())["current_step"] == 6
+        assert equal(whole, run(flags(model, data, tmp_path / name, *common, f"--resume={tmp_path / '1' / name}")))
+
+
+def test_a_state_at_the_end_is_not_resumed(model: Path, data: Path, tmp_path: Path) -> None:
+    run(flags(model, data, tmp_path / "1", "--max_train_steps=2", "--save_state_on_train_end"))
+    with pytest.raises(UsageError, match="step 2"):
+        run(flags(model, data, tmp_path / "2", "--max_train_steps=2", f"--resume={tmp_path / '1' / 'x-state'}"))
+
+
+def test_accumulating_two_batches_of_one_is_a_batch_of_two(model: Path, tmp_path: Path) -> None:
+    data = training.write_data(tmp_path / "data", {"a.png": (64, 64), "b.png": (64, 64)})
+    common = ("--max_train_steps=2", "--optimizer_type=SGD", "--learning_rate=0.1")
+    (data / "2_cat").rename(data / "1_cat")
+    one = run(flags(model, data, tmp_path / "1", *common, "--gradient_accumulation_steps=2"))
+    two = run(flags(model, data, tmp_path / "2", *common, "--train_batch_size=2"))
+    assert size(two) > 1e-6
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-7)
+
+
+def test_the_last_batches_of_an_epoch_are_a_step_of_their_own(model: Path, data: Path, tmp_path: Path) -> None:
+    with training.session(
+        flags(model, data, tmp_path / "o", "--gradient_accumulation_steps=4", "--max_train_epochs=2")
+    ) as ready:
+        assert (ready.length.steps_per_epoch, ready.length.steps) == (2, 4)
+        ready.run()
+        assert ready.position.step == 4
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_trains_and_leaves_the_adapter_in_float32(
+    precision: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    tensors = run(flags(model, data, tmp_path / "o", f"--mixed_precision={precision}", "--no_half_vae"))
+    assert size(tensors) > 0
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+
+
+def test_the_adapter_itself_can_be_in_bf16(model: Path, data: Path, tmp_path: Path) -> None:
+    arguments = flags(model, data, tmp_path / "o", "--mixed_precision=bf16", "--full_bf16", "--no_half_vae")
+    with training.session(arguments) as ready:
+        assert {each.dtype for each in ready.stepper.parameters} == {torch.bfloat16}
+        assert size(load_file(ready.run())) > 0
+
+
+def test_no_layer_ends_longer_than_its_limit(model: Path, data: Path, tmp_path: Path) -> None:
+    run(flags(model, data, tmp_path / "o", "--scale_weight_norms=0.01"))
+    with open_adapter(tmp_path / "o" / "x.safetensors") as adapter:
+        norms = [float(layer.delta.dense().norm()) for layer in adapter]
+    assert max(norms) <= 0.01 * (1 + 1e-5)
+    assert max(norms) >= 0.01 * (1 - 1e-5)
+
+
+def test_text_encoders_stay_as_they_are_where_their_rate_is_zero(model: Path, data: Path, tmp_path: Path) -> None:
+    tensors = run(flags(model, data, tmp_path / "o", "--text_encoder_lr=0"))
+    ups = {key: bool(value.any()) for key, value in tensors.items() if key.endswith("lora_up.weight")}
+    assert any(ups[key] for key in ups if key.startswith("lora_unet"))
+    assert not any(ups[key] for key in ups if key.startswith("lora_te"))
+
+
+def test_the_last_layer_of_the_first_text_encoder_is_not_reached(model: Path, data: Path, tmp_path: Path) -> None:
+    """SDXL reads the layer before it. The second encoder's last layer is reached by the pooled vector."""
+    tensors = run(flags(model, data, tmp_path / "o"))
+    trained = {key.split(".")[0] for key, value in tensors.items() if key.endswith("lora_up.weight") and value.any()}
+    assert any(name.startswith("lora_te1_text_model_encoder_layers_0") for name in trained)
+    assert not any(name.startswith("lora_te1_text_model_encoder_layers_1") for name in trained)
+    assert any(name.startswith("lora_te2_text_model_encoder_layers_1") for name in trained)
+
+
+def test_logs_hold_what_the_options_say(model: Path, data: Path, tmp_path: Path) -> None:
+    more = (f"--logging_dir={tmp_path / 'logs'}", "--log_prefix=run-", "--scale_weight_norms=1", "--max_train_steps=7")
+    run(flags(model, data, tmp_path / "o", *more))
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert folder.name.startswith("run-20")
+    assert list((folder / "network_train").glob("events.*"))
+    assert (folder / "loss.png").stat().st_size > 5000
+    scalars = read_scalars(folder)
+    assert [step for step, _ in scalars["loss/current"]] == list(range(1, 8))
+    losses = [value for _, value in scalars["loss/current"]]
+    assert scalars["loss/average"][6][1] == pytest.approx(sum(losses[1:]) / 6)  # over the six steps of an epoch
+    assert scalars["loss/epoch_average"] == [
+        (1, pytest.approx(sum(losses[:6]) / 6)),
+        (2, pytest.approx(losses[6])),
+    ]
+    assert scalars["lr/unet"][0][1] == scalars["lr/textencoder"][0][1] == pytest.approx(0.01)
+    assert {"max_norm/keys_scaled", "max_norm/max_key_norm", "norm/avg_key_norm"} < scalars.keys()
+
+
+def test_files_and_states_come_and_go_as_asked(model: Path, data: Path, tmp_path: Path) -> None:
+    """Six steps in an epoch, three epochs; files of the last four steps stay, states of the last two."""
+    more = "--max_train_epochs=3 --save_every_n_steps=2 --save_last_n_steps=4 --save_last_n_steps_state=2 --save_state"
+    run(flags(model, data, tmp_path / "o", *more.split(), "--save_every_n_epochs=1", "--save_last_n_epochs=1"))
+    steps = {f"x-step{step:08d}" for step in (14, 16, 18)}
+    files = {path.name for path in (tmp_path / "o").iterdir() if path.is_file()}
+    assert files == {"x.safetensors", "x-000002.safetensors", *(f"{name}.safetensors" for name in steps)}
+    folders = {path.name for path in (tmp_path / "o").iterdir() if path.is_dir()}
+    assert folders == {"x-state", "x-000002-state", "x-step00000016-state", "x-step00000018-state"}
+
+
+def test_each_saved_file_is_shrunk_and_goes_with_its_shrunk_files(
+    model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--max_train_epochs=3", "--save_every_n_epochs=1", "--save_last_n_epochs=1", "--shrink", "rank=1")
+    assert main(flags(model, data, tmp_path / "o", *more)) == 0
+    small = "_rank1.safetensors"
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {
+        *("x.safetensors", f"x{small}", "x-000002.safetensors", f"x-000002{small}")
+    }
+    shrunk = load_file(tmp_path / "o" / f"x{small}")
+    assert {value.shape[0] for key, value in shrunk.items() if "lora_down" in key} == {1}
+    assert f"x{small}" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_nan_stops_the_run_and_keeps_what_was_saved(
+    model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = flags(
+        model, data, tmp_path / "o", "--max_grad_norm=0", "--learning_rate=1e30", "--save_every_n_steps=1"
+    )
+    assert main(arguments) == 1
+    assert "NaN" in capfd.readouterr().err
+    assert not (tmp_path / "o" / "x.safetensors").exists()
+
+
+def test_nothing_to_train_on_is_exit_status_2(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data" / "2_cat").mkdir(parents=True)
+    assert main(flags(model, tmp_path / "data", tmp_path / "o")) == 2
+    assert "no pictures" in capfd.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_what_a_picture_costs_is_taken_from_its_own_folder(model: Path, data: Path, tmp_path: Path) -> None:
+    """Regularisation pictures of weight 0 leave no trace but the order of the others."""
+    reg = training.write_data(tmp_path / "reg", {"r.png": (64, 64)})
+    common = ("--optimizer_type=SGD", "--max_train_steps=12", "--max_grad_norm=0", "--learning_rate=0")
+    weighted = flags(model, data, tmp_path / "o", *common, "--unet_lr=0.1", f"--reg_data_dir={reg}")
+    nothing = run([*weighted, "--prior_loss_weight=0"])
+    something = run([*weighted, "--prior_loss_weight=1", f"--output_dir={tmp_path / 'p'}"])
+    assert size(something) > size(nothing) > 0
+
+
+def test_metadata_tells_how_it_was_made(model: Path, data: Path, tmp_path: Path) -> None:
+    run(flags(model, data, tmp_path / "o", "--gradient_accumulation_steps=2"))
+    with safe_open(tmp_path / "o" / "x.safetensors", "pt") as file:
+        entries = file.metadata()
+    assert entries["ss_steps"] == "5"
+    assert entries["ss_epoch"] == entries["ss_num_epochs"] == "2"
+    assert entries["ss_num_batches_per_epoch"] == "6"
+    assert entries["ss_seed"] == "1"
+    assert json.loads(entries["ss_network_args"]) == {"preset": "attn-mlp", "dropout": None}
+    assert json.loads(entries["ss_tag_frequency"])["2_cat"]["a cat"] == 3
+    assert entries["ss_sd_model_name"] == model.name
+
+
+def test_an_adapter_that_cannot_be_written_is_an_error_and_the_earlier_one_stays(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    first = run(flags(model, data, tmp_path / "o"))
+    with training.session(flags(model, data, tmp_path / "o", "--seed=2")) as ready:
+        ready.names = type(ready.names)(Path("/dev/full"), "x", "safetensors")
+        with pytest.raises(OutputError):
+            ready.run()
+    assert equal(first, load_file(tmp_path / "o" / "x.safetensors"))
+    assert NonFinite is not OutputError

@@ -1,0 +1,244 @@
+"""Buckets: which shape a picture is trained at, and how it gets that shape.
+
+A bucket is a shape whose area is about that of --resolution and whose sides are multiples of --bucket_reso_steps, so
+that pictures of similar shape share batches and lose little at their edges. Sizes are (width, height) in pixels. The
+rules and their rounding are sd-scripts', so that both put a picture into the same bucket.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lorashrink.errors import InputError, UsageError
+
+_log = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+
+_PIL_FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "linear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "cubic": Image.Resampling.BICUBIC,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BucketRules:
+    """What buckets there may be; all numbers in pixels.
+
+    Without `enabled`, `resolution` is the only shape. `minimum` and `maximum` bound the sides of buckets, unless
+    `upscale` is False: then each bucket follows its picture, which is never enlarged.
+    """
+
+    resolution: Size
+    enabled: bool
+    minimum: int
+    maximum: int
+    step: int
+    upscale: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How one picture gets the shape of its bucket: resized to `resized`, whose middle is cut out."""
+
+    original: Size
+    resized: Size
+    bucket: Size
+
+    @property
+    def crop(self) -> Size:
+        """Where the cut begins in the resized picture: (left, top)."""
+        return (self.resized[0] - self.bucket[0]) // 2, (self.resized[1] - self.bucket[1]) // 2
+
+    def time_ids(self, flipped: bool) -> tuple[int, ...]:
+        """SDXL's six size numbers: original height and width, top and left of the crop, bucket height and width.
+
+        The crop is not that of `crop`: as in sd-scripts, it is where the whole picture would lie if it were fitted into
+        the bucket without a cut. That of a mirrored picture is counted from the other side.
+        """
+        width, height = self.bucket
+        aspect = _aspect(self.original)
+        wider = width / height > aspect
+        inner_width = height * aspect if wider else width
+        inner_height = height if wider else width / aspect
+        left = (width - inner_width) // 2
+        top = (height - inner_height) // 2
+        if flipped:
+            left = width - (left + inner_width)
+        return self.original[1], self.original[0], int(top), int(left), height, width
+
+
+@cache
+def bucket_table(rules: BucketRules) -> tuple[Size, ...]:
+    """All buckets that pictures may go to, sorted by width and height; none where buckets follow pictures.
+
+    A minimum and maximum that are no multiples of the step are widened to the next ones, which is logged.
+
+    Raises:
+        UsageError: the area of the resolution is too small for one bucket.
+    """
+    if not rules.enabled:
+        return (rules.resolution,)
+    area = rules.resolution[0] * rules.resolution[1]
+    square = _down(math.isqrt(area), rules.step)
+    if not square:
+        raise UsageError(
+            f"--resolution {rules.resolution[0]},{rules.resolution[1]} is too small for one bucket in steps of "
+            f"{rules.step}; give a larger one, or train without --enable_bucket"
+        )
+    if not rules.upscale:
+        return ()
+    minimum = max(rules.minimum // rules.step, 1) * rules.step
+    maximum = math.ceil(rules.maximum / rules.step) * rules.step
+    for flag, given, used in (
+        ("--min_bucket_reso", rules.minimum, minimum),
+        ("--max_bucket_reso", rules.maximum, maximum),
+    ):
+        if given != used:
+            _log.warning("%s %d is no multiple of --bucket_reso_steps %d; %d is used", flag, given, rules.step, used)
+    pairs = [
+        (width, min(maximum, _down(area // width, rules.step))) for width in range(minimum, maximum + 1, rules.step)
+    ]
+    kept = [(width, height) for width, height in pairs if height >= minimum]
+    return tuple(sorted({(square, square), *kept, *((height, width) for width, height in kept)}))
+
+
+def fit(size: Size, rules: BucketRules, table: tuple[Size, ...]) -> Fit:
+    """The bucket of a picture of this size, and the size that it is resized to first.
+
+    `table` is that of `bucket_table`.
+
+    Raises:
+        InputError: buckets follow pictures, and this one has a side shorter than the step.
+    """
+    if not table:
+        resized = _shrunk(size, rules)
+        bucket = _down(resized[0], rules.step), _down(resized[1], rules.step)
+        return Fit(size, resized, bucket)
+    bucket = size if size in table else min(table, key=lambda entry: abs(_aspect(entry) - _aspect(size)))
+    scale = bucket[1] / size[1] if _aspect(size) > _aspect(bucket) else bucket[0] / size[0]
+    return Fit(size, (_nearest(size[0] * scale), _nearest(size[1] * scale)), bucket)
+
+
+def _shrunk(size: Size, rules: BucketRules) -> Size:
+    """The size of a picture after shrinking it to the area of the resolution, one side a multiple of the step."""
+    area, aspect, step = rules.resolution[0] * rules.resolution[1], _aspect(size), rules.step
+    if size[0] * size[1] <= area:
+        _check_side(size, min(size), step)
+        return size
+    ideal_width = math.sqrt(area * aspect)
+    width = _down(_nearest(ideal_width), step)
+    height = _down(_nearest(area / ideal_width), step)
+    # What the other side would be in whole steps; the nearer aspect wins.
+    height_by_width = _down(_nearest(width / aspect), step)
+    width_by_height = _down(_nearest(height * aspect), step)
+    _check_side(size, min(width, height, height_by_width, width_by_height), step)
+    if abs(width / height_by_width - aspect) < abs(width_by_height / height - aspect):
+        return width, _nearest(width / aspect)
+    return _nearest(height * aspect), height
+
+
+def _check_side(size: Size, side: int, step: int) -> None:
+    if side < step:
+        raise InputError(
+            f"a picture of {size[0]}x{size[1]} pixels has a side that is too short for a bucket in steps of {step}; "
+            "leave it out, or train without --bucket_no_upscale"
+        )
+
+
+def _aspect(size: Size) -> float:
+    return size[0] / size[1]
+
+
+def _nearest(number: float) -> int:
+    return int(number + 0.5)
+
+
+def _down(number: int, step: int) -> int:
+    return number // step * step
+
+
+def prepare(image: Image.Image, fit: Fit, interpolation: str | None) -> npt.NDArray[np.uint8]:
+    """The picture in the shape of its bucket: uint8 [height, width, 3].
+
+    Args:
+        interpolation: one of `options.INTERPOLATIONS`. None: area averages where no side grows, else Lanczos.
+
+    Raises:
+        OSError: the picture's data is damaged.
+    """
+    image = image.convert("RGB")
+    left, top = fit.crop
+    width, height = fit.bucket
+    return np.ascontiguousarray(_resize(image, fit.resized, interpolation)[top : top + height, left : left + width])
+
+
+def _resize(image: Image.Image, size: Size, interpolation: str | None) -> npt.NDArray[np.uint8]:
+    if image.size == size:
+        return np.asarray(image)
+    if interpolation is None:
+        interpolation = "area" if image.width >= size[0] and image.height >= size[1] else "lanczos"
+    if interpolation == "area":
+        return _resize_area(np.asarray(image), size)
+    return np.asarray(image.resize(size, _PIL_FILTERS[interpolation]))
+
+
+def _resize_area(pixels: npt.NDArray[np.uint8], size: Size) -> npt.NDArray[np.uint8]:
+    """Each new pixel is the mean of the area it covers, as with OpenCV's INTER_AREA; PIL's BOX is something else."""
+    width, height = size
+    rows = _mean_rows(pixels, height)
+    columns = _mean_rows(np.ascontiguousarray(rows.transpose(1, 0, 2)), width)
+    return np.rint(columns.transpose(1, 0, 2)).astype(np.uint8)
+
+
+def _mean_rows(pixels: npt.NDArray[Any], new: int) -> npt.NDArray[np.float32]:
+    """The same of [rows, ...], along the rows only, of which there are `new` afterwards."""
+    old = len(pixels)
+    flat = pixels.reshape(old, -1)
+    means = np.empty((new, flat.shape[1]), np.float32)
+    for place in range(new):
+        # In units of 1/new of an old row all edges are whole numbers: this row covers start .. end of new * old.
+        start, end = place * old, (place + 1) * old
+        source = np.arange(start // new, -(-end // new))
+        overlap = np.minimum(end, (source + 1) * new) - np.maximum(start, source * new)
+        weights = (overlap / old).astype(np.float32)
+        # Few rows at a time stay in the processor's cache.
+        np.matmul(weights, flat[source[0] : source[-1] + 1].astype(np.float32), out=means[place])
+    return means.reshape(new, *pixels.shape[1:])
+
+
+def to_pixels(array: npt.NDArray[np.uint8], flipped: bool) -> Tensor:
+    """What the VAE takes, of uint8 [height, width, 3]: float32 [3, height, width] in -1..1, mirrored if `flipped`."""
+    turned = array[:, ::-1] if flipped else array
+    return torch.from_numpy(np.ascontiguousarray(turned.transpose(2, 0, 1), dtype=np.float32)) / 127.5 - 1
+
+
+def bucket_info(fits: Iterable[tuple[Fit, int]]) -> dict[str, Any]:
+    """The value of `ss_bucket_info`: pictures per bucket, and the mean difference of aspect to the bucket's.
+
+    Args:
+        fits: of each picture, with its repeats. The counts include repeats, the mean does not.
+    """
+    counts: Counter[Size] = Counter()
+    errors = []
+    for one, repeats in fits:
+        counts[one.bucket] += repeats
+        errors.append(abs(_aspect(one.bucket) - _aspect(one.original)))
+    buckets = {place: {"resolution": list(size), "count": counts[size]} for place, size in enumerate(sorted(counts))}
+    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / max(len(errors), 1)}

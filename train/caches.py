@@ -1,0 +1,416 @@
+"""What is encoded once: latents of pictures, and captions, in memory or in .npz files beside the pictures.
+
+Names and keys of the files are sd-scripts', so that both programs read each other's. Each file has a hash more, of what
+it was made from, so that a change of picture, caption, VAE or text encoders is noticed. Of sd-scripts' files, without
+it, latents are used if their sizes fit; captions are encoded anew, because nothing tells whether they fit. Latents in
+files are unscaled float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
+from lorashrink.train import seeds
+from lorashrink.train.buckets import Fit, to_pixels
+from lorashrink.train.captions import draw
+from lorashrink.train.data import Data, Picture, chunks, read_pixels
+from lorashrink.train.loader import ReadAhead, worker_count
+from lorashrink.train.model import Model, encode_pixels, vae_stride
+from lorashrink.train.options import Options
+from lorashrink.train.text import Encoded, encode, tokenize
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # done, of how many
+
+_Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+def posterior(seed: int, picture: Picture, flipped: bool) -> torch.Generator:
+    """The random numbers with which a picture's latents are drawn from what the VAE says of it."""
+    return seeds.generator(seed, "posterior", *picture.names, int(flipped))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LatentCache:
+    """Latents of every picture. `memory` holds [1 or 2, 4, h, w] for each: as it is, and mirrored; None: in files."""
+
+    memory: Mapping[Hashable, Tensor] | None
+    stride: int  # pixels per latent along each side
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether nothing is read from files."""
+        return self.memory is not None
+
+    def get(self, picture: Picture, flipped: bool) -> Tensor:
+        """Unscaled latents [4, h, w] float32.
+
+        Raises:
+            InputError: the cache file is missing, damaged or of another bucket.
+        """
+        if self.memory is not None:
+            return self.memory[_identity(picture)][int(flipped)]
+        for path in _latent_files(picture):
+            arrays = _read(path)
+            if arrays is not None and _fits(arrays, picture, self.stride):
+                latents = arrays["latents_flipped" if flipped else "latents"]
+                return torch.from_numpy(latents.astype(np.float32, copy=False))
+        raise InputError(f"{_latent_files(picture)[-1]}: {_NO_CACHE}")
+
+
+_NO_CACHE = "the cache file is missing or does not fit the picture; start again, without --skip_cache_check"
+
+
+def cache_latents(
+    data: Data,
+    vae: AutoencoderKL,
+    options: Options,
+    *,
+    seed: int,
+    rank: int,
+    world: int,
+    progress: Progress | None = None,
+) -> LatentCache:
+    """Encode every picture whose latents are not there yet, on the device of the VAE.
+
+    In memory each process encodes all pictures. On disk each encodes its share; let the processes wait for each other
+    before the first `get`.
+
+    Raises:
+        NonFinite: the VAE made NaN or infinity of a picture.
+        InputError: a picture cannot be read, or two pictures would have the same cache file.
+        OutputError: a cache file cannot be written.
+    """
+    stride = vae_stride(vae)
+    pictures = list({_identity(picture): picture for picture in _all_pictures(data)}.values())
+    if not options.cache_latents_to_disk:
+        every = _encoded(pictures, vae, options, seed, progress)
+        return LatentCache({_identity(picture): latents for picture, latents in every}, stride)
+    _check_distinct((_latent_files(picture)[-1], _identity(picture), picture) for picture in pictures)
+    salt = _salt("latents", [vae])
+    missing = [picture for picture in pictures[rank::world] if not _has_latents(picture, options, stride, salt)]
+    stale = sum(any(map(os.path.exists, _latent_files(picture))) for picture in missing)
+    for picture, latents in _encoded(missing, vae, options, seed, progress):
+        _write(_latent_files(picture)[-1], _latent_arrays(picture, latents, _source_hash(picture, salt)))
+    _report_stale("latents", stale)
+    return LatentCache(None, stride)
+
+
+def _all_pictures(data: Data) -> Iterator[Picture]:
+    return (picture for dataset in data.datasets for picture in dataset.pictures)
+
+
+def _identity(picture: Picture) -> Hashable:
+    """Equal for pictures with the same latents."""
+    return picture.path, picture.fit, picture.subset.flip, picture.subset.interpolation
+
+
+def _check_distinct(files: Iterable[tuple[Path, Hashable, Picture]]) -> None:
+    """Refuse files that would have to hold two things, of which each run would overwrite one."""
+    known: dict[Path, tuple[Hashable, Picture]] = {}
+    for path, content, picture in files:
+        other_content, other = known.setdefault(path, (content, picture))
+        if other_content != content:
+            raise InputError(
+                f"{path}: {other.path} and {picture.path} would need this cache file for different contents. Rename "
+                "one, or keep the cache in memory (without _to_disk)"
+            )
+
+
+def _has_latents(picture: Picture, options: Options, stride: int, salt: bytes) -> bool:
+    files = _latent_files(picture)
+    if options.skip_cache_check:
+        return any(map(os.path.exists, files))
+    return any(
+        (arrays := _read(path)) is not None
+        and _fits(arrays, picture, stride)
+        and (_SOURCE_KEY not in arrays or str(arrays[_SOURCE_KEY]) == _source_hash(picture, salt))
+        for path in files
+    )
+
+
+_SOURCE_KEY = "source_hash"
+
+
+def _source_hash(picture: Picture, salt: bytes) -> str:
+    """A hash of what latents are made from: the picture's file, how it is resized, and the VAE."""
+    digest = hashlib.blake2b(str(picture.subset.interpolation).encode(), key=salt, digest_size=16)
+    try:
+        with picture.path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: digest).hexdigest()
+    except OSError as error:
+        raise InputError(f"{picture.path}: cannot be read ({error.strerror or error}); replace or remove it") from None
+
+
+def _latent_files(picture: Picture) -> tuple[Path, Path]:
+    """Where latents may be: under sd-scripts' old name, and under its present one, which is written."""
+    width, height = picture.fit.original
+    stem = picture.path.stem
+    return (
+        picture.path.with_name(f"{stem}.npz"),
+        picture.path.with_name(f"{stem}_{width:04d}x{height:04d}_sdxl.npz"),
+    )
+
+
+def _encoded(
+    pictures: Sequence[Picture], vae: AutoencoderKL, options: Options, seed: int, progress: Progress | None
+) -> Iterator[tuple[Picture, Tensor]]:
+    """Each picture with its latents [1 or 2, 4, h, w] float32, in the order of buckets."""
+    by_shape = sorted(pictures, key=lambda picture: (picture.fit.bucket, picture.subset.flip))
+    groups = [
+        list(group)
+        for _, same in itertools.groupby(by_shape, key=lambda picture: (picture.fit.bucket, picture.subset.flip))
+        for group in chunks(list(same), max(options.vae_batch_size, 1))
+    ]
+    done = 0
+    read_ahead: ReadAhead[list[Picture], Tensor] = ReadAhead(_pixels, worker_count(options) if groups else 0)
+    for group, pixels in zip(groups, read_ahead(groups), strict=True):
+        sides = [encode_pixels(vae, pixels, [posterior(seed, picture, False) for picture in group])]
+        if group[0].subset.flip:
+            mirrored = [posterior(seed, picture, True) for picture in group]
+            sides.append(encode_pixels(vae, pixels.flip(-1), mirrored))
+        for picture, latents in zip(group, torch.stack(sides, dim=1), strict=True):
+            if not latents.isfinite().all():
+                raise NonFinite(f"{picture.path}: the VAE makes NaN of this picture; {_against_nan(options)}")
+            yield picture, latents.contiguous()
+        done += len(group)
+        if progress:
+            progress(done, len(pictures))
+
+
+def _pixels(pictures: Sequence[Picture]) -> Tensor:
+    return torch.stack([to_pixels(read_pixels(picture), flipped=False) for picture in pictures])
+
+
+def _against_nan(options: Options) -> str:
+    if options.no_half_vae or options.mixed_precision == "no":
+        return "the VAE may be damaged, give another one with --vae"
+    return "add --no_half_vae"
+
+
+def _latent_arrays(picture: Picture, latents: Tensor, source_hash: str) -> dict[str, npt.NDArray[Any]]:
+    arrays = {
+        "latents": latents[0].numpy(),
+        "original_size": np.array(picture.fit.original),
+        "crop_ltrb": np.array(_crop_ltrb(picture.fit)),
+        # Not in sd-scripts' files: equal buckets may be cut from pictures that were resized differently.
+        "resized_size": np.array(picture.fit.resized),
+        _SOURCE_KEY: np.array(source_hash),
+    }
+    return arrays | ({"latents_flipped": latents[1].numpy()} if picture.subset.flip else {})
+
+
+def _crop_ltrb(fit: Fit) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the whole picture if it lay in the bucket without a cut, as in sd-scripts."""
+    width, height = fit.bucket
+    aspect = fit.original[0] / fit.original[1]
+    inner = (height * aspect, height) if width / height > aspect else (width, width / aspect)
+    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
+    return left, top, left + inner[0], top + inner[1]
+
+
+def _fits(arrays: _Arrays, picture: Picture, stride: int) -> bool:
+    """Whether these are finite latents of the picture's sizes and crop, mirrored ones too where they are needed."""
+    width, height = picture.fit.bucket
+    shape = (4, height // stride, width // stride)
+    sides = ("latents", "latents_flipped") if picture.subset.flip else ("latents",)
+    needed = {"original_size", "crop_ltrb", *sides}
+    if not needed <= arrays.keys() or any(arrays[key].dtype.kind not in "iuf" for key in needed):
+        return False
+    crop, resized = arrays["crop_ltrb"], arrays.get("resized_size")
+    return (
+        all(arrays[side].shape == shape and bool(np.isfinite(arrays[side]).all()) for side in sides)
+        and np.array_equal(arrays["original_size"], picture.fit.original)
+        and crop.shape == (4,)
+        and bool(np.all(np.abs(crop - _crop_ltrb(picture.fit)) < 1))
+        and (resized is None or np.array_equal(resized, picture.fit.resized))
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextCache:
+    """Encoded captions. `memory` holds them by the hash of the caption; None: in files."""
+
+    salt: bytes  # what hashes depend on besides captions
+    memory: Mapping[str, Encoded] | None
+    trusting: bool  # files without a hash are taken to fit
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether nothing is read from files."""
+        return self.memory is not None
+
+    def get(self, picture: Picture) -> Encoded:
+        """The picture's caption, encoded; a batch of 1.
+
+        Raises:
+            InputError: the cache file is missing, damaged or of another caption.
+        """
+        if self.memory is not None:
+            return self.memory[self.hash(_caption(picture))]
+        encoded = self.read(picture)
+        if encoded is None:
+            raise InputError(f"{_text_file(picture)}: {_NO_CACHE}")
+        return encoded
+
+    def read(self, picture: Picture) -> Encoded | None:
+        """The same from its file, or None where that does not fit."""
+        arrays = _read(_text_file(picture))
+        if arrays is None or not arrays.keys() >= {*_TEXT_KEYS}:
+            return None
+        known = arrays.get(_HASH_KEY)
+        if not (self.trusting if known is None else str(known) == self.hash(_caption(picture))):
+            return None
+        return Encoded(*(torch.from_numpy(arrays[key])[None] for key in _TEXT_KEYS))
+
+    def hash(self, caption: str) -> str:
+        """A hash of the caption, the longest length and the encoders."""
+        return hashlib.blake2b(caption.encode(), key=self.salt, digest_size=16).hexdigest()
+
+
+_TEXT_KEYS = ("hidden_state1", "hidden_state2", "pool2")
+_HASH_KEY = "caption_hash"
+
+
+def cache_texts(
+    data: Data,
+    model: Model,
+    options: Options,
+    *,
+    seed: int,
+    rank: int,
+    world: int,
+    progress: Progress | None = None,
+) -> TextCache:
+    """Encode every caption that is not there yet, on the device of the text encoders.
+
+    In memory each process encodes all captions. On disk each encodes its share; let the processes wait for each other
+    before the first `get`.
+
+    Raises:
+        UsageError: captions change from one showing to the next.
+        InputError: two pictures with different captions would have the same cache file.
+        OutputError: a cache file cannot be written.
+    """
+    for subset in data.subsets:
+        if not subset.captions.fixed:
+            raise UsageError(
+                f"{subset.folder}: --cache_text_encoder_outputs needs captions that stay the same; leave out "
+                "shuffle_caption, wildcards, dropout of captions and tags, and token warm-up"
+            )
+    cache = TextCache(_salt(str(options.max_token_length), model.encoders), None, options.skip_cache_check)
+    pictures = list(_all_pictures(data))
+    if not options.cache_text_encoder_outputs_to_disk:
+        captions = list(dict.fromkeys(map(_caption, pictures)))
+        every = _encoded_captions(captions, model, options, progress)
+        return replace(cache, memory={cache.hash(caption): encoded for caption, encoded in every})
+    _check_distinct((_text_file(picture), _caption(picture), picture) for picture in pictures)
+    by_file = list({_text_file(picture): picture for picture in pictures}.values())
+    missing = [picture for picture in by_file[rank::world] if not _has_text(picture, cache, options)]
+    stale = sum(os.path.exists(_text_file(picture)) for picture in missing)
+    encoded_captions = _encoded_captions([_caption(picture) for picture in missing], model, options, progress)
+    for picture, (caption, encoded) in zip(missing, encoded_captions, strict=True):
+        _write(_text_file(picture), _text_arrays(encoded, cache.hash(caption)))
+    _report_stale("captions", stale)
+    return cache
+
+
+def _salt(settings: str, modules: Iterable[torch.nn.Module]) -> bytes:
+    """A hash of settings, and of a little of every weight of what encodes: other bases have others."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    for module in modules:
+        for weight in module.parameters():
+            digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def _caption(picture: Picture) -> str:
+    """The caption of a picture whose caption never changes."""
+    return draw(picture.lines, picture.subset.captions, seeds.numbers(0, "caption"), epoch=1, step=0, total_steps=1)
+
+
+def _text_file(picture: Picture) -> Path:
+    return picture.path.with_name(f"{picture.path.stem}_te_outputs.npz")
+
+
+def _has_text(picture: Picture, cache: TextCache, options: Options) -> bool:
+    return os.path.exists(_text_file(picture)) if options.skip_cache_check else cache.read(picture) is not None
+
+
+def _encoded_captions(
+    captions: Sequence[str], model: Model, options: Options, progress: Progress | None
+) -> Iterator[tuple[str, Encoded]]:
+    """Each caption with its encoding, a batch of 1 on the CPU."""
+    done = 0
+    for group in chunks(captions, max(options.text_encoder_batch_size or 1, 1)):
+        first, second = (tokenize(tokenizer, group, options.max_token_length) for tokenizer in model.tokenizers)
+        with torch.no_grad():
+            encoded = encode(model.encoders, first, second)
+        encoded = encoded.to("cpu", _storable(encoded.hidden1.dtype))
+        parts = (encoded.hidden1, encoded.hidden2, encoded.pooled)
+        for place, caption in enumerate(group):
+            yield caption, Encoded(*(part[place : place + 1].clone() for part in parts))
+        done += len(group)
+        if progress:
+            progress(done, len(captions))
+
+
+def _storable(dtype: torch.dtype) -> torch.dtype:
+    # numpy has no bfloat16.
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def _text_arrays(encoded: Encoded, caption_hash: str) -> dict[str, npt.NDArray[Any]]:
+    parts = (encoded.hidden1, encoded.hidden2, encoded.pooled)
+    arrays: dict[str, npt.NDArray[Any]] = {key: part[0].numpy() for key, part in zip(_TEXT_KEYS, parts, strict=True)}
+    return arrays | {_HASH_KEY: np.array(caption_hash)}
+
+
+def _read(path: Path) -> dict[str, npt.NDArray[Any]] | None:
+    """The arrays of a .npz file; None where there is none, or it is damaged."""
+    try:
+        # np.load would not close a damaged file that it opened itself.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return None  # RuntimeError: damage that looks like a password, or like a later version of the format
+
+
+def _write(path: Path, arrays: _Arrays) -> None:
+    """Write a .npz file; it appears complete under its name, or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error}). Make room, or keep the cache in memory: leave out "
+            "the options that end in _to_disk"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _report_stale(what: str, count: int) -> None:
+    if count:
+        _log.warning("%d cache files of %s were damaged or did not fit, and were made anew", count, what)

@@ -1,0 +1,397 @@
+"""Which options go together, and which values they may have: all that can be known before a model is loaded.
+
+Nothing heavy is imported, so that a mistake on the command line costs no waiting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from lorashrink.errors import UsageError
+from lorashrink.recipe import parse_recipes
+from lorashrink.train.network_args import check_network_args
+from lorashrink.train.options import Options
+
+LEARNING_RATES = (
+    "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr", "linear", "polynomial", "inverse_sqrt", "warmup_stable_decay", "piecewise_constant",
+    "adafactor",
+)  # fmt: skip
+
+_Rule = tuple[Callable[[Options], object], str]
+
+
+def check(options: Options) -> list[str]:
+    """What the user should know about these options before training starts, one line each.
+
+    Raises:
+        UsageError: training with these options is impossible, or would not do what one of them asks for.
+    """
+    if not options.plan:  # which needs neither base nor pictures
+        _check_required(options)
+        _check_paths(options)
+    _check_values(options)
+    for applies, message in _REFUSED:
+        if applies(options):
+            raise UsageError(message.format(o=options))
+    parse_recipes(options.shrink)
+    _check_packages(options)
+    return [
+        *_check_sizes(options),
+        *(message.format(o=options) for applies, message in _NOTED if applies(options)),
+        *check_network_args(options),
+    ]
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Width and height in pixels, from `1024` or `1024,768`.
+
+    Raises:
+        UsageError: the text is neither.
+    """
+    try:
+        sides = [int(side) for side in text.split(",")]
+    except ValueError:
+        sides = []
+    if not 1 <= len(sides) <= 2 or min(sides) < 1:
+        raise UsageError(f"--resolution={text}: must be one size or width,height in pixels, such as 1024 or 1024,768")
+    return sides[0], sides[-1]
+
+
+def _check_required(options: Options) -> None:
+    source = () if options.dataset_config else ("train_data_dir", "resolution")
+    needed = ("pretrained_model_name_or_path", *source, "output_dir", "network_module")
+    missing = " ".join(f"--{name}" for name in needed if not getattr(options, name))
+    if missing:
+        raise UsageError(f"needed but not given: {missing}. `--help` says what they are")
+
+
+_FOLDERS = ("tokenizer_cache_dir", "train_data_dir", "reg_data_dir", "resume", "model_config")
+_FILES = ("dataset_config", "network_weights", "base_weights", "sample_prompts")
+_EITHER = ("pretrained_model_name_or_path", "vae")
+_PATHS: tuple[tuple[tuple[str, ...], str, Callable[[Path], bool]], ...] = (
+    (_FOLDERS, "folder", Path.is_dir),
+    (_FILES, "file", Path.is_file),
+    (_EITHER, "file or folder on this machine named", Path.exists),
+)
+
+
+def _check_paths(options: Options) -> None:
+    for names, kind, exists in _PATHS:
+        for name in names:
+            for path in _several(getattr(options, name)):
+                if not exists(Path(str(path))):
+                    raise UsageError(f"--{name}: there is no {kind} {path}")
+    for name in ("output_dir", "logging_dir"):
+        if path := getattr(options, name):
+            _check_place(name, Path(path))
+
+
+def _check_place(name: str, folder: Path) -> None:
+    """That the folder is there or can be made: known before hours of training, not after them."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UsageError(f"--{name}: {there} is a file; name a folder, which is made if it is not there")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"--{name}: nothing can be written in {there}; choose another folder, or ask for the right to")
+
+
+def _several(value: object) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+_FROM_1 = (
+    "train_batch_size", "min_bucket_reso", "bucket_reso_steps", "vae_batch_size", "text_encoder_batch_size",
+    "lr_scheduler_num_cycles", "lr_scheduler_timescale", "max_train_steps", "max_train_epochs",
+    "gradient_accumulation_steps", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio",
+    "save_last_n_epochs", "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state",
+)  # fmt: skip
+_FROM_0 = (
+    "max_data_loader_n_workers", "prior_loss_weight", "keep_tokens", "caption_dropout_every_n_epochs",
+    "token_warmup_min", "token_warmup_step", "scale_weight_norms", "learning_rate", "unet_lr",
+    "text_encoder_lr", "max_grad_norm", "lr_warmup_steps", "lr_decay_steps", "lr_scheduler_power",
+    "multires_noise_iterations", "multires_noise_discount", "min_snr_gamma", "dataset_repeats",
+)  # fmt: skip
+_SHARES = ("caption_dropout_rate", "caption_tag_dropout_rate", "lr_scheduler_min_lr_ratio")
+_RANGES: tuple[tuple[tuple[str, ...], float, float], ...] = (
+    (_FROM_1, 1, math.inf),
+    (_FROM_0, 0, math.inf),
+    (_SHARES, 0, 1),
+    (("min_timestep",), 0, 999),
+    (("max_timestep",), 1, 1000),
+    (("seed",), 0, 2**32 - 1),
+)
+
+
+def _check_values(options: Options) -> None:
+    for row in dataclasses.fields(options):
+        for value in _several(getattr(options, row.name)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{row.name}={value}: must be a finite number")
+    for names, low, high in _RANGES:
+        allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high}"
+        for name in names:
+            for value in _several(getattr(options, name)):
+                if not low <= float(str(value)) <= high:
+                    raise UsageError(f"--{name}={value}: must be {allowed}")
+
+
+def _is_share(steps: float) -> bool:
+    return isinstance(steps, float)
+
+
+def _shown_differently(o: Options) -> object:
+    """Whether a caption is not the same each time, which no cache can follow."""
+    return (
+        o.shuffle_caption
+        or o.caption_dropout_rate
+        or o.caption_dropout_every_n_epochs
+        or o.caption_tag_dropout_rate
+        or o.token_warmup_step
+        or o.enable_wildcard
+    )
+
+
+def _optimizer(o: Options) -> str:
+    name = "AdamW8bit" if o.use_8bit_adam else "Lion" if o.use_lion_optimizer else o.optimizer_type
+    return name.lower().rpartition(".")[2]
+
+
+def _no_warmup(o: Options) -> bool:
+    """Whether the course of the learning rate has no room for a warm-up."""
+    fixed = bool(o.lr_scheduler_type) or o.lr_scheduler in ("constant", "adafactor")
+    return fixed and not _optimizer(o).endswith("schedulefree")
+
+
+_REFUSED: tuple[_Rule, ...] = (
+    (lambda o: o.v2, "--v2 is for Stable Diffusion 2.x, and this trains SDXL; leave it out"),
+    (lambda o: o.color_aug, "not supported: --color_aug; change colours in copies of the pictures instead"),
+    (lambda o: o.random_crop, "not supported: --random_crop; --enable_bucket uses nearly all of each picture"),
+    (
+        lambda o: o.cache_text_encoder_outputs and not o.network_train_unet_only,
+        "--cache_text_encoder_outputs needs --network_train_unet_only: text encoders that are trained"
+        " must run in each step",
+    ),
+    (
+        lambda o: o.cache_text_encoder_outputs and _shown_differently(o),
+        "--cache_text_encoder_outputs needs captions that stay the same: remove it, or --shuffle_caption,"
+        " --caption_..._dropout_..., --token_warmup_step and --enable_wildcard",
+    ),
+    (
+        lambda o: o.persistent_data_loader_workers and not o.max_data_loader_n_workers,
+        "--persistent_data_loader_workers keeps processes that --max_data_loader_n_workers=0 does not start;"
+        " remove one of the two",
+    ),
+    (
+        lambda o: o.use_8bit_adam and o.use_lion_optimizer,
+        "--use_8bit_adam and --use_lion_optimizer name two optimizers; keep one",
+    ),
+    (
+        lambda o: (o.use_8bit_adam or o.use_lion_optimizer) and o.optimizer_type,
+        "--optimizer_type={o.optimizer_type} and an older flag name two optimizers;"
+        " remove --use_8bit_adam and --use_lion_optimizer",
+    ),
+    (
+        lambda o: not o.lr_scheduler_type and o.lr_scheduler not in LEARNING_RATES,
+        f"--lr_scheduler={{o.lr_scheduler}}: must be one of {', '.join(LEARNING_RATES)}",
+    ),
+    (
+        lambda o: o.lr_scheduler == "adafactor" and _optimizer(o) != "adafactor",
+        "--lr_scheduler=adafactor works with --optimizer_type=Adafactor only",
+    ),
+    (
+        lambda o: o.lr_warmup_steps and _no_warmup(o),
+        "--lr_warmup_steps has no place in this course of the learning rate; remove it,"
+        " or take --lr_scheduler=constant_with_warmup",
+    ),
+    (
+        lambda o: any(_is_share(steps) and steps > 1 for steps in (o.lr_warmup_steps, o.lr_decay_steps)),
+        "--lr_warmup_steps and --lr_decay_steps are whole numbers of steps, or shares up to 1 or 100%",
+    ),
+    (
+        lambda o: o.full_bf16 and o.mixed_precision != "bf16",
+        "--full_bf16 needs --mixed_precision=bf16",
+    ),
+    (
+        lambda o: o.adaptive_noise_scale is not None and o.noise_offset is None,
+        "--adaptive_noise_scale adds to --noise_offset, which is not given; give it too, such as --noise_offset=0.05",
+    ),
+    (
+        lambda o: (o.min_timestep or 0) > (o.max_timestep or 1000),
+        "--min_timestep={o.min_timestep} is above --max_timestep={o.max_timestep}",
+    ),
+    (
+        lambda o: o.scale_v_pred_loss_like_noise_pred and not o.v_parameterization,
+        "--scale_v_pred_loss_like_noise_pred is for bases that predict v; remove it, or add --v_parameterization",
+    ),
+    (
+        lambda o: o.v_pred_like_loss and o.v_parameterization,
+        "--v_pred_like_loss is for bases that predict noise; remove it or --v_parameterization",
+    ),
+    (
+        lambda o: o.sample_prompts and Path(o.sample_prompts).suffix.lower() not in (".txt", ".toml", ".json"),
+        "--sample_prompts={o.sample_prompts}: the file's name must end in .txt, .toml or .json",
+    ),
+    (
+        lambda o: o.log_with in ("tensorboard", "all") and not o.logging_dir,
+        "--log_with={o.log_with} needs --logging_dir, the folder for the logs",
+    ),
+    (
+        lambda o: o.shrink and o.save_model_as != "safetensors",
+        "--shrink needs --save_model_as=safetensors",
+    ),
+)
+
+_PACKAGES: tuple[tuple[Callable[[Options], object], str, str], ...] = (
+    (lambda o: o.log_with in ("wandb", "all"), "wandb", "--log_with={o.log_with}"),
+    (lambda o: o.logging_dir and o.log_with != "wandb", "tensorboard", "--logging_dir"),
+    (lambda o: o.xformers and not o.mem_eff_attn, "xformers", "--xformers"),
+    (lambda o: _by_name(o).endswith(("8bit", "32bit")), "bitsandbytes", "this optimizer"),
+    (lambda o: _by_name(o) == "lion", "lion_pytorch", "Lion"),
+    (lambda o: _by_name(o) == "prodigy", "prodigyopt", "Prodigy"),
+    (lambda o: _by_name(o).startswith("dadapt"), "dadaptation", "{o.optimizer_type}"),
+    (lambda o: _by_name(o).endswith("schedulefree"), "schedulefree", "{o.optimizer_type}"),
+)
+
+
+def _by_name(o: Options) -> str:
+    """The optimizer in lower case, empty if it is given as the path of a class, whose package is in the path."""
+    return "" if "." in o.optimizer_type else _optimizer(o)
+
+
+def _check_packages(options: Options) -> None:
+    for applies, package, wanted_by in _PACKAGES:
+        if applies(options) and not importlib.util.find_spec(package):
+            name = package.replace("_", "-")
+            raise UsageError(f"{wanted_by.format(o=options)} needs the package {name}: pip install {name}")
+
+
+def _check_sizes(options: Options) -> list[str]:
+    """Warnings about --resolution and the buckets; a --dataset_config may have others, which are not known here."""
+    if options.bucket_reso_steps % 32:
+        raise UsageError(f"--bucket_reso_steps={options.bucket_reso_steps}: must be a multiple of 32 for SDXL")
+    if options.resolution is None:
+        return []
+    width, height = parse_resolution(options.resolution)
+    if not options.enable_bucket:
+        if width % 8 or height % 8:
+            raise UsageError(f"--resolution={options.resolution}: without --enable_bucket, sides are multiples of 8")
+        return []
+    if options.bucket_no_upscale:
+        return ["--min_bucket_reso and --max_bucket_reso are not used with --bucket_no_upscale"]
+    step = options.bucket_reso_steps
+    low, high = options.min_bucket_reso // step * step, -(-options.max_bucket_reso // step) * step
+    if not 0 < low <= min(width, height):
+        allowed = f"from --bucket_reso_steps={step} to the smaller side of --resolution={options.resolution}"
+        raise UsageError(f"--min_bucket_reso={options.min_bucket_reso}: must be {allowed}")
+    if high < max(width, height):
+        raise UsageError(f"--max_bucket_reso={high} is below --resolution={options.resolution}; make it larger")
+    return [_NARROW.format(high=high, better=2 * high)] if high == max(width, height) else []
+
+
+_NARROW = (
+    "--max_bucket_reso={high} shrinks pictures that are not square to as little as half of their pixels;"
+    " --max_bucket_reso={better} keeps nearly all of them"
+)
+
+
+def _without(o: Options, needed: str, *names: str) -> bool:
+    """Whether one of these options is set without the one that it needs."""
+    defaults = Options.__dataclass_fields__
+    return not getattr(o, needed) and any(getattr(o, name) not in (defaults[name].default, 0) for name in names)
+
+
+def _no_effect(name: str, needed: str) -> _Rule:
+    return lambda o: _without(o, needed, name), f"--{name} has no effect without --{needed}"
+
+
+_NOTED: tuple[_Rule, ...] = (
+    (
+        lambda o: o.dataset_repeats != 1 and not o.dataset_config,
+        "--dataset_repeats has no effect: the numbers at the start of folder names tell the repeats",
+    ),
+    (
+        lambda o: o.clip_skip is not None,
+        "--clip_skip has no effect: SDXL always takes the last layer but one",
+    ),
+    (lambda o: o.highvram, "--highvram has no effect"),
+    (lambda o: o.disable_mmap_load_safetensors, "--disable_mmap_load_safetensors has no effect"),
+    (
+        lambda o: sum((o.sdpa, o.xformers, o.mem_eff_attn)) > 1,
+        "of several kinds of attention, --mem_eff_attn goes before --xformers and that before --sdpa",
+    ),
+    (
+        lambda o: o.mixed_precision == "fp16" and not o.no_half_vae and not o.vae,
+        "SDXL's own VAE often fails in fp16; --no_half_vae avoids that",
+    ),
+    (
+        lambda o: not o.caption_extension.startswith("."),
+        "--caption_extension={o.caption_extension} has no dot: the caption of a.png would be in a{o.caption_extension}",
+    ),
+    (
+        lambda o: o.base_weights and len(o.base_weights_multiplier) < len(o.base_weights),
+        "--base_weights without a number in --base_weights_multiplier count fully",
+    ),
+    (
+        lambda o: o.max_train_epochs is not None and o.max_train_steps != 1600,
+        "--max_train_epochs={o.max_train_epochs} decides; --max_train_steps={o.max_train_steps} is not used",
+    ),
+    (
+        lambda o: (
+            o.max_train_epochs is None and not _is_share(o.lr_warmup_steps) and o.lr_warmup_steps >= o.max_train_steps
+        ),
+        "--lr_warmup_steps={o.lr_warmup_steps}: the learning rate reaches its full height only when training is over",
+    ),
+    (
+        lambda o: o.lr_scheduler_num_cycles != 1 and o.lr_scheduler == "cosine",
+        "--lr_scheduler_num_cycles has no effect with cosine; --lr_scheduler=cosine_with_restarts uses it",
+    ),
+    (
+        lambda o: o.multires_noise_discount != 0.3 and not o.multires_noise_iterations,
+        "--multires_noise_discount has no effect without --multires_noise_iterations",
+    ),
+    _no_effect("noise_offset_random_strength", "noise_offset"),
+    (
+        lambda o: o.zero_terminal_snr and not o.v_parameterization,
+        "--zero_terminal_snr is for bases that predict v; with others (no --v_parameterization) it does harm",
+    ),
+    (
+        lambda o: o.save_n_epoch_ratio is not None and o.save_every_n_epochs is not None,
+        "--save_n_epoch_ratio decides; --save_every_n_epochs is not used",
+    ),
+    (
+        lambda o: o.save_last_n_epochs and not (o.save_every_n_epochs or o.save_n_epoch_ratio),
+        "--save_last_n_epochs has no effect without --save_every_n_epochs",
+    ),
+    _no_effect("save_last_n_steps", "save_every_n_steps"),
+    _no_effect("save_last_n_epochs_state", "save_state"),
+    _no_effect("save_last_n_steps_state", "save_state"),
+    (
+        lambda o: o.save_model_as != "safetensors",
+        "--save_model_as={o.save_model_as}: these files carry no metadata; most programs prefer safetensors",
+    ),
+    _no_effect("sample_every_n_steps", "sample_prompts"),
+    _no_effect("sample_every_n_epochs", "sample_prompts"),
+    _no_effect("sample_at_first", "sample_prompts"),
+    (
+        lambda o: o.sample_prompts and not (o.sample_every_n_steps or o.sample_every_n_epochs or o.sample_at_first),
+        "--sample_prompts draws nothing; add --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first",
+    ),
+    (
+        lambda o: any(n is not None and n <= 0 for n in (o.sample_every_n_steps, o.sample_every_n_epochs)),
+        "--sample_every_n_... of 0 or less draws nothing",
+    ),
+    (
+        lambda o: (o.sample_every_n_epochs or 0) > 0 and (o.sample_every_n_steps or 0) > 0,
+        "--sample_every_n_epochs decides; --sample_every_n_steps is not used",
+    ),
+    (
+        lambda o: _without(o, "logging_dir", "log_prefix", "log_tracker_name", "log_config") and not o.log_with,
+        "nothing is logged: --log_prefix and its like need --logging_dir, the folder for the logs",
+    ),
+)

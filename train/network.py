@@ -1,0 +1,504 @@
+"""The network that is trained: LyCORIS' layers on SDXL, under sd-scripts' names."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partialmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from lycoris.config import PRESET
+from lycoris.config_sdk import PresetConfig, PresetValidationError
+from lycoris.kohya import LycorisNetworkKohya, create_network
+from lycoris.logging import logger as lycoris_log
+from lycoris.modules import get_module, make_module
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
+from lycoris.modules.norms import NormModule
+from lycoris.wrapper import network_module_dict
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lorashrink.adapters import Adapter, Layer, layer_name, open_adapter
+from lorashrink.bases import Base, Views
+from lorashrink.errors import InputError, UsageError
+from lorashrink.files import pickled_store
+from lorashrink.matching import bind, match
+from lorashrink.renaming import renamed
+from lorashrink.train import seeds
+from lorashrink.train.names import SDXL, Named, named_modules
+from lorashrink.train.network_args import PRESETS, NetworkArgs, read_network_args
+from lorashrink.train.options import Options, read_toml
+
+if TYPE_CHECKING:
+    from lorashrink.train.model import Model
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NormReport:
+    """What limiting norms did; norms are those after it."""
+
+    scaled: int  # layers that were over the limit
+    average: float
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of the network and its size."""
+
+    name: str
+    modules: int
+    parameters: int
+
+
+class Network:
+    """LyCORIS' layers, applied to a model: calling the model computes with them."""
+
+    def __init__(self, module: LycorisNetworkKohya) -> None:
+        self.module = module
+
+    @property
+    def layers(self) -> list[Any]:
+        """LyCORIS' layers, text encoders first."""
+        return list(self.module.loras)
+
+    @property
+    def summary(self) -> tuple[Part, ...]:
+        """Modules and parameters of each part that is trained."""
+        sizes: dict[str, list[int]] = {name: [] for name in _PARTS}
+        for layer in self.layers:
+            sizes[_part(layer)].append(sum(each.numel() for each in layer.parameters()))
+        return tuple(Part(name, len(each), sum(each)) for name, each in sizes.items() if each)
+
+    def groups(self, options: Options) -> tuple[list[dict[str, Any]], list[str]]:
+        """Parameter groups for an optimizer, and their names: "textencoder", "unet", and " plus" for LoRA+.
+
+        A group whose learning rate is 0 is left out, and its parameters get no gradients.
+
+        Raises:
+            UsageError: all learning rates are 0.
+        """
+        with _quiet():
+            groups, names = self.module.prepare_optimizer_params(
+                options.text_encoder_lr[0] if options.text_encoder_lr else None,
+                options.unet_lr,
+                options.learning_rate,
+            )
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        if not groups:
+            raise UsageError("--learning_rate, --unet_lr, --text_encoder_lr: all of what is trained has a rate of 0")
+        trained = {id(each) for group in groups for each in group["params"]}
+        for each in self.parameters():
+            each.requires_grad_(id(each) in trained)
+        return groups, names
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters, float32."""
+        yield from self.module.parameters()
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of an adapter file, float32 copies on the CPU. Scalars are folded into the factors."""
+        state: Mapping[str, Tensor] = self.module.state_dict()
+        return {key: value.detach().to("cpu", torch.float32, copy=True).contiguous() for key, value in state.items()}
+
+    def raw_state(self) -> dict[str, Tensor]:
+        """All parameters and buffers as they are, also what `state` folds: training goes on from it bit by bit."""
+        return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in self._raw().items()}
+
+    def load_raw(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `raw_state` gave.
+
+        Raises:
+            InputError: it is of another network.
+        """
+        own = self._raw()
+        wrong = own.keys() ^ state.keys() or {key for key in own if own[key].shape != state[key].shape}
+        if wrong:
+            raise InputError(
+                f"the saved state is of another network: {_some(wrong)}. Resume with the network options of that run"
+            )
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(state[key])
+
+    def _raw(self) -> dict[str, Tensor]:
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+    @torch.no_grad()
+    def limit_norms(self, limit: float) -> NormReport:
+        """Scale down each layer whose change, ‖ΔW‖_F with its scale, is longer than the limit.
+
+        For rotations the norm is that of their blocks. Other layers (full differences, GLoRA, normalisation) have no
+        limit in LyCORIS. Norms are LyCORIS' own, but without its wait for the GPU in every layer.
+        """
+        training = self.module.training
+        self.module.eval()  # dropout would shorten what is measured
+        limited = [(layer, norm) for layer in self.layers if (norm := _norm(layer)) is not None]
+        self.module.train(training)
+        if not limited:
+            return NormReport(0, 0.0, 0.0)
+        norms = torch.stack([norm for _, norm in limited])
+        ratios = (limit / norms).clamp(max=1)
+        for (layer, _), ratio in zip(limited, ratios, strict=True):
+            _strength(layer).mul_(ratio)
+        after = norms * ratios
+        scaled, average, largest = torch.stack([(ratios < 1).sum(), after.mean(), after.max()]).tolist()
+        return NormReport(int(scaled), average, largest)
+
+    def train(self, mode: bool = True) -> None:
+        """Turn dropout on or off."""
+        self.module.train(mode)
+
+    def to(self, device: torch.device) -> None:
+        """Move all parameters and buffers."""
+        self.module.to(device)
+
+
+# --- parts and norms ----------------------------------------------------------------------------
+
+CONVOLUTIONS = "UNet convolutions"
+_LINEAR = "UNet linear and 1×1"
+_NORMALISATION = "normalisation"
+_ENCODERS = {"lora_te1": "text encoder 1", "lora_te2": "text encoder 2"}
+_ROTATIONS = (DiagOFTModule, ButterflyOFTModule)
+_PARTS = (_LINEAR, CONVOLUTIONS, *_ENCODERS.values(), _NORMALISATION)
+
+
+def _part(layer: Any) -> str:
+    if isinstance(layer, NormModule):
+        return _NORMALISATION
+    wide = math.prod(layer.shape[2:]) > 1
+    return _ENCODERS.get(layer.lora_name[:8], CONVOLUTIONS if wide else _LINEAR)
+
+
+def _norm(layer: Any) -> Tensor | None:
+    """The number that LyCORIS limits, 0-dim, on the layer's device; None where it limits nothing."""
+    norm: Tensor | None = None
+    if isinstance(layer, LoConModule) and not layer.tucker:
+        # ‖BA‖_F² = tr(BᵀB AAᵀ), without forming BA
+        up, down = layer.lora_up.weight.flatten(1), layer.lora_down.weight.flatten(1)
+        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
+        norm = squared.sqrt() * layer.scalar.abs() * layer.scale
+    elif isinstance(layer, LoConModule):
+        norm = layer.make_weight().norm() * layer.scale
+    elif isinstance(layer, (LohaModule, LokrModule)):
+        norm = (layer.get_weight(layer.shape) * layer.scalar).norm()
+    elif isinstance(layer, _ROTATIONS):
+        norm = layer.oft_blocks.norm()
+    return norm
+
+
+def _strength(layer: Any) -> Tensor:
+    """What is multiplied to make the layer's change weaker."""
+    strength: Tensor = layer.oft_blocks if isinstance(layer, _ROTATIONS) else layer.scalar
+    return strength
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+def build_network(model: Model, options: Options) -> Network:
+    """The network that the options describe, applied to the model; --base_weights are in the model then.
+
+    The model may be on the meta device, and the network is there then too, for its shapes alone.
+
+    Raises:
+        UsageError: options that LyCORIS cannot carry out, that match no module, or do not fit --network_weights.
+        InputError: a file that cannot be read, or that does not belong to SDXL.
+    """
+    arguments = read_network_args(options)
+    named = named_modules(model.unet, model.encoders)
+    base = _as_base(model, options)
+    strengths = (*options.base_weights_multiplier, *[1.0] * len(options.base_weights))
+    for file, strength in zip(options.base_weights, strengths, strict=False):
+        _merge(Path(file), strength, base, model)
+    path = Path(options.network_weights) if options.network_weights else None
+    weights = _read_weights(path, base) if path else {}
+    with _building(model, options):
+        if path and options.dim_from_weights:
+            module = _from_weights(path, weights, named, arguments)
+        else:
+            module = _from_options(model, options, arguments, named)
+        module.apply_to(
+            list(model.encoders),
+            model.unet,
+            not options.network_train_unet_only,
+            not options.network_train_text_encoder_only,
+        )
+        if not module.loras:
+            raise UsageError(f"--network_args: preset={arguments.preset} matches no module that is to be trained")
+        module.float()  # full differences begin in the base's dtype
+        if path:
+            _check_keys(module, weights, path)
+            if not options.dim_from_weights:
+                _load(module, weights, path)
+    return Network(module)
+
+
+@contextmanager
+def _building(model: Model, options: Options) -> Iterator[None]:
+    """Random numbers of the seed alone, nothing on the terminal, and no memory for a model without any."""
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        if options.seed is not None:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(seeds.generator(options.seed, "network").initial_seed())
+        if next(model.unet.parameters()).is_meta:
+            stack.enter_context(init_empty_weights(include_buffers=False))
+            stack.enter_context(_StayOnMeta())
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """LyCORIS logs and prints for every layer; what matters of it is said by `check_network_args`."""
+    level = lycoris_log.level
+    lycoris_log.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        lycoris_log.setLevel(level)
+
+
+class _StayOnMeta(TorchFunctionMode):
+    """Some layers of LyCORIS copy their base weight to the CPU, which a tensor without numbers refuses."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.cpu and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _from_options(
+    model: Model, options: Options, arguments: NetworkArgs, named: Sequence[Named]
+) -> LycorisNetworkKohya:
+    with _preset(arguments.preset) as preset:
+        try:
+            module = create_network(
+                1.0,
+                options.network_dim,
+                options.network_alpha,
+                None,
+                list(model.encoders),
+                model.unet,
+                warn_on_unmatched=False,
+                preset=preset,
+                **arguments.values,
+            )
+        except (ValueError, AssertionError, TypeError) as error:
+            raise UsageError(f"--network_args: LyCORIS cannot build this network: {error}") from error
+    names = {each.lycoris: each.kohya for each in named}
+    for layer in module.loras:
+        layer.lora_name = names[layer.lora_name]
+    return module
+
+
+# --- presets ------------------------------------------------------------------------------------
+
+_SETTINGS = (
+    "ENABLE_CONV",
+    "UNET_TARGET_REPLACE_MODULE",
+    "UNET_TARGET_REPLACE_NAME",
+    "TEXT_ENCODER_TARGET_REPLACE_MODULE",
+    "TEXT_ENCODER_TARGET_REPLACE_NAME",
+    "MODULE_ALGO_MAP",
+    "NAME_ALGO_MAP",
+    "USE_FNMATCH",
+    "TARGET_EXCLUDE_NAME",
+)
+# sd-scripts' name of a class -> diffusers' name
+_CLASSES = {"CrossAttention": "Attention", "SelfAttention": "Attention"}
+# Of another model's; what it holds in SDXL has other names in sd-scripts, and is never trained there.
+_OTHER_CLASSES = frozenset({"TimestepEmbedding"})
+_OURS = "lorashrink"
+
+
+@contextmanager
+def _preset(name: str) -> Iterator[str]:
+    """LyCORIS' name for a preset while networks are built. LyCORIS keeps settings of presets in its class for good."""
+    kept = {setting: getattr(LycorisNetworkKohya, setting) for setting in _SETTINGS}
+    PRESET[_OURS] = _read_preset(name)
+    try:
+        yield _OURS
+    finally:
+        del PRESET[_OURS]
+        for setting, value in kept.items():
+            setattr(LycorisNetworkKohya, setting, value)
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    """All settings of a preset, so that those of another one do not shine through, with diffusers' class names."""
+    # Names of modules in LyCORIS' own presets match none of sd-scripts' UNet, so that they are not trained there.
+    own: dict[str, Any] = {"unet_target_name": []}
+    given = PRESET[name] | own if name in PRESETS else _from_toml(Path(name))
+    unset = {"module_algo_map": {}, "name_algo_map": {}, "use_fnmatch": False, "exclude_name": []}
+    preset: dict[str, Any] = PRESET["full"] | own | unset | given
+    classes = [_CLASSES.get(each, each) for each in preset["unet_target_module"] if each not in _OTHER_CLASSES]
+    algos = {_CLASSES.get(each, each): algo for each, algo in preset["module_algo_map"].items()}
+    return preset | {"unet_target_module": classes, "module_algo_map": algos}
+
+
+def _from_toml(path: Path) -> dict[str, Any]:
+    try:
+        preset: dict[str, Any] = PresetConfig.from_dict(read_toml(path)).to_dict()
+    except PresetValidationError as error:
+        raise InputError(f"{path}: no preset of LyCORIS: {error}") from None
+    return preset
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _weights(model: Model) -> dict[str, Tensor]:
+    """All tensors of the UNet and the text encoders, named as in a diffusers folder."""
+    parts = {"unet": model.unet, "text_encoder": model.encoders[0], "text_encoder_2": model.encoders[1]}
+    return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+
+
+def _as_base(model: Model, options: Options) -> Base:
+    """The model as lorashrink sees a folder with it, so that adapters of all namings find their weights."""
+    weights = {key: value for key, value in _weights(model).items() if value.is_floating_point()}
+    path = Path(options.pretrained_model_name_or_path or "the base")
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    return Base(path, "folder", SDXL, shapes, "", pickled_store(path, weights))
+
+
+def _merge(path: Path, strength: float, base: Base, model: Model) -> None:
+    """Add an adapter to the weights of the model, in float32, rounded once to their dtype."""
+    weights = _weights(model)
+    with open_adapter(path) as adapter:
+        found = match(adapter, base)
+        left = len(adapter.others) + sum(
+            not views or "magnitude" in layer.keys for layer, views in _pairs(adapter, found)
+        )
+        if left:
+            _log.warning(
+                "--base_weights %s: %d parts of it are no change of SDXL's weights and are left out", path, left
+            )
+        for layer, views in _pairs(bind(adapter, found, base), found):
+            if views:
+                _add(strength * layer.delta.dense().flatten(1), [(weights[view.key], view.rows) for view in views])
+
+
+def _pairs(adapter: Adapter, found: Sequence[Views]) -> Iterator[tuple[Layer, Views]]:
+    return zip(adapter.layers, found, strict=True)
+
+
+def _add(change: Tensor, weights: Sequence[tuple[Tensor, tuple[int, int] | None]]) -> None:
+    """Add a change [out, in·kh·kw] to weights, or the given rows of them, that stand one below the other."""
+    rows = [weight[slice(*span)] if span else weight for weight, span in weights]
+    for row, part in zip(rows, torch.split(change, [len(each) for each in rows]), strict=True):
+        row.copy_(row.float() + part.reshape(row.shape).to(row.device))
+
+
+def _read_weights(path: Path, base: Base) -> dict[str, Tensor]:
+    """The tensors of an adapter, float32, under sd-scripts' names whatever they are called in the file."""
+    with open_adapter(path) as adapter:
+        store = renamed(adapter, "kohya", base).adapter.store
+        return {key: store.read(key).float() for key in store.tensors}
+
+
+def _from_weights(
+    path: Path, weights: Mapping[str, Tensor], named: Sequence[Named], arguments: NetworkArgs
+) -> LycorisNetworkKohya:
+    """A network with the layers, ranks, alphas and numbers of a file."""
+    network = LycorisNetworkKohya([], nn.Module(), warn_on_unmatched=False)
+    modules = {each.kohya: each.module for each in named}
+    kinds = {name: kind for name in map(layer_name, weights) if (kind := get_module(weights, name)[0])}
+    dora = any(key.endswith(".dora_scale") for key in weights)
+    if dora != arguments.dora or not set(kinds.values()) <= {network_module_dict[arguments.algo], NormModule}:
+        found = ", ".join(sorted({kind.name for kind in kinds.values()}))
+        raise UsageError(
+            f"--network_weights {path}: holds {found}{' with DoRA' if dora else ''}, and --network_args asks for "
+            f"algo={arguments.algo} dora_wd={arguments.dora}; give the ones of the file"
+        )
+    for name, kind in kinds.items():
+        if "alpha" in kind.weight_list and f"{name}.alpha" not in weights:
+            raise InputError(f"--network_weights {path}: {name} has no alpha. Export the file again.")
+        if name in modules:
+            layer = _layer_from_weights(path, weights, name, modules[name], arguments)
+            (network.unet_loras if name.startswith("lora_unet_") else network.text_encoder_loras).append(layer)
+    network.loras = network.text_encoder_loras + network.unet_loras
+    return network
+
+
+def _layer_from_weights(
+    path: Path, weights: Mapping[str, Tensor], name: str, module: nn.Module, arguments: NetworkArgs
+) -> Any:
+    kind, tensors = get_module(weights, name)
+    # LyCORIS has no place for these when it makes a layer from a file
+    settings: dict[str, Any] = {
+        "dropout": float(arguments.values.get("dropout", 0)),
+        "rank_dropout": float(arguments.values.get("rank_dropout", 0)),
+        "module_dropout": float(arguments.values.get("module_dropout", 0)),
+        "wd_on_out": arguments.values.get("wd_on_output", True),
+        "unbalanced_factorization": arguments.values.get("unbalanced_factorization", False),
+        "bypass_mode": arguments.bypass,
+    }
+    with_settings = type(kind.__name__, (kind,), {"__init__": partialmethod(kind.__init__, **settings)})
+    try:
+        return make_module(with_settings, tensors, name, module)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--network_weights {path}: LyCORIS cannot make a layer of {name}: {error}") from error
+
+
+def _check_keys(module: LycorisNetworkKohya, weights: Mapping[str, Tensor], path: Path) -> None:
+    """That a file has the tensors of the network, no more and no fewer.
+
+    Raises:
+        UsageError: it has not.
+    """
+    own: Mapping[str, Tensor] = module.state_dict()
+    if own.keys() != weights.keys():
+        raise UsageError(
+            f"--network_weights {path} does not fit this network: not in the network: "
+            f"{_some(weights.keys() - own.keys())}; not in the file: {_some(own.keys() - weights.keys())}. "
+            "--dim_from_weights takes the layers of the file"
+        )
+
+
+def _load(module: LycorisNetworkKohya, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Take over the numbers of a file with the network's tensors.
+
+    Raises:
+        UsageError: they are of another rank or alpha.
+    """
+    own: Mapping[str, Tensor] = module.state_dict()
+    for key, value in weights.items():
+        if key.endswith(".alpha"):
+            # LyCORIS would write the file's alpha and compute with its own; half precision has rounded the file's
+            if not math.isclose(value.item(), own[key].item(), rel_tol=0.01):
+                raise UsageError(
+                    f"--network_weights {path}: {key} is {value.item():g}, and {own[key].item():g} in this network. "
+                    "Give --dim_from_weights, or --network_alpha and conv_alpha as they are in the file"
+                )
+        elif value.shape != own[key].shape:
+            raise UsageError(
+                f"--network_weights {path}: {key} is {list(value.shape)}, and {list(own[key].shape)} in this network: "
+                "another rank. Give --dim_from_weights, or --network_dim and conv_dim as they are in the file"
+            )
+    numbers = {key: value.to(own[key].device) for key, value in weights.items() if not key.endswith(".alpha")}
+    module.load_state_dict(numbers, strict=False)
+
+
+def _some(names: set[str]) -> str:
+    """A few of the names, and how many there are."""
+    few = sorted(names)[:3]
+    rest = len(names) - len(few)
+    return (", ".join(few) + (f" and {rest} more" if rest else "")) if few else "nothing"

@@ -1,0 +1,201 @@
+"""What training minimises: noise on latents, the target of the prediction, and the loss.
+
+The noise schedule is SDXL's. Names of options and what they do are those of sd-scripts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from lorashrink.errors import UsageError
+from lorashrink.train import seeds
+from lorashrink.train.options import Options
+
+TIMESTEPS = 1000
+
+# The first timesteps of the schedule have an SNR of up to 1175, and sd-scripts counts no more than this.
+_LARGEST_SNR = 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Noised:
+    """One batch for the UNet; all on the device of the latents.
+
+    Attributes:
+        noisy: [b, 4, h, w] float32, latents with noise.
+        timesteps: [b] int64, 0 to 999.
+        target: [b, 4, h, w] float32, what the UNet should predict: the noise, or v.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """The random numbers of one picture, float32 on the CPU."""
+
+    noise: Tensor  # [4, h, w]
+    shift: Tensor  # [4, 1, 1], of unit strength
+    strength: float
+    coarse: Tensor  # [4, h, w], the sum of all coarser noise
+    timestep: int
+
+
+class Objective:
+    """The noise schedule and the loss that the options ask for.
+
+    Attributes:
+        noise_schedule: 1000 timesteps, betas scaled_linear from 0.00085 to 0.012; with --zero_terminal_snr rescaled
+            so that the last one is pure noise (Lin et al. 2023, algorithm 1).
+
+    Raises:
+        UsageError: no timestep between --min_timestep and --max_timestep.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.noise_schedule = DDPMScheduler(
+            num_train_timesteps=TIMESTEPS,
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            rescale_betas_zero_snr=options.zero_terminal_snr,
+        )
+        self._options = options
+        self._range = _timestep_range(options)
+        self._weights = timestep_weights(options, compute_snr(self.noise_schedule, torch.arange(TIMESTEPS)))
+
+    def noised(self, latents: Tensor, keys: Sequence[tuple[str | int, ...]], seed: int) -> Noised:
+        """Add noise to latents.
+
+        Every random number of a picture comes from a generator of its own, so batches, processes and resuming do not
+        change it. What a picture shares with its batch is the division by the standard deviation that follows
+        multi-resolution noise.
+
+        Args:
+            latents: [b, 4, h, w] float32, scaled.
+            keys: what makes each showing of a picture unique, one for each of the batch.
+            seed: the seed of the run.
+        """
+        drawn = [self._draw(latents.shape[1:], seed, key) for key in keys]
+        timesteps = torch.tensor([each.timestep for each in drawn], device=latents.device)
+        noise = self._noise(drawn, latents)
+        noisy = self.noise_schedule.add_noise(latents, noise, timesteps)
+        if self._options.v_parameterization:
+            return Noised(noisy, timesteps, self.noise_schedule.get_velocity(latents, noise, timesteps))
+        return Noised(noisy, timesteps, noise)
+
+    def loss(self, prediction: Tensor, noised: Noised, weights: Tensor) -> Tensor:
+        """The mean over the batch of each picture's mean squared error, times its weights.
+
+        Args:
+            prediction: [b, 4, h, w], any floating dtype.
+            noised: what the prediction was made from.
+            weights: [b] float32, such as the prior loss weight of regularisation pictures.
+
+        Returns:
+            float32, 0-dim.
+        """
+        error = functional.mse_loss(prediction.float(), noised.target.float(), reduction="none").mean((1, 2, 3))
+        by_timestep = self._weights.to(error.device)[noised.timesteps]
+        return (error * weights.to(error.device) * by_timestep).mean()
+
+    def _draw(self, shape: torch.Size, seed: int, key: tuple[str | int, ...]) -> _Drawn:
+        options = self._options
+        tensors, numbers = seeds.generator(seed, "noise", *key), seeds.numbers(seed, "noise", *key)
+        # The order of these lines is part of what a seed means.
+        noise = torch.randn(shape, generator=tensors)
+        shift = torch.randn((shape[0], 1, 1), generator=tensors)
+        strength = float(torch.rand((), generator=tensors)) if options.noise_offset_random_strength else 1.0
+        levels = options.multires_noise_iterations or 0
+        coarse = _coarse_noise(shape, levels, options.multires_noise_discount, tensors, numbers)
+        timestep = int(torch.randint(*self._range, (), generator=tensors))
+        return _Drawn(noise, shift, strength, coarse, timestep)
+
+    def _noise(self, drawn: Sequence[_Drawn], latents: Tensor) -> Tensor:
+        options = self._options
+        noise = torch.stack([each.noise for each in drawn]).to(latents.device)
+        if options.noise_offset:
+            strength = torch.tensor([each.strength for each in drawn]).view(-1, 1, 1, 1).to(latents.device)
+            shift = torch.stack([each.shift for each in drawn]).to(latents.device)
+            noise = noise + _offset(strength * options.noise_offset, options.adaptive_noise_scale, latents) * shift
+        if options.multires_noise_iterations:
+            noise = noise + torch.stack([each.coarse for each in drawn]).to(latents.device)
+            noise = noise / noise.std()
+        return noise
+
+
+def timestep_weights(options: Options, snr: Tensor) -> Tensor:
+    """What the loss at each timestep is multiplied by.
+
+    With S the signal-to-noise ratio of a timestep and g = --min_snr_gamma, the product of those that are asked for:
+    min(S, g) / S, with v prediction min(S, g) / (S + 1) (Hang et al. 2023); S / (S + 1) to scale v prediction as noise
+    prediction; 1 + w (S + 1) / S for --v_pred_like_loss w; 1 / sqrt(S), with v prediction 1 / (S + 1), for
+    --debiased_estimation_loss. All but the first count an S above 1000 as 1000, as sd-scripts does.
+
+    Args:
+        snr: the signal-to-noise ratio of each timestep, float, 1-dim; it may end in 0, which all but the first count as
+            the smallest ratio that is not 0, because half of them divide by it.
+
+    Returns:
+        As `snr`; finite.
+    """
+    v = options.v_parameterization
+    bounded = snr.clamp(float(snr[snr > 0].min()), _LARGEST_SNR)
+    like_noise = bounded / (bounded + 1)
+    weights = torch.ones_like(snr)
+    if options.min_snr_gamma:
+        gamma = options.min_snr_gamma
+        weights = weights * (snr.clamp(max=gamma) / (snr + 1) if v else (gamma / snr).clamp(max=1))
+    if options.scale_v_pred_loss_like_noise_pred:
+        weights = weights * like_noise
+    if options.v_pred_like_loss:
+        weights = weights * (1 + options.v_pred_like_loss / like_noise)
+    if options.debiased_estimation_loss:
+        weights = weights * (1 / (bounded + 1) if v else bounded.rsqrt())
+    return weights
+
+
+def _timestep_range(options: Options) -> tuple[int, int]:
+    """The first timestep and the one after the last. Equal limits mean that one timestep, as in sd-scripts."""
+    first = 0 if options.min_timestep is None else options.min_timestep
+    end = TIMESTEPS if options.max_timestep is None else options.max_timestep
+    if not 0 <= first <= end <= TIMESTEPS or first == TIMESTEPS:
+        raise UsageError(
+            f"--min_timestep {first} and --max_timestep {end} leave no timestep to train; "
+            f"they must be 0 to {TIMESTEPS - 1} and 1 to {TIMESTEPS}, the first below the second"
+        )
+    return first, max(end, first + 1)
+
+
+def _offset(strength: Tensor, adaptive: float | None, latents: Tensor) -> Tensor:
+    """How much each channel is shifted, [b, 4 or 1, 1, 1]: noise offset (crosslabs.org, 2023), adaptive or not."""
+    if adaptive is None:
+        return strength
+    return (strength + adaptive * latents.mean((2, 3), keepdim=True).abs()).clamp(min=0)
+
+
+def _coarse_noise(
+    shape: torch.Size, levels: int, discount: float, tensors: Generator, numbers: random.Random
+) -> Tensor:
+    """The noise of ever lower resolutions, enlarged and summed: multi-resolution noise (Whitaker 2023), [4, h, w]."""
+    channels, height, width = shape
+    total = torch.zeros(shape)
+    for level in range(levels):
+        shrink = numbers.uniform(2, 4) ** level
+        size = max(1, int(height / shrink)), max(1, int(width / shrink))
+        coarse = torch.randn((1, channels, *size), generator=tensors)
+        total += functional.interpolate(coarse, (height, width), mode="bilinear")[0] * discount**level
+        if 1 in size:
+            break
+    return total

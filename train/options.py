@@ -1,0 +1,585 @@
+"""The trainer's options: one row per flag, with sd-scripts' names, types and defaults.
+
+The rows make the parser, the reader of configuration files and the typed values that the rest of the trainer reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import tomllib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lorashrink.errors import InputError, UsageError
+from lorashrink.files import write_bytes
+
+SAMPLERS = (
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+)  # fmt: skip
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
+
+
+def _row(
+    default: object,
+    text: str,
+    *,
+    choices: Sequence[object] = (),
+    read: Callable[[str], object] | None = None,
+    hidden: bool = False,
+    group: str = "",
+) -> Any:
+    """A field with what its flag needs to know.
+
+    `hidden` keeps an alias out of the help; `group` is the heading that starts here.
+    """
+    metadata = {"help": text, "choices": choices, "read": read, "hidden": hidden, "group": group}
+    return field(default=default, metadata=metadata)
+
+
+def _steps(text: str) -> float:
+    """An int, which counts steps, or a float, which is a share of all steps: `100`, `0.1` or `10%`.
+
+    Raises:
+        ValueError: the text is none of these.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What one training run was asked to do. Names and defaults are sd-scripts'; the last group is lorashrink's own."""
+
+    pretrained_model_name_or_path: str | None = _row(
+        None, "base model to train on: a diffusers folder, a .safetensors or a .ckpt file", group="Model"
+    )
+    vae: str | None = _row(None, "VAE to use instead of the base's own: a folder or a file")
+    tokenizer_cache_dir: str | None = _row(None, "folder with the two tokenizers, for a base that is a single file")
+    v_parameterization: bool = _row(False, "for a base that predicts v instead of noise")
+    v2: bool = _row(False, "refused: it is for SD 2.x, not for SDXL")
+    clip_skip: int | None = _row(None, "no effect with SDXL")
+    lowram: bool = _row(False, "load the model straight to the GPU, for machines with little main memory")
+    highvram: bool = _row(False, "accepted, no effect")
+    no_half_vae: bool = _row(False, "run the VAE in float32; SDXL's own VAE often fails in fp16")
+    disable_mmap_load_safetensors: bool = _row(False, "accepted, no effect")
+
+    train_data_dir: str | None = _row(
+        None,
+        "folder with folders named N_words, such as 10_my dog; each picture in one is shown N times per epoch",
+        group="Pictures",
+    )
+    reg_data_dir: str | None = _row(None, "the same layout, for regularisation pictures")
+    dataset_config: str | None = _row(None, "TOML file that describes the datasets, instead of --train_data_dir")
+    dataset_repeats: int = _row(1, "no effect with --train_data_dir, where folder names tell the repeats")
+    resolution: str | None = _row(
+        None, "size to train at, in pixels: 1024 or 1024,1024; with --enable_bucket only its area counts"
+    )
+    train_batch_size: int = _row(1, "pictures that are trained on at once")
+    flip_aug: bool = _row(False, "show pictures mirrored half of the time")
+    color_aug: bool = _row(False, "not supported")
+    random_crop: bool = _row(False, "not supported")
+    enable_bucket: bool = _row(
+        False, "keep the shapes of pictures: train each at about the same area, in batches of equal shape"
+    )
+    min_bucket_reso: int = _row(256, "smallest side of a bucket")
+    max_bucket_reso: int = _row(1024, "largest side of a bucket; 2048 loses fewer pixels of wide pictures")
+    bucket_reso_steps: int = _row(64, "sides of buckets are multiples of this, itself a multiple of 32")
+    bucket_no_upscale: bool = _row(
+        False, "never enlarge a picture; buckets follow the pictures, and the two limits are not used"
+    )
+    resize_interpolation: str | None = _row(
+        None, "how pictures are resized; if not given, area to shrink and lanczos to enlarge", choices=INTERPOLATIONS
+    )
+    max_data_loader_n_workers: int = _row(8, "processes that prepare pictures; 0 prepares them in the program itself")
+    persistent_data_loader_workers: bool = _row(False, "keep these processes from epoch to epoch")
+    cache_latents: bool = _row(False, "run the VAE once per picture, before training, and keep the results in memory")
+    cache_latents_to_disk: bool = _row(
+        False, "the same, but keep them in .npz files beside the pictures, for the next run too"
+    )
+    vae_batch_size: int = _row(1, "pictures that the VAE encodes at once")
+    skip_cache_check: bool = _row(False, "trust .npz files without opening them first")
+    cache_text_encoder_outputs: bool = _row(
+        False, "run the text encoders once per caption, before training; needs --network_train_unet_only"
+    )
+    cache_text_encoder_outputs_to_disk: bool = _row(
+        False, "the same, but keep the results in .npz files beside the pictures"
+    )
+    text_encoder_batch_size: int | None = _row(None, "captions that are encoded at once")
+    prior_loss_weight: float = _row(1.0, "how much regularisation pictures count")
+
+    caption_extension: str = _row(".caption", "ending of caption files, with its dot, such as .txt", group="Captions")
+    caption_extention: str | None = _row(None, "misspelled --caption_extension", hidden=True)
+    caption_separator: str = _row(",", "text that separates tags")
+    shuffle_caption: bool = _row(False, "shuffle the tags each time a picture is shown")
+    keep_tokens: int = _row(0, "tags at the start of a caption that stay there when the others are shuffled")
+    keep_tokens_separator: str = _row("", "text in captions before which tags stay in place, instead of --keep_tokens")
+    secondary_separator: str | None = _row(None, "what separates tags that stay together when shuffled")
+    enable_wildcard: bool = _row(False, "choose among {a|b} and among the lines of a caption file")
+    caption_prefix: str | None = _row(None, "text before each caption")
+    caption_suffix: str | None = _row(None, "text after each caption")
+    caption_dropout_rate: float = _row(0.0, "share of captions that are left empty, 0 to 1")
+    caption_dropout_every_n_epochs: int = _row(0, "leave all captions empty in every Nth epoch")
+    caption_tag_dropout_rate: float = _row(0.0, "share of tags that are left out, 0 to 1")
+    token_warmup_min: int = _row(1, "tags that are used at the start of the token warm-up")
+    token_warmup_step: float = _row(0.0, "steps, or share of all steps below 1, until all tags are used")
+    max_token_length: int | None = _row(
+        None, "longest caption in tokens, 75 if not given; what is longer is cut off", choices=(75, 150, 225)
+    )
+
+    network_module: str | None = _row(None, "what is trained: lycoris.kohya or networks.lora", group="Adapter")
+    network_dim: int | None = _row(None, "rank of the adapter; 4 if not given")
+    network_alpha: float = _row(1.0, "the adapter counts alpha / rank as much; 0 stands for alpha = rank")
+    network_dropout: float | None = _row(None, "share of the adapter's effect that is dropped in each step, 0 to 1")
+    network_args: tuple[str, ...] = _row((), "key=value pairs for LyCORIS, such as algo=locon preset=full conv_dim=8")
+    network_weights: str | None = _row(None, "adapter file to start from")
+    dim_from_weights: bool = _row(False, "take the ranks from --network_weights")
+    base_weights: tuple[str, ...] = _row((), "adapter files that are merged into the base before training")
+    base_weights_multiplier: tuple[float, ...] = _row((), "their strengths, in the same order; 1 if not given")
+    network_train_unet_only: bool = _row(False, "train the UNet, not the text encoders")
+    network_train_text_encoder_only: bool = _row(False, "train the text encoders, not the UNet")
+    scale_weight_norms: float | None = _row(
+        None, "limit the size (Frobenius norm) of each layer's change to this; 1 is usual"
+    )
+
+    optimizer_type: str = _row(
+        "",
+        "AdamW (if not given), AdamW8bit, Lion, Prodigy, Adafactor, ... or a class by its dotted path",
+        group="Optimizer",
+    )
+    optimizer_args: tuple[str, ...] = _row((), "key=value pairs for the optimizer, such as weight_decay=0.01")
+    use_8bit_adam: bool = _row(False, "old name of --optimizer_type AdamW8bit", hidden=True)
+    use_lion_optimizer: bool = _row(False, "old name of --optimizer_type Lion", hidden=True)
+    learning_rate: float = _row(2e-6, "learning rate of what the next two leave open")
+    unet_lr: float | None = _row(None, "learning rate of the UNet's layers")
+    text_encoder_lr: tuple[float, ...] = _row(
+        (), "learning rate of the text encoders' layers; 0 leaves them as they are"
+    )
+    max_grad_norm: float = _row(1.0, "limit of the gradients' norm; 0 is no limit")
+    lr_scheduler: str = _row(
+        "constant",
+        "course of the learning rate: constant, constant_with_warmup, cosine, cosine_with_restarts, linear, ...",
+    )
+    lr_scheduler_type: str = _row("", "a scheduler class by its dotted path, instead of --lr_scheduler")
+    lr_scheduler_args: tuple[str, ...] = _row((), "key=value pairs for the scheduler")
+    lr_warmup_steps: float = _row(
+        0, "how long the learning rate rises at the start: steps, or a share such as 0.1 or 10%", read=_steps
+    )
+    lr_decay_steps: float = _row(
+        0, "how long it falls at the end (warmup_stable_decay): steps, or a share", read=_steps
+    )
+    lr_scheduler_num_cycles: int = _row(1, "restarts of cosine_with_restarts")
+    lr_scheduler_power: float = _row(1.0, "power of polynomial")
+    lr_scheduler_timescale: int | None = _row(None, "timescale of inverse_sqrt")
+    lr_scheduler_min_lr_ratio: float | None = _row(
+        None, "lowest learning rate, as a share of the full one (cosine_with_min_lr, warmup_stable_decay)"
+    )
+
+    max_train_steps: int = _row(
+        1600, "steps to train for; a step is --gradient_accumulation_steps batches", group="Training"
+    )
+    max_train_epochs: int | None = _row(
+        None, "epochs to train for, instead of --max_train_steps; an epoch shows every picture"
+    )
+    gradient_accumulation_steps: int = _row(1, "batches that are added up to one step, to act like one larger batch")
+    gradient_checkpointing: bool = _row(False, "use less memory and more time")
+    mixed_precision: str = _row(
+        "no",
+        "number format of the base and of arithmetic; fp16 and bf16 need half the memory",
+        choices=("no", "fp16", "bf16"),
+    )
+    full_bf16: bool = _row(False, "keep the adapter in bf16 too; needs --mixed_precision bf16")
+    sdpa: bool = _row(False, "torch's own attention, which is used in any case")
+    xformers: bool = _row(False, "attention by xformers")
+    mem_eff_attn: bool = _row(False, "torch's memory-efficient attention only")
+    seed: int | None = _row(None, "whole number that makes a run repeatable; random if not given")
+    resume: str | None = _row(None, "state folder (see --save_state) to go on from")
+
+    noise_offset: float | None = _row(
+        None,
+        "shift the noise of each channel by this much, for darker and brighter pictures; 0.05 is usual",
+        group="Noise and loss",
+    )
+    noise_offset_random_strength: bool = _row(False, "shift it by a random amount up to that")
+    adaptive_noise_scale: float | None = _row(None, "add this times the mean of a picture's latents to --noise_offset")
+    multires_noise_iterations: int | None = _row(
+        None, "add noise at up to this many coarser resolutions; 0 is off, 6 to 10 are usual"
+    )
+    multires_noise_discount: float = _row(0.3, "strength of each coarser one relative to the one before")
+    min_timestep: int | None = _row(None, "lowest timestep to train, 0 if not given")
+    max_timestep: int | None = _row(None, "train timesteps below this, 1000 if not given")
+    zero_terminal_snr: bool = _row(False, "noise schedule that ends in pure noise; for --v_parameterization")
+    min_snr_gamma: float | None = _row(None, "weigh timesteps by min(SNR, gamma); 5 is usual")
+    scale_v_pred_loss_like_noise_pred: bool = _row(False, "weigh v prediction as noise prediction")
+    v_pred_like_loss: float | None = _row(None, "add the loss weighted as for v prediction, times this")
+    debiased_estimation_loss: bool = _row(False, "weigh timesteps by 1 / sqrt(SNR)")
+
+    output_dir: str | None = _row(None, "folder for everything that is written", group="Saving")
+    output_name: str | None = _row(None, "name of the adapter files, without ending; last if not given")
+    save_model_as: str = _row(
+        "safetensors",
+        "format of adapter files; only safetensors carries metadata and is safe to share",
+        choices=("safetensors", "ckpt", "pt"),
+    )
+    save_precision: str | None = _row(
+        None,
+        "number format of adapter files; float is fp32, which is used if not given",
+        choices=("float", "fp32", "fp16", "bf16"),
+    )
+    save_every_n_epochs: int | None = _row(None, "save every N epochs")
+    save_every_n_steps: int | None = _row(None, "save every N steps")
+    save_n_epoch_ratio: int | None = _row(None, "save about this many times in all, evenly spread")
+    save_last_n_epochs: int | None = _row(
+        None, "keep the last N of the files of --save_every_n_epochs, delete older ones"
+    )
+    save_last_n_steps: int | None = _row(
+        None, "of the files of --save_every_n_steps, keep those of the last N steps (not the last N files)"
+    )
+    save_state: bool = _row(False, "save, with each adapter file, all that --resume needs")
+    save_state_on_train_end: bool = _row(False, "save it at the end only")
+    save_last_n_epochs_state: int | None = _row(None, "as --save_last_n_epochs, for state folders")
+    save_last_n_steps_state: int | None = _row(None, "as --save_last_n_steps, for state folders")
+    no_metadata: bool = _row(False, "leave captions, folder names and settings out of adapter files")
+    training_comment: str | None = _row(None, "comment in the metadata")
+    metadata_title: str | None = _row(None, "title in the metadata")
+    metadata_author: str | None = _row(None, "author in the metadata")
+    metadata_description: str | None = _row(None, "description in the metadata")
+    metadata_license: str | None = _row(None, "licence in the metadata")
+    metadata_tags: str | None = _row(None, "tags in the metadata")
+    metadata_usage_hint: str | None = _row(None, "usage hint in the metadata")
+    metadata_thumbnail: str | None = _row(None, "thumbnail (data URL) in the metadata")
+    metadata_merged_from: str | None = _row(None, "names of what was merged, in the metadata")
+    metadata_trigger_phrase: str | None = _row(None, "trigger phrase in the metadata")
+    metadata_preprocessor: str | None = _row(None, "preprocessor in the metadata")
+    metadata_is_negative_embedding: str | None = _row(None, "marks a negative embedding in the metadata")
+
+    sample_prompts: str | None = _row(
+        None, "file with prompts to draw pictures of while training: .txt, .toml or .json", group="Sample pictures"
+    )
+    sample_sampler: str = _row("ddim", "sampler for these pictures", choices=SAMPLERS)
+    sample_every_n_steps: int | None = _row(None, "draw them every N steps")
+    sample_every_n_epochs: int | None = _row(None, "draw them every N epochs; then --sample_every_n_steps is not used")
+    sample_at_first: bool = _row(False, "draw them before training too")
+
+    logging_dir: str | None = _row(
+        None, "folder of the logs; nothing is logged without it, except to wandb", group="Logs and settings"
+    )
+    log_with: str | None = _row(
+        None, "tensorboard (if not given), wandb or both", choices=("tensorboard", "wandb", "all")
+    )
+    log_prefix: str | None = _row(None, "start of the name of this run's log folder")
+    log_tracker_name: str | None = _row(None, "name of the log; network_train if not given")
+    wandb_run_name: str | None = _row(None, "name of the run in wandb")
+    log_config: bool = _row(False, "write the options into the log")
+    config_file: str | None = _row(None, "TOML file with options, by their names here; the command line wins over it")
+    output_config: bool = _row(False, "write the options to --config_file, and stop")
+
+    model_config: str | None = _row(
+        None, "diffusers folder whose settings describe a single file that is not SDXL 1.0", group="Of lorashrink alone"
+    )
+    shrink: tuple[str, ...] = _row(
+        (), "recipes such as fro_ckpt=1,thr=-3.55: write each adapter file in smaller versions too"
+    )
+    plan: bool = _row(False, "load no weights and train nothing: print what would be trained, with size and memory")
+    debug: bool = _row(False, "show where in the program an error came from")
+
+
+# sd-scripts' flags that are not implemented, with the values that change nothing there: programs that write
+# configuration files write those too.
+UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "alpha_mask": (False,),
+    "async_upload": (False,),
+    "blocks_to_swap": (0,),
+    "cache_info": (False,),
+    "conditioning_data_dir": ("",),
+    "console_log_file": ("",),
+    "console_log_level": ("", "INFO"),
+    "console_log_simple": (False,),
+    "cpu_offload_checkpointing": (False,),
+    "dataset_class": ("",),
+    "ddp_gradient_as_bucket_view": (False,),
+    "ddp_static_graph": (False,),
+    "ddp_timeout": (0,),
+    "debug_dataset": (False,),
+    "deepspeed": (False,),
+    "dynamo_backend": ("inductor", "no"),
+    "face_crop_aug_range": ("",),
+    "fp16_master_weights_and_gradients": (False,),
+    "fp8_base": (False,),
+    "fp8_base_unet": (False,),
+    "full_fp16": (False,),
+    "fused_backward_pass": (False,),
+    "huber_c": (0.1,),
+    "huber_scale": (1.0,),
+    "huber_schedule": ("snr",),
+    "huggingface_path_in_repo": ("",),
+    "huggingface_repo_id": ("",),
+    "huggingface_repo_type": ("",),
+    "huggingface_repo_visibility": ("",),
+    "huggingface_token": ("",),
+    "in_json": ("",),
+    "initial_epoch": (0, 1),
+    "initial_step": (0,),
+    "ip_noise_gamma": (0, 0.0),
+    "ip_noise_gamma_random_strength": (False,),
+    "log_tracker_config": ("",),
+    "logit_mean": (0.0,),
+    "logit_std": (1.0,),
+    "loss_type": ("l2",),
+    "masked_loss": (False,),
+    "max_validation_steps": (0,),
+    "mode_scale": (1.29,),
+    "offload_optimizer_device": ("",),
+    "offload_optimizer_nvme_path": ("",),
+    "offload_param_device": ("",),
+    "offload_param_nvme_path": ("",),
+    "resume_from_huggingface": (False,),
+    "save_state_to_huggingface": (False,),
+    "skip_until_initial_step": (False,),
+    "torch_compile": (False,),
+    "validate_every_n_epochs": (0,),
+    "validate_every_n_steps": (0,),
+    "validation_seed": (0,),
+    "validation_split": (0.0,),
+    "wandb_api_key": ("",),
+    "weighted_captions": (False,),
+    "weighting_scheme": ("uniform",),
+    "zero3_init_flag": (False,),
+    "zero3_save_16bit_model": (False,),
+    "zero_stage": (2,),
+}
+_INSTEAD = {
+    "in_json": "put the captions into files beside the pictures",
+    "initial_epoch": "--resume goes on exactly where a state was saved",
+    "initial_step": "--resume goes on exactly where a state was saved",
+    "skip_until_initial_step": "--resume goes on exactly where a state was saved",
+    "console_log_file": "add 2> log.txt to the end of the command",
+    "full_fp16": "--full_bf16 or --mixed_precision fp16",
+    "wandb_api_key": "set WANDB_API_KEY, which other users of the machine cannot see",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. `--help` lists all options")
+
+
+def _not_supported(name: str) -> str:
+    instead = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
+    return f"not supported: --{name}{instead}"
+
+
+def parser(program: str = "lorashrink train") -> argparse.ArgumentParser:
+    """The parser of all flags, which reads texts. Flags that were not given are absent from what it returns."""
+    made = _Parser(
+        prog=program,
+        usage="%(prog)s --pretrained_model_name_or_path BASE --train_data_dir FOLDER --resolution SIZE"
+        " --network_module lycoris.kohya --output_dir FOLDER [more options]",
+        description="Train a LyCORIS adapter for SDXL. Flags are those of sd-scripts' sdxl_train_network.py.",
+        epilog=f"Example: {program} --config_file settings.toml",
+        argument_default=argparse.SUPPRESS,
+    )
+    group: argparse._ActionsContainer = made
+    for name, kind in _kinds().items():
+        row = Options.__dataclass_fields__[name]
+        if row.metadata["group"]:
+            group = made.add_argument_group(row.metadata["group"])
+        text = argparse.SUPPRESS if row.metadata["hidden"] else _help(row)
+        if kind.inner is bool:
+            group.add_argument(f"--{name}", action="store_true", help=text)
+        else:
+            group.add_argument(f"--{name}", nargs="*" if kind.many else None, metavar=_metavar(row, kind), help=text)
+    for name in UNSUPPORTED:
+        made.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """The type of a flag's value, and whether it takes several."""
+
+    inner: type
+    many: bool = False
+
+
+def _kinds() -> dict[str, _Kind]:
+    hints = typing.get_type_hints(Options)
+    return {row.name: _kind(hints[row.name]) for row in dataclasses.fields(Options)}
+
+
+def _kind(hint: Any) -> _Kind:
+    if typing.get_origin(hint) is tuple:
+        return _Kind(typing.get_args(hint)[0], many=True)
+    inner = [each for each in typing.get_args(hint) or (hint,) if each is not type(None)]
+    return _Kind(inner[0])
+
+
+def _metavar(row: dataclasses.Field[Any], kind: _Kind) -> str:
+    choices = "|".join(map(str, row.metadata["choices"]))
+    return choices or {int: "N", float: "NUMBER", str: "TEXT"}[kind.inner]
+
+
+def _help(row: dataclasses.Field[Any]) -> str:
+    shown = row.default not in (None, False, "", ())
+    text = f"{row.metadata['help']} (default {row.default})" if shown else str(row.metadata["help"])
+    return text.replace("%", "%%")
+
+
+def parse(arguments: Sequence[str], program: str = "lorashrink train") -> Options:
+    """The options of a command line, with those of its --config_file below them.
+
+    An empty value, as scripts pass for what is not set, means that the flag was not given.
+
+    Raises:
+        UsageError: a flag that does not exist, is not supported, or has a value of the wrong kind.
+        InputError: the configuration file cannot be read.
+    """
+    given, unknown = parser(program).parse_known_args(list(arguments))
+    if unknown:
+        raise UsageError(_unknown(unknown))
+    texts = {name: _joined(value) if name in UNSUPPORTED else value for name, value in vars(given).items()}
+    values = _read(texts)
+    if (path := values.get("config_file")) and not values.get("output_config"):
+        values = _from_file(_toml(path)) | values
+    return _tidy(Options(**values))
+
+
+def _joined(words: Sequence[str]) -> str | bool:
+    return " ".join(words) if words else True
+
+
+def _unknown(words: Sequence[str]) -> str:
+    flags = [word.split("=")[0] for word in words if word.startswith("--")]
+    if flags:
+        return _no_such_option(flags[0].removeprefix("--"))
+    return f"unexpected text: {' '.join(words)}. Values with spaces need quotes"
+
+
+def _no_such_option(name: str) -> str:
+    near = difflib.get_close_matches(name, [*_kinds(), *UNSUPPORTED], n=1)
+    return f"no such option: --{name}; " + (f"did you mean --{near[0]}?" if near else "`--help` lists all")
+
+
+def _toml(path: str | Path) -> Path:
+    """sd-scripts lets the ending be left out."""
+    return Path(path) if str(path).endswith(".toml") else Path(f"{path}.toml")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The contents of a TOML file.
+
+    Raises:
+        InputError: it is not there, or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no valid TOML ({error})") from None
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    """The options in a configuration file; headings of sections mean nothing, as in sd-scripts."""
+    flat: dict[str, Any] = {}
+    for key, value in read_toml(path).items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    try:
+        return _read(flat)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _read(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the right kinds, from texts or TOML values."""
+    kinds = _kinds()
+    for name, value in found.items():
+        if name not in kinds and name not in UNSUPPORTED:
+            raise UsageError(_no_such_option(name))
+        if name in UNSUPPORTED and not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
+            raise UsageError(_not_supported(name))
+    return {name: _converted(name, value, kinds[name]) for name, value in found.items() if name in kinds}
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    try:
+        return bool(type(neutral)(value) == neutral)
+    except (TypeError, ValueError):
+        return False
+
+
+def _converted(name: str, value: Any, kind: _Kind) -> Any:
+    if kind.many:
+        several = value if isinstance(value, list) else [value]
+        return tuple(_converted(name, each, _Kind(kind.inner)) for each in several if each != "")
+    row = Options.__dataclass_fields__[name]
+    if value == "" and row.default is None:
+        return None
+    try:
+        made = _made(row, value, kind.inner)
+    except ValueError:
+        raise UsageError(f"--{name} must be {_article(kind.inner)}, not {json.dumps(value, default=str)}") from None
+    if row.metadata["choices"] and made not in row.metadata["choices"]:
+        raise UsageError(f"--{name} must be one of {', '.join(map(str, row.metadata['choices']))}, not {made}")
+    return made
+
+
+def _made(row: dataclasses.Field[Any], value: Any, kind: type) -> Any:
+    """Raises ValueError."""
+    if not isinstance(value, bool | int | float | str) or isinstance(value, bool) != (kind is bool):
+        raise ValueError("wrong kind")
+    return value if kind is bool else (row.metadata["read"] or kind)(str(value))
+
+
+def _article(kind: type) -> str:
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def _tidy(options: Options) -> Options:
+    """The same with aliases and spellings that mean another option resolved."""
+    change: dict[str, Any] = {}
+    if options.caption_extention is not None:
+        change["caption_extension"] = options.caption_extention
+    if options.save_precision == "fp32":
+        change["save_precision"] = "float"
+    if options.max_token_length == 75:
+        change["max_token_length"] = None
+    if options.cache_latents_to_disk:
+        change["cache_latents"] = True
+    if options.cache_text_encoder_outputs_to_disk:
+        change["cache_text_encoder_outputs"] = True
+    return dataclasses.replace(options, **change)
+
+
+def write_config(options: Options) -> Path:
+    """Write the options that differ from their defaults to --config_file, as TOML, and say where.
+
+    Raises:
+        UsageError: no --config_file, or it exists.
+        OutputError: it cannot be written.
+    """
+    if not options.config_file:
+        raise UsageError("--output_config needs --config_file, the file to write")
+    path = _toml(options.config_file)
+    if path.exists():
+        raise UsageError(f"{path} exists; give --config_file another name, or delete it")
+    lines = [
+        f"{row.name} = {_toml_value(value)}\n"
+        for row in dataclasses.fields(options)
+        if row.name not in ("config_file", "output_config") and (value := getattr(options, row.name)) != row.default
+    ]
+    write_bytes(path, "".join(lines).encode())
+    return path
+
+
+def _toml_value(value: object) -> str:
+    # JSON writes texts, numbers, booleans and lists as TOML does.
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

@@ -1,0 +1,440 @@
+"""Pictures drawn while training: prompt files, samplers, and the pictures themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.util
+import io
+import json
+import logging
+import math
+import re
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+)
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from lorashrink.errors import InputError, UsageError
+from lorashrink.files import write_bytes
+from lorashrink.plots.sheet import Cell, contact_sheet
+from lorashrink.train.model import LATENT_SCALE, Model, vae_stride, weight_dtype
+from lorashrink.train.options import SAMPLERS, Options
+from lorashrink.train.text import CHUNK, Encoded, encode, token_count, tokenize
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What one picture is drawn from; the defaults are sd-scripts'."""
+
+    prompt: str = ""
+    negative: str = ""
+    width: int = 512  # pixels, a multiple of 8
+    height: int = 512
+    seed: int | None = None  # None: another one each time
+    steps: int = 30
+    scale: float = 7.5  # classifier-free guidance; at 1 and below the negative prompt does nothing
+    sampler: str = "ddim"
+
+
+# --- prompt files ---
+
+
+def read_prompts(path: Path, options: Options) -> tuple[Prompt, ...]:
+    """The prompts of a file, in the forms that sd-scripts reads; what it says beyond them is ignored with a warning.
+
+    .txt: a prompt in each line, followed by ` --n negative prompt --w width --h height --d seed --s steps --l scale
+    --ss sampler`, any of them; lines that begin with # do not count. .json: a list of such lines or of objects. .toml:
+    the same objects as [[prompt.subset]] below what they share in [prompt].
+
+    Raises:
+        UsageError: no such file, another ending, no prompts, a sampler whose package is missing or that cannot draw
+            in so many steps.
+        InputError: not UTF-8, or not the format that its ending names.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise UsageError(f"--sample_prompts {path}: the name must end in {', '.join(_FORMATS)}")
+    try:
+        entries = _FORMATS[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"--sample_prompts {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: no valid {path.suffix[1:].lower()} file of prompts in UTF-8 ({error})") from None
+    if not entries:
+        raise UsageError(f"--sample_prompts {path}: no prompts in it")
+    return tuple(
+        _prompt(_switches(entry) if isinstance(entry, str) else entry, f"{path}: sample {number:02d}", options)
+        for number, entry in enumerate(entries)
+    )
+
+
+def _txt(text: str) -> list[str | dict[str, Any]]:
+    return [line.strip() for line in text.split("\n") if line.strip() and not line.startswith("#")]
+
+
+def _toml(text: str) -> list[str | dict[str, Any]]:
+    match tomllib.loads(text):
+        case {"prompt": {"subset": [*subsets], **shared}} if all(isinstance(subset, dict) for subset in subsets):
+            return [shared | subset for subset in subsets]
+    raise ValueError("[[prompt.subset]] is missing")
+
+
+def _json(text: str) -> list[str | dict[str, Any]]:
+    match json.loads(text):
+        case [*entries] if all(isinstance(entry, str | dict) for entry in entries):
+            return entries
+    raise ValueError("it must be a list of lines or objects")
+
+
+_FORMATS: Mapping[str, Callable[[str], list[str | dict[str, Any]]]] = {".txt": _txt, ".toml": _toml, ".json": _json}
+
+
+def _switches(line: str) -> dict[str, Any]:
+    """A line of text as the object that says the same; unknown switches keep their dashes."""
+    prompt, *switches = line.split(" --")
+    values: dict[str, Any] = {"prompt": prompt}
+    for switch in switches:
+        name, _, value = switch.strip().partition(" ")
+        values[_SWITCHES.get(name.lower(), f"--{name}")] = value.strip()
+    return values
+
+
+def _prompt(values: Mapping[str, Any], where: str, options: Options) -> Prompt:
+    made: dict[str, Any] = {"sampler": _sampler(options.sample_sampler)}
+    for key, value in values.items():
+        if value is None:
+            continue
+        try:
+            field, read = _KEYS[key]
+            made[field] = read(value)
+        except (KeyError, ValueError, TypeError):
+            _log.warning("%s: ignored, because it means nothing here: %s %s", where, key, value)
+    prompt = Prompt(**made)
+    try:
+        scheduler(prompt.sampler, v_parameterization=False).set_timesteps(prompt.steps)
+    except ValueError:
+        raise UsageError(
+            f"{where}: the sampler {prompt.sampler} cannot draw in {prompt.steps} steps; give it another --s"
+        ) from None
+    return prompt
+
+
+def _side(value: Any) -> int:
+    return max(64, int(value) // 8 * 8)
+
+
+def _steps(value: Any) -> int:
+    return max(1, min(1000, int(value)))
+
+
+def _seed(value: Any) -> int:
+    # What torch takes. A negative number is no seed in sd-scripts either.
+    if 0 <= int(value) < 2**64:
+        return int(value)
+    raise ValueError(value)
+
+
+def _scale(value: Any) -> float:
+    if math.isfinite(float(value)):
+        return float(value)
+    raise ValueError(value)
+
+
+def _sampler(value: Any) -> str:
+    if value not in SAMPLERS:
+        raise ValueError(value)
+    if _KINDS[value.removeprefix("k_")][0] is LMSDiscreteScheduler and importlib.util.find_spec("scipy") is None:
+        raise UsageError(f"the sampler {value} needs scipy: pip install scipy, or choose another --sample_sampler")
+    return str(value)
+
+
+# sd-scripts' name in .toml and .json -> the field, and how its value is read.
+_KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "prompt": ("prompt", str),
+    "negative_prompt": ("negative", str),
+    "width": ("width", _side),
+    "height": ("height", _side),
+    "seed": ("seed", _seed),
+    "sample_steps": ("steps", _steps),
+    "scale": ("scale", _scale),
+    "sample_sampler": ("sampler", _sampler),
+}
+_SWITCHES: Mapping[str, str] = {
+    "n": "negative_prompt",
+    "w": "width",
+    "h": "height",
+    "d": "seed",
+    "s": "sample_steps",
+    "l": "scale",
+    "ss": "sample_sampler",
+}
+
+
+# (a cat:1.2) is a weight in other programs.
+_WEIGHT = re.compile(r"\([^()]+:\s*\d*\.?\d+\s*\)")
+
+
+def check_prompts(prompts: Sequence[Prompt], tokenizer: CLIPTokenizer, world: int, options: Options) -> list[str]:
+    """Warnings: prompts longer than what the encoders read, token weights, a number that leaves GPUs waiting.
+
+    world: the number of processes that draw.
+    """
+    limit = options.max_token_length or CHUNK
+    warnings = []
+    for number, prompt in enumerate(prompts):
+        for name, text in (("prompt", prompt.prompt), ("negative prompt", prompt.negative)):
+            count = token_count(tokenizer, text)
+            if count > limit:
+                warnings.append(
+                    f"sample {number:02d}: the {name} has {count} tokens, {count + 2} with its start and end; what is "
+                    f"beyond {limit} ({limit + 2}) is cut off. Shorten it, or raise --max_token_length (up to 225)."
+                )
+            if found := _WEIGHT.search(text):
+                warnings.append(
+                    f"sample {number:02d}: the {name} has a weight, {found[0]}, which is read as plain text."
+                )
+    if len(prompts) % world:
+        warnings.append(
+            f"{len(prompts)} sample prompts do not divide evenly among {world} processes, so some wait for others; "
+            f"{math.ceil(len(prompts) / world) * world} would."
+        )
+    return warnings
+
+
+def due(options: Options, *, step: int, epoch: int | None = None) -> bool:
+    """Whether pictures are drawn after this step, or at the end of this epoch if one is given; as in sd-scripts.
+
+    Step 0 is before training. With --sample_every_n_epochs the steps do not count. Zero and negative numbers are off.
+    """
+    if not options.sample_prompts:
+        return False
+    if step == 0:
+        return options.sample_at_first
+    by_epoch = (options.sample_every_n_epochs or 0) > 0
+    every = (options.sample_every_n_epochs if by_epoch else options.sample_every_n_steps) or 0
+    number = epoch if by_epoch else step if epoch is None else None
+    return every > 0 and number is not None and number % every == 0
+
+
+# --- samplers ---
+
+# Two settings differ from sd-scripts': there clip_sample cuts DDIM's latents to ±1, which washes pictures out, and
+# dpmsolver cannot run, because it needs a last sigma above zero.
+_KINDS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "pndm": (PNDMScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {"clip_sample": False}),
+    "dpm_2": (KDPM2DiscreteScheduler, {}),
+    "dpm_2_a": (KDPM2AncestralDiscreteScheduler, {}),
+    "dpmsolver": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": (DPMSolverSinglestepScheduler, {}),
+}
+
+
+def scheduler(sampler: str, *, v_parameterization: bool) -> Any:
+    """diffusers' scheduler for one of `SAMPLERS`, with SDXL's noise schedule. `k_` is an alias, not Karras' sigmas."""
+    kind, settings = _KINDS[sampler.removeprefix("k_")]
+    return kind(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction" if v_parameterization else "epsilon",
+        **settings,
+    )
+
+
+# --- pictures ---
+
+
+@torch.no_grad()
+def draw(
+    model: Model,
+    prompts: Sequence[Prompt],
+    options: Options,
+    folder: Path,
+    *,
+    step: int,
+    epoch: int | None = None,
+    rank: int,
+    world: int,
+    device: torch.device,
+) -> list[Path]:
+    """Draw this process's share of the prompts and write it below folder/sample; the paths of the pictures.
+
+    The UNet is on `device` and the network in eval mode. Encoders and VAE may be elsewhere and go back there; the VAE
+    works in float32, because SDXL's overflows in half precision. The state of the global random numbers stays.
+
+    Raises OutputError if a picture cannot be written.
+    """
+    mine = list(enumerate(prompts))[rank::world]
+    pipeline = _pipeline(model.unet)
+    autocast = torch.autocast(device.type, weight_dtype(options), enabled=options.mixed_precision != "no")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with autocast, _moved(model.encoders, device):
+            texts = [_encoded(model, prompt, options, device) for _, prompt in mine]
+        with autocast:
+            stride = vae_stride(model.vae)
+            latents = [
+                _latents(pipeline, prompt, text, options, stride) for (_, prompt), text in zip(mine, texts, strict=True)
+            ]
+        with _moved([model.vae], device, torch.float32):
+            return [
+                _write(_picture(model.vae, latent, number), folder, options, step, epoch, number, prompt)
+                for (number, prompt), latent in zip(mine, latents, strict=True)
+            ]
+
+
+@contextlib.contextmanager
+def _moved(modules: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Modules on another device, and in another dtype, for as long as this lasts."""
+    before = [(module.device, module.dtype) for module in modules]
+    try:
+        for module in modules:
+            module.to(device, dtype or module.dtype)
+        yield
+    finally:
+        for module, (place, kind) in zip(modules, before, strict=True):
+            module.to(place, kind)
+
+
+def _encoded(model: Model, prompt: Prompt, options: Options, device: torch.device) -> Encoded:
+    """The negative prompt and the prompt, b = 2. As in sd-scripts an empty one is encoded, not replaced by zeros."""
+    tokens1, tokens2 = (
+        tokenize(tokenizer, [prompt.negative, prompt.prompt], options.max_token_length)
+        for tokenizer in model.tokenizers
+    )
+    return encode(model.encoders, tokens1, tokens2).to(device, weight_dtype(options))
+
+
+def _latents(pipeline: Any, prompt: Prompt, text: Encoded, options: Options, stride: int) -> Tensor:
+    """[1, 4, height / stride, width / stride] float32; scaled."""
+    generator = torch.Generator()
+    if prompt.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(prompt.seed)
+    # Float32 on the CPU gives the same noise on every machine and in every precision.
+    noise = torch.randn(1, 4, prompt.height // stride, prompt.width // stride, generator=generator)
+    pipeline.scheduler = scheduler(prompt.sampler, v_parameterization=options.v_parameterization)
+    (latents,) = pipeline(
+        negative_prompt_embeds=text.context[:1],
+        prompt_embeds=text.context[1:],
+        negative_pooled_prompt_embeds=text.pooled[:1],
+        pooled_prompt_embeds=text.pooled[1:],
+        latents=noise,
+        generator=generator,
+        width=prompt.width,
+        height=prompt.height,
+        num_inference_steps=prompt.steps,
+        guidance_scale=prompt.scale,
+        output_type="latent",
+        return_dict=False,
+    )
+    return cast(Tensor, latents).float()
+
+
+def _pipeline(unet: Any) -> Any:
+    """diffusers' loop around this UNet itself; text comes encoded, and latents leave as they are."""
+    # Its import says things that `quiet_libraries` must come before.
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline: Any = StableDiffusionXLPipeline(
+        unet=unet,
+        scheduler=None,
+        vae=None,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _picture(vae: Any, latents: Tensor, number: int) -> Image.Image:
+    (pixels,) = vae.decode(latents / LATENT_SCALE, return_dict=False)
+    if not pixels.isfinite().all():
+        _log.warning(
+            "sample %02d is not a picture: it has NaN. Training has diverged, or --mixed_precision fp16 overflows",
+            number,
+        )
+    return cast(Image.Image, VaeImageProcessor().postprocess(pixels.nan_to_num(), output_type="pil")[0])
+
+
+def _write(
+    picture: Image.Image, folder: Path, options: Options, step: int, epoch: int | None, number: int, prompt: Prompt
+) -> Path:
+    seed = "" if prompt.seed is None else f"_{prompt.seed}"
+    name = f"{_round(options, step, epoch)}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
+    return _write_png(folder / "sample" / name, picture)
+
+
+def _write_png(path: Path, picture: Image.Image) -> Path:
+    data = io.BytesIO()
+    picture.save(data, "png")
+    write_bytes(path, data.getvalue())
+    return path
+
+
+def _round(options: Options, step: int, epoch: int | None) -> str:
+    """What the names of all pictures of one moment begin with; sd-scripts' form."""
+    name = f"{options.output_name}_" if options.output_name else ""
+    return f"{name}{step:06d}" if epoch is None else f"{name}e{epoch:06d}"
+
+
+def write_sheet(
+    prompts: Sequence[Prompt], options: Options, folder: Path, *, step: int, epoch: int | None = None
+) -> Path:
+    """One page with the pictures that all processes have drawn at this moment; called by one of them, after all drew.
+
+    Raises OutputError if it cannot be written.
+    """
+    start = _round(options, step, epoch)
+    drawn = [(_newest(folder / "sample", start, number), number, prompt) for number, prompt in enumerate(prompts)]
+    cells = [_cell(path, number, prompt) for path, number, prompt in drawn if path is not None]
+    moment = f"step {step}" if epoch is None else f"epoch {epoch}, step {step}"
+    title = f"{options.output_name}, {moment}" if options.output_name else moment
+    return _write_png(folder / "sample" / f"{start}_sheet.png", contact_sheet(title, cells))
+
+
+def _newest(folder: Path, start: str, number: int) -> Path | None:
+    """The last picture of this name: an earlier run may have left others. Names begin with the time, so they sort."""
+    found = folder.glob(f"{glob.escape(f'{start}_{number:02d}')}_*.png")
+    return max(found, key=lambda path: path.name, default=None)
+
+
+def _cell(path: Path, number: int, prompt: Prompt) -> Cell:
+    seed = "random seed" if prompt.seed is None else f"seed {prompt.seed}"
+    return Cell(
+        Image.open(path),
+        f"{number:02d}  {prompt.prompt}",
+        f"{prompt.width} × {prompt.height}, {seed}, {prompt.sampler}, {prompt.steps} steps, scale {prompt.scale:g}",
+    )

@@ -1,0 +1,423 @@
+"""What a run leaves on the disk: when it saves, under which names, what it keeps, and state folders for --resume.
+
+Everything is written beside its place and renamed when complete, so that whatever has its name is whole. Names and
+numbers are sd-scripts'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorashrink._version import __version__
+from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
+from lorashrink.files import DTYPES, SafetensorsWriter, cast, open_tensors, tensor_info, write_bytes
+from lorashrink.metadata import LEGACY_HASH, MODEL_HASH, with_hashes, with_placeholders
+from lorashrink.train.options import Options
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from lorashrink.train.data import Data
+
+_log = logging.getLogger(__name__)
+
+NETWORK_FILE, STATE_FILE = "network.safetensors", "train_state.json"
+
+_PRECISIONS = {"float": "F32", "fp16": "F16", "bf16": "BF16"}
+_FORMAT_NAMES = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
+
+
+# --- how long ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long a run is. An epoch ends with a step even if fewer batches than `accumulation` are left for it."""
+
+    batches_per_epoch: int  # of one process
+    accumulation: int  # batches of one process per step
+    steps_per_epoch: int
+    epochs: int
+    steps: int
+
+
+def run_length(options: Options, batches_per_epoch: int) -> Length:
+    """The length of a run whose processes have `batches_per_epoch` batches each; --max_train_epochs wins."""
+    accumulation = options.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(batches_per_epoch / accumulation)
+    steps = options.max_train_steps if options.max_train_epochs is None else options.max_train_epochs * steps_per_epoch
+    return Length(batches_per_epoch, accumulation, steps_per_epoch, math.ceil(steps / steps_per_epoch), steps)
+
+
+# --- when and under which name -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Where files and state folders go. Without a name, sd-scripts' words stand for it."""
+
+    folder: Path
+    name: str | None
+    extension: str  # without dot
+
+    def epoch_file(self, epoch: int) -> Path:
+        """The file after this epoch, counted from 1."""
+        return self.folder / f"{self.name or 'epoch'}-{epoch:06d}.{self.extension}"
+
+    def step_file(self, step: int) -> Path:
+        """The file after this step."""
+        return self.folder / f"{self.name or 'at'}-step{step:08d}.{self.extension}"
+
+    def final_file(self) -> Path:
+        """The file at the end."""
+        return self.folder / f"{self.name or 'last'}.{self.extension}"
+
+    def epoch_state(self, epoch: int) -> Path:
+        """The state folder after this epoch, counted from 1."""
+        return self.folder / f"{self.name or 'epoch'}-{epoch:06d}-state"
+
+    def step_state(self, step: int) -> Path:
+        """The state folder after this step."""
+        return self.folder / f"{self.name or 'at'}-step{step:08d}-state"
+
+    def final_state(self) -> Path:
+        """The state folder at the end."""
+        return self.folder / f"{self.name or 'last'}-state"
+
+
+def names(options: Options) -> Names:
+    """The names of this run's files.
+
+    Raises:
+        UsageError: --output_name is a path.
+    """
+    name = options.output_name
+    if name is not None and (name in (".", "..") or set(name) & set("/\\\0")):
+        raise UsageError(f"--output_name {name}: must be a name and no path; the folder goes into --output_dir")
+    if name == "":
+        _log.warning("--output_name is empty; files are named epoch-..., at-step... and last")
+    return Names(Path(options.output_dir or ""), name or None, options.save_model_as)
+
+
+def epochs_between_saves(options: Options, epochs: int) -> int | None:
+    """After how many epochs a file is saved; --save_n_epoch_ratio wins. None: not after epochs."""
+    if options.save_n_epoch_ratio is not None and options.save_n_epoch_ratio > 0:
+        return max(1, epochs // options.save_n_epoch_ratio)
+    return options.save_every_n_epochs
+
+
+def epochs_due(every: int | None, epochs: int) -> range:
+    """The epochs, counted from 1, after which a file is saved. Not the last one, whose file is the final one."""
+    return range(every, epochs, every) if every and every > 0 else range(0)
+
+
+def steps_due(every: int | None, steps: int) -> range:
+    """The steps after which a file is saved; as in sd-scripts, the last may be among them."""
+    return range(every, steps + 1, every) if every and every > 0 else range(0)
+
+
+def expired_epoch(epoch: int, every: int, keep: int | None) -> int | None:
+    """The epoch whose file goes when that of `epoch` is there and the last `keep` files stay."""
+    if keep is None:
+        return None
+    expired = epoch - every * max(keep, 1)
+    return expired if expired > 0 else None
+
+
+def expired_step(step: int, every: int, keep: int | None) -> int | None:
+    """The step whose file goes when that of `step` is there and files of the last `keep` steps stay."""
+    if keep is None:
+        return None
+    expired = (step - max(keep, 0) - 1) // every * every
+    return expired if expired > 0 else None
+
+
+def expired_after_epoch(options: Options, where: Names, epoch: int, every: int) -> list[Path]:
+    """The file and the state folder that go after those of `epoch` were saved."""
+    states = options.save_last_n_epochs_state or options.save_last_n_epochs
+    file = expired_epoch(epoch, every, options.save_last_n_epochs)
+    state = expired_epoch(epoch, every, states) if options.save_state else None
+    return [*([where.epoch_file(file)] if file else []), *([where.epoch_state(state)] if state else [])]
+
+
+def expired_after_step(options: Options, where: Names, step: int, every: int) -> list[Path]:
+    """The file and the state folder that go after those of `step` were saved."""
+    states = options.save_last_n_steps_state or options.save_last_n_steps
+    file = expired_step(step, every, options.save_last_n_steps)
+    state = expired_step(step, every, states) if options.save_state else None
+    return [*([where.step_file(file)] if file else []), *([where.step_state(state)] if state else [])]
+
+
+def remove(paths: Sequence[Path]) -> None:
+    """Delete those of the files and folders that exist. What cannot be deleted is left with a warning."""
+    for path in paths:
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            _log.warning("%s: is no longer needed but cannot be deleted (%s)", path, error.strerror or error)
+        else:
+            _log.info("deleted %s, as --save_last_n_... asks", path)
+
+
+# --- adapters ------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, precision: str | None = None
+) -> Path:
+    """Write an adapter in the format of its ending; equal inputs give equal bytes. Returns `path`.
+
+    `.safetensors` gets the metadata, and hashes of the contents in it (`sshs_*`); `.ckpt` and `.pt` are dictionaries of
+    tensors without metadata. An older file of the name stays until the new one is complete.
+
+    Args:
+        tensors: on any device, of any floating dtype.
+        precision: dtype of the file: "float", "fp16", "bf16", or None to keep what the tensors have.
+
+    Raises:
+        NonFinite: a tensor has NaN or infinity, or would have in that precision; nothing is written.
+        OutputError: the file cannot be written.
+    """
+    ready = {name: _in_precision(path, name, tensor, precision) for name, tensor in tensors.items()}
+    if path.suffix == ".safetensors":
+        _write_safetensors(path, ready, with_placeholders({**metadata, MODEL_HASH: "", LEGACY_HASH: ""}))
+    else:
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save(ready, buffer)
+        write_bytes(path, buffer.getvalue())
+    return path
+
+
+def _in_precision(path: Path, name: str, tensor: Tensor, precision: str | None) -> Tensor:
+    """The tensor on the CPU as it is written, contiguous."""
+    tensor = tensor.detach()
+    if not tensor.isfinite().all():
+        raise NonFinite(
+            f"{path}: not written, because {name} has NaN or infinity: training has failed. Files saved before are "
+            "good; use a lower learning rate, or --mixed_precision bf16"
+        )
+    written = cast(tensor, _PRECISIONS[precision]) if precision and tensor.is_floating_point() else tensor
+    if not written.isfinite().all():
+        raise NonFinite(
+            f"{path}: not written, because {name} has numbers too large for fp16; use --save_precision bf16"
+        )
+    return written.cpu().contiguous()
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    infos = {
+        name: tensor_info(_FORMAT_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    with SafetensorsWriter(path, infos, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.replace_metadata(with_hashes(metadata, infos, writer.data_chunks))
+        writer.commit()
+
+
+# --- states --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a run stands."""
+
+    epoch: int  # in which it goes on, counted from 1
+    batch: int  # batches of that epoch that each process has done
+    step: int  # steps done since the beginning
+    seed: int
+
+
+# Options that change nothing of what is learned. Folders of pictures may move: the pictures themselves are compared.
+_HARMLESS_BEGINNINGS = ("output_", "save_", "metadata_", "sample_", "log_", "wandb_")
+_HARMLESS = frozenset(
+    {
+        "cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk",
+        "caption_extention", "clip_skip", "config_file", "dataset_config", "dataset_repeats", "debug",
+        "disable_mmap_load_safetensors", "gradient_checkpointing", "highvram", "logging_dir", "lowram",
+        "max_data_loader_n_workers", "network_weights", "no_metadata", "persistent_data_loader_workers", "plan",
+        "reg_data_dir", "resume", "sdpa", "seed", "shrink", "skip_cache_check", "text_encoder_batch_size",
+        "tokenizer_cache_dir", "train_data_dir", "training_comment", "vae_batch_size",
+    }
+)  # fmt: skip
+
+
+def fingerprint(options: Options, data: Data, processes: int) -> dict[str, str]:
+    """What must be equal for a resumed run to be as if it had never been interrupted, as texts to compare and show."""
+    chosen = {
+        row.name: str(getattr(options, row.name))
+        for row in dataclasses.fields(options)
+        if row.name not in _HARMLESS and not row.name.startswith(_HARMLESS_BEGINNINGS)
+    }
+    shown = [
+        (each.subset.folder.name, each.path.name, each.lines, each.repeats, each.subset.is_reg, each.fit.bucket)
+        for dataset in data.datasets
+        for each in dataset.pictures
+    ]
+    digest = hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+    return {**chosen, "pictures and captions": f"{len(shown)}, {digest[:8]}", "processes": str(processes)}
+
+
+def save_state(
+    folder: Path, accelerator: Accelerator, network: Mapping[str, Tensor], position: Position, asked: Mapping[str, str]
+) -> None:
+    """Write what `load_state` needs to go on exactly. Every process calls this; each writes its random state.
+
+    The folder appears when it is complete; an older one of the name stays until then.
+
+    Args:
+        accelerator: with optimizer and scheduler prepared, and not the network.
+        network: its raw parameters and buffers.
+        asked: the `fingerprint` of the run.
+
+    Raises:
+        NonFinite: the network has NaN or infinity.
+        OutputError: the folder cannot be written.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    main = accelerator.is_main_process
+    try:
+        if main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(unfinished))
+        accelerator.wait_for_everyone()
+        if main:
+            ready = {name: _in_precision(folder, name, tensor, None) for name, tensor in network.items()}
+            _write_safetensors(unfinished / NETWORK_FILE, ready, {})
+            write_bytes(unfinished / STATE_FILE, _state_text(position, asked).encode())
+            _flush(unfinished)
+            _replace_folder(unfinished, folder)
+        accelerator.wait_for_everyone()
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OutputError(
+            f"{folder}: the state cannot be written ({reason}). Earlier states are as they were"
+        ) from error
+    finally:
+        if main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _state_text(position: Position, asked: Mapping[str, str]) -> str:
+    entries = {
+        "current_epoch": position.epoch,
+        "current_step": position.step,
+        "batch": position.batch,
+        "seed": position.seed,
+        "version": __version__,
+        "options": dict(asked),
+    }
+    return json.dumps(entries, indent=2) + "\n"
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        with open(path, "rb+") as handle:
+            os.fsync(handle.fileno())
+
+
+def _replace_folder(new: Path, place: Path) -> None:
+    old = place.with_name(f".{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(place, old)
+    os.replace(new, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def peek_state(folder: Path) -> dict[str, Any]:
+    """The `train_state.json` of a state folder: current_epoch, current_step, batch, seed, version, options.
+
+    Raises:
+        InputError: there is no such folder, or it is none that lorashrink completed.
+    """
+    path = folder / STATE_FILE
+    if not folder.is_dir():
+        raise InputError(f"--resume {folder}: no such folder; it must be a state folder, whose name ends in -state")
+    if not path.is_file() or not (folder / NETWORK_FILE).is_file():
+        raise InputError(
+            f"--resume {folder}: {STATE_FILE} or {NETWORK_FILE} is missing; only folders that --save_state of "
+            "lorashrink wrote can be resumed"
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [found[key] for key in ("current_epoch", "current_step", "batch", "seed")]
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError("a number is not one")
+        if not isinstance(found["version"], str) or not isinstance(found["options"], dict):
+            raise ValueError("an entry has the wrong type")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); resume from another state folder") from None
+    return dict(found)
+
+
+def load_state(
+    folder: Path,
+    accelerator: Accelerator,
+    load_network: Callable[[dict[str, Tensor]], object],
+    asked: Mapping[str, str],
+    seed: int | None = None,
+) -> Position:
+    """Go back to a saved state; every process calls this. Options that are not as they were are named in a warning.
+
+    Args:
+        accelerator: as in `save_state`.
+        load_network: takes the raw parameters and buffers.
+        asked: the `fingerprint` of this run.
+        seed: --seed; the state's own is used in any case.
+
+    Raises:
+        InputError: the folder is missing or damaged, or belongs to another network or optimizer.
+    """
+    from accelerate.utils import load
+
+    found = peek_state(folder)
+    randomness = folder / f"random_states_{accelerator.process_index}.pkl"
+    try:
+        with open_tensors(folder / NETWORK_FILE) as store:
+            load_network({name: store.read(name) for name in store.tensors})
+        if randomness.is_file():
+            load(randomness)  # because accelerate says nothing when it cannot
+        accelerator.load_state(str(folder))
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"--resume {folder}: cannot be loaded; it is damaged, or from a run with another network or optimizer "
+            f"({error})"
+        ) from error
+    if changed := changes(found["options"], asked):
+        _log.warning(
+            "--resume: the run will not be as if it had not been interrupted, because these changed: %s",
+            "; ".join(changed),
+        )
+    if seed is not None and seed != found["seed"]:
+        _log.warning("--resume: --seed %d is ignored; the run goes on with its own, %d", seed, found["seed"])
+    return Position(found["current_epoch"], found["batch"], found["current_step"], found["seed"])
+
+
+def changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What differs between the fingerprints of a state and of the run that resumes it."""
+    differing = [key for key in dict.fromkeys((*now, *then)) if then.get(key) != now.get(key)]
+    return [f"{key} {now.get(key)} (was {then.get(key)})" for key in differing]
