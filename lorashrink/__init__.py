@@ -18,15 +18,18 @@ if TYPE_CHECKING:
     from lorashrink.base_norms import norms
     from lorashrink.bases import open_base
     from lorashrink.batch import resize
+    from lorashrink.comparison import compare
     from lorashrink.conversion import convert
     from lorashrink.demonstration import demo
     from lorashrink.extraction import extract
     from lorashrink.inspection import inspect
     from lorashrink.recipe import Recipe
+    from lorashrink.sweeping import sweep
 
 # Imported when first used, because torch takes longer to import than most commands take to run.
 _WHERE = {
     "Recipe": "recipe",
+    "compare": "comparison",
     "convert": "conversion",
     "demo": "demonstration",
     "extract": "extraction",
@@ -35,12 +38,14 @@ _WHERE = {
     "open_adapter": "adapters",
     "open_base": "bases",
     "resize": "batch",
+    "sweep": "sweeping",
 }
 
 __all__ = [
     "LorashrinkError",
     "Recipe",
     "__version__",
+    "compare",
     "convert",
     "demo",
     "extract",
@@ -49,6 +54,7 @@ __all__ = [
     "open_adapter",
     "open_base",
     "resize",
+    "sweep",
 ]
 
 

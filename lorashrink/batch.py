@@ -106,11 +106,7 @@ def resize(
     hint = "--force to replace it or --skip-existing to keep it"
     inputs = [*sources, *base_files(base)]
     check_outputs(targets, inputs, force=force or skip_existing or dry_run, hint=hint)
-    for recipe in wanted:
-        if recipe.needs_base and base is None:
-            # A base that is missing or damaged was taken for an adapter, and its own error says more.
-            open_adapter(sources[0]).close()
-            raise RecipeError(f"recipe '{recipe}' needs the base checkpoint; give it first or with --base.")
+    check_needs(wanted, base, sources[0])
     return shrink(
         targets,
         partial(_open, naming=naming, target=reader, strict=strict),
@@ -127,6 +123,20 @@ def resize(
         options=(f",naming={naming}" if naming else "") + (f",target={target}" if target else ""),
         progress=progress,
     )
+
+
+def check_needs(recipes: Sequence[Recipe], base: str | Path | None, source: Path) -> None:
+    """That recipes which need a base have one.
+
+    Raises:
+        RecipeError: one has none.
+        InputError: the first adapter cannot be read, and may be the base that was meant.
+    """
+    for recipe in recipes:
+        if recipe.needs_base and base is None:
+            # A base that is missing or damaged was taken for an adapter, and its own error says more.
+            open_adapter(source).close()
+            raise RecipeError(f"recipe '{recipe}' needs the base checkpoint; give it first or with --base.")
 
 
 def _open(source: Path, base: Base | None, *, naming: str | None, target: Target | None, strict: bool) -> Adapter:

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from lorashrink.comparison import BlockDifference, Comparison, LayerDifference
     from lorashrink.inspection import AdapterTable, Inspection
     from lorashrink.results import ConversionReport, FileResult, Report
+    from lorashrink.sweeping import Sweep
 
 app = typer.Typer(
     help="Look inside LoRA adapters and shrink them against their base checkpoint.",
@@ -207,6 +209,54 @@ def inspect(
 
 
 @app.command()
+def compare(
+    files: Annotated[
+        list[str], typer.Argument(metavar="[BASE] A B", help="Two adapters: files or PEFT folders; A is the reference.")
+    ],
+    base: Base = None,
+    device: Device = "auto",
+    jobs: Jobs = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the difference of each block into this .png or .svg.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    as_csv: Csv = None,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="List every layer.")] = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare what two adapters add to the base, whatever their names, families and ranks.
+
+    Example: lorashrink compare lora.safetensors shrunk.safetensors
+    """
+    with _session(verbose, quiet, debug, as_json) as progress:
+        for path in (as_csv, plot):
+            _check_csv(path, files, force)
+        if plot:
+            from lorashrink.plots import style
+
+            style.check(plot)
+        base, adapters = _split_base(files, base)
+        if len(adapters) != 2:
+            raise UsageError(f"compare: takes two adapters, A and B, and was given {len(adapters)}.")
+        from lorashrink.comparison import compare as run
+
+        comparison = run(*adapters, base=base, device=device, jobs=jobs, progress=progress)
+        if plot:
+            from lorashrink.plots.difference import difference_per_block
+
+            style.save(difference_per_block(comparison), plot)
+        if as_csv:
+            rows = (*comparison.layers, *comparison.only_a, *comparison.only_b)
+            _write_csv(as_csv, [_plain(row) for row in rows])
+    if as_json:
+        _print_json(_plain(comparison))
+    elif not quiet:
+        _print_comparison(comparison, verbose)
+
+
+@app.command()
 def extract(
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The fine-tuned checkpoint or folder.")],
     base: Annotated[Path, typer.Argument(metavar="BASE", help="The checkpoint that it was tuned from.")],
@@ -346,6 +396,61 @@ def demo(
         typer.echo(f"$ {outcome.command}")
         _print_report(outcome.report, verbose, dry_run=False)
         typer.echo(f"rank of each block before and after: {outcome.picture}")
+
+
+@app.command()
+def sweep(
+    adapter: Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="One adapter: a file or PEFT folder.")],
+    recipe: Recipes = None,
+    sizes: Annotated[str | None, typer.Option("--sizes", help="Sizes to try, in MiB: 4,8,16,32.")] = None,
+    base: Base = None,
+    dtype: Dtype = "same",
+    device: Device = "auto",
+    jobs: Jobs = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw size against error into this .png or .svg.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+    as_csv: Csv = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Try many recipes on one adapter: size against error, and which to begin with. Writes no adapter.
+
+    Example: lorashrink sweep -r fro_ckpt=1,thr=-4.5..-2.5/9 -r rank=4 model.safetensors lora.safetensors
+    """
+    with _session(verbose, quiet, debug, as_json) as progress:
+        for path in (as_csv, plot):
+            _check_csv(path, adapter, force)
+        if plot:
+            from lorashrink.plots import style
+
+            style.check(plot)
+        base, adapters = _split_base(adapter, base)
+        if len(adapters) > 1:
+            raise UsageError(f"{adapters[1]}: a sweep takes one adapter.")
+        from lorashrink.sweeping import sweep as run
+
+        result = run(
+            adapters[0],
+            base=base,
+            recipes=recipe or (),
+            sizes=_numbers("--sizes", sizes),
+            dtype=dtype,
+            device=device,
+            jobs=jobs,
+            progress=progress,
+        )
+        if plot:
+            from lorashrink.plots.quality import size_and_error
+
+            style.save(size_and_error(result), plot)
+    if as_csv:
+        _write_csv(as_csv, [_plain(point) for point in result.points])
+    if as_json:
+        _print_json({"version": __version__, **_plain(result)})
+    elif not quiet:
+        _print_sweep(result)
 
 
 # The trainer has a parser of its own, because its flags are those of another program.
@@ -580,6 +685,113 @@ def _print_details(console: Console, each: FileResult, verbose: int) -> None:
             console.print(f"removed {removed.name}: {removed.reason}", markup=False)
         for kept in each.verbatim:
             console.print(f"verbatim {kept.key}: {kept.reason}", markup=False)
+
+
+def _numbers(option: str, text: str | None) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise UsageError(f"{option} {text}: numbers with commas between them, such as 4,8,16.") from None
+
+
+def _print_sweep(result: Sweep) -> None:
+    console = _console()
+    table = _table("recipe", "size", "of before", "error", "energy", "mean rank", "best")
+    for point in result.points:
+        table.add_row(
+            point.recipe,
+            _size(point.bytes),
+            _share(point.bytes / result.bytes),
+            _share(point.relative_error),
+            _number(point.energy),
+            _number(point.mean_rank, ".1f"),
+            "*" if point.best else "",
+        )
+    console.print(table)
+    console.print("* no other recipe is both smaller and closer", markup=False)
+    if result.suggestion:
+        console.print(f"begin with -r {result.suggestion.recipe}: {result.suggestion.reason}", markup=False)
+
+
+def _print_comparison(comparison: Comparison, verbose: int) -> None:
+    console = _console()
+    a, b, total = comparison.a, comparison.b, comparison.total
+    everything = [*comparison.layers, *comparison.only_a, *comparison.only_b]
+    columns = ("norm of A", "norm of B", "error", "energy", "cosine")
+    if verbose:
+        layers = _table("layer", *columns, "rank", "flags")
+        for row in everything:
+            ranks = f"{row.rank_a or '-'} -> {row.rank_b or '-'}"
+            layers.add_row(row.name, *_difference(row), ranks, " ".join(row.flags))
+        console.print(layers)
+    blocks = _table("block", *columns)
+    for block in comparison.blocks:
+        blocks.add_row(block.block, *_difference(block))
+    console.print(blocks)
+    for which, rows in (("A", comparison.only_a), ("B", comparison.only_b)):
+        if rows:
+            console.print(f"{len(rows)} only in {which}: {_some([row.name for row in rows], verbose)}", markup=False)
+    for flag, meaning in _LEFT_OUT.items():
+        if flagged := [row.name for row in everything if flag in row.flags]:
+            console.print(f"{meaning}: {_some(flagged, verbose)}", markup=False)
+    if comparison.others or comparison.others_equal:
+        keys = [str(other.a or other.b) for other in comparison.others]
+        console.print(
+            f"tensors beside the layers: {comparison.others_equal} equal, {len(keys)} not"
+            + (f": {_some(keys, verbose)}" if keys else ""),
+            markup=False,
+        )
+    for entry in comparison.metadata:
+        console.print(f"metadata {entry.key}: {_shortened(entry.a)} -> {_shortened(entry.b)}", markup=False)
+    for letter, side in (("A", a), ("B", b)):
+        ranks = " to ".join(map(str, dict.fromkeys(side.ranks))) or "none"
+        facts = f"{_size(side.bytes)}, {side.layers} layers of rank {ranks}, {side.algo}, {side.dtype}"
+        console.print(f"{letter} {side.path}: {facts}", markup=False)
+    console.print(_verdict(total, b.bytes / a.bytes), markup=False)
+
+
+_LEFT_OUT = {
+    "needs_base": "left out, for want of the base weight",
+    "nan_a": "left out, because A holds NaN or infinity",
+    "nan_b": "left out, because B holds NaN or infinity",
+}
+
+
+def _verdict(total: BlockDifference, bytes_kept: float) -> str:
+    """The whole comparison in one sentence."""
+    size = f"{100 * bytes_kept:.3g} % of its bytes"
+    if total.relative_difference is None:
+        return f"A adds nothing that B could be measured against; B has {size}"
+    if total.difference == 0:
+        return f"B adds exactly what A adds, with {size}"
+    error = _percent(total.relative_difference)
+    facts = f"cosine {_number(total.cosine, '.6g')}, norm {_number(total.fro_a)} -> {_number(total.fro_b)}"
+    if total.cosine is None or total.cosine < 0.5:
+        return f"B is not A: the difference is {error} of A, with {size} ({facts})"
+    return f"B is A with {error} error, {size} ({facts})"
+
+
+def _difference(row: BlockDifference | LayerDifference) -> tuple[str, ...]:
+    error = "-" if row.relative_difference is None else _percent(row.relative_difference)
+    return _number(row.fro_a), _number(row.fro_b), error, _share(row.energy_kept), _number(row.cosine)
+
+
+def _percent(share: float) -> str:
+    """Three digits, but for what is too small to matter."""
+    return "< 0.0001 %" if 0 < share < 1e-6 else f"{100 * share:.3g} %"
+
+
+def _some(names: Sequence[str], verbose: int) -> str:
+    """Which, or the first ones and how many there are."""
+    shown = names if verbose else names[:3]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(shown) < len(names) else "")
+
+
+def _shortened(text: str | None) -> str:
+    if not text:
+        return "(none)" if text is None else "(empty)"
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else f"{line[:57]}..."
 
 
 def _print_inspection(inspection: Inspection) -> None:

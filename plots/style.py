@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from lorashrink.errors import OutputError, UsageError
+from lorashrink.files import write_bytes
 
 BEFORE, AFTER, INK = "#c9d3db", "#0072b2", "#333333"
 
@@ -20,3 +28,36 @@ RC: dict[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
+
+# One colour per curve, in this order (Okabe & Ito 2008, without yellow, which is faint on white).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+
+_FORMATS = ("png", "svg")
+
+
+def check(path: Path) -> str:
+    """The format that the ending of `path` names, found out before the work that leads to the figure.
+
+    Raises:
+        UsageError: it is neither .png nor .svg.
+        OutputError: its folder is missing.
+    """
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in _FORMATS:
+        raise UsageError(f"{path}: figures are written as {' or '.join(f'.{each}' for each in _FORMATS)}.")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}.")
+    return kind
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as the ending of `path` says, .png or .svg; equal figures give equal bytes.
+
+    Raises:
+        UsageError, OutputError: as `check`, or it cannot be written.
+    """
+    kind = check(path)
+    picture = io.BytesIO()
+    with rc_context({"svg.hashsalt": "lorashrink", "svg.fonttype": "none"}):
+        figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    write_bytes(path, picture.getvalue())

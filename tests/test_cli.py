@@ -113,7 +113,9 @@ def test_every_name_in_the_json_is_documented(adapter: Path, base: Path, tmp_pat
     documents = [
         run("resize", "-o", tmp_path, "-r", "fro_ckpt,thr=-1.6", "-v", "--json", base, adapter),
         run("inspect", "--json", "--spectrum", base, adapter),
+        run("compare", "--json", adapter, adapter),
         run("norms", "--json", base, "-o", tmp_path / "norms.json"),
+        run("sweep", "--json", base, adapter),
         run("resize", "--json", tmp_path / "missing.safetensors", "-r", "rank=1", status=2),
         run("resize", "--json", "-r", "nonsense", adapter, status=2),
     ]

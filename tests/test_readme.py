@@ -45,6 +45,8 @@ def test_every_command_works(command: str) -> None:
         save_file(denoiser, "peft.safetensors")
         CliRunner().invoke(app, ["convert", "--naming", "peft", "model.safetensors", "peft.safetensors"])
         Path("peft_peft").rename("peft-folder")
+    if "shrunk.safetensors" in command:
+        CliRunner().invoke(app, ["resize", "-r", "energy=0.99", "-o", "shrunk.safetensors", "lora.safetensors"])
     if "model-norms.json" in command and " norms " not in command:
         CliRunner().invoke(app, ["norms", "model.safetensors", "-o", "model-norms.json"])
     result = CliRunner().invoke(app, shlex.split(command, comments=True)[1:])
