@@ -584,9 +584,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
-    return (
-        f"{path}: cannot be written ({error.strerror or error}). Nothing was left behind; choose another place."
-    )
+    return f"{path}: cannot be written ({error.strerror or error}). Nothing was left behind; choose another place."
 
 
 def _publish(temporary: Path, path: Path) -> None:

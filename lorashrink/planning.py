@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 _SHRINKABLE_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 UNMAPPED = ("keep", "drop", "error")
+
+# A text encoder's layers in kohya's names.
+_ENCODER = re.compile(r"lora_te\d?(?=_text_model_encoder_layers_)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +240,7 @@ def plan(
         metadata=layout.metadata(widths, selection.threshold, relative_error(facts, losses)),
         verbatim=verbatim,
         removed=removed,
-        warnings=_warnings(decomposed, layout, widths),
+        warnings=[*_warnings(decomposed, layout, widths), *_unreadable_encoders(adapter.layers, removed)],
         settings=layout.settings(widths),
         form_sizes=layout.form_sizes(widths, selection.threshold),
     )
@@ -293,6 +297,21 @@ def _warnings(decomposed: Decomposed, layout: _Layout, widths: Sequence[int]) ->
         if first != layer.name:
             warnings.append(f"{first} and {layer.name} change the same weight of the base")
     return warnings
+
+
+def _unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> list[str]:
+    """diffusers tells the kind of a text encoder's keys by those of its out_proj, and refuses files without any."""
+    encoders: dict[str, list[str]] = {}
+    for layer in layers:
+        if found := _ENCODER.match(layer.name):
+            encoders.setdefault(found[0], []).append(layer.name)
+    return [
+        f"{encoder} keeps other layers but no self_attn_out_proj, and diffusers 0.42 cannot load such a file; "
+        "min_rank=1 in the recipe helps, or --naming diffusers"
+        for encoder, names in encoders.items()
+        if any(name not in removed for name in names)
+        and all(name in removed for name in names if name.endswith("out_proj"))
+    ]
 
 
 class _Layout:

@@ -223,6 +223,21 @@ def test_uniform_pads_with_zeros_only_past_a_layers_own_rank(tmp_path: Path) -> 
     assert float(tensors["lora_unet_b.alpha"]) == 6
 
 
+def test_a_text_encoder_that_diffusers_could_not_tell_apart_is_pointed_out(tmp_path: Path) -> None:
+    up, down = pair()
+    layers = {
+        f"lora_te{encoder}_text_model_encoder_layers_0_self_attn_{name}": (up * strength, down.clone(), 8.0)
+        for encoder, name, strength in ((1, "q_proj", 1), (1, "out_proj", 1e-6), (2, "q_proj", 1), (2, "out_proj", 1))
+    }
+    path = make(tmp_path / "a.safetensors", layers)
+    (shrunk,) = resize(path, recipes="thr=-1", output=tmp_path / "out").results
+    assert [removed.name for removed in shrunk.removed] == ["lora_te1_text_model_encoder_layers_0_self_attn_out_proj"]
+    (warning,) = shrunk.warnings
+    assert warning.startswith("lora_te1 keeps other layers but no self_attn_out_proj")
+    (whole,) = resize(path, recipes="thr=-1,min_rank=1", output=tmp_path / "out").results
+    assert not whole.warnings
+
+
 def test_nothing_is_dropped_silently(tmp_path: Path) -> None:
     source = tmp_path / "a.safetensors"
     up, down = pair()

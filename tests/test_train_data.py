@@ -579,3 +579,12 @@ def test_token_warm_up_follows_the_optimizer_steps(tmp_path: Path, caplog: pytes
     counts = [len(batch.captions[0].split(", ")) for epoch in (1, 2, 3) for batch in reading.epoch(epoch)]
     # floor(step / 4 · (5 - 1)) + 1 tags, two batches per step.
     assert counts == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5, 5]
+
+
+def test_pictures_that_a_note_turns_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_pictures(tmp_path / "1_x", {"a.png": SQUARE, "b.jpg": SQUARE})
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.open(folder / "b.jpg").save(folder / "b.jpg", exif=exif)
+    scan(options(tmp_path))
+    assert "1 pictures are turned only by a note" in caplog.text

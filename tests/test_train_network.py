@@ -160,7 +160,7 @@ def test_every_matrix_of_the_unet_gets_the_name_that_single_files_have_for_it(sd
     }
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     found = {e.kohya: tuple(e.module.weight.shape) for e in named_modules(sdxl.unet, ()) if isinstance(e.module, kinds)}
-    assert len(found) == 794  # trainer.md: Linear and Conv2d of SDXL's UNet
+    assert len(found) == 794  # Linear and Conv2d of SDXL's UNet
     assert found == {name: shape for name, shape in weights.items() if len(shape) > 1}
 
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorashrink.errors import InputError, OutputError, UsageError
-from lorashrink.train.options import INTERPOLATIONS, SAMPLERS, UNSUPPORTED, Options, parse, parser, write_config
+from lorashrink.prompts import SAMPLERS
+from lorashrink.train.options import INTERPOLATIONS, UNSUPPORTED, Options, parse, parser, write_config
 
 # (type, default) -> flags; "flag" takes no value, "*" takes several. sd-scripts' Path is a text here, its None of
 # several values an empty tuple.

@@ -16,6 +16,7 @@ from lorashrink.errors import UsageError
 from lorashrink.recipe import parse_recipes
 from lorashrink.train.network_args import check_network_args
 from lorashrink.train.options import Options
+from lorashrink.train.saving import peek_state
 
 LEARNING_RATES = (
     "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
@@ -41,11 +42,20 @@ def check(options: Options) -> list[str]:
             raise UsageError(message.format(o=options))
     parse_recipes(options.shrink)
     _check_packages(options)
+    _check_state(options)
     return [
         *_check_sizes(options),
         *(message.format(o=options) for applies, message in _NOTED if applies(options)),
         *check_network_args(options),
     ]
+
+
+def _check_state(options: Options) -> None:
+    """That there is something left to do after --resume; how long epochs are is not known yet."""
+    if options.resume and not options.plan and options.max_train_epochs is None:
+        step = peek_state(Path(options.resume))["current_step"]
+        if step >= options.max_train_steps:
+            raise UsageError(f"--resume {options.resume}: it stands at step {step}, the last; raise --max_train_steps")
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -81,12 +91,16 @@ _PATHS: tuple[tuple[tuple[str, ...], str, Callable[[Path], bool]], ...] = (
 )
 
 
+_HUB = ". lorashrink downloads nothing by itself; `hf download MODEL --local-dir FOLDER` fetches one into FOLDER"
+
+
 def _check_paths(options: Options) -> None:
     for names, kind, exists in _PATHS:
         for name in names:
             for path in _several(getattr(options, name)):
                 if not exists(Path(str(path))):
-                    raise UsageError(f"--{name}: there is no {kind} {path}")
+                    hint = _HUB if name in _EITHER else ""
+                    raise UsageError(f"--{name}: there is no {kind} {path}{hint}")
     for name in ("output_dir", "logging_dir"):
         if path := getattr(options, name):
             _check_place(name, Path(path))

@@ -9,7 +9,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lorashrink.errors import LorashrinkError, UsageError
@@ -38,9 +39,8 @@ def main(arguments: Sequence[str], program: str = "lorashrink train") -> int:
             return DONE
         _warn(options)
         if options.plan:
-            from lorashrink.train.plan import plan
-
-            sys.stdout.write(f"{plan(options)}\n")
+            if speaks:
+                sys.stdout.write(f"{_plan(options)}\n")
             return DONE
         session = _prepare(options)
         status, speaks = STOPPED, True
@@ -54,12 +54,24 @@ def main(arguments: Sequence[str], program: str = "lorashrink train") -> int:
 
 
 def _prepare(options: Options) -> Session:
-    try:
+    with _installed():
         from lorashrink.train.preparing import prepare
+    return prepare(options)
+
+
+def _plan(options: Options) -> str:
+    with _installed():
+        from lorashrink.train.plan import plan
+    return plan(options)
+
+
+@contextmanager
+def _installed() -> Iterator[None]:
+    try:
+        yield
     except ModuleNotFoundError as error:
         missing = f"training needs {error.name}, which is not installed"
         raise UsageError(f"{missing}: pip install 'lorashrink[train]'") from None
-    return prepare(options)
 
 
 def _warn(options: Options) -> None:

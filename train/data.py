@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lorashrink.errors import InputError, UsageError
 from lorashrink.train import seeds
@@ -136,7 +136,7 @@ def scan(options: Options) -> Data:
     return data
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Read:
     """What one folder holds."""
 
@@ -144,6 +144,7 @@ class _Read:
     pictures: list[Picture]
     bare: list[Picture]  # those of them without a caption file
     skipped: list[tuple[Path, str]]
+    turned: int = 0  # pictures that a note in the file says to turn
 
 
 def _read(subset: Subset, rules: BucketRules) -> _Read:
@@ -153,6 +154,8 @@ def _read(subset: Subset, rules: BucketRules) -> _Read:
         try:
             with Image.open(path) as image:
                 size = image.size
+                # Without such an entry PIL would read the whole picture to look for one.
+                found.turned += "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
             fitted = fit(size, rules, table)
         except (InputError, *_UNREADABLE) as error:
             found.skipped.append((path, _reason(error)))
@@ -181,6 +184,11 @@ def _report(read: Sequence[_Read], skipped: Sequence[tuple[Path, str]]) -> None:
     if skipped:
         names = "; ".join(f"{path}: {reason}" for path, reason in skipped)
         _log.warning("%d pictures cannot be used and are left out: %s", len(skipped), names)
+    if turned := sum(one.turned for one in read):
+        _log.warning(
+            "%d pictures are turned only by a note in the file (EXIF), which training does not read; save them upright",
+            turned,
+        )
     bare = [picture for one in read for picture in one.bare]
     named = [picture for picture in bare if picture.subset.class_words]
     empty = [picture for picture in bare if not picture.subset.class_words]

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lorashrink.errors import LorashrinkError, NonFinite
+from lorashrink.prompts import Prompt
 from lorashrink.train import samples, saving
 from lorashrink.train.data import Data
 from lorashrink.train.loader import Loader
@@ -43,7 +44,7 @@ class Session:
     position: Position
     facts: Facts
     names: Names
-    prompts: tuple[samples.Prompt, ...]
+    prompts: tuple[Prompt, ...]
     log_folder: Path | None
     _recent: deque[float] = field(default_factory=deque)
     _shrunk: dict[Path, list[Path]] = field(default_factory=dict)

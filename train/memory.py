@@ -84,15 +84,19 @@ class Activations:
 def count_activations(model: Model, network: Network, options: Options, batch: int, size: Size) -> Activations:
     """Run the text encoders and the UNet once, and count the storages that autograd keeps of it.
 
-    On the meta device attention counts as a fused kernel (its inputs, output and a number per query), and arithmetic in
-    half precision as with CUDA's autocast. Not counted: the loss, dropout, what fused kernels of LyCORIS keep in
-    another dtype, and passing memory of single operations. The model is left set up for checkpointing.
+    On the meta device attention counts as a fused kernel (its inputs, output and one number per query), and arithmetic
+    in half precision as under CUDA's autocast, whose normalisations are float32. LyCORIS counts with its plain torch
+    arithmetic (its Triton kernels keep float32 where autocast keeps half precision). Not counted are the loss, dropout,
+    and what exists only while one operation runs: the peak of a step is up to a twentieth higher.
+
+    The model is left set up for checkpointing, and the network without dropout.
 
     Args:
-        model: applied to it is the network; on any device, on which it is run.
+        model: on any device; the network is applied to it.
         batch: pictures.
-        size: of the pictures, in pixels.
+        size: width and height of the pictures in pixels.
     """
+    network.to(model.unet.device)
     lasting = {_storage(each)._cdata for each in _all_tensors(model, network)}
     everything, outside = _Kept(lasting), _Kept(lasting)
     blocks: list[_Kept] = []

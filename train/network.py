@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ from lorashrink.train.options import Options, read_toml
 
 if TYPE_CHECKING:
     from lorashrink.train.model import Model
+
+# LyCORIS' fused kernels for GPUs know nothing of autocast: they compute and keep in float32 what torch's do in half.
+os.environ.setdefault("LYCORIS_KERNEL_BACKEND", "torch")
 
 _log = logging.getLogger(__name__)
 

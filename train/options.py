@@ -18,11 +18,8 @@ from typing import Any, NoReturn
 
 from lorashrink.errors import InputError, UsageError
 from lorashrink.files import write_bytes
+from lorashrink.prompts import SAMPLERS
 
-SAMPLERS = (
-    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
-    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
-)  # fmt: skip
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 
 

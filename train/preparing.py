@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from tqdm.auto import tqdm
 
-from lorashrink.errors import UsageError
+from lorashrink.errors import LorashrinkError, UsageError
+from lorashrink.prompts import Prompt, read_prompts
+from lorashrink.samplers import check_samplers
 from lorashrink.train import logs, samples, saving
 from lorashrink.train.caches import LatentCache, TextCache, cache_latents, cache_texts
 from lorashrink.train.data import Data, batch_count, scan
@@ -35,8 +39,11 @@ from lorashrink.train.options import Options
 from lorashrink.train.plan import describe
 from lorashrink.train.saving import Length, Position
 from lorashrink.train.stepping import Stepper
+from lorashrink.train.text import CHUNK, token_count
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 def prepare(options: Options) -> Session:
@@ -47,7 +54,7 @@ def prepare(options: Options) -> Session:
     """
     quiet_libraries()
     names = saving.names(options)
-    prompts = samples.read_prompts(Path(options.sample_prompts), options) if options.sample_prompts else ()
+    prompts = _prompts(options)
     log_folder = logs.log_folder(options, datetime.now())
     accelerator = _accelerator(options, log_folder)
     log_folder = _agreed(accelerator, log_folder)
@@ -58,6 +65,7 @@ def prepare(options: Options) -> Session:
     model = load_model(options, accelerator.device)
     for warning in samples.check_prompts(prompts, model.tokenizers[0], accelerator.num_processes, options):
         _log.warning(warning)
+    _warn_of_long_captions(data, model, options)
     network = build_network(model, options)
     network.to(accelerator.device)
     if options.full_bf16:
@@ -109,14 +117,43 @@ def prepare(options: Options) -> Session:
     return Session(stepper, data, loader, rates, length, position, facts, names, prompts, log_folder)
 
 
+def _prompts(options: Options) -> tuple[Prompt, ...]:
+    if not options.sample_prompts:
+        return ()
+    prompts = read_prompts(Path(options.sample_prompts), sampler=options.sample_sampler)
+    check_samplers(prompts)
+    return prompts
+
+
+def _warn_of_long_captions(data: Data, model: Model, options: Options) -> None:
+    limit = options.max_token_length or CHUNK
+    captions = [line for dataset in data.datasets for picture in dataset.pictures for line in picture.lines]
+    long = sum(token_count(model.tokenizers[0], caption) > limit for caption in captions)
+    if long:
+        _log.warning(
+            "%d of %d captions have more than %d tokens, the rest is not read (--max_token_length)",
+            long,
+            len(captions),
+            limit,
+        )
+
+
 def _accelerator(options: Options, log_folder: Path | None) -> Accelerator:
     folder = str(log_folder) if log_folder else None
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=logs.tracker(options),
         project_config=ProjectConfiguration(folder, logging_dir=folder),
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        # Each would train alone, and all would write the same files.
+        raise UsageError(
+            f"{started} processes were started for GPUs that torch does not find; leave out --multi_gpu and --gpu_ids, "
+            "or install the torch that fits your GPUs"
+        )
+    return accelerator
 
 
 def _agreed(accelerator: Accelerator, value: Any) -> Any:
@@ -142,12 +179,24 @@ def _caches(
     texts: TextCache | None = None
     if options.cache_latents:
         with _on(accelerator, [model.vae]), _progress("latents", accelerator) as progress:
-            latents = cache_latents(data, model.vae, options, progress=progress, **where)
+            latents = _in_all(partial(cache_latents, data, model.vae, options, progress=progress, **where))
     if options.cache_text_encoder_outputs:
         with _on(accelerator, list(model.encoders)), _progress("captions", accelerator) as progress:
-            texts = cache_texts(data, model, options, progress=progress, **where)
-    accelerator.wait_for_everyone()
+            texts = _in_all(partial(cache_texts, data, model, options, progress=progress, **where))
     return latents, texts
+
+
+def _in_all(work: Callable[[], _T]) -> _T:
+    """Do the work of this process and wait for the others; what stops one of them is raised in all."""
+    stopped: LorashrinkError | None = None
+    try:
+        result = work()
+    except LorashrinkError as error:
+        stopped = error
+    for each in gather_object([stopped]):
+        if each is not None:
+            raise each
+    return result
 
 
 @contextmanager

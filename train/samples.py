@@ -1,195 +1,33 @@
-"""Pictures drawn while training: prompt files, samplers, and the pictures themselves."""
+"""Pictures drawn while training."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
-import importlib.util
 import io
-import json
 import logging
 import math
 import re
 import time
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-)
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from lorashrink.errors import InputError, UsageError
 from lorashrink.files import write_bytes
 from lorashrink.plots.sheet import Cell, contact_sheet
+from lorashrink.prompts import Prompt
+from lorashrink.samplers import scheduler
 from lorashrink.train.model import LATENT_SCALE, Model, vae_stride, weight_dtype
-from lorashrink.train.options import SAMPLERS, Options
+from lorashrink.train.options import Options
 from lorashrink.train.text import CHUNK, Encoded, encode, token_count, tokenize
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What one picture is drawn from; the defaults are sd-scripts'."""
-
-    prompt: str = ""
-    negative: str = ""
-    width: int = 512  # pixels, a multiple of 8
-    height: int = 512
-    seed: int | None = None  # None: another one each time
-    steps: int = 30
-    scale: float = 7.5  # classifier-free guidance; at 1 and below the negative prompt does nothing
-    sampler: str = "ddim"
-
-
-# --- prompt files ---
-
-
-def read_prompts(path: Path, options: Options) -> tuple[Prompt, ...]:
-    """The prompts of a file, in the forms that sd-scripts reads; what it says beyond them is ignored with a warning.
-
-    .txt: a prompt in each line, followed by ` --n negative prompt --w width --h height --d seed --s steps --l scale
-    --ss sampler`, any of them; lines that begin with # do not count. .json: a list of such lines or of objects. .toml:
-    the same objects as [[prompt.subset]] below what they share in [prompt].
-
-    Raises:
-        UsageError: no such file, another ending, no prompts, a sampler whose package is missing or that cannot draw
-            in so many steps.
-        InputError: not UTF-8, or not the format that its ending names.
-    """
-    if path.suffix.lower() not in _FORMATS:
-        raise UsageError(f"--sample_prompts {path}: the name must end in {', '.join(_FORMATS)}")
-    try:
-        entries = _FORMATS[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"--sample_prompts {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: no valid {path.suffix[1:].lower()} file of prompts in UTF-8 ({error})") from None
-    if not entries:
-        raise UsageError(f"--sample_prompts {path}: no prompts in it")
-    return tuple(
-        _prompt(_switches(entry) if isinstance(entry, str) else entry, f"{path}: sample {number:02d}", options)
-        for number, entry in enumerate(entries)
-    )
-
-
-def _txt(text: str) -> list[str | dict[str, Any]]:
-    return [line.strip() for line in text.split("\n") if line.strip() and not line.startswith("#")]
-
-
-def _toml(text: str) -> list[str | dict[str, Any]]:
-    match tomllib.loads(text):
-        case {"prompt": {"subset": [*subsets], **shared}} if all(isinstance(subset, dict) for subset in subsets):
-            return [shared | subset for subset in subsets]
-    raise ValueError("[[prompt.subset]] is missing")
-
-
-def _json(text: str) -> list[str | dict[str, Any]]:
-    match json.loads(text):
-        case [*entries] if all(isinstance(entry, str | dict) for entry in entries):
-            return entries
-    raise ValueError("it must be a list of lines or objects")
-
-
-_FORMATS: Mapping[str, Callable[[str], list[str | dict[str, Any]]]] = {".txt": _txt, ".toml": _toml, ".json": _json}
-
-
-def _switches(line: str) -> dict[str, Any]:
-    """A line of text as the object that says the same; unknown switches keep their dashes."""
-    prompt, *switches = line.split(" --")
-    values: dict[str, Any] = {"prompt": prompt}
-    for switch in switches:
-        name, _, value = switch.strip().partition(" ")
-        values[_SWITCHES.get(name.lower(), f"--{name}")] = value.strip()
-    return values
-
-
-def _prompt(values: Mapping[str, Any], where: str, options: Options) -> Prompt:
-    made: dict[str, Any] = {"sampler": _sampler(options.sample_sampler)}
-    for key, value in values.items():
-        if value is None:
-            continue
-        try:
-            field, read = _KEYS[key]
-            made[field] = read(value)
-        except (KeyError, ValueError, TypeError):
-            _log.warning("%s: ignored, because it means nothing here: %s %s", where, key, value)
-    prompt = Prompt(**made)
-    try:
-        scheduler(prompt.sampler, v_parameterization=False).set_timesteps(prompt.steps)
-    except ValueError:
-        raise UsageError(
-            f"{where}: the sampler {prompt.sampler} cannot draw in {prompt.steps} steps; give it another --s"
-        ) from None
-    return prompt
-
-
-def _side(value: Any) -> int:
-    return max(64, int(value) // 8 * 8)
-
-
-def _steps(value: Any) -> int:
-    return max(1, min(1000, int(value)))
-
-
-def _seed(value: Any) -> int:
-    # What torch takes. A negative number is no seed in sd-scripts either.
-    if 0 <= int(value) < 2**64:
-        return int(value)
-    raise ValueError(value)
-
-
-def _scale(value: Any) -> float:
-    if math.isfinite(float(value)):
-        return float(value)
-    raise ValueError(value)
-
-
-def _sampler(value: Any) -> str:
-    if value not in SAMPLERS:
-        raise ValueError(value)
-    if _KINDS[value.removeprefix("k_")][0] is LMSDiscreteScheduler and importlib.util.find_spec("scipy") is None:
-        raise UsageError(f"the sampler {value} needs scipy: pip install scipy, or choose another --sample_sampler")
-    return str(value)
-
-
-# sd-scripts' name in .toml and .json -> the field, and how its value is read.
-_KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "prompt": ("prompt", str),
-    "negative_prompt": ("negative", str),
-    "width": ("width", _side),
-    "height": ("height", _side),
-    "seed": ("seed", _seed),
-    "sample_steps": ("steps", _steps),
-    "scale": ("scale", _scale),
-    "sample_sampler": ("sampler", _sampler),
-}
-_SWITCHES: Mapping[str, str] = {
-    "n": "negative_prompt",
-    "w": "width",
-    "h": "height",
-    "d": "seed",
-    "s": "sample_steps",
-    "l": "scale",
-    "ss": "sample_sampler",
-}
 
 
 # (a cat:1.2) is a weight in other programs.
@@ -236,38 +74,6 @@ def due(options: Options, *, step: int, epoch: int | None = None) -> bool:
     every = (options.sample_every_n_epochs if by_epoch else options.sample_every_n_steps) or 0
     number = epoch if by_epoch else step if epoch is None else None
     return every > 0 and number is not None and number % every == 0
-
-
-# --- samplers ---
-
-# Two settings differ from sd-scripts': there clip_sample cuts DDIM's latents to ±1, which washes pictures out, and
-# dpmsolver cannot run, because it needs a last sigma above zero.
-_KINDS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "pndm": (PNDMScheduler, {}),
-    "lms": (LMSDiscreteScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler_a": (EulerAncestralDiscreteScheduler, {}),
-    "heun": (HeunDiscreteScheduler, {"clip_sample": False}),
-    "dpm_2": (KDPM2DiscreteScheduler, {}),
-    "dpm_2_a": (KDPM2AncestralDiscreteScheduler, {}),
-    "dpmsolver": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "dpmsingle": (DPMSolverSinglestepScheduler, {}),
-}
-
-
-def scheduler(sampler: str, *, v_parameterization: bool) -> Any:
-    """diffusers' scheduler for one of `SAMPLERS`, with SDXL's noise schedule. `k_` is an alias, not Karras' sigmas."""
-    kind, settings = _KINDS[sampler.removeprefix("k_")]
-    return kind(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction" if v_parameterization else "epsilon",
-        **settings,
-    )
 
 
 # --- pictures ---

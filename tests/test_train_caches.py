@@ -1,0 +1,813 @@
+"""Latents and captions that are encoded once: in memory, in files, and when files no longer fit."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_sdxl
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
+from lorashrink.train.caches import LatentCache, TextCache, cache_latents, cache_texts, posterior
+from lorashrink.train.data import Data, Picture, scan
+from lorashrink.train.loader import Batch, Loader
+from lorashrink.train.model import Model, encode_pixels, load_model
+from lorashrink.train.options import Options
+from lorashrink.train.text import Encoded, encode, tokenize
+
+SEED = 3
+SKIP = {"skip_cache_check": True}
+# Two buckets: c.png goes to 32x128, the others to 64x64.
+SIZES = {"a.png": (64, 64), "b.png": (96, 64), "c.png": (32, 120), "d.png": (130, 140)}
+CAPTIONS = {"a.png": "a cat, red", "b.png": "a cat, blue", "c.png": "a cat, green", "d.png": "a cat, red"}
+Arrays = dict[str, np.ndarray]
+Damage = Callable[[Path], object]  # of the file at this path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tiny_sdxl.write_model(tmp_path_factory.mktemp("tiny") / "model")
+    return load_model(Options(pretrained_model_name_or_path=str(folder)), torch.device("cpu"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of the pictures, inside the one for --train_data_dir."""
+    return tiny_sdxl.write_pictures(tmp_path / "train" / "2_cat", SIZES, CAPTIONS)
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    """A folder of one picture of 64x64."""
+    return tiny_sdxl.write_pictures(tmp_path / "single" / "1_cat", {"a.png": (64, 64)}, {"a.png": "a cat"})
+
+
+def options(folder: Path, **change: Any) -> Options:
+    return Options(
+        **{
+            "train_data_dir": str(folder.parent),
+            "resolution": "64",
+            "enable_bucket": True,
+            "min_bucket_reso": 32,
+            "max_bucket_reso": 128,
+            "bucket_reso_steps": 32,
+            "caption_extension": ".txt",
+            "max_data_loader_n_workers": 0,
+            "cache_latents_to_disk": True,
+            "cache_text_encoder_outputs_to_disk": True,
+        }
+        | change
+    )
+
+
+def pictures(data: Data) -> list[Picture]:
+    return [picture for dataset in data.datasets for picture in dataset.pictures]
+
+
+def latents(chosen: Options, vae: torch.nn.Module, **where: Any) -> LatentCache:
+    return cache_latents(scan(chosen), vae, chosen, **{"seed": SEED, "rank": 0, "world": 1} | where)
+
+
+def texts(chosen: Options, model: Model, **where: Any) -> TextCache:
+    return cache_texts(scan(chosen), model, chosen, **{"seed": SEED, "rank": 0, "world": 1} | where)
+
+
+def fresh(chosen: Options, vae: torch.nn.Module) -> list[Tensor]:
+    """Latents that no file has touched, of each picture as it is."""
+    in_memory = replace(chosen, cache_latents_to_disk=False)
+    cache = latents(in_memory, vae)
+    return [cache.get(picture, False) for picture in pictures(scan(in_memory))]
+
+
+def all_equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(torch.equal(*pair) for pair in zip(left, right, strict=True))
+
+
+def got(cache: LatentCache, chosen: Options) -> list[Tensor]:
+    return [cache.get(picture, False) for picture in pictures(scan(chosen))]
+
+
+def parts(encoded: Encoded) -> list[Tensor]:
+    return [encoded.hidden1, encoded.hidden2, encoded.pooled]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What all files but pictures and captions hold."""
+    kept = (path for path in folder.iterdir() if path.suffix not in {".png", ".jpg", ".txt"})
+    return {path.name: path.read_bytes() for path in kept}
+
+
+def read(path: Path) -> Arrays:
+    with path.open("rb") as file, np.load(file) as arrays:
+        return dict(arrays)
+
+
+def write(path: Path, arrays: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+# --- equal results ------------------------------------------------------------------------------
+
+
+def batches(chosen: Options, cache: LatentCache | None, captions: TextCache | None = None) -> list[Batch]:
+    return list(Loader(scan(chosen), chosen, SEED, 0, 1, cache, captions, total_steps=10).epoch(1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("flip", [False, True])
+def test_latents_in_memory_and_in_files_are_those_of_pictures_encoded_in_training(
+    flip: bool, workers: int, folder: Path, model: Model
+) -> None:
+    plain = options(folder, flip_aug=flip, train_batch_size=2, dataset_repeats=4)
+    working = replace(plain, max_data_loader_n_workers=workers)
+    all_pictures = pictures(scan(plain))
+    cached = [
+        latents(replace(working, cache_latents_to_disk=False), model.vae),
+        latents(working, model.vae),  # writes the files
+        latents(working, model.vae),  # finds them
+    ]
+    assert [cache.in_memory for cache in cached] == [True, False, False]
+    uncached = batches(plain, None)
+    assert {flipped for batch in uncached for flipped in batch.flipped} == ({False, True} if flip else {False})
+    assert {picture.fit.bucket for picture in all_pictures} == {(64, 64), (32, 128)}
+    for cache in cached:
+        for expected, batch in zip(uncached, batches(working, cache), strict=True):
+            assert (batch.draws, batch.captions, batch.flipped) == (expected.draws, expected.captions, expected.flipped)
+            assert batch.pixels is None
+            encoded = [
+                encode_pixels(model.vae, pixels[None], [posterior(SEED, all_pictures[draw.picture], flipped)])
+                for pixels, draw, flipped in zip(expected.pixels, expected.draws, expected.flipped, strict=True)
+            ]
+            assert batch.latents.dtype == torch.float32
+            assert torch.equal(batch.latents, torch.cat(encoded))
+
+
+def test_encoding_several_pictures_at_once_changes_rounding_only(folder: Path, model: Model) -> None:
+    alone = options(folder, flip_aug=True, cache_latents_to_disk=False)
+    single, several = (latents(replace(alone, vae_batch_size=size), model.vae) for size in (1, 2))
+    for picture in pictures(scan(alone)):
+        for flipped in (False, True):
+            torch.testing.assert_close(
+                several.get(picture, flipped), single.get(picture, flipped), rtol=1e-4, atol=1e-5
+            )
+        assert not torch.allclose(single.get(picture, False), single.get(picture, True).flip(-1), atol=0.1)
+
+
+def test_captions_in_memory_and_in_files_are_those_encoded_in_training(folder: Path, model: Model) -> None:
+    chosen = options(folder)
+    cached = [
+        texts(replace(chosen, cache_text_encoder_outputs_to_disk=False), model),
+        texts(chosen, model),
+        texts(chosen, model),
+    ]
+    assert [cache.in_memory for cache in cached] == [True, False, False]
+    for picture in pictures(scan(chosen)):
+        tokens = [tokenize(tokenizer, picture.lines, None) for tokenizer in model.tokenizers]
+        expected = encode(model.encoders, *tokens)
+        for cache in cached:
+            assert all_equal(parts(cache.get(picture)), parts(expected))
+
+
+def test_encoding_several_captions_at_once_changes_rounding_only(folder: Path, model: Model) -> None:
+    alone = options(folder, cache_text_encoder_outputs_to_disk=False)
+    single, several = (texts(replace(alone, text_encoder_batch_size=size), model) for size in (None, 2))
+    for picture in pictures(scan(alone)):
+        for one_by_one, together in zip(parts(single.get(picture)), parts(several.get(picture)), strict=True):
+            torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_join_what_is_cached_of_their_captions(folder: Path, model: Model) -> None:
+    chosen = options(folder, train_batch_size=2)
+    cache = texts(chosen, model)
+    all_pictures = pictures(scan(chosen))
+    for batch in batches(chosen, None, cache):
+        each = [cache.get(all_pictures[draw.picture]) for draw in batch.draws]
+        assert all_equal(parts(batch.text), [torch.cat(same) for same in zip(*map(parts, each), strict=True)])
+
+
+def test_noise_of_latents_depends_on_names_side_and_seed_but_not_on_where_the_folder_lies(
+    folder: Path, tmp_path: Path
+) -> None:
+    def noise(place: Path, seed: int = SEED, flipped: bool = False) -> list[Tensor]:
+        found = pictures(scan(options(place)))
+        return [torch.randn(4, generator=posterior(seed, picture, flipped)) for picture in found]
+
+    here = noise(folder)
+    others = [*here, *noise(folder, SEED + 1), *noise(folder, flipped=True)]
+    moved = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "far" / folder.name))
+    assert all_equal(here, noise(moved))
+    others += noise(moved.rename(moved.with_name("2_dog")))
+    assert len({tuple(each.tolist()) for each in others}) == len(others) == 16
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def kinds(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {key: (array.dtype.str, array.shape) for key, array in read(path).items()}
+
+
+# Names, keys, dtypes and shapes of sd-scripts' files; the hashes and resized_size are lorashrink's own.
+OF_SQUARES = {
+    "latents": ("<f4", (4, 8, 8)),
+    "original_size": ("<i8", (2,)),
+    "crop_ltrb": ("<f8", (4,)),
+    "resized_size": ("<i8", (2,)),
+    "source_hash": ("<U32", ()),
+}
+OF_TALL = OF_SQUARES | {"latents": ("<f4", (4, 16, 4))}
+OF_CAPTIONS = {
+    "hidden_state1": ("<f4", (77, 16)),
+    "hidden_state2": ("<f4", (77, 24)),
+    "pool2": ("<f4", (24,)),
+    "caption_hash": ("<U32", ()),
+}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_files_of_latents_have_the_names_and_keys_of_sd_scripts(flip: bool, folder: Path, model: Model) -> None:
+    latents(options(folder, flip_aug=flip), model.vae)
+    more = {"latents_flipped": OF_SQUARES["latents"]} if flip else {}
+    more_of_tall = {"latents_flipped": OF_TALL["latents"]} if flip else {}
+    assert {name: kinds(folder / name) for name in files(folder)} == {
+        "a_0064x0064_sdxl.npz": OF_SQUARES | more,
+        "b_0096x0064_sdxl.npz": OF_SQUARES | more,
+        "c_0032x0120_sdxl.npz": OF_TALL | more_of_tall,
+        "d_0130x0140_sdxl.npz": OF_SQUARES | more,
+    }
+    arrays = read(folder / "b_0096x0064_sdxl.npz")
+    assert arrays["original_size"].tolist() == [96, 64]
+    assert arrays["resized_size"].tolist() == [96, 64]
+    # The whole picture in 64x64: 64 wide, 64 / 1.5 = 42.67 high, and (64 - 42.67) // 2 = 10 from the top.
+    assert arrays["crop_ltrb"].tolist() == pytest.approx([0, 10, 64, 10 + 64 / 1.5])
+
+
+def test_files_of_captions_have_the_names_and_keys_of_sd_scripts_and_a_hash(folder: Path, model: Model) -> None:
+    texts(options(folder), model)
+    assert {name: kinds(folder / name) for name in files(folder)} == {
+        f"{stem}_te_outputs.npz": OF_CAPTIONS for stem in "abcd"
+    }
+    hashes = {stem: str(read(folder / f"{stem}_te_outputs.npz")["caption_hash"]) for stem in "abcd"}
+    assert hashes["a"] == hashes["d"]  # equal captions
+    assert len(set(hashes.values())) == 3
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.float16, "<f2"), (torch.bfloat16, "<f4")])
+def test_half_precision_captions_lose_nothing_in_files(
+    dtype: torch.dtype, stored: str, one: Path, model: Model
+) -> None:
+    first, second = (copy.deepcopy(encoder).to(dtype) for encoder in model.encoders)
+    half = replace(model, encoders=(first, second))
+    [picture] = pictures(scan(options(one)))
+    cache = texts(options(one), half)
+    assert {kinds(one / "a_te_outputs.npz")[key][0] for key in ("hidden_state1", "hidden_state2", "pool2")} == {stored}
+    direct = encode(half.encoders, *(tokenize(tokenizer, picture.lines, None) for tokenizer in model.tokenizers))
+    assert direct.hidden1.dtype == dtype
+    assert all_equal(parts(cache.get(picture).to("cpu", dtype)), parts(direct))
+
+
+def of_sd_scripts(size: tuple[int, int] = (64, 64), *, flip: bool = False, value: float = 7.0) -> dict[str, Any]:
+    """What sd-scripts stores of a square picture at 64x64, with latents that no VAE makes."""
+    arrays = {
+        "latents": np.full((4, 8, 8), value, np.float32),
+        "original_size": np.array(size),
+        "crop_ltrb": np.array((0, 0, 64, 64)),
+    }
+    return arrays | ({"latents_flipped": np.full((4, 8, 8), value + 1, np.float32)} if flip else {})
+
+
+@pytest.mark.parametrize("more", [{}, SKIP], ids=["checked", "trusted"])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("name", ["a_0064x0064_sdxl.npz", "a.npz"])
+def test_latents_of_sd_scripts_are_used(
+    name: str, flip: bool, more: dict[str, Any], one: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(one / name, of_sd_scripts(flip=flip) | {"alpha_mask": np.ones((64, 64), np.float32)})
+    before = files(one)
+    chosen = options(one, flip_aug=flip, **more)
+    cache = latents(chosen, model.vae)
+    [picture] = pictures(scan(chosen))
+    for flipped in (False, True)[: 1 + flip]:
+        assert torch.equal(cache.get(picture, flipped), torch.full((4, 8, 8), 7.0 + flipped))
+    assert files(one) == before
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8"])
+def test_latents_in_other_dtypes_are_used_as_float32(dtype: str, one: Path, model: Model) -> None:
+    arrays = of_sd_scripts()
+    write(one / "a.npz", arrays | {"latents": arrays["latents"].astype(dtype)})
+    [found] = got(latents(options(one), model.vae), options(one))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.full((4, 8, 8), 7.0))
+
+
+def test_an_old_file_that_does_not_fit_is_left_and_another_one_is_made(
+    one: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = options(one)
+    write(one / "a.npz", of_sd_scripts((32, 32)))
+    before = files(one)
+    assert all_equal(got(latents(chosen, model.vae), chosen), fresh(chosen, model.vae))
+    assert [record.message.split(" of latents")[0] for record in caplog.records] == ["1 cache files"]
+    assert files(one).items() > before.items()
+    assert set(files(one)) == {"a.npz", "a_0064x0064_sdxl.npz"}
+
+
+# --- files that do not fit ----------------------------------------------------------------------
+
+
+def changed(**arrays: Any) -> Damage:
+    """Replaces these arrays of a file; None takes one out."""
+
+    def change(path: Path) -> None:
+        kept = {key: array for key, array in (read(path) | arrays).items() if array is not None}
+        write(path, kept)
+
+    return change
+
+
+def with_value(key: str, value: float) -> Damage:
+    def change(path: Path) -> None:
+        arrays = read(path)
+        arrays[key].flat[-1] = value
+        write(path, arrays)
+
+    return change
+
+
+def cut(share: float) -> Damage:
+    return lambda path: os.truncate(path, int(path.stat().st_size * share))
+
+
+def no_archive(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros((4, 8, 8), np.float32))
+
+
+DAMAGE: dict[str, Damage] = {
+    "empty": cut(0),
+    "cut short": cut(0.5),
+    "without its last byte": cut(0.999),
+    "text": lambda path: path.write_text("no archive"),
+    "one array": no_archive,
+    "another shape": changed(latents=np.zeros((4, 8, 16), np.float32)),
+    "a batch": changed(latents=np.zeros((1, 4, 8, 8), np.float32)),
+    "mirrored latents of another shape": changed(latents_flipped=np.zeros((4, 16, 8), np.float32)),
+    "NaN": with_value("latents", np.nan),
+    "infinity in mirrored latents": with_value("latents_flipped", -np.inf),
+    "words": changed(latents=np.full((4, 8, 8), "x")),
+    "a crop of words": changed(crop_ltrb=np.full(4, "x")),
+    "no latents": changed(latents=None),
+    "no mirrored latents": changed(latents_flipped=None),
+    "no crop": changed(crop_ltrb=None),
+    "no original size": changed(original_size=None),
+    "another crop": changed(crop_ltrb=np.array((0, 10, 64, 54.0))),
+    "half a crop": changed(crop_ltrb=np.array((0, 0))),
+    "another original size": changed(original_size=np.array((128, 128))),
+    "another resized size": changed(resized_size=np.array((96, 96))),
+    "a number for the resized size": changed(resized_size=np.array(64)),
+    "another source": changed(source_hash=np.array("0" * 32)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_file_of_latents_that_does_not_fit_is_made_anew_and_counted(
+    damage: Damage, one: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = one / "a_0064x0064_sdxl.npz"
+    chosen = options(one, flip_aug=True)
+    latents(chosen, model.vae)
+    good = path.read_bytes()
+    damage(path)
+    assert path.read_bytes() != good
+    latents(chosen, model.vae)
+    assert files(one) == {path.name: good}
+    assert [(record.levelno, record.message) for record in caplog.records] == [
+        (logging.WARNING, "1 cache files of latents were damaged or did not fit, and were made anew")
+    ]
+    latents(chosen, model.vae)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_no_damaged_byte_makes_wrong_latents_or_another_error(
+    save: Callable[..., None], one: Path, model: Model
+) -> None:
+    chosen = options(one)
+    cache = latents(chosen, model.vae)
+    [picture], [expected] = pictures(scan(chosen)), got(cache, chosen)
+    path = one / "a_0064x0064_sdxl.npz"
+    save(path, **read(path))
+    good = path.read_bytes()
+    refused = harmless = 0
+    places = range(0, len(good), 3)
+    for place in places:
+        path.write_bytes(good[:place] + bytes([good[place] ^ (1 << place % 8)]) + good[place + 1 :])
+        try:
+            assert torch.equal(cache.get(picture, False), expected), place
+        except InputError as error:
+            refused += str(error).startswith(f"{path}: the cache file is missing or does not fit the picture")
+        else:
+            harmless += 1
+    assert refused + harmless == len(places)
+    assert harmless < refused
+
+
+def test_another_resolution_makes_files_anew_and_says_so_in_one_line(
+    folder: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    latents(options(folder), model.vae)
+    caplog.clear()
+    larger = options(folder, resolution="96")
+    cache = latents(larger, model.vae)
+    # c.png goes to 32x128 again.
+    assert [record.message.split(" of latents")[0] for record in caplog.records] == ["3 cache files"]
+    assert all_equal(got(cache, larger), fresh(larger, model.vae))
+
+
+def test_files_of_another_crop_in_the_same_bucket_are_made_anew(
+    one: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_sdxl.write_pictures(one, {"a.png": (70, 66)})
+    # Resized to 68x64 and cut, or cut without resizing.
+    resized, cut_only = options(one), options(one, bucket_no_upscale=True, resolution="80")
+    assert [picture.fit.bucket for each in (resized, cut_only) for picture in pictures(scan(each))] == [(64, 64)] * 2
+    latents(resized, model.vae)
+    assert all_equal(got(latents(cut_only, model.vae), cut_only), fresh(cut_only, model.vae))
+    assert not all_equal(fresh(cut_only, model.vae), fresh(resized, model.vae))
+    assert [record.message.split(" of latents")[0] for record in caplog.records] == ["1 cache files"]
+
+
+def test_a_picture_replaced_by_another_of_its_size_is_encoded_anew(
+    folder: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = options(folder)
+    latents(chosen, model.vae)
+    before = files(folder)
+    times = os.stat(folder / "b.png")
+    Image.new("RGB", SIZES["b.png"], "red").save(folder / "b.png")
+    os.utime(folder / "b.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert all_equal(got(latents(chosen, model.vae), chosen), fresh(chosen, model.vae))
+    after = files(folder)
+    assert {name for name in before if before[name] != after[name]} == {"b_0096x0064_sdxl.npz"}
+    assert [record.message.split(" of latents")[0] for record in caplog.records] == ["1 cache files"]
+
+
+def test_another_vae_and_another_interpolation_make_files_anew(
+    folder: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    latents(options(folder), model.vae)
+    other = copy.deepcopy(model.vae)
+    with torch.no_grad():
+        other.encoder.conv_in.weight *= 1.1
+    assert all_equal(got(latents(options(folder), other), options(folder)), fresh(options(folder), other))
+    nearest = options(folder, resize_interpolation="nearest")
+    assert all_equal(got(latents(nearest, other), nearest), fresh(nearest, other))
+    assert [record.message.split(" of latents")[0] for record in caplog.records] == ["4 cache files"] * 2
+
+
+def test_a_folder_may_move_with_its_files(
+    folder: Path, model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    latents(options(folder), model.vae)
+    texts(options(folder), model)
+    before = files(folder)
+    moved = Path(shutil.move(folder.parent, tmp_path / "elsewhere")) / folder.name
+    (moved / "a.png").touch()
+    latents(options(moved), model.vae)
+    texts(options(moved), model)
+    assert files(moved) == before
+    assert caplog.records == []
+
+
+def test_skip_cache_check_trusts_what_is_there_and_makes_what_is_not(
+    folder: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = options(folder, **SKIP)
+    damaged = folder / "a_0064x0064_sdxl.npz", folder / "b_te_outputs.npz"
+    for path in damaged:
+        path.write_text("damaged")
+    foreign = folder / "d_te_outputs.npz"
+    texts(replace(chosen, skip_cache_check=False), model)
+    damaged[1].write_text("damaged")
+    changed(caption_hash=None, pool2=np.full(24, 5, np.float32))(foreign)
+    before = files(folder)
+    caplog.clear()
+
+    first, second, third, fourth = pictures(scan(chosen))
+    cache, captions = latents(chosen, model.vae), texts(chosen, model)
+    after = files(folder)
+    assert caplog.records == []
+    assert all(after[name] == content for name, content in before.items())
+    assert after.keys() - before.keys() == {*("b_0096x0064_sdxl.npz", "c_0032x0120_sdxl.npz", "d_0130x0140_sdxl.npz")}
+    assert torch.equal(captions.get(fourth).pooled, torch.full((1, 24), 5.0))
+    assert all_equal([cache.get(third, False)], fresh(chosen, model.vae)[2:3])
+    for path, get in ((damaged[0], lambda: cache.get(first, False)), (damaged[1], lambda: captions.get(second))):
+        with pytest.raises(InputError) as caught:
+            get()
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "start again, without --skip_cache_check" in str(caught.value)
+
+
+def test_a_caption_that_was_changed_is_encoded_anew(
+    folder: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = options(folder)
+    texts(chosen, model)
+    before = files(folder)
+    (folder / "c.txt").write_text("a dog")
+    cache, in_memory = texts(chosen, model), texts(replace(chosen, cache_text_encoder_outputs_to_disk=False), model)
+    for picture in pictures(scan(chosen)):
+        assert all_equal(parts(cache.get(picture)), parts(in_memory.get(picture)))
+    after = files(folder)
+    assert {name for name in before if before[name] != after[name]} == {"c_te_outputs.npz"}
+    assert [(record.levelno, record.message) for record in caplog.records] == [
+        (logging.WARNING, "1 cache files of captions were damaged or did not fit, and were made anew")
+    ]
+
+
+TEXT_DAMAGE: dict[str, Damage] = {
+    "empty": cut(0),
+    "cut short": cut(0.7),
+    "without a hash, as from sd-scripts": changed(caption_hash=None),
+    "the hash of another caption": changed(caption_hash=np.array("0" * 32)),
+    "without one of its arrays": changed(pool2=None),
+    "objects": changed(pool2=np.array([{}], dtype=object)),
+}
+
+
+@pytest.mark.parametrize("damage", TEXT_DAMAGE.values(), ids=TEXT_DAMAGE)
+def test_a_file_of_captions_that_does_not_fit_is_made_anew_and_counted(
+    damage: Damage, one: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = one / "a_te_outputs.npz"
+    texts(options(one), model)
+    good = path.read_bytes()
+    damage(path)
+    assert path.read_bytes() != good
+    texts(options(one), model)
+    assert files(one) == {path.name: good}
+    assert [record.message.split(" of captions")[0] for record in caplog.records] == ["1 cache files"]
+
+
+def test_other_encoders_and_another_longest_caption_make_captions_anew(
+    one: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    [picture] = pictures(scan(options(one)))
+    first = texts(options(one), model).get(picture)
+    longer = texts(options(one, max_token_length=150), model).get(picture)
+    assert [part.shape for part in parts(longer)] == [(1, 152, 16), (1, 152, 24), (1, 24)]
+    other = copy.deepcopy(model.encoders[1])
+    with torch.no_grad():
+        other.text_projection.weight *= 2
+    doubled = texts(options(one), replace(model, encoders=(model.encoders[0], other))).get(picture)
+    torch.testing.assert_close(doubled.pooled, 2 * first.pooled)
+    assert len(caplog.records) == 2
+
+
+class Opened:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("name", ["a_0064x0064_sdxl.npz", "a.npz", "a_te_outputs.npz"])
+def test_code_in_a_file_is_never_run(name: str, one: Path, model: Model, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    evil = np.array([Opened(trace)], dtype=object)
+    keys = (*of_sd_scripts(), "resized_size", "source_hash", "hidden_state1", "hidden_state2", "pool2", "caption_hash")
+    write(one / name, dict.fromkeys(keys, evil))
+    shutil.copy(one / name, tmp_path / "copy.npz")
+    [picture] = pictures(scan(options(one)))
+    for more in (SKIP, {}):
+        chosen = options(one, **more)
+        with contextlib.suppress(InputError):
+            latents(chosen, model.vae).get(picture, False)
+        with contextlib.suppress(InputError):
+            texts(chosen, model).get(picture)
+    assert not trace.exists()
+    with (tmp_path / "copy.npz").open("rb") as file, np.load(file, allow_pickle=True) as arrays:
+        assert arrays["latents"].shape == (1,)
+    assert trace.exists()  # the file was such that reading it carelessly runs its code
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def test_pictures_whose_files_would_have_one_name_are_refused_on_disk_only(one: Path, model: Model) -> None:
+    tiny_sdxl.write_pictures(one, {"a.jpg": (64, 64), "a.webp": (64, 32)})
+    with pytest.raises(InputError) as caught:
+        latents(options(one), model.vae)
+    text = str(caught.value)
+    assert str(one / "a_0064x0064_sdxl.npz") in text
+    assert str(one / "a.jpg") in text
+    assert str(one / "a.png") in text
+    assert "_to_disk" in text
+    assert not list(one.glob("*.npz"))
+    in_memory = got(latents(options(one, cache_latents_to_disk=False), model.vae), options(one))
+    assert len({each.sum().item() for each in in_memory}) == 3
+    # Pictures of different sizes have different names, and pictures with one caption share a file.
+    (one / "a.jpg").unlink()
+    latents(options(one), model.vae)
+    texts(options(one), model)
+    names = {path.name for path in one.glob("*.npz")}
+    assert names == {"a_0064x0064_sdxl.npz", "a_0064x0032_sdxl.npz", "a_te_outputs.npz"}
+
+
+def test_a_folder_used_twice_in_different_ways_is_refused_on_disk_only(one: Path, model: Model, tmp_path: Path) -> None:
+    described = tmp_path / "dataset.toml"
+    described.write_text(
+        "".join(
+            f'[[datasets]]\nresolution = {size}\n[[datasets.subsets]]\nimage_dir = "{one}"\ncaption_prefix = "{size}"\n'
+            for size in (64, 96)
+        )
+    )
+    chosen = options(one, train_data_dir=None, dataset_config=str(described))
+    for cache in (lambda: latents(chosen, model.vae), lambda: texts(chosen, model)):
+        with pytest.raises(InputError, match=r"a\.png and .*a\.png would need this cache file"):
+            cache()
+    in_memory = replace(chosen, cache_latents_to_disk=False, cache_text_encoder_outputs_to_disk=False)
+    assert [each.shape for each in got(latents(in_memory, model.vae), chosen)] == [(4, 8, 8), (4, 12, 12)]
+    first, second = (texts(in_memory, model).get(picture) for picture in pictures(scan(chosen)))
+    assert not torch.equal(first.hidden1, second.hidden1)
+
+
+@pytest.mark.parametrize("change", [{"shuffle_caption": True}, {"caption_dropout_rate": 0.1}, {"token_warmup_step": 5}])
+def test_captions_that_change_cannot_be_cached(change: dict[str, Any], folder: Path, model: Model) -> None:
+    with pytest.raises(UsageError, match="2_cat: --cache_text_encoder_outputs needs captions that stay the same"):
+        texts(options(folder, **change), model)
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"mixed_precision": "fp16"}, "add --no_half_vae"),
+        ({"mixed_precision": "bf16"}, "add --no_half_vae"),
+        ({"mixed_precision": "fp16", "no_half_vae": True}, "--vae"),
+        ({"mixed_precision": "no"}, "--vae"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_vae_that_makes_nan_of_a_picture_names_it_and_says_what_to_do(
+    at_once: int, change: dict[str, Any], advice: str, folder: Path, model: Model
+) -> None:
+    # Noise goes beyond float16's 65504 in this VAE, grey does not.
+    vae = copy.deepcopy(model.vae)
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.fill_(2e4)
+    for name in ("a.png", "c.png", "d.png"):
+        Image.new("RGB", SIZES[name], (128, 128, 128)).save(folder / name)
+    with pytest.raises(NonFinite) as caught:
+        latents(options(folder, vae_batch_size=at_once, **change), copy.deepcopy(vae).half())
+    assert str(caught.value).startswith(f"{folder / 'b.png'}: the VAE makes NaN of this picture")
+    assert advice in str(caught.value)
+    assert ("--no_half_vae" in str(caught.value)) == ("--no_half_vae" in advice)
+    assert "b_0096x0064_sdxl.npz" not in files(folder)
+    for name in files(folder):
+        assert np.isfinite(read(folder / name)["latents"]).all()
+    latents(options(folder), vae)
+    assert len(files(folder)) == 4
+
+
+def test_a_picture_that_vanishes_before_it_is_compared_with_its_file_is_named(one: Path, model: Model) -> None:
+    chosen = options(one)
+    latents(chosen, model.vae)
+    data = scan(chosen)
+    (one / "a.png").unlink()
+    with pytest.raises(InputError, match=r"a\.png: cannot be read"):
+        cache_latents(data, model.vae, chosen, seed=SEED, rank=0, world=1)
+
+
+@contextlib.contextmanager
+def full_after(size: int) -> Iterator[None]:
+    """Files can grow to this many bytes, as on a disk that becomes full."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize("room", [0, 600, 2000])
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(room: int, one: Path, model: Model) -> None:
+    chosen = options(one, flip_aug=True)  # 2 KiB of latents and 12 KiB of caption
+    for name, make in (
+        ("a_0064x0064_sdxl.npz", lambda: latents(chosen, model.vae)),
+        ("a_te_outputs.npz", lambda: texts(chosen, model)),
+    ):
+        with full_after(room), pytest.raises(OutputError) as caught:
+            make()
+        assert str(caught.value).startswith(f"{one / name}: cannot be written (")
+        assert "_to_disk" in str(caught.value)
+        assert files(one) == {}
+
+
+def test_a_full_disk_leaves_the_file_that_was_to_be_replaced(one: Path, model: Model) -> None:
+    path = one / "a_0064x0064_sdxl.npz"
+    write(path, of_sd_scripts((32, 32)))
+    before = files(one)
+    with full_after(1000), pytest.raises(OutputError):
+        latents(options(one), model.vae)
+    assert files(one) == before
+    # With room there is a new file; whoever still reads the old one is not disturbed.
+    with path.open("rb") as reader:
+        latents(options(one), model.vae)
+        assert reader.read() == before[path.name] != path.read_bytes()
+
+
+def test_a_name_too_long_for_a_cache_file_is_reported(one: Path, model: Model) -> None:
+    (one / "a.png").rename(one / f"{'x' * 245}.png")
+    for make in (lambda: latents(options(one), model.vae), lambda: texts(options(one), model)):
+        with pytest.raises(OutputError, match=r"x: cannot be written|npz: cannot be written"):
+            make()
+    assert files(one) == {}
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def test_processes_encode_different_pictures_which_together_are_all(folder: Path, model: Model, tmp_path: Path) -> None:
+    alone = Path(shutil.copytree(folder, tmp_path / "alone" / folder.name))
+    for make in (lambda each, **where: latents(each, model.vae, **where), lambda each, **w: texts(each, model, **w)):
+        make(options(alone))
+        known: dict[str, bytes] = {}
+        for rank in range(3):
+            make(options(folder), rank=rank, world=3)
+            now = files(folder)
+            added = {name: now[name] for name in now.keys() - known.keys()}
+            assert len(added) == (2, 1, 1)[rank]
+            # What another process wrote is neither written again nor counted as not fitting.
+            assert {**known, **added} == now
+            known = now
+        assert known == files(alone)
+        for path in [*folder.glob("*.npz"), *alone.glob("*.npz")]:
+            path.unlink()
+
+
+def test_in_memory_every_process_has_all(folder: Path, model: Model) -> None:
+    chosen = options(folder, cache_latents_to_disk=False, cache_text_encoder_outputs_to_disk=False)
+    for rank in range(2):
+        assert all_equal(got(latents(chosen, model.vae, rank=rank, world=2), chosen), fresh(chosen, model.vae))
+        cache = texts(chosen, model, rank=rank, world=2)
+        assert all(cache.get(picture).pooled.shape == (1, 24) for picture in pictures(scan(chosen)))
+
+
+def test_in_memory_pictures_are_told_apart_by_folder_and_by_how_they_are_used(
+    one: Path, model: Model, tmp_path: Path
+) -> None:
+    other = tiny_sdxl.write_pictures(one.with_name("1_dog"), {"z.png": (64, 64), "a.png": (64, 64)})
+    described = tmp_path / "dataset.toml"
+    described.write_text(
+        "".join(
+            f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{folder}"\nflip_aug = {flip}\n'
+            for folder, flip in ((one, "true"), (one, "false"), (other, "false"))
+        )
+    )
+    chosen = options(one, train_data_dir=None, dataset_config=str(described), cache_latents_to_disk=False)
+    cache = latents(chosen, model.vae)
+    first, second, third, _ = pictures(scan(chosen))
+    assert third.path == other / "a.png"
+    assert torch.equal(cache.get(first, False), cache.get(second, False))
+    assert not torch.equal(cache.get(first, True), cache.get(second, False))
+    assert torch.equal(cache.get(third, False), fresh(options(other), model.vae)[1])
+
+
+def test_progress_tells_how_many_of_those_that_are_missing_are_done(folder: Path, model: Model) -> None:
+    told: list[tuple[int, int]] = []
+    chosen = options(folder, vae_batch_size=2, text_encoder_batch_size=3)
+    latents(chosen, model.vae, progress=lambda *each: told.append(each))
+    assert told == [(1, 4), (3, 4), (4, 4)]  # 32x128, and two and one of 64x64
+    (folder / "c_0032x0120_sdxl.npz").unlink()
+    told.clear()
+    latents(chosen, model.vae, progress=lambda *each: told.append(each))
+    assert told == [(1, 1)]
+    told.clear()
+    texts(chosen, model, progress=lambda *each: told.append(each))
+    assert told == [(3, 4), (4, 4)]
+
+
+def test_caching_leaves_global_random_numbers_alone(folder: Path, model: Model) -> None:
+    before = torch.get_rng_state()
+    latents(options(folder), model.vae)
+    texts(options(folder), model)
+    assert torch.equal(torch.get_rng_state(), before)
