@@ -169,11 +169,14 @@ def shrink(
     skip_existing: bool = False,
     dry_run: bool = False,
     quantiles: bool = False,
+    lenient: bool = False,
     options: str = "",
     progress: Progress | None = None,
 ) -> Report:
     """Shrink what `opener` makes of each source, to each of its outputs, source -> output -> recipe.
 
+    lenient: recipes that keep nothing of a file, or cannot reach their size, are left out of its results where another
+    recipe can be carried out; otherwise they fail the file.
     The other arguments are those of `resize`; `reader` names a program that reads nothing but factors, and `options`
     tells whatever else decides what is written.
     """
@@ -201,6 +204,7 @@ def shrink(
             reader=reader,
             dry_run=dry_run,
             quantiles=quantiles,
+            lenient=lenient,
             skip_existing=skip_existing,
             options=options,
             pool=stack.enter_context(worker_pool(jobs)),
@@ -226,6 +230,7 @@ class _Settings:
     reader: str
     dry_run: bool
     quantiles: bool
+    lenient: bool
     skip_existing: bool
     options: str
     pool: Executor
@@ -433,17 +438,22 @@ def _plans(work: _Work, settings: _Settings) -> dict[Path, Plan]:
         measure = partial(aligned, work.adapter, work.views, spectra, settings.base)
         alignments = list(settings.pool.map(measure, range(len(spectra))))
     decomposed = Decomposed(work.adapter, work.views, spectra, norms, alignments)
-    plans = {
-        path: plan(
-            decomposed,
-            recipe,
-            dtype=settings.dtype,
-            unmapped=settings.unmapped,
-            form=settings.form,
-            origin=_origin(recipe, settings, work.depends_on_base, work.source_hash.result()),
-        )
-        for path, recipe in work.targets.items()
-    }
+    plans: dict[Path, Plan] = {}
+    refused: list[RecipeError] = []
+    for path, recipe in work.targets.items():
+        try:
+            plans[path] = plan(
+                decomposed,
+                recipe,
+                dtype=settings.dtype,
+                unmapped=settings.unmapped,
+                form=settings.form,
+                origin=_origin(recipe, settings, work.depends_on_base, work.source_hash.result()),
+            )
+        except RecipeError as error:
+            refused.append(error)
+    if refused and not (settings.lenient and plans):
+        raise refused[0]
     stays = next((item for each in plans.values() for item in each.verbatim.items()), None)
     if settings.reader and stays:
         raise InputError(

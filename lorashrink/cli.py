@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lorashrink.comparison import BlockDifference, Comparison, LayerDifference
-    from lorashrink.inspection import AdapterTable, Inspection
     from lorashrink.results import ConversionReport, FileResult, Report
-    from lorashrink.sweeping import Sweep
+    from lorashrink.sweeping import Pictures, Point, Sweep
+    from lorashrink.tables import AdapterTable, Inspection
 
 app = typer.Typer(
     help="Look inside LoRA adapters and shrink them against their base checkpoint.",
@@ -170,6 +170,13 @@ def inspect(
     base: Base = None,
     header: Annotated[bool, typer.Option("--header", help="Read headers only: instant, without norms.")] = False,
     spectrum: Annotated[bool, typer.Option("--spectrum", help="List all singular values (with --json).")] = False,
+    recommend: Annotated[
+        bool, typer.Option("--recommend", help="Tell the size and error that some recipes would give.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw spectra, and norms with a base: NAME.png gives NAME_spectra.png, ..."),
+    ] = None,
     recursive: Recursive = False,
     device: Device = "auto",
     jobs: Jobs = None,
@@ -180,20 +187,28 @@ def inspect(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show what is inside adapters: ranks, alphas and norms, per layer and block.
+    """Show what is inside adapters: how they were trained, ranks, alphas and norms, and what is unusual.
 
     Example: lorashrink inspect model.safetensors lora.safetensors
     """
     with _session(verbose, quiet, debug, as_json) as progress:
         from lorashrink.inspection import inspect as run
 
-        _check_csv(as_csv, files, force)
+        spectra, heat = (plot and plot.with_name(f"{plot.stem}_{what}{plot.suffix}") for what in ("spectra", "norms"))
+        for path in (as_csv, spectra, heat):
+            _check_csv(path, files, force)
         base, adapters = _split_base(files, base)
+        if plot:
+            from lorashrink.plots import style
+
+            style.check(plot)
+            _check_drawable(adapters, header)
         inspection = run(
             adapters,
             base=base,
             header=header,
-            spectrum=spectrum,
+            spectrum=spectrum or plot is not None,
+            recommend=recommend,
             recursive=recursive,
             device=device,
             jobs=jobs,
@@ -201,10 +216,12 @@ def inspect(
         )
         if as_csv:
             _write_csv(as_csv, [{"path": each.path, **_plain(row)} for each in inspection.files for row in each.layers])
+        if spectra and heat:
+            _draw_inspection(inspection, spectra, heat if base else None)
     if as_json:
         _print_json(_plain(inspection))
     elif not quiet:
-        _print_inspection(inspection)
+        _print_inspection(inspection, verbose)
     _exit(list(inspection.failed.values()), done=bool(inspection.files))
 
 
@@ -407,7 +424,19 @@ def sweep(
     dtype: Dtype = "same",
     device: Device = "auto",
     jobs: Jobs = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw size against error into this .png or .svg.")] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Model folder (SDXL, SD 1 or 2) to draw pictures with each recipe.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="What to draw: .txt, .toml or .json as for training.")
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds of each prompt, on top of its own: 0,1,2.")] = "0",
+    images_out: Annotated[
+        Path | None, typer.Option("--images-out", help="Folder of the pictures; those there are not drawn again.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw size against error, or against pictures, into a .png or .svg.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     as_csv: Csv = None,
@@ -418,9 +447,12 @@ def sweep(
     """Try many recipes on one adapter: size against error, and which to begin with. Writes no adapter.
 
     Example: lorashrink sweep -r fro_ckpt=1,thr=-4.5..-2.5/9 -r rank=4 model.safetensors lora.safetensors
+    Example: lorashrink sweep --images sdxl/ --prompts prompts.txt --plot curve.png model.safetensors lora.safetensors
     """
     with _session(verbose, quiet, debug, as_json) as progress:
-        for path in (as_csv, plot):
+        sheet = plot.with_name(f"{plot.stem}_sheet.png") if plot and images else None
+        figure = plot.with_name(f"{plot.stem}_pictures{plot.suffix}") if plot and images else None
+        for path in (as_csv, plot, figure, sheet):
             _check_csv(path, adapter, force)
         if plot:
             from lorashrink.plots import style
@@ -439,14 +471,24 @@ def sweep(
             dtype=dtype,
             device=device,
             jobs=jobs,
+            images=images,
+            prompts=prompts,
+            seeds=[_whole("--seeds", seed) for seed in _numbers("--seeds", seeds)],
+            pictures=images_out,
             progress=progress,
         )
         if plot:
             from lorashrink.plots.quality import size_and_error
 
             style.save(size_and_error(result), plot)
+        if figure and sheet:
+            from lorashrink.plots.comparison_sheet import pictures_by_size
+            from lorashrink.plots.quality import size_and_pictures
+
+            style.save(size_and_pictures(result), figure)
+            style.save_picture(pictures_by_size(result), sheet)
     if as_csv:
-        _write_csv(as_csv, [_plain(point) for point in result.points])
+        _write_csv(as_csv, [_with_pictures(point) for point in result.points])
     if as_json:
         _print_json({"version": __version__, **_plain(result)})
     elif not quiet:
@@ -694,9 +736,24 @@ def _numbers(option: str, text: str | None) -> list[float]:
         raise UsageError(f"{option} {text}: numbers with commas between them, such as 4,8,16.") from None
 
 
+def _whole(option: str, number: float) -> int:
+    if not 0 <= number < 2**53 or number != int(number):
+        raise UsageError(f"{option} {number:g}: a seed is a whole number of at least 0.")
+    return int(number)
+
+
+def _with_pictures(point: Point) -> dict[str, Any]:
+    """A row of numbers: those of its pictures without the pictures."""
+    row: dict[str, Any] = _plain(point)
+    pictures = row.pop("pictures") or {}
+    return row | {name: number for name, number in pictures.items() if name != "files"}
+
+
 def _print_sweep(result: Sweep) -> None:
     console = _console()
-    table = _table("recipe", "size", "of before", "error", "energy", "mean rank", "best")
+    drawn = result.drawn
+    columns = ("PSNR", "SSIM") if drawn else ()
+    table = _table("recipe", "size", "of before", "error", "energy", "mean rank", *columns, "best")
     for point in result.points:
         table.add_row(
             point.recipe,
@@ -705,12 +762,24 @@ def _print_sweep(result: Sweep) -> None:
             _share(point.relative_error),
             _number(point.energy),
             _number(point.mean_rank, ".1f"),
+            *_likeness(point.pictures),
             "*" if point.best else "",
         )
     console.print(table)
     console.print("* no other recipe is both smaller and closer", markup=False)
+    if drawn:
+        count = len(drawn.files)
+        other = "float16" if drawn.dtype == "float32" else "float32"
+        for what, pictures in (("without the adapter", drawn.none), (f"the whole adapter in {other}", drawn.floor)):
+            if pictures:
+                console.print("{}: {}, SSIM {}".format(what, *_likeness(pictures)), markup=False)
+        console.print(f"{count} picture{'s' * (count != 1)} each, in {Path(drawn.files[0]).parent}", markup=False)
     if result.suggestion:
         console.print(f"begin with -r {result.suggestion.recipe}: {result.suggestion.reason}", markup=False)
+
+
+def _likeness(pictures: Pictures | None) -> tuple[str, ...]:
+    return (f"{pictures.psnr:.1f} dB", f"{pictures.ssim:.4f}") if pictures else ()
 
 
 def _print_comparison(comparison: Comparison, verbose: int) -> None:
@@ -794,13 +863,76 @@ def _shortened(text: str | None) -> str:
     return line if len(line) <= 60 else f"{line[:57]}..."
 
 
-def _print_inspection(inspection: Inspection) -> None:
-    console = _console()
+def _check_drawable(adapters: Sequence[str], header: bool) -> None:
+    if header:
+        raise UsageError("--plot: headers alone tell nothing to draw; leave --header out.")
+    if len(adapters) > 1:
+        raise UsageError(f"--plot: draws one adapter, and {len(adapters)} are given.")
+
+
+def _draw_inspection(inspection: Inspection, spectra: Path, heat: Path | None) -> None:
+    from lorashrink.plots import style
+    from lorashrink.plots.heat import norms_by_kind
+    from lorashrink.plots.spectra import spectra_per_block
+
+    if len(inspection.files) > 1:
+        raise UsageError(f"--plot: draws one adapter, and {len(inspection.files)} were found.")
     for each in inspection.files:
-        _print_adapter(console, each)
+        style.save(spectra_per_block(each), spectra)
+        if heat:
+            style.save(norms_by_kind(each), heat)
+
+
+def _print_inspection(inspection: Inspection, verbose: int) -> None:
+    console = _console()
+    if len(inspection.files) == 1 or verbose:
+        for each in inspection.files:
+            _print_adapter(console, each)
+    if len(inspection.files) > 1:
+        _print_side_by_side(console, inspection.files)
+
+
+def _print_side_by_side(console: Console, files: Sequence[AdapterTable]) -> None:
+    table = _table("file", "size", "family", "algo", "layers", "rank", "alpha", "fro", "fro/base", "flags")
+    for each in files:
+        table.add_row(
+            Path(each.path).name,
+            _size(each.bytes),
+            each.family or "-",
+            each.algo,
+            str(len(each.layers)),
+            _span([row.rank for row in each.layers]),
+            _span([row.alpha for row in each.layers if row.alpha is not None]),
+            _number(each.fro),
+            _share(each.fro_ratio),
+            " ".join(finding.flag for finding in each.health),
+        )
+    console.print(table)
+
+
+def _span(numbers: Sequence[float]) -> str:
+    if not numbers:
+        return "-"
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _print_recommendations(console: Console, each: AdapterTable) -> None:
+    if not each.recommendations:
+        console.print("no recipe to recommend: none of the usual ones can be applied to this file", markup=False)
+        return
+    table = _table("recipe", "size", "of before", "error", "energy")
+    for row in each.recommendations:
+        table.add_row(
+            row.recipe, _size(row.bytes), _share(row.bytes / each.bytes), _share(row.relative_error), _share(row.energy)
+        )
+    console.print(table)
 
 
 def _print_adapter(console: Console, each: AdapterTable) -> None:
+    width = max(map(len, each.notes), default=0)
+    for label, text in each.notes.items():
+        console.print(f"{label:<{width}}  {text}", markup=False)
     layers = _table(
         "layer",
         "block",
@@ -844,11 +976,14 @@ def _print_adapter(console: Console, each: AdapterTable) -> None:
             _share(block.fro_ratio),
         )
     console.print(blocks)
-    ranks = sorted({row.rank for row in each.layers})
-    span = "none" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    if each.recommendations is not None:
+        _print_recommendations(console, each)
+    for finding in each.health:
+        console.print(f"{finding.flag}: {finding.text}", markup=False)
+    ranks = f"layers of rank {_span([row.rank for row in each.layers])}" if each.layers else "layers"
     console.print(
         f"{each.path}: {_size(each.bytes)}, {each.family or 'unknown family'}, {each.algo} in {each.naming} names, "
-        f"{each.dtype}, {len(each.layers)} layers of rank {span}, {len(each.others)} other tensors",
+        f"{each.dtype or 'no dtype'}, {len(each.layers)} {ranks}, {len(each.others)} other tensors",
         markup=False,
     )
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorashrink.adapters import Adapter, Layer, adapter_family, open_adapter
 from lorashrink.bases import Base, Views, open_base, views_id
-from lorashrink.errors import LorashrinkError
+from lorashrink.errors import LorashrinkError, UsageError
+from lorashrink.health import check_health
 from lorashrink.inputs import find_adapters
 from lorashrink.matching import bind, fits
 from lorashrink.names import block, kind, naming
+from lorashrink.tables import AdapterTable, BlockRow, Inspection, LayerRow, Recommendation
+from lorashrink.training_notes import training_notes
 
 if TYPE_CHECKING:
     from lorashrink.base_norms import Norms
@@ -28,67 +31,9 @@ SPIKE = 10.0
 ENERGIES = ("0.9", "0.95", "0.99")
 
 
-@dataclass(frozen=True, slots=True)
-class LayerRow:
-    """One layer. Values that were not asked for, or cannot be told, are None."""
-
-    name: str
-    block: str
-    kind: str
-    shape: tuple[int, ...]
-    algo: str
-    rank: int
-    dtype: str
-    base_keys: tuple[str, ...] = ()
-    alpha: float | None = None
-    scale: float | None = None
-    fro: float | None = None
-    spectral: float | None = None
-    stable_rank: float | None = None  # ‖ΔW‖_F² / σ_1²
-    effective_rank: float | None = None  # exp of the entropy of σ²/Σσ²
-    rank_for_energy: Mapping[str, int] = field(default_factory=dict)
-    base_fro: float | None = None
-    base_spectral: float | None = None
-    fro_ratio: float | None = None
-    spectral_ratio: float | None = None
-    flags: tuple[str, ...] = ()
-    singular_values: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BlockRow:
-    """The layers of one block together."""
-
-    block: str
-    layers: int
-    parameters: int
-    bytes: int
-    fro: float | None
-    fro_ratio: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterTable:
-    """One adapter file."""
-
-    path: str
-    bytes: int
-    family: str | None
-    algo: str
-    naming: str
-    dtype: str
-    metadata: Mapping[str, str]
-    layers: tuple[LayerRow, ...]
-    blocks: tuple[BlockRow, ...]
-    others: Mapping[str, str]  # keys outside the layers, with the reason
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """The outcome for one or many files."""
-
-    files: tuple[AdapterTable, ...]
-    failed: Mapping[str, str] = field(default_factory=dict)  # path -> error
+# Shares of a file's size that are recommended to try, and what else; sizes only for files that are more than names.
+_SHARES, _WORTH_IT = (0.5, 0.25), 500_000
+_WITH_BASE, _ANYWAY = ("fro_ckpt=1,thr=-3.55",), ("energy=0.99", "energy=0.95")
 
 
 def inspect(
@@ -97,6 +42,7 @@ def inspect(
     base: str | Path | None = None,
     header: bool = False,
     spectrum: bool = False,
+    recommend: bool = False,
     recursive: bool = False,
     device: str = "auto",
     jobs: int | None = None,
@@ -104,9 +50,14 @@ def inspect(
 ) -> Inspection:
     """Look into adapters. `header` answers from headers alone; `spectrum` lists all singular values.
 
+    `recommend` tells what some recipes would make of each file, as `resize` with a dry run does; recipes that keep
+    nothing of it, or cannot reach their size, are left out.
+
     Files that cannot be read are in `Inspection.failed`. Raises InputError or NotABase if there is nothing to
-    look at or the base cannot be used.
+    look at or the base cannot be used, UsageError if headers do not tell what is asked for.
     """
+    if header and (spectrum or recommend):
+        raise UsageError("header: headers alone tell neither singular values nor what a recipe would keep.")
     sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, recursive=recursive)
     files, failed = [], {}
     with ExitStack() as stack:
@@ -115,7 +66,10 @@ def inspect(
         for source in sources:
             try:
                 with open_adapter(source) as adapter:
-                    files.append(_table(adapter, opened, measure))
+                    table = _table(adapter, opened, measure)
+                if recommend:
+                    table = replace(table, recommendations=_recommended(source, table, base, device, jobs))
+                files.append(table)
             except LorashrinkError as error:
                 failed[str(source)] = str(error)
     return Inspection(tuple(files), failed)
@@ -149,12 +103,13 @@ def _measuring(
             spectra[layer.name] = future.result()
             if progress:
                 progress(f"decomposing {adapter.path.name}", len(spectra), len(items))
+        widest = max((layer.rank for layer in adapter.layers), default=0)
         known: Norms = {}
         if norms:
             report = partial(progress, "norms of the base") if progress else None
             known = norms.look_up([each for each in views if each], ("fro", "spn"), pool=pool, progress=report)
         return [
-            _measures(layer, spectra[layer.name], known.get(views_id(each), {}) if each else {}, spectrum)
+            _measures(layer, spectra[layer.name], known.get(views_id(each), {}) if each else {}, spectrum, widest)
             if layer.name in spectra
             else {"alpha": layer.alpha, "flags": ("needs_base",)}
             for layer, each in zip(adapter.layers, views, strict=True)
@@ -163,8 +118,10 @@ def _measuring(
     return measure
 
 
-def _measures(layer: Layer, spectrum: Spectrum, norms: Mapping[str, float], singular_values: bool) -> dict[str, object]:
-    facts: dict[str, object] = {"alpha": layer.alpha, "scale": layer.scale, "flags": _flags(layer, spectrum)}
+def _measures(
+    layer: Layer, spectrum: Spectrum, norms: Mapping[str, float], singular_values: bool, widest: int
+) -> dict[str, object]:
+    facts: dict[str, object] = {"alpha": layer.alpha, "scale": layer.scale, "flags": _flags(layer, spectrum, widest)}
     facts |= {"base_fro": norms.get("fro"), "base_spectral": norms.get("spn")}
     if not spectrum.finite:
         return facts
@@ -187,7 +144,7 @@ def _measures(layer: Layer, spectrum: Spectrum, norms: Mapping[str, float], sing
     return facts
 
 
-def _flags(layer: Layer, spectrum: Spectrum) -> tuple[str, ...]:
+def _flags(layer: Layer, spectrum: Spectrum, widest: int) -> tuple[str, ...]:
     if not spectrum.finite:
         return ("nan",)
     sigma = spectrum.sigma
@@ -197,8 +154,18 @@ def _flags(layer: Layer, spectrum: Spectrum) -> tuple[str, ...]:
         "spike": spectrum.rank > 1 and float(sigma[0]) > SPIKE * float(sigma[1]),
         "negative_alpha": layer.alpha is not None and layer.scale < 0,
         "zero_alpha": layer.off,
+        "odd_alpha": layer.alpha is not None and _odd(layer.alpha, layer.scale, widest),
     }
     return tuple(flag for flag, present in tests.items() if present)
+
+
+def _odd(alpha: float, scale: float, widest: int) -> bool:
+    """Whether programs may disagree about an alpha: it is above every rank of the file, or no whole number.
+
+    Not where it does not scale anything, nor above the rank of its own layer alone: files whose layers share one alpha
+    have the largest rank for it.
+    """
+    return scale != 1 and (alpha > widest or (alpha != int(alpha) and scale > 0))
 
 
 def _table(adapter: Adapter, base: Base | None, measure: _Measure) -> AdapterTable:
@@ -214,19 +181,25 @@ def _table(adapter: Adapter, base: Base | None, measure: _Measure) -> AdapterTab
             algo=layer.algo,
             rank=layer.rank,
             dtype=layer.dtype,
+            bytes=_bytes(layer),
             base_keys=tuple(view.key for view in each),
             **measures,  # type: ignore[arg-type]  # the fields of LayerRow that `_measures` fills
         )
         for layer, each, measures in zip(adapter.layers, views, measure(adapter, views), strict=True)
     )
+    family, metadata, names = adapter_family(adapter), adapter.store.metadata, naming([row.name for row in rows])
     return AdapterTable(
         path=str(adapter.path),
         bytes=sum(path.stat().st_size for path in adapter.store.files),
-        family=adapter_family(adapter),
+        family=family,
         algo="+".join(sorted({row.algo for row in rows})) or "none",
-        naming=naming([row.name for row in rows]),
+        naming=names,
         dtype="+".join(sorted({row.dtype for row in rows})),
-        metadata=adapter.store.metadata,
+        fro=_together([row.fro for row in rows]),
+        fro_ratio=_ratio([(row.fro, row.base_fro) for row in rows]),
+        metadata=metadata,
+        notes=training_notes(metadata),
+        health=check_health(rows, metadata, family=family, naming=names),
         layers=rows,
         blocks=_blocks(adapter.layers, rows),
         others=adapter.others,
@@ -242,7 +215,7 @@ def _blocks(layers: Sequence[Layer], rows: Sequence[LayerRow]) -> tuple[BlockRow
             block=name,
             layers=len(indices),
             parameters=sum(_parameters(layers[i]) for i in indices),
-            bytes=sum(info.nbytes for i in indices for info in layers[i].infos.values()),
+            bytes=sum(rows[i].bytes for i in indices),
             fro=_together([rows[i].fro for i in indices]),
             fro_ratio=_ratio([(rows[i].fro, rows[i].base_fro) for i in indices]),
         )
@@ -254,6 +227,10 @@ def _parameters(layer: Layer) -> int:
     return sum(math.prod(info.shape) for role, info in layer.infos.items() if role != "alpha")
 
 
+def _bytes(layer: Layer) -> int:
+    return sum(info.nbytes for info in layer.infos.values())
+
+
 def _together(norms: Sequence[float | None]) -> float | None:
     known = [norm for norm in norms if norm is not None]
     return math.hypot(*known) if known else None
@@ -262,3 +239,24 @@ def _together(norms: Sequence[float | None]) -> float | None:
 def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
     known = [(fro, base) for fro, base in pairs if fro is not None and base]
     return math.hypot(*(fro for fro, _ in known)) / math.hypot(*(base for _, base in known)) if known else None
+
+
+def _recommended(
+    source: Path, table: AdapterTable, base: str | Path | None, device: str, jobs: int | None
+) -> tuple[Recommendation, ...]:
+    """What a handful of recipes would make of a file, in their order; nothing of one that adds nothing."""
+    if not table.fro:
+        return ()
+    from lorashrink.batch import shrink
+    from lorashrink.recipe import parse_recipes
+
+    score = "bytes" if base is None else "fro_ckpt,bytes"
+    sizes = [f"{score},size={share * table.bytes / 2**20:.4g}" for share in _SHARES if table.bytes > _WORTH_IT]
+    recipes = parse_recipes([*(_WITH_BASE if base is not None else ()), *_ANYWAY, *sizes])
+    unwritten = {source.with_name(f"{place}.safetensors"): recipe for place, recipe in enumerate(recipes)}
+    found = shrink({source: unwritten}, _open, base=base, device=device, jobs=jobs, dry_run=True, lenient=True).results
+    return tuple(Recommendation(each.recipe, each.bytes_after, each.relative_error, each.energy) for each in found)
+
+
+def _open(source: Path, base: Base | None) -> Adapter:
+    return open_adapter(source)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
+import statistics
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lorashrink.adapters import Adapter, open_adapter
+from lorashrink.adapters import Adapter, open_adapter, peft
 from lorashrink.bases import Base
-from lorashrink.errors import InputError, RecipeError, UsageError
+from lorashrink.errors import InputError, NonFinite, RecipeError, UsageError
 from lorashrink.inputs import find_adapters
-from lorashrink.recipe import SELECTIONS, parse_recipes
-from lorashrink.results import FileResult
+from lorashrink.outputs import shown
+from lorashrink.prompts import Prompt, read_prompts
+from lorashrink.recipe import SELECTIONS, Recipe, parse_recipes
+from lorashrink.results import FileResult, Report
+
+if TYPE_CHECKING:
+    from lorashrink.drawing import Studio
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
@@ -28,6 +40,33 @@ _RANGE = re.compile(rf"(?P<key>\w+)=(?P<low>{_NUMBER})\.\.(?P<high>{_NUMBER})/(?
 _WHOLE = ("rank", "conv_rank", "max_rank", "min_rank", "multiple")
 _SHARES = ("energy", "sv_fro", "sv_cumulative")
 _DIGITS = 4  # of the numbers that ranges are expanded to
+# Mean PSNR in dB from which pictures count as the same, where half precision does not change them more anyway.
+SAME_PICTURES = 35.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Pictures against those that the whole adapter draws: means over the pictures, and standard deviations."""
+
+    psnr: float  # dB; `likeness.MOST_PSNR` for equal ones
+    psnr_deviation: float
+    ssim: float
+    ssim_deviation: float
+    files: tuple[str, ...]  # prompt by prompt, each with every seed
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What pictures were drawn with, and the two ends of the scale."""
+
+    model: str
+    device: str
+    dtype: str
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]  # added to the prompts' own
+    files: tuple[str, ...]  # with the whole adapter
+    none: Pictures  # of the model without an adapter
+    floor: Pictures | None  # with the whole adapter in the other one of float32 and float16; None if that gives NaN
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +81,7 @@ class Point:
     mean_rank: float  # over all layers, removed ones count as 0
     layers: int  # that are left
     best: bool = False  # no other point is both smaller and closer
+    pictures: Pictures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +102,7 @@ class Sweep:
     bytes: int
     points: tuple[Point, ...]
     suggestion: Suggestion | None
+    drawn: Drawn | None = None
 
 
 def sweep(
@@ -73,13 +114,22 @@ def sweep(
     dtype: str = "same",
     device: str = "auto",
     jobs: int | None = None,
+    images: str | Path | None = None,
+    prompts: str | Path | None = None,
+    seeds: Sequence[int] = (0,),
+    pictures: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
-    """What many recipes would make of one adapter; nothing is written.
+    """What many recipes would make of one adapter; no adapter is written.
 
     recipes: as in `resize`, where one number may be a range `low..high/count`; default are ranges of the usual recipes.
     sizes: sizes in MiB; each score in `recipes` that has no selection (default `fro_ckpt,bytes` with a base, `bytes`
     without) is tried at each.
+    images: a model's folder as diffusers saves it, SDXL or SD 1 and 2, which draws the `prompts` (a file as in
+    `read_prompts`), each with every one of `seeds` on top of its own, into the folder `pictures` (default in the user's
+    cache). Pictures that are there already are not drawn again.
+
+    Recipes that keep nothing, or cannot reach their size, have no point.
 
     Raises RecipeError, UsageError or InputError as `resize` does; what fails there for one file is an error here.
     """
@@ -87,6 +137,10 @@ def sweep(
 
     given = [recipes] if isinstance(recipes, str) else list(recipes)
     parse_recipes(_expanded(given, sizes, base is not None))  # a typo is answered before any file is looked at
+    if (images is None) != (prompts is None):
+        raise UsageError("pictures need both --images, the model that draws, and --prompts, what it draws.")
+    if not seeds:
+        raise UsageError("pictures need at least one of --seeds; 0 means those of the prompts alone.")
     sources = find_adapters([adapter])
     if len(sources) != 1:
         raise UsageError(f"{adapter}: {len(sources)} adapters; a sweep takes one, `resize --dry-run` takes many.")
@@ -95,15 +149,88 @@ def sweep(
         given = _usual(source, base is not None)
     wanted = parse_recipes(_expanded(given, sizes, base is not None))
     check_needs(wanted, base, source)
-    unwritten = {source.with_name(f"{place}.safetensors"): recipe for place, recipe in enumerate(wanted)}
-    report = shrink(
-        {source: unwritten}, _open, base=base, dtype=dtype, device=device, jobs=jobs, dry_run=True, progress=progress
+    run = partial(
+        shrink, opener=_open, base=base, dtype=dtype, device=device, jobs=jobs, lenient=True, progress=progress
     )
+    if images is None or prompts is None:
+        results = _results(run, source, wanted, None)
+        return _sweep([_point(result) for result in results], results[0])
+    from lorashrink.drawing import Studio, check_packages, shots_of
+
+    check_packages()
+    from lorashrink.samplers import check_samplers
+
+    asked = read_prompts(Path(prompts))
+    check_samplers(asked)
+    place = None if pictures is None else Path(pictures)
+    with Studio(images, shots_of(asked, seeds), folder=place, device=device) as studio:
+        studio.check(source)
+        with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
+            results = _results(run, source, wanted, Path(folder))
+            whole = _draw(studio, source, "whole", progress)
+            places = _places(source, Path(folder), wanted)
+            made = {str(shown(path)): (path, recipe) for path, recipe in zip(places, wanted, strict=True)}
+            points = [
+                replace(_point(result), pictures=_alike(whole, _draw(studio, path, recipe.file_items(), progress)))
+                for result, (path, recipe) in ((result, made[result.output]) for result in results)
+            ]
+        none = _alike(whole, _draw(studio, None, "none", progress))
+        floor = _floor(studio, source, whole, progress)
+        files = tuple(map(str, whole))
+        drawn = Drawn(str(images), studio.device, studio.dtype, asked, tuple(seeds), files, none, floor)
+    return _sweep(points, results[0], drawn)
+
+
+def _results(
+    run: Callable[..., Report], source: Path, recipes: Sequence[Recipe], folder: Path | None
+) -> Sequence[FileResult]:
+    """What each recipe makes of the adapter, written into `folder` if there is one."""
+    places = _places(source, folder or source.parent, recipes)
+    report = run({source: dict(zip(places, recipes, strict=True))}, dry_run=folder is None)
     if report.failed:
         raise InputError(report.failed[0].error)
-    points = _with_front([_point(result) for result in report.results])
-    before = report.results[0].bytes_before
-    return Sweep(report.results[0].source, before, points, suggest(points, before))
+    return report.results
+
+
+def _places(source: Path, folder: Path, recipes: Sequence[Recipe]) -> list[Path]:
+    """A file for each recipe; each has a folder of its own, because those of PEFT bring settings along."""
+    name = peft.WEIGHTS_FILE if peft.is_folder(source) else "adapter.safetensors"
+    return [folder / str(number) / name for number in range(len(recipes))]
+
+
+def _sweep(points: Sequence[Point], one: FileResult, drawn: Drawn | None = None) -> Sweep:
+    ordered = _with_front(points)
+    return Sweep(one.source, one.bytes_before, ordered, suggest(ordered, one.bytes_before, drawn), drawn)
+
+
+def _draw(
+    studio: Studio, adapter: Path | None, label: str, progress: Progress | None, dtype: str | None = None
+) -> list[Path]:
+    report = partial(progress, f"pictures: {label}") if progress else None
+    return studio.draw(adapter, label, dtype=dtype, progress=report)
+
+
+def _floor(studio: Studio, source: Path, whole: Sequence[Path], progress: Progress | None) -> Pictures | None:
+    try:
+        return _alike(whole, _draw(studio, source, studio.other_dtype, progress, studio.other_dtype))
+    except NonFinite as error:
+        _log.warning("how much pictures differ by precision alone stays unknown: %s", error)
+        return None
+
+
+def _alike(whole: Sequence[Path], others: Sequence[Path]) -> Pictures:
+    from lorashrink.drawing import read_picture
+    from lorashrink.likeness import psnr, ssim
+
+    pairs = [(read_picture(one), read_picture(other)) for one, other in zip(whole, others, strict=True)]
+    noise, structure = [psnr(*pair) for pair in pairs], [ssim(*pair) for pair in pairs]
+    return Pictures(
+        psnr=statistics.fmean(noise),
+        psnr_deviation=statistics.pstdev(noise),
+        ssim=statistics.fmean(structure),
+        ssim_deviation=statistics.pstdev(structure),
+        files=tuple(map(str, others)),
+    )
 
 
 def _open(source: Path, base: Base | None) -> Adapter:
@@ -197,7 +324,33 @@ def _with_front(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple(marked)
 
 
-def suggest(points: Sequence[Point], before: int) -> Suggestion | None:
+def suggest(points: Sequence[Point], before: int, drawn: Drawn | None = None) -> Suggestion | None:
+    """With pictures the smallest point whose pictures are the whole adapter's; else the knee of the front.
+
+    Pictures are the same if their mean PSNR is `SAME_PICTURES` or more, or their mean PSNR or SSIM no lower than where
+    the model draws in half precision.
+    """
+    if drawn is None:
+        return _knee(points, before, "")
+    same = [(point, point.pictures) for point in points if point.pictures and _same(point.pictures, drawn.floor)]
+    if not same:
+        return _knee(points, before, "no recipe leaves the pictures as they are; ")
+    chosen, pictures = min(same, key=lambda pair: pair[0].bytes)
+    limit = f" (half precision alone: {drawn.floor.psnr:.1f} dB, {drawn.floor.ssim:.4f})" if drawn.floor else ""
+    reason = (
+        f"the smallest whose pictures are those of the whole adapter: PSNR {pictures.psnr:.1f} dB, SSIM "
+        f"{pictures.ssim:.4f}{limit}; {chosen.bytes / before:.0%} of the bytes"
+    )
+    return Suggestion(chosen.recipe, chosen.bytes, chosen.relative_error, reason)
+
+
+def _same(pictures: Pictures, floor: Pictures | None) -> bool:
+    return pictures.psnr >= SAME_PICTURES or (
+        floor is not None and (pictures.psnr >= floor.psnr or pictures.ssim >= floor.ssim)
+    )
+
+
+def _knee(points: Sequence[Point], before: int, preface: str) -> Suggestion | None:
     """The knee of the front: the point furthest below the straight line between its ends.
 
     Axes are the logarithm of the size and the error, each from 0 to 1 (Satopaa et al. 2011, "Kneedle"). None with fewer
@@ -218,7 +371,8 @@ def suggest(points: Sequence[Point], before: int) -> Suggestion | None:
     chosen = front[place]
     smaller = front[max(place - 1, 0)]
     reason = (
-        f"the bend of the curve: {chosen.bytes / before:.0%} of the bytes at {chosen.relative_error:.1%} error; "
+        f"{preface}the bend of the curve: {chosen.bytes / before:.0%} of the bytes at "
+        f"{chosen.relative_error:.1%} error; "
         f"the next smaller one, {smaller.bytes / before:.0%}, has {smaller.relative_error:.1%}"
     )
     return Suggestion(chosen.recipe, chosen.bytes, chosen.relative_error, reason)

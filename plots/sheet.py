@@ -11,9 +11,8 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from lorashrink.plots.style import INK
+from lorashrink.plots.style import INK, QUIET
 
-_QUIET = "#777777"
 _MARGIN, _GAP, _NARROWEST = 24, 20, 256  # pixels
 _TITLE_SIZE, _TEXT_SIZE, _LEADING = 22, 14, 19  # pixels
 _CAPTION_LINES = 2
@@ -30,7 +29,7 @@ class Cell:
 
 def contact_sheet(title: str, cells: Sequence[Cell], *, side: int = 512) -> Image.Image:
     """The pictures in rows, in their order, none larger than `side` pixels in width and height; RGB."""
-    small = [_fitted(cell.picture, side) for cell in cells]
+    small = [fitted(cell.picture, side) for cell in cells]
     columns = math.ceil(math.sqrt(len(cells)))
     width = max(_NARROWEST, *(picture.width for picture in small))
     heights = [max(picture.height for picture in small[at : at + columns]) for at in range(0, len(small), columns)]
@@ -44,7 +43,7 @@ def contact_sheet(title: str, cells: Sequence[Cell], *, side: int = 512) -> Imag
         "white",
     )
     drawing = ImageDraw.Draw(sheet)
-    drawing.text((_MARGIN, _MARGIN), title, INK, _font(_TITLE_SIZE))
+    drawing.text((_MARGIN, _MARGIN), title, INK, sheet_font(_TITLE_SIZE))
     for place, (cell, picture) in enumerate(zip(cells, small, strict=True)):
         row, column = divmod(place, columns)
         left = _MARGIN + column * (width + _GAP)
@@ -54,19 +53,20 @@ def contact_sheet(title: str, cells: Sequence[Cell], *, side: int = 512) -> Imag
     return sheet
 
 
-def _fitted(picture: Image.Image, side: int) -> Image.Image:
+def fitted(picture: Image.Image, side: int) -> Image.Image:
+    """The picture in RGB, reduced to `side` pixels in width and height if it is larger."""
     small = picture.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     return small
 
 
 def _write(drawing: ImageDraw.ImageDraw, cell: Cell, left: int, top: int, width: int) -> None:
-    font = _font(_TEXT_SIZE)
+    font = sheet_font(_TEXT_SIZE)
     lines = wrapped(cell.caption, font, width, _CAPTION_LINES)
     for number, line in enumerate(lines):
         drawing.text((left, top + number * _LEADING), line, INK, font)
     for line in wrapped(cell.details, font, width, 1):
-        drawing.text((left, top + len(lines) * _LEADING), line, _QUIET, font)
+        drawing.text((left, top + len(lines) * _LEADING), line, QUIET, font)
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
@@ -78,6 +78,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> 
     return []
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def sheet_font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of sheets, `size` pixels high."""
     # matplotlib brings this one along; Pillow's own knows fewer alphabets.
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -12,7 +12,10 @@ from matplotlib.figure import Figure
 from lorashrink.errors import OutputError, UsageError
 from lorashrink.files import write_bytes
 
-BEFORE, AFTER, INK = "#c9d3db", "#0072b2", "#333333"
+if TYPE_CHECKING:
+    from PIL import Image
+
+BEFORE, AFTER, INK, QUIET = "#c9d3db", "#0072b2", "#333333", "#777777"
 
 RC: dict[Any, Any] = {
     "axes.edgecolor": INK,
@@ -61,3 +64,13 @@ def save(figure: Figure, path: Path) -> None:
     with rc_context({"svg.hashsalt": "lorashrink", "svg.fonttype": "none"}):
         figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
     write_bytes(path, picture.getvalue())
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture as .png.
+
+    Raises OutputError if it cannot be written.
+    """
+    data = io.BytesIO()
+    picture.save(data, "png")
+    write_bytes(path, data.getvalue())

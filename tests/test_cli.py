@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -73,6 +75,46 @@ def test_inspect_prints_layers_blocks_and_a_summary(adapter: Path, base: Path) -
     assert "178 layers of rank 4 to 8" in text
 
 
+def test_inspect_prints_the_metadata_first_and_what_is_unusual_last(adapter: Path) -> None:
+    lines = run("inspect", adapter, "--recommend").splitlines()
+    assert re.match(r"title +parity$", lines[0])
+    assert re.search(r"^ *energy=0\.99 +[\d.]+ kB +[\d.]+% +[\d.]+%", "\n".join(lines), re.MULTILINE)
+    assert "mixed_alpha: " in lines[-2]
+
+
+def test_several_files_are_printed_side_by_side(adapter: Path, base: Path, tmp_path: Path) -> None:
+    run("resize", "-r", "rank=2", "-o", tmp_path / "small.safetensors", adapter)
+    text = run("inspect", base, adapter, tmp_path / "small.safetensors")
+    assert re.search(r"^ *lora\.safetensors +[\d.]+ kB +sdxl +lora +178 +4 to 8 +1 to 8 ", text, re.MULTILINE)
+    assert re.search(r"^ *small\.safetensors +[\d.]+ kB +sdxl +lora +\d+ +2 +2 +[\d.]+ +[\d.]+%", text, re.MULTILINE)
+    assert "lora_unet_" not in text
+    assert "lora_unet_" in run("inspect", "-v", adapter, tmp_path / "small.safetensors")
+
+
+def test_inspect_draws_spectra_and_with_a_base_norms(adapter: Path, base: Path, tmp_path: Path) -> None:
+    run("inspect", adapter, "--plot", tmp_path / "alone.svg")
+    run("inspect", base, adapter, "--plot", tmp_path / "both.png")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"alone_spectra.svg", "both_spectra.png", "both_norms.png"}
+    for arguments in (
+        ["--plot", tmp_path / "both.png"],  # is there already
+        ["--plot", tmp_path / "a.jpg"],
+        ["--plot", tmp_path / "a.png", "--header"],
+        ["--plot", tmp_path / "a.png", adapter],
+        ["--recommend", "--header"],
+    ):
+        run("inspect", adapter, *arguments, status=2)
+
+
+def test_files_without_layers_are_printed_and_drawn_too(tmp_path: Path, base: Path) -> None:
+    path = tmp_path / "norms.safetensors"
+    save_file({"lora_unet_out_0.w_norm": torch.ones(8)}, path)
+    text = run("inspect", "--recommend", "--plot", tmp_path / "a.png", base, path)
+    assert "no_layers: " in text
+    assert "no recipe to recommend" in text
+    assert "0 layers, 1 other tensors" in text
+
+
 def test_norms_writes_a_table_that_resize_takes(adapter: Path, base: Path, tmp_path: Path) -> None:
     run("norms", base, "-o", tmp_path / "table.json")
     run("resize", "-o", tmp_path / "out", "-r", "spn_ckpt,thr=-1", tmp_path / "table.json", adapter)
@@ -99,12 +141,12 @@ def test_every_command_has_help_with_an_example_that_names_it(command: str) -> N
 
 
 def names(document: object) -> set[str]:
-    """All keys of a document, at any depth, but for those that are data: metadata, reasons by key, quantiles."""
+    """All keys of a document, at any depth, but for those that are data: metadata, notes, reasons by key, quantiles."""
     if isinstance(document, list):
         return set().union(*map(names, document))
     if not isinstance(document, dict):
         return set()
-    data = ("metadata", "others", "quantiles")
+    data = ("metadata", "others", "quantiles", "notes")
     return set(document).union(*(names(value) for key, value in document.items() if key not in data))
 
 
@@ -112,7 +154,7 @@ def test_every_name_in_the_json_is_documented(adapter: Path, base: Path, tmp_pat
     text = (Path(__file__).parents[1] / "docs" / "programs.md").read_text()
     documents = [
         run("resize", "-o", tmp_path, "-r", "fro_ckpt,thr=-1.6", "-v", "--json", base, adapter),
-        run("inspect", "--json", "--spectrum", base, adapter),
+        run("inspect", "--json", "--spectrum", "--recommend", base, adapter),
         run("compare", "--json", adapter, adapter),
         run("norms", "--json", base, "-o", tmp_path / "norms.json"),
         run("sweep", "--json", base, adapter),

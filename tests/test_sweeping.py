@@ -110,7 +110,7 @@ def run(*arguments: object, status: int = 0) -> str:
 def test_json_csv_and_figure_hold_the_same_numbers(adapter: Path, base: Path, tmp_path: Path) -> None:
     table, picture = tmp_path / "t.csv", tmp_path / "p.svg"
     document = json.loads(run("--json", "--csv", table, "--plot", picture, "-r", "rank=1..4/3", base, adapter))
-    assert {"version", "source", "bytes", "points", "suggestion"} == set(document)
+    assert {"version", "source", "bytes", "points", "suggestion", "drawn"} == set(document)
     rows = [line.split(",") for line in table.read_text().splitlines()]
     assert [int(row[rows[0].index("bytes")]) for row in rows[1:]] == [each["bytes"] for each in document["points"]]
     assert picture.read_text().startswith("<?xml")
@@ -138,6 +138,13 @@ def test_bad_options_end_with_one_line(arguments: list[str], said: str, adapter:
     error = run(*arguments, adapter, status=2)
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_recipes_that_keep_nothing_have_no_point(adapter: Path) -> None:
+    result = ls.sweep(adapter, recipes=["rank=2", "fro_lora,thr=9"])
+    assert [each.recipe for each in result.points] == ["rank=2"]
+    with pytest.raises(InputError, match="keeps nothing"):
+        ls.sweep(adapter, recipes="fro_lora,thr=9")
 
 
 def test_an_adapter_of_zeros_is_said_to_be_one(tmp_path: Path) -> None:

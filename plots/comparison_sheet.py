@@ -1,0 +1,92 @@
+"""A table of pictures: a row for each prompt and seed, a column for each size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw
+
+from lorashrink.plots.sheet import fitted, sheet_font, wrapped
+from lorashrink.plots.style import INK, QUIET
+
+if TYPE_CHECKING:
+    from lorashrink.sweeping import Pictures, Point, Sweep
+
+_MEGA = 1e6
+_MOST_COLUMNS, _MOST_ROWS = 6, 12  # of recipes; of pictures
+_MARGIN, _GAP, _LABEL, _NARROWEST = 24, 10, 180, 160  # pixels
+_TITLE_SIZE, _TEXT_SIZE, _LEADING = 22, 14, 19  # pixels
+_HEAD_LINES, _ROW_LINES = 3, 5
+
+
+def pictures_by_size(sweep: Sweep, *, side: int = 320) -> Image.Image:
+    """No adapter, some recipes from the smallest file to the largest, and the whole adapter, side by side; RGB.
+
+    Columns are recipes that nothing beats, evenly chosen if there are many, and the suggested one.
+    """
+    drawn = sweep.drawn
+    assert drawn is not None
+    columns = [
+        (["no adapter", f"{drawn.none.psnr:.1f} dB"], drawn.none.files),
+        *(
+            ([f"{point.bytes / _MEGA:.3g} MB", f"{pictures.psnr:.1f} dB", point.recipe], pictures.files)
+            for point, pictures in _chosen(sweep)
+        ),
+        ([f"{sweep.bytes / _MEGA:.3g} MB", "whole adapter"], drawn.files),
+    ]
+    labels = [f"{prompt.prompt} (seed {(prompt.seed or 0) + seed})" for prompt in drawn.prompts for seed in drawn.seeds]
+    return _table(
+        f"{Path(sweep.source).name} at {len(columns) - 1} sizes",
+        [heads for heads, _ in columns],
+        labels[:_MOST_ROWS],
+        [[_read(column[row], side) for _, column in columns] for row in range(min(len(labels), _MOST_ROWS))],
+    )
+
+
+def _chosen(sweep: Sweep) -> list[tuple[Point, Pictures]]:
+    points = [(point, point.pictures) for point in sweep.points if point.pictures is not None]
+    suggested = {sweep.suggestion.recipe} if sweep.suggestion else set()
+    best = [pair for pair in points if pair[0].best and pair[0].recipe not in suggested]
+    count = min(len(best), _MOST_COLUMNS - len(suggested))
+    taken = {best[round(place * (len(best) - 1) / max(count - 1, 1))][0].recipe for place in range(count)}
+    return [pair for pair in points if pair[0].recipe in taken | suggested]
+
+
+def _read(path: str, side: int) -> Image.Image:
+    """No wider or higher than `side`, and specks enlarged by a whole number."""
+    with Image.open(path) as picture:
+        small = fitted(picture, side)
+    times = max(1, _NARROWEST // max(small.size))
+    return small.resize((times * small.width, times * small.height), Image.Resampling.NEAREST)
+
+
+def _table(
+    title: str, heads: Sequence[Sequence[str]], labels: Sequence[str], rows: Sequence[Sequence[Image.Image]]
+) -> Image.Image:
+    """heads: lines above each column. labels: one left of each row."""
+    font = sheet_font(_TEXT_SIZE)
+    width = max(_NARROWEST, *(picture.width for row in rows for picture in row))
+    heights = [max(_ROW_LINES * _LEADING, *(picture.height for picture in row)) for row in rows]
+    left, top = _MARGIN + _LABEL + _GAP, _MARGIN + _TITLE_SIZE + _GAP
+    below = top + _HEAD_LINES * _LEADING + _GAP
+    size = (
+        left + len(heads) * (width + _GAP) - _GAP + _MARGIN,
+        below + sum(heights) + _GAP * (len(rows) - 1) + _MARGIN,
+    )
+    sheet = Image.new("RGB", size, "white")
+    drawing = ImageDraw.Draw(sheet)
+    drawing.text((_MARGIN, _MARGIN - 6), title, INK, sheet_font(_TITLE_SIZE))
+    for column, lines in enumerate(heads):
+        for number, text in enumerate(lines):
+            for line in wrapped(text, font, width, 1):
+                place = (left + column * (width + _GAP), top + number * _LEADING)
+                drawing.text(place, line, QUIET if number else INK, font)
+    for number, (label, row) in enumerate(zip(labels, rows, strict=True)):
+        height = below + sum(heights[:number]) + number * _GAP
+        for line_number, line in enumerate(wrapped(label, font, _LABEL, _ROW_LINES)):
+            drawing.text((_MARGIN, height + line_number * _LEADING), line, INK, font)
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (left + column * (width + _GAP), height))
+    return sheet

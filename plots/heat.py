@@ -1,0 +1,92 @@
+"""Where an adapter changes its base most: norms relative to the base's, block by kind of layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from lorashrink.plots.blocks import grouped
+from lorashrink.plots.style import INK, RC
+
+if TYPE_CHECKING:
+    from lorashrink.tables import AdapterTable, LayerRow
+
+_MOST_LINES = 40
+# Perceptually even and safe for colour-blind readers (Nuñez, Anderton & Renslow 2018).
+_MAP = "cividis"
+_KINDS = {
+    "te": "text encoder",
+    "attn": "attention",
+    "mlp": "feed-\nforward",
+    "proj": "projection",
+    "conv": "convolution",
+    "time": "time",
+    "mod": "modulation",
+    "other": "other",
+}
+_DARK = 0.55  # share of the colour scale below which ink on it is white
+
+
+def norms_by_kind(table: AdapterTable) -> Figure:
+    """√(Σ‖ΔW‖² / Σ‖W‖²) in percent of the layers of each kind in each block, as colour and number.
+
+    Only layers whose base weight is known count. A cell is empty where the adapter has none, and says 0 without a
+    colour where all are zero. Without any there is a sentence in the place of the map.
+    """
+    rows = [row for row in table.layers if row.fro is not None and row.base_fro]
+    groups = grouped([row.block for row in rows], _MOST_LINES)
+    kinds = [kind for kind in _KINDS if any(row.kind == kind for row in rows)]
+    shares = np.array(
+        [
+            [share([row for row in rows if row.block in members and row.kind == kind]) for kind in kinds]
+            for members in groups.values()
+        ]
+    ).reshape(len(groups), len(kinds))
+    with rc_context(RC):
+        figure = Figure(figsize=(max(5.6, 2.2 + 1.0 * len(kinds)), max(2.4, 1.5 + 0.28 * len(groups))))
+        axes = figure.subplots()
+        axes.set_title("Norm of ΔW in % of the base weight's")
+        if not rows:
+            axes.set_axis_off()
+            axes.text(0.5, 0.5, "no layer changes a weight of this base", ha="center", color=INK)
+            return figure
+        with np.errstate(invalid="ignore"):
+            positive = shares[shares > 0]
+        low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
+        norm = LogNorm(low / 1.001, high * 1.001)
+        image = axes.imshow(np.ma.masked_where(~(shares > 0), shares), cmap=_MAP, norm=norm, aspect="auto")
+        for (line, column), value in np.ndenumerate(shares):
+            if not math.isnan(value):
+                dark = value > 0 and norm(value) < _DARK
+                axes.text(
+                    column, line, said(value), ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                )
+        axes.set_xticks(range(len(kinds)), [_KINDS[kind] for kind in kinds])
+        axes.set_yticks(range(len(groups)), list(groups))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g} %"))
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+        bar.outline.set_visible(False)
+        return figure
+
+
+def share(rows: Sequence[LayerRow]) -> float:
+    """The norm of these layers together, in percent of that of their base weights; NaN without any."""
+    if not rows:
+        return math.nan
+    return 100 * math.hypot(*(row.fro or 0.0 for row in rows)) / math.hypot(*(row.base_fro or 0.0 for row in rows))
+
+
+def said(percent: float) -> str:
+    """For a cell, which has no room for a unit."""
+    return "0" if percent == 0 else f"{percent:.2g}" if percent < 9.95 else f"{percent:.0f}"

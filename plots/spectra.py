@@ -1,0 +1,103 @@
+"""How fast singular values fall, block by block: what can be dropped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from lorashrink.plots.blocks import grouped
+from lorashrink.plots.style import COLOURS, INK, RC
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from lorashrink.tables import AdapterTable, LayerRow
+
+_MOST_PANELS, _COLUMNS = 24, 6
+_QUARTILES = (25, 50, 75)
+_DECADES = 6  # below the largest value; what is smaller is rounding
+# Apart, since they often have other ranks: one median over both would jump where the shorter ones end.
+_LINES = (("convolutions", COLOURS[1]), ("other layers", COLOURS[0]))
+
+
+def spectra_per_block(table: AdapterTable) -> Figure:
+    """σ_i of ΔW over i: the median of a block's layers and the middle half of them, a panel for each block.
+
+    Convolutions have a line of their own, named after its kind. Needs rows with `singular_values`; layers without, and
+    values of zero, are left out. Without any layer there is one panel that says so.
+    """
+    rows = [row for row in table.layers if row.singular_values and row.singular_values[0] > 0]
+    groups = grouped([row.block for row in rows], _MOST_PANELS)
+    columns = min(_COLUMNS, max(1, len(groups)))
+    lines = max(1, math.ceil(len(groups) / columns))
+    with rc_context(RC):
+        figure = Figure(figsize=(max(5.0, 1.2 + 1.75 * columns), 1.3 + 1.6 * lines))
+        panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for axes, (label, members) in zip(panels, groups.items(), strict=False):
+            _panel(axes, label, [row for row in rows if row.block in members])
+        for place, axes in enumerate(panels[: len(groups)]):
+            axes.tick_params(labelbottom=place + columns >= len(groups))
+        for axes in panels[max(1, len(groups)) :]:
+            axes.set_visible(False)
+        figure.suptitle(f"Singular values per block, {table.bytes / 1e6:.3g} MB", x=0.01, ha="left", fontsize="large")
+        if not rows:
+            panels[0].set_axis_off()
+            panels[0].text(0.5, 0.5, "no layer has singular values above zero", ha="center", color=INK)
+            return figure
+        _scales(list(panels[: len(groups)]))
+        drawn = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+        figure.legend(
+            drawn.values(),
+            [f"{label if len(drawn) > 1 else 'layers'}: median and middle half" for label in drawn],
+            loc="outside upper right", ncols=2, frameon=False, fontsize=9,
+        )  # fmt: skip
+        figure.supxlabel("dimension of a layer, largest first", fontsize=10)
+        figure.supylabel("singular value of ΔW", fontsize=10)
+        return figure
+
+
+def quartiles(rows: Sequence[LayerRow]) -> NDArray[np.float64]:
+    """[3, longest] lower quartile, median and upper quartile of σ_i over the layers that have an i-th one above 0."""
+    values = [np.asarray(row.singular_values or (), dtype=np.float64) for row in rows]
+    longest = max((len(each) for each in values), default=0)
+    table = np.full((len(values), longest), np.nan)
+    for line, each in zip(table, values, strict=True):
+        line[: len(each)] = np.where(each > 0, each, np.nan)
+    used = ~np.isnan(table).all(axis=0)
+    return np.nanpercentile(table[:, used], _QUARTILES, axis=0) if used.any() else np.empty((3, 0))
+
+
+def _panel(axes: Axes, label: str, rows: Sequence[LayerRow]) -> None:
+    for name, colour in _LINES:
+        members = [row for row in rows if (row.kind == "conv") == (name == "convolutions")]
+        low, middle, high = quartiles(members)
+        places = np.arange(1, len(middle) + 1)
+        if members:
+            axes.fill_between(places, low, high, color=colour, alpha=0.25, linewidth=0)
+            # A layer of rank 1 is a point, which a line does not show.
+            marker = "o" if len(middle) == 1 else None
+            axes.plot(places, middle, color=colour, linewidth=1.8, marker=marker, markersize=4, label=name)
+    count = f"{len(rows)} layer{'s' * (len(rows) != 1)}"
+    axes.set_title(f"{label}  ·  {count}", fontsize=9)
+
+
+def _scales(panels: Sequence[Axes]) -> None:
+    """Of all panels, since they share their axes; as wide as what is drawn."""
+    drawn = np.concatenate([path.vertices for axes in panels for band in axes.collections for path in band.get_paths()])
+    longest, top = float(drawn[:, 0].max()), float(drawn[:, 1].max())
+    axes = panels[0]
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(0.9, max(2.0, longest) * 1.1)
+    axes.set_ylim(max(float(drawn[:, 1].min()), top * 10.0**-_DECADES) / 1.3, top * 1.3)
+    axes.xaxis.set_major_locator(LogLocator(base=4 if longest > 16 else 2, numticks=6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
