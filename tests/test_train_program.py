@@ -372,7 +372,13 @@ def test_a_damaged_picture_is_named_and_left_out(model: Path, data: Path, tmp_pa
 def test_an_interrupted_run_leaves_complete_files(model: Path, data: Path, tmp_path: Path) -> None:
     words = flags(model, data, tmp_path / "o", "--max_train_steps=100000", "--save_every_n_steps=2", "--save_state")
     running = subprocess.Popen(
-        [*PROGRAM, *words], cwd=ROOT, env=environment(tmp_path), stderr=subprocess.PIPE, text=True
+        [*PROGRAM, *words],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Background jobs of shells begin with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     first = tmp_path / "o" / "x-step00000002-state"
     waited = time.monotonic() + PATIENCE
