@@ -1,0 +1,19 @@
+"""The commands: parse, call one public function, print. No logic.
+
+Nothing heavy is imported before a command needs it. A new command is one function, and its place in `COMMANDS`.
+"""
+
+from lorashrink.cli.application import app, main
+from lorashrink.cli.comparing import compare
+from lorashrink.cli.inspecting import inspect
+from lorashrink.cli.resizing import convert, demo, extract, norms, resize
+from lorashrink.cli.sweeping import sweep
+from lorashrink.cli.training import OWN_PARSER, train
+
+COMMANDS = (resize, inspect, compare, sweep, extract, convert, norms, demo)  # in the order of the help
+
+for _command in COMMANDS:
+    app.command()(_command)
+app.command(**OWN_PARSER)(train)
+
+__all__ = ["COMMANDS", "app", "main"]

@@ -1,0 +1,3 @@
+from lorashrink.cli import main
+
+main()
