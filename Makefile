@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench bench-gpu install format example formats clean
+.PHONY: demo test lint bench bench-gpu evidence install format example formats clean
 
-demo: $(VENV)/core
+demo: $(VENV)/pictures
 	$(BIN)/lorashrink demo -o demo-out
 
 test: $(VENV)/dev
@@ -27,6 +27,15 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_resize.py $(ARGS)
 	$(BIN)/python benchmarks/bench_models.py
 	$(BIN)/python benchmarks/bench_train.py
+	$(BIN)/python benchmarks/bench_batch.py
+	$(BIN)/python benchmarks/bench_overlap.py
+	$(BIN)/python benchmarks/bench_pictures.py
+
+# Trains what is not there yet, five minutes for each adapter, and measures for an hour.
+evidence: $(VENV)/dev
+	$(BIN)/python benchmarks/shapes/train_loras.py --work evidence-out
+	$(BIN)/python benchmarks/shapes/study.py --work evidence-out
+	$(BIN)/python benchmarks/shapes/write_up.py
 
 bench-gpu: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_gpu.py $(ARGS)
@@ -42,11 +51,15 @@ formats: $(VENV)/dev
 	$(BIN)/python tests/test_formats.py
 
 clean:
-	rm -rf $(VENV) build demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build demo-out evidence-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
+	touch $@
+
+$(VENV)/pictures: $(VENV)/core
+	$(PIP) -e ".[pictures]"
 	touch $@
 
 $(VENV)/dev: $(VENV)/core

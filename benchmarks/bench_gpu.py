@@ -1,10 +1,11 @@
-"""What a GPU makes of both jobs: the engine beside the CPU, and training steps of the size of SDXL.
+"""What a GPU makes of three jobs: the engine beside the CPU, training steps and calibration of the size of SDXL.
 
     python benchmarks/bench_gpu.py --only resize --rank 64 --files 4
     python benchmarks/bench_gpu.py --only train --batch 1 4 8
+    python benchmarks/bench_gpu.py --only calibrate
 
 Ends with 0 and a sentence where there is no GPU, and with 1 if the singular values differ by more than 1e-9. With
---small the training steps are those of a tiny model, and run without a GPU too: they show that they run, no more.
+--small training and calibration are those of a tiny model, and run without a GPU too: they show that they run, no more.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from rates import cores
+from safetensors.torch import save_file
 from sdxl_data import factors, shapes
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import lorashrink.train
+from lorashrink.bases import open_base
+from lorashrink.calibrating import calibrate
 from lorashrink.delta import Delta
 from lorashrink.machine import worker_pool
 from lorashrink.spectrum import Item, Spectrum, decompose, truncate
@@ -51,6 +55,7 @@ import tiny_sdxl
 TOLERANCE = 1e-9  # relative, of singular values down to a thousandth of the layer's largest
 _STRENGTH = 1.0  # ‖ΔW‖_F of every layer
 _ALPHA = 32.0
+JOBS = ["resize", "train", "calibrate"]
 
 
 # --- shrinking ----------------------------------------------------------------------------------
@@ -313,13 +318,68 @@ def _machine() -> str:
     return f"{gpu.name} {gpu.total_memory / GIB:.0f} GiB sm {capability}, {cores()} cores, torch {torch.__version__}"
 
 
-# --- both ---------------------------------------------------------------------------------------
+# --- calibration --------------------------------------------------------------------------------
+
+
+def write_pipeline(folder: Path, size: Size, device: torch.device) -> None:
+    """SDXL with random weights as diffusers saves it, in half precision."""
+    options = guide_options("bf16", size, 1, bypass=True)
+    model = random_model(options, size, device)
+    settings = Path(lorashrink.train.__file__).parent / "sdxl"
+    StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_config(AutoencoderKL.load_config(settings / "vae")).to(torch.float16),
+        unet=model.unet.to(torch.float16),
+        text_encoder=model.encoders[0].to(torch.float16),
+        text_encoder_2=model.encoders[1].to(torch.float16),
+        tokenizer=model.tokenizers[0],
+        tokenizer_2=model.tokenizers[1],
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+
+
+def write_adapter(path: Path, model: Path, rank: int) -> None:
+    """A LoRA of every weight, in diffusers' names."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    with open_base(model) as base:
+        for (part, name), views in base.modules("diffusers").items():
+            shape = views[0].shape
+            up, down = factors(shape, rank, _STRENGTH, generator)
+            key = f"{base.family.folder(part)}.{name}"
+            tensors[f"{key}.lora_A.weight"] = down.reshape(rank, *shape[1:])
+            tensors[f"{key}.lora_B.weight"] = up.reshape(shape[0], rank, *(1,) * len(shape[2:]))
+    save_file(tensors, path)
+
+
+def report_calibration(size: Size, rank: int) -> None:
+    """Seconds and peak memory of `calibrate`, for an adapter and for a table."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as place:
+        model, adapter, prompts = (Path(place) / name for name in ("model", "lora.safetensors", "prompts.txt"))
+        write_pipeline(model, size, device)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        write_adapter(adapter, model, rank)
+        prompts.write_text(f"a cat --w {size.pixels} --h {size.pixels} --s 10 --l 7 --d 1\n")
+        for what, adapters in ((f"a LoRA of rank {rank}", [adapter]), ("a table", [])):
+            done = calibrate(adapters, model=model, output=Path(place) / "s.safetensors", prompts=prompts, force=True)
+            peak = f"{done.peak_bytes / GIB:.1f} GiB at most" if done.peak_bytes else "no GPU memory"
+            print(
+                f"calibrate for {what}: {done.layers} layers, {done.seconds / done.passes:.2f} s per pass of two "
+                f"pictures of {size.pixels} px (loading included), {peak}, file of {done.bytes / 1e6:.0f} MB; "
+                f"{_machine()}"
+            )
+
+
+# --- all ----------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare and measure, or say that there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["resize", "train"], default=["resize", "train"])
+    parser.add_argument("--only", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--rank", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--files", type=int, default=1, help="LoRAs whose layers are decomposed together")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side; the fastest counts (default 3)")
@@ -337,6 +397,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         differences = [compare(layers, options.repeats) for layers in made]
     if (there or options.small) and "train" in options.only:
         report_training(TINY if options.small else SDXL, options.precision, options.batch, options.steps)
+    if (there or options.small) and "calibrate" in options.only:
+        report_calibration(TINY if options.small else SDXL, 8 if options.small else 64)
     return int(max(differences) > TOLERANCE)
 
 

@@ -96,7 +96,7 @@ def make_data(folder: Path, ranks: Sequence[int], *, small: bool) -> Data:
     names = _base_names(base, layers)
     for rank, path in loras.items():
         if not path.exists():
-            _write_lora(path, rank, layers, names)
+            write_lora(path, rank, layers, names)
     time.sleep(max(0.0, _SETTLED_SECONDS - (time.time() - base.stat().st_ctime)))
     return Data(folder, base, loras, layers)
 
@@ -123,7 +123,7 @@ def _base_names(base: Path, layers: Mapping[str, Shape]) -> dict[str, str]:
         return {layer: opened.find(layer)[0].key for layer in layers}
 
 
-def _write_lora(path: Path, rank: int, layers: Mapping[str, Shape], names: Mapping[str, str]) -> None:
+def write_lora(path: Path, rank: int, layers: Mapping[str, Shape], names: Mapping[str, str]) -> None:
     infos: dict[str, TensorInfo] = {}
     for name, shape in layers.items():
         for role, sides in factor_shapes(shape, rank).items():

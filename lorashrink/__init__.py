@@ -18,25 +18,35 @@ if TYPE_CHECKING:
     from lorashrink.base_norms import norms
     from lorashrink.bases import open_base
     from lorashrink.batch import resize
+    from lorashrink.calibrating import calibrate
     from lorashrink.comparison import compare
     from lorashrink.conversion import convert
     from lorashrink.demonstration import demo
     from lorashrink.extraction import extract
     from lorashrink.inspection import inspect
+    from lorashrink.merging import merge
+    from lorashrink.overlapping import overlap
     from lorashrink.recipe import Recipe
+    from lorashrink.refining import refine
+    from lorashrink.reporting import report
     from lorashrink.sweeping import sweep
 
 # Imported when first used, because torch takes longer to import than most commands take to run.
 _WHERE = {
     "Recipe": "recipe",
+    "calibrate": "calibrating",
     "compare": "comparison",
     "convert": "conversion",
     "demo": "demonstration",
     "extract": "extraction",
     "inspect": "inspection",
+    "merge": "merging",
     "norms": "base_norms",
     "open_adapter": "adapters",
     "open_base": "bases",
+    "overlap": "overlapping",
+    "refine": "refining",
+    "report": "reporting",
     "resize": "batch",
     "sweep": "sweeping",
 }
@@ -45,14 +55,19 @@ __all__ = [
     "LorashrinkError",
     "Recipe",
     "__version__",
+    "calibrate",
     "compare",
     "convert",
     "demo",
     "extract",
     "inspect",
+    "merge",
     "norms",
     "open_adapter",
     "open_base",
+    "overlap",
+    "refine",
+    "report",
     "resize",
     "sweep",
 ]

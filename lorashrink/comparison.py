@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,15 +21,15 @@ import torch
 from torch import Tensor
 
 from lorashrink._version import __version__
-from lorashrink.adapters import Adapter, Layer, adapter_family, layer_name, open_adapter, peft
-from lorashrink.bases import FAMILIES, Base, View, Views, open_base, views_id
-from lorashrink.bases.weights import name_weights
+from lorashrink.adapters import Adapter, adapter_family, layer_name, open_adapter, peft
+from lorashrink.bases import Base, open_base
 from lorashrink.delta import AnyDelta, Delta, Dense, Kronecker, fan_in
-from lorashrink.errors import FamilyMismatch, ShapeError, UsageError
+from lorashrink.errors import UsageError
 from lorashrink.inputs import find_adapters
 from lorashrink.machine import pick_device, worker_pool
-from lorashrink.matching import bind, fits, match
+from lorashrink.matching import bind
 from lorashrink.names import address, block, naming
+from lorashrink.pairing import Piece, Unit, in_base, matched, stacked_up, units, wide
 from lorashrink.results import BaseInfo
 from lorashrink.spectrum import core_device, grams
 
@@ -156,16 +154,16 @@ def compare(
     with ExitStack() as stack:
         sides = [stack.enter_context(open_adapter(_only_one(each))) for each in (a, b)]
         opened = stack.enter_context(open_base(base)) if base is not None else None
-        names, views = _matched(sides, opened)
-        bound = [bind(side, _in_base(side, each), opened) for side, each in zip(sides, views, strict=True)]
-        units = _units(bound, views)
+        names, views = matched(sides, opened)
+        bound = [bind(side, in_base(side, each), opened) for side, each in zip(sides, views, strict=True)]
+        found = units(bound, views)
         pool = stack.enter_context(worker_pool(jobs))
         rows, sums = [], []
-        for unit, each in zip(units, pool.map(partial(_sums, device=core_device(device)), units), strict=True):
+        for unit, each in zip(found, pool.map(partial(_sums, device=core_device(device)), found), strict=True):
             rows.append(_row(unit, each))
             sums.append(each)
             if progress:
-                progress("comparing", len(rows), len(units))
+                progress("comparing", len(rows), len(found))
         if sums and not any(sums):
             raise UsageError(
                 f"{a} and {b}: {rows[0].algo_a or rows[0].algo_b} exists only together with the base weight. Give the "
@@ -195,207 +193,6 @@ def _only_one(path: str | Path) -> Path:
     return found[0]
 
 
-# --- which layers belong together ---------------------------------------------------------------
-
-
-def _matched(sides: Sequence[Adapter], base: Base | None) -> tuple[Base | None, list[list[Views]]]:
-    """(what finds a layer by its name, the rows that each layer of each side changes).
-
-    A layer that is not found stands for a weight of its own name.
-    """
-    _check_shapes(sides)
-    if base:
-        return base, [_or_own(side, match(side, base)) for side in sides]
-    tried = []
-    for known in _dictionaries(sides):
-        views = [_or_own(side, [_find(known, layer) for layer in side] if known else None) for side in sides]
-        left = _partnerless(sides, views)
-        if not all(left):  # all of one side have found theirs
-            return known, views
-        tried.append((sum(map(len, left)), _speak_alike(*left), known, views))
-    alone, alike, known, views = min(tried, key=lambda each: each[0])
-    strangers = _families_differ(*sides) if alone == sum(map(len, sides)) else None
-    if alike and not strangers:
-        return known, views
-    raise strangers or UsageError(
-        f"{sides[_A].path} and {sides[_B].path}: name their layers differently ({left[_A][0]}; {left[_B][0]}), and "
-        "names alone do not tell which are the same. Give the base with --base; a norm table is enough."
-    )
-
-
-def _dictionaries(sides: Sequence[Adapter]) -> Iterator[Base | None]:
-    """What may know the names of both sides without a base: none needed, or one side the other's."""
-    yield None
-    family = next(filter(None, map(adapter_family, sides)), None)
-    for side in sides:
-        if known := _named_as_in(side, family):
-            yield known
-
-
-def _partnerless(sides: Sequence[Adapter], views: Sequence[Sequence[Views]]) -> list[list[str]]:
-    """For each side the names of the layers that change what the other side does not."""
-    keys = [{view.key for each in found for view in each} for found in views]
-    return [
-        [layer.name for layer, each in zip(side, found, strict=True) if not others & {view.key for view in each}]
-        for side, found, others in zip(sides, views, reversed(keys), strict=True)
-    ]
-
-
-def _or_own(side: Adapter, found: Sequence[Views] | None) -> list[Views]:
-    own: list[Views] = [(View(layer.name, (*layer.shape, 1, 1)[: max(2, len(layer.shape))]),) for layer in side]
-    return [one or other for one, other in zip(found, own, strict=True)] if found else own
-
-
-def _in_base(side: Adapter, views: Sequence[Views]) -> list[Views]:
-    """() for the layers that stand for a weight of their own name."""
-    return [() if each[0].key == layer.name else each for layer, each in zip(side, views, strict=True)]
-
-
-def _named_as_in(adapter: Adapter, looks: str | None) -> Base | None:
-    """A base of just the weights that an adapter names; None if it has flattened the names, which is no way back."""
-    names = {layer.name.removeprefix("base_model.model."): layer for layer in adapter}
-    if not all("." in name for name in names):
-        return None
-    shapes = {f"{name}.weight": layer.shape for name, layer in names.items() if len(layer.shape) > 1}
-    family = next((family for family in FAMILIES if family.name == looks), FAMILIES[-1])
-    found = name_weights(shapes, family).by_name.values()
-    return Base(adapter.path, "names", family, shapes, "", norms={views_id(views): {} for views in found})
-
-
-def _find(base: Base, layer: Layer) -> Views:
-    views = base.find(layer.name)
-    return views if views and fits(layer, views) else ()
-
-
-def _speak_alike(left_a: Sequence[str], left_b: Sequence[str]) -> bool:
-    """Whether layers that found no partner have names of one kind, so that they are really different layers."""
-    words = _first_words(left_a), _first_words(left_b)
-    one, other = words
-    if "" in {*one, *other}:  # names that do not tell their part may mean any
-        one, other = ({"": set().union(*each.values())} if each else {} for each in words)
-    return all(one[part] & other[part] for part in one.keys() & other.keys())
-
-
-def _first_words(names: Iterable[str]) -> dict[str, set[str]]:
-    """Part of the model -> how names of its modules begin, up to the first number."""
-    found: dict[str, set[str]] = {}
-    for part, module in map(address, names):
-        found.setdefault(part, set()).add(re.split(r"_\d", module)[0])
-    return found
-
-
-def _check_shapes(sides: Sequence[Adapter]) -> None:
-    """Raises FamilyMismatch or ShapeError if layers of one name change weights of different shapes."""
-    one, other = ({layer.name: layer for layer in side if len(layer.shape) > 1} for side in sides)
-    for name in one.keys() & other.keys():
-        shapes = [layer.shape for layer in (one[name], other[name])]
-        if len({(shape[0], fan_in(shape)) for shape in shapes}) > 1:
-            raise _families_differ(*sides) or ShapeError(
-                f"{sides[_A].path} and {sides[_B].path}: {name} is {list(shapes[_A])} in the first and "
-                f"{list(shapes[_B])} in the second. Compare adapters that were made for the same model."
-            )
-
-
-def _families_differ(a: Adapter, b: Adapter) -> FamilyMismatch | None:
-    looks = [adapter_family(each) for each in (a, b)]
-    if looks[_A] == looks[_B] or None in looks:
-        return None
-    titles = {family.name: family.title for family in FAMILIES}
-    one, other = (titles.get(str(each), each) for each in looks)
-    return FamilyMismatch(
-        f"{a.path} looks like an adapter for {one}, {b.path} like one for {other}. Compare adapters of one model."
-    )
-
-
-class _Piece(NamedTuple):
-    """Rows of a weight of the base, and the first row of each member there; None where it does not reach."""
-
-    size: int
-    starts: tuple[int | None, ...]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Unit:
-    """Layers of both sides that change the same rows."""
-
-    members: tuple[tuple[int, Layer], ...]  # (side, layer)
-    pieces: tuple[_Piece, ...]
-
-    def of(self, side: int) -> list[Layer]:
-        return [layer for each, layer in self.members if each == side]
-
-    @property
-    def rows(self) -> int:
-        return sum(piece.size for piece in self.pieces)
-
-
-class _Span(NamedTuple):
-    """Rows of one tensor of the base that a layer changes."""
-
-    key: str
-    start: int
-    stop: int
-    member: int
-    offset: int  # of the first one in the layer
-
-
-def _units(sides: Sequence[Adapter], views: Sequence[Sequence[Views]]) -> list[_Unit]:
-    """In the order of A's layers, then of B's."""
-    members = [
-        (number, layer, each)
-        for number, (side, found) in enumerate(zip(sides, views, strict=True))
-        for layer, each in zip(side, found, strict=True)
-    ]
-    spans = [span for number, (_, _, each) in enumerate(members) for span in _spans(number, each)]
-    by_key: dict[str, list[_Span]] = {}
-    for span in spans:
-        by_key.setdefault(span.key, []).append(span)
-    groups = [[number] for number in range(len(members))]
-    for each in by_key.values():
-        reach, last = -1, -1
-        for span in sorted(each, key=lambda span: (span.start, span.stop)):
-            if span.start < reach:
-                _join(groups, last, span.member)
-            last, reach = span.member, max(reach, span.stop)
-    units = []
-    for group in {id(group): group for group in groups}.values():
-        # the layer that fuses most knows the order of its parts
-        by_size = sorted(sorted(group), key=lambda number: -len(members[number][2]))
-        inside = [span for number in by_size for span in _spans(number, members[number][2])]
-        keys = list(dict.fromkeys(span.key for span in inside))
-        first = {span.member: (keys.index(span.key), span.start) for span in reversed(inside)}
-        ordered = sorted(group, key=lambda number: (members[number][0], first[number]))
-        units.append(_Unit(tuple(members[number][:2] for number in ordered), _pieces(ordered, inside)))
-    return units
-
-
-def _spans(member: int, views: Views) -> list[_Span]:
-    spans, offset = [], 0
-    for view in views:
-        start, stop = view.rows or (0, view.shape[0])
-        spans.append(_Span(view.key, start, stop, member, offset))
-        offset += stop - start
-    return spans
-
-
-def _join(groups: list[list[int]], one: int, other: int) -> None:
-    if groups[one] is not groups[other]:
-        groups[one].extend(groups[other])
-        for number in groups[other]:
-            groups[number] = groups[one]
-
-
-def _pieces(group: Sequence[int], spans: Sequence[_Span]) -> tuple[_Piece, ...]:
-    pieces = []
-    for key in dict.fromkeys(span.key for span in spans):
-        here = [span for span in spans if span.key == key]
-        for low, high in pairwise(sorted({end for span in here for end in (span.start, span.stop)})):
-            found = {s.member: s.offset + low - s.start for s in here if s.start <= low and high <= s.stop}
-            if found:
-                pieces.append(_Piece(high - low, tuple(found.get(number) for number in group)))
-    return tuple(pieces)
-
-
 # --- numbers ------------------------------------------------------------------------------------
 
 
@@ -412,7 +209,7 @@ class _Sums(NamedTuple):
         return all(map(math.isfinite, self))
 
 
-def _sums(unit: _Unit, device: torch.device) -> _Sums | None:
+def _sums(unit: Unit, device: torch.device) -> _Sums | None:
     """None if a layer needs a base weight that is not there."""
     if not all(layer.bound for _, layer in unit.members):
         return None
@@ -420,7 +217,7 @@ def _sums(unit: _Unit, device: torch.device) -> _Sums | None:
     sides = [side for side, _ in unit.members]
     pair = sides == [_A, _B] and len(unit.pieces) == 1
     if pair and _equal(*deltas):
-        alone = _sums_of(deltas[:1], [_A], [_Piece(unit.rows, (0,))], device).a
+        alone = _sums_of(deltas[:1], [_A], [Piece(unit.rows, (0,))], device).a
         return _Sums(alone, alone, alone, 0.0)
     one, other = deltas[0], deltas[-1]
     if pair and isinstance(one, Kronecker) and isinstance(other, Kronecker):
@@ -430,7 +227,7 @@ def _sums(unit: _Unit, device: torch.device) -> _Sums | None:
     return _sums_of(deltas, sides, unit.pieces, device)
 
 
-def _sums_of(deltas: Sequence[AnyDelta], sides: Sequence[int], pieces: Sequence[_Piece], device: torch.device) -> _Sums:
+def _sums_of(deltas: Sequence[AnyDelta], sides: Sequence[int], pieces: Sequence[Piece], device: torch.device) -> _Sums:
     factored = [delta for delta in deltas if isinstance(delta, Delta)]
     small = min(sum(piece.size for piece in pieces), fan_in(deltas[0].shape))
     if len(factored) == len(deltas) and sum(delta.rank for delta in factored) <= small:
@@ -457,8 +254,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool((bits[0] == bits[1]).all())
 
 
-def _of_factors(deltas: Sequence[Delta], sides: Sequence[int], pieces: Sequence[_Piece], device: torch.device) -> _Sums:
-    up, down = _stacked_up(deltas, pieces), torch.cat([_wide(delta.down) for delta in deltas])
+def _of_factors(deltas: Sequence[Delta], sides: Sequence[int], pieces: Sequence[Piece], device: torch.device) -> _Sums:
+    up, down = stacked_up(deltas, pieces), torch.cat([wide(delta.down) for delta in deltas])
     ranks = torch.tensor([delta.rank for delta in deltas])
     # B with a minus, so that the sum over everything is ‖A − B‖²
     signed = [delta.scale if side == _A else -delta.scale for delta, side in zip(deltas, sides, strict=True)]
@@ -476,26 +273,6 @@ def _of_factors(deltas: Sequence[Delta], sides: Sequence[int], pieces: Sequence[
         a, b, difference = (float(each.square().sum()) for each in (whole_a, whole_b, left @ right.mT))
         product = -float((whole_a * whole_b).sum())
     return _Sums(a, b, product, difference)
-
-
-def _stacked_up(deltas: Sequence[Delta], pieces: Sequence[_Piece]) -> Tensor:
-    """[rows, Σr]: the factors side by side, each in the rows that it changes."""
-    ups = [_wide(delta.up) for delta in deltas]
-    if len(pieces) == 1:
-        return torch.cat(ups, 1)
-    parts = []
-    for size, starts in pieces:
-        inside = [
-            up.new_zeros(size, up.shape[1]) if start is None else up[start : start + size]
-            for up, start in zip(ups, starts, strict=True)
-        ]
-        parts.append(torch.cat(inside, 1))
-    return torch.cat(parts)
-
-
-def _wide(factor: Tensor) -> Tensor:
-    """torch puts tensors of 8-bit floats beside no others."""
-    return factor.float() if factor.element_size() < 2 else factor
 
 
 def _of_kronecker(first_a: Tensor, second_a: Tensor, first_b: Tensor, second_b: Tensor) -> _Sums:
@@ -519,7 +296,7 @@ def _square(matrix: Tensor) -> float:
     return float(matrix.square().sum())
 
 
-def _of_rows(deltas: Sequence[AnyDelta], sides: Sequence[int], pieces: Sequence[_Piece], device: torch.device) -> _Sums:
+def _of_rows(deltas: Sequence[AnyDelta], sides: Sequence[int], pieces: Sequence[Piece], device: torch.device) -> _Sums:
     """From ΔW itself, some rows at a time."""
     readers = [_reader(delta, device) for delta in deltas]
     width = fan_in(deltas[0].shape)
@@ -579,7 +356,7 @@ def _numbers(sums: _Sums) -> dict[str, float | None]:
 # --- tables -------------------------------------------------------------------------------------
 
 
-def _row(unit: _Unit, sums: _Sums | None) -> LayerDifference:
+def _row(unit: Unit, sums: _Sums | None) -> LayerDifference:
     a, b = unit.of(_A), unit.of(_B)
     fewest = min((each for each in (a, b) if each), key=len)
     return LayerDifference(

@@ -77,6 +77,17 @@ class Kronecker:
 AnyDelta = Delta | Dense | Kronecker
 
 
+def factored(delta: AnyDelta) -> Delta:
+    """ΔW as two factors, whatever its form; of a matrix the factor on its shorter side is the identity."""
+    if isinstance(delta, Delta):
+        return delta
+    dense = delta if isinstance(delta, Dense) else Dense(delta.dense().flatten(1), 1.0, delta.shape)
+    matrix = dense.matrix if dense.matrix.element_size() > 2 else dense.matrix.float()
+    eye = torch.eye(dense.rank, dtype=matrix.dtype)
+    wide = matrix.shape[0] <= matrix.shape[1]
+    return Delta(eye if wide else matrix, matrix if wide else eye, dense.scale, dense.shape)
+
+
 def fan_in(shape: tuple[int, ...]) -> int:
     """in·kh·kw of a weight of this shape: the length of one row of its matrix."""
     return math.prod(shape[1:])

@@ -1,41 +1,97 @@
-"""The main job on the example that is part of the package: a base of SDXL's architecture and a LoCon for it."""
+"""The whole story on the example that is part of the package: a model of SDXL's architecture and adapters for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from lorashrink.batch import resize
 from lorashrink.errors import OutputError
+from lorashrink.inspection import inspect
+from lorashrink.pipelines import PACKAGES
 from lorashrink.recipe import DEFAULT
+from lorashrink.reporting import ReportFile, report
 from lorashrink.results import Report
+from lorashrink.tables import Inspection
 
 EXAMPLE = Path(__file__).parent / "example"
+MODEL, ADAPTER, TABLE = EXAMPLE / "model", EXAMPLE / "loras" / "style.safetensors", EXAMPLE / "table.safetensors"
+_RECIPES = (DEFAULT, "rank=1", "fro_ckpt=1,thr=-2", "fro_ckpt,bytes", "calib,bytes")
+_SIZES = (0.3, 0.5)  # MiB, of the recipes that name no size
 
 
 @dataclass(frozen=True, slots=True)
 class Demo:
     """What the demo did and left behind."""
 
-    report: Report
-    command: str  # the same by hand
-    picture: str
+    commands: tuple[str, ...]  # the same by hand
+    inspection: Inspection
+    shrunk: Report
+    page: ReportFile
+    pictures: tuple[str, ...]  # figures; without a model that draws, of sizes and errors only
 
 
 def demo(output: str | Path = "demo-out", *, progress: Callable[[str, int, int], None] | None = None) -> Demo:
-    """Shrink the example adapter as training guides do, and draw the rank of each block before and after.
+    """Inspect a style that was trained on the example model, shrink it as training guides do, and try other recipes.
 
-    Writes the adapter and a PNG into the folder `output`. Raises OutputError.
+    With the packages of `lorashrink[pictures]` the model draws with every one of them. Writes the adapter, figures and
+    a report into the folder `output`, over those of an earlier demo. Raises OutputError.
     """
+    folder = Path(output)
+    drawing = all(find_spec(name) for name in PACKAGES)
+    inspection = inspect(ADAPTER, base=MODEL, progress=progress)
+    shrunk = resize(ADAPTER, base=MODEL, recipes=DEFAULT, output=folder, force=True, progress=progress)
+    page = report(
+        ADAPTER,
+        base=MODEL,
+        recipes=_RECIPES,
+        sizes=_SIZES,
+        calibration=TABLE,
+        output=folder / "report.html",
+        force=True,
+        images=MODEL if drawing else None,
+        prompts=EXAMPLE / "prompts.txt" if drawing else None,
+        pictures=folder / "pictures" if drawing else None,
+        progress=progress,
+    )
+    try:
+        pictures = _figures(page, shrunk, folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written into ({error.strerror or error}).") from error
+    return Demo(_commands(folder, drawing), inspection, shrunk, page, pictures)
+
+
+def _figures(page: ReportFile, shrunk: Report, folder: Path) -> tuple[str, ...]:
+    from lorashrink.plots import style
+    from lorashrink.plots.comparison_sheet import pictures_by_size
+    from lorashrink.plots.quality import size_and_error, size_and_pictures
     from lorashrink.plots.ranks import rank_per_block
 
-    folder = Path(output)
-    base, adapter = EXAMPLE / "base.safetensors", EXAMPLE / "adapter.safetensors"
-    report = resize(adapter, base=base, recipes=DEFAULT, output=folder, force=True, progress=progress)
-    picture = folder / "ranks.png"
-    try:
-        rank_per_block(report.results[0]).savefig(picture)
-    except OSError as error:
-        raise OutputError(f"{picture}: cannot be written ({error.strerror or error}).") from error
-    return Demo(report, f"lorashrink resize -o {folder} -r {DEFAULT} {base} {adapter}", str(picture))
+    assert page.sweep, "the example can be shrunk"
+    figures = {
+        "ranks.png": rank_per_block(shrunk.results[0]),
+        "sizes.png": size_and_pictures(page.sweep) if page.sweep.drawn else size_and_error(page.sweep),
+    }
+    for name, figure in figures.items():
+        style.save(figure, folder / name)
+    if page.sweep.drawn:
+        style.save_picture(pictures_by_size(page.sweep), folder / "sheet.png")
+    return tuple(str(folder / name) for name in (*figures, *(["sheet.png"] if page.sweep.drawn else [])))
+
+
+def _commands(folder: Path, drawing: bool) -> tuple[str, ...]:
+    recipes = [part for recipe in _RECIPES for part in ("-r", recipe)]
+    images = ["--images", MODEL, "--prompts", EXAMPLE / "prompts.txt", "--images-out", folder / "pictures"]
+    swept = [*recipes, "--sizes", ",".join(map(str, _SIZES)), "--calibration", TABLE, *(images if drawing else ())]
+    return (
+        _command("inspect", MODEL, ADAPTER),
+        _command("resize", "-o", folder, "-r", DEFAULT, MODEL, ADAPTER),
+        _command("report", "-o", folder / "report.html", *swept, MODEL, ADAPTER),
+    )
+
+
+def _command(*words: str | Path | Sequence[str]) -> str:
+    return shlex.join(["lorashrink", *map(str, words)])

@@ -8,39 +8,45 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lorashrink.adapters import Adapter, open_adapter, peft
+from lorashrink.adapters import open_adapter, peft
 from lorashrink.bases import Base, open_base
-from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
+from lorashrink.errors import InputError, NonFinite, OutputError
 from lorashrink.files import content_fingerprint, open_tensors, sha256_file, write_bytes
 from lorashrink.machine import pick_device
-from lorashrink.prompts import Prompt
-from lorashrink.renaming import renamed
+from lorashrink.pipelines import (
+    KINDS,
+    Kind,
+    adapted,
+    check_adapter,
+    check_model,
+    check_packages,
+    companions,
+    enough_memory,
+    open_pipeline,
+)
+from lorashrink.prompts import OWN, Prompt
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
+    from torch import Tensor
 
     Picture = NDArray[np.uint8]  # [height, width, 3]
 
 _log = logging.getLogger(__name__)
 
-PACKAGES = ("diffusers", "transformers", "accelerate", "peft", "PIL", "skimage")
-# diffusers' class in model_index.json -> what it takes besides its parts
-_PIPELINES: dict[str, dict[str, Any]] = {
-    "StableDiffusionXLPipeline": {"add_watermarker": False},
-    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
-}
 # Part of the keys of pictures: change it whenever pictures may change.
 _ALGORITHM = 1
 _KEY = 24  # hexadecimal digits in a file name
+_PICTURE = re.compile(rf"_[0-9a-f]{{{_KEY}}}\.png$")
+CACHE_BYTES = 2_000_000_000  # of pictures in the user's cache, about 1,500 of 1024 × 1024
 _SMALL = 1 << 24  # bytes: smaller files of a model that are no tensors count with all they hold
 
 
@@ -68,18 +74,6 @@ def shots_of(prompts: Sequence[Prompt], seeds: Sequence[int]) -> tuple[Shot, ...
     return tuple(Shot(number, prompt, seed) for number, prompt in enumerate(prompts) for seed in seeds)
 
 
-def check_packages() -> None:
-    """Raises UsageError if a package that pictures need is missing."""
-    from importlib.util import find_spec
-
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        names = {"PIL": "pillow", "skimage": "scikit-image"}
-        raise UsageError(
-            f"pictures need {', '.join(names.get(name, name) for name in missing)}: pip install 'lorashrink[pictures]'"
-        )
-
-
 def default_folder() -> Path:
     """Where pictures are kept between runs."""
     import platformdirs
@@ -102,36 +96,45 @@ def read_picture(path: str | Path) -> Picture:
 class Studio:
     """A model that draws the same shots with one adapter after the other; pictures that are there are not drawn again.
 
-    The model is loaded when the first picture is missing. Use it as a context manager.
+    The model is loaded when the first picture is missing. Use it as a context manager: at its end the oldest pictures
+    leave the user's cache if there are too many, but none of its own.
     """
 
     def __init__(
-        self, model: str | Path, shots: Sequence[Shot], *, folder: Path | None = None, device: str = "auto"
+        self,
+        model: str | Path,
+        shots: Sequence[Shot],
+        *,
+        folder: Path | None = None,
+        device: str = "auto",
+        settings: Path | None = None,
     ) -> None:
-        """model: a folder as diffusers saves SDXL or SD 1 and 2.
+        """model: a folder as diffusers saves it, or a single file; settings: as for `open_pipeline`.
 
         Raises:
-            UsageError: a package is missing, the folder is no such model, no such device.
-            InputError: the folder's files cannot be read.
+            UsageError: a package is missing, the model is none of `KINDS`, no such device.
+            InputError: the model's files cannot be read.
         """
         check_packages()
-        self.model, self.shots = Path(model), tuple(shots)
+        self.model, self.settings, self.shots = Path(model), settings, tuple(shots)
         self.device = pick_device(device)
-        self.kind = _pipeline_kind(self.model)
+        self.kind = KINDS[check_model(self.model, settings)]
         self.base: Base = open_base(self.model)
         self.folder = default_folder() if folder is None else folder
-        self._model_key = _model_key(self.model)
+        self._own_cache = folder is None
+        self._used: set[Path] = set()
+        self._model_key = " ".join(map(_model_key, (self.model, *companions(self.model, settings))))
         self._loaded: tuple[str, Any] | None = None
 
     @property
     def dtype(self) -> str:
-        """What the model works in: "float32" on a CPU, else "float16"."""
-        return "float32" if self.device == "cpu" else "float16"
+        """What the model works in: "float32" on a CPU, else its half precision, "float16" or "bfloat16"."""
+        return "float32" if self.device == "cpu" else self.kind.half
 
     @property
     def other_dtype(self) -> str:
         """What it could work in as well, for a comparison of the two."""
-        return "float16" if self.device == "cpu" else "float32"
+        return self.kind.half if self.device == "cpu" else "float32"
 
     def __enter__(self) -> Studio:
         return self
@@ -139,15 +142,18 @@ class Studio:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._loaded = None
         self.base.close()
+        if self._own_cache:
+            trim(self.folder, CACHE_BYTES, self._used)
 
     def check(self, adapter: Path) -> None:
-        """That the model can draw with this adapter.
+        """That the model can draw with this adapter, and all that the prompts ask of it; the rest is in warnings.
 
         Raises:
-            InputError: it is for another family of models, or has layers that diffusers does not know.
+            InputError: the adapter is for another family of models, or has layers that diffusers does not know.
         """
-        with open_adapter(adapter) as opened:
-            _renamed(opened, self.base)
+        check_adapter(adapter, self.base)
+        if not self.kind.negative and any(shot.prompt.negative for shot in self.shots):
+            _log.warning("%s has no negative prompts; they are left out", self.kind.title)
 
     def draw(
         self,
@@ -163,6 +169,7 @@ class Studio:
             InputError: the adapter cannot be loaded.
             NonFinite: what becomes of a shot is NaN.
             OutputError: a picture cannot be written.
+            UsageError: not enough memory.
         """
         dtype = dtype or self.dtype
         content = _content(adapter) if adapter else ""
@@ -170,14 +177,21 @@ class Studio:
         paths = [self._found(key) for key in keys]
         if None in paths:
             pipeline = self._pipeline(dtype)
-            with _adapted(pipeline, adapter, self.base):
+            with adapted(pipeline, adapter, self.base):
                 for place, (shot, key) in enumerate(zip(self.shots, keys, strict=True)):
                     if paths[place] is None:
                         name = f"{shot.number:02d}_seed{shot.seed}_{label}_{key}.png"
-                        paths[place] = _write_png(self.folder / name, _drawn(pipeline, shot, self.device, dtype))
+                        paths[place] = _write_png(self.folder / name, self._drawn(pipeline, shot, dtype))
                     if progress:
                         progress(place + 1, len(self.shots))
-        return [path for path in paths if path is not None]
+        drawn = [path for path in paths if path is not None]
+        self._used.update(drawn)
+        return drawn
+
+    def _drawn(self, pipeline: Any, shot: Shot, dtype: str) -> Picture:
+        what = f"{shot.label}: {shot.prompt.width} × {shot.prompt.height} pixels do not fit into memory"
+        with enough_memory(what, self.device, "Give it a smaller --w and --h; pictures that are drawn stay."):
+            return _drawn(pipeline, self.kind, shot, self.device, dtype)
 
     def _found(self, key: str) -> Path | None:
         return next(filter(_is_picture, sorted(self.folder.glob(f"*_{key}.png"))), None)
@@ -203,7 +217,7 @@ class Studio:
         if self._loaded is None or self._loaded[0] != dtype:
             self._loaded = None  # two of them may not fit into memory
             gc.collect()
-            self._loaded = (dtype, _load(self.model, self.kind, self.device, dtype))
+            self._loaded = (dtype, open_pipeline(self.model, device=self.device, dtype=dtype, settings=self.settings))
         return self._loaded[1]
 
 
@@ -228,28 +242,23 @@ def _content(adapter: Path) -> str:
     return " ".join(map(sha256_file, [*files, *settings]))
 
 
-# --- the model ----------------------------------------------------------------------------------
-
-
-def _pipeline_kind(model: Path) -> str:
-    """The name of diffusers' class for this model."""
-    if not model.is_dir():
-        what = "is one file" if model.is_file() else "there is no such folder"
-        raise UsageError(
-            f"--images {model}: {what}, and pictures are drawn with a model's folder as diffusers saves it "
-            "(model_index.json, unet, vae, ...)."
-        )
-    try:
-        kind = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"--images {model}: holds no model_index.json that names diffusers' pipeline.") from None
-    if kind not in _PIPELINES:
-        raise UsageError(f"--images {model}: is a {kind}, and pictures are drawn with SDXL, SD 1 and SD 2 only.")
-    return str(kind)
+def trim(folder: Path, limit: int, keep: Collection[Path]) -> None:
+    """Remove the oldest pictures of a folder until those left have `limit` bytes, but none of `keep`."""
+    found = [(path.stat(), path) for path in folder.glob("*.png") if _PICTURE.search(path.name)]
+    total = sum(about.st_size for about, _ in found)
+    for about, path in sorted(found, key=lambda each: each[0].st_mtime_ns):
+        if total <= limit:
+            return
+        if path not in keep:
+            path.unlink(missing_ok=True)
+            total -= about.st_size
 
 
 def _model_key(model: Path) -> str:
     """A quick identity of all the model's files: tensors by samples, small files whole."""
+    if model.is_file():
+        with open_tensors(model) as store:
+            return content_fingerprint(store)
     digest = hashlib.sha256()
     for path in sorted(model.rglob("*")):
         place = path.relative_to(model)
@@ -264,147 +273,75 @@ def _model_key(model: Path) -> str:
     return digest.hexdigest()
 
 
-def _load(model: Path, kind: str, device: str, dtype: str) -> Any:
-    import diffusers
-    import torch
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    try:
-        pipeline: Any = getattr(diffusers, kind).from_pretrained(
-            model, dtype=getattr(torch, dtype), local_files_only=True, variant=_variant(model), **_PIPELINES[kind]
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{model}: diffusers cannot load it ({_first_line(error)}).") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def _variant(model: Path) -> str | None:
-    """fp16 where the folder has nothing else."""
-    names = [path.name for path in (model / "unet").glob("*.safetensors")]
-    return "fp16" if names and all(".fp16." in name for name in names) else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# --- the adapter --------------------------------------------------------------------------------
-
-
-@contextmanager
-def _adapted(pipeline: Any, adapter: Path | None, base: Base) -> Iterator[None]:
-    """The adapter on the model for as long as this lasts."""
-    try:
-        if adapter is not None:
-            _put_on(pipeline, adapter, base)
-        yield
-    finally:
-        pipeline.unload_lora_weights()
-
-
-def _put_on(pipeline: Any, adapter: Path, base: Base) -> None:
-    """PEFT's layers around those of the model.
-
-    diffusers' own loader guesses by names: ranks that differ in layers it does not list, and DoRA in kohya's names, are
-    too much for it.
-    """
-    with open_adapter(adapter) as opened:
-        store = _renamed(opened, base).store
-        tensors = {key: store.read(key) for key in store.tensors if ".lora_" in key}
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        part, _, name = key.partition(".")
-        # transformers 5 dropped this level of the first text encoder
-        name = name if hasattr(getattr(pipeline, part), "text_model") else name.removeprefix("text_model.")
-        parts.setdefault(part, {})[name] = tensor
-    try:
-        for part, state in parts.items():
-            _inject(getattr(pipeline, part), state)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{adapter}: PEFT cannot put it on the model ({_first_line(error)}).") from error
-
-
-def _inject(model: Any, state: dict[str, torch.Tensor]) -> None:
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-    names: dict[int, list[str]] = {}
-    for key, tensor in state.items():
-        if ".lora_A." in key:
-            names.setdefault(len(tensor), []).append(key.partition(".lora_A.")[0])
-    # One pattern for each rank, because PEFT tries all of them on every layer. Scales are inside the factors, so that
-    # alpha is the rank.
-    patterns = {f"^(?:{'|'.join(map(re.escape, each))})": rank for rank, each in names.items()}
-    config = LoraConfig(
-        target_modules=[name for each in names.values() for name in each],
-        rank_pattern=patterns,
-        alpha_pattern=patterns,
-        use_dora=any(".lora_magnitude_vector" in key for key in state),
-        lora_bias=any(".lora_B.bias" in key for key in state),
-    )
-    inject_adapter_in_model(config, model)
-    result: Any = set_peft_model_state_dict(model, state)
-    missing = [key for key in result.missing_keys if ".lora_" in key]
-    if missing or result.unexpected_keys:
-        raise ValueError(f"no place for {(missing + result.unexpected_keys)[0]}")
-
-
-def _renamed(adapter: Adapter, base: Base) -> Adapter:
-    """The adapter under diffusers' own names, which diffusers reads without guessing.
-
-    Raises:
-        FamilyMismatch, ShapeError: it does not belong to the model.
-        InputError: some of its layers are not LoRA.
-    """
-    other = next((layer for layer in adapter.layers if layer.family.name != "lora"), None)
-    if other:
-        raise InputError(
-            f"{adapter.path}: {other.name} is {other.algo}, and pictures are drawn with LoRA only. "
-            "Make one of it with `lorashrink resize --as lora -r energy=1`."
-        )
-    return renamed(adapter, "diffusers", base).adapter
-
-
 # --- the pictures -------------------------------------------------------------------------------
 
 
-def _drawn(pipeline: Any, shot: Shot, device: str, dtype: str) -> Picture:
+def _drawn(pipeline: Any, kind: Kind, shot: Shot, device: str, dtype: str) -> Picture:
     import numpy as np
     import torch
 
-    from lorashrink.samplers import scheduler
-
-    prompt = shot.prompt
-    generator = torch.Generator().manual_seed(shot.start)
+    prompt, vae = shot.prompt, pipeline.vae
     stride = pipeline.vae_scale_factor
-    shape = (1, pipeline.unet.config.in_channels, prompt.height // stride, prompt.width // stride)
+    width, height = (side // (kind.patch * stride) * kind.patch * stride for side in (prompt.width, prompt.height))
+    generator = torch.Generator().manual_seed(shot.start)
     # Float32 on the CPU gives the same noise on every machine and in every precision.
-    noise = torch.randn(shape, generator=generator).to(device, getattr(torch, dtype))
-    velocity = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
-    pipeline.scheduler = scheduler(prompt.sampler, v_parameterization=velocity)
-    with torch.no_grad(), torch.random.fork_rng([device] if device.startswith("cuda") else []):
+    noise = torch.randn((1, vae.config.latent_channels, height // stride, width // stride), generator=generator)
+    noise = noise.to(device, getattr(torch, dtype))
+    more = {"negative_prompt": prompt.negative} if kind.negative else {}
+    cuda = [device] if device.startswith("cuda") else []
+    with torch.no_grad(), torch.random.fork_rng(cuda), _sampled(pipeline, prompt.sampler):
         latents = pipeline(
             prompt.prompt,
-            negative_prompt=prompt.negative,
-            latents=noise,
+            latents=_packed(noise) if kind.packed else noise,
             generator=generator,
-            width=prompt.width,
-            height=prompt.height,
+            width=width,
+            height=height,
             num_inference_steps=prompt.steps,
             guidance_scale=prompt.scale,
             output_type="latent",
             return_dict=False,
+            **more,
         )[0]
-        # Each VAE knows what its latents were scaled by; SDXL's overflows in half precision.
-        vae = pipeline.vae.float()
-        (pixels,) = vae.decode(latents.float() / vae.config.scaling_factor, return_dict=False)[0]
+        latents = _unpacked(latents, noise.shape) if kind.packed else latents
+        # Each VAE knows how its latents were scaled; SDXL's overflows in half precision.
+        latents = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        (pixels,) = vae.float().decode(latents, return_dict=False)[0]
     if not pixels.isfinite().all():
         raise NonFinite(f"{shot.label}: becomes no picture in {dtype}, but NaN.")
     drawn: Picture = np.rint((pixels / 2 + 0.5).clamp(0, 1).cpu().permute(1, 2, 0).numpy() * 255).astype(np.uint8)
     return drawn
+
+
+@contextmanager
+def _sampled(pipeline: Any, sampler: str) -> Iterator[None]:
+    """The pipeline with one of `SAMPLERS`, or with its own, for as long as this lasts."""
+    from lorashrink.samplers import scheduler
+
+    own = pipeline.scheduler
+    velocity = own.config.get("prediction_type") == "v_prediction"
+    try:
+        # Fresh even if it is its own: some remember the picture before.
+        pipeline.scheduler = (
+            type(own).from_config(own.config) if sampler == OWN else scheduler(sampler, v_parameterization=velocity)
+        )
+        yield
+    finally:
+        pipeline.scheduler = own
+
+
+def _packed(latents: Tensor) -> Tensor:
+    """[1, c, h, w] -> [1, h/2 · w/2, 4c]: patches of 2 × 2 as a list."""
+    from torch.nn.functional import pixel_unshuffle
+
+    return pixel_unshuffle(latents, 2).flatten(2).mT
+
+
+def _unpacked(patches: Tensor, shape: Sequence[int]) -> Tensor:
+    """What `_packed` made a list of."""
+    from torch.nn.functional import pixel_shuffle
+
+    _, channels, height, width = shape
+    return pixel_shuffle(patches.mT.reshape(1, 4 * channels, height // 2, width // 2), 2)
 
 
 def _write_png(path: Path, picture: Picture) -> Path:

@@ -14,10 +14,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -478,7 +480,8 @@ class SafetensorsWriter:
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            number, temporary = tempfile.mkstemp(prefix=f".{path.stem[:40]}.", suffix=".tmp", dir=path.parent)
+            number, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
+            _own(number)
             self.temporary = Path(temporary)
             self._file = os.fdopen(number, "r+b", buffering=0)
         except OSError as error:
@@ -534,8 +537,10 @@ class SafetensorsWriter:
         """Flush to the disk and give the file its name. Raises OutputError."""
         try:
             os.fsync(self._file.fileno())
-            self._file.close()
+            if os.name != "posix":  # Windows gives no new name to an open file; elsewhere it stays owned until then
+                self._file.close()
             _publish(self.temporary, self.path)
+            self._file.close()
         except OSError as error:
             raise OutputError(_cannot_write(self.path, error)) from error
 
@@ -565,14 +570,15 @@ class SafetensorsWriter:
             raise OutputError(_cannot_write(self.path, error)) from error
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file in one step: it appears complete under its name, or not at all."""
+def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file of these bytes, or pieces, in one step: it appears complete under its name, or not at all."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as handle:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_prefix(path), suffix=".tmp", delete=False) as handle:
             temporary = Path(handle.name)
-            handle.write(data)
+            _own(handle.fileno())
+            handle.writelines([data] if isinstance(data, bytes) else data)
             handle.flush()
             os.fsync(handle.fileno())
         _publish(temporary, path)
@@ -600,6 +606,61 @@ def _publish(temporary: Path, path: Path) -> None:
                 os.fsync(number)
             finally:
                 os.close(number)
+
+
+# --- what a killed process leaves behind --------------------------------------------------------
+
+_RANDOM_PART = re.compile(r"[a-z0-9_]{8}\.tmp")  # as tempfile makes it
+_RANDOM_LENGTH = 12
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.stem[:40]}."
+
+
+def _own(number: int) -> bool:
+    """Take an open file until it is closed or the process ends, however that is; False if another process has it.
+
+    Where the system has no such locks nothing is done: Windows does not delete files that are open.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def clear_leftovers(outputs: Iterable[Path]) -> list[Path]:
+    """Delete temporary files of these outputs which no living process has open, and say which they were."""
+    prefixes: dict[Path, set[str]] = defaultdict(set)
+    for path in outputs:
+        prefixes[path.parent].add(_prefix(path))
+    left = [
+        folder / name
+        for folder, known in prefixes.items()
+        if os.path.isdir(folder)
+        for name in os.listdir(folder)
+        if name[:-_RANDOM_LENGTH] in known and _RANDOM_PART.fullmatch(name[-_RANDOM_LENGTH:])
+    ]
+    return [path for path in left if _deleted(path)]
+
+
+def _deleted(path: Path) -> bool:
+    try:
+        with open(path, "r+b") as handle:  # network shares lock only what may be written
+            if not _own(handle.fileno()):
+                return False
+            if os.name == "posix":
+                path.unlink()
+        if os.name != "posix":
+            path.unlink()
+    except OSError:  # another process was faster, or may do what this one may not
+        return False
+    return True
 
 
 def check_output(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> None:

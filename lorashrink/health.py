@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lorashrink.tables import Finding, LayerRow
 
+# σ_1 this many times σ_2: one direction that burns when adapters are stacked.
+SPIKE = 10.0
 # Kernels of this many times the other layers' rank, with this share of the bytes, are where the file can shrink.
 CONV_RANK, CONV_SHARE = 4.0, 0.5
 # Adapters of these families have as rank what was asked for in training.

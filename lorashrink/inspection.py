@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lorashrink.adapters import Adapter, Layer, adapter_family, open_adapter
 from lorashrink.bases import Base, Views, open_base, views_id
 from lorashrink.errors import LorashrinkError, UsageError
-from lorashrink.health import check_health
+from lorashrink.health import SPIKE, check_health
 from lorashrink.inputs import find_adapters
 from lorashrink.matching import bind, fits
 from lorashrink.names import block, kind, naming
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-# σ_1 this many times σ_2: one direction that burns when adapters are stacked.
-SPIKE = 10.0
 ENERGIES = ("0.9", "0.95", "0.99")
 
 

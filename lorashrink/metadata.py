@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorashrink.adapters import peft
@@ -20,6 +21,9 @@ SPEC_HASH = "modelspec.hash_sha256"
 SOURCE, BASE, RECIPE, OPTIONS, VERSION = (
     f"lorashrink.{name}" for name in ("source_sha256", "base", "recipe", "options", "version")
 )
+ENERGY, ERROR = "lorashrink.energy", "lorashrink.relative_error"
+SOURCES = "lorashrink.sources"
+REFINED = "lorashrink.refined"
 # What the old addnet hash reads: 64 KiB at 1 MiB.
 _LEGACY_WINDOW = (0x100000, 0x10000)
 
@@ -60,10 +64,12 @@ def shrunk(
     error: float,
     settings: peft.Settings,
     became_lora: bool = False,
+    energy: float | None = None,
 ) -> dict[str, str]:
     """Metadata of the output. `ranks` maps the names of the layers that are written to their ranks.
 
-    `error` is the relative error of the file, `settings` are PEFT's for these ranks. Hashes of the contents are
+    `error` is the relative error of the file, `energy` the share that was kept, if that does not follow from the error,
+    which it does where no limit changes what is kept. `settings` are PEFT's for these ranks. Hashes of the contents are
     placeholders of the right length, see `with_hashes`. `became_lora`: layers of another family are LoRA now.
     """
     new = dict(old)
@@ -91,11 +97,67 @@ def shrunk(
     new["resize_params"] = json.dumps(params, allow_nan=False)
     new |= origin.entries()
     # Both, because "0.9" is an energy in one tool and its square root in another; always 8 characters.
-    energy = max(0.0, 1 - error**2)
-    new |= {"lorashrink.energy": f"{energy:.6f}", "lorashrink.norm_ratio": f"{energy**0.5:.6f}"}
+    energy = max(0.0, 1 - error**2) if energy is None else energy
+    new |= {ENERGY: f"{energy:.6f}", "lorashrink.norm_ratio": f"{energy**0.5:.6f}"}
+    if recipe.caps:
+        new[ERROR] = f"{error:.6f}"
     new = with_placeholders({**new, MODEL_HASH: "", LEGACY_HASH: ""})
     if title := old.get("modelspec.title"):
         new["modelspec.title"] = f"{title} ({recipe})"
+    return new
+
+
+@dataclass(frozen=True, slots=True)
+class Summand:
+    """One of the adapters in a weighted sum."""
+
+    name: str  # of the file, without its folder
+    sha256: str
+    weight: float
+    metadata: Mapping[str, str]
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return self.metadata.get("modelspec.title") or self.name.removesuffix(".safetensors")
+
+
+# Of one file: its contents, its making, the names of its output.
+_OF_ONE_FILE = re.compile(
+    r"sshs_|lorashrink\.|resize_params$|modelspec\.(?:hash_sha256|date|title|merged_from|thumbnail)$"
+    r"|ss_(?:network_(?:dim|alpha)|training_comment|output_name|session_id|training_(?:started|finished)_at)$"
+    + f"|{peft.METADATA_KEY}$"
+)
+_PATH = re.compile(r"(?:[A-Za-z]:)?[\\/~]")
+
+
+def summed(summands: Sequence[Summand]) -> dict[str, str]:
+    """The metadata of a weighted sum: what it is made of, and what all of its parts say alike.
+
+    What they say differently is true of none: a sum was trained in no one way. Paths are left out.
+    """
+    first = summands[0].metadata
+    new = {
+        key: text
+        for key, text in first.items()
+        if all(each.metadata.get(key) == text for each in summands)
+        and not _OF_ONE_FILE.match(key)
+        and not _PATH.match(text)
+    }
+    told = " + ".join(f"{each.name}:{each.weight:g}" for each in summands)
+    if any(key.startswith("ss_") for key in first):
+        modules = {each.metadata.get("ss_network_module") for each in summands}
+        if len(modules) > 1 or modules == {None}:
+            new |= {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
+        # ranks are filled in when the file is written
+        new |= {"ss_network_dim": "", "ss_network_alpha": "", "ss_training_comment": f"merged from {told}"}
+    if any(key.startswith("modelspec.") for key in first):
+        new["modelspec.title"] = " + ".join(each.title for each in summands)
+        new["modelspec.merged_from"] = ", ".join(each.title for each in summands)
+    if SPEC_HASH in first:
+        new[SPEC_HASH] = ""
+    parts = [{"name": each.name, "sha256": each.sha256, "weight": each.weight} for each in summands]
+    new[SOURCES] = json.dumps(parts)
     return new
 
 

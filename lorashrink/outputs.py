@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 from lorashrink.adapters import peft
 from lorashrink.errors import OutputError, UsageError
 from lorashrink.files import check_output
+from lorashrink.results import Space
 
 T = TypeVar("T")
 
@@ -69,6 +71,7 @@ def check_outputs(
     `targets` maps each source to its outputs.
     """
     owners: dict[str, Path] = {}
+    taken = set(map(os.path.realpath, inputs))
     for source, outputs in targets.items():
         for path in outputs:
             place = os.path.realpath(path)
@@ -77,9 +80,33 @@ def check_outputs(
                     f"{path}: would be the output of both {owners[place]} and {source}. Rename one of them."
                 )
             owners[place] = source
-            check_output(path, force=True, inputs=inputs)
+            check_output(path, force=True, inputs=[path] if place in taken else ())
             if os.path.exists(path) and not force:
                 raise OutputError(f"{path}: exists already. Use {hint}.")
+
+
+def space_for(sizes: Mapping[Path, int]) -> Space | None:
+    """Room for outputs of these sizes on the disk where it is tightest, None if there are none."""
+    disks: dict[int, Space] = {}
+    folders: dict[Path, tuple[int, int]] = {}  # folder -> (its disk, bytes free there)
+    for path, size in sizes.items():
+        if path.parent not in folders:
+            folder = next(each for each in [path.absolute().parent, *path.absolute().parents] if os.path.isdir(each))
+            folders[path.parent] = folder.stat().st_dev, shutil.disk_usage(folder).free
+        disk, free = folders[path.parent]
+        disks[disk] = Space(size + (disks[disk].needed if disk in disks else 0), free)
+    return min(disks.values(), key=lambda each: each.free - each.needed, default=None)
+
+
+def check_space(sizes: Mapping[Path, int]) -> None:
+    """Raises OutputError if outputs of these sizes cannot be sure to fit."""
+    space = space_for(sizes)
+    if space and space.needed > space.free:
+        raise OutputError(
+            f"the {len(sizes)} outputs may need {space.needed / 1e9:.2f} GB, if nothing shrinks, and "
+            f"{space.free / 1e9:.2f} GB are free. --dry-run tells what they will need; recipes with size= need no more "
+            "than they say; or do a part of the adapters first."
+        )
 
 
 def shown(output: Path) -> Path:

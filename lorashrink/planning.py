@@ -22,9 +22,9 @@ from lorashrink.delta import fan_in
 from lorashrink.errors import InputError, NonFinite, RecipeError
 from lorashrink.files import DTYPES, OUTPUT_DTYPES, TensorInfo, header_bytes, tensor_info
 from lorashrink.outputs import shown
-from lorashrink.recipe import LayerFacts, Recipe, Selection, score, select
+from lorashrink.recipe import CAPS, LayerFacts, Recipe, Selection, caps, score, select
 from lorashrink.recipe import quantiles as score_quantiles
-from lorashrink.results import FileResult, LayerResult, Removed, Verbatim
+from lorashrink.results import Capped, FileResult, LayerResult, Removed, Verbatim
 from lorashrink.spectrum import Spectrum, alignment
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class Decomposed:
     spectra: Sequence[Spectrum]
     norms: Norms
     alignments: Sequence[Tensor | None]
+    # Per layer whether its spectrum is calibrated, where the recipe needs that; else ().
+    calibrated: Sequence[bool] = ()
 
     def __post_init__(self) -> None:
         for layer, spectrum in zip(self.adapter.layers, self.spectra, strict=True):
@@ -70,7 +72,15 @@ class Decomposed:
             base_spn=norms.get("spn"),
             base_alignment=None if aligned is None else aligned.abs().numpy(),
             tail=self.spectra[index].tail,
+            whole=self._whole,
         )
+
+    @cached_property
+    def _whole(self) -> float | None:
+        if not self.calibrated:
+            return None
+        known = zip(self.spectra, self.calibrated, strict=True)
+        return math.sqrt(sum(float((spectrum.sigma**2).sum()) for spectrum, calibrated in known if calibrated))
 
 
 def _more_than_delta(layer: Layer) -> bool:
@@ -108,7 +118,10 @@ class Plan:
     shrunk: Sequence[int]  # indices of the layers that the recipe judged
     facts: Sequence[LayerFacts]  # of these
     selection: Selection  # of these
+    caps: Sequence[Tensor | None]  # of these: what the recipe's limits multiply the kept dimensions with, if they do
     losses: Sequence[float]  # of these: ‖ΔW - ΔW'‖_F before `rescale`
+    norms: Sequence[float]  # of these: ‖ΔW'‖_F before `rescale`
+    totals: Sequence[float]  # of these: ‖ΔW‖_F²
     forms: Sequence[Form]  # of these
     stays: frozenset[int]  # places among these whose own form is the smaller one
     tensors: Mapping[str, TensorInfo]  # of the output
@@ -150,14 +163,33 @@ class Plan:
     @cached_property
     def relative_error(self) -> float:
         """See `relative_error`."""
-        return relative_error(self.facts, self.losses)
+        return relative_error(self.totals, self.losses)
+
+    @property
+    def kept_energy(self) -> float | None:
+        """See `kept_energy`."""
+        return kept_energy(self.recipe, self.totals, self.norms)
+
+    def capped(self) -> tuple[Capped, ...]:
+        """The layers that the recipe's limits changed."""
+        found = []
+        for place, factors in enumerate(self.caps):
+            if factors is not None:
+                index = self.shrunk[place]
+                kept = self.decomposed.spectra[index].sigma[list(self.selection.kept[place])]
+                before = abs(self.recipe.rescale) * kept
+                after = before * factors
+                norms = [float(norm) for norm in (before.max(), after.max(), before.norm(), after.norm())]
+                found.append(Capped(self.decomposed.adapter.layers[index].name, *norms))
+        return tuple(found)
 
     def layer_results(self) -> tuple[LayerResult, ...]:
         """One row per layer that the recipe judged."""
         rows = []
-        for place, (index, facts, lost) in enumerate(zip(self.shrunk, self.facts, self.losses, strict=True)):
+        judged = zip(self.shrunk, self.facts, self.losses, self.totals, strict=True)
+        for place, (index, facts, lost, total) in enumerate(judged):
             layer = self.decomposed.adapter.layers[index]
-            whole = math.sqrt(facts.total)
+            whole = math.sqrt(total)
             rows.append(
                 LayerResult(
                     name=layer.name,
@@ -165,7 +197,7 @@ class Plan:
                     algo=layer.algo,
                     rank_before=layer.rank,
                     rank_after=layer.rank if place in self.stays else self.selection.widths[place],
-                    energy=1 - (lost / whole) ** 2,
+                    energy=1 - (lost / whole) ** 2 if self.caps[place] is None else self.norms[place] ** 2 / total,
                     rle_lora=lost / whole,
                     rle_ckpt=abs(self.recipe.rescale) * lost / facts.base_fro if facts.base_fro else None,
                 )
@@ -173,17 +205,16 @@ class Plan:
         return tuple(rows)
 
 
-def relative_error(layers: Sequence[LayerFacts], losses: Sequence[float]) -> float:
-    """sqrt(Σ‖lost‖² / Σ‖ΔW‖²) over layers that lose these Frobenius norms."""
-    total = sum(facts.total for facts in layers)
+def relative_error(totals: Sequence[float], losses: Sequence[float]) -> float:
+    """sqrt(Σ‖lost‖² / Σ‖ΔW‖²) over layers of these squared norms that lose these norms."""
+    total = sum(totals)
     return math.sqrt(sum(lost**2 for lost in losses) / total) if total else 0.0
 
 
-def _lost(facts: LayerFacts, kept: Sequence[int]) -> float:
-    """‖ΔW - ΔW'‖_F, summed over the dimensions that are gone, so that small losses are exact."""
-    rest = facts.sigma.copy()
-    rest[list(kept)] = 0
-    return math.sqrt(float((rest**2).sum()) + facts.tail)
+def kept_energy(recipe: Recipe, totals: Sequence[float], norms: Sequence[float]) -> float | None:
+    """Σ‖ΔW'‖² / Σ‖ΔW‖² of what a recipe with limits leaves; without limits None, for then it follows from the error."""
+    total = sum(totals)
+    return sum(norm**2 for norm in norms) / total if recipe.caps and total else None
 
 
 def file_size(tensors: Mapping[str, TensorInfo], entries: Mapping[str, str]) -> int:
@@ -191,7 +222,19 @@ def file_size(tensors: Mapping[str, TensorInfo], entries: Mapping[str, str]) -> 
     return len(header_bytes(tensors, entries)) + sum(info.nbytes for info in tensors.values())
 
 
-def plan(
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """One output before its ranks are chosen. It holds no factors and can wait for others."""
+
+    recipe: Recipe
+    shrunk: Sequence[int]  # indices of the layers that the recipe can judge
+    facts: Sequence[LayerFacts]  # of these
+    verbatim: Mapping[str, str]
+    removed: Mapping[str, str]
+    layout: Layout
+
+
+def outline(
     decomposed: Decomposed,
     recipe: Recipe,
     *,
@@ -199,21 +242,38 @@ def plan(
     unmapped: str = "keep",
     form: str = "auto",
     origin: metadata.Origin,
-) -> Plan:
+) -> Outline:
+    """What a recipe has to choose from, and how large its choices are. Raises InputError (`unmapped="error"`)."""
+    shrunk, verbatim, removed = _sorted_layers(decomposed, recipe, unmapped)
+    layout = Layout(decomposed.adapter, recipe, origin, shrunk, verbatim, dtype, form)
+    facts = [decomposed.facts(index, layout.kinds[index]) for index in shrunk]
+    return Outline(recipe, shrunk, facts, verbatim, removed, layout)
+
+
+def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None = None) -> Plan:
     """Decide what is kept, what is removed, and what the output looks like to the last byte.
 
-    Raises RecipeError (nothing would be left, or `size=` cannot be met) and InputError (`unmapped="error"`).
+    selection: what was chosen already, together with other files. Raises RecipeError (nothing would be left, or `size=`
+    cannot be met).
     """
-    adapter = decomposed.adapter
-    shrunk, verbatim, removed = _sorted_layers(decomposed, recipe, unmapped)
-    layout = _Layout(decomposed, recipe, origin, shrunk, verbatim, dtype, form)
-    facts = [decomposed.facts(index, layout.kinds[index]) for index in shrunk]
-    selection = select(recipe, facts, layout.size)
+    adapter, recipe, layout = decomposed.adapter, outlined.recipe, outlined.layout
+    shrunk, facts = outlined.shrunk, outlined.facts
+    verbatim, removed = dict(outlined.verbatim), dict(outlined.removed)
+    selection = selection or select(recipe, facts, layout.size)
     widths = selection.widths
     if adapter.layers and not verbatim and not any(widths):
         raise RecipeError(_nothing_left(adapter, recipe, facts))
     stays = layout.stays(widths)
-    losses = [0.0 if place in stays else _lost(each, selection.kept[place]) for place, each in enumerate(facts)]
+    spectra = [decomposed.spectra[index] for index in shrunk]
+    limits = [_limits(recipe, each, kept) for each, kept in zip(facts, selection.kept, strict=True)]
+    factors = [None if place in stays else each for place, each in enumerate(limits)]
+    totals = [each.total for each in spectra]
+    judged = list(zip(spectra, selection.kept, factors, strict=True))
+    losses = [0.0 if place in stays else each.lost(kept, cap) for place, (each, kept, cap) in enumerate(judged)]
+    norms = [
+        math.sqrt(totals[place]) if place in stays else each.norm(kept, cap)
+        for place, (each, kept, cap) in enumerate(judged)
+    ]
     tensors = layout.tensors(widths)
     for place, index in enumerate(shrunk):
         layer = adapter.layers[index]
@@ -233,17 +293,32 @@ def plan(
         shrunk=shrunk,
         facts=facts,
         selection=selection,
+        caps=factors,
         losses=losses,
+        norms=norms,
+        totals=totals,
         forms=layout.forms,
         stays=stays,
         tensors=tensors,
-        metadata=layout.metadata(widths, selection.threshold, relative_error(facts, losses)),
+        metadata=layout.metadata(
+            widths, selection.threshold, relative_error(totals, losses), kept_energy(recipe, totals, norms)
+        ),
         verbatim=verbatim,
         removed=removed,
-        warnings=[*_warnings(decomposed, layout, widths), *_unreadable_encoders(adapter.layers, removed)],
+        warnings=[
+            *_warnings(decomposed, layout, widths),
+            *_unreadable_encoders(adapter.layers, removed),
+            *_uncapped(recipe, layout, facts, widths),
+            *_above_limits(recipe, layout, [place for place in stays if limits[place] is not None]),
+        ],
         settings=layout.settings(widths),
         form_sizes=layout.form_sizes(widths, selection.threshold),
     )
+
+
+def _limits(recipe: Recipe, facts: LayerFacts, kept: Sequence[int]) -> Tensor | None:
+    found = caps(recipe, facts, kept) if recipe.caps else None
+    return None if found is None else torch.from_numpy(found)
 
 
 def _sorted_layers(
@@ -254,7 +329,7 @@ def _sorted_layers(
     shrunk: list[int] = []
     verbatim, removed = dict(adapter.others), dict(adapter.dropped)
     for index, layer in enumerate(adapter.layers):
-        if recipe.needs_base and not decomposed.views[index]:
+        if recipe.judges_by_base and not decomposed.views[index]:
             if unmapped == "error":
                 raise InputError(
                     f"{adapter.path}: layer {layer.name} changes no weight of the base, and recipe '{recipe}' "
@@ -264,10 +339,12 @@ def _sorted_layers(
                 removed[layer.name] = "changes no weight of the base"
             else:
                 verbatim |= dict.fromkeys(layer.keys.values(), "its layer changes no weight of the base")
+        elif recipe.calibrated and not decomposed.calibrated[index]:
+            verbatim |= dict.fromkeys(layer.keys.values(), "the calibration has no statistics of its weight")
         elif decomposed.spectra[index].rank == 0 and _more_than_delta(layer):
             verbatim |= dict.fromkeys(layer.keys.values(), "its ΔW is zero, but its other tensors change the model")
         elif decomposed.spectra[index].rank == 0:
-            removed[layer.name] = "its alpha is 0, which means strength 0" if layer.off else "ΔW is zero"
+            removed[layer.name] = _why_zero(layer, decomposed.spectra[index])
         else:
             shrunk.append(index)
             if "magnitude" in layer.keys:
@@ -275,7 +352,13 @@ def _sorted_layers(
     return shrunk, verbatim, removed
 
 
-def _warnings(decomposed: Decomposed, layout: _Layout, widths: Sequence[int]) -> list[str]:
+def _why_zero(layer: Layer, spectrum: Spectrum) -> str:
+    if layer.off:
+        return "its alpha is 0, which means strength 0"
+    return "it does not change the model's output" if spectrum.total else "ΔW is zero"
+
+
+def _warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int]) -> list[str]:
     """What a user should know though nothing went wrong."""
     warnings = []
     layers = decomposed.adapter.layers
@@ -299,6 +382,27 @@ def _warnings(decomposed: Decomposed, layout: _Layout, widths: Sequence[int]) ->
     return warnings
 
 
+def _uncapped(recipe: Recipe, layout: Layout, facts: Sequence[LayerFacts], widths: Sequence[int]) -> list[str]:
+    warnings = []
+    for key in recipe.caps:
+        judged = zip(layout.layers, facts, widths, strict=True)
+        names = [layer.name for layer, each, width in judged if width and not each.base_norm(CAPS[key])]
+        if names:
+            why = "they change no weight of the base, or one that is zero"
+            warnings.append(f"{key}= does not limit {len(names)} layers, first {names[0]}: {why}")
+    return warnings
+
+
+def _above_limits(recipe: Recipe, layout: Layout, places: Sequence[int]) -> list[str]:
+    if not places:
+        return []
+    first = layout.layers[min(places)].name
+    return [
+        f"{len(places)} layers, first {first}, are above {' and '.join(f'{key}=' for key in recipe.caps)} but stay in "
+        "their own form, where nothing can be limited; use --as lora"
+    ]
+
+
 def _unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> list[str]:
     """diffusers tells the kind of a text encoder's keys by those of its out_proj, and refuses files without any."""
     encoders: dict[str, list[str]] = {}
@@ -314,12 +418,12 @@ def _unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> l
     ]
 
 
-class _Layout:
+class Layout:
     """The output as a function of the ranks that are written, to the last byte."""
 
     def __init__(
         self,
-        decomposed: Decomposed,
+        adapter: Adapter,
         recipe: Recipe,
         origin: metadata.Origin,
         shrunk: Sequence[int],
@@ -327,7 +431,7 @@ class _Layout:
         dtype: str,
         form: str,
     ) -> None:
-        self.adapter, self.recipe, self.origin, self.dtype = decomposed.adapter, recipe, origin, dtype
+        self.adapter, self.recipe, self.origin, self.dtype = adapter, recipe, origin, dtype
         self.form = form
         self.layers = [self.adapter.layers[index] for index in shrunk]
         self.forms = [_form(layer) for layer in self.layers]
@@ -391,9 +495,14 @@ class _Layout:
         return infos
 
     def metadata(
-        self, widths: Sequence[int], threshold: float | None, error: float = 0.0, form: str | None = None
+        self,
+        widths: Sequence[int],
+        threshold: float | None,
+        error: float = 0.0,
+        energy: float | None = None,
+        form: str | None = None,
     ) -> dict[str, str]:
-        """The metadata of the file; its length does not depend on `error`."""
+        """The metadata of the file; its length does not depend on `error` and `energy`."""
         return metadata.shrunk(
             self.adapter.store.metadata,
             recipe=self.recipe,
@@ -404,6 +513,7 @@ class _Layout:
             error=error,
             settings=self.settings(widths, form),
             became_lora=any(place in self._converted for place in self.written(widths, form)),
+            energy=energy,
         )
 
     def settings(self, widths: Sequence[int], form: str | None = None) -> peft.Settings:
@@ -412,7 +522,8 @@ class _Layout:
         if any(place in self._converted for place in self.written(widths, form)):
             settings = peft.as_lora(settings)
         magnitudes = {layer.keys.get("magnitude") for layer in self.adapter.layers}
-        return peft.with_ranks(settings, self._ranks(widths, form), self.verbatim.keys() - magnitudes)
+        others = {*(self.verbatim.keys() - magnitudes), *(self.forms[place].name for place in self.stays(widths, form))}
+        return peft.with_ranks(settings, self._ranks(widths, form), others)
 
     def _ranks(self, widths: Sequence[int], form: str | None) -> dict[str, int]:
         return {self.forms[place].name: widths[place] for place in self.written(widths, form)}
@@ -460,6 +571,8 @@ def result(each: Plan, output: Path, *, started: float, quantiles: bool = False)
         removed=tuple(Removed(name, reason) for name, reason in each.removed.items()),
         warnings=tuple(each.warnings),
         forms=each.form_sizes,
+        capped=each.capped(),
+        kept_energy=each.kept_energy,
         quantiles={f"{k:g}": v for k, v in score_quantiles(each.recipe, each.facts).items()} if quantiles else {},
     )
 

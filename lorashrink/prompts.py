@@ -19,6 +19,8 @@ SAMPLERS = (
     "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
     "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )  # fmt: skip
+SCALE = 7.5
+OWN = "own"  # the sampler that a model comes with; prompt files cannot name it, since they leave it out
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +33,17 @@ class Prompt:
     height: int = 512
     seed: int | None = None  # None: another one each time
     steps: int = 30
-    scale: float = 7.5  # classifier-free guidance; at 1 and below the negative prompt does nothing
-    sampler: str = "ddim"
+    scale: float = SCALE  # classifier-free guidance; at 1 and below the negative prompt does nothing
+    sampler: str = "ddim"  # one of `SAMPLERS`, or `OWN`
 
 
-def read_prompts(path: Path, *, sampler: str = "ddim") -> tuple[Prompt, ...]:
+def read_prompts(path: Path, *, sampler: str = "ddim", scale: float = SCALE) -> tuple[Prompt, ...]:
     """The prompts of a file; what it says beyond them is ignored with a warning.
 
     .txt: a prompt in each line, followed by ` --n negative prompt --w width --h height --d seed --s steps --l scale
     --ss sampler`, any of them; lines that begin with # do not count. .json: a list of such lines or of objects. .toml:
-    the same objects as [[prompt.subset]] below what they share in [prompt]. sampler: one of `SAMPLERS`, for prompts
-    that name none.
+    the same objects as [[prompt.subset]] below what they share in [prompt]. sampler, scale: those of prompts that name
+    none.
 
     Raises:
         UsageError: no such file, another ending, no prompts.
@@ -58,7 +60,7 @@ def read_prompts(path: Path, *, sampler: str = "ddim") -> tuple[Prompt, ...]:
     if not entries:
         raise UsageError(f"{path}: no prompts in it")
     return tuple(
-        _prompt(_switches(entry) if isinstance(entry, str) else entry, f"{path}: sample {number:02d}", sampler)
+        _prompt(_switches(entry) if isinstance(entry, str) else entry, f"{path}: sample {number:02d}", sampler, scale)
         for number, entry in enumerate(entries)
     )
 
@@ -94,8 +96,8 @@ def _switches(line: str) -> dict[str, Any]:
     return values
 
 
-def _prompt(values: Mapping[str, Any], where: str, sampler: str) -> Prompt:
-    made: dict[str, Any] = {"sampler": sampler}
+def _prompt(values: Mapping[str, Any], where: str, sampler: str, scale: float) -> Prompt:
+    made: dict[str, Any] = {"sampler": sampler, "scale": scale}
     for key, value in values.items():
         if value is None:
             continue

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     Values = np.ndarray[tuple[int], np.dtype[np.float64]]
+    Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 DEFAULT = "fro_ckpt=1,thr=-3.55"
 
@@ -38,16 +39,21 @@ class LayerFacts:
     base_spn: float | None = None
     base_alignment: Values | None = None  # [r], |u_iᵀ·W·v_i|
     tail: float = 0.0  # Σσ² of dimensions that were not computed, because no recipe can keep them
+    whole: float | None = None  # sqrt(Σσ²) over the whole file, of σ that are comparable across layers: calibrated ones
 
     @property
     def total(self) -> float:
-        """‖ΔW‖_F², all dimensions included."""
+        """Σσ², all dimensions included: ‖ΔW‖_F², where σ is not calibrated."""
         return float((self.sigma**2).sum()) + self.tail
 
     @property
     def rank(self) -> int:
         """The numerical rank."""
         return int((self.sigma > 0).sum())
+
+    def base_norm(self, name: str) -> float | None:
+        """A norm of the base weight, "fro" or "spn"."""
+        return {"fro": self.base_fro, "spn": self.base_spn}[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,7 @@ class Term:
     needs: str
     reference: Callable[[LayerFacts], float | Values]
     of_adapter: bool = False  # a norm of the adapter itself, which moves with `rescale`
+    alone: bool = False  # stands beside no other term
 
 
 def _known(value: float | Values | None) -> float | Values:
@@ -71,8 +78,8 @@ TERMS: dict[str, Term] = {
     "fro_ckpt": Term("norms", lambda f: _known(f.base_fro)),
     "subspace": Term("weight", lambda f: _known(f.base_alignment)),
     "params": Term("layer", lambda f: float(f.numbers)),
+    "calib": Term("calibration", lambda f: _known(f.whole), True, alone=True),
 }
-CALIBRATED = "calib"
 BYTES = "bytes"
 
 
@@ -121,8 +128,12 @@ MODIFIERS: dict[str, _Range] = {
     "pow2": _ANY,
     "rescale": _ANY,
     "uniform": _ANY,
+    "clip": _POSITIVE,
+    "fro_limit": _POSITIVE,
 }
-_WEIGHTS = (*TERMS, BYTES, CALIBRATED)
+# Modifiers that limit what is kept by a norm of the base weight -> which norm.
+CAPS = {"clip": "spn", "fro_limit": "fro"}
+_WEIGHTS = (*TERMS, BYTES)
 _SWITCHES = ("pow2", "uniform")
 _BARE = (*_WEIGHTS, *_SWITCHES)  # keys that mean 1 when no number follows
 KEYS = (*_WEIGHTS, *SELECTIONS, *MODIFIERS)
@@ -152,11 +163,16 @@ class Recipe:
         return recipe
 
     def _check(self, text: str) -> None:
-        terms = [weight for key, weight in self.weights if key in TERMS]
-        if terms and abs(sum(terms)) < 1e-12:
+        terms = {key: weight for key, weight in self.weights if key in TERMS}
+        if terms and abs(sum(terms.values())) < 1e-12:
             raise RecipeError(f"recipe '{text}': the weights of its score terms sum to 0; change one of them.")
-        if terms and any(key == CALIBRATED for key, _ in self.weights):
-            raise RecipeError(f"recipe '{text}': {CALIBRATED} stands alone (with {BYTES}); remove the other terms.")
+        if len(terms) > 1 and (alone := next((key for key in terms if TERMS[key].alone), None)):
+            raise RecipeError(f"recipe '{text}': {alone} stands alone (with {BYTES}); remove the other terms.")
+        if self.caps and self.calibrated:
+            raise RecipeError(
+                f"recipe '{text}': {' and '.join(self.caps)} limit singular values of ΔW, and calib goes by others. "
+                "Shrink first, and give the output the limits in a second run: energy=1,clip=0.5."
+            )
         if "conv_rank" in self.modifiers and self.select != "rank":
             raise RecipeError(f"recipe '{text}': conv_rank= goes with rank= only. Did you mean max_rank=?")
         if self.rescale == 0:
@@ -173,7 +189,7 @@ class Recipe:
 
     @property
     def normalised(self) -> dict[str, float]:
-        """Weights of the score terms, divided by their sum; `bytes` and `calib` are not among them."""
+        """Weights of the score terms, divided by their sum; `bytes` is not among them."""
         terms = {key: weight for key, weight in self.weights if key in TERMS}
         total = sum(terms.values())
         return {key: weight / total for key, weight in terms.items()}
@@ -181,20 +197,35 @@ class Recipe:
     @property
     def needs(self) -> frozenset[str]:
         """What must be looked up for the score: "layer", "norms", "weight" or "calibration"."""
-        needed = {TERMS[key].needs for key, weight in self.normalised.items() if weight}
-        return frozenset(needed | ({"calibration"} if dict(self.weights).get(CALIBRATED) else set()))
+        return frozenset(TERMS[key].needs for key, weight in self.normalised.items() if weight)
 
     @property
     def base_norms(self) -> frozenset[str]:
-        """Which norms of the base weights the score uses: "fro", "spn"."""
-        return frozenset(
+        """Which norms of the base weights the recipe uses: "fro", "spn"."""
+        scored = {
             key.partition("_")[0] for key, weight in self.normalised.items() if weight and TERMS[key].needs == "norms"
-        )
+        }
+        return frozenset(scored.union(CAPS[key] for key in self.caps))
+
+    @property
+    def judges_by_base(self) -> bool:
+        """Whether a layer without a base weight has no score."""
+        return bool(self.needs & {"norms", "weight"})
 
     @property
     def needs_base(self) -> bool:
         """Whether the recipe cannot be applied without a base."""
-        return bool(self.needs & {"norms", "weight"})
+        return self.judges_by_base or bool(self.caps)
+
+    @property
+    def caps(self) -> Mapping[str, float]:
+        """The modifiers that limit what is kept, and their values."""
+        return {key: value for key, value in self.modifiers.items() if key in CAPS}
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether dimensions are those of calibration statistics, and not of ΔW alone."""
+        return "calibration" in self.needs
 
     @property
     def rescale(self) -> float:
@@ -230,7 +261,9 @@ class Recipe:
             for key, value in self.modifiers.items()
             if key != "rescale" and not (key in _SWITCHES and not value)
         }
-        parts += [f"{key.replace('_', '')}{_short(value)}" for key, value in sorted(modifiers.items())]
+        # A limit is a small number, of which two decimals would not tell much.
+        texts = {key: f"{value:g}" if key in CAPS else _short(value) for key, value in modifiers.items()}
+        parts += [f"{key.replace('_', '')}{text}" for key, text in sorted(texts.items())]
         if self.rescale != 1:
             parts.append(f"scale{_short(self.rescale)}")
         parts.append(f"{'th' if self.select == 'thr' else self.select.replace('_', '')}{_short(self.value)}")
@@ -328,15 +361,94 @@ def select(
     threshold: float | None = None
     if recipe.select == "size":
         counts, threshold = _fit(recipe, layers, scores, file_size)
+    elif recipe.select == "energy" and recipe.calibrated:
+        counts, threshold = _by_energy_of_file(recipe, layers, scores)
     elif recipe.select == "thr":
         threshold = recipe.value
         counts = [int((values >= threshold).sum()) for values in scores]
     else:
         counts = [_PER_LAYER[recipe.select](recipe, facts) for facts in layers]
         orders = [np.arange(len(values)) for values in scores]
+    return _selection(recipe, layers, orders, counts, threshold)
+
+
+def _selection(
+    recipe: Recipe,
+    layers: Sequence[LayerFacts],
+    orders: Sequence[Indices],
+    counts: Sequence[int],
+    threshold: float | None,
+) -> Selection:
     counts = _adjusted(recipe, layers, counts)
     kept = tuple(tuple(order[:count].tolist()) for order, count in zip(orders, counts, strict=True))
     return Selection(kept, tuple(_widths(recipe, counts)), threshold)
+
+
+def caps(recipe: Recipe, facts: LayerFacts, kept: Sequence[int]) -> Values | None:
+    """[k] float64 up to 1: what the limits of a recipe multiply the kept dimensions with, None if with nothing.
+
+    `clip` limits each singular value, `fro_limit` then all of them together; both after `rescale`. A base weight that
+    is unknown or zero limits nothing.
+    """
+    import numpy as np
+
+    sigma = abs(recipe.rescale) * facts.sigma[list(kept)]
+    factors = np.ones(len(sigma))
+    if facts.base_spn and "clip" in recipe.caps:
+        factors = np.minimum(1.0, recipe.caps["clip"] * facts.base_spn / sigma)
+    if facts.base_fro and "fro_limit" in recipe.caps:
+        norm = float(np.linalg.norm(factors * sigma))
+        factors = factors * min(1.0, recipe.caps["fro_limit"] * facts.base_fro / norm) if norm else factors
+    return factors if (factors < 1).any() else None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Member:
+    """One of several files that are written under one budget."""
+
+    layers: Sequence[LayerFacts]
+    file_size: Callable[[Sequence[int], float | None], int]  # as of `select`
+    weight: float = 1.0  # how strongly it is used beside the others; not 0
+
+
+def select_together(recipe: Recipe, members: Sequence[Member]) -> list[Selection]:
+    """Apply a recipe with `size=` to several files, whose sizes add up to no more than that.
+
+    All dimensions of all files compete by their scores, those of a file moved by log10 of its weight. What is kept is
+    what reaches one threshold, the lowest that fits, so that equal dimensions are kept or dropped together and the
+    order of the files does not matter. Raises RecipeError if the parts that cannot shrink are larger than the budget.
+    """
+    import numpy as np
+
+    scores = [[score(recipe, facts) + math.log10(abs(member.weight)) for facts in member.layers] for member in members]
+    flat = np.concatenate([np.empty(0), *(values for each in scores for values in each)])
+    levels = np.unique(flat[np.isfinite(flat)])[::-1]
+    limit = int(recipe.value * 2**20)
+
+    def counts(place: int, taken: int) -> list[int]:
+        lowest = levels[taken - 1] if taken else math.inf
+        return [int((values >= lowest).sum()) for values in scores[place]]
+
+    def threshold(taken: int) -> float | None:
+        return float(levels[taken - 1]) if 0 < taken < len(levels) else None
+
+    def size(taken: int) -> int:
+        return sum(
+            member.file_size(_widths(recipe, _adjusted(recipe, member.layers, counts(place, taken))), threshold(taken))
+            for place, member in enumerate(members)
+        )
+
+    if size(0) > limit:
+        raise RecipeError(
+            f"recipe '{recipe}': the parts of these {len(members)} files that cannot shrink need "
+            f"{_smallest_size(size(0))} MiB together; the smallest possible is size={_smallest_size(size(0))}."
+        )
+    taken = _most(len(levels), limit, size)
+    orders = [[np.argsort(-values, kind="stable") for values in each] for each in scores]
+    return [
+        _selection(recipe, member.layers, orders[place], counts(place, taken), threshold(taken))
+        for place, member in enumerate(members)
+    ]
 
 
 def quantiles(recipe: Recipe, layers: Sequence[LayerFacts]) -> dict[float, float]:
@@ -376,9 +488,20 @@ def _fit(
     if size(0) > limit:
         raise RecipeError(
             f"recipe '{recipe}': the parts of this file that cannot shrink need {size(0) / 2**20:.4f} MiB; "
-            f"the smallest possible is size={math.ceil(size(0) / 2**20 * 1e4) / 1e4:g}."
+            f"the smallest possible is size={_smallest_size(size(0))}."
         )
-    fits, too_many = 0, len(order) + 1
+    fits = _most(len(order), limit, size)
+    return counts(fits), threshold(fits)
+
+
+def _smallest_size(needed: int) -> str:
+    """MiB for `size=` that are enough for so many bytes."""
+    return f"{math.ceil(needed / 2**20 * 1e4) / 1e4:.10g}"
+
+
+def _most(count: int, limit: int, size: Callable[[int], int]) -> int:
+    """The largest number up to `count` whose size is within the limit; that of 0 is."""
+    fits, too_many = 0, count + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         if size(middle) <= limit:
@@ -387,7 +510,22 @@ def _fit(
             too_many = middle
     while size(fits) > limit:  # the text of a threshold may be some bytes longer than its neighbour's
         fits -= 1
-    return counts(fits), threshold(fits)
+    return fits
+
+
+def _by_energy_of_file(
+    recipe: Recipe, layers: Sequence[LayerFacts], scores: Sequence[Values]
+) -> tuple[list[int], float | None]:
+    """The fewest dimensions of best score that together have this share of the file's energy, and the lowest score."""
+    import numpy as np
+
+    flat = np.concatenate([np.empty(0), *scores])
+    squares = np.concatenate([np.empty(0), *(facts.sigma**2 for facts in layers)])
+    owner = np.repeat(np.arange(len(layers)), [len(values) for values in scores])
+    order = np.argsort(-flat, kind="stable")
+    taken = _smallest(squares[order].cumsum(), recipe.value)
+    counts = np.bincount(owner[order[:taken]], minlength=len(layers))
+    return [int(count) for count in counts], float(flat[order[taken - 1]]) if taken else None
 
 
 # .8² is a little above .64; shares that close are equal.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,25 @@ class Removed:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightedSource:
+    """One of the adapters in a weighted sum."""
+
+    path: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Capped:
+    """A layer whose ΔW was larger than a recipe's limits, as it would be without them and as it is written."""
+
+    name: str
+    spectral_before: float
+    spectral_after: float
+    fro_before: float
+    fro_after: float
+
+
+@dataclass(frozen=True, slots=True)
 class FileResult:
     """One written file (or, with a dry run, one that would be)."""
 
@@ -57,11 +76,19 @@ class FileResult:
     # Bytes with the layers that are no LoRA left as they are ("same") or all written as LoRA ("lora"); {} without such
     forms: Mapping[str, int] = field(default_factory=dict)
     skipped: bool = False  # an equal file was already there
+    base: str | None = None  # its own one, where adapters have several
+    sources: tuple[WeightedSource, ...] = ()  # what `source` is a weighted sum of, if it is one
+    capped: tuple[Capped, ...] = ()
+    kept_energy: float | None = None  # see `energy`; None where it follows from the error, as it does without limits
+
+    def brief(self) -> FileResult:
+        """The same without what grows with the number of layers."""
+        return replace(self, layers=(), verbatim=(), removed=(), warnings=(), quantiles={}, forms={}, capped=())
 
     @property
     def energy(self) -> float:
         """Share of ΣΣσ² that was kept."""
-        return 1 - self.relative_error**2
+        return 1 - self.relative_error**2 if self.kept_energy is None else self.kept_energy
 
     @property
     def norm_ratio(self) -> float:
@@ -87,6 +114,25 @@ class BaseInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Space:
+    """Room on the disk that outputs go to."""
+
+    needed: int  # bytes
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class StackBudget:
+    """Adapters that were shrunk together by one recipe."""
+
+    recipe: str
+    adapters: int  # that are written, or were there
+    budget: int  # bytes, for all of them
+    bytes: int  # of all of them
+    threshold: float | None  # lowest kept score of all of them, None if everything was kept
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The outcome of a run over one or many adapters."""
 
@@ -94,6 +140,9 @@ class Report:
     base: BaseInfo | None
     results: tuple[FileResult, ...]
     failed: tuple[Failure, ...]
+    bases: tuple[BaseInfo, ...] = ()  # in place of `base`, with a table of them
+    space: Space | None = None  # of a dry run
+    stacks: tuple[StackBudget, ...] = ()  # one for each recipe, of adapters under one budget
 
 
 @dataclass(frozen=True, slots=True)

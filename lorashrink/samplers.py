@@ -20,7 +20,7 @@ from diffusers import (
 )
 
 from lorashrink.errors import UsageError
-from lorashrink.prompts import Prompt
+from lorashrink.prompts import OWN, Prompt
 
 # Two settings differ from sd-scripts': there clip_sample cuts DDIM's latents to ±1, which washes pictures out, and
 # dpmsolver cannot run, because it needs a last sigma above zero.
@@ -55,23 +55,30 @@ def scheduler(sampler: str, *, v_parameterization: bool) -> Any:
     )
 
 
-def check_samplers(prompts: Sequence[Prompt]) -> None:
+def check_samplers(prompts: Sequence[Prompt], *, flow: str = "") -> None:
     """That every prompt can be drawn with its sampler.
 
+    flow: what to call the model if it is one of flow matching, for which only its own sampler is right.
+
     Raises:
-        UsageError: a sampler's package is missing, or it cannot draw in so many steps.
+        UsageError: a sampler's package is missing, it cannot draw in so many steps, or not with this model.
     """
     for number, prompt in enumerate(prompts):
-        if _KINDS[prompt.sampler.removeprefix("k_")][0] is LMSDiscreteScheduler and not importlib.util.find_spec(
-            "scipy"
-        ):
+        if prompt.sampler == OWN:
+            continue
+        if flow:
             raise UsageError(
-                f"sample {number:02d}: the sampler {prompt.sampler} needs scipy: pip install scipy, or choose another"
+                f"sample {number:02d}: the sampler {prompt.sampler} is for models that predict noise, and {flow} is "
+                "drawn by flow matching; leave --ss out"
             )
-        try:
-            scheduler(prompt.sampler, v_parameterization=False).set_timesteps(prompt.steps)
-        except ValueError:
-            raise UsageError(
-                f"sample {number:02d}: the sampler {prompt.sampler} cannot draw in {prompt.steps} steps; "
-                "give it another --s"
-            ) from None
+        _check_sampler(f"sample {number:02d}: the sampler {prompt.sampler}", prompt)
+
+
+def _check_sampler(what: str, prompt: Prompt) -> None:
+    kind = _KINDS[prompt.sampler.removeprefix("k_")][0]
+    if kind is LMSDiscreteScheduler and not importlib.util.find_spec("scipy"):
+        raise UsageError(f"{what} needs scipy: pip install scipy, or choose another")
+    try:
+        scheduler(prompt.sampler, v_parameterization=False).set_timesteps(prompt.steps)
+    except ValueError:
+        raise UsageError(f"{what} cannot draw in {prompt.steps} steps; give it another --s") from None

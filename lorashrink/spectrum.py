@@ -13,8 +13,8 @@ A ΔW that is not of low rank is decomposed through the Gram matrix of its short
 dimensions can be kept, through a random sketch (Halko, Martinsson, Tropp, https://arxiv.org/abs/0909.4061). The
 singular values of a Kronecker product are the products of those of its factors.
 
-Either Gram matrix may be given instead of computed: with statistics of a layer's inputs and of the model's
-sensitivity to its outputs the same steps give the truncation that is best for the model's output.
+Other Gram matrices may be given: with statistics of a layer's inputs and of the model's sensitivity to its outputs the
+same steps give the truncation that is best for the model's output.
 
 Tensors in, tensors out: this module knows nothing of files, names or recipes.
 """
@@ -26,14 +26,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorashrink.delta import AnyDelta, Delta, Dense, Kronecker, fan_in
+from lorashrink.delta import AnyDelta, Delta, Dense, Kronecker, factored, fan_in
 
 # A Gram matrix squares the condition number: below sqrt(eps64)·σ_1 nothing is trustworthy, and counts as 0.
 SIGMA_FLOOR = 2.0**-26
@@ -71,8 +71,15 @@ class Item:
 
     load: Callable[[], AnyDelta]
     rank: int  # of the delta that `load` returns; may be an estimate if that is no `Delta`
-    grams: Grams | None = None  # instead of computing them
+    grams: Callable[[Delta], Grams] | None = None  # others than those of the factors, which decide what matters
     limit: int | None = None  # no more than this many dimensions will be kept
+
+
+class _Plain(NamedTuple):
+    """The factors' own Gram matrices, where others decided."""
+
+    grams: Grams
+    scale: float  # of the delta
 
 
 class _Pair(NamedTuple):
@@ -90,12 +97,16 @@ class Spectrum:
     The r×r maps of a `Dense` would be as large as the layer, so that `truncate` computes its vectors again.
     """
 
-    sigma: Tensor  # [r] float64, largest first, in the unit of the base weight; exactly 0 past the numerical rank
-    left: Tensor | None = None  # [r, r] float32: up @ left[:, i] is √σ_i·u_i
-    right: Tensor | None = None  # [r, r] float32: right[i] @ down is √σ_i·v_iᵀ
+    # [r] float64, largest first, exactly 0 past the numerical rank; in the unit of the base weight, or where Gram
+    # matrices were given in that of their norm
+    sigma: Tensor
+    # Both float32, of the dimensions that may be kept, at most r.
+    left: Tensor | None = None  # [r, k]: up @ left[:, i] is √σ_i·u_i
+    right: Tensor | None = None  # [k, r]: right[i] @ down is √σ_i·v_iᵀ
     pair: _Pair | None = None
     limit: int | None = None  # of a sketch, which has only this many dimensions
     tail: float = 0.0  # Σσ² of the dimensions that the sketch does not have
+    plain: _Plain | None = None  # if Gram matrices were given
 
     @property
     def rank(self) -> int:
@@ -107,10 +118,49 @@ class Spectrum:
         """False if a factor held NaN or infinity; then all of `sigma` is NaN."""
         return bool(torch.isfinite(self.sigma).all())
 
+    @property
+    def total(self) -> float:
+        """‖ΔW‖_F², all dimensions included."""
+        if self.plain:
+            return self._square(torch.eye(len(self.sigma), dtype=torch.float64))
+        return float((self.sigma**2).sum()) + self.tail
+
+    def norm(self, kept: Sequence[int], factors: Tensor | None = None) -> float:
+        """‖ΔW'‖_F of ΔW reduced to the dimensions `kept`, each times its factor, float64 [k]. Not both with `plain`."""
+        if self.plain:
+            assert factors is None
+            return math.sqrt(self._square(self._projection(kept)))
+        return float((self.sigma[list(kept)] * (1 if factors is None else factors)).norm())
+
+    def lost(self, kept: Sequence[int], factors: Tensor | None = None) -> float:
+        """‖ΔW - ΔW'‖_F of the same, summed over what is gone, so that small losses are exact."""
+        if self.plain:
+            assert factors is None
+            rest = torch.eye(len(self.sigma), dtype=torch.float64) - self._projection(kept)
+            return math.sqrt(self._square(rest)) if len(kept) < self.rank else 0.0
+        gone = torch.ones(len(self.sigma), dtype=torch.float64)
+        gone[list(kept)] = 0 if factors is None else 1 - factors
+        return math.sqrt(float(((self.sigma * gone) ** 2).sum()) + self.tail)
+
+    def _projection(self, kept: Sequence[int]) -> Tensor:
+        """[r, r] float64 P: ΔW' = scale · up · P · down."""
+        assert self.plain is not None
+        assert self.left is not None
+        assert self.right is not None
+        index = list(kept)
+        return self.left[:, index].double() @ self.right[index].double() / self.plain.scale
+
+    def _square(self, middle: Tensor) -> float:
+        """‖scale · up · middle · down‖_F²."""
+        assert self.plain is not None
+        grams, scale = self.plain
+        return scale**2 * max(0.0, float((middle.mT @ grams.up @ middle * grams.down).sum()))
+
 
 def spectrum(delta: AnyDelta, grams: Grams | None = None, *, limit: int | None = None) -> Spectrum:
     """The spectrum of one layer. See `decompose`, which does many at a time."""
-    return decompose([Item(lambda: delta, delta.rank, grams, limit)])[0].result()
+    given = None if grams is None else lambda _: grams
+    return decompose([Item(lambda: delta, delta.rank, given, limit)])[0].result()
 
 
 def decompose(
@@ -143,19 +193,24 @@ def truncate(
     spectrum: Spectrum,
     kept: Sequence[int],
     *,
+    factors: Tensor | None = None,
     width: int | None = None,
     scale: float = 1.0,
     device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """(up' [out, k], down' [k, in·kh·kw]) on the CPU, whose product is `scale` · ΔW reduced to the dimensions `kept`.
 
-    √σ is on both sides and the delta's own scale is contained. With `width` > len(kept) zeros fill the factors
+    Each dimension is multiplied with its factor, of float64 [k] from 0 to 1, if there are `factors`. √σ is on both
+    sides and the delta's own scale is contained. With `width` > len(kept) zeros fill the factors
     up to that rank. Computed in float32, or in float64 if the delta is float64.
     """
     device = core_device(device) if _kind(delta) == torch.float64 else torch.device(device)
     index = torch.as_tensor(kept, dtype=torch.long)
     half = math.sqrt(abs(scale))
     up, down = _columns(delta, spectrum, index, (math.copysign(half, scale), half), device)
+    if factors is not None:
+        each = factors.sqrt().to(up)
+        up, down = up * each, down * each[:, None]
     extra = (width or len(kept)) - len(kept)
     if extra:
         up = torch.nn.functional.pad(up, (0, extra))
@@ -192,14 +247,14 @@ def _columns(
     delta: AnyDelta, spectrum: Spectrum, index: Tensor, factors: tuple[float, float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """√σ_i·u_i [out, k] and √σ_i·v_iᵀ [k, in·kh·kw] of the dimensions in `index`, each times its factor."""
-    if isinstance(delta, Delta):
-        assert spectrum.left is not None
-        assert spectrum.right is not None
+    if spectrum.left is not None and spectrum.right is not None:
+        delta = factored(delta)
         left, right = spectrum.left[:, index] * factors[0], spectrum.right[index] * factors[1]
         kind = _kind(delta)
         return delta.up.to(device, kind) @ left.to(device, kind), right.to(device, kind) @ delta.down.to(device, kind)
     if isinstance(delta, Dense):
         return _dense_columns(delta, spectrum, index, factors, device)
+    assert isinstance(delta, Kronecker)
     assert spectrum.pair is not None
     first, second, order = spectrum.pair
     places = order[index]
@@ -460,26 +515,32 @@ def _pass_on_cancel(chunk: Sequence[tuple[Item, Future[Spectrum]]], done: Future
 
 def _spectra(loaded: Sequence[tuple[Item, AnyDelta, object]], device: torch.device) -> Iterator[Spectrum]:
     plain: dict[int, list[tuple[int, Delta]]] = defaultdict(list)  # rank -> layers
-    given: dict[int, list[tuple[int, Grams]]] = defaultdict(list)
     for number, (item, delta, _) in enumerate(loaded):
         if isinstance(delta, Delta) and item.grams is None:
             plain[delta.rank].append((number, delta))
-        elif isinstance(delta, Delta) and item.grams is not None:
-            given[delta.rank].append((number, item.grams))
     solved: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for layers in plain.values():
         numbers, deltas = zip(*layers, strict=True)
         solved |= _by_layer(numbers, solve(*grams(deltas, device)))
-    for pairs in given.values():
-        stacked = [torch.stack([pair[side] for _, pair in pairs]).to(device, torch.float64) for side in (0, 1)]
-        solved |= _by_layer([number for number, _ in pairs], solve(*stacked, clip=STATISTICS_CLIP))
     for number, (item, delta, _) in enumerate(loaded):
-        if isinstance(delta, Dense):
+        if item.grams is not None:
+            yield _of_given(factored(delta), item.grams, device)
+        elif isinstance(delta, Dense):
             yield _of_dense(delta, item.limit, device)
         elif isinstance(delta, Kronecker):
             yield _of_kronecker(delta, device)
         else:
-            yield _scaled(delta, *solved[number])
+            yield _scaled(delta, *solved[number], item.limit)
+
+
+def _of_given(delta: Delta, given: Callable[[Delta], Grams], device: torch.device) -> Spectrum:
+    """The spectrum in the norm of other Gram matrices than those of the factors."""
+    own = Grams(*(gram[0].cpu() for gram in grams([delta], device)))
+    stacked = [gram[None].to(device, torch.float64) for gram in given(delta)]
+    sigma, left, right = (part[0].cpu() for part in solve(*stacked, clip=STATISTICS_CLIP))
+    found = _scaled(delta, sigma, left, right)
+    broken = found.sigma if torch.isfinite(_trace(own.down) + _trace(own.up)) else found.sigma * math.nan
+    return replace(found, sigma=broken, plain=_Plain(own, delta.scale))
 
 
 def _by_layer(
@@ -489,12 +550,13 @@ def _by_layer(
     return {number: (sigma[i], left[i], right[i]) for i, number in enumerate(numbers)}
 
 
-def _scaled(delta: Delta, sigma: Tensor, left: Tensor, right: Tensor) -> Spectrum:
+def _scaled(delta: Delta, sigma: Tensor, left: Tensor, right: Tensor, limit: int | None = None) -> Spectrum:
     size = abs(delta.scale)
     sigma = sigma * size
     sigma[min(delta.up.shape[0], fan_in(delta.shape)) :] *= 0  # not 0 itself: NaN stays NaN
-    left = left * math.copysign(math.sqrt(size), delta.scale)
-    return Spectrum(sigma, left.float(), (right * math.sqrt(size)).float())
+    # What no recipe can keep would only wait in memory until the file is written.
+    left, right = left[:, :limit] * math.copysign(math.sqrt(size), delta.scale), right[:limit] * math.sqrt(size)
+    return Spectrum(sigma, left.float(), right.float())
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from lorashrink.bases import Base
 from lorashrink.errors import InputError, NonFinite, RecipeError, UsageError
 from lorashrink.inputs import find_adapters
 from lorashrink.outputs import shown
-from lorashrink.prompts import Prompt, read_prompts
+from lorashrink.prompts import OWN, Prompt, read_prompts
 from lorashrink.recipe import SELECTIONS, Recipe, parse_recipes
 from lorashrink.results import FileResult, Report
 
 if TYPE_CHECKING:
     from lorashrink.drawing import Studio
+    from lorashrink.likeness import Compare
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,12 @@ class Pictures:
     psnr_deviation: float
     ssim: float
     ssim_deviation: float
+    ms_ssim: float
+    ms_ssim_deviation: float
     files: tuple[str, ...]  # prompt by prompt, each with every seed
+    values: Mapping[str, tuple[float, ...]]  # each measure's numbers, as many as there are files
+    clip: float | None = None  # None without a CLIP model
+    clip_deviation: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,8 @@ class Drawn:
     seeds: tuple[int, ...]  # added to the prompts' own
     files: tuple[str, ...]  # with the whole adapter
     none: Pictures  # of the model without an adapter
-    floor: Pictures | None  # with the whole adapter in the other one of float32 and float16; None if that gives NaN
+    floor: Pictures | None  # with the whole adapter in `other_dtype`; None if that gives NaN
+    other_dtype: str = "float16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +121,13 @@ def sweep(
     dtype: str = "same",
     device: str = "auto",
     jobs: int | None = None,
+    calibration: str | Path | None = None,
     images: str | Path | None = None,
     prompts: str | Path | None = None,
     seeds: Sequence[int] = (0,),
     pictures: str | Path | None = None,
+    settings: str | Path | None = None,
+    clip: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
     """What many recipes would make of one adapter; no adapter is written.
@@ -125,15 +135,18 @@ def sweep(
     recipes: as in `resize`, where one number may be a range `low..high/count`; default are ranges of the usual recipes.
     sizes: sizes in MiB; each score in `recipes` that has no selection (default `fro_ckpt,bytes` with a base, `bytes`
     without) is tried at each.
-    images: a model's folder as diffusers saves it, SDXL or SD 1 and 2, which draws the `prompts` (a file as in
-    `read_prompts`), each with every one of `seeds` on top of its own, into the folder `pictures` (default in the user's
-    cache). Pictures that are there already are not drawn again.
+    calibration: as in `resize`.
+    images: a model that draws the `prompts` (a file as in `read_prompts`), each with every one of `seeds` on top of its
+    own, into the folder `pictures` (default in the user's cache). It is a folder as diffusers saves it, of SDXL, SD 1
+    and 2, SD 3 or FLUX.1, or a single file; settings: for a single file, such a folder that tells what it does not say.
+    Pictures that are there already are not drawn again. clip: a folder of a CLIP model, which compares them too.
 
     Recipes that keep nothing, or cannot reach their size, have no point.
 
-    Raises RecipeError, UsageError or InputError as `resize` does; what fails there for one file is an error here.
+    Raises RecipeError, UsageError or InputError as `resize` does; what fails there for one file is an error here, as
+    is an adapter without layers.
     """
-    from lorashrink.batch import check_needs, shrink
+    from lorashrink.batch import check_calibration, check_needs, shrink
 
     given = [recipes] if isinstance(recipes, str) else list(recipes)
     parse_recipes(_expanded(given, sizes, base is not None))  # a typo is answered before any file is looked at
@@ -149,35 +162,50 @@ def sweep(
         given = _usual(source, base is not None)
     wanted = parse_recipes(_expanded(given, sizes, base is not None))
     check_needs(wanted, base, source)
+    check_calibration(wanted, calibration)
     run = partial(
-        shrink, opener=_open, base=base, dtype=dtype, device=device, jobs=jobs, lenient=True, progress=progress
+        shrink,
+        opener=_open,
+        base=base,
+        calibration=calibration,
+        dtype=dtype,
+        device=device,
+        jobs=jobs,
+        lenient=True,
+        progress=progress,
     )
     if images is None or prompts is None:
         results = _results(run, source, wanted, None)
         return _sweep([_point(result) for result in results], results[0])
-    from lorashrink.drawing import Studio, check_packages, shots_of
+    from lorashrink.drawing import Studio, shots_of
+    from lorashrink.likeness import comparisons
+    from lorashrink.pipelines import KINDS, check_model, check_packages
 
     check_packages()
     from lorashrink.samplers import check_samplers
 
-    asked = read_prompts(Path(prompts))
-    check_samplers(asked)
+    companion = None if settings is None else Path(settings)
+    kind = KINDS[check_model(Path(images), companion)]
+    asked = read_prompts(Path(prompts), sampler=OWN, scale=kind.scale)
+    check_samplers(asked, flow=kind.title if kind.flow else "")
     place = None if pictures is None else Path(pictures)
-    with Studio(images, shots_of(asked, seeds), folder=place, device=device) as studio:
+    with Studio(images, shots_of(asked, seeds), folder=place, device=device, settings=companion) as studio:
+        compare = comparisons(None if clip is None else Path(clip), studio.device)
         studio.check(source)
-        with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
-            results = _results(run, source, wanted, Path(folder))
-            whole = _draw(studio, source, "whole", progress)
-            places = _places(source, Path(folder), wanted)
-            made = {str(shown(path)): (path, recipe) for path, recipe in zip(places, wanted, strict=True)}
-            points = [
-                replace(_point(result), pictures=_alike(whole, _draw(studio, path, recipe.file_items(), progress)))
-                for result, (path, recipe) in ((result, made[result.output]) for result in results)
-            ]
-        none = _alike(whole, _draw(studio, None, "none", progress))
-        floor = _floor(studio, source, whole, progress)
+        results = _results(run, source, wanted, None)
+        whole = _draw(studio, source, "whole", progress)
+        alike = partial(_alike, compare, whole)
+        made = dict(zip(map(str, map(shown, _places(source, source.parent, wanted))), wanted, strict=True))
+        points = [
+            replace(_point(result), pictures=alike(_draw_shrunk(studio, run, source, made[result.output], progress)))
+            for result in results
+        ]
+        none = alike(_draw(studio, None, "none", progress))
+        floor = _floor(studio, source, alike, progress)
         files = tuple(map(str, whole))
-        drawn = Drawn(str(images), studio.device, studio.dtype, asked, tuple(seeds), files, none, floor)
+        drawn = Drawn(
+            str(images), studio.device, studio.dtype, asked, tuple(seeds), files, none, floor, studio.other_dtype
+        )
     return _sweep(points, results[0], drawn)
 
 
@@ -189,6 +217,11 @@ def _results(
     report = run({source: dict(zip(places, recipes, strict=True))}, dry_run=folder is None)
     if report.failed:
         raise InputError(report.failed[0].error)
+    if not report.results[0].layers:
+        raise InputError(
+            f"{source}: holds no layer that a recipe could make smaller, only other tensors (norms, biases or "
+            "embeddings), which every recipe keeps as they are."
+        )
     return report.results
 
 
@@ -210,27 +243,34 @@ def _draw(
     return studio.draw(adapter, label, dtype=dtype, progress=report)
 
 
-def _floor(studio: Studio, source: Path, whole: Sequence[Path], progress: Progress | None) -> Pictures | None:
+def _draw_shrunk(
+    studio: Studio, run: Callable[..., Report], source: Path, recipe: Recipe, progress: Progress | None
+) -> list[Path]:
+    # One file at a time: all of them together may be larger than the disk for temporary files.
+    with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
+        _results(run, source, [recipe], Path(folder))
+        (path,) = _places(source, Path(folder), [recipe])
+        return _draw(studio, path, recipe.file_items(), progress)
+
+
+def _floor(
+    studio: Studio, source: Path, alike: Callable[[Sequence[Path]], Pictures], progress: Progress | None
+) -> Pictures | None:
     try:
-        return _alike(whole, _draw(studio, source, studio.other_dtype, progress, studio.other_dtype))
+        return alike(_draw(studio, source, studio.other_dtype, progress, studio.other_dtype))
     except NonFinite as error:
         _log.warning("how much pictures differ by precision alone stays unknown: %s", error)
         return None
 
 
-def _alike(whole: Sequence[Path], others: Sequence[Path]) -> Pictures:
+def _alike(comparisons: Mapping[str, Compare], whole: Sequence[Path], others: Sequence[Path]) -> Pictures:
     from lorashrink.drawing import read_picture
-    from lorashrink.likeness import psnr, ssim
 
     pairs = [(read_picture(one), read_picture(other)) for one, other in zip(whole, others, strict=True)]
-    noise, structure = [psnr(*pair) for pair in pairs], [ssim(*pair) for pair in pairs]
-    return Pictures(
-        psnr=statistics.fmean(noise),
-        psnr_deviation=statistics.pstdev(noise),
-        ssim=statistics.fmean(structure),
-        ssim_deviation=statistics.pstdev(structure),
-        files=tuple(map(str, others)),
-    )
+    values = {name: tuple(compare(*pair) for pair in pairs) for name, compare in comparisons.items()}
+    means = {name: statistics.fmean(each) for name, each in values.items()}
+    deviations = {f"{name}_deviation": statistics.pstdev(each) for name, each in values.items()}
+    return Pictures(files=tuple(map(str, others)), values=values, **means, **deviations)
 
 
 def _open(source: Path, base: Base | None) -> Adapter:

@@ -103,7 +103,13 @@ def _write_layer(each: Plan, place: int, delta: AnyDelta, writer: SafetensorsWri
     index, width = each.shrunk[place], each.selection.widths[place]
     spectrum, layer = each.decomposed.spectra[index], each.decomposed.adapter.layers[index]
     up, down = truncate(
-        delta, spectrum, each.selection.kept[place], width=width, scale=each.baked(place), device=device
+        delta,
+        spectrum,
+        each.selection.kept[place],
+        factors=each.caps[place],
+        width=width,
+        scale=each.baked(place),
+        device=device,
     )
     _, family, keys, infos = each.forms[place]
     assert family.written
@@ -146,8 +152,7 @@ def _check_norms(each: Plan, path: Path, written: Mapping[str, Layer], places: S
     both = grams([delta for delta in deltas if isinstance(delta, Delta)], torch.device("cpu"))
     squares = (both.down * both.up).sum((-2, -1)).tolist()
     for place, layer, square in zip(places, layers, squares, strict=True):
-        kept = each.facts[place].sigma[list(each.selection.kept[place])]
-        wanted = abs(each.recipe.rescale) * float((kept**2).sum() ** 0.5)
+        wanted = abs(each.recipe.rescale) * each.norms[place]
         norm = abs(layer.scale) * math.sqrt(max(0.0, square))  # NaN, if a number overflowed, compares as wrong
         if not abs(norm - wanted) <= _NORM_TOLERANCE[layer.dtype] * wanted:
             raise OutputError(

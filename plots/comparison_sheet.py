@@ -18,7 +18,7 @@ _MEGA = 1e6
 _MOST_COLUMNS, _MOST_ROWS = 6, 12  # of recipes; of pictures
 _MARGIN, _GAP, _LABEL, _NARROWEST = 24, 10, 180, 160  # pixels
 _TITLE_SIZE, _TEXT_SIZE, _LEADING = 22, 14, 19  # pixels
-_HEAD_LINES, _ROW_LINES = 3, 5
+_HEAD_LINES, _ROW_LINES = 4, 5
 
 
 def pictures_by_size(sweep: Sweep, *, side: int = 320) -> Image.Image:
@@ -31,14 +31,18 @@ def pictures_by_size(sweep: Sweep, *, side: int = 320) -> Image.Image:
     columns = [
         (["no adapter", f"{drawn.none.psnr:.1f} dB"], drawn.none.files),
         *(
-            ([f"{point.bytes / _MEGA:.3g} MB", f"{pictures.psnr:.1f} dB", point.recipe], pictures.files)
+            (
+                [f"{point.bytes / _MEGA:.3g} MB", f"{pictures.psnr:.1f} dB", point.recipe.replace("=1,", ",")],
+                pictures.files,
+            )
             for point, pictures in _chosen(sweep)
         ),
         ([f"{sweep.bytes / _MEGA:.3g} MB", "whole adapter"], drawn.files),
     ]
     labels = [f"{prompt.prompt} (seed {(prompt.seed or 0) + seed})" for prompt in drawn.prompts for seed in drawn.seeds]
+    cut = f", the first {_MOST_ROWS} of {len(labels)} pictures" if len(labels) > _MOST_ROWS else ""
     return _table(
-        f"{Path(sweep.source).name} at {len(columns) - 1} sizes",
+        f"{Path(sweep.source).name} at {len(columns) - 1} size{'s' * (len(columns) > 2)}{cut}",
         [heads for heads, _ in columns],
         labels[:_MOST_ROWS],
         [[_read(column[row], side) for _, column in columns] for row in range(min(len(labels), _MOST_ROWS))],
@@ -80,9 +84,11 @@ def _table(
     drawing.text((_MARGIN, _MARGIN - 6), title, INK, sheet_font(_TITLE_SIZE))
     for column, lines in enumerate(heads):
         for number, text in enumerate(lines):
-            for line in wrapped(text, font, width, 1):
-                place = (left + column * (width + _GAP), top + number * _LEADING)
-                drawing.text(place, line, QUIET if number else INK, font)
+            most = _HEAD_LINES - number if number == len(lines) - 1 else 1
+            # a recipe has no spaces to break it at
+            for more, line in enumerate(wrapped(text.replace(",", ", "), font, width, most)):
+                place = (left + column * (width + _GAP), top + (number + more) * _LEADING)
+                drawing.text(place, line.replace(", ", ","), QUIET if number else INK, font)
     for number, (label, row) in enumerate(zip(labels, rows, strict=True)):
         height = below + sum(heights[:number]) + number * _GAP
         for line_number, line in enumerate(wrapped(label, font, _LABEL, _ROW_LINES)):

@@ -31,7 +31,9 @@ _KINDS = {
     "mod": "modulation",
     "other": "other",
 }
-_DARK = 0.55  # share of the colour scale below which ink on it is white
+_DARK = 0.55  # share of the colour scale below which what is written on it is light
+# On the colours of the scale; not the paper's and the ink's own, which change places on a dark page.
+_LIGHT_TEXT, _DARK_TEXT = "#fefefe", "#010101"
 
 
 def norms_by_kind(table: AdapterTable) -> Figure:
@@ -64,10 +66,8 @@ def norms_by_kind(table: AdapterTable) -> Figure:
         image = axes.imshow(np.ma.masked_where(~(shares > 0), shares), cmap=_MAP, norm=norm, aspect="auto")
         for (line, column), value in np.ndenumerate(shares):
             if not math.isnan(value):
-                dark = value > 0 and norm(value) < _DARK
-                axes.text(
-                    column, line, said(value), ha="center", va="center", fontsize=8, color="white" if dark else "black"
-                )
+                colour = (_LIGHT_TEXT if norm(value) < _DARK else _DARK_TEXT) if value > 0 else INK
+                axes.text(column, line, said(value), ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks(range(len(kinds)), [_KINDS[kind] for kind in kinds])
         axes.set_yticks(range(len(groups)), list(groups))
         axes.tick_params(length=0)

@@ -1,21 +1,25 @@
-"""Size against error: one curve per kind of recipe."""
+"""Size against error, and against pictures: one curve per kind of recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from lorashrink.likeness import MEASURES, Measure
 from lorashrink.plots.style import COLOURS, INK, QUIET, RC
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lorashrink.sweeping import Pictures, Point, Suggestion, Sweep
+    from lorashrink.sweeping import Point, Suggestion, Sweep
 
 _MEGA = 1e6
+_DRAWN = ("psnr", "ms_ssim")  # the measures that are drawn, from the top
 
 
 def size_and_error(sweep: Sweep) -> Figure:
@@ -39,58 +43,85 @@ def size_and_error(sweep: Sweep) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         if sweep.suggestion:
-            _suggestion(axes, sweep.suggestion, sweep.suggestion.relative_error, below=True)
+            place = (sweep.suggestion.bytes / _MEGA, sweep.suggestion.relative_error)
+            _suggestion(axes, sweep.suggestion, place, below=True)
         axes.legend(frameon=False)
         return figure
 
 
 def size_and_pictures(sweep: Sweep) -> Figure:
-    """PSNR of the pictures in dB over the size in MB, with standard deviations; for a sweep that drew pictures.
+    """Likeness of the pictures over the size in MB, above in PSNR and below in MS-SSIM; for a sweep that drew pictures.
 
-    Lines show what the model draws in the other one of float32 and float16 with the whole adapter, and without one.
+    A dot per picture, and per recipe their mean with its standard deviation. Lines show what the model draws in the
+    other one of float32 and half precision with the whole adapter, and without one.
     """
     assert sweep.drawn is not None
-    drawn, other = sweep.drawn, "float16" if sweep.drawn.dtype == "float32" else "float32"
-    curves: dict[str, list[tuple[float, Pictures]]] = {}
+    drawn = sweep.drawn
+    with rc_context(RC):
+        figure = Figure(figsize=(8.0, 6.4))
+        rows = figure.subplots(len(_DRAWN), sharex=True)
+        for axes, name in zip(rows, _DRAWN, strict=True):
+            _likeness(axes, sweep, name)
+        count = len(drawn.files)
+        rows[0].set_title(
+            f"{count} picture{'s' * (count != 1)} against the whole adapter's, {sweep.bytes / _MEGA:.3g} MB"
+        )
+        rows[0].set_xlabel("")
+        rows[0].legend(frameon=False)
+        return figure
+
+
+def _likeness(axes: Axes, sweep: Sweep, name: str) -> None:
+    assert sweep.drawn is not None
+    measure = next(each for each in MEASURES if each.name == name)
+    curves: dict[str, list[tuple[float, Sequence[float]]]] = {}
     for point in sweep.points:
         if point.pictures is not None:
-            curves.setdefault(point.curve, []).append((point.bytes / _MEGA, point.pictures))
-    with rc_context(RC):
-        figure = Figure(figsize=(8.0, 4.6))
-        axes = figure.subplots()
-        for number, (name, points) in enumerate(curves.items()):
-            axes.errorbar(
-                [size for size, _ in points],
-                [pictures.psnr for _, pictures in points],
-                [pictures.psnr_deviation for _, pictures in points],
-                marker="o",
-                markersize=4,
-                linewidth=1.6,
-                elinewidth=0.8,
-                capsize=2,
-                color=COLOURS[number % len(COLOURS)],
-                label=name,
-            )
-        _sizes(axes)
-        axes.set_ylabel("pictures: PSNR (dB), higher is more alike")
-        count = len(drawn.files)
-        axes.set_title(f"{count} picture{'s' * (count != 1)} against the whole adapter's, {sweep.bytes / _MEGA:.3g} MB")
-        if drawn.floor:
-            _line(axes, drawn.floor.psnr, f"the whole adapter in {other}", "--")
-        _line(axes, drawn.none.psnr, "no adapter", ":")
-        chosen = next((point for point in sweep.points if _is_suggested(point, sweep)), None)
-        if chosen and chosen.pictures and sweep.suggestion:
-            _suggestion(axes, sweep.suggestion, chosen.pictures.psnr, below=False)
-        axes.legend(frameon=False)
-        return figure
+            curves.setdefault(point.curve, []).append((point.bytes / _MEGA, point.pictures.values[name]))
+    for number, (label, points) in enumerate(curves.items()):
+        _spread(axes, label, points, COLOURS[number % len(COLOURS)])
+    _sizes(axes)
+    axes.set_ylabel(f"{measure.title}{f' ({measure.unit.strip()})' * bool(measure.unit)}")
+    for pictures, label, style in (
+        (sweep.drawn.floor, f"the whole adapter in {sweep.drawn.other_dtype}", "--"),
+        (sweep.drawn.none, "no adapter", ":"),
+    ):
+        if pictures:
+            _line(axes, fmean(pictures.values[name]), label, measure, style)
+    chosen = next((point for point in sweep.points if _is_suggested(point, sweep)), None)
+    if chosen and chosen.pictures and sweep.suggestion:
+        place = (chosen.bytes / _MEGA, fmean(chosen.pictures.values[name]))
+        if name == _DRAWN[0]:
+            _suggestion(axes, sweep.suggestion, place, below=False)
+        else:
+            _ring(axes, place)
+
+
+def _spread(axes: Axes, label: str, points: Sequence[tuple[float, Sequence[float]]], colour: str) -> None:
+    axes.errorbar(
+        [size for size, _ in points],
+        [fmean(values) for _, values in points],
+        [pstdev(values) for _, values in points],
+        marker="o",
+        markersize=4,
+        linewidth=1.6,
+        elinewidth=0.8,
+        capsize=2,
+        color=colour,
+        label=label,
+    )
+    sizes = [size for size, values in points for _ in values]
+    dots = [value for _, values in points for value in values]
+    axes.scatter(sizes, dots, s=7, color=colour, alpha=0.3, linewidths=0)
 
 
 def _is_suggested(point: Point, sweep: Sweep) -> bool:
     return sweep.suggestion is not None and point.recipe == sweep.suggestion.recipe
 
 
-def _line(axes: Axes, height: float, label: str, style: str) -> None:
-    axes.axhline(height, color=QUIET, linewidth=1.2, linestyle=style, label=f"{label}: {height:.1f} dB", zorder=0)
+def _line(axes: Axes, height: float, label: str, measure: Measure, style: str) -> None:
+    text = f"{label}: {measure.text(height)}"
+    axes.axhline(height, color=QUIET, linewidth=1.2, linestyle=style, label=text, zorder=0)
 
 
 def _sizes(axes: Axes) -> None:
@@ -111,9 +142,8 @@ def _curve(axes: Axes, name: str, points: list[Point], colour: str) -> None:
     axes.plot(sizes, errors, marker="o", markersize=4, linewidth=1.6, color=colour, label=name)
 
 
-def _suggestion(axes: Axes, suggestion: Suggestion, height: float, *, below: bool) -> None:
-    place = (suggestion.bytes / _MEGA, height)
-    axes.plot(*place, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=INK, linestyle="none")
+def _suggestion(axes: Axes, suggestion: Suggestion, place: tuple[float, float], *, below: bool) -> None:
+    _ring(axes, place)
     axes.annotate(
         f"begin with {suggestion.recipe}",
         place,
@@ -123,3 +153,7 @@ def _suggestion(axes: Axes, suggestion: Suggestion, height: float, *, below: boo
         fontsize=9,
         color=INK,
     )
+
+
+def _ring(axes: Axes, place: tuple[float, float]) -> None:
+    axes.plot(*place, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=INK, linestyle="none")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.colors import to_hex, to_rgba_array
 from matplotlib.figure import Figure
 
 from lorashrink.errors import OutputError, UsageError
@@ -15,7 +18,16 @@ from lorashrink.files import write_bytes
 if TYPE_CHECKING:
     from PIL import Image
 
-BEFORE, AFTER, INK, QUIET = "#c9d3db", "#0072b2", "#333333", "#777777"
+BEFORE, AFTER, INK, QUIET, GRID = "#c9d3db", "#0072b2", "#333333", "#777777", "#e6e6e6"
+# What depends on the paper: name -> colour on white, colour on dark. All other colours read well on both.
+ROLES: dict[str, tuple[str, str]] = {
+    "paper": ("#ffffff", "#15191e"),
+    "ink": (INK, "#dfe4e8"),
+    "quiet": (QUIET, "#9aa4ad"),
+    "before": (BEFORE, "#4b5863"),
+    "grid": (GRID, "#323a42"),
+    "black": ("#000000", "#f5f7f8"),
+}
 
 RC: dict[Any, Any] = {
     "axes.edgecolor": INK,
@@ -53,17 +65,64 @@ def check(path: Path) -> str:
     return kind
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as the ending of `path` says, .png or .svg; equal figures give equal bytes.
+def save(figure: Figure, path: Path, *, dark: bool = False) -> None:
+    """Write a figure as the ending of `path` says, .png or .svg; equal figures give equal bytes. `dark`: see `darken`.
 
     Raises:
         UsageError, OutputError: as `check`, or it cannot be written.
     """
     kind = check(path)
+    if dark:
+        darken(figure)
+    write_bytes(path, _drawn(figure, kind, metadata={"Date": None} if kind == "svg" else None))
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """The figure as an `<svg>` element for a page: transparent, in the page's own light or dark colours.
+
+    The page sets the CSS variables `--figure-NAME` for each name of `ROLES`; without them it is the light figure.
+    `name` keeps the ids of several figures in one page apart.
+    """
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    text = _drawn(figure, "svg", metadata=nothing, transparent=True).decode()
+    text = text[text.index("<svg") :]
+    used = set(_REFERENCE.findall(text))
+    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
+    text = _REFERENCE.sub(lambda found: found[0].replace("#", f"#{name}-"), text)
+    for role, (light, _) in ROLES.items():
+        text = text.replace(f": {light}", f": var(--figure-{role}, {light})")
+    return text.strip()
+
+
+_REFERENCE = re.compile(r'(?:href="#|url\(#)([^")]+)')
+# What each kind of artist may call its colours.
+_COLOURED = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")
+
+
+def darken(figure: Figure) -> None:
+    """Give a finished figure dark paper: what has a colour of `ROLES` gets the dark one, all else keeps its own."""
+    dark = dict(ROLES.values())
+    for artist in figure.findobj():
+        for name in _COLOURED:
+            _recolour(artist, name, dark)
+
+
+def _recolour(artist: Artist, name: str, dark: dict[str, str]) -> None:
+    ask, tell = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
+    if ask is None or tell is None:
+        return
+    old = to_rgba_array(ask())
+    new = to_rgba_array([dark.get(to_hex(each), to_hex(each)) for each in old]) if len(old) else old
+    if (new[:, :3] != old[:, :3]).any():
+        new[:, 3] = old[:, 3]
+        tell(new if len(new) > 1 else tuple(new[0]))
+
+
+def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
     picture = io.BytesIO()
     with rc_context({"svg.hashsalt": "lorashrink", "svg.fonttype": "none"}):
-        figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    write_bytes(path, picture.getvalue())
+        figure.savefig(picture, format=kind, **options)
+    return picture.getvalue()
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

@@ -121,12 +121,6 @@ def test_norms_writes_a_table_that_resize_takes(adapter: Path, base: Path, tmp_p
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
-def test_the_demo_leaves_a_file_and_a_picture(tmp_path: Path) -> None:
-    text = run("demo", "-o", tmp_path)
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".png", ".safetensors"]
-    assert "lorashrink resize -o" in text
-
-
 def test_dtype_aliases_of_resize_lora(adapter: Path, tmp_path: Path) -> None:
     document = json.loads(run("resize", "-r", "rank=2", "-t", "32", "-o", tmp_path, "--json", adapter))
     assert document["results"][0]["bytes_after"] > 2 * 178 * 2 * 24 * 4
@@ -158,6 +152,9 @@ def test_every_name_in_the_json_is_documented(adapter: Path, base: Path, tmp_pat
         run("compare", "--json", adapter, adapter),
         run("norms", "--json", base, "-o", tmp_path / "norms.json"),
         run("sweep", "--json", base, adapter),
+        run("merge", "--json", f"{adapter}:0.5", "-o", tmp_path / "m.safetensors"),
+        run("overlap", "--json", base, adapter, tmp_path / "m.safetensors"),
+        run("report", "--json", "-o", tmp_path / "r.html", base, adapter),
         run("resize", "--json", tmp_path / "missing.safetensors", "-r", "rank=1", status=2),
         run("resize", "--json", "-r", "nonsense", adapter, status=2),
     ]

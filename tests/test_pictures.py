@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,19 @@ import pytest
 import tiny_sdxl
 import torch
 from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from fixtures import write_tensors
 from PIL import Image
-from transformers import CLIPTextModel
+from test_likeness import write_clip
 from typer.testing import CliRunner
 
 import lorashrink as ls
 from lorashrink.cli import app
-from lorashrink.drawing import Shot, Studio, read_picture, shots_of
+from lorashrink.drawing import CACHE_BYTES, Shot, Studio, read_picture, shots_of
 from lorashrink.errors import FamilyMismatch, InputError, LorashrinkError, UsageError
-from lorashrink.likeness import psnr, ssim
+from lorashrink.likeness import MEASURES, ms_ssim, psnr, ssim
 from lorashrink.plots.comparison_sheet import pictures_by_size
 from lorashrink.plots.quality import size_and_pictures
 from lorashrink.prompts import Prompt
@@ -111,11 +110,10 @@ def times(folder: Path) -> dict[str, int]:
 def expected(
     model: Path,
     lora: Path | None = None,
-    kind: type = StableDiffusionXLPipeline,
     prepare: Callable[[Any], None] = lambda pipeline: None,
 ) -> list[np.ndarray]:
     """The four shots of `studio` by diffusers alone, which reads the file itself."""
-    pipeline = kind.from_pretrained(model)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
         pipeline.load_lora_weights(str(lora))
@@ -205,40 +203,6 @@ def test_pictures_are_kept_in_the_users_cache(model: Path, tmp_path: Path, monke
     assert path.parent == tmp_path / "lorashrink" / "pictures"
 
 
-def test_sd_1_draws_too(tmp_path: Path) -> None:
-    tokenizer = tiny_sdxl.write_tokenizer(tmp_path / "tokenizer", tiny_sdxl.EOS)
-    torch.manual_seed(0)
-    encoder = tiny_sdxl._encoder(CLIPTextModel, 16, tokenizer)
-    unet = UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-        norm_num_groups=8,
-        cross_attention_dim=16,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-    )
-    StableDiffusionPipeline(
-        vae=vae, text_encoder=encoder, tokenizer=tokenizer, unet=unet,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(tmp_path / "sd1")  # fmt: skip
-    layers = {"unet": ["down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"], "te": MODULES["te1"]}
-    lora = write_adapter(tmp_path / "sd1.safetensors", tmp_path / "sd1", layers)
-    with Studio(tmp_path / "sd1", studio_shots(), folder=tmp_path / "out") as studio:
-        bare, adapted = studio.draw(None, "none"), studio.draw(lora, "x")
-    for drawn, adapter in ((bare, None), (adapted, lora)):
-        for path, picture in zip(drawn, expected(tmp_path / "sd1", adapter, StableDiffusionPipeline), strict=True):
-            assert farthest(path, picture) <= 1
-    assert bare[0].read_bytes() != adapted[0].read_bytes()
-
-
 def test_a_peft_folder_is_drawn_and_swept(studio: Studio, model: Path, prompts: Path, tmp_path: Path) -> None:
     lora = write_adapter(tmp_path / "in" / "unet.safetensors", model, {"unet": MODULES["unet"]})
     (made,) = ls.convert(lora, base=model, naming="peft", output=tmp_path / "in" / "peft").results
@@ -271,6 +235,64 @@ def test_dora_is_drawn_as_its_formula_says(studio: Studio, model: Path, tmp_path
         assert farthest(path, picture) <= 1
 
 
+def test_the_users_cache_stays_small_and_keeps_what_was_just_drawn(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = tmp_path / "lorashrink" / "pictures"
+    place.mkdir(parents=True)
+    ages = {"old_" + "a" * 24: 3, "new_" + "b" * 24: 1, "older_" + "c" * 24: 5, "holiday": 9}  # days
+    for name, days in ages.items():
+        path = place / f"{name}.png"
+        with path.open("wb") as handle:
+            handle.truncate(int(0.7 * CACHE_BYTES))  # a hole
+        os.utime(path, (days * -86400 + 1e9,) * 2)
+    with Studio(model, shots_of([SMALL], [0])) as studio:
+        (drawn,) = studio.draw(None, "none")
+        os.utime(drawn, (0, 0))
+    assert {path.name for path in place.iterdir()} == {drawn.name, "new_" + "b" * 24 + ".png", "holiday.png"}
+
+
+def test_a_folder_of_the_users_own_is_never_trimmed(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"x_{'a' * 24}.png"
+    with path.open("wb") as handle:
+        handle.truncate(2 * CACHE_BYTES)
+    with Studio(model, shots_of([SMALL], [0]), folder=tmp_path) as studio:
+        studio.draw(None, "none")
+    assert path.exists()
+
+
+def test_shrunk_files_lie_on_the_disk_one_at_a_time(
+    model: Path, lora: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    found: dict[str, int] = {}
+
+    def count(text: str, done: int, total: int) -> None:
+        found[text] = len(list((tmp_path / "tmp").rglob("*.safetensors")))
+
+    ls.sweep(lora, recipes=["rank=1", "rank=2"], images=model, prompts=prompts, pictures=tmp_path / "p", progress=count)
+    drawn = {text: number for text, number in found.items() if text.startswith("pictures: ")}
+    ones = {"pictures: rank1": 1, "pictures: rank2": 1}
+    assert drawn == {"pictures: whole": 0, **ones, "pictures: none": 0, "pictures: float16": 0}
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_clip_model_compares_pictures_too(model: Path, lora: Path, prompts: Path, tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip")
+    words = ["sweep", "-r", "rank=1", "--images", model, "--prompts", prompts, "--images-out", tmp_path / "png"]
+    words += ["--clip", tmp_path / "clip", "--csv", tmp_path / "c.csv", lora]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    assert re.search(r"recipe .* PSNR +SSIM +MS-SSIM +CLIP", result.stdout)
+    document = json.loads(CliRunner().invoke(app, list(map(str, [*words[:-3], "--json", lora]))).stdout)
+    (point,) = document["points"]
+    assert point["pictures"]["clip"] == pytest.approx(np.mean(point["pictures"]["values"]["clip"]))
+    assert 0 < point["pictures"]["clip"] <= 1
+    assert str(point["pictures"]["clip"]) in (tmp_path / "c.csv").read_text()
+
+
 # --- what is refused ---
 
 
@@ -294,14 +316,12 @@ def test_adapters_that_cannot_be_drawn_are_named(studio: Studio, tmp_path: Path)
 
 
 def test_a_model_that_cannot_draw_is_named(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "file.safetensors").write_bytes(b"")
-    (tmp_path / "flux").mkdir()
-    (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "wan").mkdir()
+    (tmp_path / "wan" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     for folder, said in (
-        (tmp_path / "file.safetensors", "one file"),
-        (tmp_path / "none", "no such folder"),
+        (tmp_path / "none", "no such model"),
         (model / "unet", "no model_index.json"),
-        (tmp_path / "flux", "FluxPipeline"),
+        (tmp_path / "wan", "WanPipeline"),
     ):
         with pytest.raises(UsageError, match=said):
             Studio(folder, [])
@@ -399,8 +419,9 @@ def test_a_sweep_tells_how_pictures_change(folder: Path, model: Path) -> None:
     assert len(list((folder / "png").iterdir())) == 4 * 6
     pairs = [tuple(map(read_picture, pair)) for pair in zip(drawn["files"], points["rank=1"]["files"], strict=True)]
     assert [one.shape for one, _ in pairs] == [(64, 64, 3)] * 2 + [(64, 80, 3)] * 2
-    for name, measure in (("psnr", psnr), ("ssim", ssim)):
+    for name, measure in (("psnr", psnr), ("ssim", ssim), ("ms_ssim", ms_ssim)):
         values = [measure(*pair) for pair in pairs]
+        assert points["rank=1"]["values"][name] == pytest.approx(values)
         assert points["rank=1"][name] == pytest.approx(np.mean(values))
         assert points["rank=1"][f"{name}_deviation"] == pytest.approx(np.std(values))
 
@@ -409,7 +430,12 @@ def test_the_table_has_a_column_for_each_number(folder: Path) -> None:
     header, *rows = [line.split(",") for line in (folder / "c.csv").read_text().splitlines()]
     points = json.loads((folder / "c.json").read_text())["points"]
     assert [float(row[header.index("psnr")]) for row in rows] == [point["pictures"]["psnr"] for point in points]
-    assert "files" not in header
+    assert {"files", "values", "pictures"}.isdisjoint(header)
+
+
+def test_every_measure_has_its_fields() -> None:
+    names = {field.name for field in fields(Pictures)} - {"files", "values"}
+    assert names == {name for measure in MEASURES for name in (measure.name, f"{measure.name}_deviation")}
 
 
 def test_figures_and_sheet_lie_beside_each_other(folder: Path) -> None:
@@ -433,7 +459,7 @@ def test_the_text_tells_the_ends_of_the_scale(folder: Path, model: Path, lora: P
         folder / "png",
     ]
     text = CliRunner().invoke(app, list(map(str, [*words, lora]))).stdout
-    assert "without the adapter: " in text
+    assert re.search(r"without the adapter: PSNR [\d.]+ dB, SSIM 0\.\d{4}, MS-SSIM 0\.\d{4}\n", text)
     assert "the whole adapter in float16: " in text
     assert f"4 pictures each, in {folder / 'png'}" in text
     assert "begin with -r rank=" in text
@@ -465,7 +491,9 @@ def test_a_model_that_overflows_in_half_precision_has_no_floor(
 
 
 def pictures(psnr: float, ssim: float, files: tuple[str, ...] = ()) -> Pictures:
-    return Pictures(psnr, 1.0, ssim, 0.1, files)
+    """Of two pictures; MS-SSIM is SSIM."""
+    values = {"psnr": (psnr - 1, psnr + 1), "ssim": (ssim - 0.01, ssim + 0.01), "ms_ssim": (ssim - 0.01, ssim + 0.01)}
+    return Pictures(psnr, 1.0, ssim, 0.01, ssim, 0.01, files, values)
 
 
 def made(
@@ -507,14 +535,24 @@ def test_without_any_the_bend_is_suggested_and_it_is_said() -> None:
     assert result.suggestion == replace(knee, reason=f"no recipe leaves the pictures as they are; {knee.reason}")
 
 
-def test_the_figure_shows_psnr_over_size_and_both_ends() -> None:
-    figure = size_and_pictures(made([(20, 0.5), (36, 0.9), (40, 0.95)], pictures(50, 0.99)))
-    (axes,) = figure.axes
-    curve = axes.containers[0].lines[0]
-    assert np.array_equal(curve.get_data(), [[1, 2, 4], [20, 36, 40]])
-    levels = {line.get_label(): line.get_ydata()[0] for line in axes.get_lines() if ":" in str(line.get_label())}
-    assert levels == {"the whole adapter in float16: 50.0 dB": 50, "no adapter: 12.0 dB": 12}
-    assert any("begin with rank=2" in text.get_text() for text in axes.texts)
+def test_the_figure_shows_both_measures_over_size_and_both_ends() -> None:
+    result = made([(20, 0.5), (36, 0.9), (40, 0.95)], pictures(50, 0.99))
+    figure = size_and_pictures(result)
+    texts = []
+    for axes, name in zip(figure.axes, ("psnr", "ms_ssim"), strict=True):
+        drawn = [point.pictures for point in result.points if point.pictures]
+        curve = axes.containers[0].lines[0]
+        assert np.array_equal(curve.get_data(), [[1, 2, 4], [getattr(each, name) for each in drawn]])
+        dots = axes.collections[-1].get_offsets()
+        assert [tuple(dot) for dot in dots] == [
+            (size, value) for size, each in zip((1, 2, 4), drawn, strict=True) for value in each.values[name]
+        ]
+        texts.append([line.get_label() for line in axes.get_lines() if ":" in str(line.get_label())])
+        ring = next(line for line in axes.get_lines() if line.get_markersize() == 11)
+        assert list(zip(*ring.get_data(), strict=True)) == [(2, getattr(drawn[1], name))]
+    assert ["begin with rank=2" in text.get_text() for text in figure.axes[0].texts] == [True]
+    assert texts[0] == ["the whole adapter in float16: 50.0 dB", "no adapter: 12.0 dB"]
+    assert texts[1] == ["the whole adapter in float16: 0.9900", "no adapter: 0.3000"]
 
 
 def test_the_sheet_goes_from_none_over_the_sizes_to_the_whole(tmp_path: Path) -> None:

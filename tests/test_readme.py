@@ -65,14 +65,6 @@ def test_every_make_target_exists(command: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_the_numbers_of_the_demo_are_those_of_the_readme(example: Path) -> None:
-    result = CliRunner().invoke(app, ["demo", "-o", str(example / "out")])
-    row = re.search(r"([\d.]+) kB +([\d.]+) kB +[\d.]+% +([\d.]+)%", result.stdout)
-    assert row
-    before, after, error = (float(number) for number in row.groups())
-    assert f"{before / 1000:.2f} MB -> {after / 1000:.2f} MB, {error:.1f} % error" in TEXT
-
-
 def test_every_file_that_is_linked_or_listed_exists() -> None:
     linked = re.findall(r"\]\(([\w./-]+)\)", TEXT)
     assert len(linked) >= 3

@@ -62,6 +62,8 @@ def test_what_a_recipe_needs_is_known_before_any_file() -> None:
     assert Recipe.parse("fro_ckpt,spn_ckpt,thr=-1").base_norms == {"fro", "spn"}
     assert Recipe.parse("subspace,thr=-1").needs == {"weight"}
     assert Recipe.parse("calib,bytes,size=3").needs == {"calibration"}
+    limited = Recipe.parse("rank=4,clip=0.5,fro_limit=0.1")
+    assert (limited.needs_base, limited.judges_by_base, limited.base_norms) == (True, False, {"fro", "spn"})
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,8 @@ def test_what_a_recipe_needs_is_known_before_any_file() -> None:
         ("fro_ckpt=1,spn_ckpt=-1,thr=-3", "sum to 0"),
         ("fro_ckpt=0,thr=-3", "sum to 0"),
         ("calib,fro_ckpt,thr=-3", "stands alone"),
+        ("calib,thr=-3,clip=1", "clip limit singular values of ΔW, and calib goes by others"),
+        ("thr=-3,fro_limit=0", "above 0"),
         ("energy=.9,conv_rank=4", "goes with rank="),
         ("rank=4,rescale=0", "rescale=0"),
         ("rank=4,min_rank=9,max_rank=8", "min_rank=9 is above max_rank=8"),
@@ -123,13 +127,18 @@ VALUES = {
 def recipes(draw: st.DrawFn) -> str:
     key = draw(st.sampled_from(sorted(SELECTIONS)))
     items = [f"{key}={draw(VALUES[key])!r}"]
-    terms = draw(st.dictionaries(st.sampled_from(sorted(TERMS)), st.floats(0.125, 8), max_size=3))
+    beside = sorted(key for key, term in TERMS.items() if not term.alone)
+    terms = draw(st.dictionaries(st.sampled_from(beside), st.floats(0.125, 8), max_size=3))
     items += [f"{term}={weight!r}" for term, weight in terms.items()]
     if draw(st.booleans()):
         items.append(f"bytes={draw(st.floats(0.1, 2))!r}")
     if draw(st.booleans()):
         items.append(f"rescale={draw(numbers)!r}")
-    items += draw(st.lists(st.sampled_from(["min_rank=2", "max_rank=64", "pow2", "uniform"]), unique=True))
+    items += draw(
+        st.lists(
+            st.sampled_from(["min_rank=2", "max_rank=64", "pow2", "uniform", "clip=0.5", "fro_limit=1e-3"]), unique=True
+        )
+    )
     return ",".join(draw(st.permutations(items)))
 
 
@@ -153,6 +162,7 @@ def test_file_names_are_those_of_resize_lora(text: str, expected: str) -> None:
         ("fro_ckpt,bytes,size=32", "bytes1_frockpt1_size32"),
         ("rank=8,rescale=-0.5,uniform", "uniform1_scale-0.5_rank8"),
         ("energy=0.9,multiple=8", "multiple8_energy0.9"),
+        ("energy=1,fro_limit=0.005,clip=0.25", "clip0.25_frolimit0.005_energy1"),
     ],
 )
 def test_file_names_tell_recipes_apart(text: str, items: str) -> None:

@@ -4,13 +4,33 @@ Nothing heavy is imported before a command needs it. A new command is one functi
 """
 
 from lorashrink.cli.application import app, main
+from lorashrink.cli.calibrating import calibrate
 from lorashrink.cli.comparing import compare
+from lorashrink.cli.demonstrating import demo
 from lorashrink.cli.inspecting import inspect
-from lorashrink.cli.resizing import convert, demo, extract, norms, resize
+from lorashrink.cli.merging import merge
+from lorashrink.cli.overlapping import overlap
+from lorashrink.cli.refining import refine
+from lorashrink.cli.reporting import report
+from lorashrink.cli.resizing import convert, extract, norms, resize
 from lorashrink.cli.sweeping import sweep
 from lorashrink.cli.training import OWN_PARSER, train
 
-COMMANDS = (resize, inspect, compare, sweep, extract, convert, norms, demo)  # in the order of the help
+COMMANDS = (
+    resize,
+    inspect,
+    compare,
+    overlap,
+    sweep,
+    calibrate,
+    refine,
+    merge,
+    report,
+    extract,
+    convert,
+    norms,
+    demo,
+)  # in the order of the help
 
 for _command in COMMANDS:
     app.command()(_command)

@@ -17,6 +17,9 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder, or 
 Dtype = Annotated[str, typer.Option("--dtype", "-t", help="same, fp16, bf16 or fp32 (also 16, 32).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Report what would be written, and write nothing.")]
 Base = Annotated[Path | None, typer.Option("--base", help="Base checkpoint, diffusers folder or norm table.")]
+Calibration = Annotated[
+    Path | None, typer.Option("--calibration", help="Statistics that calibrate wrote, for recipes with calib.")
+]
 Naming = Annotated[
     str | None, typer.Option("--naming", help="Names of the output: kohya, diffusers, comfy or peft; needs a base.")
 ]

@@ -54,10 +54,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]) if rows else [])
     writer.writeheader()
-    for row in rows:
-        cells = {key: json.dumps(cell) if isinstance(cell, (list, dict)) else cell for key, cell in row.items()}
-        writer.writerow(cells)
+    writer.writerows(map(cells, rows))
     write_bytes(path, text.getvalue().encode())
+
+
+def cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: json.dumps(cell) if isinstance(cell, (list, dict)) else cell for key, cell in row.items()}
 
 
 def new_console() -> Console:

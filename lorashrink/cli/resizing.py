@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +12,7 @@ import typer
 from lorashrink.cli.application import exit_with, session, split_base
 from lorashrink.cli.options import (
     Base,
+    Calibration,
     Csv,
     Debug,
     Device,
@@ -33,8 +36,10 @@ from lorashrink.cli.printing import (
     print_json,
     share_text,
     size_text,
-    write_csv,
 )
+from lorashrink.cli.streams import Gathered
+from lorashrink.errors import UsageError
+from lorashrink.files import write_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,6 +66,17 @@ def resize(
     target: Annotated[
         str | None, typer.Option("--target", help="Write for a program that reads less than the format allows: vllm.")
     ] = None,
+    calibration: Calibration = None,
+    stack: Annotated[
+        bool, typer.Option("--stack", help="Adapters used together: size= is for all of them; A:0.7 counts less.")
+    ] = False,
+    clip: Annotated[
+        float | None,
+        typer.Option("--clip", help="Cut σ above this many times the base weight's largest; needs a base."),
+    ] = None,
+    fro_limit: Annotated[
+        float | None, typer.Option("--fro-limit", help="Scale down layers above this part of the base weight's norm.")
+    ] = None,
     recursive: Recursive = False,
     force: Force = False,
     skip_existing: Annotated[
@@ -68,6 +84,23 @@ def resize(
     ] = False,
     dry_run: DryRun = False,
     strict: Annotated[bool, typer.Option("--strict", help="Tensors of no known family are an error.")] = False,
+    group_by_base: Annotated[
+        Path | None,
+        typer.Option("--group-by-base", help="A .toml or .json file of bases, such as sdxl = 'model.safetensors'."),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: local, auto or HOST:PORT.")
+    ] = None,
+    ray_transfer: Annotated[
+        bool, typer.Option("--ray-transfer", help="Send files to the cluster, whose machines do not share a folder.")
+    ] = False,
+    gpus_per_task: Annotated[
+        float, typer.Option("--gpus-per-task", min=0, help="GPUs for each adapter on a Ray cluster.")
+    ] = 0,
+    space_check: Annotated[
+        bool,
+        typer.Option("--space-check/--no-space-check", help="Begin only if the disk could take even what shrinks not."),
+    ] = True,
     as_json: Json = False,
     as_csv: Csv = None,
     verbose: Verbose = 0,
@@ -78,16 +111,15 @@ def resize(
 
     Example: lorashrink resize -o out -r fro_ckpt=1,thr=-3.55 model.safetensors lora.safetensors
     """
-    with session(verbose, quiet, debug, as_json) as progress:
+    gathered = Gathered(as_json=as_json, as_csv=as_csv is not None, everything=verbose > 0)
+    with gathered, session(verbose, quiet, debug, as_json) as progress:
         from lorashrink import recipe as recipes
 
         check_result(as_csv, files, force)
         base, adapters = split_base(files, base)
         texts = recipe or [recipes.DEFAULT]
         recipes.parse_recipes(texts)  # before torch is imported: a typo is answered at once
-        from lorashrink.batch import resize as run
-
-        report = run(
+        report = _runner(ray, ray_transfer, gpus_per_task)(
             adapters,
             base=base,
             recipes=texts,
@@ -99,21 +131,41 @@ def resize(
             form=form,
             naming=naming,
             target=target,
+            group_by_base=group_by_base,
+            calibration=calibration,
+            stack=stack,
+            clip=clip,
+            fro_limit=fro_limit,
             recursive=recursive,
             force=force,
             skip_existing=skip_existing,
             dry_run=dry_run,
             strict=strict,
             quantiles=verbose > 0,
+            space_check=space_check,
+            each=gathered.add,
             progress=progress,
         )
         if as_csv:
-            write_csv(as_csv, [{"output": each.output, **plain(row)} for each in report.results for row in each.layers])
-    if as_json:
-        print_json(plain(report))
-    elif not quiet:
-        _print_report(report, verbose, dry_run)
+            write_bytes(as_csv, gathered.csv(report))
+        if as_json:
+            gathered.print_json(report)
+        elif not quiet:
+            print_report(report, verbose, dry_run, gathered)
     exit_with([each.error for each in report.failed], done=bool(report.results))
+
+
+def _runner(ray: str | None, transfer: bool, gpus_per_task: float) -> Callable[..., Report]:
+    """`resize` on this machine, or on a cluster."""
+    if ray is None:
+        if transfer or gpus_per_task:
+            raise UsageError(f"{'--ray-transfer' if transfer else '--gpus-per-task'}: goes with --ray only.")
+        from lorashrink.batch import resize as run
+
+        return run
+    from lorashrink.cluster import resize as run_on_cluster
+
+    return partial(run_on_cluster, address=ray, transfer=transfer, gpus_per_task=gpus_per_task)
 
 
 def extract(
@@ -164,7 +216,7 @@ def extract(
     if as_json:
         print_json(plain(report))
     elif not quiet:
-        _print_report(report, verbose, dry_run)
+        print_report(report, verbose, dry_run)
 
 
 def convert(
@@ -231,35 +283,17 @@ def norms(
         )
 
 
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo-out"),
-    as_json: Json = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Run the main job on a small example that is part of the package.
-
-    Example: lorashrink demo -o demo-out
-    """
-    with session(verbose, quiet, debug, as_json) as progress:
-        from lorashrink.demonstration import demo as run
-
-        outcome = run(output, progress=progress)
-    if as_json:
-        print_json(plain(outcome))
-    elif not quiet:
-        typer.echo(f"$ {outcome.command}")
-        _print_report(outcome.report, verbose, dry_run=False)
-        typer.echo(f"rank of each block before and after: {outcome.picture}")
-
-
-def _print_report(report: Report, verbose: int, dry_run: bool) -> None:
+def print_report(report: Report, verbose: int, dry_run: bool, gathered: Gathered | None = None) -> None:
+    """The table of files, and their sum; of many files those that were `gathered` alone."""
     console = new_console()
+    listed = list(report.results)
+    if gathered:
+        order = {each.output: place for place, each in enumerate(report.results)}
+        listed = sorted(gathered.listed, key=lambda each: order[each.output])
     table = new_table(
         "file", "recipe", "before", "after", "saved", "error", "energy", "norm", "layers", "removed", "verbatim"
     )
-    for each in report.results:
+    for each in listed:
         _print_details(console, each, verbose)
         table.add_row(
             Path(each.output).name,
@@ -277,6 +311,9 @@ def _print_report(report: Report, verbose: int, dry_run: bool) -> None:
     if not report.results:
         return
     console.print(table)
+    if more := len(report.results) - len(listed):
+        told = f", {gathered.warnings} warnings among them" if gathered and gathered.warnings else ""
+        console.print(f"and {more} more{told}; -v lists them", markup=False)
     before, after = (sum(getattr(each, f"bytes_{when}") for each in report.results) for when in ("before", "after"))
     places = sorted({str(Path(each.output).parent) for each in report.results})
     done = "would be written" if dry_run else "written"
@@ -285,6 +322,14 @@ def _print_report(report: Report, verbose: int, dry_run: bool) -> None:
         f"{len(report.results)} file{'s' * (len(report.results) != 1)} {done} to {', '.join(places)}: "
         f"{size_text(before)} -> {size_text(after)}, {difference}"
     )
+    if there := sum(each.skipped for each in report.results):
+        console.print(f"{there} of them were there already")
+    for stack in report.stacks:
+        threshold = "all is kept" if stack.threshold is None else f"one threshold, {stack.threshold:.3f}"
+        size = f"{size_text(stack.bytes)} of {size_text(stack.budget)}"
+        console.print(f"{stack.adapters} adapters under one budget: {size}, {threshold}")
+    if report.space:
+        console.print(f"needs {size_text(report.space.needed)}; {size_text(report.space.free)} are free")
 
 
 def _print_conversion(report: ConversionReport, verbose: int) -> None:
@@ -302,6 +347,14 @@ def _print_details(console: Console, each: FileResult, verbose: int) -> None:
     if each.forms:
         sizes = ", ".join(f"--as {form} {size_text(size)}" for form, size in each.forms.items())
         console.print(f"{Path(each.output).name} {size_text(each.bytes_after)}; {sizes}", markup=False)
+    if each.capped:
+        count = len(each.capped)
+        most = max(each.capped, key=lambda layer: layer.spectral_before / max(layer.spectral_after, 1e-30))
+        console.print(
+            f"{Path(each.output).name}: {count} layer{'s' * (count != 1)} limited, most {most.name}: "
+            f"σ {most.spectral_before:.4g} -> {most.spectral_after:.4g}",
+            markup=False,
+        )
     if verbose and each.quantiles:
         console.print(
             "score quantiles  " + "  ".join(f"{place}: {value:.3f}" for place, value in each.quantiles.items())
@@ -314,6 +367,12 @@ def _print_details(console: Console, each: FileResult, verbose: int) -> None:
                 markup=False,
             )
     if verbose:
+        for cap in each.capped:
+            console.print(
+                f"limited {cap.name}: σ {cap.spectral_before:.4g} -> {cap.spectral_after:.4g}, "
+                f"norm {cap.fro_before:.4g} -> {cap.fro_after:.4g}",
+                markup=False,
+            )
         for removed in each.removed:
             console.print(f"removed {removed.name}: {removed.reason}", markup=False)
         for kept in each.verbatim:

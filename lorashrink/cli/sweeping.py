@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from lorashrink._version import __version__
 from lorashrink.cli.application import session, split_base
 from lorashrink.cli.options import (
     Base,
+    Calibration,
     Csv,
     Debug,
     Device,
@@ -49,8 +51,14 @@ def sweep(
     dtype: Dtype = "same",
     device: Device = "auto",
     jobs: Jobs = None,
+    calibration: Calibration = None,
     images: Annotated[
-        Path | None, typer.Option("--images", help="Model folder (SDXL, SD 1 or 2) to draw pictures with each recipe.")
+        Path | None,
+        typer.Option("--images", help="Model that draws pictures with each recipe: SDXL, SD 1 to 3 or FLUX.1."),
+    ] = None,
+    images_config: Annotated[
+        Path | None,
+        typer.Option("--images-config", help="For --images in one file: a model folder with settings and tokenizers."),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="What to draw: .txt, .toml or .json as for training.")
@@ -58,6 +66,9 @@ def sweep(
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds of each prompt, on top of its own: 0,1,2.")] = "0",
     images_out: Annotated[
         Path | None, typer.Option("--images-out", help="Folder of the pictures; those there are not drawn again.")
+    ] = None,
+    clip: Annotated[
+        Path | None, typer.Option("--clip", help="Folder of a CLIP model that compares pictures too; optional.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw size against error, or against pictures, into a .png or .svg.")
@@ -96,10 +107,13 @@ def sweep(
             dtype=dtype,
             device=device,
             jobs=jobs,
+            calibration=calibration,
             images=images,
             prompts=prompts,
             seeds=[whole_number("--seeds", seed) for seed in numbers_of("--seeds", seeds)],
             pictures=images_out,
+            settings=images_config,
+            clip=clip,
             progress=progress,
         )
         if plot:
@@ -117,20 +131,20 @@ def sweep(
     if as_json:
         print_json({"version": __version__, **plain(result)})
     elif not quiet:
-        _print_sweep(result)
+        print_sweep(result)
 
 
 def _with_pictures(point: Point) -> dict[str, Any]:
-    """A row of numbers: those of its pictures without the pictures."""
+    """A row of numbers: means and deviations of its pictures without the pictures."""
     row: dict[str, Any] = plain(point)
     pictures = row.pop("pictures") or {}
-    return row | {name: number for name, number in pictures.items() if name != "files"}
+    return row | {name: number for name, number in pictures.items() if name not in ("files", "values")}
 
 
-def _print_sweep(result: Sweep) -> None:
+def print_sweep(result: Sweep) -> None:
     console = new_console()
     drawn = result.drawn
-    columns = ("PSNR", "SSIM") if drawn else ()
+    columns = _likeness(drawn.none) if drawn else {}
     table = new_table("recipe", "size", "of before", "error", "energy", "mean rank", *columns, "best")
     for point in result.points:
         table.add_row(
@@ -140,21 +154,26 @@ def _print_sweep(result: Sweep) -> None:
             share_text(point.relative_error),
             number_text(point.energy),
             number_text(point.mean_rank, ".1f"),
-            *_likeness(point.pictures),
+            *_likeness(point.pictures).values(),
             "*" if point.best else "",
         )
     console.print(table)
     console.print("* no other recipe is both smaller and closer", markup=False)
     if drawn:
         count = len(drawn.files)
-        other = "float16" if drawn.dtype == "float32" else "float32"
-        for what, pictures in (("without the adapter", drawn.none), (f"the whole adapter in {other}", drawn.floor)):
+        ends = (("without the adapter", drawn.none), (f"the whole adapter in {drawn.other_dtype}", drawn.floor))
+        for what, pictures in ends:
             if pictures:
-                console.print("{}: {}, SSIM {}".format(what, *_likeness(pictures)), markup=False)
+                numbers = ", ".join(f"{title} {text}" for title, text in _likeness(pictures).items())
+                console.print(f"{what}: {numbers}", markup=False)
         console.print(f"{count} picture{'s' * (count != 1)} each, in {Path(drawn.files[0]).parent}", markup=False)
     if result.suggestion:
         console.print(f"begin with -r {result.suggestion.recipe}: {result.suggestion.reason}", markup=False)
 
 
-def _likeness(pictures: Pictures | None) -> tuple[str, ...]:
-    return (f"{pictures.psnr:.1f} dB", f"{pictures.ssim:.4f}") if pictures else ()
+def _likeness(pictures: Pictures | None) -> dict[str, str]:
+    """Title of each measure -> its mean as text."""
+    from lorashrink.likeness import MEASURES
+
+    means = {name: statistics.fmean(values) for name, values in pictures.values.items()} if pictures else {}
+    return {measure.title: measure.text(means[measure.name]) for measure in MEASURES if measure.name in means}

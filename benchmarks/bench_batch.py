@@ -1,0 +1,114 @@
+"""What a collection costs beside the engine alone, and that memory does not grow with it. See README.md.
+
+python benchmarks/bench_batch.py                   64 files of rank 32, widths divided by 8: 1.9 GB of data
+python benchmarks/bench_batch.py --full --files 4 16   full widths: 7 GB for the base, 228 MB, outputs of 16 files
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from launch import Usage, usage_of
+from rates import cores
+from sdxl_data import Data, copies, make_data
+
+from lorashrink.adapters import open_adapter
+from lorashrink.base_norms import BaseNorms
+from lorashrink.bases import open_base, views_id
+from lorashrink.delta import AnyDelta
+from lorashrink.journal import SETTLED_SECONDS
+from lorashrink.machine import worker_pool
+from lorashrink.spectrum import Item, decompose, truncate
+
+RANK = 32
+THRESHOLD = -3.55
+RECIPE = f"fro_ckpt=1,thr={THRESHOLD}"
+
+
+def engine(data: Data, repeats: int) -> tuple[float, float]:
+    """(wall, CPU) seconds to decompose one file's deltas and form the kept factors, all in memory; the best of some."""
+    with (
+        open_adapter(data.loras[RANK]) as adapter,
+        open_base(data.base) as base,
+        worker_pool() as pool,
+    ):
+        deltas = [layer.delta for layer in adapter.layers]
+        views = [base.find(layer.name) for layer in adapter.layers]
+        known = BaseNorms(base).look_up(views, ["fro"], pool=pool)
+        bounds = [10**THRESHOLD * known[views_id(each)]["fro"] for each in views]
+        runs = []
+        for _ in range(repeats):
+            start, used = time.perf_counter(), time.process_time()
+            items = [Item(partial(_same, delta), RANK) for delta in deltas]
+            spectra = [future.result() for future in decompose(items, pool=pool)]
+            kept = [range(int((each.sigma >= bound).sum())) for each, bound in zip(spectra, bounds, strict=True)]
+            for _ in pool.map(truncate, deltas, spectra, kept):
+                pass
+            runs.append((time.perf_counter() - start, time.process_time() - used))
+    return min(runs)
+
+
+def _same(delta: AnyDelta) -> AnyDelta:
+    return delta
+
+
+def command(data: Data, files: Sequence[Path], out: Path) -> Usage:
+    """One `resize` of these files, with a journal."""
+    line = [sys.executable, "-m", "lorashrink.cli", "resize", "-q", "--skip-existing", "-r", RECIPE, "-o", str(out)]
+    environment = {"XDG_CACHE_HOME": str(data.folder / "cache")}
+    return usage_of([*line, str(data.base), *map(str, files)], environment)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="widths of SDXL")
+    parser.add_argument("--files", type=int, nargs=2, default=(16, 64), metavar=("FEW", "MANY"))
+    parser.add_argument("--data", type=Path, help="a folder for the data, which is kept")
+    given = parser.parse_args(arguments)
+    few, many = given.files
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.data or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        data = make_data(folder, [RANK], small=not given.full)
+        size = data.loras[RANK].stat().st_size
+        load = os.getloadavg()[0]
+        print(f"{size / 1e6:.0f} MB and {len(data.layers)} layers of rank {RANK} per file, {cores()} cores, ", end="")
+        print(f"torch {torch.__version__}, load of the last minute {load:.1f}")
+        wall, cpu = engine(data, 3)
+        base = usage_of([sys.executable, "-c", "import os, torch; os._exit(0)"])
+        files = copies(data.loras[RANK], data.folder / "files", many)
+        time.sleep(2 * SETTLED_SECONDS)
+        outs = [data.folder / f"out-{count}" for count in given.files]
+        for out in outs:
+            shutil.rmtree(out, ignore_errors=True)
+        one, other = command(data, files[:few], outs[0]), command(data, files, outs[1])
+        again = command(data, files, outs[1])
+        each, work = (other.wall - one.wall) / (many - few), (other.cpu - one.cpu) / (many - few)
+        print(f"{each / wall:.2f}x  a file of a collection {each:.3f} s  the engine alone, in memory {wall:.3f} s")
+        print(
+            f"{work / cpu:.2f}x  the same in CPU seconds: {work:.3f} s  {cpu:.3f} s; "
+            f"{size / each / 1e6:.0f} MB/s are read"
+        )
+        print(
+            f"{other.rss / one.rss:.2f}x  peak memory of {many} files {other.rss / 1e9:.3f} GB  of {few} files "
+            f"{one.rss / 1e9:.3f} GB  Python with torch {base.rss / 1e9:.3f} GB"
+        )
+        print(f"{other.wall / again.wall:.0f}x  {many} files {other.wall:.1f} s  all of them there {again.wall:.1f} s")
+        print(f"load of the last minute {os.getloadavg()[0]:.1f} on {cores()} cores")
+        for out in outs:
+            shutil.rmtree(out)
+
+
+if __name__ == "__main__":
+    main()

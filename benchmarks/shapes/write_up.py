@@ -1,0 +1,244 @@
+"""docs/evidence.md and its figures, from `study.json`: `python write_up.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from study import FEW, RECIPES, RESULTS, SMALL, STUDIED
+
+from lorashrink.plots import style
+
+DOCS = Path(__file__).parents[2] / "docs"
+_RANKS = (1, 2, 4, 8)
+_TITLES = {
+    "style": "style, as the guide trains",
+    "style-32": "style, rank 32",
+    "style-32-seed2": "the same, second seed",
+    "style-32-seed3": "the same, third seed",
+    "heart": "heart, rank 16",
+    "crescent-32": "crescent, rank 32",
+    "dots-loha": "dots, LoHa",
+}
+_SHOWN = ("style", "style-32", "heart", "crescent-32", "dots-loha")
+Entry = Mapping[str, Any]
+
+
+def mean(entry: Entry) -> float:
+    return float(np.mean(entry["psnr"]))
+
+
+def interval(numbers: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
+    """95 % of the means of 4000 samples with replacement."""
+    values = np.asarray(numbers)
+    draws = np.random.default_rng(0).integers(len(values), size=(4000, len(values)))
+    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def gain(one: Entry, other: Entry) -> str:
+    """By how much one is above the other, picture by picture, with its interval."""
+    differences = np.asarray(one["psnr"]) - np.asarray(other["psnr"])
+    low, high = interval(differences)
+    return f"{differences.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def recipes_table(results: Mapping[str, Entry], name: str, label: str = "own") -> str:
+    rows = []
+    kept = [recipe for recipe in RECIPES if f"recipes|{name}|{label}|{recipe}|1" in results]
+    for rank in _RANKS:
+        entries = {recipe: results[f"recipes|{name}|{label}|{recipe}|{rank}"] for recipe in kept}
+        best = max(mean(entry) for recipe, entry in entries.items() if "calib" not in recipe)
+        cells = [
+            f"**{mean(entry):.1f}**" if mean(entry) >= best - 0.05 else f"{mean(entry):.1f}"
+            for entry in entries.values()
+        ]
+        least = entries["fro_ckpt,bytes"]["bytes"]
+        rows.append([f"{least / 1000:.0f} kB", *cells, gain(entries["calib,bytes"], entries["fro_ckpt,bytes"])])
+    return table(["size", *(f"`{recipe}`" for recipe in kept), "`calib,bytes` above `fro_ckpt,bytes`"], rows)
+
+
+def concepts_table(results: Mapping[str, Entry]) -> str:
+    rows = []
+    for name in _SHOWN:
+        whole, none = (results[f"recipes|{name}|own|{what}|"]["concept"] for what in ("whole", "none"))
+        cells = [
+            " / ".join(f"{results[f'recipes|{name}|own|{recipe}|{rank}']['concept']:.2f}" for rank in _RANKS)
+            for recipe in FEW
+        ]
+        rows.append([_TITLES[name], f"{whole:.2f}", f"{none:.2f}", *cells])
+    return table(["adapter", "whole", "none", *(f"`{recipe}` at the four sizes" for recipe in FEW)], rows)
+
+
+def correlations(results: Mapping[str, Entry]) -> str:
+    rows = []
+    for name in _SHOWN:
+        points = {
+            key.split("|")[3]: [] for key in results if key.startswith(f"recipes|{name}|own|") and key.split("|")[4]
+        }
+        for key, entry in results.items():
+            _, adapter, label, recipe, rank = (*key.split("|"), "", "", "", "")[:5]
+            if key.startswith("recipes|") and adapter == name and label == "own" and rank:
+                points[recipe].append((entry["error"], mean(entry)))
+        plain = [point for recipe, each in points.items() if "calib" not in recipe for point in each]
+        every = [point for each in points.values() for point in each]
+        rows.append(
+            [_TITLES[name], *(f"{spearmanr(*zip(*each, strict=True)).statistic:.2f}" for each in (plain, every))]
+        )
+    return table(["adapter", "recipes without statistics", "with the calibrated one"], rows)
+
+
+def seeds_table(results: Mapping[str, Entry]) -> str:
+    names = [name for name in STUDIED if name.startswith("style-32")]
+    rows = []
+    for name in names:
+        gains = []
+        for rank in _RANKS:
+            one, other = (
+                results[f"recipes|{name}|own|{recipe}|{rank}"] for recipe in ("calib,bytes", "fro_ckpt,bytes")
+            )
+            gains.append(gain(one, other))
+        rows.append([_TITLES[name], *gains])
+    sizes = [f"{results[f'recipes|style-32|own|calib,bytes|{rank}']['bytes'] / 1000:.0f} kB" for rank in _RANKS]
+    return table(["adapter", *sizes], rows)
+
+
+def variants_table(results: Mapping[str, Entry]) -> str:
+    labels = dict.fromkeys(key.split("|")[1] for key in results if key.startswith("calibration|"))
+    order = sorted(labels, key=lambda label: -mean(results[f"calibration|{label}|8"]))
+    rows = [[label, *(f"{mean(results[f'calibration|{label}|{rank}']):.1f}" for rank in (2, 4, 8))] for label in order]
+    sizes = [f"{results[f'calibration|{order[0]}|{rank}']['bytes'] / 1000:.0f} kB" for rank in (2, 4, 8)]
+    return table(["statistics", *sizes], rows)
+
+
+def refined_table(results: Mapping[str, Entry]) -> str:
+    rows = []
+    for key, after in results.items():
+        if key.startswith("refined|"):
+            before = after["before"]
+            rows.append([f"{after['bytes'] / 1000:.0f} kB", f"`{key.split('|')[1]}`", f"{np.mean(before):.1f}",
+                         f"{mean(after):.1f}", gain(after, {"psnr": before})])  # fmt: skip
+    rows.sort(key=lambda row: (row[1], float(row[0].split()[0])))
+    return table(["size", "recipe", "PSNR", "refined", "gain"], rows)
+
+
+def small_table(results: Mapping[str, Entry]) -> str:
+    rows = []
+    for name in SMALL:
+        for how, title in (
+            ("trained", f"trained at rank {name.removeprefix('style-')}"),
+            ("fro_ckpt,bytes", "rank 32, `fro_ckpt,bytes`"),
+            ("calib,bytes", "rank 32, `calib,bytes`"),
+        ):
+            entry = results[f"small|{name}|{how}"]
+            rows.append(
+                [f"{entry['bytes'] / 1000:.0f} kB", title, f"{entry['concept']:.2f}", f"{entry['right']:.2f}",
+                 f"{entry['plain_right']:.2f}"]
+            )  # fmt: skip
+    entry = results["small|style-32|trained"]
+    rows.append([f"{entry['bytes'] / 1000:.0f} kB", "trained at rank 32, whole", f"{entry['concept']:.2f}",
+                 f"{entry['right']:.2f}", f"{entry['plain_right']:.2f}"])  # fmt: skip
+    return table(["size", "", "style seen", "shape and colours right", "the same without the style's word"], rows)
+
+
+def stacks_table(results: Mapping[str, Entry]) -> str:
+    rows = []
+    for key, entry in results.items():
+        if key.startswith("stacks|") and key != "stacks|together":
+            what = key.split("|")[1]
+            rows.append([f"{entry['bytes'] / 1000:.0f} kB", what.replace("fro_ckpt,bytes", "`fro_ckpt,bytes`")
+                         .replace("calib,bytes", "`calib,bytes`").replace(", rank", ", `rank`"),
+                         f"{mean(entry):.1f}", f"{entry['right']:.2f}", f"{entry['concept']:.2f}"])  # fmt: skip
+    rows.sort(key=lambda row: (float(row[0].split()[0]), float(row[2])))
+    return table(["size", "", "PSNR against both used together", "heart and colours right", "style seen"], rows)
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def curves(axes: Axes, results: Mapping[str, Entry], name: str) -> None:
+    for number, recipe in enumerate(RECIPES):
+        entries = [results[f"recipes|{name}|own|{recipe}|{rank}"] for rank in _RANKS]
+        sizes = np.array([entry["bytes"] for entry in entries]) / 1e6
+        colour = style.COLOURS[number % len(style.COLOURS)]
+        axes.plot(sizes, [mean(entry) for entry in entries], "o-", color=colour, label=recipe, markersize=4)
+        if recipe in ("calib,bytes", "fro_ckpt,bytes"):
+            low, high = np.array([interval(entry["psnr"]) for entry in entries]).T
+            axes.fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xscale("log")
+    ticks = [entry["bytes"] / 1e6 for entry in (results[f"recipes|{name}|own|rank|{rank}"] for rank in _RANKS)]
+    axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.axhline(mean(results[f"recipes|{name}|own|none|"]), color="gray", linestyle=":", linewidth=1)
+    whole = results[f"recipes|{name}|own|whole|"]["bytes"] / 1e6
+    axes.set_title(f"{_TITLES[name]}, {whole:.1f} MB")
+
+
+def figure(results: Mapping[str, Entry], names: Sequence[str]) -> Figure:
+    with rc_context(style.RC):
+        drawn = Figure(figsize=(3.6 * len(names), 3.8), layout="constrained")
+        for place, name in enumerate(names):
+            axes = drawn.add_subplot(1, len(names), place + 1)
+            curves(axes, results, name)
+            axes.set_xlabel("file size (MB)")
+            if not place:
+                axes.set_ylabel("PSNR (dB)")
+        handles, labels = axes.get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        return drawn
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def page(results: Mapping[str, Entry]) -> str:
+    recipes = "\n\n".join(
+        f"**{_TITLES[name]}** ({results[f'recipes|{name}|own|whole|']['bytes'] / 1e6:.1f} MB; without it "
+        f"{mean(results[f'recipes|{name}|own|none|']):.1f} dB)\n\n{recipes_table(results, name)}"
+        for name in _SHOWN
+    )
+    plain = "\n\n".join(
+        f"{_TITLES[name]}:\n\n{recipes_table(results, name, 'plain')}" for name in ("style-32", "heart")
+    )
+    floor = mean(results["floor|style-32"])
+    return (
+        (Path(__file__).parent / "evidence.md")
+        .read_text()
+        .format(
+            recipes=recipes,
+            plain=plain,
+            concepts=concepts_table(results),
+            correlations=correlations(results),
+            seeds=seeds_table(results),
+            variants=variants_table(results),
+            small=small_table(results),
+            stacks=stacks_table(results),
+            floor=f"{floor:.1f}",
+            pictures=len(results["floor|style-32"]["psnr"]),
+            refined=refined_table(results),
+        )
+    )
+
+
+def main() -> None:
+    results = json.loads(RESULTS.read_text())
+    (DOCS / "evidence.md").write_text(page(results))
+    style.save(figure(results, _SHOWN), DOCS / "evidence.png")
+    style.save(figure(results, ("style", "style-32")), DOCS / "calibrated.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Runs on a Ray cluster of this machine: `python cluster_runs.py SOURCES FOLDER` prints what became of them as JSON.
+
+A process of its own: Ray leaves open what it has started, which the tests' strictness does not allow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from typer.testing import CliRunner
+
+from lorashrink import journal
+from lorashrink.cli import app
+from lorashrink.cluster import resize
+from lorashrink.results import FileResult
+
+RECIPES = ["rank=2", "energy=0.9"]
+
+
+def working() -> list[int]:
+    """The processes of this cluster that have an adapter in work."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            title, parents = place.joinpath("cmdline").read_bytes(), _parents(int(place.name))
+        except OSError:
+            continue
+        if title.startswith(b"ray::_shrink") and os.getpid() in parents:
+            found.append(int(place.name))
+    return found
+
+
+def _parents(process: int) -> list[int]:
+    found = []
+    while process > 1:
+        process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        found.append(process)
+    return found
+
+
+class Killer:
+    """Kills a process that is at work, twice in a run."""
+
+    def __init__(self) -> None:
+        self.results: list[FileResult] = []
+        self.killed: list[int] = []
+
+    def __call__(self, result: FileResult) -> None:
+        self.results.append(result)
+        while len(self.killed) < 2 and len(self.results) >= 6 * (len(self.killed) + 1):
+            for process in working()[:1]:
+                os.kill(process, signal.SIGKILL)
+                self.killed.append(process)
+            time.sleep(0.005)
+
+
+def main(sources: Path, folder: Path) -> dict[str, Any]:
+    """One run after another, all on one cluster."""
+    journal.SETTLED_SECONDS = 0.0  # the sources were just made
+    told: dict[str, Any] = {}
+    shared = resize(sources, recipes=RECIPES, output=folder / "shared")
+    told["shared"] = [len(shared.results), [each.error for each in shared.failed]]
+    command = ["resize", str(sources), "--ray", "local", "--ray-transfer", "-o", str(folder / "sent"), "--json"]
+    sent = CliRunner().invoke(app, [*command, *(word for recipe in RECIPES for word in ("-r", recipe))])
+    document = json.loads(sent.stdout)
+    told["sent"] = [len(document["results"]), [each["error"] for each in document["failed"]], sent.exit_code]
+    killer = Killer()
+    lost = resize(sources, recipes=RECIPES, output=folder / "lost", skip_existing=True, each=killer)
+    told["lost"] = [len(lost.results), [each.error for each in lost.failed], len(killer.killed)]
+    told["each"] = sorted(each.output for each in killer.results) == sorted(each.output for each in lost.results)
+    (missing := Path(lost.results[0].output)).unlink()
+    again = resize(sources, recipes=RECIPES, output=folder / "lost", skip_existing=True)
+    told["again"] = [str(missing), [each.output for each in again.results if not each.skipped]]
+    with journal.Journal(folder / "lost") as known:
+        told["states"] = [entry.state for entry in known.entries()]
+    return told
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="ray-") as place:  # the name of a socket in it may have 107 characters
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=place)
+        told = main(*map(Path, sys.argv[1:3]))
+        ray.shutdown()
+    print(json.dumps(told))  # Ray prints too, until then
