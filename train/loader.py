@@ -33,7 +33,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """What one micro-step trains on: b pictures of one bucket of H x W pixels, h = H / 8, w = W / 8; on the CPU."""
+    """What one micro-step trains on: b pictures of one bucket, h x w latents each; on the CPU."""
 
     draws: tuple[Draw, ...]
     captions: tuple[str, ...]

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from lorashrink.train.buckets import Size
-from lorashrink.train.model import Model, set_checkpointing, weight_dtype
+from lorashrink.train.model import Model, set_checkpointing, vae_stride, weight_dtype
 from lorashrink.train.network import Network
 from lorashrink.train.optimizers import optimizer_name
 from lorashrink.train.options import Options
@@ -175,13 +175,14 @@ def _all_tensors(model: Model, network: Network) -> Iterator[Tensor]:
 
 def _forward(model: Model, network: Network, options: Options, batch: int, size: Size) -> None:
     """What a training step computes before the loss, from zeros."""
-    unet, dtype, (width, height) = model.unet, weight_dtype(options), size
+    unet, dtype = model.unet, weight_dtype(options)
+    width, height = (side // vae_stride(model.vae) for side in size)
     chunks = (options.max_token_length or CHUNK) // CHUNK
     tokens = torch.zeros(batch, chunks, CHUNK + 2, dtype=torch.long, device=unet.device)
     with torch.set_grad_enabled(_trains_text(network)):
         text = encode(model.encoders, tokens, tokens)
     unet(
-        torch.zeros(batch, unet.config.in_channels, height // 8, width // 8, dtype=dtype, device=unet.device),
+        torch.zeros(batch, unet.config.in_channels, height, width, dtype=dtype, device=unet.device),
         torch.zeros(batch, dtype=torch.long, device=unet.device),
         text.context.to(dtype),
         added_cond_kwargs={

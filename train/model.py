@@ -345,7 +345,8 @@ def vae_stride(vae: AutoencoderKL) -> int:
 def encode_pixels(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Latents drawn from the VAE's posterior: float32 [b, 4, H/8, W/8] on the CPU, not multiplied by LATENT_SCALE.
 
-    `pixels` are float32 [b, 3, H, W] in -1..1; picture i draws from `generators[i]`, a generator of the CPU.
+    8 is SDXL's `vae_stride`. `pixels` are float32 [b, 3, H, W] in -1..1; picture i draws from `generators[i]`, a
+    generator of the CPU.
     """
     with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
