@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,10 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "lorashrink" / "example" / "model"
 
 sys.path.append(str(ROOT / "benchmarks" / "shapes"))
-base, judge, render, vae, words = map(importlib.import_module, ("base", "judge", "render", "vae", "words"))
+base, gallery, judge, render, vae, words = map(
+    importlib.import_module, ("base", "gallery", "judge", "render", "vae", "words")
+)
+write_up = importlib.import_module("write_up")
 
 CAPTIONS = (
     "a big red circle on a white background",
@@ -122,3 +126,25 @@ def test_the_trainer_finds_the_captions_of_a_written_folder(tmp_path: Path) -> N
     assert [picture.lines for picture in dataset.pictures] == [(scene.caption,) for scene in scenes]
     assert {picture.repeats for picture in dataset.pictures} == {4}
     assert {picture.fit.bucket for picture in dataset.pictures} == {(64, 64)}
+
+
+# --- adapters and evidence ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "teaches", "least"), [("style", "--style sks", 0.25), ("heart", "--shape heart", 0.9)]
+)
+def test_the_adapters_of_the_package_do_what_they_were_taught(name: str, teaches: str, least: float) -> None:
+    """The judge sees it with the adapter, where it fits into the picture, and never without."""
+    adapter = MODEL.parent / "loras" / f"{name}.safetensors"
+    drawn, test = gallery.Gallery(MODEL), gallery.Test.of(teaches, 12)
+    whole = drawn.paint(adapter, test)
+    without = drawn.see(drawn.paint(None, test), whole, test)
+    assert drawn.see(whole, whole, test).concept >= least
+    assert without.concept == 0
+    assert without.psnr.mean() < 25
+
+
+def test_the_page_of_evidence_has_the_numbers_that_were_measured() -> None:
+    results = json.loads(write_up.RESULTS.read_text())
+    assert (ROOT / "docs" / "evidence.md").read_text() == write_up.page(results)
