@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.stats import spearmanr
 from study import FEW, RECIPES, RESULTS, SMALL, STUDIED
 
@@ -197,7 +198,7 @@ def figure(results: Mapping[str, Entry], names: Sequence[str]) -> Figure:
             if not place:
                 axes.set_ylabel("PSNR (dB)")
         handles, labels = axes.get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels) if len(names) > 2 else 3)
         return drawn
 
 
@@ -236,8 +237,11 @@ def page(results: Mapping[str, Entry]) -> str:
 def main() -> None:
     results = json.loads(RESULTS.read_text())
     (DOCS / "evidence.md").write_text(page(results))
-    style.save(figure(results, _SHOWN), DOCS / "evidence.png")
-    style.save(figure(results, ("style", "style-32")), DOCS / "calibrated.png")
+    for name, shown in (("evidence.png", _SHOWN), ("calibrated.png", ("style", "style-32"))):
+        style.save(figure(results, shown), DOCS / name)
+        with Image.open(DOCS / name) as drawn:
+            small = drawn.convert("RGB").quantize(256)
+        small.save(DOCS / name, optimize=True)
 
 
 if __name__ == "__main__":
