@@ -22,12 +22,12 @@ from rates import cores
 from sdxl_data import Data, copies, make_data
 
 from lorashrink.adapters import open_adapter
-from lorashrink.base_norms import BaseNorms
 from lorashrink.bases import open_base, views_id
-from lorashrink.delta import AnyDelta
-from lorashrink.journal import SETTLED_SECONDS
-from lorashrink.machine import worker_pool
-from lorashrink.spectrum import Item, decompose, truncate
+from lorashrink.bases.norms import BaseNorms
+from lorashrink.engine.delta import AnyDelta
+from lorashrink.engine.devices import worker_pool
+from lorashrink.engine.spectrum import Item, decompose, truncate
+from lorashrink.shrinking.journal import SETTLED_SECONDS
 
 RANK = 32
 THRESHOLD = -3.55

@@ -35,10 +35,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import lorashrink.train
 from lorashrink.bases import open_base
-from lorashrink.calibrating import calibrate
-from lorashrink.delta import Delta
-from lorashrink.machine import worker_pool
-from lorashrink.spectrum import Item, Spectrum, decompose, truncate
+from lorashrink.calibration.gathering import calibrate
+from lorashrink.engine.delta import Delta
+from lorashrink.engine.devices import worker_pool
+from lorashrink.engine.spectrum import Item, Spectrum, decompose, truncate
 from lorashrink.train.data import Data, Draw
 from lorashrink.train.loader import Batch
 from lorashrink.train.memory import count_activations, optimizer_bytes, tensor_bytes

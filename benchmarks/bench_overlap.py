@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 
 from lorashrink import compare, overlap
 from lorashrink.adapters import open_adapter
-from lorashrink.machine import worker_pool
-from lorashrink.spectrum import Item, decompose
+from lorashrink.engine.devices import worker_pool
+from lorashrink.engine.spectrum import Item, decompose
 
 LAYERS, SIDE, RANK = 200, 640, 32
 COUNTS = (2, 5, 20)

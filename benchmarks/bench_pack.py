@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lorashrink import overlap
 from lorashrink.adapters import open_adapter
-from lorashrink.delta import factored
+from lorashrink.engine.delta import factored
 
 TARGETS = (0.01, 0.05, 0.1, 0.25, 0.5)  # relative errors
 FP16 = 2  # bytes

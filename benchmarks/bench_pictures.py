@@ -21,9 +21,9 @@ from sdxl_data import shapes, write_lora
 
 import lorashrink as ls
 from lorashrink.adapters import open_adapter
-from lorashrink.calibrating import calibrate
-from lorashrink.machine import worker_pool
-from lorashrink.spectrum import Item, decompose
+from lorashrink.calibration.gathering import calibrate
+from lorashrink.engine.devices import worker_pool
+from lorashrink.engine.spectrum import Item, decompose
 
 EXAMPLE = Path(ls.__file__).parent / "example"
 RECIPES = [f"energy={share}" for share in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)]
@@ -53,17 +53,17 @@ def of_adapter(path: Path) -> list[str]:
 
 def of_model(folder: Path) -> list[str]:
     """`calibrate` by the same steps forward and backward with no one watching."""
-    from lorashrink import gathering
+    from lorashrink.calibration import watching
 
     prompts = folder / "prompts.txt"
     prompts.write_text("a red circle on a white background --w 64 --h 64 --s 10 --l 4 --d 1\n" * 2)
     style = EXAMPLE / "loras" / "style.safetensors"
-    unwatched = gathering.Recorder._backward, gathering.Projected.inputs, gathering.Sketched.inputs
+    unwatched = watching.Recorder._backward, watching.Projected.inputs, watching.Sketched.inputs
 
     def run(adapters: Sequence[Path], watch: bool) -> None:
         if not watch:
-            gathering.Recorder._backward = lambda *_: None  # type: ignore[method-assign]
-            gathering.Projected.inputs = gathering.Sketched.inputs = lambda *_: None  # type: ignore[method-assign]
+            watching.Recorder._backward = lambda *_: None  # type: ignore[method-assign]
+            watching.Projected.inputs = watching.Sketched.inputs = lambda *_: None  # type: ignore[method-assign]
         try:
             calibrate(
                 adapters,
@@ -74,8 +74,8 @@ def of_model(folder: Path) -> list[str]:
                 force=True,
             )
         finally:
-            gathering.Recorder._backward = unwatched[0]  # type: ignore[method-assign]
-            gathering.Projected.inputs, gathering.Sketched.inputs = unwatched[1:]  # type: ignore[method-assign]
+            watching.Recorder._backward = unwatched[0]  # type: ignore[method-assign]
+            watching.Projected.inputs, watching.Sketched.inputs = unwatched[1:]  # type: ignore[method-assign]
 
     lines = []
     for name, adapters in (("an adapter", [style]), ("a table", [])):

@@ -33,12 +33,12 @@ from sdxl_data import Data, copies, make_data, numbers_per_rank
 from torch import Tensor
 
 from lorashrink.adapters import Layer, open_adapter
-from lorashrink.base_norms import BaseNorms
 from lorashrink.bases import open_base, views_id
-from lorashrink.delta import Delta
-from lorashrink.files import read_header
-from lorashrink.machine import worker_pool
-from lorashrink.spectrum import Item, decompose, truncate
+from lorashrink.bases.norms import BaseNorms
+from lorashrink.engine.delta import Delta
+from lorashrink.engine.devices import worker_pool
+from lorashrink.engine.spectrum import Item, decompose, truncate
+from lorashrink.files.reading import read_header
 
 THRESHOLD = -3.55
 RECIPE = f"fro_ckpt=1,thr={THRESHOLD}"

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lorashrink.bases import open_base
-from lorashrink.files import SafetensorsWriter, TensorInfo, write_order
+from lorashrink.files.store import TensorInfo
+from lorashrink.files.writing import SafetensorsWriter, write_order
 
 Shape = tuple[int, ...]
 

@@ -23,26 +23,26 @@ _WRITE, _CHECKS, _COMMIT = "write", ("verify", "hash"), "fsync, rename"
 # Functions that run one after another, by the stage they belong to; a missing one is left out of the table.
 # The stages of writing are cut where the first of `_CHECKS` begins, because those may run side by side.
 STAGES = {
-    "open base": ["lorashrink.batch:open_base"],
-    "open adapter, match": ["lorashrink.batch:open_adapter", "lorashrink.batch:match"],
-    "norms look-up": ["lorashrink.batch:BaseNorms"],
-    "select, plan": ["lorashrink.batch:plan"],
-    _WRITE: ["lorashrink.batch:write"],
-    "verify": ["lorashrink.writing:_verify"],
-    "hash": ["lorashrink.writing:metadata.with_hashes"],
-    _COMMIT: ["lorashrink.writing:SafetensorsWriter.commit"],
-    "report": ["lorashrink.batch:result"],
+    "open base": ["lorashrink.shrinking.session:open_base"],
+    "open adapter, match": ["lorashrink.shrinking.request:open_adapter", "lorashrink.shrinking.pipeline:match"],
+    "norms look-up": ["lorashrink.shrinking.session:BaseNorms"],
+    "select, plan": ["lorashrink.shrinking.pipeline:plan"],
+    _WRITE: ["lorashrink.shrinking.pipeline:write"],
+    "verify": ["lorashrink.shrinking.write:_verify"],
+    "hash": ["lorashrink.shrinking.write:hashes.with_hashes"],
+    _COMMIT: ["lorashrink.shrinking.write:SafetensorsWriter.commit"],
+    "report": ["lorashrink.shrinking.pipeline:result"],
 }
-_LOOK_UP = "lorashrink.base_norms:BaseNorms.look_up"
+_LOOK_UP = "lorashrink.bases.norms:BaseNorms.look_up"
 # Functions of the worker threads; some contain others.
 WORK = {
-    "hash of the source": "lorashrink.batch:sha256_file",
-    "hash of the output": "lorashrink.writing:metadata.with_hashes",
-    "read tensors": "lorashrink.files:TensorStore.read",
-    "Gram matrices": "lorashrink.spectrum:grams",
-    "r×r algebra": "lorashrink.spectrum:solve",
-    "form factors": "lorashrink.writing:truncate",
-    "write tensors": "lorashrink.files:SafetensorsWriter.write",
+    "hash of the source": "lorashrink.shrinking.reuse:sha256_file",
+    "hash of the output": "lorashrink.shrinking.write:hashes.with_hashes",
+    "read tensors": "lorashrink.files.store:TensorStore.read",
+    "Gram matrices": "lorashrink.engine.spectrum:grams",
+    "r×r algebra": "lorashrink.engine.spectrum:solve",
+    "form factors": "lorashrink.shrinking.write:truncate",
+    "write tensors": "lorashrink.files.writing:SafetensorsWriter.write",
 }
 
 
@@ -101,7 +101,7 @@ def replace(place: str, wrap: Callable[[Any], Any]) -> None:
 
 def install(clocks: Clocks) -> None:
     """Put the clocks around the functions of the product."""
-    replace("lorashrink.batch:decompose", clocks.decompose)
+    replace("lorashrink.shrinking.pipeline:decompose", clocks.decompose)
     replace(_LOOK_UP, functools.partial(clocks.timed, "norms look-up"))
     for name, places in STAGES.items():
         for place in places:
@@ -126,9 +126,9 @@ def main(arguments: Sequence[str]) -> None:
     started = float(os.environ["BENCH_STARTED"])
     clocks.wall["start Python"] = time.time() - started
     clocks.timed("import torch", importlib.import_module)("torch")
-    clocks.timed("import lorashrink", importlib.import_module)("lorashrink.batch")
+    clocks.timed("import lorashrink", importlib.import_module)("lorashrink.shrinking.run")
     install(clocks)
-    from lorashrink.batch import resize
+    from lorashrink.shrinking.run import resize
 
     resize(lora, base=base, recipes=recipe, output=out, force=True)
     cut_writing(clocks)

@@ -15,40 +15,40 @@ from lorashrink.errors import LorashrinkError
 
 if TYPE_CHECKING:
     from lorashrink.adapters import open_adapter
-    from lorashrink.base_norms import norms
     from lorashrink.bases import open_base
-    from lorashrink.batch import resize
-    from lorashrink.calibrating import calibrate
-    from lorashrink.comparison import compare
-    from lorashrink.conversion import convert
+    from lorashrink.bases.norms import norms
+    from lorashrink.calibration.gathering import calibrate
+    from lorashrink.calibration.refining import refine
     from lorashrink.demonstration import demo
-    from lorashrink.extraction import extract
-    from lorashrink.inspection import inspect
-    from lorashrink.merging import merge
-    from lorashrink.overlapping import overlap
-    from lorashrink.recipe import Recipe
-    from lorashrink.refining import refine
-    from lorashrink.reporting import report
-    from lorashrink.sweeping import sweep
+    from lorashrink.insight.comparison import compare
+    from lorashrink.insight.inspection import inspect
+    from lorashrink.insight.overlapping import overlap
+    from lorashrink.making.conversion import convert
+    from lorashrink.making.extraction import extract
+    from lorashrink.making.merging import merge
+    from lorashrink.recipes.grammar import Recipe
+    from lorashrink.reports.report import report
+    from lorashrink.shrinking.run import resize
+    from lorashrink.sweeping.sweep import sweep
 
 # Imported when first used, because torch takes longer to import than most commands take to run.
 _WHERE = {
-    "Recipe": "recipe",
-    "calibrate": "calibrating",
-    "compare": "comparison",
-    "convert": "conversion",
+    "Recipe": "recipes.grammar",
+    "calibrate": "calibration.gathering",
+    "compare": "insight.comparison",
+    "convert": "making.conversion",
     "demo": "demonstration",
-    "extract": "extraction",
-    "inspect": "inspection",
-    "merge": "merging",
-    "norms": "base_norms",
+    "extract": "making.extraction",
+    "inspect": "insight.inspection",
+    "merge": "making.merging",
+    "norms": "bases.norms",
     "open_adapter": "adapters",
     "open_base": "bases",
-    "overlap": "overlapping",
-    "refine": "refining",
-    "report": "reporting",
-    "resize": "batch",
-    "sweep": "sweeping",
+    "overlap": "insight.overlapping",
+    "refine": "calibration.refining",
+    "report": "reports.report",
+    "resize": "shrinking.run",
+    "sweep": "sweeping.sweep",
 }
 
 __all__ = [

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from lorashrink.batch import resize
 from lorashrink.errors import OutputError
-from lorashrink.inspection import inspect
-from lorashrink.pipelines import PACKAGES
-from lorashrink.recipe import DEFAULT
-from lorashrink.reporting import ReportFile, report
-from lorashrink.results import Report
-from lorashrink.tables import Inspection
+from lorashrink.insight.inspection import inspect
+from lorashrink.pictures.pipelines import PACKAGES
+from lorashrink.recipes.grammar import DEFAULT
+from lorashrink.reports.report import ReportFile, report
+from lorashrink.results.inspection import Inspection
+from lorashrink.results.shrinking import Report
+from lorashrink.shrinking.run import resize
 
 EXAMPLE = Path(__file__).parent / "example"
 MODEL, ADAPTER, TABLE = EXAMPLE / "model", EXAMPLE / "loras" / "style.safetensors", EXAMPLE / "table.safetensors"

@@ -15,6 +15,11 @@
 A message says what is wrong, in which file or option, and what to do.
 """
 
+from collections.abc import Callable
+
+# How long work reports progress: (what is being done, steps done, steps in all).
+Progress = Callable[[str, int, int], None]
+
 
 class LorashrinkError(Exception):
     """Base class of all errors that lorashrink raises on purpose."""

@@ -12,7 +12,7 @@ from lorashrink.plots.sheet import fitted, sheet_font, wrapped
 from lorashrink.plots.style import INK, QUIET
 
 if TYPE_CHECKING:
-    from lorashrink.sweeping import Pictures, Point, Sweep
+    from lorashrink.results.sweep import Pictures, Point, Sweep
 
 _MEGA = 1e6
 _MOST_COLUMNS, _MOST_ROWS = 6, 12  # of recipes; of pictures

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from lorashrink.comparison import BlockDifference, Comparison
+    from lorashrink.results.comparison import BlockDifference, Comparison
 
 
 def difference_per_block(comparison: Comparison) -> Figure:

@@ -16,7 +16,7 @@ from lorashrink.plots.blocks import grouped
 from lorashrink.plots.style import INK, RC
 
 if TYPE_CHECKING:
-    from lorashrink.tables import AdapterTable, LayerRow
+    from lorashrink.results.inspection import AdapterTable, LayerRow
 
 _MOST_LINES = 40
 # Perceptually even and safe for colour-blind readers (Nuñez, Anderton & Renslow 2018).

@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
 from lorashrink.plots.style import INK, RC
-from lorashrink.stacks import short_names
+from lorashrink.results.overlap import short_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
 
-    from lorashrink.stacks import Overlap, Table
+    from lorashrink.results.overlap import Overlap, Table
 
 # Both are safe for colour-blind readers (Brewer & Harrower, https://colorbrewer2.org).
 _SIGNED, _SHARE = "PuOr", "Purples"

@@ -17,7 +17,7 @@ from lorashrink.plots.style import COLOURS, GRID, QUIET, RC
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lorashrink.tables import AdapterTable, LayerRow
+    from lorashrink.results.inspection import AdapterTable, LayerRow
 
 _MOST_BLOCKS = 24
 _WIDE = 4.0  # largest over smallest value from which an axis is logarithmic

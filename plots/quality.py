@@ -10,13 +10,13 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lorashrink.likeness import MEASURES, Measure
+from lorashrink.pictures.likeness import MEASURES, Measure
 from lorashrink.plots.style import COLOURS, INK, QUIET, RC
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lorashrink.sweeping import Point, Suggestion, Sweep
+    from lorashrink.results.sweep import Point, Suggestion, Sweep
 
 _MEGA = 1e6
 _DRAWN = ("psnr", "ms_ssim")  # the measures that are drawn, from the top

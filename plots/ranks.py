@@ -15,7 +15,7 @@ from lorashrink.plots.style import AFTER, BEFORE, RC
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lorashrink.results import FileResult, LayerResult
+    from lorashrink.results.shrinking import FileResult, LayerResult
 
 _ORDER = ("TE", "IN", "MID", "OUT", "other")
 

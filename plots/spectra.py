@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from lorashrink.tables import AdapterTable, LayerRow
+    from lorashrink.results.inspection import AdapterTable, LayerRow
 
 _MOST_PANELS, _COLUMNS = 24, 6
 _QUARTILES = (25, 50, 75)

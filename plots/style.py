@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex, to_rgba_array
 from matplotlib.figure import Figure
 
 from lorashrink.errors import OutputError, UsageError
-from lorashrink.files import write_bytes
+from lorashrink.files.disk import write_bytes
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,10 +17,10 @@ from typing import Any
 import ray
 from typer.testing import CliRunner
 
-from lorashrink import journal
 from lorashrink.cli import app
-from lorashrink.cluster import resize
-from lorashrink.results import FileResult
+from lorashrink.results.shrinking import FileResult
+from lorashrink.shrinking import journal
+from lorashrink.shrinking.cluster import resize
 
 RECIPES = ["rank=2", "energy=0.9"]
 

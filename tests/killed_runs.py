@@ -15,8 +15,8 @@ import time
 import warnings
 from pathlib import Path
 
-from lorashrink import journal
-from lorashrink.batch import resize
+from lorashrink.shrinking import journal
+from lorashrink.shrinking.run import resize
 
 RECIPES = ["rank=2", "energy=0.9"]
 

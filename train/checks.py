@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorashrink.errors import UsageError
-from lorashrink.recipe import parse_recipes
+from lorashrink.recipes.grammar import parse_recipes
 from lorashrink.train.network_args import check_network_args
 from lorashrink.train.options import Options
 from lorashrink.train.saving import peek_state

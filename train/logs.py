@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from lorashrink.errors import InputError, UsageError
-from lorashrink.files import write_bytes
+from lorashrink.files.disk import write_bytes
 from lorashrink.plots.loss import loss_curve
 from lorashrink.train.options import Options
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lorashrink.errors import LorashrinkError, NonFinite
-from lorashrink.prompts import Prompt
+from lorashrink.pictures.prompts import Prompt
 from lorashrink.train import samples, saving
 from lorashrink.train.data import Data
 from lorashrink.train.loader import Loader

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from lorashrink._version import __version__
 from lorashrink.errors import InputError
-from lorashrink.files import sha256_file
+from lorashrink.files.disk import sha256_file
 from lorashrink.train.options import Options
 from lorashrink.train.saving import Length
 

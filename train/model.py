@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lorashrink.adapters import looks_like_adapter
 from lorashrink.bases import Base, open_base
 from lorashrink.errors import InputError, NotABase, UsageError
-from lorashrink.files import PICKLE_SUFFIXES, open_tensors
+from lorashrink.files.reading import PICKLE_SUFFIXES, open_tensors
 from lorashrink.train.options import Options
 
 LATENT_SCALE = 0.13025  # brings SDXL's latents to about unit variance (vae/config.json of SDXL 1.0)

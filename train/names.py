@@ -9,7 +9,7 @@ from torch import nn
 
 from lorashrink.bases import FAMILIES, View, encoders
 from lorashrink.bases.rules import spell
-from lorashrink.renaming import layer_name_in
+from lorashrink.linking.renaming import layer_name_in
 
 SDXL = next(family for family in FAMILIES if family.name == "sdxl")
 

@@ -33,9 +33,9 @@ from torch.overrides import TorchFunctionMode
 from lorashrink.adapters import Adapter, Layer, layer_name, open_adapter
 from lorashrink.bases import Base, Views
 from lorashrink.errors import InputError, UsageError
-from lorashrink.files import pickled_store
-from lorashrink.matching import bind, match
-from lorashrink.renaming import renamed
+from lorashrink.files.store import pickled_store
+from lorashrink.linking.matching import bind, match
+from lorashrink.linking.renaming import renamed
 from lorashrink.train import seeds
 from lorashrink.train.names import SDXL, Named, named_modules
 from lorashrink.train.network_args import PRESETS, NetworkArgs, read_network_args

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lorashrink.errors import InputError, UsageError
-from lorashrink.files import write_bytes
-from lorashrink.prompts import SAMPLERS
+from lorashrink.files.disk import write_bytes
+from lorashrink.pictures.prompts import SAMPLERS
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 

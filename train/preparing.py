@@ -22,8 +22,8 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather
 from tqdm.auto import tqdm
 
 from lorashrink.errors import LorashrinkError, UsageError
-from lorashrink.prompts import Prompt, read_prompts
-from lorashrink.samplers import check_samplers
+from lorashrink.pictures.prompts import Prompt, read_prompts
+from lorashrink.pictures.samplers import check_samplers
 from lorashrink.train import logs, samples, saving
 from lorashrink.train.caches import LatentCache, TextCache, cache_latents, cache_texts
 from lorashrink.train.data import Data, batch_count, scan

@@ -23,8 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from lorashrink._version import __version__
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
-from lorashrink.files import DTYPES, SafetensorsWriter, cast, open_tensors, tensor_info, write_bytes
-from lorashrink.metadata import LEGACY_HASH, MODEL_HASH, with_hashes, with_placeholders
+from lorashrink.files.disk import write_bytes
+from lorashrink.files.hashes import LEGACY_HASH, MODEL_HASH, with_hashes, with_placeholders
+from lorashrink.files.reading import open_tensors
+from lorashrink.files.store import DTYPES, cast, tensor_info
+from lorashrink.files.writing import SafetensorsWriter
 from lorashrink.train.options import Options
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from lorashrink.batch import resize
 from lorashrink.errors import LorashrinkError
+from lorashrink.shrinking.run import resize
 from lorashrink.train.options import Options
 
 _log = logging.getLogger(__name__)

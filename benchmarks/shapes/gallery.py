@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from render import BASE_SHAPES, Pixels, Scene, draw_scenes
 
 import lorashrink as ls
-from lorashrink.likeness import psnr, ssim
+from lorashrink.pictures.likeness import psnr, ssim
 
 _SEED = 7_000_000  # of the noise; in no training set
 

@@ -21,9 +21,9 @@ from render import Pixels, draw_scenes
 from train_loras import ADAPTERS, EXAMPLE, MODEL
 
 import lorashrink as ls
-from lorashrink import gathering
-from lorashrink.calibration import Side, Sides, open_statistics, write_adapters, write_table
-from lorashrink.spectrum import Grams
+from lorashrink.calibration import watching
+from lorashrink.calibration.statistics import Side, Sides, open_statistics, write_adapters, write_table
+from lorashrink.engine.gram import Grams
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "study.json"
@@ -160,7 +160,7 @@ def one_sided(work: Path, source: Path, side: str) -> Path:
 
 
 def statistics_key(adapter: Any) -> str:
-    from lorashrink.calibration import adapter_key
+    from lorashrink.calibration.statistics import adapter_key
 
     return adapter_key(adapter)
 
@@ -189,23 +189,23 @@ def _flat(side: Side) -> Side:
 @contextmanager
 def positions_summed() -> Iterator[None]:
     """Inputs and gradients of a picture added up before their products are: all positions as one."""
-    apart, back = gathering.positions, gathering.Recorder._backward
+    apart, back = watching.positions, watching.Recorder._backward
     backward = [False]
 
     def positions(tensor: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
         rows = apart(tensor, module).unflatten(0, (len(tensor), -1))
         return rows.sum(1) if backward[0] else rows.mean(1)
 
-    def noted(self: gathering.Recorder, module: torch.nn.Module, gradient: torch.Tensor) -> None:
+    def noted(self: watching.Recorder, module: torch.nn.Module, gradient: torch.Tensor) -> None:
         backward[0] = True
         back(self, module, gradient)
         backward[0] = False
 
-    gathering.positions, gathering.Recorder._backward = positions, noted
+    watching.positions, watching.Recorder._backward = positions, noted
     try:
         yield
     finally:
-        gathering.positions, gathering.Recorder._backward = apart, back
+        watching.positions, watching.Recorder._backward = apart, back
 
 
 def other_checkpoint(study: Study) -> Path:

@@ -10,10 +10,11 @@ from pathlib import Path
 from lorashrink.adapters import lora, peft
 from lorashrink.adapters.family import Family, Infos
 from lorashrink.adapters.layer import Adapter, Layer
-from lorashrink.adapters.looks import family_of
+from lorashrink.adapters.model_family import family_of
 from lorashrink.adapters.sorting import FAMILIES, UNKNOWN, layer_name, looks_like_adapter, sort_keys
 from lorashrink.errors import NotAnAdapter
-from lorashrink.files import TensorInfo, TensorStore, open_tensors
+from lorashrink.files.reading import open_tensors
+from lorashrink.files.store import TensorInfo, TensorStore
 
 __all__ = [
     "FAMILIES",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorashrink.adapters.family import Family, Infos, Shape, Stored, alpha_over_rank
 
 if TYPE_CHECKING:
-    from lorashrink.delta import Delta
+    from lorashrink.engine.delta import Delta
 
 
 def _check(infos: Infos) -> str | None:
@@ -35,7 +35,7 @@ def _rank(infos: Infos) -> int:
 
 
 def _delta(stored: Stored) -> Delta:
-    from lorashrink.delta import Delta
+    from lorashrink.engine.delta import Delta
 
     tensors = stored.tensors
     up = tensors["up"].float() * tensors["diagonal"].float().flatten()

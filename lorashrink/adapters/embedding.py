@@ -13,7 +13,7 @@ from lorashrink.adapters.family import Family, Infos, Shape, Stored
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorashrink.delta import Delta
+    from lorashrink.engine.delta import Delta
 
 
 def _check(infos: Infos) -> str | None:
@@ -38,7 +38,7 @@ def _scale(infos: Infos, alpha: float | None, config_scale: float) -> float:
 
 
 def _delta(stored: Stored) -> Delta:
-    from lorashrink.delta import Delta
+    from lorashrink.engine.delta import Delta
 
     return Delta(stored.tensors["A"].mT, stored.tensors["B"].mT, stored.scale, stored.shape)
 

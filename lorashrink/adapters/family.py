@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from lorashrink.files import TensorInfo
+from lorashrink.files.store import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorashrink.delta import AnyDelta
+    from lorashrink.engine.delta import AnyDelta
 
 # Roles that any family may have beside its own. DoRA's magnitude multiplies the direction of W + ΔW
 # (https://arxiv.org/abs/2402.09353); it stays what it is when ΔW shrinks.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorashrink.adapters.family import Family, Infos, Shape, Stored
 
 if TYPE_CHECKING:
-    from lorashrink.delta import Dense
+    from lorashrink.engine.delta import Dense
 
 
 def is_vector(infos: Infos) -> bool:
@@ -33,7 +33,7 @@ def _rank(infos: Infos) -> int:
 
 
 def _delta(stored: Stored) -> Dense:
-    from lorashrink.delta import Dense
+    from lorashrink.engine.delta import Dense
 
     return Dense(stored.tensors["diff"].flatten(1), stored.scale, stored.shape)
 

@@ -18,7 +18,7 @@ from lorashrink.adapters.lora import fold
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorashrink.delta import Delta
+    from lorashrink.engine.delta import Delta
 
 
 class _Factors(NamedTuple):
@@ -108,7 +108,7 @@ def _delta(stored: Stored) -> Delta:
     """Of rank r + r·kh·kw: each position of the kernel has its own columns of W·a1."""
     import torch
 
-    from lorashrink.delta import Delta
+    from lorashrink.engine.delta import Delta
 
     weight = stored.weight
     assert weight is not None, "Family.needs asks for it"

@@ -15,7 +15,7 @@ from lorashrink.errors import ShapeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorashrink.delta import Dense
+    from lorashrink.engine.delta import Dense
 
 
 def _check(infos: Infos) -> str | None:
@@ -64,7 +64,7 @@ def _of_rows(stored: Stored, vector: Shape) -> bool:
 
 
 def _scaled(stored: Stored, factors: Tensor, rows: bool) -> Dense:
-    from lorashrink.delta import Dense
+    from lorashrink.engine.delta import Dense
 
     weight = stored.weight
     assert weight is not None, "Family.needs asks for it"

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from lorashrink.adapters import peft
 from lorashrink.adapters.family import SHARED, Family, Infos, Needs, Shape, Stored
 from lorashrink.errors import ShapeError
-from lorashrink.files import TensorStore
+from lorashrink.files.store import TensorStore
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorashrink.delta import AnyDelta
+    from lorashrink.engine.delta import AnyDelta
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from lorashrink.adapters.lora import fold
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorashrink.delta import Delta, Dense
+    from lorashrink.engine.delta import Delta, Dense
 
 
 def _check(infos: Infos) -> str | None:
@@ -83,7 +83,7 @@ def _delta(stored: Stored) -> Delta | Dense:
     """Of rank r² through Khatri-Rao products: row by row of the ups, column by column of the downs."""
     import torch
 
-    from lorashrink.delta import Delta, Dense
+    from lorashrink.engine.delta import Delta, Dense
 
     (up1, down1), (up2, down2) = _half(stored.tensors, "1"), _half(stored.tensors, "2")
     rank = down1.shape[0] * down2.shape[0]

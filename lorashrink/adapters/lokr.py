@@ -17,7 +17,7 @@ from lorashrink.adapters.lora import fold
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorashrink.delta import Delta, Dense, Kronecker
+    from lorashrink.engine.delta import Delta, Dense, Kronecker
 
 
 def _check(infos: Infos) -> str | None:
@@ -106,7 +106,7 @@ def _scale(infos: Infos, alpha: float | None, config_scale: float) -> float:
 
 
 def _second(tensors: Mapping[str, Tensor]) -> Delta | Dense:
-    from lorashrink.delta import Delta, Dense
+    from lorashrink.engine.delta import Delta, Dense
 
     if "w2" in tensors:
         matrix = tensors["w2"].flatten(1)
@@ -119,7 +119,7 @@ def _second(tensors: Mapping[str, Tensor]) -> Delta | Dense:
 
 
 def _delta(stored: Stored) -> Kronecker:
-    from lorashrink.delta import Dense, Kronecker
+    from lorashrink.engine.delta import Dense, Kronecker
 
     tensors = stored.tensors
     w1 = tensors["w1"] if "w1" in tensors else tensors["w1_a"].float() @ tensors["w1_b"].float()

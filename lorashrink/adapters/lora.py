@@ -15,7 +15,7 @@ from lorashrink.adapters.family import Family, Infos, Shape, Stored
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorashrink.delta import Delta
+    from lorashrink.engine.delta import Delta
 
 
 def _check(infos: Infos) -> str | None:
@@ -55,7 +55,7 @@ def fold(core: Tensor, down: Tensor) -> Tensor:
 
 
 def _delta(stored: Stored) -> Delta:
-    from lorashrink.delta import Delta
+    from lorashrink.engine.delta import Delta
 
     tensors = stored.tensors
     up, down = tensors["up"].flatten(1), tensors["down"].flatten(1)

@@ -27,7 +27,7 @@ from lorashrink.errors import ShapeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorashrink.delta import Dense
+    from lorashrink.engine.delta import Dense
 
 # PEFT's defaults; OneTrainer has no other values.
 _SERIES_TERMS = 5
@@ -124,7 +124,7 @@ def _butterfly(skew: Tensor, rows: Tensor) -> Tensor:
 def _delta_rows(stored: Stored) -> Dense:
     import torch
 
-    from lorashrink.delta import Dense
+    from lorashrink.engine.delta import Dense
 
     weight = _weight(stored)
     blocks = [stored.tensors[part] for part in _parts(stored.tensors)]
@@ -168,7 +168,7 @@ def _side(numbers: int) -> int:
 def _delta_columns(stored: Stored) -> Dense:
     import torch
 
-    from lorashrink.delta import Dense
+    from lorashrink.engine.delta import Dense
 
     weight, triangles = _weight(stored), stored.tensors["triangles"].double()
     count, size = len(triangles), _side(triangles.shape[1])

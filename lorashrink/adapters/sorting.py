@@ -13,7 +13,7 @@ from lorashrink.adapters import adalora, embedding, full, glora, ia3, loha, lokr
 from lorashrink.adapters.family import SHARED, Family, Infos
 from lorashrink.adapters.layer import Layer
 from lorashrink.errors import ShapeError
-from lorashrink.files import FLOATS, TensorStore
+from lorashrink.files.store import FLOATS, TensorStore
 
 # Of families with the same suffixes the first one whose marks are there wins.
 FAMILIES: tuple[Family, ...] = (

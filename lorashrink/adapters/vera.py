@@ -13,7 +13,7 @@ from lorashrink.adapters.family import Family, Infos, Needs, Shape, Stored
 from lorashrink.errors import ShapeError
 
 if TYPE_CHECKING:
-    from lorashrink.delta import Delta
+    from lorashrink.engine.delta import Delta
 
 
 def _check(infos: Infos) -> str | None:
@@ -37,7 +37,7 @@ def _rank(infos: Infos) -> int:
 
 
 def _delta(stored: Stored) -> Delta:
-    from lorashrink.delta import Delta
+    from lorashrink.engine.delta import Delta
 
     tensors, columns = stored.tensors, math.prod(stored.shape[1:])
     rows = tensors["lambda_b"].float()[:, None]

@@ -16,12 +16,12 @@ from lorashrink.bases import tables
 from lorashrink.bases.containers import open_store
 from lorashrink.bases.families import FAMILIES, recognise
 from lorashrink.bases.family import BaseFamily
-from lorashrink.bases.views import View, Views, views_id, views_shape
+from lorashrink.bases.views import BaseInfo, View, Views, views_id, views_shape
 from lorashrink.bases.weights import Weights, name_weights, relevant
 from lorashrink.errors import NotABase
-from lorashrink.files import FLOATS, TensorStore, content_fingerprint
+from lorashrink.files.disk import content_fingerprint
+from lorashrink.files.store import FLOATS, TensorStore
 from lorashrink.names import address
-from lorashrink.results import BaseInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

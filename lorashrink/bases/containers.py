@@ -7,9 +7,12 @@ from pathlib import Path
 from lorashrink.bases.gguf_file import is_gguf, open_gguf
 from lorashrink.bases.quantised import unpacked
 from lorashrink.errors import InputError, NotABase
-from lorashrink.files import TensorStore, join_stores, open_tensors, weights_file
+from lorashrink.files.reading import open_tensors
+from lorashrink.files.store import TensorStore, join_stores
 
 PART_FOLDERS = ("unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+_WEIGHT_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_VARIANTS = ("", ".fp32", ".fp16", ".bf16", ".non_ema")
 _PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 
 
@@ -54,3 +57,20 @@ def _open_folder(path: Path) -> TensorStore:
 
 def _weights(folder: Path) -> Path | None:
     return weights_file(folder) or next((folder / name for name in _PICKLES if (folder / name).is_file()), None)
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The one weights file, or shard index, of a diffusers or transformers folder.
+
+    Several variants may lie side by side; the most precise is taken and never a mixture.
+    """
+    for variant in _VARIANTS:
+        for stem in _WEIGHT_STEMS:
+            for name in (
+                f"{stem}{variant}.safetensors",
+                f"{stem}.safetensors.index{variant}.json",
+                f"{stem}{variant}.safetensors.index.json",
+            ):
+                if (folder / name).is_file():
+                    return folder / name
+    return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorashrink.errors import DamagedFile, InputError
-from lorashrink.files import TensorInfo, TensorStore, tensor_info
+from lorashrink.files.store import TensorInfo, TensorStore, tensor_info
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from lorashrink.errors import DamagedFile, InputError
-from lorashrink.files import FLOATS, TensorInfo, TensorStore, tensor_info
+from lorashrink.files.store import FLOATS, TensorInfo, TensorStore, tensor_info
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -65,3 +65,12 @@ def _part(view: View, low: int, high: int) -> View:
         return view
     offset = view.rows[0] if view.rows else 0
     return replace(view, shape=(high - low, *view.shape[1:]), rows=(offset + low, offset + high))
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """The base of a run."""
+
+    path: str
+    family: str
+    kind: str  # "file", "shards", "folder" or "norms"

@@ -8,11 +8,12 @@ from lorashrink.cli.calibrating import calibrate
 from lorashrink.cli.comparing import compare
 from lorashrink.cli.demonstrating import demo
 from lorashrink.cli.inspecting import inspect
+from lorashrink.cli.making import convert, extract, norms
 from lorashrink.cli.merging import merge
 from lorashrink.cli.overlapping import overlap
 from lorashrink.cli.refining import refine
 from lorashrink.cli.reporting import report
-from lorashrink.cli.resizing import convert, extract, norms, resize
+from lorashrink.cli.resizing import resize
 from lorashrink.cli.sweeping import sweep
 from lorashrink.cli.training import OWN_PARSER, train
 

@@ -48,7 +48,7 @@ def main_options(
 
 def split_base(files: Sequence[str], base: Path | None) -> tuple[Path | None, list[str]]:
     """The base and the adapters: the first file is the base if it looks like one and no base is given."""
-    from lorashrink.inputs import looks_like_base
+    from lorashrink.linking.inputs import looks_like_base
 
     adapters = list(files)
     if base is None and looks_like_base(adapters[0]):

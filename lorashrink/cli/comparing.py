@@ -25,7 +25,7 @@ from lorashrink.cli.printing import (
 from lorashrink.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorashrink.comparison import BlockDifference, Comparison, LayerDifference
+    from lorashrink.results.comparison import BlockDifference, Comparison, LayerDifference
 
 
 def compare(
@@ -59,7 +59,7 @@ def compare(
         base, adapters = split_base(files, base)
         if len(adapters) != 2:
             raise UsageError(f"compare: takes two adapters, A and B, and was given {len(adapters)}.")
-        from lorashrink.comparison import compare as run
+        from lorashrink.insight.comparison import compare as run
 
         comparison = run(*adapters, base=base, device=device, jobs=jobs, progress=progress)
         if plot:

@@ -16,7 +16,7 @@ from lorashrink.cli.sweeping import print_sweep
 
 if TYPE_CHECKING:
     from lorashrink.demonstration import Demo
-    from lorashrink.tables import AdapterTable
+    from lorashrink.results.inspection import AdapterTable
 
 
 def demo(

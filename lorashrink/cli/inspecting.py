@@ -26,7 +26,7 @@ from lorashrink.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorashrink.tables import AdapterTable, Inspection
+    from lorashrink.results.inspection import AdapterTable, Inspection
 
 
 def inspect(
@@ -56,7 +56,7 @@ def inspect(
     Example: lorashrink inspect model.safetensors lora.safetensors
     """
     with session(verbose, quiet, debug, as_json) as progress:
-        from lorashrink.inspection import inspect as run
+        from lorashrink.insight.inspection import inspect as run
 
         spectra, heat = (plot and plot.with_name(f"{plot.stem}_{what}{plot.suffix}") for what in ("spectra", "norms"))
         for path in (as_csv, spectra, heat):

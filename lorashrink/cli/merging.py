@@ -59,13 +59,13 @@ def merge(
     Example: lorashrink merge style.safetensors:0.7 hero.safetensors:0.5 -r rank=32 -o both.safetensors
     """
     with session(verbose, quiet, debug, as_json) as progress:
-        from lorashrink import recipe as recipes
+        from lorashrink.recipes import grammar as recipes
 
         recipes.parse_recipes(recipe or [])  # before torch is imported: a typo is answered at once
         check_result(as_csv, files, force)
         base, adapters = split_base(files, base)
-        from lorashrink.merging import EVERYTHING
-        from lorashrink.merging import merge as run
+        from lorashrink.making.merging import EVERYTHING
+        from lorashrink.making.merging import merge as run
 
         report = run(
             adapters,

@@ -24,7 +24,7 @@ from lorashrink.cli.printing import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorashrink.stacks import BlockOverlap, LayerOverlap, Overlap, Table
+    from lorashrink.results.overlap import BlockOverlap, LayerOverlap, Overlap, Table
 
 _SHOWN = 8  # layers and blocks without -v
 
@@ -56,7 +56,7 @@ def overlap(
     Example: lorashrink overlap style.safetensors:0.8 hero.safetensors:0.6 --base model.safetensors
     """
     with session(verbose, quiet, debug, as_json) as progress:
-        from lorashrink.inputs import split_weight
+        from lorashrink.linking.inputs import split_weight
 
         base, adapters = split_base(files, base)
         for path in (as_csv, plot):
@@ -65,7 +65,7 @@ def overlap(
             from lorashrink.plots import style
 
             style.check(plot)
-        from lorashrink.overlapping import overlap as run
+        from lorashrink.insight.overlapping import overlap as run
 
         result = run(adapters, base=base, limit=limit, device=device, jobs=jobs, progress=progress)
         if plot:
@@ -98,7 +98,7 @@ def _row(layer: LayerOverlap) -> dict[str, Any]:
 
 
 def _print_overlap(result: Overlap, verbose: int) -> None:
-    from lorashrink.stacks import short_names
+    from lorashrink.results.overlap import short_names
 
     console = new_console()
     members = result.adapters

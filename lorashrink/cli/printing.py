@@ -39,7 +39,7 @@ def print_json(document: object) -> None:
 
 
 def check_result(path: Path | None, inputs: Sequence[str], force: bool) -> None:
-    from lorashrink.files import check_output
+    from lorashrink.files.disk import check_output
 
     if path is not None:
         try:
@@ -49,7 +49,7 @@ def check_result(path: Path | None, inputs: Sequence[str], force: bool) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    from lorashrink.files import write_bytes
+    from lorashrink.files.disk import write_bytes
 
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]) if rows else [])

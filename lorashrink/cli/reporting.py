@@ -69,7 +69,7 @@ def report(
         base, adapters = split_base(adapter, base)
         if len(adapters) > 1:
             raise UsageError(f"{adapters[1]}: a report is about one adapter.")
-        from lorashrink.reporting import report as run
+        from lorashrink.reports.report import report as run
 
         result = run(
             adapters[0],

@@ -15,7 +15,7 @@ import typer
 from lorashrink.cli.printing import cells, plain
 
 if TYPE_CHECKING:
-    from lorashrink.results import FileResult, Report
+    from lorashrink.results.shrinking import FileResult, Report
 
 # So many files get a line each in a summary; of more, only with -v.
 LINES = 40
@@ -58,7 +58,7 @@ class Gathered:
 
     def csv(self, report: Report) -> Iterator[bytes]:
         """The pieces of a table with a line for each layer."""
-        from lorashrink.results import LayerResult
+        from lorashrink.results.shrinking import LayerResult
 
         assert self._csv
         yield ",".join(["output", *(field.name for field in fields(LayerResult))]).encode() + b"\r\n"

@@ -40,7 +40,7 @@ from lorashrink.cli.printing import (
 from lorashrink.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorashrink.sweeping import Pictures, Point, Sweep
+    from lorashrink.results.sweep import Pictures, Point, Sweep
 
 
 def sweep(
@@ -97,7 +97,7 @@ def sweep(
         base, adapters = split_base(adapter, base)
         if len(adapters) > 1:
             raise UsageError(f"{adapters[1]}: a sweep takes one adapter.")
-        from lorashrink.sweeping import sweep as run
+        from lorashrink.sweeping.sweep import sweep as run
 
         result = run(
             adapters[0],
@@ -173,7 +173,7 @@ def print_sweep(result: Sweep) -> None:
 
 def _likeness(pictures: Pictures | None) -> dict[str, str]:
     """Title of each measure -> its mean as text."""
-    from lorashrink.likeness import MEASURES
+    from lorashrink.pictures.likeness import MEASURES
 
     means = {name: statistics.fmean(values) for name, values in pictures.values.items()} if pictures else {}
     return {measure.title: measure.text(means[measure.name]) for measure in MEASURES if measure.name in means}

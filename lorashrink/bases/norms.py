@@ -1,0 +1,171 @@
+"""Frobenius and spectral norms of base weights, computed once per base and kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorashrink.bases import Base, Views, open_base, table_bytes, views_id
+from lorashrink.engine.devices import worker_pool
+from lorashrink.engine.norms import frobenius, spectral
+from lorashrink.errors import NonFinite, NotABase, OutputError
+from lorashrink.files.disk import check_output, write_bytes
+
+if TYPE_CHECKING:
+    from lorashrink.bases import View
+
+log = logging.getLogger(__name__)
+
+# Part of the cache key: change it whenever the numbers may change.
+ALGORITHM = 2
+
+# A file changed this recently could change again within the resolution of its time stamps.
+_SETTLED_SECONDS = 2.0
+
+Norms = dict[str, dict[str, float]]
+
+_COMPUTE: dict[str, Callable[[Base, Views], float]] = {
+    "fro": lambda base, views: math.hypot(*(_frobenius_of(base, view) for view in views)),
+    "spn": lambda base, views: spectral(base.weight(views)),
+}
+
+
+def _frobenius_of(base: Base, view: View) -> float:
+    assert base.store is not None, "norm tables are answered before anything is computed"
+    return frobenius(base.store.read(view.key, view.rows))
+
+
+class BaseNorms:
+    """The norms of one base's weights: from its norm table, the user's cache, or the weights themselves."""
+
+    def __init__(self, base: Base, *, cache: bool = True) -> None:
+        self.base = base
+        self._place = _cache_file(base) if cache and base.store is not None else None
+        self._known: Norms = {key: dict(value) for key, value in base.norms.items()}
+        if self._place:
+            self._known = _load(self._place)
+
+    def look_up(
+        self,
+        wanted: Iterable[Views],
+        names: Collection[str],
+        *,
+        pool: Executor | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Norms:
+        """The norms `names` ("fro", "spn") of base weights, by `views_id`; what is missing is computed and cached.
+
+        Raises NonFinite if a weight holds NaN or infinity.
+        """
+        views = {views_id(item): item for item in wanted}
+        missing = [(key, name) for key in views for name in sorted(names) if name not in self._known.get(key, {})]
+
+        def compute(job: tuple[str, str]) -> float:
+            key, name = job
+            value = _COMPUTE[name](self.base, views[key])
+            if not math.isfinite(value):
+                raise NonFinite(f"{self.base.path}: the weight {key} contains NaN or infinity; use another copy of it.")
+            return value
+
+        values = map(compute, missing) if pool is None else pool.map(compute, missing)
+        for count, ((key, name), value) in enumerate(zip(missing, values, strict=True), 1):
+            self._known.setdefault(key, {})[name] = value
+            if progress:
+                progress(count, len(missing))
+        if missing and self._place:
+            _save(self._place, self.base, self._known)
+        return {key: {name: self._known[key][name] for name in names} for key in views}
+
+
+# --- cache --------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where norms are kept between runs."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("lorashrink", appauthor=False) / "norms"
+
+
+def _cache_file(base: Base) -> Path:
+    """A name that no other content can have: sampled contents, and the identity and times of every file."""
+    assert base.store is not None
+    digest = hashlib.sha256(f"{ALGORITHM} {base.fingerprint}".encode())
+    for path in base.store.files:
+        stat = path.stat()
+        digest.update(f" {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}".encode())
+    return cache_folder() / f"{digest.hexdigest()[:40]}.json"
+
+
+def _load(place: Path) -> Norms:
+    try:
+        stored = json.loads(place.read_text(encoding="utf-8"))
+        return {str(key): {str(k): float(v) for k, v in value.items()} for key, value in stored.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError):
+        log.warning("%s: unreadable, norms are computed anew", place)
+        return {}
+
+
+def _save(place: Path, base: Base, known: Norms) -> None:
+    assert base.store is not None
+    newest = max(max(stat.st_mtime, stat.st_ctime) for stat in (path.stat() for path in base.store.files))
+    if time.time() - newest < _SETTLED_SECONDS or place != _cache_file(base):
+        return  # the base is being written: what was read may not be what will stay
+    there = _load(place)  # another process may have added to it
+    merged = {key: {**there.get(key, {}), **known.get(key, {})} for key in {*there, *known}}
+    try:
+        write_bytes(place, json.dumps(merged, sort_keys=True).encode())
+    except OutputError as error:
+        log.warning("norms are not cached: %s", error)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NormTable:
+    """A written norm table."""
+
+    path: str
+    base: str
+    family: str
+    weights: int
+    bytes: int
+
+
+def norms(
+    base: str | Path,
+    output: str | Path,
+    *,
+    force: bool = False,
+    jobs: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> NormTable:
+    """Write a norm table: a small file that stands in for the base wherever only norms are needed.
+
+    It holds the Frobenius and the spectral norm of every weight that an adapter can change. Raises InputError,
+    NotABase, NonFinite, and OutputError if `output` exists and `force` is not set.
+    """
+    place = Path(output)
+    if place.suffix != ".json":
+        raise OutputError(f"{output}: a norm table is a JSON file; give a name that ends in .json.")
+    check_output(place, force=force, inputs=[Path(base)])
+    with open_base(base) as opened, worker_pool(jobs) as pool:
+        if opened.store is None:
+            raise NotABase(f"{base}: is a norm table already.")
+        report = partial(progress, "norms of the base") if progress else None
+        known = BaseNorms(opened).look_up(opened.all_views, ("fro", "spn"), pool=pool, progress=report)
+        data = table_bytes(opened, known)
+        write_bytes(place, data)
+        return NormTable(str(place), str(base), opened.family.name, len(known), len(data))

@@ -1,0 +1,1 @@
+"""Calibrated shrinking: statistics of a running model, and refinement."""

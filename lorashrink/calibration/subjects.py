@@ -1,0 +1,149 @@
+"""The model that is observed during calibration: a diffusion pipeline or a language model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lorashrink.bases import Base
+from lorashrink.calibration.sites import Modules, module_at, modules_of
+from lorashrink.calibration.watching import Recorder, watch_picture, watch_text
+from lorashrink.errors import InputError, UsageError
+from lorashrink.pictures.drawing import Shot, shots_of
+from lorashrink.pictures.pipelines import KINDS, Kind, check_packages, open_pipeline, pipeline_kind
+from lorashrink.pictures.prompts import Prompt, read_prompts
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+# What most pictures are made of. Statistics belong to the model: what is drawn matters little.
+PROMPTS = (
+    "a photo of a cat on a wooden chair",
+    "a portrait of an old woman, soft light",
+    "a mountain lake at sunrise",
+    "a busy street in a city at night, rain",
+    "a bowl of fruit, oil painting",
+    "a red sports car, studio photo",
+    "a castle on a hill, pencil drawing",
+    "a girl with an umbrella, anime style",
+)
+
+
+def model_dtype(dtype: str, device: str) -> str:
+    """torch's name of what `auto` or one of `DTYPES` means here. Raises UsageError."""
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"dtype: '{dtype}' is not one of auto, {', '.join(DTYPES)}.")
+    return DTYPES["fp32" if device == "cpu" else "bf16"] if dtype == "auto" else DTYPES[dtype]
+
+
+class Subject(NamedTuple):
+    """A loaded model, and what it is made to do."""
+
+    model: Any
+    modules: Modules
+    layout: str  # of the names
+    runs: Sequence[Any]  # JSON, one per picture or text
+    passes: int  # per run
+    forwards: int  # per run
+    watch: Callable[[int, Recorder, Callable[[], None]], None]
+
+
+def open_subject(
+    model: Path,
+    base: Base,
+    prompts: str | Path | None,
+    text: str | Path | None,
+    seeds: Sequence[int],
+    steps_used: int,
+    device: str,
+    dtype: str,
+) -> Subject:
+    if model.is_dir() and not (model / "model_index.json").is_file():
+        if text is None:
+            raise UsageError(f"{model}: is a language model; give a file of texts with --text.")
+        return _language_model(model, Path(text), seeds, steps_used, device, dtype)
+    if text is not None:
+        raise UsageError(f"{model}: draws pictures; give --prompts instead of --text.")
+    check_packages()
+    kind = KINDS[pipeline_kind(model)]
+    pipeline, shots = open_frozen(model, kind, prompts, seeds, device, dtype)
+    steps = min(shot.prompt.steps for shot in shots)
+    used = min(steps_used, steps)
+
+    def watch(number: int, recorder: Recorder, progress: Callable[[], None]) -> None:
+        watch_picture(pipeline, kind.denoiser, recorder, request([shots[number]], kind), used, progress)
+
+    runs = [[asdict(shot.prompt), shot.start] for shot in shots]
+    return Subject(pipeline, modules_of(pipeline, base), "diffusers", runs, used, steps - used, watch)
+
+
+def open_frozen(
+    model: Path, kind: Kind, prompts: str | Path | None, seeds: Sequence[int], device: str, dtype: str
+) -> tuple[Any, tuple[Shot, ...]]:
+    """A pipeline of which gradients are wanted, but not those of its weights, and what it draws.
+
+    prompts: a file; None stands for `PROMPTS`. Raises as `open_pipeline` and `read_prompts`.
+    """
+    asked = None if prompts is None else read_prompts(Path(prompts))
+    pipeline = open_pipeline(model, device=device, dtype=dtype)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+    if device != "cpu":
+        getattr(pipeline, kind.denoiser).enable_gradient_checkpointing()
+    return pipeline, shots_of(asked or _usual_prompts(pipeline, kind.scale), seeds)
+
+
+def _usual_prompts(pipeline: Any, scale: float) -> tuple[Prompt, ...]:
+    side = int(pipeline.default_sample_size) * pipeline.vae_scale_factor
+    return tuple(Prompt(text, width=side, height=side, steps=20, scale=scale) for text in PROMPTS)
+
+
+def request(shots: Sequence[Shot], kind: Kind) -> dict[str, Any]:
+    """The arguments of the pipeline for shots of equal size and guidance; the noise is that of the first."""
+    prompt = shots[0].prompt
+    return {
+        "prompt": [shot.prompt.prompt for shot in shots],
+        "width": prompt.width,
+        "height": prompt.height,
+        "num_inference_steps": prompt.steps,
+        "guidance_scale": prompt.scale,
+        "generator": torch.Generator().manual_seed(shots[0].start),
+        **({"negative_prompt": [shot.prompt.negative for shot in shots]} if kind.negative else {}),
+    }
+
+
+def _language_model(model: Path, text: Path, seeds: Sequence[int], probes: int, device: str, dtype: str) -> Subject:
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError("language models need transformers: pip install 'lorashrink[pictures]'") from None
+    try:
+        lines = [line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        named = " ".join(config.get("architectures") or [])
+        causal = "CausalLM" in named or "LMHead" in named
+        loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        network = loader.from_pretrained(model, dtype=getattr(torch, dtype), local_files_only=True).to(device).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{model}, {text}: cannot be read ({str(error).splitlines()[0]}).") from error
+    if not lines:
+        raise UsageError(f"{text}: no text in it.")
+    network.requires_grad_(False)
+    runs = [(line, seed) for line in lines for seed in seeds]
+
+    def watch(number: int, recorder: Recorder, progress: Callable[[], None]) -> None:
+        line, seed = runs[number]
+        tokens = tokenizer(line, return_tensors="pt", truncation=True, max_length=_WINDOW).to(device)
+        watch_text(network, tokens, recorder, probes, seed * len(lines) + number, progress)
+
+    return Subject(network, lambda _, name: module_at(network, name), "native", runs, probes, 0, watch)
+
+
+_WINDOW = 512  # tokens of a text

@@ -1,0 +1,1 @@
+"""The engine: ΔW in factored form, its spectrum, and truncated factors."""

@@ -1,0 +1,173 @@
+"""Gram matrices of factors, and singular values and vectors from them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorashrink.engine.delta import Delta
+
+# A Gram matrix squares the condition number: below sqrt(eps64)·σ_1 nothing is trustworthy, and counts as 0.
+SIGMA_FLOOR = 2.0**-26
+
+# Up to this spread of its Cholesky root's diagonal a factor is as good as any; trained ones stay far below.
+GOOD_SPREAD = 2.0**7
+
+# A Cholesky root whose diagonal spans more than this is too near to singular to be inverted.
+MAX_SPREAD = 2.0**20
+
+# Eigenvalues of a singular Gram matrix below this part of the largest are rounding.
+GRAM_CLIP = 2.0**-44
+
+# Numbers converted to float64 at a time, so that on a CPU they are used while still in its cache.
+CPU_BLOCK = 1 << 17
+
+# From this rank on, three products of a quarter of the size are faster than one product.
+_SPLIT_RANK = 96
+
+
+class Grams(NamedTuple):
+    """The two Gram matrices of one layer, float64 [r, r]."""
+
+    down: Tensor  # down · downᵀ, or down · C · downᵀ with C the mean of x·xᵀ over the layer's inputs
+    up: Tensor  # upᵀ · up, or upᵀ · G · up with G the sum of g·gᵀ over the gradients at its outputs
+
+
+# --- many small problems ------------------------------------------------------------------------
+
+
+def solve(gram_down: Tensor, gram_up: Tensor, *, clip: float = GRAM_CLIP) -> tuple[Tensor, Tensor, Tensor]:
+    """Spectra of L layers from their Gram matrices, both [L, r, r] float64, on any device.
+
+    Returns sigma [L, r], left and right [L, r, r] in float64. A layer with NaN or infinity gets NaN.
+    """
+    # Squares of float32 numbers, and products of these, are far inside the range of float64.
+    finite = torch.isfinite(trace_of_product(gram_down) + trace_of_product(gram_up))
+    if not finite.all():
+        gram_down, gram_up = (torch.where(finite[:, None, None], gram, 0) for gram in (gram_down, gram_up))
+    root, other, swapped, singular = _roots(gram_down, gram_up, clip)
+    values, vectors = torch.linalg.eigh(root.mT @ other @ root)
+    sigma, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
+    sigma = torch.where(sigma > SIGMA_FLOOR * sigma[:, :1], sigma, 0)
+    half = sigma.sqrt()
+    left = root @ vectors * torch.where(half > 0, 1 / half, 0)[:, None, :]
+    right = _solved(root, vectors * half[:, None, :], singular).mT
+    if swapped.any():
+        left, right = torch.where(swapped, right.mT, left), torch.where(swapped, left.mT, right)
+    return torch.where(finite[:, None], sigma, math.nan), left, right
+
+
+def _solved(root: Tensor, vectors: Tensor, singular: Tensor) -> Tensor:
+    """root⁻ᵀ · vectors. Singular roots have orthogonal columns, of which those of length 0 are left out."""
+    solved: Tensor
+    if not singular.any():
+        solved = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+        return solved
+    solved = torch.empty_like(vectors)
+    solved[~singular] = torch.linalg.solve_triangular(root[~singular].mT, vectors[~singular], upper=True)
+    square = (root[singular] ** 2).sum(-2)  # lengths of the columns, squared
+    solved[singular] = root[singular] * torch.where(square > 0, 1 / square, 0)[:, None, :] @ vectors[singular]
+    return solved
+
+
+def trace_of_product(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _roots(gram_down: Tensor, gram_up: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(root, the Gram matrix of the other factor, swapped [L, 1, 1], singular [L]), root·rootᵀ a Gram matrix.
+
+    That of `down`, or where `down` is nearly singular and `up` is less so, that of `up`; then the transposed
+    problem is solved, and `swapped` says so. Where both are singular, the root is made of eigenvectors.
+    """
+    root, spread = _cholesky(gram_down)
+    swapped = torch.zeros_like(spread, dtype=torch.bool)[:, None, None]
+    other = gram_up
+    if (spread > GOOD_SPREAD).any():
+        root_up, spread_up = _cholesky(gram_up)
+        swapped = ((spread > GOOD_SPREAD) & (spread_up < spread))[:, None, None]
+        root, other = torch.where(swapped, root_up, root), torch.where(swapped, gram_down, gram_up)
+        spread = torch.where(swapped[:, 0, 0], spread_up, spread)
+    singular = spread > MAX_SPREAD
+    if singular.any():
+        swapped, other = swapped & ~singular[:, None, None], torch.where(singular[:, None, None], gram_up, other)
+        values, vectors = torch.linalg.eigh(gram_down[singular])
+        kept = values > clip * values[:, -1:]
+        root[singular] = vectors * torch.where(kept, values, 0).sqrt()[:, None, :]
+    return root, other, swapped, singular
+
+
+def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """(lower root, ratio of the largest to the smallest number on its diagonal; inf where there is no root)."""
+    root, failed = torch.linalg.cholesky_ex(gram)
+    diagonal = root.diagonal(dim1=-2, dim2=-1)
+    spread = diagonal.amax(-1) / diagonal.amin(-1)
+    return root, torch.where((failed == 0) & (spread > 0), spread, math.inf)
+
+
+# --- Gram matrices ------------------------------------------------------------------------------
+
+
+def grams(deltas: Sequence[Delta], device: torch.device) -> Grams:
+    """The Gram matrices of layers of equal rank, both stacked to [L, r, r]; the scale is not contained."""
+    return Grams(
+        _stacked_grams([delta.down for delta in deltas], device, columns=False),
+        _stacked_grams([delta.up for delta in deltas], device, columns=True),
+    )
+
+
+def _stacked_grams(factors: Sequence[Tensor], device: torch.device, *, columns: bool) -> Tensor:
+    """[L, r, r] of factors [r, n], or [n, r] if `columns`; equal shapes go through one batched product."""
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, factor in enumerate(factors):
+        # On a CPU stacking pays only for small layers; a large one fills the machine by itself.
+        alone = device.type == "cpu" and factor.numel() > CPU_BLOCK // 4
+        groups[(factor.shape, factor.dtype, index if alone else None)].append(index)
+    rank = factors[0].shape[1 if columns else 0]
+    result = torch.empty(len(factors), rank, rank, dtype=torch.float64, device=device)
+    for indices in groups.values():
+        stacked = _stacked([factors[i] for i in indices], device)
+        result[indices] = factor_gram(stacked, columns=columns)
+    return result
+
+
+def _stacked(factors: Sequence[Tensor], device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        shape = (len(factors), *factors[0].shape)
+        pinned = torch.empty(shape, dtype=factors[0].dtype, pin_memory=True)
+        torch.stack(list(factors), out=pinned)
+        return pinned.to(device, non_blocking=True)
+    return factors[0][None] if len(factors) == 1 else torch.stack(list(factors)).to(device)
+
+
+def factor_gram(factors: Tensor, *, columns: bool) -> Tensor:
+    """[L, r, r] float64 of factors [L, r, n], or [L, n, r] if `columns`."""
+    count, rank = factors.shape[0], factors.shape[2 if columns else 1]
+    total = torch.zeros(count, rank, rank, dtype=torch.float64, device=factors.device)
+    block = max(64, CPU_BLOCK // (count * rank)) if factors.device.type == "cpu" else factors.numel()
+    for part in torch.split(factors, block, dim=1 if columns else 2):
+        # half precision to float32 is one instruction, to float64 it is not
+        wide = (part.float() if part.element_size() == 2 else part).double()
+        _add_square(total, wide.mT if columns else wide)
+    half = rank // 2
+    if rank >= _SPLIT_RANK:
+        total[:, :half, half:] = total[:, half:, :half].mT
+    return total
+
+
+def _add_square(total: Tensor, wide: Tensor) -> None:
+    """total [L, r, r] += wide · wideᵀ, of large ones without the upper right quarter, which mirrors the lower left."""
+    rank = wide.shape[1]
+    if rank < _SPLIT_RANK:
+        total.baddbmm_(wide, wide.mT)
+        return
+    half = rank // 2
+    top, bottom = wide[:, :half], wide[:, half:]
+    total[:, :half, :half].baddbmm_(top, top.mT)
+    total[:, half:, half:].baddbmm_(bottom, bottom.mT)
+    total[:, half:, :half].baddbmm_(bottom, top.mT)

@@ -1,0 +1,340 @@
+"""What several ΔW of one weight have to do with each other, and what their weighted sum is like, from their factors.
+
+With the factors of all of them side by side, U = [up_1 | up_2 | ...] and V = [down_1; down_2; ...], two products, UᵀU
+and VVᵀ, hold everything: <ΔW_i, ΔW_j> is the sum over block (i, j) of UᵀU ∘ VVᵀ, the singular vectors of ΔW_i are
+combinations of the columns of block i, and the sum's singular values are those of U·diag(w)·V. All r×r work is in
+float64.
+
+How much two subspaces overlap is ‖Q_iᵀ·Q_j‖_F² / min(k_i, k_j), the mean of cos² of their principal angles (LoRA,
+https://arxiv.org/abs/2106.09685, section 7.2): 1 if one lies in the other, 0 if they are orthogonal. The subspaces are
+those of the dimensions that carry 90 % of the energy: those of whole spectra would be mostly noise, and vectors of
+small singular values have few digits.
+
+Tensors in, tensors out: this module knows nothing of files, names or adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lorashrink.engine.delta import AnyDelta, Delta, Dense, Kronecker
+from lorashrink.engine.gram import SIGMA_FLOOR, solve
+
+ENERGY = 0.9  # share of Σσ² in the dimensions whose subspaces are compared
+
+_TIE = 1e-6  # singular values this close, relative, are in a subspace together: their vectors are not unique
+
+# Sums of squares that cancel to less than this part of what was added have lost more than 9 of their 16 digits.
+_CANCELLED = 2.0**-20
+
+_QUARTERS = 4  # strips of a Gram matrix, whose halves above the diagonal are not computed
+
+_BLOCK = 1 << 19  # numbers converted to float64 at a time
+
+# Up to this rank the sum is decomposed as any layer; above, only its largest singular values are.
+_WHOLE_RANK = 256
+
+_START = 12  # columns of an iteration's block
+
+_STEPS = 60
+
+_CONVERGED = 1e-8  # relative growth of σ² in a step
+
+_EXHAUSTED = 1e-13  # what is new in a step, relative to the squares of what it was made of, that is but rounding
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Interaction:
+    """A matrices that are added to one weight; all tensors are float64 on the CPU, one line per matrix.
+
+    `broken` are the places of those that hold NaN or infinity; then nothing else is known.
+    """
+
+    broken: tuple[int, ...]
+    products: Tensor  # [A, A] <ΔW_i, ΔW_j>; on the diagonal ‖ΔW_i‖_F²
+    spectral: Tensor  # [A] σ_1 of ΔW_i
+    dimensions: Tensor  # [A] how many carry the energy
+    left: Tensor  # [A, A] overlap of the left subspaces
+    right: Tensor  # [A, A]
+    total: tuple[float, float, float]  # ‖Σ w_i·ΔW_i‖_F, and the sum's σ_1 and σ_2
+    shares: Tensor  # [A] part of the sum's σ_1 that is w_i·ΔW_i: u_1ᵀ·(w_i·ΔW_i)·v_1 / σ_1; 0 if it is 0
+
+
+def interaction(
+    ups: Tensor,
+    downs: Tensor,
+    scales: Sequence[float],
+    ranks: Sequence[int],
+    weights: Sequence[float],
+    device: torch.device,
+) -> Interaction:
+    """Everything about ΔW_i = up_i · diag(scale_i) · down_i, each with its weight w_i in the sum.
+
+    ups [out, R] and downs [R, in·kh·kw] hold the factors side by side, `ranks` columns for each, of any float dtype;
+    `scales` has a number for every column. O((out + in)·R²); nothing of the size of ΔW is formed unless the factors
+    are larger than all ΔW together.
+    """
+    count, (rows, width), rank = len(ranks), (ups.shape[0], downs.shape[1]), ups.shape[1]
+    scale = torch.tensor(scales, dtype=torch.float64, device=device)
+    weight = torch.tensor(weights, dtype=torch.float64, device=device)
+    if rank * (rows + width) > count * rows * width:
+        up, down = ups.to(device).double() * scale, downs.to(device).double()
+        return _of_matrices(_matrices(up, down, ranks), weight)
+    gram_up, gram_down = _gram(ups.mT, device, scale), _gram(downs, device)
+    # before any sums over blocks, which would carry NaN from one to the others
+    squares = gram_up.diagonal() * gram_down.diagonal()
+    if broken := _not_finite([squares[block].sum() for block in _blocks(ranks)]):
+        return _broken(broken, count)
+    products = _block_sums(gram_up * gram_down, ranks)
+    lengths = [gram.diagonal() @ _member(ranks, device) for gram in (gram_up, gram_down)]
+    sizes = (lengths[0] * lengths[1]).sqrt()  # no less than the norms of ΔW
+    whole = float(weight @ products @ weight)
+    if whole < _CANCELLED * float(weight.abs() @ sizes) ** 2 or _cancelled(products.diagonal(), sizes**2):
+        up, down = ups.to(device).double() * scale, downs.to(device).double()
+        cores = (torch.linalg.qr(factor, mode="r").R for factor in (up, down.mT))
+        return _of_matrices(_matrices(next(cores), next(cores).mT, ranks), weight)
+    return _of_grams(gram_up, gram_down, products, ranks, weight)
+
+
+def _cancelled(sums: Tensor, sizes: Tensor) -> bool:
+    return bool((sums < _CANCELLED * sizes).any())
+
+
+def _gram(factor: Tensor, device: torch.device, scale: Tensor | None = None) -> Tensor:
+    """[R, R] float64 of a factor [R, n], whose rows may have a scale; blocks above the diagonal mirror those below."""
+    rank = len(factor)
+    total = torch.zeros(rank, rank, dtype=torch.float64, device=device)
+    ends = [rank * place // _QUARTERS for place in range(_QUARTERS + 1)]
+    for part in torch.split(factor, max(64, _BLOCK // rank), 1):
+        wide = part.to(device).double() if scale is None else part.to(device).double() * scale[:, None]
+        for low, high in pairwise(ends):
+            total[low:high, :high].addmm_(wide[low:high], wide[:high].mT)
+    for low, high in pairwise(ends):
+        total[:low, low:high] = total[low:high, :low].mT
+    return total
+
+
+def factors(delta: AnyDelta) -> Delta:
+    """Two factors whose product is exactly ΔW; those of a matrix are itself and the identity on its shorter side."""
+    if isinstance(delta, Delta):
+        return delta
+    if isinstance(delta, Dense):
+        matrix, side = delta.matrix, torch.eye(delta.rank, dtype=torch.float64)
+        tall = matrix.shape[0] > matrix.shape[1]
+        return Delta(matrix if tall else side, side if tall else matrix, delta.scale, delta.shape)
+    return _kronecker_factors(delta)
+
+
+def _kronecker_factors(delta: Kronecker) -> Delta:
+    """first ⊗ (up·down) is (1 ⊗ up)·(first ⊗ down), and (first ⊗ up)·(1 ⊗ down), of which one has the lower rank."""
+    first, second = delta.first.matrix.double(), factors(delta.second)
+    up, down, side = second.up.double(), second.down.double(), torch.eye(delta.first.rank, dtype=torch.float64)
+    tall = first.shape[0] > first.shape[1]
+    pair = (torch.kron(first, up), torch.kron(side, down)) if tall else (torch.kron(side, up), torch.kron(first, down))
+    return Delta(*pair, delta.first.scale * second.scale, delta.shape)
+
+
+# --- from Gram matrices -------------------------------------------------------------------------
+
+
+def _of_grams(
+    gram_up: Tensor, gram_down: Tensor, products: Tensor, ranks: Sequence[int], weight: Tensor
+) -> Interaction:
+    blocks = _blocks(ranks)
+    spectra = _spectra(gram_up, gram_down, blocks)
+    counts = [_dimensions(sigma) for sigma, _, _ in spectra]
+    halves = [torch.where(sigma > 0, 1 / sigma.sqrt(), 0) for sigma, _, _ in spectra]
+    lefts = [left[:, :k] * half[:k] for (_, left, _), half, k in zip(spectra, halves, counts, strict=True)]
+    rights = [right[:k].mT * half[:k] for (_, _, right), half, k in zip(spectra, halves, counts, strict=True)]
+    columns = weight.repeat_interleave(torch.tensor(ranks, device=weight.device))
+    first, second, top = _top(gram_up, gram_down, columns, _starts(blocks, rights, weight))
+    parts = columns * top * (gram_up @ (columns * top))
+    shares = torch.stack([parts[block].sum() for block in blocks])
+    return Interaction(
+        (),
+        products.cpu(),
+        torch.stack([sigma[0] for sigma, _, _ in spectra]).cpu(),
+        torch.tensor(counts, dtype=torch.float64),
+        _overlaps(gram_up, blocks, lefts).cpu(),
+        _overlaps(gram_down, blocks, rights).cpu(),
+        (float((weight @ products @ weight).clamp(min=0).sqrt()), first, second),
+        (shares / first**2 if first > 0 else torch.zeros_like(shares)).cpu(),
+    )
+
+
+def _blocks(ranks: Sequence[int]) -> list[slice]:
+    ends = [sum(ranks[:place]) for place in range(len(ranks) + 1)]
+    return [slice(start, stop) for start, stop in pairwise(ends)]
+
+
+def _block_sums(matrix: Tensor, ranks: Sequence[int]) -> Tensor:
+    """[A, A] sums over the blocks of a matrix [R, R]."""
+    member = _member(ranks, matrix.device)
+    return member.mT @ matrix @ member
+
+
+def _member(ranks: Sequence[int], device: torch.device) -> Tensor:
+    """[R, A] 1 where a column belongs to a matrix, else 0."""
+    owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+    return torch.nn.functional.one_hot(owner, len(ranks)).to(device, torch.float64)
+
+
+def _spectra(gram_up: Tensor, gram_down: Tensor, blocks: Sequence[slice]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(sigma [r], left [r, r], right [r, r]) of each matrix as `solve` gives them, those of equal rank together."""
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for rank in {block.stop - block.start for block in blocks}:
+        places = [place for place, block in enumerate(blocks) if block.stop - block.start == rank]
+        stacked = (torch.stack([gram[blocks[i], blocks[i]] for i in places]) for gram in (gram_down, gram_up))
+        found |= {place: (s, u, v) for place, s, u, v in zip(places, *solve(*stacked), strict=True)}
+    return [found[place] for place in range(len(blocks))]
+
+
+def _dimensions(sigma: Tensor) -> int:
+    """How many of the largest singular values carry the energy; none of zero."""
+    energies = (sigma**2).cumsum(0)
+    if not energies[-1] > 0:
+        return 0
+    count = min(len(sigma), int((energies < ENERGY * energies[-1]).sum()) + 1)
+    return int((sigma >= (1 - _TIE) * sigma[count - 1]).sum())
+
+
+def _overlaps(gram: Tensor, blocks: Sequence[slice], maps: Sequence[Tensor]) -> Tensor:
+    """[A, A] overlaps of the subspaces whose orthonormal bases are factor_i · map_i, from the factors' Gram matrix."""
+    lines = torch.cat([each.mT @ gram[block] for block, each in zip(blocks, maps, strict=True)])  # [K, R]
+    cosines = torch.cat([lines[:, block] @ each for block, each in zip(blocks, maps, strict=True)], 1)  # [K, K]
+    return _mean_squares(cosines, [each.shape[1] for each in maps])
+
+
+def _mean_squares(cosines: Tensor, counts: Sequence[int]) -> Tensor:
+    """[A, A] Σcos² / min(k_i, k_j) over the blocks of Q_iᵀ·Q_j; 0 for an empty block."""
+    number = torch.tensor(counts, dtype=torch.float64, device=cosines.device)
+    fewest = torch.minimum(number[:, None], number)
+    sums = _block_sums(cosines**2, counts)
+    return torch.where(fewest > 0, sums / fewest, 0).clamp(max=1)
+
+
+def _top(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor) -> tuple[float, float, Tensor]:
+    """(σ_1, σ_2, down·v_1 [R]) of the weighted sum, up · diag(columns) · down, from Gram matrices."""
+    if len(columns) > _WHOLE_RANK:
+        return _largest(gram_up, gram_down, columns, start)
+    sigma, _, right = (part[0] for part in solve(gram_down[None], (gram_up * torch.outer(columns, columns))[None]))
+    second = float(sigma[1]) if len(sigma) > 1 else 0.0
+    return float(sigma[0]), second, gram_down @ right[0] / sigma[0].sqrt().clamp(min=torch.finfo(sigma.dtype).tiny)
+
+
+def _starts(blocks: Sequence[slice], rights: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """[R, b]: the first right vectors of all matrices, from which an iteration for the sum begins."""
+    each = max(1, _START // len(blocks))
+    start = torch.zeros(blocks[-1].stop, _START, dtype=torch.float64, device=weight.device)
+    for place, (block, right) in enumerate(zip(blocks, rights, strict=True)):
+        some, first = right[:, :each], place * each % _START
+        start[block, first : first + some.shape[1]] = some * weight[place]
+    return start
+
+
+def _largest(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor) -> tuple[float, float, Tensor]:
+    """The same for high ranks, where a whole decomposition would take much longer than all of the rest.
+
+    Block Krylov iteration for the eigenvalues of gram_up · gram_down, which is symmetric in the inner product of
+    gram_down, with full orthogonalisation (Golub & Van Loan, Matrix Computations, 10.3.6); to about 1e-8 relative,
+    worst where the largest singular values are nearly equal.
+    """
+    length = gram_down.diagonal().sqrt()
+    short = torch.where(length > 0, 1 / length, 0)  # so that all of gram_down's diagonal is 1
+    gram_down, gram_up = (
+        gram_down * torch.outer(short, short),
+        gram_up * torch.outer(columns * length, columns * length),
+    )
+    basis = images = applied = start.new_empty(len(start), 0)
+    block, values, vectors = start * length[:, None], start.new_zeros(1), start.new_zeros(0, 1)
+    for _ in range(_STEPS):
+        block, image = _orthonormal(block, basis, images, gram_down)
+        if not block.shape[1]:
+            break
+        basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
+        block = gram_up @ image
+        applied = torch.cat([applied, block], 1)
+        before = float(values[-1])
+        values, vectors = torch.linalg.eigh(images.mT @ applied)
+        if float(values[-1]) <= before * (1 + _CONVERGED):
+            break
+    sigma = values.clamp(min=0).sqrt()
+    sigma = torch.where(sigma > SIGMA_FLOOR * sigma[-1], sigma, 0)
+    return float(sigma[-1]), float(sigma[-2]) if len(sigma) > 1 else 0.0, length * (images @ vectors[:, -1])
+
+
+def _orthonormal(block: Tensor, basis: Tensor, images: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """(what is new in the columns of `block`, orthonormal in the inner product of `gram`; gram · that)."""
+    size = block.norm(dim=0)
+    block = block[:, size > 0] / size[size > 0]
+    image = gram @ block
+    for _ in range(2):  # twice is enough for full precision
+        overlap = images.mT @ block
+        block, image = block - basis @ overlap, image - images @ overlap
+        values, vectors = torch.linalg.eigh(block.mT @ image)
+        kept = values > _EXHAUSTED
+        turn = vectors[:, kept] / values[kept].sqrt()
+        block, image = block @ turn, image @ turn
+    return block, image
+
+
+# --- from matrices ------------------------------------------------------------------------------
+
+
+def _matrices(up: Tensor, down: Tensor, ranks: Sequence[int]) -> Tensor:
+    """[A, out, in·kh·kw] the products of the factors that lie side by side."""
+    return torch.stack([up[:, block] @ down[block] for block in _blocks(ranks)])
+
+
+def _of_matrices(matrices: Tensor, weight: Tensor) -> Interaction:
+    """The same from the matrices themselves [A, n, m], or from what orthonormal bases on both sides leave of them."""
+    flat = matrices.flatten(1)
+    products = flat @ flat.mT
+    if broken := _not_finite(list(products.diagonal())):
+        return _broken(broken, len(matrices))
+    spectra = [_decomposed(matrix) for matrix in matrices]
+    counts = [_dimensions(sigma) for sigma, _, _ in spectra]
+    lefts = torch.cat([left[:, :k] for (_, left, _), k in zip(spectra, counts, strict=True)], 1)
+    rights = torch.cat([right[:, :k] for (_, _, right), k in zip(spectra, counts, strict=True)], 1)
+    total = torch.einsum("a,anm->nm", weight, matrices)
+    sigma, left, right = _decomposed(total)
+    first, second = float(sigma[0]), float(sigma[1]) if len(sigma) > 1 else 0.0
+    parts = weight * torch.einsum("n,anm,m->a", left[:, 0], matrices, right[:, 0])
+    return Interaction(
+        (),
+        products.cpu(),
+        torch.stack([sigma[0] for sigma, _, _ in spectra]).cpu(),
+        torch.tensor(counts, dtype=torch.float64),
+        _mean_squares(lefts.mT @ lefts, counts).cpu(),
+        _mean_squares(rights.mT @ rights, counts).cpu(),
+        (float(total.norm()), first, second),
+        (parts / first if first > 0 else torch.zeros_like(parts)).cpu(),
+    )
+
+
+def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(σ [r], left vectors [n, r], right vectors [m, r]) with r = min(n, m); vectors of σ = 0 are zero on one side."""
+    if matrix.shape[0] > matrix.shape[1]:
+        sigma, right, left = _decomposed(matrix.mT)
+        return sigma, left, right
+    values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+    sigma, left = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
+    sigma = torch.where(sigma > SIGMA_FLOOR * sigma[:1], sigma, 0)
+    return sigma, left, matrix.mT @ left * torch.where(sigma > 0, 1 / sigma, 0)
+
+
+# --- what cannot be used ------------------------------------------------------------------------
+
+
+def _not_finite(numbers: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(place for place, number in enumerate(numbers) if not torch.isfinite(number))
+
+
+def _broken(places: tuple[int, ...], count: int) -> Interaction:
+    nothing, table = torch.zeros(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
+    return Interaction(places, table, nothing, nothing, table, table, (0.0, 0.0, 0.0), nothing)

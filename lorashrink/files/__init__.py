@@ -1,0 +1,1 @@
+"""Tensor files: reading, writing, and hashes."""

@@ -1,0 +1,258 @@
+"""Named tensors that are read when they are needed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorashrink.errors import DamagedFile, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+# Bytes per number and torch's name, in the order in which the reference writer sorts tensors.
+# A file written in another order would have another `sshs_model_hash` than its re-saved self.
+DTYPES: dict[str, tuple[int, str]] = {
+    "U64": (8, "uint64"),
+    "I64": (8, "int64"),
+    "F64": (8, "float64"),
+    "C64": (8, "complex64"),
+    "F32": (4, "float32"),
+    "U32": (4, "uint32"),
+    "I32": (4, "int32"),
+    "BF16": (2, "bfloat16"),
+    "F16": (2, "float16"),
+    "U16": (2, "uint16"),
+    "I16": (2, "int16"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "I8": (1, "int8"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+}
+
+TORCH_NAMES = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
+
+FLOATS = frozenset(name for name in DTYPES if name.startswith(("F", "BF")))
+
+# What users call the dtypes to write -> the format's name; None keeps the input's.
+OUTPUT_DTYPES: dict[str, str | None] = {
+    "same": None,
+    "fp16": "F16",
+    "bf16": "BF16",
+    "fp32": "F32",
+    "16": "F16",
+    "32": "F32",
+}
+
+COPY_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says about one tensor."""
+
+    dtype: str  # the format's name: "F16", "BF16", ...
+    shape: tuple[int, ...]
+    nbytes: int
+    file: int = 0  # index into TensorStore.files
+    offset: int = 0  # of the first byte, from the start of that file
+
+
+class TensorStore:
+    """Tensors of one or several safetensors files, read on demand; safe to read from many threads.
+
+    `tensors` maps names to `TensorInfo`, `metadata` holds the header's strings, `files` the paths.
+    Use as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str],
+        files: Sequence[Path],
+        headers: Sequence[bytes] = (),
+    ) -> None:
+        self.path = path
+        self.tensors = dict(tensors)
+        self.metadata = dict(metadata)
+        self.files = tuple(files)
+        self.headers = tuple(headers)  # raw header of each file: part of a base's identity
+        self._open_files: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The tensor `name`, or its rows `[start, stop)` alone, in the dtype of the file.
+
+        Raises DamagedFile if the file ends too early or torch has no such dtype.
+        """
+        import torch
+
+        info = self.tensors[name]
+        if info.dtype not in DTYPES:
+            raise DamagedFile(f"{self.path}: tensor {name} has the unknown dtype {info.dtype}.")
+        kind: dtype = getattr(torch, DTYPES[info.dtype][1])
+        shape, start, nbytes = info.shape, 0, info.nbytes
+        if rows is not None:
+            per_row = info.nbytes // shape[0]
+            start, nbytes = rows[0] * per_row, (rows[1] - rows[0]) * per_row
+            shape = (rows[1] - rows[0], *shape[1:])
+        return self._bytes(name, start, nbytes).view(kind).reshape(shape)
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The raw bytes of a tensor, in pieces of bounded size, whatever its dtype."""
+        total = self.tensors[name].nbytes
+        for start in range(0, total, COPY_CHUNK):
+            yield memory_of(self._bytes(name, start, min(COPY_CHUNK, total - start)))
+
+    def sample(self, pieces: int = 64, size: int = 4096) -> Iterator[bytes]:
+        """`pieces` small blocks spread over each file, to tell apart files with equal headers."""
+        for index, path in enumerate(self.files):
+            total = path.stat().st_size
+            for piece in range(pieces):
+                start = max(0, (total - size) * piece // max(1, pieces - 1))
+                block = bytearray(min(size, total))
+                self._read_at(index, memoryview(block), start)
+                yield bytes(block)
+
+    def close(self) -> None:
+        """Close the files; the store cannot be read afterwards."""
+        with self._lock:
+            for handle in self._open_files.values():
+                handle.close()
+            self._open_files.clear()
+
+    def __enter__(self) -> TensorStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # `for layer in open_adapter(path)` is what people write, and it should not leave a warning behind.
+        self.close()
+
+    def _bytes(self, name: str, start: int, nbytes: int) -> Tensor:
+        import torch
+
+        info = self.tensors[name]
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        if nbytes:
+            self._read_at(info.file, memory_of(buffer), info.offset + start)
+        return buffer
+
+    def _read_at(self, index: int, view: memoryview, offset: int) -> None:
+        path = self.files[index]
+        done = 0
+        try:
+            handle = self._handle(index)
+            while done < len(view):
+                if hasattr(os, "preadv"):
+                    got = os.preadv(handle.fileno(), [view[done:]], offset + done)
+                else:  # Windows has no positioned read
+                    with self._lock:
+                        handle.seek(offset + done)
+                        got = handle.readinto(view[done:])
+                if not got:
+                    raise DamagedFile(f"{path}: the file ends before its tensors do. Download or copy it again.")
+                done += got
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+    def _handle(self, index: int) -> Any:
+        with self._lock:
+            if index not in self._open_files:
+                self._open_files[index] = open(self.files[index], "rb", buffering=0)  # noqa: SIM115 - held open
+            return self._open_files[index]
+
+
+def memory_of(flat: Tensor) -> memoryview:
+    """The bytes of a uint8 tensor on the CPU, without a copy."""
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers before Python 3.12 too
+
+
+class ComputedStore(TensorStore):
+    """Tensors that are made when they are read, mostly of those of another store.
+
+    `made` maps names to what a header would say of them and to the function that makes them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        made: Mapping[str, tuple[TensorInfo, Callable[[], Tensor]]],
+        metadata: Mapping[str, str],
+        files: Sequence[Path],
+        headers: Sequence[bytes] = (),
+    ) -> None:
+        super().__init__(path, {name: info for name, (info, _) in made.items()}, metadata, files, headers)
+        self._make = {name: make for name, (_, make) in made.items()}
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The raw bytes of a tensor, made once."""
+        data = memory_of(self._bytes(name, 0, self.tensors[name].nbytes))
+        for start in range(0, len(data), COPY_CHUNK):
+            yield data[start : start + COPY_CHUNK]
+
+    def _bytes(self, name: str, start: int, nbytes: int) -> Tensor:
+        import torch
+
+        flat = self._make[name]().detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        if flat.numel() != self.tensors[name].nbytes:
+            raise ValueError(f"{name}: {flat.numel()} bytes for {self.tensors[name]}")
+        return flat[start : start + nbytes].clone()
+
+
+def tensor_info(dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+    """What a header says of a tensor of this dtype (the format's name) and shape."""
+    return TensorInfo(dtype, shape, math.prod(shape) * DTYPES[dtype][0])
+
+
+def cast(tensor: Tensor, dtype: str) -> Tensor:
+    """The tensor in a dtype of the format."""
+    import torch
+
+    return tensor.to(getattr(torch, DTYPES[dtype][1]))
+
+
+def pickled_store(path: Path, loaded: Mapping[str, Tensor]) -> TensorStore:
+    """The tensors of a `.pt`/`.ckpt`/`.bin` file that were loaded with `weights_only=True`."""
+    made = {
+        name: (
+            tensor_info(TORCH_NAMES[str(value.dtype).removeprefix("torch.")], tuple(value.shape)),
+            partial(_same, value),
+        )
+        for name, value in loaded.items()
+    }
+    return ComputedStore(path, made, {}, [path], [json.dumps(sorted(made)).encode()])
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def join_stores(path: Path, parts: Mapping[str, TensorStore]) -> TensorStore:
+    """Several stores as one; the names of each part get its key as a prefix."""
+    tensors: dict[str, TensorInfo] = {}
+    files: list[Path] = []
+    headers: list[bytes] = []
+    for prefix, part in parts.items():
+        if isinstance(part, ComputedStore):
+            raise InputError(f"{part.path}: weights of a folder must be safetensors; convert this file first.")
+        for name, info in part.tensors.items():
+            tensors[prefix + name] = TensorInfo(
+                info.dtype, info.shape, info.nbytes, info.file + len(files), info.offset
+            )
+        files += part.files
+        headers += part.headers
+        part.close()
+    return TensorStore(path, tensors, {}, files, headers)

@@ -1,0 +1,146 @@
+"""What is unusual about an adapter file, said in sentences for the person who trained or downloaded it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from lorashrink.results.inspection import Finding, LayerRow
+
+# σ_1 this many times σ_2: one direction that burns when adapters are stacked.
+SPIKE = 10.0
+
+# Kernels of this many times the other layers' rank, with this share of the bytes, are where the file can shrink.
+CONV_RANK, CONV_SHARE = 4.0, 0.5
+
+# Adapters of these families have as rank what was asked for in training.
+_PLAIN = ("lora", "dora", "loha")
+
+_CLOSE = 1e-2  # an alpha in half precision is this close to the one in the metadata
+
+# Flag of a layer -> what it is about, and what that means.
+_FLAGGED: Mapping[str, tuple[str, str]] = {
+    "nan": ("NaN or infinity", "pictures turn black; use an earlier save of the training"),
+    "padded_rank": ("rank without content", "energy=1 makes the file smaller and changes nothing"),
+    "spike": ("nearly all of the effect in one direction", "it burns first at a higher strength or in a stack"),
+    "negative_alpha": ("a negative alpha", "it pushes the other way, and some programs drop it"),
+    "zero_alpha": ("alpha 0", "that means strength 0, but sd-scripts reads it as full strength"),
+    "odd_alpha": ("an odd alpha", "above every rank, or no whole number, which some programs make of it"),
+    "needs_base": ("no numbers without the base weight", "name the base to see them"),
+}
+
+
+def check_health(
+    layers: Sequence[LayerRow], metadata: Mapping[str, str], *, family: str | None, naming: str
+) -> tuple[Finding, ...]:
+    """What to know before using or shrinking these layers. Of headers alone, what headers tell."""
+    if not layers:
+        return (Finding("no_layers", 0, "no layer adds anything to a weight of the base: there is nothing to shrink"),)
+    found: list[Finding | None] = [_zero(layers, family)]
+    for flag, (what, meaning) in _FLAGGED.items():
+        names = [row.name for row in layers if flag in row.flags]
+        if names:
+            text = f"{what} in {len(names)} of {len(layers)} layers (first {names[0]}): {meaning}"
+            found.append(Finding(flag, len(names), text))
+    found += [check(layers, metadata, naming) for check in _CHECKS]
+    return tuple(each for each in found if each)
+
+
+def _zero(layers: Sequence[LayerRow], family: str | None) -> Finding | None:
+    zero = [row for row in layers if "zero" in row.flags]
+    if not zero:
+        return None
+    if len(zero) == len(layers):
+        return Finding("zero", len(zero), "every layer is zero: this adapter changes nothing")
+    unread = _unread(layers, family)
+    rest = [row for row in zero if row.block != unread]
+    normal = f"all of {unread} is zero, as in every SDXL adapter: the model reads the layer before it"
+    if not rest:
+        return Finding("zero", len(zero), normal)
+    text = f"{len(rest)} of {len(layers)} layers are zero and change nothing (first {rest[0].name})"
+    return Finding("zero", len(zero), f"{text}; {normal}" if len(rest) < len(zero) else text)
+
+
+def _unread(layers: Sequence[LayerRow], family: str | None) -> str | None:
+    """The last layer of SDXL's text encoder 1 if it is zero: the UNet reads the hidden state before it."""
+    blocks = [row.block for row in layers if row.block.startswith("TE1.")]
+    if family != "sdxl" or not blocks:
+        return None
+    last = max(blocks)
+    return last if all("zero" in row.flags for row in layers if row.block == last) else None
+
+
+def _conv_rank(layers: Sequence[LayerRow], metadata: Mapping[str, str], naming: str) -> Finding | None:
+    kernels = [row for row in layers if row.kind == "conv" and row.rank]
+    linear = [row.rank for row in layers if row.kind != "conv" and row.rank]
+    if not kernels or not linear:
+        return None
+    rank, usual = _middle([row.rank for row in kernels]), _middle(linear)
+    share = sum(row.bytes for row in kernels) / (sum(row.bytes for row in layers) or 1)
+    if rank <= CONV_RANK * usual or share <= CONV_SHARE:
+        return None
+    return Finding(
+        "conv_rank",
+        len(kernels),
+        f"convolutions have rank {rank}, other layers {usual}, and hold {100 * share:.0f} % of the bytes: "
+        "fro_ckpt=1,thr=-3.55 with the base is made for such files",
+    )
+
+
+def _middle(ranks: Sequence[int]) -> int:
+    """The median; of an even count the upper one."""
+    return sorted(ranks)[len(ranks) // 2]
+
+
+def _stale_metadata(layers: Sequence[LayerRow], metadata: Mapping[str, str], naming: str) -> Finding | None:
+    plain = [row for row in layers if row.algo.removesuffix("+dora") in _PLAIN and row.rank]
+    stored: dict[str, list[float]] = {
+        "ss_network_dim": [float(row.rank) for row in plain],
+        "ss_network_alpha": [row.alpha for row in plain if row.alpha is not None],
+    }
+    texts = [
+        f"{key} says {metadata[key][:20]!r}, the tensors {_span(numbers)}"
+        for key, numbers in stored.items()
+        if numbers and key in metadata and not _agrees(metadata[key], numbers)
+    ]
+    if not texts:
+        return None
+    return Finding("stale_metadata", 0, f"{'; '.join(texts)}: the file was changed without its metadata")
+
+
+def _agrees(text: str, numbers: Sequence[float]) -> bool:
+    """Also where the metadata does not say a number, as files without a value do."""
+    if text in ("", "None"):
+        return True
+    try:
+        stated = float(text)
+    except ValueError:
+        return False
+    return any(math.isclose(stated, number, rel_tol=_CLOSE) for number in numbers)
+
+
+def _span(numbers: Sequence[float]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _mixed_alpha(layers: Sequence[LayerRow], metadata: Mapping[str, str], naming: str) -> Finding | None:
+    alphas = Counter(row.alpha for row in layers if row.alpha is not None)
+    if naming != "kohya" or len(alphas) < 2:
+        return None
+    (common, count), *_ = alphas.most_common(1)
+    others = alphas.total() - count
+    return Finding(
+        "mixed_alpha",
+        others,
+        f"{others} of {len(layers)} layers have another alpha than {common:g}, which diffusers gives to all of them: "
+        "it would draw at other strengths; resize with energy=1 writes one alpha",
+    )
+
+
+_CHECKS: tuple[Callable[[Sequence[LayerRow], Mapping[str, str], str], Finding | None], ...] = (
+    _conv_rank,
+    _stale_metadata,
+    _mixed_alpha,
+)

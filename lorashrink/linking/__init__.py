@@ -1,0 +1,1 @@
+"""Which weights of a base the layers of an adapter change."""

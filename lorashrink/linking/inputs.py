@@ -1,0 +1,184 @@
+"""What the arguments of a command stand for: adapter files, and which argument is the base."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorashrink.adapters import looks_like_adapter, peft
+from lorashrink.bases.containers import is_model_folder
+from lorashrink.bases.gguf_file import is_gguf
+from lorashrink.errors import InputError, UsageError
+from lorashrink.files.reading import PICKLE_SUFFIXES, read_header
+
+
+def find_adapters(given: Sequence[str | Path], *, recursive: bool = False) -> list[Path]:
+    """The adapter files that paths, folders and globs stand for, each once, in order.
+
+    In folders only files that hold adapter tensors count, by their headers. Raises InputError if an entry
+    stands for none.
+    """
+    found: dict[str, Path] = {}
+    for entry in map(str, given):
+        path = Path(entry)
+        if peft.is_folder(path):
+            paths, missing = [path], ""
+        elif os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
+            inside = path.rglob("*") if recursive else path.iterdir()
+            paths = [each for each in sorted(inside) if each.suffix == ".safetensors" and not each.name.startswith(".")]
+            paths = [each for each in paths if _holds_adapter(each)]
+            missing = (
+                f"{entry}: no adapter (.safetensors) in this folder{'' if recursive else '; --recursive looks deeper'}."
+            )
+        elif os.path.exists(path) or not glob.has_magic(entry):
+            paths, missing = [path], ""
+        else:
+            paths = [Path(each) for each in sorted(glob.glob(entry, recursive=recursive))]
+            missing = f"{entry}: no file matches."
+        if not paths:
+            raise InputError(missing)
+        for each in (path.parent if _of_peft(path) else path for path in paths):
+            found.setdefault(os.path.realpath(each), each)
+    return list(found.values())
+
+
+def split_weight(text: str | Path) -> tuple[str, float]:
+    """(path, weight) of `A` or `A:0.7`; the weight is 1 where none is given.
+
+    A weight is only what follows the last colon and is a number, and none where all of it is the name of a file that
+    exists. Raises UsageError if a file that exists is followed by something else, or by NaN or infinity.
+    """
+    path, colon, number = str(text).rpartition(":")
+    if not colon or not path or os.path.exists(text):
+        return str(text), 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+        if not os.path.exists(path):
+            return str(text), 1.0
+    if not math.isfinite(weight):
+        raise UsageError(f"{text}: '{number}' is no weight. Give a number, such as {path}:0.7.")
+    return path, weight
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A weighted sum of adapters as one input."""
+
+    terms: tuple[tuple[Path, float], ...]
+
+    @property
+    def path(self) -> Path:
+        """What messages and reports call it: `A:0.7,B:0.5`."""
+        return Path(",".join(f"{path}:{weight:.12g}" for path, weight in self.terms))
+
+    @property
+    def place(self) -> Path:
+        """A path beside the first adapter, of which the outputs' names are made."""
+        names = [path.name if os.path.isdir(path) else path.stem for path, _ in self.terms]
+        return self.terms[0][0].parent / f"{'+'.join(names)}.safetensors"
+
+    @property
+    def files(self) -> list[Path]:
+        """The adapters without their weights."""
+        return [path for path, _ in self.terms]
+
+
+def split_sum(text: str | Path) -> list[tuple[str, float]]:
+    """The (path, weight) of each term of `A:0.7,B:0.5`, as `split_weight`; commas may be a part of files that exist."""
+    pieces, terms = str(text).split(","), []
+    while pieces:
+        end = next((end for end in range(len(pieces), 0, -1) if _is_term(",".join(pieces[:end]))), 1)
+        terms.append(split_weight(",".join(pieces[:end])))
+        pieces = pieces[end:]
+    return terms
+
+
+def _is_term(text: str) -> bool:
+    """Whether this is a file that exists, with or without a weight behind it."""
+    path, _, number = text.rpartition(":")
+    return os.path.exists(text) or ("," not in number and os.path.exists(path))
+
+
+def is_sum(text: str | Path) -> bool:
+    """Whether an argument is not just the name of one adapter, or of several."""
+    if os.path.exists(text) or (glob.has_magic(str(text)) and glob.glob(str(text), recursive=True)):
+        return False
+    return split_sum(text) != [(str(text), 1.0)]
+
+
+def find_inputs(given: Sequence[str | Path], *, recursive: bool = False) -> dict[Path, Sum | None]:
+    """All that arguments stand for, each once and in order: files as `find_adapters`, and sums by what they are called.
+
+    Raises InputError if an argument stands for nothing, and UsageError for a sum that is none.
+    """
+    found: dict[str, tuple[Path, Sum | None]] = {}
+    for entry in given:
+        if is_sum(entry):
+            terms = to_sum([entry])
+            found.setdefault(str(terms.path), (terms.path, terms))
+        else:
+            for path in find_adapters([entry], recursive=recursive):
+                found.setdefault(os.path.realpath(path), (path, None))
+    return dict(found.values())
+
+
+def to_sum(texts: Sequence[str | Path]) -> Sum:
+    """The sum of all terms in some arguments. Raises UsageError or InputError.
+
+    A term is one adapter, and each adapter is there once. A sum whose weights all are 0 is nothing.
+    """
+    terms: dict[str, tuple[Path, float]] = {}
+    for name, weight in [term for text in texts for term in split_sum(text)]:
+        if not name.strip():
+            raise UsageError(f"{','.join(map(str, texts))}: a name is missing. Write A:0.7,B:0.5.")
+        found = find_adapters([name])
+        if len(found) != 1:
+            raise UsageError(
+                f"{name}: stands for {len(found)} adapters, and each needs a weight. Name them one by one."
+            )
+        if not os.path.exists(found[0]) and ":" in name:
+            raise InputError(f"{name}: no such file; nor is {name.rpartition(':')[2]!r} behind its colon a weight.")
+        place = os.path.realpath(found[0])
+        if place in terms:
+            total = terms[place][1] + weight
+            raise UsageError(f"{found[0]}: is there twice. Give it once, with the weight {total:g}.")
+        terms[place] = (found[0], weight)
+    if not any(weight for _, weight in terms.values()):
+        raise UsageError("the weights are all 0, and so is the sum. Give at least one adapter another weight.")
+    return Sum(tuple(terms.values()))
+
+
+def _of_peft(path: Path) -> bool:
+    return path.name in peft.WEIGHTS_FILES and peft.is_folder(path.parent)
+
+
+def _holds_adapter(path: Path) -> bool:
+    try:
+        return looks_like_adapter(read_header(path)[0])
+    except InputError:
+        return True  # a damaged file is named in the report, not passed over
+
+
+def looks_like_base(entry: str) -> bool:
+    """Whether a positional argument is a base: by its header, or as a folder with a model's parts."""
+    path = Path(entry)
+    if os.path.isdir(path):
+        return not peft.is_folder(path) and is_model_folder(path)
+    if is_gguf(path):
+        return True
+    if path.suffix == ".json":
+        return True
+    if not os.path.isfile(path):
+        return False
+    try:
+        if path.suffix.lower() in PICKLE_SUFFIXES:
+            return path.suffix.lower() == ".ckpt"
+        return not looks_like_adapter(read_header(path)[0])
+    except InputError:
+        return False

@@ -1,0 +1,121 @@
+"""Adapter and base together: which weight each layer changes, and which layers can be shrunk at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from lorashrink.adapters import Adapter, Layer, adapter_family
+from lorashrink.adapters.family import Needs
+from lorashrink.bases import FAMILIES as BASE_FAMILIES
+from lorashrink.bases import Base, Views, views_id, views_shape
+from lorashrink.errors import FamilyMismatch, ShapeError
+from lorashrink.names import kind
+
+FORMS = ("auto", "lora", "same")
+
+# First layers, whose inputs differ between variants of one family: inpainting, control, image to video.
+_FEW = 2
+
+
+def match(adapter: Adapter, base: Base) -> list[Views]:
+    """For each layer the base weight that it changes, () where the base has none such.
+
+    A first layer that was made for another number of inputs changes none. Raises FamilyMismatch or ShapeError if
+    adapter and base do not belong together.
+    """
+    found = [base.find(layer.name) for layer in adapter.layers]
+    wrong = [index for index, views in enumerate(found) if views and not fits(adapter.layers[index], views)]
+    variants = [index for index in wrong if _differs_in_inputs(adapter.layers[index].shape, views_shape(found[index]))]
+    if len(variants) <= _FEW < len(found):
+        found = [() if index in variants else views for index, views in enumerate(found)]
+        wrong = [index for index in wrong if index not in variants]
+    looks = adapter_family(adapter)
+    titles = {family.name: family.title for family in BASE_FAMILIES}
+    if (wrong or 2 * sum(map(bool, found)) < len(found)) and looks not in (None, base.family.name):
+        raise FamilyMismatch(
+            f"{adapter.path}: looks like an adapter for {titles.get(looks or '', looks)}, but {base.path} is "
+            f"{base.family.title}. Give the base that it was trained on, or a relative of it."
+        )
+    if wrong:
+        layer, views = adapter.layers[wrong[0]], found[wrong[0]]
+        raise ShapeError(
+            f"{adapter.path}: layer {layer.name} changes a weight of {list(layer.shape)}, but {views_id(views)} of "
+            f"{base.path} is {list(views_shape(views))}. Give the base that the adapter was trained on."
+        )
+    if adapter.layers and not any(found):
+        raise FamilyMismatch(
+            f"{adapter.path}: none of its {len(adapter)} layers, such as {adapter.layers[0].name}, is in {base.path} "
+            f"({base.family.title}). Give the base that it was trained on, or a relative of it."
+        )
+    return found
+
+
+def fits(layer: Layer, views: Views) -> bool:
+    """Whether a layer can be added to a weight of this shape, as far as the file tells."""
+    shape = views_shape(views)
+    if layer.family.needs in (Needs.MULTIPLICATION, Needs.SHAPE):
+        return layer.shape[:1] in ((), shape[:1])
+    if layer.family.flat(layer.infos):
+        return (layer.shape[0], math.prod(layer.shape[1:])) == (shape[0], math.prod(shape[1:]))
+    return same_matrix(layer.shape, shape)
+
+
+def _differs_in_inputs(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return len(a) == len(b) > 1 and a[1] != b[1] and (a[0], *a[2:]) == (b[0], *b[2:])
+
+
+def same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether two shapes mean the same matrix: a 1×1 convolution is a linear layer."""
+
+    def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[:2] if all(side == 1 for side in shape[2:]) else shape
+
+    return squeezed(a) == squeezed(b)
+
+
+def bind(adapter: Adapter, views: Sequence[Views], base: Base | None) -> Adapter:
+    """The adapter with what its layers need of the base: open shapes, and weights that are a part of ΔW."""
+    readable = base if base and base.store else None
+    layers = [
+        layer.on(views_shape(found), partial(readable.weight, found) if readable else None) if found else layer
+        for layer, found in zip(adapter.layers, views, strict=True)
+    ]
+    return replace(adapter, layers=tuple(layers))
+
+
+def part(adapter: Adapter, views: Sequence[Views], form: str) -> tuple[Adapter, list[Views]]:
+    """(the adapter with the layers that can be shrunk, their views); the others go to `Adapter.others`.
+
+    `form` is one of `FORMS`.
+    """
+    others = dict(adapter.others)
+    kept = []
+    reasons = [_reason_to_stay(layer, form) for layer in adapter.layers]
+    if adapter.as_folder and (first := next(filter(None, reasons), None)):
+        # its configuration knows one kind of layers, so that all of that kind are LoRA, or none
+        reasons = [None if layer.family.written else first for layer in adapter.layers]
+    for layer, found, reason in zip(adapter.layers, views, reasons, strict=True):
+        if reason:
+            others |= dict.fromkeys([*layer.keys.values(), *layer.common.values()], reason)
+        else:
+            kept.append((layer, found))
+    layers = tuple(layer for layer, _ in kept)
+    return replace(adapter, layers=layers, others=others), [found for _, found in kept]
+
+
+def _reason_to_stay(layer: Layer, form: str) -> str | None:
+    """Why a layer cannot be shrunk, or should not."""
+    if layer.family.written:
+        return None
+    if form == "same":
+        return f"{layer.algo}, kept in its own form as asked"
+    if layer.family.needs is Needs.MULTIPLICATION and form != "lora":
+        return f"{layer.algo}: {layer.family.needs.value}; with a base, --as lora makes a LoRA of it"
+    if not layer.bound:
+        return f"{layer.algo}: {layer.family.needs.value}, and there is none"
+    if not layer.shape_known and kind(layer.name, ()) not in ("attn", "mlp", "te"):
+        return f"{layer.algo}: only the base tells whether this is a convolution"
+    return None

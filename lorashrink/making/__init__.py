@@ -1,0 +1,1 @@
+"""Commands that make other adapters: merge, extract and convert."""

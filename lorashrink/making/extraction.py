@@ -1,0 +1,159 @@
+"""An adapter from two checkpoints: what fine-tuning changed, shrunk by a recipe.
+
+ΔW = W_tuned - W_base of every weight that an adapter can change, read layer by layer. From there on it is an adapter
+like any other, whose layers are whole differences.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorashrink.adapters import Adapter, adapter_of
+from lorashrink.adapters.family import Shape
+from lorashrink.bases import Base, Views, open_base, views_shape
+from lorashrink.bases.weights import name_weights
+from lorashrink.errors import FamilyMismatch, InputError, NotABase, Progress, UsageError
+from lorashrink.files.store import ComputedStore, tensor_info
+from lorashrink.linking.renaming import NAMINGS, layer_name_in, layout_of
+from lorashrink.recipes.grammar import DEFAULT, parse_recipes
+from lorashrink.results.shrinking import Report
+from lorashrink.shrinking.outputs import base_files, check_outputs, name_outputs
+from lorashrink.shrinking.run import shrink
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_EMBEDDING = re.compile(r"(?:token_embedding|position(?:al)?_embedding|embed_tokens|wte|wpe|shared|attention_bias)$")
+
+# (part, module name) -> views
+Modules = Mapping[tuple[str, str], Views]
+
+Read = Callable[[Base, Views], "Tensor"]
+
+
+def extract(
+    tuned: str | Path,
+    base: str | Path,
+    *,
+    recipes: str | Sequence[str] = DEFAULT,
+    output: str | Path | None = None,
+    naming: str = "kohya",
+    vectors: bool = False,
+    dtype: str = "fp16",
+    device: str = "auto",
+    jobs: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    quantiles: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Make adapters of the difference between a tuned checkpoint and its base, one by each recipe.
+
+    naming: "kohya", "diffusers" or "comfy". vectors: differences of biases and normalisation layers too, as they are.
+    Errors and energies are relative to the whole difference. Memory is bounded by a few layers. Raises UsageError,
+    RecipeError, OutputError, InputError, NotABase, and FamilyMismatch if the two are not of one family.
+    """
+    source = Path(tuned)
+    if naming not in NAMINGS or naming == "peft":
+        raise UsageError(f"naming: '{naming}' is not one of kohya, diffusers, comfy.")
+    wanted = parse_recipes([recipes] if isinstance(recipes, str) else recipes)
+    targets = {source: name_outputs(source, [(recipe.file_items(), recipe) for recipe in wanted], output)}
+    check_outputs(targets, [*base_files(source), *base_files(base)], force=force or dry_run)
+    report = shrink(
+        targets,
+        partial(_difference, naming=naming, vectors=vectors),
+        base=base,
+        dtype=dtype,
+        device=device,
+        jobs=jobs,
+        form="lora",
+        dry_run=dry_run,
+        quantiles=quantiles,
+        options=f",extracted from {Path(base).name},naming={naming},vectors={vectors}",
+        progress=progress,
+    )
+    if report.failed:  # one source: its error is the outcome
+        raise InputError(report.failed[0].error)
+    return report
+
+
+def _difference(tuned_path: Path, base: Base | None, *, naming: str, vectors: bool) -> Adapter:
+    """The adapter whose layers are the differences of all weights that both checkpoints have."""
+    assert base is not None, "extract passes it on"
+    if base.store is None:
+        raise NotABase(f"{base.path}: a norm table holds no weights to compare with. Give the checkpoint.")
+    tuned = open_base(tuned_path)
+    if tuned.store is None:
+        raise NotABase(f"{tuned_path}: a norm table holds no weights. Give the tuned checkpoint.")
+    if tuned.family.name != base.family.name:
+        raise FamilyMismatch(f"{tuned_path} is {tuned.family.title}, but {base.path} is {base.family.title}.")
+    layout = layout_of(naming, base)
+    made, missing = {}, {}
+    for ending, ours, theirs, read in _pairs(tuned, base, layout, vectors):
+        for part, module in {**theirs, **ours}:
+            key = layer_name_in(naming, base.family, part, module) + ending
+            new, old = ours.get((part, module)), theirs.get((part, module))
+            if _EMBEDDING.search(module):
+                missing[key.removesuffix(ending)] = "an embedding, which loaders of adapters do not change"
+            elif new is None or old is None:
+                missing[key.removesuffix(ending)] = f"only {base.path if new is None else tuned_path} has this weight"
+            elif views_shape(new) != views_shape(old):
+                sides = [list(views_shape(each)) for each in (new, old)]
+                missing[key.removesuffix(ending)] = f"its weight is {sides[0]}, that of the base {sides[1]}"
+            else:
+                info = tensor_info("F32", views_shape(old) if read is _weight else views_shape(old)[:1])
+                made[key] = (info, partial(_changed, read, (tuned, new), (base, old), info.shape))
+    if not made:
+        raise FamilyMismatch(f"{tuned_path}: has no weight in common with {base.path}.")
+    # ranks are filled in when the file is written
+    entries = {"ss_network_module": "networks.lora", "ss_network_dim": "", "ss_network_alpha": ""}
+    store = ComputedStore(tuned_path, made, entries, tuned.store.files, tuned.store.headers)
+    return replace(adapter_of(tuned_path, store, {}), dropped=missing)
+
+
+def _pairs(tuned: Base, base: Base, layout: str, vectors: bool) -> Iterator[tuple[str, Modules, Modules, Read]]:
+    """(ending of the difference's name, what it is of in the tuned checkpoint and in the base, how that is read)."""
+    ours, theirs = tuned.modules(layout), base.modules(layout)
+    yield ".diff", ours, theirs, _weight
+    if vectors:
+        norms, old_norms = _norms(tuned, layout), _norms(base, layout)
+        yield ".diff", norms, old_norms, _vector
+        yield ".diff_b", _biases(tuned, {**ours, **norms}), _biases(base, {**theirs, **old_norms}), _vector
+
+
+def _biases(base: Base, modules: Modules) -> Modules:
+    """The biases beside weights; of rows of a weight the same rows."""
+    found = {}
+    for address, views in modules.items():
+        keys = [view.key.removesuffix("weight") + "bias" for view in views]
+        if all(view.key.endswith("weight") and key in base.shapes for view, key in zip(views, keys, strict=True)):
+            found[address] = tuple(
+                replace(view, key=key, shape=(view.shape[0], 1)) for view, key in zip(views, keys, strict=True)
+            )
+    return found
+
+
+def _norms(base: Base, layout: str) -> Modules:
+    """The weights of normalisation layers, which are vectors."""
+    vectors = {key: (*shape, 1) for key, shape in base.shapes.items() if len(shape) == 1 and key.endswith(".weight")}
+    return name_weights(vectors, base.family).layouts[layout]
+
+
+def _weight(base: Base, views: Views) -> Tensor:
+    return base.weight(views)
+
+
+def _vector(base: Base, views: Views) -> Tensor:
+    import torch
+
+    assert base.store is not None
+    return torch.cat([base.store.read(view.key, view.rows).float() for view in views])
+
+
+def _changed(read: Read, ours: tuple[Base, Views], theirs: tuple[Base, Views], shape: Shape) -> Tensor:
+    return (read(*ours) - read(*theirs)).reshape(shape)

@@ -1,0 +1,1 @@
+"""Drawing with diffusers pipelines, and how alike two pictures are."""

@@ -1,0 +1,363 @@
+"""Pictures that a model draws with an adapter and without, kept between runs."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from lorashrink.adapters import open_adapter, peft
+from lorashrink.bases import Base, open_base
+from lorashrink.engine.devices import pick_device
+from lorashrink.errors import InputError, NonFinite, OutputError
+from lorashrink.files.disk import content_fingerprint, sha256_file, write_bytes
+from lorashrink.files.reading import open_tensors
+from lorashrink.pictures.pipelines import (
+    KINDS,
+    Kind,
+    adapted,
+    check_adapter,
+    check_model,
+    check_packages,
+    companions,
+    enough_memory,
+    open_pipeline,
+)
+from lorashrink.pictures.prompts import OWN, Prompt
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+if TYPE_CHECKING:
+    Picture = NDArray[np.uint8]
+
+
+_log = logging.getLogger(__name__)
+
+# Part of the keys of pictures: change it whenever pictures may change.
+_ALGORITHM = 1
+
+_KEY = 24  # hexadecimal digits in a file name
+
+_PICTURE = re.compile(rf"_[0-9a-f]{{{_KEY}}}\.png$")
+
+CACHE_BYTES = 2_000_000_000  # of pictures in the user's cache, about 1,500 of 1024 × 1024
+
+_SMALL = 1 << 24  # bytes: smaller files of a model that are no tensors count with all they hold
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """One picture to draw."""
+
+    number: int  # of the prompt in its file
+    prompt: Prompt
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"prompt {self.number:02d}, seed {self.start}"
+
+    @property
+    def start(self) -> int:
+        """What the noise is drawn from: the prompt's seed (0 if it has none) and the given one on top."""
+        return ((self.prompt.seed or 0) + self.seed) % 2**63
+
+
+def shots_of(prompts: Sequence[Prompt], seeds: Sequence[int]) -> tuple[Shot, ...]:
+    """Every prompt with every seed, prompt by prompt."""
+    return tuple(Shot(number, prompt, seed) for number, prompt in enumerate(prompts) for seed in seeds)
+
+
+def default_folder() -> Path:
+    """Where pictures are kept between runs."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("lorashrink", appauthor=False) / "pictures"
+
+
+def read_picture(path: str | Path) -> Picture:
+    """A written picture. Raises InputError if it cannot be read."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as a picture ({error}).") from error
+
+
+class Studio:
+    """A model that draws the same shots with one adapter after the other; pictures that are there are not drawn again.
+
+    The model is loaded when the first picture is missing. Use it as a context manager: at its end the oldest pictures
+    leave the user's cache if there are too many, but none of its own.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        shots: Sequence[Shot],
+        *,
+        folder: Path | None = None,
+        device: str = "auto",
+        settings: Path | None = None,
+    ) -> None:
+        """model: a folder as diffusers saves it, or a single file; settings: as for `open_pipeline`.
+
+        Raises:
+            UsageError: a package is missing, the model is none of `KINDS`, no such device.
+            InputError: the model's files cannot be read.
+        """
+        check_packages()
+        self.model, self.settings, self.shots = Path(model), settings, tuple(shots)
+        self.device = pick_device(device)
+        self.kind = KINDS[check_model(self.model, settings)]
+        self.base: Base = open_base(self.model)
+        self.folder = default_folder() if folder is None else folder
+        self._own_cache = folder is None
+        self._used: set[Path] = set()
+        self._model_key = " ".join(map(_model_key, (self.model, *companions(self.model, settings))))
+        self._loaded: tuple[str, Any] | None = None
+
+    @property
+    def dtype(self) -> str:
+        """What the model works in: "float32" on a CPU, else its half precision, "float16" or "bfloat16"."""
+        return "float32" if self.device == "cpu" else self.kind.half
+
+    @property
+    def other_dtype(self) -> str:
+        """What it could work in as well, for a comparison of the two."""
+        return self.kind.half if self.device == "cpu" else "float32"
+
+    def __enter__(self) -> Studio:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._loaded = None
+        self.base.close()
+        if self._own_cache:
+            trim(self.folder, CACHE_BYTES, self._used)
+
+    def check(self, adapter: Path) -> None:
+        """That the model can draw with this adapter, and all that the prompts ask of it; the rest is in warnings.
+
+        Raises:
+            InputError: the adapter is for another family of models, or has layers that diffusers does not know.
+        """
+        check_adapter(adapter, self.base)
+        if not self.kind.negative and any(shot.prompt.negative for shot in self.shots):
+            _log.warning("%s has no negative prompts; they are left out", self.kind.title)
+
+    def draw(
+        self,
+        adapter: Path | None,
+        label: str,
+        *,
+        dtype: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Path]:
+        """The picture of every shot with an adapter, or with none; `label` is part of the names of their files.
+
+        Raises:
+            InputError: the adapter cannot be loaded.
+            NonFinite: what becomes of a shot is NaN.
+            OutputError: a picture cannot be written.
+            UsageError: not enough memory.
+        """
+        dtype = dtype or self.dtype
+        content = _content(adapter) if adapter else ""
+        keys = [self._key(shot, content, dtype) for shot in self.shots]
+        paths = [self._found(key) for key in keys]
+        if None in paths:
+            pipeline = self._pipeline(dtype)
+            with adapted(pipeline, adapter, self.base):
+                for place, (shot, key) in enumerate(zip(self.shots, keys, strict=True)):
+                    if paths[place] is None:
+                        name = f"{shot.number:02d}_seed{shot.seed}_{label}_{key}.png"
+                        paths[place] = _write_png(self.folder / name, self._drawn(pipeline, shot, dtype))
+                    if progress:
+                        progress(place + 1, len(self.shots))
+        drawn = [path for path in paths if path is not None]
+        self._used.update(drawn)
+        return drawn
+
+    def _drawn(self, pipeline: Any, shot: Shot, dtype: str) -> Picture:
+        what = f"{shot.label}: {shot.prompt.width} × {shot.prompt.height} pixels do not fit into memory"
+        with enough_memory(what, self.device, "Give it a smaller --w and --h; pictures that are drawn stay."):
+            return _drawn(pipeline, self.kind, shot, self.device, dtype)
+
+    def _found(self, key: str) -> Path | None:
+        return next(filter(_is_picture, sorted(self.folder.glob(f"*_{key}.png"))), None)
+
+    def _key(self, shot: Shot, content: str, dtype: str) -> str:
+        """Everything that decides a picture."""
+        import diffusers
+        import torch
+
+        facts = {
+            "algorithm": _ALGORITHM,
+            "model": self._model_key,
+            "adapter": content,
+            "prompt": asdict(shot.prompt),
+            "seed": shot.start,
+            "device": self.device.partition(":")[0],
+            "dtype": dtype,
+            "versions": [diffusers.__version__, torch.__version__],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY]
+
+    def _pipeline(self, dtype: str) -> Any:
+        if self._loaded is None or self._loaded[0] != dtype:
+            self._loaded = None  # two of them may not fit into memory
+            gc.collect()
+            self._loaded = (dtype, open_pipeline(self.model, device=self.device, dtype=dtype, settings=self.settings))
+        return self._loaded[1]
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file that has the name of a picture is one, and whole."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except OSError:
+        _log.warning("%s: damaged, drawn anew", path)
+        return False
+    return True
+
+
+def _content(adapter: Path) -> str:
+    """The hashes of all that the adapter is made of: a file, or the two of a PEFT folder."""
+    with open_adapter(adapter) as opened:
+        files = opened.store.files
+        settings = [files[0].parent / peft.CONFIG_FILE] if opened.as_folder else []
+    return " ".join(map(sha256_file, [*files, *settings]))
+
+
+def trim(folder: Path, limit: int, keep: Collection[Path]) -> None:
+    """Remove the oldest pictures of a folder until those left have `limit` bytes, but none of `keep`."""
+    found = [(path.stat(), path) for path in folder.glob("*.png") if _PICTURE.search(path.name)]
+    total = sum(about.st_size for about, _ in found)
+    for about, path in sorted(found, key=lambda each: each[0].st_mtime_ns):
+        if total <= limit:
+            return
+        if path not in keep:
+            path.unlink(missing_ok=True)
+            total -= about.st_size
+
+
+def _model_key(model: Path) -> str:
+    """A quick identity of all the model's files: tensors by samples, small files whole."""
+    if model.is_file():
+        with open_tensors(model) as store:
+            return content_fingerprint(store)
+    digest = hashlib.sha256()
+    for path in sorted(model.rglob("*")):
+        place = path.relative_to(model)
+        if not path.is_file() or any(part.startswith(".") for part in place.parts):
+            continue
+        digest.update(f"{place.as_posix()} {path.stat().st_size} ".encode())
+        if path.suffix == ".safetensors":
+            with open_tensors(path) as store:
+                digest.update(content_fingerprint(store).encode())
+        elif path.stat().st_size < _SMALL:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# --- the pictures -------------------------------------------------------------------------------
+
+
+def _drawn(pipeline: Any, kind: Kind, shot: Shot, device: str, dtype: str) -> Picture:
+    import numpy as np
+    import torch
+
+    prompt, vae = shot.prompt, pipeline.vae
+    stride = pipeline.vae_scale_factor
+    width, height = (side // (kind.patch * stride) * kind.patch * stride for side in (prompt.width, prompt.height))
+    generator = torch.Generator().manual_seed(shot.start)
+    # Float32 on the CPU gives the same noise on every machine and in every precision.
+    noise = torch.randn((1, vae.config.latent_channels, height // stride, width // stride), generator=generator)
+    noise = noise.to(device, getattr(torch, dtype))
+    more = {"negative_prompt": prompt.negative} if kind.negative else {}
+    cuda = [device] if device.startswith("cuda") else []
+    with torch.no_grad(), torch.random.fork_rng(cuda), _sampled(pipeline, prompt.sampler):
+        latents = pipeline(
+            prompt.prompt,
+            latents=_packed(noise) if kind.packed else noise,
+            generator=generator,
+            width=width,
+            height=height,
+            num_inference_steps=prompt.steps,
+            guidance_scale=prompt.scale,
+            output_type="latent",
+            return_dict=False,
+            **more,
+        )[0]
+        latents = _unpacked(latents, noise.shape) if kind.packed else latents
+        # Each VAE knows how its latents were scaled; SDXL's overflows in half precision.
+        latents = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        (pixels,) = vae.float().decode(latents, return_dict=False)[0]
+    if not pixels.isfinite().all():
+        raise NonFinite(f"{shot.label}: becomes no picture in {dtype}, but NaN.")
+    drawn: Picture = np.rint((pixels / 2 + 0.5).clamp(0, 1).cpu().permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    return drawn
+
+
+@contextmanager
+def _sampled(pipeline: Any, sampler: str) -> Iterator[None]:
+    """The pipeline with one of `SAMPLERS`, or with its own, for as long as this lasts."""
+    from lorashrink.pictures.samplers import scheduler
+
+    own = pipeline.scheduler
+    velocity = own.config.get("prediction_type") == "v_prediction"
+    try:
+        # Fresh even if it is its own: some remember the picture before.
+        pipeline.scheduler = (
+            type(own).from_config(own.config) if sampler == OWN else scheduler(sampler, v_parameterization=velocity)
+        )
+        yield
+    finally:
+        pipeline.scheduler = own
+
+
+def _packed(latents: Tensor) -> Tensor:
+    """[1, c, h, w] -> [1, h/2 · w/2, 4c]: patches of 2 × 2 as a list."""
+    from torch.nn.functional import pixel_unshuffle
+
+    return pixel_unshuffle(latents, 2).flatten(2).mT
+
+
+def _unpacked(patches: Tensor, shape: Sequence[int]) -> Tensor:
+    """What `_packed` made a list of."""
+    from torch.nn.functional import pixel_shuffle
+
+    _, channels, height, width = shape
+    return pixel_shuffle(patches.mT.reshape(1, 4 * channels, height // 2, width // 2), 2)
+
+
+def _write_png(path: Path, picture: Picture) -> Path:
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, "png")
+    try:
+        write_bytes(path, data.getvalue())
+    except OutputError as error:
+        raise OutputError(f"--images-out {error}") from error
+    return path

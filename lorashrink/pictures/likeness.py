@@ -1,0 +1,177 @@
+"""How alike two pictures are. A picture is uint8 [height, width, 3]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorashrink.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+if TYPE_CHECKING:
+    Picture = NDArray[np.uint8]
+    Compare = Callable[[Picture, Picture], float]
+
+
+# Equal pictures have an infinite PSNR, which neither a mean nor JSON can hold. A single number of a picture of 96 × 96
+# that is off by one gives 92 dB.
+MOST_PSNR = 99.0
+
+_WINDOW = 7  # pixels; where a picture is narrower, the largest odd number that fits
+
+# Of MS-SSIM: from the finest scale to the coarsest, and the window that SSIM was published with.
+_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+_GAUSSIAN, _SIGMA = 11, 1.5  # pixels
+
+# Of SSIM and MS-SSIM: shares of 255 that keep quotients finite.
+_K1, _K2 = 0.01, 0.03
+
+
+def psnr(a: Picture, b: Picture) -> float:
+    """Peak signal-to-noise ratio in dB, 10·log10(255² / mean squared difference), `MOST_PSNR` at most.
+
+    Raises ValueError if the shapes differ.
+    """
+    import numpy as np
+
+    if a.shape != b.shape:
+        raise ValueError(f"pictures of {a.shape} and {b.shape}")
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return MOST_PSNR if error == 0 else min(MOST_PSNR, 10 * math.log10(255**2 / error))
+
+
+def ssim(a: Picture, b: Picture) -> float:
+    """Structural similarity, 1 for equal pictures: the mean over channels and windows of 7 × 7 pixels.
+
+    Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", as scikit-image
+    computes it. Raises ValueError if the shapes differ or a side is shorter than 3.
+    """
+    from skimage.metrics import structural_similarity
+
+    shortest = min(a.shape[:2])
+    window = min(_WINDOW, shortest if shortest % 2 else shortest - 1)
+    if window < 3:
+        raise ValueError(f"a picture of {a.shape} is too small")
+    return float(structural_similarity(a, b, win_size=window, channel_axis=-1, data_range=255))
+
+
+def ms_ssim(a: Picture, b: Picture) -> float:
+    """Multi-scale structural similarity, from 0 to 1 for equal pictures: the mean over channels.
+
+    Wang, Simoncelli, Bovik 2003, "Multi-scale structural similarity for image quality assessment": five scales, each
+    half as wide as the one before, and windows of 11 × 11 pixels. Where a side is under 176 pixels there are only the
+    scales that hold a window, their weights scaled to a sum of 1. Negative terms count as 0. Raises ValueError if the
+    shapes differ or a side is shorter than 11.
+    """
+    import torch
+    from torch.nn.functional import avg_pool2d
+
+    if a.shape != b.shape:
+        raise ValueError(f"pictures of {a.shape} and {b.shape}")
+    if min(a.shape[:2]) < _GAUSSIAN:
+        raise ValueError(f"a picture of {a.shape} is too small")
+    count = min(len(_WEIGHTS), int(math.log2(min(a.shape[:2]) / _GAUSSIAN)) + 1)
+    total = 1.0 if count == len(_WEIGHTS) else sum(_WEIGHTS[:count])
+    one, other = (torch.tensor(each, dtype=torch.float64).permute(2, 0, 1)[:, None] for each in (a, b))  # [3, 1, h, w]
+    product = torch.ones(len(one), dtype=torch.float64)
+    for scale, weight in enumerate(_WEIGHTS[:count]):
+        luminance, structure = _terms(one, other)
+        term = luminance * structure if scale == count - 1 else structure
+        product *= term.mean(dim=(1, 2, 3)).clamp(min=0) ** (weight / total)
+        one, other = avg_pool2d(one, 2), avg_pool2d(other, 2)
+    return float(product.mean())
+
+
+def _terms(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Luminance, and contrast times structure, of each window."""
+    import torch
+    from torch.nn.functional import conv2d
+
+    places = torch.arange(_GAUSSIAN, dtype=torch.float64) - _GAUSSIAN // 2
+    bell = torch.exp(-(places**2) / (2 * _SIGMA**2))
+    bell /= bell.sum()
+
+    def mean(pixels: Tensor) -> Tensor:
+        return conv2d(conv2d(pixels, bell[None, None, :, None]), bell[None, None, None])
+
+    c1, c2 = (_K1 * 255) ** 2, (_K2 * 255) ** 2
+    mean1, mean2 = mean(one), mean(other)
+    variance1, variance2 = mean(one**2) - mean1**2, mean(other**2) - mean2**2
+    covariance = mean(one * other) - mean1 * mean2
+    luminance = (2 * mean1 * mean2 + c1) / (mean1**2 + mean2**2 + c1)
+    return luminance, (2 * covariance + c2) / (variance1 + variance2 + c2)
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A number for how alike two pictures are; more is more alike."""
+
+    name: str  # of the fields of results, and in JSON
+    title: str
+    unit: str  # with the space before it
+    form: str  # how its numbers are printed
+    compare: Compare | None = None  # None: it needs a model, see `comparisons`
+
+    def text(self, value: float) -> str:
+        """The number with its unit."""
+        return f"{value:{self.form}}{self.unit}"
+
+
+MEASURES = (
+    Measure("psnr", "PSNR", " dB", ".1f", psnr),
+    Measure("ssim", "SSIM", "", ".4f", ssim),
+    Measure("ms_ssim", "MS-SSIM", "", ".4f", ms_ssim),
+    Measure("clip", "CLIP", "", ".4f"),
+)
+
+
+def comparisons(clip: Path | None, device: str) -> dict[str, Compare]:
+    """Name of a measure -> its function, for all that can be had; clip: as for `clip_similarity`."""
+    found = {measure.name: measure.compare for measure in MEASURES if measure.compare}
+    return found | ({"clip": clip_similarity(clip, device)} if clip else {})
+
+
+def clip_similarity(folder: Path, device: str) -> Compare:
+    """The cosine between what a CLIP model sees in two pictures: 1 for the same contents, 0 for unrelated ones.
+
+    folder: a CLIPModel as transformers saves it, with its preprocessor_config.json. Nothing is downloaded.
+
+    Raises:
+        UsageError: there is no such folder.
+        InputError: it holds no CLIP model.
+    """
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"--clip {folder}: no folder of a CLIP model as transformers saves it; config.json is missing."
+        )
+    from transformers import CLIPImageProcessorPil, CLIPModel
+
+    try:
+        model, report = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"--clip {folder}: transformers cannot load it ({str(error).splitlines()[0]}).") from error
+    if report["missing_keys"]:
+        raise InputError(f"--clip {folder}: is no CLIP model, it lacks {sorted(report['missing_keys'])[0]}.")
+    return partial(_clip, model.eval().to(device), processor)
+
+
+def _clip(model: Any, processor: Any, a: Picture, b: Picture) -> float:
+    import torch
+
+    with torch.no_grad():
+        pixels = processor(images=[a, b], return_tensors="pt")["pixel_values"].to(model.device)
+        one, other = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        return float(torch.cosine_similarity(one, other, dim=0))

@@ -1,0 +1,161 @@
+"""Prompt files: what pictures are drawn from, in the forms that sd-scripts reads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorashrink.errors import InputError, UsageError
+
+_log = logging.getLogger(__name__)
+
+SAMPLERS = (
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+)  # fmt: skip
+
+SCALE = 7.5
+
+OWN = "own"  # the sampler that a model comes with; prompt files cannot name it, since they leave it out
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What one picture is drawn from; the defaults are sd-scripts'."""
+
+    prompt: str = ""
+    negative: str = ""
+    width: int = 512  # pixels, a multiple of 8
+    height: int = 512
+    seed: int | None = None  # None: another one each time
+    steps: int = 30
+    scale: float = SCALE  # classifier-free guidance; at 1 and below the negative prompt does nothing
+    sampler: str = "ddim"  # one of `SAMPLERS`, or `OWN`
+
+
+def read_prompts(path: Path, *, sampler: str = "ddim", scale: float = SCALE) -> tuple[Prompt, ...]:
+    """The prompts of a file; what it says beyond them is ignored with a warning.
+
+    .txt: a prompt in each line, followed by ` --n negative prompt --w width --h height --d seed --s steps --l scale
+    --ss sampler`, any of them; lines that begin with # do not count. .json: a list of such lines or of objects. .toml:
+    the same objects as [[prompt.subset]] below what they share in [prompt]. sampler, scale: those of prompts that name
+    none.
+
+    Raises:
+        UsageError: no such file, another ending, no prompts.
+        InputError: not UTF-8, or not the format that its ending names.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise UsageError(f"{path}: the name of a file of prompts ends in {', '.join(_FORMATS)}")
+    try:
+        entries = _FORMATS[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: no valid {path.suffix[1:].lower()} file of prompts in UTF-8 ({error})") from None
+    if not entries:
+        raise UsageError(f"{path}: no prompts in it")
+    return tuple(
+        _prompt(_switches(entry) if isinstance(entry, str) else entry, f"{path}: sample {number:02d}", sampler, scale)
+        for number, entry in enumerate(entries)
+    )
+
+
+def _txt(text: str) -> list[str | dict[str, Any]]:
+    return [line.strip() for line in text.split("\n") if line.strip() and not line.startswith("#")]
+
+
+def _toml(text: str) -> list[str | dict[str, Any]]:
+    match tomllib.loads(text):
+        case {"prompt": {"subset": [*subsets], **shared}} if all(isinstance(subset, dict) for subset in subsets):
+            return [shared | subset for subset in subsets]
+    raise ValueError("[[prompt.subset]] is missing")
+
+
+def _json(text: str) -> list[str | dict[str, Any]]:
+    match json.loads(text):
+        case [*entries] if all(isinstance(entry, str | dict) for entry in entries):
+            return entries
+    raise ValueError("it must be a list of lines or objects")
+
+
+_FORMATS: Mapping[str, Callable[[str], list[str | dict[str, Any]]]] = {".txt": _txt, ".toml": _toml, ".json": _json}
+
+
+def _switches(line: str) -> dict[str, Any]:
+    """A line of text as the object that says the same; unknown switches keep their dashes."""
+    prompt, *switches = line.split(" --")
+    values: dict[str, Any] = {"prompt": prompt}
+    for switch in switches:
+        name, _, value = switch.strip().partition(" ")
+        values[_SWITCHES.get(name.lower(), f"--{name}")] = value.strip()
+    return values
+
+
+def _prompt(values: Mapping[str, Any], where: str, sampler: str, scale: float) -> Prompt:
+    made: dict[str, Any] = {"sampler": sampler, "scale": scale}
+    for key, value in values.items():
+        if value is None:
+            continue
+        try:
+            field, read = _KEYS[key]
+            made[field] = read(value)
+        except (KeyError, ValueError, TypeError):
+            _log.warning("%s: ignored, because it means nothing here: %s %s", where, key, value)
+    return Prompt(**made)
+
+
+def _side(value: Any) -> int:
+    return max(64, int(value) // 8 * 8)
+
+
+def _steps(value: Any) -> int:
+    return max(1, min(1000, int(value)))
+
+
+def _seed(value: Any) -> int:
+    # What torch takes. A negative number is no seed in sd-scripts either.
+    if 0 <= int(value) < 2**64:
+        return int(value)
+    raise ValueError(value)
+
+
+def _scale(value: Any) -> float:
+    if math.isfinite(float(value)):
+        return float(value)
+    raise ValueError(value)
+
+
+def _sampler(value: Any) -> str:
+    if value not in SAMPLERS:
+        raise ValueError(value)
+    return str(value)
+
+
+# sd-scripts' name in .toml and .json -> the field, and how its value is read.
+_KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "prompt": ("prompt", str),
+    "negative_prompt": ("negative", str),
+    "width": ("width", _side),
+    "height": ("height", _side),
+    "seed": ("seed", _seed),
+    "sample_steps": ("steps", _steps),
+    "scale": ("scale", _scale),
+    "sample_sampler": ("sampler", _sampler),
+}
+
+_SWITCHES: Mapping[str, str] = {
+    "n": "negative_prompt",
+    "w": "width",
+    "h": "height",
+    "d": "seed",
+    "s": "sample_steps",
+    "l": "scale",
+    "ss": "sample_sampler",
+}

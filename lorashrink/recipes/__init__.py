@@ -1,0 +1,1 @@
+"""Recipes: which dimensions of each layer are kept."""

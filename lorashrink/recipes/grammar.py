@@ -1,0 +1,266 @@
+"""Recipes as text: parsing and printing."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lorashrink.errors import RecipeError
+from lorashrink.recipes.terms import BYTES, TERMS
+
+DEFAULT = "fro_ckpt=1,thr=-3.55"
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    low: float
+    high: float
+    whole: bool = False
+    open_low: bool = False
+
+    def __str__(self) -> str:
+        if self.whole:
+            return f"a whole number of at least {self.low:g}"
+        if math.isinf(self.high):
+            return (
+                "any number"
+                if math.isinf(self.low)
+                else f"a number {'above' if self.open_low else 'from'} {self.low:g}"
+            )
+        return f"a number above {self.low:g} and up to {self.high:g}"
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and value <= self.high and (not self.whole or value == int(value))
+
+
+_ANY = _Range(-math.inf, math.inf)
+
+_POSITIVE = _Range(0, math.inf, open_low=True)
+
+_SHARE = _Range(0, 1, open_low=True)
+
+_COUNT = _Range(1, math.inf, whole=True)
+
+SELECTIONS: dict[str, _Range] = {
+    "thr": _ANY,
+    "size": _POSITIVE,
+    "rank": _COUNT,
+    "energy": _SHARE,
+    "sv_fro": _SHARE,
+    "sv_cumulative": _SHARE,
+    "sv_ratio": _Range(1, math.inf),
+}
+
+MODIFIERS: dict[str, _Range] = {
+    "conv_rank": _COUNT,
+    "max_rank": _COUNT,
+    "min_rank": _COUNT,
+    "multiple": _COUNT,
+    "pow2": _ANY,
+    "rescale": _ANY,
+    "uniform": _ANY,
+    "clip": _POSITIVE,
+    "fro_limit": _POSITIVE,
+}
+
+# Modifiers that limit what is kept by a norm of the base weight -> which norm.
+CAPS = {"clip": "spn", "fro_limit": "fro"}
+
+_WEIGHTS = (*TERMS, BYTES)
+
+_SWITCHES = ("pow2", "uniform")
+
+_BARE = (*_WEIGHTS, *_SWITCHES)  # keys that mean 1 when no number follows
+
+KEYS = (*_WEIGHTS, *SELECTIONS, *MODIFIERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A parsed recipe. `str()` of it is canonical and parses back to an equal one."""
+
+    select: str  # a key of SELECTIONS
+    value: float
+    weights: tuple[tuple[str, float], ...] = ()  # as given, in the order of TERMS; see `normalised`
+    modifiers: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Parse one recipe. Raises RecipeError naming the recipe, the item, and what would be right."""
+        items = dict(_item(text, part) for part in _split(text))
+        selected = [key for key in items if key in SELECTIONS]
+        if len(selected) != 1:
+            found = "has none" if not selected else f"has {' and '.join(selected)}"
+            raise RecipeError(f"recipe '{text}': needs exactly one of {', '.join(SELECTIONS)}; it {found}.")
+        weights = tuple((key, items[key]) for key in _WEIGHTS if key in items)
+        modifiers = {key: items[key] for key in MODIFIERS if key in items}
+        recipe = cls(selected[0], items[selected[0]], weights, modifiers)
+        recipe._check(text)
+        return recipe
+
+    def _check(self, text: str) -> None:
+        terms = {key: weight for key, weight in self.weights if key in TERMS}
+        if terms and abs(sum(terms.values())) < 1e-12:
+            raise RecipeError(f"recipe '{text}': the weights of its score terms sum to 0; change one of them.")
+        if len(terms) > 1 and (alone := next((key for key in terms if TERMS[key].alone), None)):
+            raise RecipeError(f"recipe '{text}': {alone} stands alone (with {BYTES}); remove the other terms.")
+        if self.caps and self.calibrated:
+            raise RecipeError(
+                f"recipe '{text}': {' and '.join(self.caps)} limit singular values of ΔW, and calib goes by others. "
+                "Shrink first, and give the output the limits in a second run: energy=1,clip=0.5."
+            )
+        if "conv_rank" in self.modifiers and self.select != "rank":
+            raise RecipeError(f"recipe '{text}': conv_rank= goes with rank= only. Did you mean max_rank=?")
+        if self.rescale == 0:
+            raise RecipeError(f"recipe '{text}': rescale=0 would remove the whole adapter; give another number.")
+        if self.modifiers.get("pow2") and "multiple" in self.modifiers:
+            raise RecipeError(f"recipe '{text}': pow2 and multiple= both round the ranks; remove one of them.")
+        low, high = self.modifiers.get("min_rank", 1), self.modifiers.get("max_rank", math.inf)
+        if low > high:
+            raise RecipeError(f"recipe '{text}': min_rank={low:g} is above max_rank={high:g}.")
+        if self.modifiers.get("multiple", 1) > high:
+            raise RecipeError(
+                f"recipe '{text}': no multiple of {self.modifiers['multiple']:g} is up to max_rank={high:g}."
+            )
+
+    @property
+    def normalised(self) -> dict[str, float]:
+        """Weights of the score terms, divided by their sum; `bytes` is not among them."""
+        terms = {key: weight for key, weight in self.weights if key in TERMS}
+        total = sum(terms.values())
+        return {key: weight / total for key, weight in terms.items()}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be looked up for the score: "layer", "norms", "weight" or "calibration"."""
+        return frozenset(TERMS[key].needs for key, weight in self.normalised.items() if weight)
+
+    @property
+    def base_norms(self) -> frozenset[str]:
+        """Which norms of the base weights the recipe uses: "fro", "spn"."""
+        scored = {
+            key.partition("_")[0] for key, weight in self.normalised.items() if weight and TERMS[key].needs == "norms"
+        }
+        return frozenset(scored.union(CAPS[key] for key in self.caps))
+
+    @property
+    def judges_by_base(self) -> bool:
+        """Whether a layer without a base weight has no score."""
+        return bool(self.needs & {"norms", "weight"})
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the recipe cannot be applied without a base."""
+        return self.judges_by_base or bool(self.caps)
+
+    @property
+    def caps(self) -> Mapping[str, float]:
+        """The modifiers that limit what is kept, and their values."""
+        return {key: value for key, value in self.modifiers.items() if key in CAPS}
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether dimensions are those of calibration statistics, and not of ΔW alone."""
+        return "calibration" in self.needs
+
+    @property
+    def rescale(self) -> float:
+        """Factor on ΔW in the output."""
+        return self.modifiers.get("rescale", 1.0)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are written with one rank."""
+        return bool(self.modifiers.get("uniform", 0))
+
+    @property
+    def limit(self) -> int | None:
+        """The largest rank that the recipe can give to any layer, None if that depends on the spectrum."""
+        if self.select == "sv_cumulative":  # the one selection that asks for every σ
+            return None
+        ranks = [self.value, self.modifiers.get("conv_rank", 0)] if self.select == "rank" else [math.inf]
+        most = min(max(ranks, default=0), self.modifiers.get("max_rank", math.inf))
+        if math.isinf(most):
+            return None
+        return rounded_rank(self, int(max(most, self.modifiers.get("min_rank", 0))))
+
+    def __str__(self) -> str:
+        items = [*self.weights, (self.select, self.value), *self.modifiers.items()]
+        return ",".join(f"{key}={_number(value)}" for key, value in items)
+
+    def file_items(self) -> str:
+        """The recipe as a part of a file name: `frockpt1_th-3.55`."""
+        named = {**self.normalised, **{key: weight for key, weight in self.weights if key not in TERMS}}
+        parts = sorted(f"{key.replace('_', '')}{_short(weight)}" for key, weight in named.items() if weight)
+        modifiers = {
+            key: value
+            for key, value in self.modifiers.items()
+            if key != "rescale" and not (key in _SWITCHES and not value)
+        }
+        # A limit is a small number, of which two decimals would not tell much.
+        texts = {key: f"{value:g}" if key in CAPS else _short(value) for key, value in modifiers.items()}
+        parts += [f"{key.replace('_', '')}{text}" for key, text in sorted(texts.items())]
+        if self.rescale != 1:
+            parts.append(f"scale{_short(self.rescale)}")
+        parts.append(f"{'th' if self.select == 'thr' else self.select.replace('_', '')}{_short(self.value)}")
+        return "_".join(parts)
+
+
+def parse_recipes(texts: Sequence[str]) -> list[Recipe]:
+    """Parse recipes, each text holding one or, separated by `:`, several. Raises RecipeError."""
+    recipes = [Recipe.parse(part) for text in texts for part in text.split(":")]
+    for number, recipe in enumerate(recipes):
+        if recipe in recipes[:number]:
+            raise RecipeError(f"recipe '{recipe}' is given twice.")
+    return recipes
+
+
+def _split(text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise RecipeError(f"recipe '{text}': an item is empty. Example: {DEFAULT}")
+    keys = [part.partition("=")[0].strip() for part in parts]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise RecipeError(f"recipe '{text}': {key} is given twice.")
+    return parts
+
+
+def _item(text: str, part: str) -> tuple[str, float]:
+    key, equals, number = (piece.strip() for piece in part.partition("="))
+    if key not in KEYS:
+        near = difflib.get_close_matches(key, KEYS, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(KEYS)}."
+        raise RecipeError(f"recipe '{text}': unknown key '{key}'. {hint}")
+    allowed = SELECTIONS.get(key) or MODIFIERS.get(key, _ANY)
+    if not equals and key in _BARE:
+        return key, 1.0
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value not in allowed:
+        raise RecipeError(f"recipe '{text}': {key}= needs {allowed}, not '{number}'.")
+    return key, value
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def rounded_rank(recipe: Recipe, count: int) -> int:
+    """`count` rounded up to a multiple or power of two, or down where it would pass `max_rank`."""
+    high = recipe.modifiers.get("max_rank", math.inf)
+    if recipe.modifiers.get("pow2"):
+        power = 1 << (count - 1).bit_length() if count else 0
+        return power if power <= high else 1 << (int(high).bit_length() - 1)
+    multiple = int(recipe.modifiers.get("multiple", 1))
+    count = -(-count // multiple) * multiple
+    return count if count <= high else int(high) // multiple * multiple

@@ -1,0 +1,1 @@
+"""Reports about one adapter as a self-contained HTML page."""

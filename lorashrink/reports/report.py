@@ -1,0 +1,169 @@
+"""`report`: measure an adapter at several sizes and write a page about it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorashrink.adapters import open_adapter
+from lorashrink.bases import open_base
+from lorashrink.bases.views import BaseInfo
+from lorashrink.errors import InputError, Progress, UsageError
+from lorashrink.files.disk import check_output, sha256_file, write_bytes
+from lorashrink.insight.inspection import inspect
+from lorashrink.linking.inputs import find_adapters
+from lorashrink.reports.findings import Findings
+from lorashrink.reports.page import page
+from lorashrink.results.inspection import AdapterTable, Inspection
+from lorashrink.results.shrinking import FileResult
+from lorashrink.results.sweep import Sweep
+from lorashrink.shrinking.outputs import base_files
+from lorashrink.shrinking.run import resize
+from lorashrink.sweeping.sweep import sweep
+
+_ENDINGS = (".html", ".htm")
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFile:
+    """A written page, and the results that it shows."""
+
+    path: str
+    bytes: int
+    inspection: Inspection  # with singular values
+    sweep: Sweep | None  # None: there is nothing in the adapter to shrink
+
+
+def report(
+    adapter: str | Path,
+    *,
+    base: str | Path | None = None,
+    recipes: str | Sequence[str] = (),
+    sizes: Sequence[float] = (),
+    calibration: str | Path | None = None,
+    images: str | Path | None = None,
+    prompts: str | Path | None = None,
+    seeds: Sequence[int] = (0,),
+    pictures: str | Path | None = None,
+    settings: str | Path | None = None,
+    clip: str | Path | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    device: str = "auto",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> ReportFile:
+    """Write one HTML page about one adapter, which holds all that it shows and loads nothing from anywhere.
+
+    It tells what `inspect` and `sweep` do with the same arguments, and layer by layer what the suggested recipe would
+    keep (the smallest where none is suggested). output: a name that ends in .html; default is beside the adapter. An
+    adapter with nothing to shrink in it gets a page without sizes.
+
+    Raises UsageError, RecipeError or InputError as `sweep` does, and OutputError before any work.
+    """
+    sources = find_adapters([adapter])
+    if len(sources) != 1:
+        raise UsageError(f"{adapter}: {len(sources)} adapters; a report is about one.")
+    source = sources[0]
+    place = source.with_name(f"{source.stem}_report.html") if output is None else Path(output)
+    if place.suffix.lower() not in _ENDINGS:
+        raise UsageError(f"{place}: a report is a page; give it a name that ends in .html.")
+    inputs = [source, *base_files(base), *([Path(prompts)] if prompts is not None else [])]
+    check_output(place, force=force, inputs=inputs)
+    based: dict[str, Any] = {"base": base, "calibration": calibration, "device": device, "jobs": jobs}
+    drawing: dict[str, Any] = {"images": images, "settings": settings, "prompts": prompts, "pictures": pictures}
+    swept, unswept = None, None
+    try:
+        swept = sweep(
+            source, recipes=recipes, sizes=sizes, seeds=seeds, clip=clip, progress=progress, **based, **drawing
+        )
+    except InputError as error:
+        unswept = error
+    inspection = inspect(source, base=base, spectrum=True, device=device, jobs=jobs, progress=progress)
+    for message in inspection.failed.values():
+        raise unswept or InputError(message)
+    (table,) = inspection.files
+    if unswept and not _unshrinkable(table):
+        raise unswept
+    if not table.layers:
+        swept = None  # whose recipes all copy what there is
+    shrunk = _shrunk(source, swept, place.parent, based) if swept else None
+    asked = [recipes] if isinstance(recipes, str) else recipes
+    options = {
+        "--base": base,
+        "--calibration": calibration,
+        "--sizes": ",".join(map(str, sizes)) or None,
+        "--images": images,
+        "--images-config": settings,
+        "--prompts": prompts,
+        "--seeds": ",".join(map(str, seeds)) if images else None,
+        "--images-out": pictures,
+        "--clip": clip,
+    }
+    findings = Findings(
+        table=table,
+        base=_base_info(base),
+        sweep=swept,
+        unswept="" if swept else str(unswept or table.health[0].text),
+        shrunk=shrunk,
+        hashes=_hashes(source, base),
+        commands=_commands(source, place, asked, options, shrunk),
+    )
+    data = page(findings, progress)
+    write_bytes(place, data)
+    return ReportFile(str(place), len(data), inspection, swept)
+
+
+def _shrunk(source: Path, swept: Sweep, folder: Path, based: Mapping[str, Any]) -> FileResult:
+    """What the suggested recipe would do to each layer, as if it were written into `folder`."""
+    recipe = swept.suggestion.recipe if swept.suggestion else swept.points[0].recipe
+    done = resize(source, recipes=recipe, output=folder, dry_run=True, **based)
+    for failure in done.failed:
+        raise InputError(failure.error)
+    return done.results[0]
+
+
+def _unshrinkable(table: AdapterTable) -> bool:
+    """Whether an adapter that cannot be swept is worth a page all the same, which says why."""
+    return not table.fro or any("nan" in row.flags for row in table.layers)
+
+
+def _base_info(base: str | Path | None) -> BaseInfo | None:
+    if base is None:
+        return None
+    with open_base(base) as opened:
+        return opened.info
+
+
+def _hashes(source: Path, base: str | Path | None) -> dict[str, str]:
+    """File -> hash: of the adapter's contents whole, of the base's, which may be huge, by its headers and samples."""
+    with ExitStack() as stack:
+        stored = stack.enter_context(open_adapter(source)).store.files
+        hashes = {str(path): f"SHA-256 {sha256_file(path)}" for path in stored}
+        if base is not None:
+            fingerprint = stack.enter_context(open_base(base)).fingerprint
+            hashes[str(base)] = f"SHA-256 of headers and samples {fingerprint}"
+    return hashes
+
+
+def _commands(
+    source: Path, place: Path, asked: Sequence[str], options: Mapping[str, object], shrunk: FileResult | None
+) -> dict[str, str]:
+    """What for -> command line, as a shell takes it."""
+    lines = {"This page": _line("report", source, asked, {**options, "-o": place})}
+    if shrunk:
+        needed = {name: options[name] for name in ("--base", "--calibration")}
+        lines["The smaller adapter"] = _line("resize", source, [shrunk.recipe], needed)
+        lines["The sizes as JSON"] = _line("sweep --json", source, asked, options)
+    lines["What is inside as JSON"] = _line("inspect --json --spectrum", source, (), {"--base": options["--base"]})
+    return lines
+
+
+def _line(command: str, source: Path, recipes: Sequence[str], options: Mapping[str, object]) -> str:
+    given = [word for recipe in recipes for word in ("-r", recipe)]
+    given += [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    return shlex.join(["lorashrink", *command.split(), *given, str(source)])

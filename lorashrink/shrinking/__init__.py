@@ -1,0 +1,1 @@
+"""The main line: `resize`, from a request to written files."""

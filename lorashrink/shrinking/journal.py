@@ -1,0 +1,224 @@
+"""What became of each output of a run, kept in a file beside them, so that a run that was stopped goes on at once.
+
+The outputs themselves say what they were made from, and they win: the journal saves reading their sources again. Losing
+it costs time and nothing else, and so none of its own errors stops a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
+
+NAME = ".lorashrink-journal.sqlite3"
+
+STARTED, DONE, FAILED = "started", "done", "failed"
+
+_VERSION = 1  # of the table
+
+_PATIENCE = 10.0  # s, while another run writes into the same journal
+
+# Until then a file can change once more without another time stamp, which on some disks has steps of two seconds.
+SETTLED_SECONDS = 2.0
+
+
+class Stamp(NamedTuple):
+    """What tells, without reading it, that a file is still the one that was read."""
+
+    path: str
+    bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of one output."""
+
+    output: str  # relative to the journal's folder
+    source: str
+    state: str  # STARTED, DONE or FAILED
+    message: str = ""  # why it failed
+    # what the output was made from, if it is done
+    stamps: tuple[Stamp, ...] = ()  # of the source's files; () if they may still have been changing
+    source_sha256: str = ""
+    recipe: str = ""
+    base: str = ""  # fingerprint
+    options: str = ""
+    version: str = ""
+    depends_on_base: bool = False  # whatever the recipe
+    bytes_before: int = 0
+    bytes_after: int = 0
+    output_mtime_ns: int = 0
+    threshold: float | None = None
+    relative_error: float = 0.0
+    seconds: float = 0.0
+
+
+_COLUMNS = tuple(field.name for field in fields(Entry))
+
+
+def stamps(paths: Iterable[Path]) -> tuple[Stamp, ...]:
+    """The stamps of files as they are now, () if one of them is missing or was changed just now."""
+    found = []
+    for path in paths:
+        place = os.path.abspath(path)
+        try:
+            stat = os.stat(place)
+        except OSError:
+            return ()
+        if time.time() - max(stat.st_mtime, stat.st_ctime) < SETTLED_SECONDS:
+            return ()
+        found.append(Stamp(place, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+    return tuple(found)
+
+
+class Journal:
+    """The journal of a folder; safe to use from many threads, and by several runs at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._database: sqlite3.Connection | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._database = _open(folder / NAME)
+        except (OSError, sqlite3.Error) as error:
+            self._give_up(error)
+
+    def finished(self, output: Path, source: Path) -> Entry | None:
+        """The entry of an output that was made from this source, if neither file has changed since.
+
+        Reads neither of them.
+        """
+        entry = self._find(self._key(output))
+        if entry is None or entry.state != DONE or entry.source != _source(source) or not entry.stamps:
+            return None
+        try:
+            stat = os.stat(output)
+        except OSError:
+            return None
+        same = (stat.st_size, stat.st_mtime_ns) == (entry.bytes_after, entry.output_mtime_ns)
+        return entry if same and entry.stamps == stamps(Path(each.path) for each in entry.stamps) else None
+
+    def entry(self, output: Path, source: Path, **facts: Any) -> Entry:
+        """An entry of this journal; `facts` are its other fields. Of outputs that are DONE the file is looked at."""
+        if facts["state"] == DONE:
+            stat = os.stat(output)
+            facts |= {"bytes_after": stat.st_size, "output_mtime_ns": stat.st_mtime_ns}
+        facts["message"] = _text(facts.get("message", ""))
+        return Entry(self._key(output), _source(source), **facts)
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        """Put entries in place of earlier ones for the same outputs."""
+        rows = [_to_row(entry) for entry in entries]
+        with self._lock:
+            if self._database is None:
+                return
+            try:
+                with self._database:
+                    self._database.executemany(f"INSERT OR REPLACE INTO outputs VALUES ({_places()})", rows)
+            except sqlite3.Error as error:
+                self._give_up(error)
+
+    def entries(self) -> list[Entry]:
+        """All entries, by output."""
+        return [_from_row(row) for row in self._select("ORDER BY output")]
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _find(self, key: str) -> Entry | None:
+        return next((_from_row(row) for row in self._select("WHERE output = ?", key)), None)
+
+    def _select(self, which: str, *values: str) -> list[tuple[Any, ...]]:
+        with self._lock:
+            if self._database is None:
+                return []
+            try:
+                return self._database.execute(f"SELECT {', '.join(_COLUMNS)} FROM outputs {which}", values).fetchall()
+            except sqlite3.Error as error:
+                self._give_up(error)
+                return []
+
+    def _key(self, output: Path) -> str:
+        return _text(Path(os.path.relpath(output, self.folder)).as_posix())
+
+    def _give_up(self, error: Exception) -> None:
+        log.warning("%s: cannot be used (%s); the run goes on without it", self.folder / NAME, error)
+        self.close()
+
+
+def _source(path: Path) -> str:
+    return _text(os.path.abspath(path))
+
+
+def _text(text: str) -> str:
+    """As SQLite can hold it: not every name of a file is Unicode."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """The database, made anew if it is damaged or another version's."""
+    try:
+        return _with_table(path)
+    except sqlite3.OperationalError:  # it may be in order, but cannot be had: locked, read-only, a full disk
+        raise
+    except sqlite3.DatabaseError:
+        path.unlink()
+        return _with_table(path)
+
+
+def _with_table(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=_PATIENCE, check_same_thread=False)
+    try:
+        # Not a write-ahead log, because that needs memory which hosts on a network share do not have in common.
+        database.execute("PRAGMA journal_mode=DELETE")
+        database.execute("PRAGMA synchronous=NORMAL")
+        (found,) = database.execute("PRAGMA user_version").fetchone()
+        with database:
+            if found != _VERSION:
+                database.execute("DROP TABLE IF EXISTS outputs")
+                database.execute(f"PRAGMA user_version={_VERSION}")
+            names = ", ".join(_COLUMNS[1:])
+            database.execute(f"CREATE TABLE IF NOT EXISTS outputs (output TEXT PRIMARY KEY, {names}) WITHOUT ROWID")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            database.close()
+        raise
+    return database
+
+
+def _places() -> str:
+    return ", ".join("?" * len(_COLUMNS))
+
+
+def _to_row(entry: Entry) -> tuple[Any, ...]:
+    values = dict(zip(_COLUMNS, astuple(entry), strict=True))
+    return tuple({**values, "stamps": json.dumps(values["stamps"])}.values())
+
+
+def _from_row(row: Sequence[Any]) -> Entry:
+    values = dict(zip(_COLUMNS, row, strict=True))
+    found = tuple(Stamp(*each) for each in json.loads(values["stamps"]))
+    return Entry(**{**values, "stamps": found, "depends_on_base": bool(values["depends_on_base"])})

@@ -1,0 +1,173 @@
+"""What became of each adapter of a run: told to the caller, written into the journal, kept for the report."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorashrink.errors import Progress
+from lorashrink.recipes.grammar import Recipe
+from lorashrink.results.shrinking import Failure, FileResult
+from lorashrink.shrinking.journal import DONE, FAILED, STARTED, Entry, Journal, Stamp
+from lorashrink.shrinking.metadata import Origin
+from lorashrink.shrinking.outputs import shown
+
+# source -> output -> recipe
+Targets = Mapping[Path, Mapping[Path, Recipe]]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """How a later run knows that outputs need not be made again."""
+
+    origins: Mapping[Path, Origin]  # by output
+    depends_on_base: bool
+    stamps: tuple[Stamp, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of one adapter; small, and can be sent from another process."""
+
+    source: Path
+    outcome: tuple[FileResult, ...] | Failure
+    trace: Trace | None = None
+
+    @property
+    def results(self) -> tuple[FileResult, ...]:
+        """Its results, none if it failed."""
+        return () if isinstance(self.outcome, Failure) else self.outcome
+
+    def joined(self, earlier: Done | None, known: tuple[Stamp, ...] | None = None) -> Done:
+        """The same with what was known before of other outputs; `known` are stamps to put in place of its own."""
+        if isinstance(self.outcome, Failure) or self.trace is None:
+            return self
+        trace = self.trace if known is None else replace(self.trace, stamps=known)
+        if earlier and earlier.trace:
+            trace = replace(trace, origins={**earlier.trace.origins, **trace.origins})
+        return replace(self, outcome=(*(earlier.results if earlier else ()), *self.outcome), trace=trace)
+
+    def moved(self, source: Path, places: Mapping[Path, Path]) -> Done:
+        """The same for a source and outputs, place -> output, that were somewhere else while it was made."""
+        names = {str(self.source): str(source)} | {
+            str(shown(place)): str(shown(path)) for place, path in places.items()
+        }
+        if isinstance(self.outcome, Failure):
+            error = self.outcome.error
+            for place, name in names.items():
+                error = error.replace(place, name)
+            return Done(source, Failure(str(source), error))
+        results = [replace(each, source=names[each.source], output=names[each.output]) for each in self.outcome]
+        origins = {places[place]: origin for place, origin in self.trace.origins.items()} if self.trace else {}
+        return Done(source, tuple(results), self.trace and replace(self.trace, origins=origins))
+
+
+def origin_of(entry: Entry) -> Origin:
+    """What the output of this entry was made from."""
+    return Origin(entry.source_sha256, entry.recipe, entry.base, entry.options, entry.version)
+
+
+class Ledger:
+    """The outcomes of a run; safe to use from many threads.
+
+    With `each` it is given every result, one at a time, and only their short forms are kept.
+    """
+
+    def __init__(
+        self,
+        targets: Targets,
+        *,
+        journal: Path | None = None,
+        each: Callable[[FileResult], None] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._targets = targets
+        self._journal = Journal(journal) if journal is not None else None
+        self._each, self._progress = each, progress
+        self._outcomes: dict[Path, tuple[FileResult, ...] | Failure] = {}
+        self._lock = threading.Lock()
+
+    def known(self, output: Path, source: Path) -> Entry | None:
+        """The journal's entry of an output that is there, if it and its source are what they were."""
+        return self._journal.finished(output, source) if self._journal else None
+
+    def start(self, source: Path, outputs: Iterable[Path]) -> None:
+        """Work on these outputs of a source begins."""
+        self._write(source, outputs, state=STARTED)
+
+    def add(self, done: Done) -> None:
+        """Work on a source is done, or failed."""
+        source, outcome = done.source, done.outcome
+        if isinstance(outcome, Failure):
+            missing = [path for path in self._targets[source] if not os.path.exists(path)]
+            self._write(source, missing, state=FAILED, message=outcome.error)
+        elif done.trace:
+            self._write_done(source, outcome, done.trace)
+        with self._lock:
+            if self._each and not isinstance(outcome, Failure):
+                for result in outcome:
+                    self._each(result)
+                outcome = tuple(result.brief() for result in outcome)
+            self._outcomes[source] = outcome
+            if self._progress and len(self._targets) > 1:
+                self._progress("files", len(self._outcomes), len(self._targets))
+
+    def results(self) -> tuple[tuple[FileResult, ...], tuple[Failure, ...]]:
+        """Results and failures in the order of the targets."""
+        results: list[FileResult] = []
+        failed: list[Failure] = []
+        for source, outputs in self._targets.items():
+            outcome = self._outcomes[source]
+            if isinstance(outcome, Failure):
+                failed.append(outcome)
+            else:
+                order = [str(shown(path)) for path in outputs]
+                results += sorted(outcome, key=lambda result: order.index(result.output))
+        return tuple(results), tuple(failed)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._journal:
+            self._journal.close()
+
+    def _write(self, source: Path, outputs: Iterable[Path], **facts: Any) -> None:
+        if self._journal:
+            self._journal.write(
+                [
+                    self._journal.entry(path, source, recipe=str(self._targets[source][path]), **facts)
+                    for path in outputs
+                ]
+            )
+
+    def _write_done(self, source: Path, results: Sequence[FileResult], trace: Trace) -> None:
+        if self._journal is None:
+            return
+        by_output = {result.output: result for result in results}
+        entries = []
+        for path, origin in trace.origins.items():
+            result = by_output[str(shown(path))]
+            entries.append(
+                self._journal.entry(
+                    path,
+                    source,
+                    state=DONE,
+                    stamps=trace.stamps,
+                    source_sha256=origin.source_sha256,
+                    recipe=origin.recipe,
+                    base=origin.base,
+                    options=origin.options,
+                    version=origin.version,
+                    depends_on_base=trace.depends_on_base,
+                    bytes_before=result.bytes_before,
+                    threshold=result.threshold,
+                    relative_error=result.relative_error,
+                    seconds=result.seconds,
+                )
+            )
+        self._journal.write(entries)

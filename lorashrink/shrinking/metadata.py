@@ -1,0 +1,96 @@
+"""The metadata of a shrunk file: what described the old tensors is brought up to date, all else is kept.
+
+Keys: `ss_*` and `sshs_*` (sd-scripts), `modelspec.*` (https://github.com/Stability-AI/ModelSpec),
+`resize_params` (resize_lora), `lora_adapter_metadata` (diffusers), `lorashrink.*` (ours).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorashrink.adapters import peft
+from lorashrink.files.hashes import LEGACY_HASH, MODEL_HASH, with_placeholders
+from lorashrink.files.metadata_keys import BASE, ENERGY, ERROR, NORM_RATIO, OPTIONS, RECIPE, SOURCE, VERSION
+from lorashrink.recipes.grammar import Recipe
+from lorashrink.recipes.terms import TERMS
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a shrunk file comes from; equal origins give equal files."""
+
+    source_sha256: str
+    recipe: str
+    base: str  # fingerprint of the base, "" if the recipe does not depend on it
+    options: str  # whatever else decides what is written
+    version: str
+
+    def entries(self) -> dict[str, str]:
+        """The metadata entries that record the origin."""
+        return {
+            SOURCE: self.source_sha256,
+            RECIPE: self.recipe,
+            BASE: self.base,
+            OPTIONS: self.options,
+            VERSION: self.version,
+        }
+
+    def made(self, metadata: Mapping[str, str]) -> bool:
+        """Whether a file with this metadata has this origin."""
+        return all(metadata.get(key) == value for key, value in self.entries().items())
+
+
+def shrunk(
+    old: Mapping[str, str],
+    *,
+    recipe: Recipe,
+    threshold: float | None,
+    origin: Origin,
+    ranks: Mapping[str, int],
+    old_rank: int,
+    error: float,
+    settings: peft.Settings,
+    became_lora: bool = False,
+    energy: float | None = None,
+) -> dict[str, str]:
+    """Metadata of the output. `ranks` maps the names of the layers that are written to their ranks.
+
+    `error` is the relative error of the file, `energy` the share that was kept, if that does not follow from the error,
+    which it does where no limit changes what is kept. `settings` are PEFT's for these ranks. Hashes of the contents are
+    placeholders of the right length, see `with_hashes`. `became_lora`: layers of another family are LoRA now.
+    """
+    new = dict(old)
+    widest = str(max(ranks.values(), default=0))
+    if "ss_network_dim" in old or "ss_network_alpha" in old:
+        # Whole numbers as text: words such as "Dynamic" break readers that parse them.
+        new |= {"ss_network_dim": widest, "ss_network_alpha": widest}
+    if became_lora and "ss_network_module" in old:
+        new |= {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
+    if any(key.startswith("ss_") for key in old):
+        comment = f"resized from rank {old_rank} with lorashrink {recipe}"
+        before = old.get("ss_training_comment", "")
+        new["ss_training_comment"] = comment if before in ("", "None") else f"{comment}; {before}"
+    if settings and peft.METADATA_KEY in old:
+        new[peft.METADATA_KEY] = peft.to_metadata(settings)
+    weights = {key: recipe.normalised.get(key, 0.0) for key in TERMS}
+    params = {
+        "recipe_str": str(recipe),
+        "weights": weights,
+        "target_size": recipe.value if recipe.select == "size" else None,
+        "threshold": threshold,
+        "rescale": recipe.rescale,
+        "lorashrink_version": origin.version,
+    }
+    new["resize_params"] = json.dumps(params, allow_nan=False)
+    new |= origin.entries()
+    # Both, because "0.9" is an energy in one tool and its square root in another; always 8 characters.
+    energy = max(0.0, 1 - error**2) if energy is None else energy
+    new |= {ENERGY: f"{energy:.6f}", NORM_RATIO: f"{energy**0.5:.6f}"}
+    if recipe.caps:
+        new[ERROR] = f"{error:.6f}"
+    new = with_placeholders({**new, MODEL_HASH: "", LEGACY_HASH: ""})
+    if title := old.get("modelspec.title"):
+        new["modelspec.title"] = f"{title} ({recipe})"
+    return new

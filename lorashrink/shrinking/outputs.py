@@ -1,0 +1,114 @@
+"""Where outputs go, checked before any work begins."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from lorashrink.adapters import peft
+from lorashrink.errors import OutputError, UsageError
+from lorashrink.files.disk import check_output
+from lorashrink.results.shrinking import Space
+
+T = TypeVar("T")
+
+
+def name_outputs(
+    source: Path,
+    wanted: Sequence[tuple[str, T]],
+    output: str | Path | None,
+    *,
+    sources: int = 1,
+    folder: bool = False,
+) -> dict[Path, T]:
+    """Output file -> what it is for, given as (what to append to the source's name, what it is for).
+
+    `output` is what the user named: a folder, or a file if this source and its one output are all there is. With
+    `folder` outputs are PEFT folders. Raises UsageError or OutputError.
+    """
+    place = Path(output) if output is not None else source.parent
+    if output is not None and place.suffix == ".safetensors" and not place.is_dir():
+        if folder:
+            raise UsageError(f"-o {output}: a PEFT adapter is a folder with two files. Name a folder.")
+        if sources * len(wanted) != 1:
+            raise UsageError(
+                f"-o {output}: one file name, but there are {sources * len(wanted)} outputs. Give a folder instead."
+            )
+        return {place: wanted[0][1]}
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"-o {output}: is a file, not a folder. Name a folder, or a new file ending in .safetensors.")
+    stem = source.name if os.path.isdir(source) else source.stem
+    ending = f"/{peft.WEIGHTS_FILE}" if folder else ".safetensors"
+    targets = {place / f"{stem}_{label}{ending}": each for label, each in wanted}
+    if len(targets) < len(wanted):
+        raise UsageError(
+            "two of the recipes give the same file name, which has two decimals. Run them one by one with -o FILE."
+        )
+    return targets
+
+
+def base_files(base: str | Path | None) -> list[Path]:
+    """Every file that may be a part of the base, found without opening it."""
+    if base is None:
+        return []
+    path = Path(base)
+    folder = path if path.is_dir() else path.parent if ".index." in path.name else None
+    return [path, *(folder.rglob("*.safetensors") if folder else ())]
+
+
+def check_outputs(
+    targets: Mapping[Path, Collection[Path]],
+    inputs: Collection[Path],
+    *,
+    force: bool,
+    hint: str = "--force to replace it",
+) -> None:
+    """Raises OutputError for whatever would stop the writing later, before hours of work.
+
+    `targets` maps each source to its outputs.
+    """
+    owners: dict[str, Path] = {}
+    taken = set(map(os.path.realpath, inputs))
+    for source, outputs in targets.items():
+        for path in outputs:
+            place = os.path.realpath(path)
+            if place in owners:
+                raise OutputError(
+                    f"{path}: would be the output of both {owners[place]} and {source}. Rename one of them."
+                )
+            owners[place] = source
+            check_output(path, force=True, inputs=[path] if place in taken else ())
+            if os.path.exists(path) and not force:
+                raise OutputError(f"{path}: exists already. Use {hint}.")
+
+
+def space_for(sizes: Mapping[Path, int]) -> Space | None:
+    """Room for outputs of these sizes on the disk where it is tightest, None if there are none."""
+    disks: dict[int, Space] = {}
+    folders: dict[Path, tuple[int, int]] = {}  # folder -> (its disk, bytes free there)
+    for path, size in sizes.items():
+        if path.parent not in folders:
+            folder = next(each for each in [path.absolute().parent, *path.absolute().parents] if os.path.isdir(each))
+            folders[path.parent] = folder.stat().st_dev, shutil.disk_usage(folder).free
+        disk, free = folders[path.parent]
+        disks[disk] = Space(size + (disks[disk].needed if disk in disks else 0), free)
+    return min(disks.values(), key=lambda each: each.free - each.needed, default=None)
+
+
+def check_space(sizes: Mapping[Path, int]) -> None:
+    """Raises OutputError if outputs of these sizes cannot be sure to fit."""
+    space = space_for(sizes)
+    if space and space.needed > space.free:
+        raise OutputError(
+            f"the {len(sizes)} outputs may need {space.needed / 1e9:.2f} GB, if nothing shrinks, and "
+            f"{space.free / 1e9:.2f} GB are free. --dry-run tells what they will need; recipes with size= need no more "
+            "than they say; or do a part of the adapters first."
+        )
+
+
+def shown(output: Path) -> Path:
+    """What a user calls an output: the file, or the folder that is loaded as a whole."""
+    return output.parent if output.name == peft.WEIGHTS_FILE else output

@@ -1,0 +1,76 @@
+"""Warnings about an output: limits that layers break, encoders that loaders cannot read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from lorashrink.adapters import Layer
+from lorashrink.bases import views_id
+from lorashrink.recipes.grammar import CAPS, Recipe
+from lorashrink.recipes.terms import LayerFacts
+from lorashrink.shrinking.decomposed import Decomposed
+from lorashrink.shrinking.layout import Layout
+
+# A text encoder's layers in kohya's names.
+_ENCODER = re.compile(r"lora_te\d?(?=_text_model_encoder_layers_)")
+
+
+def output_warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int]) -> list[str]:
+    """What a user should know though nothing went wrong."""
+    warnings = []
+    layers = decomposed.adapter.layers
+    if not layout.written(widths):
+        warnings.append(
+            "no layer is smaller as a LoRA of these ranks, or can be one; the output is a copy of the input"
+        )
+    off = [layer.name for layer in layers if layer.off]
+    if off:
+        warnings.append(f"alpha is 0 in {len(off)} layers, first {off[0]}; sd-scripts reads that as full strength")
+    if layout.dtype == "same" and any(kind != layers[index].dtype for index, kind in layout.kinds.items()):
+        warnings.append("factors in 8-bit floats are written as fp16, because truncated ones do not fit into 8 bits")
+    dora = sum("magnitude" in layer.keys for layer in layers)
+    if dora:
+        warnings.append(f"{dora} layers are DoRA; their errors are those of ΔW, before the magnitude is applied")
+    owners: dict[str, str] = {}
+    for layer, views in zip(layers, decomposed.views, strict=True):
+        first = owners.setdefault(views_id(views), layer.name) if views else layer.name
+        if first != layer.name:
+            warnings.append(f"{first} and {layer.name} change the same weight of the base")
+    return warnings
+
+
+def uncapped(recipe: Recipe, layout: Layout, facts: Sequence[LayerFacts], widths: Sequence[int]) -> list[str]:
+    warnings = []
+    for key in recipe.caps:
+        judged = zip(layout.layers, facts, widths, strict=True)
+        names = [layer.name for layer, each, width in judged if width and not each.base_norm(CAPS[key])]
+        if names:
+            why = "they change no weight of the base, or one that is zero"
+            warnings.append(f"{key}= does not limit {len(names)} layers, first {names[0]}: {why}")
+    return warnings
+
+
+def above_limits(recipe: Recipe, layout: Layout, places: Sequence[int]) -> list[str]:
+    if not places:
+        return []
+    first = layout.layers[min(places)].name
+    return [
+        f"{len(places)} layers, first {first}, are above {' and '.join(f'{key}=' for key in recipe.caps)} but stay in "
+        "their own form, where nothing can be limited; use --as lora"
+    ]
+
+
+def unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> list[str]:
+    """diffusers tells the kind of a text encoder's keys by those of its out_proj, and refuses files without any."""
+    encoders: dict[str, list[str]] = {}
+    for layer in layers:
+        if found := _ENCODER.match(layer.name):
+            encoders.setdefault(found[0], []).append(layer.name)
+    return [
+        f"{encoder} keeps other layers but no self_attn_out_proj, and diffusers 0.42 cannot load such a file; "
+        "min_rank=1 in the recipe helps, or --naming diffusers"
+        for encoder, names in encoders.items()
+        if any(name not in removed for name in names)
+        and all(name in removed for name in names if name.endswith("out_proj"))
+    ]

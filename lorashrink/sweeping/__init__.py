@@ -1,0 +1,1 @@
+"""One adapter at many sizes."""

@@ -1,0 +1,182 @@
+"""Norms against dense ones, and a cache that can never give the norms of another file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lorashrink
+from lorashrink.bases import Base, open_base, views_id
+from lorashrink.bases import norms as norms_module
+from lorashrink.bases.norms import BaseNorms, cache_folder
+from lorashrink.engine.norms import frobenius, spectral
+from lorashrink.errors import NonFinite, NotABase, OutputError
+
+KEY = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+MATRICES = {
+    "square": gaussian(600, 600),
+    "tall": gaussian(1500, 400),
+    "wide": gaussian(400, 1500),
+    "small": gaussian(20, 900),
+    "outlier": gaussian(700, 500) + torch.outer(gaussian(700, 1)[:, 0], gaussian(500, 1)[:, 0]) * 50,
+    "equal": torch.eye(400),
+    "zero": torch.zeros(400, 300),
+    "one": torch.tensor([[3.0]]),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_norms_are_those_of_the_dense_matrix(name: str) -> None:
+    matrix = MATRICES[name]
+    assert spectral(matrix) == pytest.approx(float(torch.linalg.matrix_norm(matrix.double(), 2)), rel=1e-6)
+    assert frobenius(matrix) == pytest.approx(float(matrix.double().norm()), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_summed_in_double(dtype: torch.dtype) -> None:
+    weight = (gaussian(3000, 900) * 1e-2).to(dtype)
+    assert frobenius(weight) == pytest.approx(float(weight.double().norm()), rel=1e-12)
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that a test has just written count as old."""
+    monkeypatch.setattr(norms_module, "_SETTLED_SECONDS", -1.0)
+
+
+def norm(path: Path, key: str = KEY) -> float:
+    with open_base(path) as base:
+        return BaseNorms(base).look_up(base.all_views, ("fro",))[key]["fro"]
+
+
+@pytest.fixture
+def copy(base: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(base, tmp_path / "model.safetensors"))
+
+
+def computed(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many norms had to be computed to answer for a base."""
+    count = 0
+    original = norms_module._COMPUTE["fro"]
+
+    def counting(base: Base, views: tuple) -> float:
+        nonlocal count
+        count += 1
+        return original(base, views)
+
+    monkeypatch.setitem(norms_module._COMPUTE, "fro", counting)
+    norm(path)
+    monkeypatch.setitem(norms_module._COMPUTE, "fro", original)
+    return count
+
+
+@pytest.mark.usefixtures("settled")
+def test_norms_are_computed_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert computed(copy, monkeypatch) > 100
+    assert computed(copy, monkeypatch) == 0
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("way", ["in place", "renamed over", "in place, times restored"])
+def test_a_changed_base_never_gives_the_old_norms(copy: Path, tmp_path: Path, way: str) -> None:
+    """resize_lora keys its cache by the path and answers with the norms of the file that was there before."""
+    before, stat = norm(copy), copy.stat()
+    tensors = {key: value * 4 for key, value in load_file(copy).items()}
+    if way == "renamed over":
+        save_file(tensors, tmp_path / "new.safetensors")
+        os.replace(tmp_path / "new.safetensors", copy)
+    else:
+        changed = tmp_path / "changed.safetensors"
+        save_file(tensors, changed)
+        copy.write_bytes(changed.read_bytes())
+    if "restored" in way:
+        os.utime(copy, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert copy.stat().st_size == stat.st_size
+    assert norm(copy) == pytest.approx(4 * before, rel=1e-3)
+
+
+def test_norms_of_a_file_that_was_just_written_are_not_kept(copy: Path) -> None:
+    norm(copy)
+    assert not cache_folder().exists()
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_damaged_cache_is_computed_anew(copy: Path) -> None:
+    before = norm(copy)
+    (place,) = cache_folder().iterdir()
+    place.write_text("{broken")
+    assert norm(copy) == before
+    assert json.loads(place.read_text())[KEY]["fro"] == before
+
+
+@pytest.mark.usefixtures("settled")
+def test_several_runs_at_once_share_the_cache(copy: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        values = list(pool.map(norm, [copy] * 24))
+    assert len(set(values)) == 1
+    assert len(list(cache_folder().iterdir())) == 1
+
+
+def test_an_unwritable_cache_costs_time_and_nothing_else(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(norms_module, "_SETTLED_SECONDS", -1.0)
+    assert norm(copy) > 0
+
+
+def test_a_base_with_nan_is_named_with_the_weight(copy: Path) -> None:
+    tensors = load_file(copy)
+    tensors[KEY][0, 0] = float("nan")
+    save_file(tensors, copy)
+    with pytest.raises(NonFinite, match=KEY):
+        norm(copy)
+
+
+# --- norm tables --------------------------------------------------------------------------------
+
+
+def test_a_table_answers_for_every_name_of_every_weight(base: Path, tmp_path: Path) -> None:
+    table = lorashrink.norms(base, tmp_path / "table.json", jobs=2)
+    with open_base(base) as full, open_base(table.path) as small:
+        assert full.weights == small.weights
+        assert full.fingerprint == small.fingerprint
+        for views in full.all_views:
+            weight = full.weight(views).double()
+            known = BaseNorms(small).look_up([views], ("fro", "spn"))[views_id(views)]
+            assert known["fro"] == pytest.approx(float(weight.norm()), rel=1e-9)
+            assert known["spn"] == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)), rel=1e-6)
+
+
+def test_tables_are_not_overwritten_or_made_of_tables(base: Path, tmp_path: Path) -> None:
+    place = tmp_path / "table.json"
+    lorashrink.norms(base, place)
+    with pytest.raises(OutputError, match="--force"):
+        lorashrink.norms(base, place)
+    with pytest.raises(NotABase, match="norm table already"):
+        lorashrink.norms(place, tmp_path / "other.json")
+    with pytest.raises(OutputError, match=r"ends in \.json"):
+        lorashrink.norms(base, tmp_path / "table.txt")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "lorashrink-norms", "version": 2}', '{"weights": 3}'])
+def test_what_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
+    place = tmp_path / "table.json"
+    place.write_text(text)
+    with pytest.raises(NotABase, match="lorashrink norms BASE"):
+        open_base(place)

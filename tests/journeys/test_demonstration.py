@@ -1,0 +1,74 @@
+"""The demo: what it prints, what it leaves behind, and that its commands do the same by hand."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lorashrink import demonstration
+from lorashrink.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("demo")
+    outcome = CliRunner().invoke(app, ["demo", "-o", str(folder)])
+    assert outcome.exit_code == 0, outcome.output
+    return folder, outcome.stdout
+
+
+def test_it_tells_the_story_and_leaves_what_it_speaks_of(told: tuple[Path, str]) -> None:
+    folder, text = told
+    assert [line.split()[:3] for line in text.splitlines() if line.startswith("$ ")] == [
+        ["$", "lorashrink", "inspect"],
+        ["$", "lorashrink", "resize"],
+        ["$", "lorashrink", "report"],
+    ]
+    assert "conv_rank: " in text
+    assert "begin with -r calib=1,bytes=1,size=0.5: the smallest whose pictures are those of the whole adapter" in text
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "style_frockpt1_th-3.55.safetensors",
+        "report.html",
+        "ranks.png",
+        "sizes.png",
+        "sheet.png",
+        "pictures",
+    }
+    assert all(str(folder / name) in text for name in names - {"style_frockpt1_th-3.55.safetensors"})
+
+
+def test_its_commands_do_the_same(told: tuple[Path, str], tmp_path: Path) -> None:
+    folder, text = told
+    commands = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ ")]
+    page, shrunk = (folder / name for name in ("report.html", "style_frockpt1_th-3.55.safetensors"))
+    before = page.read_bytes(), shrunk.read_bytes()
+    for command in commands:
+        outcome = CliRunner().invoke(app, [*command[1:], *(["--force"] if command[1] != "inspect" else [])])
+        assert outcome.exit_code == 0, outcome.output
+    assert (page.read_bytes(), shrunk.read_bytes()) == before
+
+
+def test_without_the_packages_of_pictures_it_tells_what_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demonstration, "PACKAGES", ("no_such_package",))
+    outcome = CliRunner().invoke(app, ["demo", "-o", str(tmp_path)])
+    assert outcome.exit_code == 0, outcome.output
+    assert "pip install 'lorashrink[pictures]'" in outcome.stdout
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".safetensors"} == {
+        "report.html",
+        "ranks.png",
+        "sizes.png",
+    }
+
+
+def test_its_json_is_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demonstration, "PACKAGES", ("no_such_package",))
+    document = json.loads(CliRunner().invoke(app, ["demo", "--json", "-o", str(tmp_path)]).stdout)
+    text = (ROOT / "docs" / "programs.md").read_text()
+    assert all(f'"{name}"' in text for name in document)

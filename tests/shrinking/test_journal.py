@@ -1,0 +1,228 @@
+"""The journal beside the outputs: what it knows, when it does not trust itself, and that it never stops a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorashrink.shrinking import journal
+from lorashrink.shrinking.journal import DONE, FAILED, NAME, STARTED, Entry, Journal, Stamp, stamps
+
+FACTS: dict[str, Any] = {
+    "source_sha256": "ab" * 32,
+    "recipe": "rank=2",
+    "base": "",
+    "options": "dtype=same",
+    "version": "1",
+    "depends_on_base": True,
+    "bytes_before": 10,
+    "threshold": None,
+    "relative_error": 0.25,
+    "seconds": 1.5,
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """(a source, its output), both old enough to be trusted."""
+    monkeypatch.setattr(journal, "SETTLED_SECONDS", 0.0)
+    source, output = tmp_path / "source.safetensors", tmp_path / "out" / "small.safetensors"
+    output.parent.mkdir()
+    source.write_bytes(b"0123456789")
+    output.write_bytes(b"01234")
+    return source, output
+
+
+def note(known: Journal, source: Path, output: Path, state: str = DONE, **facts: Any) -> Entry:
+    entry = known.entry(output, source, state=state, stamps=stamps([source]), **FACTS | facts)
+    known.write([entry])
+    return entry
+
+
+def test_what_is_written_is_found_again_by_the_next_process(files: tuple[Path, Path]) -> None:
+    source, output = files
+    with Journal(output.parent) as known:
+        entry = note(known, source, output)
+    assert (entry.output, entry.bytes_after) == ("small.safetensors", 5)
+    with Journal(output.parent) as known:
+        assert known.finished(output, source) == entry
+        assert known.entries() == [entry]
+        assert known.finished(output, source.with_name("other.safetensors")) is None
+        assert known.finished(output.with_name("other.safetensors"), source) is None
+
+
+def rewritten(path: Path) -> None:
+    """The same name, size and time, but another file."""
+    stat = path.stat()
+    other = path.with_suffix(".new")
+    other.write_bytes(bytes(len(path.read_bytes())))
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.replace(path)
+
+
+CHANGES = {
+    "the source is longer": lambda source, output: source.write_bytes(b"0123456789a"),
+    "the source is newer": lambda source, output: os.utime(source, (1, 1)),
+    "the source is another file of the same time": lambda source, output: rewritten(source),
+    "the source is gone": lambda source, output: source.unlink(),
+    "the output is gone": lambda source, output: output.unlink(),
+    "the output is shorter": lambda source, output: output.write_bytes(b"012"),
+    "the output is newer": lambda source, output: os.utime(output, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_files_win_over_the_journal(files: tuple[Path, Path], change: str) -> None:
+    source, output = files
+    with Journal(output.parent) as known:
+        note(known, source, output)
+        CHANGES[change](source, output)
+        assert known.finished(output, source) is None
+
+
+@pytest.mark.parametrize("state", [STARTED, FAILED])
+def test_what_was_begun_or_failed_is_not_finished(files: tuple[Path, Path], state: str) -> None:
+    source, output = files
+    with Journal(output.parent) as known:
+        note(known, source, output)
+        known.write([known.entry(output, source, state=state, message="why")])
+        assert known.finished(output, source) is None
+        assert [(entry.state, entry.message) for entry in known.entries()] == [(state, "why")]
+
+
+def test_a_source_that_was_changed_just_now_is_not_trusted(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could change again without another time stamp."""
+    source, output = files
+    monkeypatch.undo()
+    assert stamps([source]) == ()
+    with Journal(output.parent) as known:
+        note(known, source, output)
+        assert known.finished(output, source) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a name can be any bytes")
+def test_names_need_not_be_unicode(files: tuple[Path, Path]) -> None:
+    source, output = (path.rename(path.with_name(os.fsdecode(b"\xff.safetensors"))) for path in files)
+    with Journal(output.parent) as known:
+        note(known, source, output)
+        assert known.finished(output, source)
+        known.write([known.entry(output, source, state=FAILED, message=str(source))])
+        assert known.entries()[0].message.endswith("udcff.safetensors")
+
+
+def test_a_journal_moves_with_its_folder(files: tuple[Path, Path]) -> None:
+    source, output = files
+    with Journal(output.parent) as known:
+        note(known, source, output)
+    moved = output.parent.rename(output.parent.with_name("moved"))
+    with Journal(moved) as known:
+        assert known.finished(moved / output.name, source)
+
+
+@given(
+    st.builds(
+        Entry,
+        output=st.text(max_size=5),
+        source=st.text(max_size=5),
+        state=st.sampled_from([STARTED, DONE, FAILED]),
+        message=st.text(max_size=20),
+        stamps=st.lists(
+            st.builds(Stamp, st.text(max_size=5), *[st.integers(0, 2**63 - 1) for _ in range(4)]), max_size=3
+        ).map(tuple),
+        depends_on_base=st.booleans(),
+        threshold=st.none() | st.floats(allow_nan=False),
+        relative_error=st.floats(0, 1),
+    )
+)
+def test_every_entry_comes_back_as_it_was(entry: Entry) -> None:
+    row = journal._to_row(replace(entry))
+    with sqlite3.connect(":memory:") as database:
+        marks = ", ".join(f"? AS c{number}" for number in range(len(row)))
+        assert journal._from_row(database.execute(f"SELECT {marks}", row).fetchone()) == entry
+    database.close()
+
+
+# --- nothing about it stops a run ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"not a database, but long enough to be read as one" * 100, b"\0" * 4096])
+def test_a_damaged_journal_is_made_anew(files: tuple[Path, Path], content: bytes) -> None:
+    source, output = files
+    (output.parent / NAME).write_bytes(content)
+    with Journal(output.parent) as known:
+        note(known, source, output)
+        assert known.finished(output, source)
+
+
+def test_a_journal_of_another_version_is_made_anew(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = files
+    with Journal(output.parent) as known:
+        note(known, source, output)
+    monkeypatch.setattr(journal, "_VERSION", 2)
+    with Journal(output.parent) as known:
+        assert known.entries() == []
+        note(known, source, output)
+        assert known.finished(output, source)
+
+
+def test_a_journal_that_cannot_be_written_is_a_warning(
+    files: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    source, output = files
+    (output.parent / NAME).mkdir()
+    with caplog.at_level(logging.WARNING), Journal(output.parent) as known:
+        note(known, source, output)
+        assert known.finished(output, source) is None
+        assert known.entries() == []
+    assert "the run goes on without it" in caplog.text
+
+
+def test_a_journal_that_breaks_in_the_middle_is_a_warning(
+    files: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    source, output = files
+    with caplog.at_level(logging.WARNING), Journal(output.parent) as known:
+        with sqlite3.connect(output.parent / NAME) as other:
+            other.execute("DROP TABLE outputs")
+        other.close()
+        note(known, source, output)
+        assert known.finished(output, source) is None
+    assert caplog.text.count("the run goes on without it") == 1
+
+
+def test_threads_and_other_processes_write_into_one_journal(files: tuple[Path, Path]) -> None:
+    source, output = files
+    code = (
+        "import sys; from pathlib import Path; from lorashrink.shrinking.journal import Journal, STARTED\n"
+        "with Journal(Path(sys.argv[1])) as known:\n"
+        "    for number in range(20):\n"
+        "        known.write([known.entry(known.folder / f'{sys.argv[2]}{number}', Path('a'), state=STARTED)])"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(output.parent)]
+    others = [subprocess.Popen([*command, name]) for name in "ab"]
+    with Journal(output.parent) as known:
+
+        def write(name: str) -> None:
+            for number in range(20):
+                known.write([known.entry(output.with_name(f"{name}{number}"), source, state=STARTED)])
+
+        threads = [threading.Thread(target=write, args=name) for name in "cd"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [other.wait() for other in others] == [0, 0]
+        assert len(known.entries()) == 80
