@@ -49,7 +49,7 @@ def engine(data: Data, repeats: int) -> tuple[float, float]:
         for _ in range(repeats):
             start, used = time.perf_counter(), time.process_time()
             items = [Item(partial(_same, delta), RANK) for delta in deltas]
-            spectra = [future.result() for future in decompose(items, pool=pool)]
+            spectra = [future.result() for future in decompose(items, pool)]
             kept = [range(int((each.sigma >= bound).sum())) for each, bound in zip(spectra, bounds, strict=True)]
             for _ in pool.map(truncate, deltas, spectra, kept):
                 pass

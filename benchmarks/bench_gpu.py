@@ -75,7 +75,7 @@ def shrink(layers: Sequence[Delta], device: str, pool: Executor) -> tuple[float,
     """(seconds, spectra) of decomposing all layers and forming the factors of half of their dimensions."""
     start = time.perf_counter()
     items = [Item(partial(_same, layer), layer.rank) for layer in layers]
-    spectra = [future.result() for future in decompose(items, device=device, pool=pool)]
+    spectra = [future.result() for future in decompose(items, pool, device=device)]
 
     def form(index: int) -> None:
         truncate(layers[index], spectra[index], range(layers[index].rank // 2), device=device)

@@ -50,7 +50,7 @@ def make_adapter(path: Path, seed: int) -> Path:
 def decompose_file(path: Path) -> None:
     """Open, read and decompose one adapter."""
     with open_adapter(path) as adapter, worker_pool() as pool:
-        for each in decompose([Item(partial(getattr, layer, "delta"), layer.width) for layer in adapter], pool=pool):
+        for each in decompose([Item(partial(getattr, layer, "delta"), layer.width) for layer in adapter], pool):
             each.result()
 
 

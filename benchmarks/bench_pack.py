@@ -24,7 +24,6 @@ from torch import Tensor
 
 from lorashrink import overlap
 from lorashrink.adapters import open_adapter
-from lorashrink.engine.delta import factored
 
 TARGETS = (0.01, 0.05, 0.1, 0.25, 0.5)  # relative errors
 FP16 = 2  # bytes
@@ -365,7 +364,7 @@ def read_stack(paths: Sequence[Path]) -> list[Stacked]:
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for path in paths:
         with open_adapter(path) as adapter:
-            parts = {layer.name: factored(layer.delta) for layer in adapter}
+            parts = {layer.name: layer.delta.factored() for layer in adapter}
         pairs = {name: (part.scale * part.up.double(), part.down.double()) for name, part in parts.items()}
         size = math.sqrt(sum(float(((up.mT @ up) * (down @ down.mT)).sum()) for up, down in pairs.values()))
         for name, (up, down) in pairs.items():

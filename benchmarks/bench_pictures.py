@@ -32,7 +32,7 @@ RECIPES = [f"energy={share}" for share in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 
 def decompose_file(path: Path) -> None:
     """Read and decompose every layer."""
     with open_adapter(path) as adapter, worker_pool() as pool:
-        for each in decompose([Item(partial(getattr, layer, "delta"), layer.width) for layer in adapter], pool=pool):
+        for each in decompose([Item(partial(getattr, layer, "delta"), layer.width) for layer in adapter], pool):
             each.result()
 
 

@@ -37,7 +37,7 @@ from lorashrink.bases import open_base, views_id
 from lorashrink.bases.norms import BaseNorms
 from lorashrink.engine.delta import Delta
 from lorashrink.engine.devices import worker_pool
-from lorashrink.engine.spectrum import Item, decompose, truncate
+from lorashrink.engine.spectrum import Item, decompose, spectrum, truncate
 from lorashrink.files.reading import read_header
 
 THRESHOLD = -3.55
@@ -179,7 +179,7 @@ def time_in_process(bench: Bench, path: Path) -> InProcess:
 def kept_ranks(path: Path, norms: Mapping[str, float]) -> dict[str, int]:
     """How many dimensions of each layer pass the recipe."""
     with open_adapter(path) as adapter, worker_pool() as pool:
-        spectra = decompose(items(adapter.layers), pool=pool)
+        spectra = decompose(items(adapter.layers), pool)
         return {
             layer.name: int((future.result().sigma >= 10**THRESHOLD * norms[layer.name]).sum())
             for layer, future in zip(adapter.layers, spectra, strict=True)
@@ -190,7 +190,7 @@ def shrink_in_process(path: Path, kept: Mapping[str, int]) -> tuple[float, float
     """(seconds to decompose, seconds to form factors); the results are dropped."""
     start = time.perf_counter()
     with open_adapter(path) as adapter, worker_pool() as pool:
-        spectra = [future.result() for future in decompose(items(adapter.layers), pool=pool)]
+        spectra = [future.result() for future in decompose(items(adapter.layers), pool)]
         middle = time.perf_counter()
 
         def form(index: int) -> None:
@@ -278,7 +278,7 @@ def errors(layer: Layer) -> tuple[float, float]:
     """Largest relative error of the singular values of one layer, (ours, (a)), against dense float64."""
     delta = layer.delta
     true = torch.linalg.svdvals(delta.scale * (delta.up.double() @ delta.down.double()))[: delta.rank]
-    ours = decompose([Item(lambda: delta, delta.rank)])[0].result().sigma
+    ours = spectrum(delta).sigma
     peer = qr_svd.decomposition(delta.up, delta.down, delta.scale).sigma
     return relative_error(ours, true), relative_error(peer, true)
 

@@ -71,19 +71,19 @@ class Clocks:
 
         return wrapper
 
-    def decompose(self, function: Callable[..., list[Future[Any]]]) -> Callable[..., list[Future[Any]]]:
-        """The same for a function that returns futures: until the last of them is done."""
+    def decompose(self, function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        """The same for `decompose`, which returns pending spectra: until the last of their chunks is done."""
 
-        def wrapper(*args: Any, **kwargs: Any) -> list[Future[Any]]:
+        def wrapper(*args: Any, **kwargs: Any) -> list[Any]:
             start = time.perf_counter()
-            futures = function(*args, **kwargs)
+            pending = function(*args, **kwargs)
 
             def finished(_: Future[Any]) -> None:
                 self.wall["decompose"] = max(self.wall["decompose"], time.perf_counter() - start)
 
-            for future in futures:
-                future.add_done_callback(finished)
-            return futures
+            for chunk in {spectrum.chunk for spectrum in pending}:
+                chunk.add_done_callback(finished)
+            return pending
 
         return wrapper
 

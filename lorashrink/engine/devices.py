@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,10 +26,10 @@ def pick_device(device: str) -> str:
     return device
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def core_device(device: str | torch.device) -> torch.device:
+    """Where the r×r part runs: the device itself, or the CPU if it has no float64 (MPS)."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @contextlib.contextmanager
@@ -36,17 +37,44 @@ def worker_pool(jobs: int | None = None) -> Iterator[ThreadPoolExecutor]:
     """Threads that each do whole layers, while torch and its BLAS stay on one thread apiece."""
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs: {jobs} is not a whole number of at least 1.")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(jobs or _cores(), "lorashrink", initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with (
+        _single_threaded.use(),
+        ThreadPoolExecutor(jobs or cores, "lorashrink", initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def core_device(device: str | torch.device) -> torch.device:
-    """Where the r×r part runs: the device itself, or the CPU if it has no float64 (MPS)."""
-    device = torch.device(device)
-    return torch.device("cpu") if device.type == "mps" else device
+class _SingleThreaded:
+    """Torch on one thread while anyone uses this, and afterwards on as many as before.
+
+    Torch keeps a number for each thread and one for the process, which new threads begin with. A second user must
+    not take the first one's 1 for the number to restore, so that all users share the number found by the first.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users: list[int] = []  # identifiers of their threads
+        self._threads_before = 0
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        user = threading.get_ident()
+        with self._lock:
+            if not self._users:
+                self._threads_before = torch.get_num_threads()
+            self._users.append(user)
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users.remove(user)
+                if user not in self._users:
+                    torch.set_num_threads(self._threads_before)
+
+
+_single_threaded = _SingleThreaded()

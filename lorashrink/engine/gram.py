@@ -16,13 +16,13 @@ from lorashrink.engine.delta import Delta
 SIGMA_FLOOR = 2.0**-26
 
 # Up to this spread of its Cholesky root's diagonal a factor is as good as any; trained ones stay far below.
-GOOD_SPREAD = 2.0**7
+_GOOD_SPREAD = 2.0**7
 
 # A Cholesky root whose diagonal spans more than this is too near to singular to be inverted.
-MAX_SPREAD = 2.0**20
+_MAX_SPREAD = 2.0**20
 
 # Eigenvalues of a singular Gram matrix below this part of the largest are rounding.
-GRAM_CLIP = 2.0**-44
+_GRAM_CLIP = 2.0**-44
 
 # Numbers converted to float64 at a time, so that on a CPU they are used while still in its cache.
 CPU_BLOCK = 1 << 17
@@ -37,69 +37,68 @@ class Grams(NamedTuple):
     down: Tensor  # down · downᵀ, or down · C · downᵀ with C the mean of x·xᵀ over the layer's inputs
     up: Tensor  # upᵀ · up, or upᵀ · G · up with G the sum of g·gᵀ over the gradients at its outputs
 
+    @property
+    def finite(self) -> bool:
+        """False if a factor held NaN or infinity: its squares are on the diagonals."""
+        return bool(_finite(self.down, self.up).all())
+
+
+def _finite(gram_down: Tensor, gram_up: Tensor) -> Tensor:
+    # Squares of float32 numbers, and products of these, are far inside the range of float64.
+    traces = [gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (gram_down, gram_up)]
+    return torch.isfinite(traces[0] + traces[1])
+
 
 # --- many small problems ------------------------------------------------------------------------
 
 
-def solve(gram_down: Tensor, gram_up: Tensor, *, clip: float = GRAM_CLIP) -> tuple[Tensor, Tensor, Tensor]:
+def solve(gram_down: Tensor, gram_up: Tensor, *, clip: float = _GRAM_CLIP) -> tuple[Tensor, Tensor, Tensor]:
     """Spectra of L layers from their Gram matrices, both [L, r, r] float64, on any device.
 
     Returns sigma [L, r], left and right [L, r, r] in float64. A layer with NaN or infinity gets NaN.
     """
-    # Squares of float32 numbers, and products of these, are far inside the range of float64.
-    finite = torch.isfinite(trace_of_product(gram_down) + trace_of_product(gram_up))
-    if not finite.all():
+    finite = _finite(gram_down, gram_up)
+    if not finite.all():  # one NaN would make the batched decompositions fail for all layers
         gram_down, gram_up = (torch.where(finite[:, None, None], gram, 0) for gram in (gram_down, gram_up))
-    root, other, swapped, singular = _roots(gram_down, gram_up, clip)
-    values, vectors = torch.linalg.eigh(root.mT @ other @ root)
+    roots = _roots(gram_down, gram_up, clip)
+    values, vectors = torch.linalg.eigh(roots.root.mT @ roots.partner @ roots.root)
+    # Rounding may leave an eigenvalue of 0 slightly negative.
     sigma, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
     sigma = torch.where(sigma > SIGMA_FLOOR * sigma[:, :1], sigma, 0)
     half = sigma.sqrt()
-    left = root @ vectors * torch.where(half > 0, 1 / half, 0)[:, None, :]
-    right = _solved(root, vectors * half[:, None, :], singular).mT
-    if swapped.any():
-        left, right = torch.where(swapped, right.mT, left), torch.where(swapped, left.mT, right)
+    left = roots.root @ vectors * torch.where(half > 0, 1 / half, 0)[:, None, :]
+    right = _solve_roots(roots.root, vectors * half[:, None, :], roots.singular).mT
+    if roots.swapped.any():
+        left, right = torch.where(roots.swapped, right.mT, left), torch.where(roots.swapped, left.mT, right)
     return torch.where(finite[:, None], sigma, math.nan), left, right
 
 
-def _solved(root: Tensor, vectors: Tensor, singular: Tensor) -> Tensor:
-    """root⁻ᵀ · vectors. Singular roots have orthogonal columns, of which those of length 0 are left out."""
-    solved: Tensor
-    if not singular.any():
-        solved = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
-        return solved
-    solved = torch.empty_like(vectors)
-    solved[~singular] = torch.linalg.solve_triangular(root[~singular].mT, vectors[~singular], upper=True)
-    square = (root[singular] ** 2).sum(-2)  # lengths of the columns, squared
-    solved[singular] = root[singular] * torch.where(square > 0, 1 / square, 0)[:, None, :] @ vectors[singular]
-    return solved
+class _Roots(NamedTuple):
+    """Roots of one Gram matrix of each layer: root · rootᵀ is that of `down`, or where `swapped`, that of `up`."""
+
+    root: Tensor  # [L, r, r], lower triangular, or where `singular`, eigenvectors times roots of eigenvalues
+    partner: Tensor  # [L, r, r], the Gram matrix of the other factor
+    swapped: Tensor  # [L, 1, 1]
+    singular: Tensor  # [L]
 
 
-def trace_of_product(gram: Tensor) -> Tensor:
-    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-def _roots(gram_down: Tensor, gram_up: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(root, the Gram matrix of the other factor, swapped [L, 1, 1], singular [L]), root·rootᵀ a Gram matrix.
-
-    That of `down`, or where `down` is nearly singular and `up` is less so, that of `up`; then the transposed
-    problem is solved, and `swapped` says so. Where both are singular, the root is made of eigenvectors.
-    """
+def _roots(gram_down: Tensor, gram_up: Tensor, clip: float) -> _Roots:
+    """The better conditioned one of the two roots; where `up` has it, the transposed problem is solved."""
     root, spread = _cholesky(gram_down)
     swapped = torch.zeros_like(spread, dtype=torch.bool)[:, None, None]
-    other = gram_up
-    if (spread > GOOD_SPREAD).any():
+    partner = gram_up
+    if (spread > _GOOD_SPREAD).any():
         root_up, spread_up = _cholesky(gram_up)
-        swapped = ((spread > GOOD_SPREAD) & (spread_up < spread))[:, None, None]
-        root, other = torch.where(swapped, root_up, root), torch.where(swapped, gram_down, gram_up)
+        swapped = ((spread > _GOOD_SPREAD) & (spread_up < spread))[:, None, None]
+        root, partner = torch.where(swapped, root_up, root), torch.where(swapped, gram_down, gram_up)
         spread = torch.where(swapped[:, 0, 0], spread_up, spread)
-    singular = spread > MAX_SPREAD
+    singular = spread > _MAX_SPREAD
     if singular.any():
-        swapped, other = swapped & ~singular[:, None, None], torch.where(singular[:, None, None], gram_up, other)
+        swapped, partner = swapped & ~singular[:, None, None], torch.where(singular[:, None, None], gram_up, partner)
         values, vectors = torch.linalg.eigh(gram_down[singular])
-        kept = values > clip * values[:, -1:]
-        root[singular] = vectors * torch.where(kept, values, 0).sqrt()[:, None, :]
-    return root, other, swapped, singular
+        positive = values > clip * values[:, -1:]
+        root[singular] = vectors * torch.where(positive, values, 0).sqrt()[:, None, :]
+    return _Roots(root, partner, swapped, singular)
 
 
 def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,6 +107,19 @@ def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = root.diagonal(dim1=-2, dim2=-1)
     spread = diagonal.amax(-1) / diagonal.amin(-1)
     return root, torch.where((failed == 0) & (spread > 0), spread, math.inf)
+
+
+def _solve_roots(root: Tensor, vectors: Tensor, singular: Tensor) -> Tensor:
+    """root⁻ᵀ · vectors. The columns of singular roots are orthogonal; those of length 0 are left out."""
+    solution: Tensor
+    if not singular.any():
+        solution = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+        return solution
+    solution = torch.empty_like(vectors)
+    solution[~singular] = torch.linalg.solve_triangular(root[~singular].mT, vectors[~singular], upper=True)
+    squares = (root[singular] ** 2).sum(-2)  # lengths of the columns, squared
+    solution[singular] = root[singular] * torch.where(squares > 0, 1 / squares, 0)[:, None, :] @ vectors[singular]
+    return solution
 
 
 # --- Gram matrices ------------------------------------------------------------------------------
@@ -131,13 +143,13 @@ def _stacked_grams(factors: Sequence[Tensor], device: torch.device, *, columns: 
     rank = factors[0].shape[1 if columns else 0]
     result = torch.empty(len(factors), rank, rank, dtype=torch.float64, device=device)
     for indices in groups.values():
-        stacked = _stacked([factors[i] for i in indices], device)
-        result[indices] = factor_gram(stacked, columns=columns)
+        result[indices] = factor_gram(_stacked([factors[i] for i in indices], device), columns=columns)
     return result
 
 
 def _stacked(factors: Sequence[Tensor], device: torch.device) -> Tensor:
     if device.type == "cuda":
+        # From pinned memory the copy runs beside the computation.
         shape = (len(factors), *factors[0].shape)
         pinned = torch.empty(shape, dtype=factors[0].dtype, pin_memory=True)
         torch.stack(list(factors), out=pinned)
@@ -161,7 +173,7 @@ def factor_gram(factors: Tensor, *, columns: bool) -> Tensor:
 
 
 def _add_square(total: Tensor, wide: Tensor) -> None:
-    """total [L, r, r] += wide · wideᵀ, of large ones without the upper right quarter, which mirrors the lower left."""
+    """total [L, r, r] += wide · wideᵀ. Large ones lack the upper right quarter, which mirrors the lower left."""
     rank = wide.shape[1]
     if rank < _SPLIT_RANK:
         total.baddbmm_(wide, wide.mT)

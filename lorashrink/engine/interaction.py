@@ -1,4 +1,4 @@
-"""What several ΔW of one weight have to do with each other, and what their weighted sum is like, from their factors.
+"""How several ΔW of one weight overlap, and the singular values of their weighted sum, from their factors.
 
 With the factors of all of them side by side, U = [up_1 | up_2 | ...] and V = [down_1; down_2; ...], two products, UᵀU
 and VVᵀ, hold everything: <ΔW_i, ΔW_j> is the sum over block (i, j) of UᵀU ∘ VVᵀ, the singular vectors of ΔW_i are
@@ -9,8 +9,6 @@ How much two subspaces overlap is ‖Q_iᵀ·Q_j‖_F² / min(k_i, k_j), the mea
 https://arxiv.org/abs/2106.09685, section 7.2): 1 if one lies in the other, 0 if they are orthogonal. The subspaces are
 those of the dimensions that carry 90 % of the energy: those of whole spectra would be mostly noise, and vectors of
 small singular values have few digits.
-
-Tensors in, tensors out: this module knows nothing of files, names or adapters.
 """
 
 from __future__ import annotations
@@ -22,10 +20,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lorashrink.engine.delta import AnyDelta, Delta, Dense, Kronecker
 from lorashrink.engine.gram import SIGMA_FLOOR, solve
 
-ENERGY = 0.9  # share of Σσ² in the dimensions whose subspaces are compared
+_ENERGY = 0.9  # share of Σσ² in the dimensions whose subspaces are compared
 
 _TIE = 1e-6  # singular values this close, relative, are in a subspace together: their vectors are not unique
 
@@ -34,25 +31,25 @@ _CANCELLED = 2.0**-20
 
 _QUARTERS = 4  # strips of a Gram matrix, whose halves above the diagonal are not computed
 
-_BLOCK = 1 << 19  # numbers converted to float64 at a time
+_BLOCK = 1 << 19  # numbers converted to float64 at a time, so that the float64 copy of a factor stays small
 
-# Up to this rank the sum is decomposed as any layer; above, only its largest singular values are.
-_WHOLE_RANK = 256
+# Up to this rank the sum is decomposed as any layer; above, only its largest singular values are computed.
+_FULL_RANK = 256
 
-_START = 12  # columns of an iteration's block
+_START = 12  # columns of the block that the iteration starts from
 
-_STEPS = 60
+_STEPS = 60  # at most
 
 _CONVERGED = 1e-8  # relative growth of σ² in a step
 
-_EXHAUSTED = 1e-13  # what is new in a step, relative to the squares of what it was made of, that is but rounding
+_EXHAUSTED = 1e-13  # a new direction whose square is below this part of what it was made of is rounding
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Interaction:
     """A matrices that are added to one weight; all tensors are float64 on the CPU, one line per matrix.
 
-    `broken` are the places of those that hold NaN or infinity; then nothing else is known.
+    `broken` are the indices of those that hold NaN or infinity; then all else is zero.
     """
 
     broken: tuple[int, ...]
@@ -73,7 +70,7 @@ def interaction(
     weights: Sequence[float],
     device: torch.device,
 ) -> Interaction:
-    """Everything about ΔW_i = up_i · diag(scale_i) · down_i, each with its weight w_i in the sum.
+    """The interaction of ΔW_i = up_i · diag(scale_i) · down_i, each with its weight w_i in the sum.
 
     ups [out, R] and downs [R, in·kh·kw] hold the factors side by side, `ranks` columns for each, of any float dtype;
     `scales` has a number for every column. O((out + in)·R²); nothing of the size of ΔW is formed unless the factors
@@ -86,57 +83,34 @@ def interaction(
         up, down = ups.to(device).double() * scale, downs.to(device).double()
         return _of_matrices(_matrices(up, down, ranks), weight)
     gram_up, gram_down = _gram(ups.mT, device, scale), _gram(downs, device)
-    # before any sums over blocks, which would carry NaN from one to the others
+    # before any sums over blocks, which would carry NaN from one to the next
     squares = gram_up.diagonal() * gram_down.diagonal()
     if broken := _not_finite([squares[block].sum() for block in _blocks(ranks)]):
         return _broken(broken, count)
     products = _block_sums(gram_up * gram_down, ranks)
-    lengths = [gram.diagonal() @ _member(ranks, device) for gram in (gram_up, gram_down)]
-    sizes = (lengths[0] * lengths[1]).sqrt()  # no less than the norms of ΔW
-    whole = float(weight @ products @ weight)
-    if whole < _CANCELLED * float(weight.abs() @ sizes) ** 2 or _cancelled(products.diagonal(), sizes**2):
+    lengths_up, lengths_down = (gram.diagonal() @ _membership(ranks, device) for gram in (gram_up, gram_down))
+    bounds = (lengths_up * lengths_down).sqrt()  # no less than the norms of ΔW
+    sum_cancels = float(weight @ products @ weight) < _CANCELLED * float(weight.abs() @ bounds) ** 2
+    if sum_cancels or (products.diagonal() < _CANCELLED * bounds**2).any():
+        # A QR decomposition does not square the condition number, as a Gram matrix does.
         up, down = ups.to(device).double() * scale, downs.to(device).double()
-        cores = (torch.linalg.qr(factor, mode="r").R for factor in (up, down.mT))
-        return _of_matrices(_matrices(next(cores), next(cores).mT, ranks), weight)
+        core_up, core_down = (torch.linalg.qr(factor, mode="r").R for factor in (up, down.mT))
+        return _of_matrices(_matrices(core_up, core_down.mT, ranks), weight)
     return _of_grams(gram_up, gram_down, products, ranks, weight)
-
-
-def _cancelled(sums: Tensor, sizes: Tensor) -> bool:
-    return bool((sums < _CANCELLED * sizes).any())
 
 
 def _gram(factor: Tensor, device: torch.device, scale: Tensor | None = None) -> Tensor:
     """[R, R] float64 of a factor [R, n], whose rows may have a scale; blocks above the diagonal mirror those below."""
     rank = len(factor)
     total = torch.zeros(rank, rank, dtype=torch.float64, device=device)
-    ends = [rank * place // _QUARTERS for place in range(_QUARTERS + 1)]
-    for part in torch.split(factor, max(64, _BLOCK // rank), 1):
-        wide = part.to(device).double() if scale is None else part.to(device).double() * scale[:, None]
+    ends = [rank * quarter // _QUARTERS for quarter in range(_QUARTERS + 1)]
+    for columns in torch.split(factor, max(64, _BLOCK // rank), 1):
+        wide = columns.to(device).double() if scale is None else columns.to(device).double() * scale[:, None]
         for low, high in pairwise(ends):
             total[low:high, :high].addmm_(wide[low:high], wide[:high].mT)
     for low, high in pairwise(ends):
         total[:low, low:high] = total[low:high, :low].mT
     return total
-
-
-def factors(delta: AnyDelta) -> Delta:
-    """Two factors whose product is exactly ΔW; those of a matrix are itself and the identity on its shorter side."""
-    if isinstance(delta, Delta):
-        return delta
-    if isinstance(delta, Dense):
-        matrix, side = delta.matrix, torch.eye(delta.rank, dtype=torch.float64)
-        tall = matrix.shape[0] > matrix.shape[1]
-        return Delta(matrix if tall else side, side if tall else matrix, delta.scale, delta.shape)
-    return _kronecker_factors(delta)
-
-
-def _kronecker_factors(delta: Kronecker) -> Delta:
-    """first ⊗ (up·down) is (1 ⊗ up)·(first ⊗ down), and (first ⊗ up)·(1 ⊗ down), of which one has the lower rank."""
-    first, second = delta.first.matrix.double(), factors(delta.second)
-    up, down, side = second.up.double(), second.down.double(), torch.eye(delta.first.rank, dtype=torch.float64)
-    tall = first.shape[0] > first.shape[1]
-    pair = (torch.kron(first, up), torch.kron(side, down)) if tall else (torch.kron(side, up), torch.kron(first, down))
-    return Delta(*pair, delta.first.scale * second.scale, delta.shape)
 
 
 # --- from Gram matrices -------------------------------------------------------------------------
@@ -168,17 +142,17 @@ def _of_grams(
 
 
 def _blocks(ranks: Sequence[int]) -> list[slice]:
-    ends = [sum(ranks[:place]) for place in range(len(ranks) + 1)]
+    ends = [sum(ranks[:index]) for index in range(len(ranks) + 1)]
     return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
 def _block_sums(matrix: Tensor, ranks: Sequence[int]) -> Tensor:
     """[A, A] sums over the blocks of a matrix [R, R]."""
-    member = _member(ranks, matrix.device)
-    return member.mT @ matrix @ member
+    membership = _membership(ranks, matrix.device)
+    return membership.mT @ matrix @ membership
 
 
-def _member(ranks: Sequence[int], device: torch.device) -> Tensor:
+def _membership(ranks: Sequence[int], device: torch.device) -> Tensor:
     """[R, A] 1 where a column belongs to a matrix, else 0."""
     owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
     return torch.nn.functional.one_hot(owner, len(ranks)).to(device, torch.float64)
@@ -186,70 +160,70 @@ def _member(ranks: Sequence[int], device: torch.device) -> Tensor:
 
 def _spectra(gram_up: Tensor, gram_down: Tensor, blocks: Sequence[slice]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(sigma [r], left [r, r], right [r, r]) of each matrix as `solve` gives them, those of equal rank together."""
-    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    spectra: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for rank in {block.stop - block.start for block in blocks}:
-        places = [place for place, block in enumerate(blocks) if block.stop - block.start == rank]
-        stacked = (torch.stack([gram[blocks[i], blocks[i]] for i in places]) for gram in (gram_down, gram_up))
-        found |= {place: (s, u, v) for place, s, u, v in zip(places, *solve(*stacked), strict=True)}
-    return [found[place] for place in range(len(blocks))]
+        indices = [index for index, block in enumerate(blocks) if block.stop - block.start == rank]
+        stacked = (torch.stack([gram[blocks[i], blocks[i]] for i in indices]) for gram in (gram_down, gram_up))
+        spectra |= {index: (s, u, v) for index, s, u, v in zip(indices, *solve(*stacked), strict=True)}
+    return [spectra[index] for index in range(len(blocks))]
 
 
 def _dimensions(sigma: Tensor) -> int:
-    """How many of the largest singular values carry the energy; none of zero."""
+    """How many of the largest singular values carry the energy; 0 for a zero matrix."""
     energies = (sigma**2).cumsum(0)
     if not energies[-1] > 0:
         return 0
-    count = min(len(sigma), int((energies < ENERGY * energies[-1]).sum()) + 1)
+    count = min(len(sigma), int((energies < _ENERGY * energies[-1]).sum()) + 1)
     return int((sigma >= (1 - _TIE) * sigma[count - 1]).sum())
 
 
 def _overlaps(gram: Tensor, blocks: Sequence[slice], maps: Sequence[Tensor]) -> Tensor:
     """[A, A] overlaps of the subspaces whose orthonormal bases are factor_i · map_i, from the factors' Gram matrix."""
-    lines = torch.cat([each.mT @ gram[block] for block, each in zip(blocks, maps, strict=True)])  # [K, R]
-    cosines = torch.cat([lines[:, block] @ each for block, each in zip(blocks, maps, strict=True)], 1)  # [K, K]
-    return _mean_squares(cosines, [each.shape[1] for each in maps])
+    lines = torch.cat([basis.mT @ gram[block] for block, basis in zip(blocks, maps, strict=True)])  # [K, R]
+    cosines = torch.cat([lines[:, block] @ basis for block, basis in zip(blocks, maps, strict=True)], 1)  # [K, K]
+    return _mean_squares(cosines, [basis.shape[1] for basis in maps])
 
 
 def _mean_squares(cosines: Tensor, counts: Sequence[int]) -> Tensor:
     """[A, A] Σcos² / min(k_i, k_j) over the blocks of Q_iᵀ·Q_j; 0 for an empty block."""
-    number = torch.tensor(counts, dtype=torch.float64, device=cosines.device)
-    fewest = torch.minimum(number[:, None], number)
+    sizes = torch.tensor(counts, dtype=torch.float64, device=cosines.device)
+    smaller = torch.minimum(sizes[:, None], sizes)
     sums = _block_sums(cosines**2, counts)
-    return torch.where(fewest > 0, sums / fewest, 0).clamp(max=1)
+    return torch.where(smaller > 0, sums / smaller, 0).clamp(max=1)
 
 
 def _top(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor) -> tuple[float, float, Tensor]:
     """(σ_1, σ_2, down·v_1 [R]) of the weighted sum, up · diag(columns) · down, from Gram matrices."""
-    if len(columns) > _WHOLE_RANK:
+    if len(columns) > _FULL_RANK:
         return _largest(gram_up, gram_down, columns, start)
-    sigma, _, right = (part[0] for part in solve(gram_down[None], (gram_up * torch.outer(columns, columns))[None]))
+    sigma, _, right = (
+        solution[0] for solution in solve(gram_down[None], (gram_up * torch.outer(columns, columns))[None])
+    )
     second = float(sigma[1]) if len(sigma) > 1 else 0.0
     return float(sigma[0]), second, gram_down @ right[0] / sigma[0].sqrt().clamp(min=torch.finfo(sigma.dtype).tiny)
 
 
 def _starts(blocks: Sequence[slice], rights: Sequence[Tensor], weight: Tensor) -> Tensor:
     """[R, b]: the first right vectors of all matrices, from which an iteration for the sum begins."""
-    each = max(1, _START // len(blocks))
+    share = max(1, _START // len(blocks))
     start = torch.zeros(blocks[-1].stop, _START, dtype=torch.float64, device=weight.device)
-    for place, (block, right) in enumerate(zip(blocks, rights, strict=True)):
-        some, first = right[:, :each], place * each % _START
-        start[block, first : first + some.shape[1]] = some * weight[place]
+    for index, (block, right) in enumerate(zip(blocks, rights, strict=True)):
+        vectors, column = right[:, :share], index * share % _START
+        start[block, column : column + vectors.shape[1]] = vectors * weight[index]
     return start
 
 
 def _largest(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor) -> tuple[float, float, Tensor]:
-    """The same for high ranks, where a whole decomposition would take much longer than all of the rest.
+    """The same for high ranks, where a full decomposition would take much longer than all of the rest.
 
     Block Krylov iteration for the eigenvalues of gram_up · gram_down, which is symmetric in the inner product of
     gram_down, with full orthogonalisation (Golub & Van Loan, Matrix Computations, 10.3.6); to about 1e-8 relative,
     worst where the largest singular values are nearly equal.
     """
     length = gram_down.diagonal().sqrt()
-    short = torch.where(length > 0, 1 / length, 0)  # so that all of gram_down's diagonal is 1
-    gram_down, gram_up = (
-        gram_down * torch.outer(short, short),
-        gram_up * torch.outer(columns * length, columns * length),
-    )
+    inverse = torch.where(length > 0, 1 / length, 0)
+    gram_down = gram_down * torch.outer(inverse, inverse)  # all of its diagonal is 1
+    gram_up = gram_up * torch.outer(columns * length, columns * length)
     basis = images = applied = start.new_empty(len(start), 0)
     block, values, vectors = start * length[:, None], start.new_zeros(1), start.new_zeros(0, 1)
     for _ in range(_STEPS):
@@ -269,7 +243,7 @@ def _largest(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor)
 
 
 def _orthonormal(block: Tensor, basis: Tensor, images: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(what is new in the columns of `block`, orthonormal in the inner product of `gram`; gram · that)."""
+    """(new directions in the columns of `block`, orthonormal in the inner product of `gram`; gram · directions)."""
     size = block.norm(dim=0)
     block = block[:, size > 0] / size[size > 0]
     image = gram @ block
@@ -277,8 +251,8 @@ def _orthonormal(block: Tensor, basis: Tensor, images: Tensor, gram: Tensor) -> 
         overlap = images.mT @ block
         block, image = block - basis @ overlap, image - images @ overlap
         values, vectors = torch.linalg.eigh(block.mT @ image)
-        kept = values > _EXHAUSTED
-        turn = vectors[:, kept] / values[kept].sqrt()
+        new = values > _EXHAUSTED
+        turn = vectors[:, new] / values[new].sqrt()
         block, image = block @ turn, image @ turn
     return block, image
 
@@ -292,7 +266,7 @@ def _matrices(up: Tensor, down: Tensor, ranks: Sequence[int]) -> Tensor:
 
 
 def _of_matrices(matrices: Tensor, weight: Tensor) -> Interaction:
-    """The same from the matrices themselves [A, n, m], or from what orthonormal bases on both sides leave of them."""
+    """The same from the matrices [A, n, m], or from their coordinates in orthonormal bases of both sides."""
     flat = matrices.flatten(1)
     products = flat @ flat.mT
     if broken := _not_finite(list(products.diagonal())):
@@ -332,9 +306,9 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _not_finite(numbers: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(place for place, number in enumerate(numbers) if not torch.isfinite(number))
+    return tuple(index for index, number in enumerate(numbers) if not torch.isfinite(number))
 
 
-def _broken(places: tuple[int, ...], count: int) -> Interaction:
-    nothing, table = torch.zeros(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
-    return Interaction(places, table, nothing, nothing, table, table, (0.0, 0.0, 0.0), nothing)
+def _broken(indices: tuple[int, ...], count: int) -> Interaction:
+    zeros, table = torch.zeros(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
+    return Interaction(indices, table, zeros, zeros, table, table, (0.0, 0.0, 0.0), zeros)

@@ -15,11 +15,11 @@ _KRYLOV_STEPS = 16  # blocks before a restart
 
 _KRYLOV_RESTARTS = 20
 
-_KRYLOV_EXHAUSTED = 1e-5  # what is new in a block, relative, that is but rounding
+_KRYLOV_EXHAUSTED = 1e-5  # a new block shorter than this part of its image is float32 rounding
 
 _KRYLOV_TOLERANCE = 1e-8  # relative growth of σ_1 in two steps
 
-_DENSE_SIDE = 256  # up to here the small Gram matrix is simply decomposed
+_DENSE_SIDE = 256  # up to this shorter side the Gram matrix itself is decomposed
 
 
 def frobenius(weight: Tensor) -> float:
@@ -60,7 +60,7 @@ def _krylov(weight: Tensor, start: Tensor) -> tuple[float, Tensor, bool]:
         image = weight.mT @ images[:, -_KRYLOV_BLOCK:]
         block = image - basis @ (basis.mT @ image)
         if float(block.norm()) <= _KRYLOV_EXHAUSTED * float(image.norm()):
-            return history[-1], block, True  # nothing new: the space holds whole singular vectors
+            return history[-1], block, True  # nothing new: the space is invariant
         block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q  # once more, for float32
         basis = torch.cat([basis, block], 1)
         images = torch.cat([images, weight @ block], 1)

@@ -13,8 +13,8 @@ A ΔW that is not of low rank is decomposed through the Gram matrix of its short
 dimensions can be kept, through a random sketch (Halko, Martinsson, Tropp, https://arxiv.org/abs/0909.4061). The
 singular values of a Kronecker product are the products of those of its factors.
 
-Other Gram matrices may be given: with statistics of a layer's inputs and of the model's sensitivity to its outputs the
-same steps give the truncation that is best for the model's output.
+With Gram matrices from statistics of a layer's inputs and of the model's sensitivity to its outputs, the same steps
+give the truncation that is best for the model's output.
 
 Tensors in, tensors out: this module knows nothing of files, names or recipes.
 """
@@ -27,18 +27,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorashrink.engine.delta import AnyDelta, Delta, Dense, Kronecker, factored, fan_in
+from lorashrink.engine.delta import AnyDelta, Delta, Dense, Kronecker, fan_in
 from lorashrink.engine.devices import core_device
-from lorashrink.engine.gram import CPU_BLOCK, SIGMA_FLOOR, Grams, factor_gram, grams, solve, trace_of_product
+from lorashrink.engine.gram import CPU_BLOCK, SIGMA_FLOOR, Grams, factor_gram, grams, solve
 
-# The same for Gram matrices that were summed up in half or single precision while a model ran.
-STATISTICS_CLIP = 1e-9
+# Statistics were summed up in half or single precision while a model ran: eigenvalues of a singular Gram matrix below
+# this part of the largest are rounding.
+_STATISTICS_CLIP = 1e-9
 
 _CUDA_CHUNK_BYTES = 1 << 28
 
@@ -50,7 +50,7 @@ _SKETCH_SHARE = 0.25
 
 _SKETCH_ROUNDS = 4  # of subspace iteration; the spectra of weight differences fall slowly
 
-_SKETCH_EXTRA = 32  # dimensions beside the wanted ones, so that the last of these are right
+_SKETCH_EXTRA = 32  # dimensions beyond the limit, so that the last ones within it are right
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -59,12 +59,27 @@ class Item:
 
     load: Callable[[], AnyDelta]
     rank: int  # of the delta that `load` returns; may be an estimate if that is no `Delta`
-    grams: Callable[[Delta], Grams] | None = None  # others than those of the factors, which decide what matters
+    grams: Callable[[Delta], Grams] | None = None  # from statistics, in place of the factors' own
     limit: int | None = None  # no more than this many dimensions will be kept
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class PendingSpectrum:
+    """The spectrum of one layer, which is decomposed in a chunk with others."""
+
+    chunk: Future[list[Spectrum | Exception]]
+    index: int  # of the layer in its chunk
+
+    def result(self) -> Spectrum:
+        """Wait for the spectrum. Raises what its layer raised, or CancelledError if the pool was shut down."""
+        outcome = self.chunk.result()[self.index]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
 class _Plain(NamedTuple):
-    """The factors' own Gram matrices, where others decided."""
+    """The factors' own Gram matrices, where statistics decided."""
 
     grams: Grams
     scale: float  # of the delta
@@ -75,7 +90,7 @@ class _Pair(NamedTuple):
 
     first: Spectrum
     second: Spectrum
-    order: Tensor  # [r]: place of each singular value in the grid of products, first · (rank of second) + second
+    order: Tensor  # [r]: index of each singular value in the grid of products, first · (rank of second) + second
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -85,16 +100,16 @@ class Spectrum:
     The r×r maps of a `Dense` would be as large as the layer, so that `truncate` computes its vectors again.
     """
 
-    # [r] float64, largest first, exactly 0 past the numerical rank; in the unit of the base weight, or where Gram
-    # matrices were given in that of their norm
+    # [r] float64, largest first, exactly 0 past the numerical rank; in the unit of the base weight, or with statistics
+    # in the unit of their norm
     sigma: Tensor
-    # Both float32, of the dimensions that may be kept, at most r.
+    # Both float32, for the k ≤ r dimensions that may be kept.
     left: Tensor | None = None  # [r, k]: up @ left[:, i] is √σ_i·u_i
     right: Tensor | None = None  # [k, r]: right[i] @ down is √σ_i·v_iᵀ
-    pair: _Pair | None = None
+    pair: _Pair | None = None  # of a Kronecker product
     limit: int | None = None  # of a sketch, which has only this many dimensions
     tail: float = 0.0  # Σσ² of the dimensions that the sketch does not have
-    plain: _Plain | None = None  # if Gram matrices were given
+    plain: _Plain | None = None  # with statistics
 
     @property
     def rank(self) -> int:
@@ -121,14 +136,14 @@ class Spectrum:
         return float((self.sigma[list(kept)] * (1 if factors is None else factors)).norm())
 
     def lost(self, kept: Sequence[int], factors: Tensor | None = None) -> float:
-        """‖ΔW - ΔW'‖_F of the same, summed over what is gone, so that small losses are exact."""
+        """‖ΔW - ΔW'‖_F of the same, summed over the removed dimensions, so that small losses are exact."""
         if self.plain:
             assert factors is None
             rest = torch.eye(len(self.sigma), dtype=torch.float64) - self._projection(kept)
             return math.sqrt(self._square(rest)) if len(kept) < self.rank else 0.0
-        gone = torch.ones(len(self.sigma), dtype=torch.float64)
-        gone[list(kept)] = 0 if factors is None else 1 - factors
-        return math.sqrt(float(((self.sigma * gone) ** 2).sum()) + self.tail)
+        removed = torch.ones(len(self.sigma), dtype=torch.float64)
+        removed[list(kept)] = 0 if factors is None else 1 - factors
+        return math.sqrt(float(((self.sigma * removed) ** 2).sum()) + self.tail)
 
     def _projection(self, kept: Sequence[int]) -> Tensor:
         """[r, r] float64 P: ΔW' = scale · up · P · down."""
@@ -147,33 +162,32 @@ class Spectrum:
 
 def spectrum(delta: AnyDelta, grams: Grams | None = None, *, limit: int | None = None) -> Spectrum:
     """The spectrum of one layer. See `decompose`, which does many at a time."""
-    given = None if grams is None else lambda _: grams
-    return decompose([Item(lambda: delta, delta.rank, given, limit)])[0].result()
+    statistics = None if grams is None else lambda _: grams
+    (outcome,) = _decompose_chunk([Item(lambda: delta, delta.rank, statistics, limit)], torch.device("cpu"))
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
-def decompose(
-    items: Sequence[Item], *, device: str | torch.device = "cpu", pool: Executor | None = None
-) -> list[Future[Spectrum]]:
-    """The spectra of many layers, in the order of `items`; each future is one layer's result or error.
+def decompose(items: Sequence[Item], pool: Executor, *, device: str | torch.device = "cpu") -> list[PendingSpectrum]:
+    """The spectra of many layers, in the order of `items`, while the threads of the pool compute them.
 
-    Layers of equal rank, of whatever files, are solved together as [L, r, r] problems. With a `pool` the
-    work runs in its threads, and each chunk of layers is read, decomposed and forgotten by one of them; the
-    factors of no more than a few layers per thread are in memory. Cost: O((out + in)·r²) per layer.
+    Layers of equal rank, of whatever files, are solved together as [L, r, r] problems. Each chunk of layers is read,
+    decomposed and forgotten by one thread, so that the factors of no more than a few layers per thread are in memory.
+    Cost: O((out + in)·r²) per layer.
     """
     device = core_device(device)
-    futures: list[Future[Spectrum]] = [Future() for _ in items]
     by_rank: dict[int, list[int]] = defaultdict(list)
     for index, item in enumerate(items):
         by_rank[item.rank].append(index)
-    for rank, indices in sorted(by_rank.items(), reverse=True):
+    pending: dict[int, PendingSpectrum] = {}
+    for rank, indices in sorted(by_rank.items(), reverse=True):  # what takes longest begins first
         size = _chunk_size(rank, device)
         for start in range(0, len(indices), size):
-            chunk = [(items[i], futures[i]) for i in indices[start : start + size]]
-            if pool is None:
-                _decompose_chunk(chunk, device)
-            else:
-                pool.submit(_decompose_chunk, chunk, device).add_done_callback(partial(_pass_on_cancel, chunk))
-    return futures
+            chunk = indices[start : start + size]
+            future = pool.submit(_decompose_chunk, [items[index] for index in chunk], device)
+            pending |= {index: PendingSpectrum(future, position) for position, index in enumerate(chunk)}
+    return [pending[index] for index in range(len(items))]
 
 
 def truncate(
@@ -188,17 +202,17 @@ def truncate(
 ) -> tuple[Tensor, Tensor]:
     """(up' [out, k], down' [k, in·kh·kw]) on the CPU, whose product is `scale` · ΔW reduced to the dimensions `kept`.
 
-    Each dimension is multiplied with its factor, of float64 [k] from 0 to 1, if there are `factors`. √σ is on both
-    sides and the delta's own scale is contained. With `width` > len(kept) zeros fill the factors
-    up to that rank. Computed in float32, or in float64 if the delta is float64.
+    Each dimension is multiplied with its factor, float64 [k] from 0 to 1, if there are `factors`. Both sides have √σ,
+    and contain the delta's own scale. With `width` > len(kept) zeros fill the factors up to that rank. Computed in
+    float32, or in float64 if the delta is float64.
     """
-    device = core_device(device) if _kind(delta) == torch.float64 else torch.device(device)
+    device = core_device(device) if delta.precision == torch.float64 else torch.device(device)
     index = torch.as_tensor(kept, dtype=torch.long)
     half = math.sqrt(abs(scale))
-    up, down = _columns(delta, spectrum, index, (math.copysign(half, scale), half), device)
+    up, down = _vectors(delta, spectrum, index, (math.copysign(half, scale), half), device)
     if factors is not None:
-        each = factors.sqrt().to(up)
-        up, down = up * each, down * each[:, None]
+        root = factors.sqrt().to(up)
+        up, down = up * root, down * root[:, None]
     extra = (width or len(kept)) - len(kept)
     if extra:
         up = torch.nn.functional.pad(up, (0, extra))
@@ -214,61 +228,85 @@ def alignment(delta: AnyDelta, spectrum: Spectrum, weight: Tensor) -> Tensor:
     return torch.nn.functional.pad(products / spectrum.sigma[:rank], (0, len(spectrum.sigma) - rank))
 
 
-# --- forms of ΔW --------------------------------------------------------------------------------
+# --- singular vectors ---------------------------------------------------------------------------
 
 
-def _kind(delta: AnyDelta) -> torch.dtype:
-    """float64 if the layer is stored so, else float32."""
-    if isinstance(delta, Kronecker):
-        return _kind(delta.second)
-    stored = delta.matrix if isinstance(delta, Dense) else delta.up
-    return torch.float64 if stored.dtype == torch.float64 else torch.float32
-
-
-def _columns(
+def _vectors(
     delta: AnyDelta, spectrum: Spectrum, index: Tensor, factors: tuple[float, float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """√σ_i·u_i [out, k] and √σ_i·v_iᵀ [k, in·kh·kw] of the dimensions in `index`, each times its factor."""
+    """√σ_i·u_i [out, k] and √σ_i·v_iᵀ [k, in·kh·kw] of the dimensions in `index`, each side times its factor."""
     if spectrum.left is not None and spectrum.right is not None:
-        delta = factored(delta)
+        delta = delta.factored()
+        dtype = delta.precision
         left, right = spectrum.left[:, index] * factors[0], spectrum.right[index] * factors[1]
-        kind = _kind(delta)
-        return delta.up.to(device, kind) @ left.to(device, kind), right.to(device, kind) @ delta.down.to(device, kind)
+        return (
+            delta.up.to(device, dtype) @ left.to(device, dtype),
+            right.to(device, dtype) @ delta.down.to(device, dtype),
+        )
     if isinstance(delta, Dense):
-        return _dense_columns(delta, spectrum, index, factors, device)
+        return _dense_vectors(delta, spectrum, index, factors, device)
     assert isinstance(delta, Kronecker)
     assert spectrum.pair is not None
     first, second, order = spectrum.pair
-    places = order[index]
-    count = len(second.sigma)
-    ups, downs = zip(
-        _columns(delta.first, first, places // count, factors, device),
-        _columns(delta.second, second, places % count, (1.0, 1.0), device),
-        strict=True,
-    )
-    kind = _kind(delta)
-    up = torch.einsum("ak,bk->abk", *(each.to(kind) for each in ups)).reshape(-1, len(index))
-    down = torch.einsum("ka,kb->kab", *(each.to(kind) for each in downs)).reshape(len(index), -1)
+    grid, count = order[index], len(second.sigma)
+    up_1, down_1 = _vectors(delta.first, first, grid // count, factors, device)
+    up_2, down_2 = _vectors(delta.second, second, grid % count, (1.0, 1.0), device)
+    dtype = delta.precision
+    up = torch.einsum("ak,bk->abk", up_1.to(dtype), up_2.to(dtype)).reshape(-1, len(index))
+    down = torch.einsum("ka,kb->kab", down_1.to(dtype), down_2.to(dtype)).reshape(len(index), -1)
     return up, down
 
 
-def _dense_columns(
+def _dense_vectors(
     delta: Dense, spectrum: Spectrum, index: Tensor, factors: tuple[float, float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
+    """The same for a matrix, whose vectors on the shorter side are the eigenvectors of its Gram matrix."""
     if spectrum.limit is not None:
         sketch, maps = _sketch(delta, spectrum.limit, device)
-        return _columns(sketch, maps, index, factors, device)
-    core, kind = core_device(device), _kind(delta)
-    tall = delta.matrix.shape[0] > delta.matrix.shape[1]
+        return _vectors(sketch, maps, index, factors, device)
+    core, dtype = core_device(device), delta.precision
     matrix = delta.matrix.to(device)
     vectors = torch.linalg.eigh(_dense_gram(matrix.to(core))).eigenvectors.flip(-1)[:, index.to(core)]  # [r, k]
     half = spectrum.sigma[index].sqrt().to(core)
-    other = torch.where(half > 0, 1 / half, 0) * abs(delta.scale)
-    short, long = (vectors * half).to(device, kind), (vectors * other).to(device, kind)
+    inverse = torch.where(half > 0, 1 / half, 0) * abs(delta.scale)
+    short, long = (vectors * half).to(device, dtype), (vectors * inverse).to(device, dtype)
     sign = math.copysign(factors[0], factors[0] * delta.scale)
-    if tall:
-        return matrix.to(kind) @ (long * sign), short.mT * factors[1]
-    return short * sign, (long * factors[1]).mT @ matrix.to(kind)
+    if matrix.shape[0] > matrix.shape[1]:
+        return matrix.to(dtype) @ (long * sign), short.mT * factors[1]
+    return short * sign, (long * factors[1]).mT @ matrix.to(dtype)
+
+
+# --- one layer ----------------------------------------------------------------------------------
+
+
+def _of_maps(delta: Delta, sigma: Tensor, left: Tensor, right: Tensor, limit: int | None = None) -> Spectrum:
+    """The spectrum of two factors from the solution of their Gram matrices, which do not contain the scale."""
+    size = abs(delta.scale)
+    sigma = sigma * size
+    sigma[min(delta.up.shape[0], fan_in(delta.shape)) :] *= 0  # not 0 itself: NaN stays NaN
+    # What no recipe can keep would only wait in memory until the file is written.
+    left, right = left[:, :limit] * math.copysign(math.sqrt(size), delta.scale), right[:limit] * math.sqrt(size)
+    return Spectrum(sigma, left.float(), right.float())
+
+
+def _of_statistics(delta: Delta, statistics: Callable[[Delta], Grams], device: torch.device) -> Spectrum:
+    """The spectrum in the norm of Gram matrices from statistics."""
+    own = Grams(*(gram[0].cpu() for gram in grams([delta], device)))
+    stacked = [gram[None].to(device, torch.float64) for gram in statistics(delta)]
+    sigma, left, right = (solution[0].cpu() for solution in solve(*stacked, clip=_STATISTICS_CLIP))
+    spectrum = _of_maps(delta, sigma, left, right)
+    sigma = spectrum.sigma if own.finite else spectrum.sigma * math.nan
+    return replace(spectrum, sigma=sigma, plain=_Plain(own, delta.scale))
+
+
+def _of_dense(delta: Dense, limit: int | None, device: torch.device) -> Spectrum:
+    if limit is not None and limit + _SKETCH_EXTRA <= _SKETCH_SHARE * delta.rank:
+        return _of_sketch(delta, limit, device)
+    gram = _dense_gram(delta.matrix.to(core_device(device)))
+    if not torch.isfinite(gram.diagonal().sum()):
+        return Spectrum(torch.full((delta.rank,), math.nan, dtype=torch.float64))
+    sigma = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0).sqrt()
+    return Spectrum(abs(delta.scale) * torch.where(sigma > SIGMA_FLOOR * sigma[:1], sigma, 0).cpu())
 
 
 def _dense_gram(matrix: Tensor) -> Tensor:
@@ -276,19 +314,11 @@ def _dense_gram(matrix: Tensor) -> Tensor:
     return factor_gram(matrix[None], columns=matrix.shape[0] > matrix.shape[1])[0]
 
 
-def _of_dense(delta: Dense, limit: int | None, device: torch.device) -> Spectrum:
-    if limit is not None and limit + _SKETCH_EXTRA <= _SKETCH_SHARE * delta.rank:
-        return _of_sketch(delta, limit, device)
-    gram = _dense_gram(delta.matrix.to(core_device(device)))
-    if not torch.isfinite(trace_of_product(gram)):
-        return Spectrum(torch.full((delta.rank,), math.nan, dtype=torch.float64))
-    sigma = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0).sqrt()
-    return Spectrum(abs(delta.scale) * torch.where(sigma > SIGMA_FLOOR * sigma[:1], sigma, 0).cpu())
-
-
 def _of_sketch(delta: Dense, limit: int, device: torch.device) -> Spectrum:
     """The first `limit` dimensions; what they leave out is known to the last digit."""
-    total = delta.scale**2 * float(_squares(delta.matrix))
+    flat = delta.matrix.reshape(-1)
+    squares = torch.stack([block.double() @ block.double() for block in torch.split(flat, CPU_BLOCK)]).sum()
+    total = delta.scale**2 * float(squares)
     if not math.isfinite(total):
         return Spectrum(torch.full((limit,), math.nan, dtype=torch.float64))
     sigma = _sketch(delta, limit, device)[1].sigma[:limit]
@@ -297,23 +327,16 @@ def _of_sketch(delta: Dense, limit: int, device: torch.device) -> Spectrum:
 
 def _sketch(delta: Dense, limit: int, device: torch.device) -> tuple[Delta, Spectrum]:
     """ΔW projected on the space of its first `limit` left vectors and some more, by subspace iteration."""
-    kind = _kind(delta)
-    matrix = delta.matrix.to(device, kind)
-    # the same numbers each time: what is written must be what was judged
-    start = torch.randn(
-        matrix.shape[1], limit + _SKETCH_EXTRA, generator=torch.Generator().manual_seed(0), dtype=kind
-    ).to(device)
+    dtype, columns = delta.precision, limit + _SKETCH_EXTRA
+    matrix = delta.matrix.to(device, dtype)
+    # The same random numbers each time: what is written must be what was judged.
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], columns, generator=generator, dtype=dtype).to(device)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(_SKETCH_ROUNDS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
-    low = Delta(basis.cpu(), (basis.mT @ matrix).cpu(), delta.scale, delta.shape)
-    return low, spectrum(low)
-
-
-def _squares(matrix: Tensor) -> Tensor:
-    """Σ of squares, float64."""
-    flat = matrix.reshape(-1)
-    return torch.stack([part.double() @ part.double() for part in torch.split(flat, CPU_BLOCK)]).sum()
+    projected = Delta(basis.cpu(), (basis.mT @ matrix).cpu(), delta.scale, delta.shape)
+    return projected, spectrum(projected)
 
 
 def _of_kronecker(delta: Kronecker, device: torch.device) -> Spectrum:
@@ -326,7 +349,7 @@ def _of_kronecker(delta: Kronecker, device: torch.device) -> Spectrum:
     return Spectrum(sigma, pair=_Pair(first, second, order))
 
 
-# --- chunks -------------------------------------------------------------------------------------
+# --- chunks of layers ---------------------------------------------------------------------------
 
 
 def _chunk_size(rank: int, device: torch.device) -> int:
@@ -337,75 +360,44 @@ def _chunk_size(rank: int, device: torch.device) -> int:
     return 1 if rank >= _LARGE_RANK else max(4, 1024 // rank)
 
 
-def _decompose_chunk(chunk: Sequence[tuple[Item, Future[Spectrum]]], device: torch.device) -> None:
-    loaded: list[tuple[Item, AnyDelta, Future[Spectrum]]] = []
-    for item, future in chunk:
+def _decompose_chunk(items: Sequence[Item], device: torch.device) -> list[Spectrum | Exception]:
+    """The spectrum of each layer, or the error with which it could not be loaded."""
+    deltas: list[AnyDelta | Exception] = []
+    for item in items:
         try:
-            loaded.append((item, item.load(), future))
-        except BaseException as error:
-            future.set_exception(error)
-    try:
-        with _own_stream(device):
-            for (_, _, future), result in zip(loaded, _spectra(loaded, device), strict=True):
-                future.set_result(result)
-    except BaseException as error:
-        for _, _, future in loaded:
-            if not future.done():
-                future.set_exception(error)
+            deltas.append(item.load())
+        except Exception as error:
+            deltas.append(error)
+    with _own_stream(device):
+        solutions = _solve_together(items, deltas, device)
+        outcomes: list[Spectrum | Exception] = []
+        for index, (item, delta) in enumerate(zip(items, deltas, strict=True)):
+            if isinstance(delta, Exception):
+                outcomes.append(delta)
+            elif item.grams is not None:
+                outcomes.append(_of_statistics(delta.factored(), item.grams, device))
+            elif isinstance(delta, Dense):
+                outcomes.append(_of_dense(delta, item.limit, device))
+            elif isinstance(delta, Kronecker):
+                outcomes.append(_of_kronecker(delta, device))
+            else:
+                outcomes.append(_of_maps(delta, *solutions[index], item.limit))
+        return outcomes
 
 
-def _pass_on_cancel(chunk: Sequence[tuple[Item, Future[Spectrum]]], done: Future[None]) -> None:
-    if done.cancelled():
-        for _, future in chunk:
-            future.cancel()
-
-
-def _spectra(loaded: Sequence[tuple[Item, AnyDelta, object]], device: torch.device) -> Iterator[Spectrum]:
-    plain: dict[int, list[tuple[int, Delta]]] = defaultdict(list)  # rank -> layers
-    for number, (item, delta, _) in enumerate(loaded):
-        if isinstance(delta, Delta) and item.grams is None:
-            plain[delta.rank].append((number, delta))
-    solved: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    for layers in plain.values():
-        numbers, deltas = zip(*layers, strict=True)
-        solved |= _by_layer(numbers, solve(*grams(deltas, device)))
-    for number, (item, delta, _) in enumerate(loaded):
-        if item.grams is not None:
-            yield _of_given(factored(delta), item.grams, device)
-        elif isinstance(delta, Dense):
-            yield _of_dense(delta, item.limit, device)
-        elif isinstance(delta, Kronecker):
-            yield _of_kronecker(delta, device)
-        else:
-            yield _scaled(delta, *solved[number], item.limit)
-
-
-def _of_given(delta: Delta, given: Callable[[Delta], Grams], device: torch.device) -> Spectrum:
-    """The spectrum in the norm of other Gram matrices than those of the factors."""
-    own = Grams(*(gram[0].cpu() for gram in grams([delta], device)))
-    stacked = [gram[None].to(device, torch.float64) for gram in given(delta)]
-    sigma, left, right = (part[0].cpu() for part in solve(*stacked, clip=STATISTICS_CLIP))
-    found = _scaled(delta, sigma, left, right)
-    broken = (
-        found.sigma if torch.isfinite(trace_of_product(own.down) + trace_of_product(own.up)) else found.sigma * math.nan
-    )
-    return replace(found, sigma=broken, plain=_Plain(own, delta.scale))
-
-
-def _by_layer(
-    numbers: Sequence[int], solution: tuple[Tensor, Tensor, Tensor]
+def _solve_together(
+    items: Sequence[Item], deltas: Sequence[AnyDelta | Exception], device: torch.device
 ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    sigma, left, right = (part.cpu() for part in solution)
-    return {number: (sigma[i], left[i], right[i]) for i, number in enumerate(numbers)}
-
-
-def _scaled(delta: Delta, sigma: Tensor, left: Tensor, right: Tensor, limit: int | None = None) -> Spectrum:
-    size = abs(delta.scale)
-    sigma = sigma * size
-    sigma[min(delta.up.shape[0], fan_in(delta.shape)) :] *= 0  # not 0 itself: NaN stays NaN
-    # What no recipe can keep would only wait in memory until the file is written.
-    left, right = left[:, :limit] * math.copysign(math.sqrt(size), delta.scale), right[:limit] * math.sqrt(size)
-    return Spectrum(sigma, left.float(), right.float())
+    """Index -> (sigma, left, right) of the layers in two factors; those of equal rank are one batch."""
+    by_rank: dict[int, dict[int, Delta]] = defaultdict(dict)
+    for index, (item, delta) in enumerate(zip(items, deltas, strict=True)):
+        if isinstance(delta, Delta) and item.grams is None:
+            by_rank[delta.rank][index] = delta
+    solutions: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for layers in by_rank.values():
+        batch = (solution.cpu() for solution in solve(*grams(list(layers.values()), device)))
+        solutions |= dict(zip(layers, zip(*batch, strict=True), strict=True))
+    return solutions
 
 
 @contextlib.contextmanager

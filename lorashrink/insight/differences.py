@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorashrink.engine.delta import AnyDelta, Delta, Dense, Kronecker, block_matrix, block_reader, fan_in
+from lorashrink.engine.delta import AnyDelta, Delta, Kronecker, fan_in
 from lorashrink.engine.gram import grams
 from lorashrink.linking.pairing import Piece, Unit, stacked_up, wide
 
@@ -43,12 +43,12 @@ def inner_products(unit: Unit, device: torch.device) -> InnerProducts | None:
     deltas = [layer.delta for _, layer in unit.members]
     sides = [side for side, _ in unit.members]
     pair = sides == [FIRST, SECOND] and len(unit.pieces) == 1
-    if pair and _equal(*deltas):
+    if pair and deltas[0].equals(deltas[1]):
         alone = _sums_of(deltas[:1], [FIRST], [Piece(unit.rows, (0,))], device).a
         return InnerProducts(alone, alone, alone, 0.0)
     one, other = deltas[0], deltas[-1]
     if pair and isinstance(one, Kronecker) and isinstance(other, Kronecker):
-        factors = [block_matrix(part, device) for part in (one.first, one.second, other.first, other.second)]
+        factors = [*one.matrices(device), *other.matrices(device)]
         if factors[0].shape == factors[2].shape and factors[1].shape == factors[3].shape:
             return _of_kronecker(*factors)
     return _sums_of(deltas, sides, unit.pieces, device)
@@ -62,25 +62,6 @@ def _sums_of(
     if len(factored) == len(deltas) and sum(delta.rank for delta in factored) <= small:
         return _of_factors(factored, sides, pieces, device)
     return _of_rows(deltas, sides, pieces, device)
-
-
-def _equal(one: AnyDelta, other: AnyDelta) -> bool:
-    """Whether both are made of the same numbers."""
-    if isinstance(one, Delta) and isinstance(other, Delta):
-        return one.scale == other.scale and _same(one.up, other.up) and _same(one.down, other.down)
-    if isinstance(one, Dense) and isinstance(other, Dense):
-        return one.scale == other.scale and _same(one.matrix, other.matrix)
-    if isinstance(one, Kronecker) and isinstance(other, Kronecker):
-        return _equal(one.first, other.first) and _equal(one.second, other.second)
-    return False
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Bit by bit, which is several times as fast as torch.equal for half precision."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    bits = [each.contiguous().flatten().view(torch.uint8).numpy() for each in (one, other)]
-    return bool((bits[0] == bits[1]).all())
 
 
 def _of_factors(
@@ -131,7 +112,7 @@ def _of_rows(
     deltas: Sequence[AnyDelta], sides: Sequence[int], pieces: Sequence[Piece], device: torch.device
 ) -> InnerProducts:
     """From ΔW itself, some rows at a time."""
-    readers = [block_reader(delta, device) for delta in deltas]
+    readers = [delta.row_reader(device) for delta in deltas]
     width = fan_in(deltas[0].shape)
     step = max(1, _BLOCK // width)
     total = torch.zeros(4, dtype=torch.float64, device=device)

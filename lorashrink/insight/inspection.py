@@ -96,7 +96,7 @@ def _measuring(
         present = [layer for layer in adapter.layers if layer.bound]
         items = [Item(partial(getattr, layer, "delta"), layer.width) for layer in present]
         spectra: dict[str, Spectrum] = {}
-        for layer, future in zip(present, decompose(items, device=device, pool=pool), strict=True):
+        for layer, future in zip(present, decompose(items, pool, device=device), strict=True):
             spectra[layer.name] = future.result()
             if progress:
                 progress(f"decomposing {adapter.path.name}", len(spectra), len(items))

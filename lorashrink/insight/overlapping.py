@@ -24,7 +24,7 @@ from lorashrink.adapters import Adapter, adapter_family, open_adapter
 from lorashrink.bases import Base, Views, open_base, views_id, views_shape
 from lorashrink.bases.norms import BaseNorms, Norms
 from lorashrink.engine.devices import core_device, pick_device, worker_pool
-from lorashrink.engine.interaction import Interaction, factors, interaction
+from lorashrink.engine.interaction import Interaction, interaction
 from lorashrink.errors import LorashrinkError, NonFinite, Progress, UsageError
 from lorashrink.insight.health import SPIKE
 from lorashrink.insight.stack_advice import advise, kind_of
@@ -144,7 +144,7 @@ def _numbers(unit: Unit, weights: Sequence[float], device: torch.device) -> Inte
     """None if a layer needs a base weight that is not there."""
     if not all(layer.bound for _, layer in unit.members):
         return None
-    deltas = [factors(layer.delta) for _, layer in unit.members]
+    deltas = [layer.delta.factored(torch.float64) for _, layer in unit.members]
     ranks = dict.fromkeys(_adapters_of(unit), 0)
     for (number, _), delta in zip(unit.members, deltas, strict=True):
         ranks[number] += delta.rank

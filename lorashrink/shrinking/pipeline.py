@@ -17,7 +17,7 @@ from lorashrink.bases import Views
 from lorashrink.bases.norms import Norms
 from lorashrink.calibration.statistics import OfLayer
 from lorashrink.engine.delta import AnyDelta
-from lorashrink.engine.spectrum import Item, Spectrum, decompose
+from lorashrink.engine.spectrum import Item, PendingSpectrum, Spectrum, decompose
 from lorashrink.errors import InputError, LorashrinkError, RecipeError
 from lorashrink.linking.matching import bind, match, part
 from lorashrink.recipes.grammar import Recipe
@@ -54,7 +54,7 @@ class _Work:
     stamps: tuple[Stamp, ...] = ()
     there: tuple[FileResult, ...] = ()  # results of outputs that are not made again
     traced: Mapping[Path, Recipe] = field(default_factory=dict)  # outputs of which the journal is to know
-    spectra: Mapping[bool, Sequence[Future[Spectrum]]] = field(default_factory=dict)  # calibrated or not -> per layer
+    spectra: Mapping[bool, Sequence[PendingSpectrum]] = field(default_factory=dict)  # calibrated or not -> per layer
 
 
 def run(targets: Targets, session: Session, ledger: Ledger) -> None:
@@ -67,7 +67,7 @@ def run(targets: Targets, session: Session, ledger: Ledger) -> None:
                     in_flight.pop(0).result()
                 items = [decomposition_items(work) for work in wave]
                 flat = [item for kinds in items for each in kinds.values() for item in each]
-                futures = iter(decompose(flat, device=session.device, pool=session.pool))
+                futures = iter(decompose(flat, session.pool, device=session.device))
                 for work, kinds in zip(wave, items, strict=True):
                     work.spectra = {kind: [next(futures) for _ in each] for kind, each in kinds.items()}
                 in_flight += [finisher.submit(_finish, work, session, ledger) for work in wave]

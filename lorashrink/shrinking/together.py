@@ -112,7 +112,7 @@ def _outlines(source: Path, outputs: Mapping[Path, Recipe], session: Session) ->
         work = prepared_work(source, outputs, adapter, against, identity, session)
         items = decomposition_items(work)
         flat = [item for kind in items.values() for item in kind]
-        futures = iter(decompose(flat, device=session.device, pool=session.pool))
+        futures = iter(decompose(flat, session.pool, device=session.device))
         work.spectra = {kind: [next(futures) for _ in each] for kind, each in items.items()}
         decomposed = wait_for_spectra(work, session)
         return {path: outline_for(work, decomposed, recipe, session) for path, recipe in outputs.items()}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lorashrink.adapters.family import Shape
-from lorashrink.engine.delta import Delta, Dense, Kronecker, delta_rows, fan_in
+from lorashrink.engine.delta import Delta, Dense, fan_in
 from lorashrink.linking.rows import RowRun
 
 if TYPE_CHECKING:
@@ -111,15 +111,10 @@ def summed_matrix(deltas: Sequence[AnyDelta], runs: Sequence[Sequence[RowRun]], 
 
 
 def _blocks(delta: AnyDelta, runs: Sequence[RowRun]) -> Iterator[tuple[int, Tensor]]:
-    """(first row in the sum, rows of ΔW, float32), no more than some at a time but for a Kronecker product's."""
-    if isinstance(delta, Kronecker):
-        matrix = delta.dense().flatten(1)
-        for at, start, size in runs:
-            yield at, matrix[start : start + size]
-        return
+    """(first row in the sum, rows of ΔW, float32), no more than some at a time."""
     width = fan_in(delta.shape)
     step = max(1, _BLOCK // width)
     for at, start, size in runs:
         for low in range(start, start + size, step):
             high = min(low + step, start + size)
-            yield at + low - start, delta_rows(delta, low, high).dense()
+            yield at + low - start, delta.rows(low, high).dense()

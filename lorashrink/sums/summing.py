@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from lorashrink.adapters import Adapter, Layer, adapter_family, open_adapter, peft
 from lorashrink.adapters.family import Infos, Shape
 from lorashrink.bases import FAMILIES, Base, Views, views_shape
-from lorashrink.engine.delta import Dense, delta_tensors, fan_in, low_rank_factors, scaled
+from lorashrink.engine.delta import Dense, fan_in
 from lorashrink.errors import FamilyMismatch, NonFinite, ShapeError, UsageError
 from lorashrink.files.disk import sha256_file
 from lorashrink.files.store import DTYPES, ComputedStore, tensor_info
@@ -53,12 +53,12 @@ class Part:
     def delta(self) -> AnyDelta:
         """What the layer adds at its weight. Raises NonFinite."""
         found = _with_magnitude(self.layer) if "magnitude" in self.layer.keys else self.layer.delta
-        if not all(bool(each.float().isfinite().all()) for each in delta_tensors(found)):
+        if not all(bool(tensor.float().isfinite().all()) for tensor in found.tensors):
             raise NonFinite(
                 f"{self.layer.store.path}: layer {self.layer.name} contains NaN or infinity. The training diverged, "
                 "or the file is damaged; use an earlier checkpoint."
             )
-        return scaled(found, self.weight)
+        return found.times(self.weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ class SumLayer(Layer):
             return replace(deltas[0], shape=self.shape)
         runs = [part.runs for part in self.parts]
         if sum(delta.rank for delta in deltas) < min(self._sides):
-            return side_by_side([low_rank_factors(delta) for delta in deltas], runs, self.shape)
+            return side_by_side([delta.factored() for delta in deltas], runs, self.shape)
         return summed_matrix(deltas, runs, self.shape)
 
     @property

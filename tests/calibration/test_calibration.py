@@ -25,7 +25,7 @@ from lorashrink.calibration.statistics import (
     write_table,
 )
 from lorashrink.cli import app
-from lorashrink.engine.delta import Delta, Dense, factored
+from lorashrink.engine.delta import Delta, Dense
 from lorashrink.engine.gram import Grams
 from lorashrink.engine.spectrum import spectrum, truncate
 from lorashrink.errors import FamilyMismatch, InputError, RecipeError
@@ -106,7 +106,7 @@ def test_a_matrix_is_calibrated_as_factors() -> None:
         matrix = torch.randn(out, fan_in, generator=generator, dtype=torch.float64)
         dense = Dense(matrix, -0.5, (out, fan_in))
         inputs, outputs = covariance(fan_in, 9, generator), covariance(out, 9, generator)
-        found = spectrum(dense, measured(factored(dense), inputs, outputs))
+        found = spectrum(dense, measured(dense.factored(), inputs, outputs))
         truth = torch.linalg.svdvals(root_of(outputs) @ (-0.5 * matrix) @ root_of(inputs))
         torch.testing.assert_close(found.sigma, truth[: len(found.sigma)], rtol=1e-6, atol=1e-8)
         up, down = truncate(dense, found, range(4))

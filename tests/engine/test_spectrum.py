@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -118,9 +118,10 @@ def test_a_zero_layer_has_a_zero_spectrum() -> None:
 def test_one_number_that_is_not_finite_marks_its_layer_and_no_other(bad: float, side: str) -> None:
     broken, sound = random_delta(20, 4, 30), random_delta(20, 4, 30, seed=7)
     getattr(broken, side)[2, 3] = bad
-    results = [each.result() for each in decompose([Item(lambda: broken, 4), Item(lambda: sound, 4)])]
-    assert not results[0].finite
-    assert torch.equal(results[1].sigma, spectrum(sound).sigma)
+    with ThreadPoolExecutor(1) as pool:
+        first, second = decompose([Item(lambda: broken, 4), Item(lambda: sound, 4)], pool)
+    assert not first.result().finite
+    assert torch.equal(second.result().sigma, spectrum(sound).sigma)
 
 
 @given(deltas())
@@ -194,7 +195,7 @@ def test_layers_of_many_ranks_and_shapes_keep_their_order_in_a_pool() -> None:
     made = [random_delta(10 + 7 * (i % 5), 1 + i % 9, 12 + 5 * (i % 3), seed=i) for i in range(200)]
     items = [Item(lambda delta=delta: delta, delta.rank) for delta in made]
     with ThreadPoolExecutor(2) as pool:
-        together = [future.result() for future in decompose(items, pool=pool)]
+        together = [future.result() for future in decompose(items, pool)]
     for delta, result in zip(made, together, strict=True):
         assert_close(result.sigma, spectrum(delta).sigma, rtol=1e-12, atol=0)
 
@@ -204,7 +205,8 @@ def test_the_error_of_one_layer_is_its_own() -> None:
         raise OSError("gone")
 
     delta = random_delta(8, 2, 8)
-    first, second = decompose([Item(broken, 2), Item(lambda: delta, 2)])
+    with ThreadPoolExecutor(1) as pool:
+        first, second = decompose([Item(broken, 2), Item(lambda: delta, 2)], pool)
     with pytest.raises(OSError, match="gone"):
         first.result()
     assert second.result().rank == 2
@@ -214,9 +216,11 @@ def test_a_pool_that_is_shut_down_cancels_instead_of_hanging() -> None:
     delta = random_delta(8, 2, 8)
     pool = ThreadPoolExecutor(1)
     with pool:
-        futures = decompose([Item(lambda: delta, 2)] * 5000, pool=pool)
+        pending = decompose([Item(lambda: delta, 2)] * 50_000, pool)
         pool.shutdown(wait=True, cancel_futures=True)
-    assert all(future.done() for future in futures)
+    assert all(layer.chunk.done() for layer in pending)
+    with pytest.raises(CancelledError):
+        pending[-1].result()
 
 
 # --- given Gram matrices: truncation that is best for a model's output ---------------------------
@@ -292,8 +296,10 @@ def test_alignment_past_the_numerical_rank_is_zero() -> None:
 def test_cuda_gives_the_numbers_of_the_cpu(out: int, rank: int, columns: int) -> None:
     made = [random_delta(out, rank, columns, seed=i) for i in range(9)]
     items = [Item(lambda delta=delta: delta, rank) for delta in made]
-    for delta, future in zip(made, decompose(items, device="cuda"), strict=True):
-        real = min(out, rank, columns)
-        assert_close(future.result().sigma[:real], spectrum(delta).sigma[:real], rtol=1e-9, atol=0)
-        up, down = truncate(delta, future.result(), range(real), device="cuda")
+    real = min(out, rank, columns)
+    with ThreadPoolExecutor(2) as pool:
+        results = [layer.result() for layer in decompose(items, pool, device="cuda")]
+    for delta, result in zip(made, results, strict=True):
+        assert_close(result.sigma[:real], spectrum(delta).sigma[:real], rtol=1e-9, atol=0)
+        up, down = truncate(delta, result, range(real), device="cuda")
         assert_close(up.double() @ down.double(), dense(delta), rtol=1e-4, atol=1e-4)

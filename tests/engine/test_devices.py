@@ -1,0 +1,86 @@
+"""Worker threads, and torch's own number of threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from lorashrink.engine.devices import pick_device, worker_pool
+from lorashrink.errors import UsageError
+
+
+@pytest.fixture
+def three_threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def threads_of_a_new_thread() -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+def test_workers_and_their_owner_run_torch_on_one_thread(three_threads: int) -> None:
+    with worker_pool(2) as pool:
+        assert torch.get_num_threads() == 1
+        assert pool.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == three_threads
+
+
+def test_overlapping_pools_of_two_threads_leave_the_thread_count(three_threads: int) -> None:
+    """The second pool opens while the count is 1, and closes after the first one."""
+    first_open, second_open, first_closed = (threading.Event() for _ in range(3))
+
+    def first() -> int:
+        with worker_pool(1) as pool:
+            pool.submit(int).result()
+            first_open.set()
+            assert second_open.wait(10)
+        first_closed.set()
+        return torch.get_num_threads()
+
+    def second() -> int:
+        assert first_open.wait(10)
+        with worker_pool(1) as pool:
+            second_open.set()
+            assert first_closed.wait(10)
+            assert pool.submit(torch.get_num_threads).result() == 1
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor(2) as callers:
+        futures = [callers.submit(first), callers.submit(second)]
+        assert [future.result() for future in futures] == [three_threads] * 2
+    assert torch.get_num_threads() == three_threads
+    assert threads_of_a_new_thread() == three_threads
+
+
+def test_a_pool_within_a_pool_does_not_end_the_single_thread(three_threads: int) -> None:
+    with worker_pool(1):
+        with worker_pool(1):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == three_threads
+
+
+def test_an_error_in_a_pool_restores_the_thread_count(three_threads: int) -> None:
+    with pytest.raises(KeyError), worker_pool(1):
+        raise KeyError
+    assert torch.get_num_threads() == three_threads
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_fewer_than_one_job_is_refused(jobs: int) -> None:
+    with pytest.raises(UsageError, match="jobs"), worker_pool(jobs):
+        pass
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:first", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_here_is_refused_by_name(device: str) -> None:
+    with pytest.raises(UsageError, match="device"):
+        pick_device(device)
