@@ -38,7 +38,7 @@ from lorashrink.bases.norms import BaseNorms
 from lorashrink.engine.delta import Delta
 from lorashrink.engine.devices import worker_pool
 from lorashrink.engine.spectrum import Item, decompose, spectrum, truncate
-from lorashrink.files.reading import read_header
+from lorashrink.files.header import read_header
 
 THRESHOLD = -3.55
 RECIPE = f"fro_ckpt=1,thr={THRESHOLD}"

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from lorashrink.bases import open_base
+from lorashrink.files.header import write_order
 from lorashrink.files.store import TensorInfo
-from lorashrink.files.writing import SafetensorsWriter, write_order
+from lorashrink.files.writing import SafetensorsWriter
 
 Shape = tuple[int, ...]
 

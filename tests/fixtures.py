@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from lorashrink.adapters import layer_name
 from lorashrink.bases import View, unet
 from lorashrink.bases.rules import spell
+from lorashrink.files.header import header_bytes
 from lorashrink.files.store import DTYPES, TensorInfo
-from lorashrink.files.writing import header_bytes
 
 NAMES = Path(__file__).parent / "data" / "names"
 LISTED = tuple(sorted(path.name.removesuffix(".json.gz") for path in NAMES.glob("*.json.gz")))

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 from lorashrink._version import __version__
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
 from lorashrink.files.disk import write_bytes
-from lorashrink.files.hashes import LEGACY_HASH, MODEL_HASH, with_hashes, with_placeholders
+from lorashrink.files.hashes import LEGACY_HASH, MODEL_HASH
 from lorashrink.files.reading import open_tensors
-from lorashrink.files.store import DTYPES, cast, tensor_info
-from lorashrink.files.writing import SafetensorsWriter
+from lorashrink.files.store import cast
+from lorashrink.files.writing import save_tensors
 from lorashrink.train.options import Options
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ _log = logging.getLogger(__name__)
 NETWORK_FILE, STATE_FILE = "network.safetensors", "train_state.json"
 
 _PRECISIONS = {"float": "F32", "fp16": "F16", "bf16": "BF16"}
-_FORMAT_NAMES = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
 
 
 # --- how long ------------------------------------------------------------------------------------
@@ -202,7 +201,7 @@ def save_adapter(
     """
     ready = {name: _in_precision(path, name, tensor, precision) for name, tensor in tensors.items()}
     if path.suffix == ".safetensors":
-        _write_safetensors(path, ready, with_placeholders({**metadata, MODEL_HASH: "", LEGACY_HASH: ""}))
+        save_tensors(path, ready, {**metadata, MODEL_HASH: "", LEGACY_HASH: ""})
     else:
         import torch
 
@@ -226,18 +225,6 @@ def _in_precision(path: Path, name: str, tensor: Tensor, precision: str | None) 
             f"{path}: not written, because {name} has numbers too large for fp16; use --save_precision bf16"
         )
     return written.cpu().contiguous()
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    infos = {
-        name: tensor_info(_FORMAT_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    }
-    with SafetensorsWriter(path, infos, metadata) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-        writer.replace_metadata(with_hashes(metadata, infos, writer.data_chunks))
-        writer.commit()
 
 
 # --- states --------------------------------------------------------------------------------------
@@ -309,7 +296,7 @@ def save_state(
         accelerator.wait_for_everyone()
         if main:
             ready = {name: _in_precision(folder, name, tensor, None) for name, tensor in network.items()}
-            _write_safetensors(unfinished / NETWORK_FILE, ready, {})
+            save_tensors(unfinished / NETWORK_FILE, ready, {})
             write_bytes(unfinished / STATE_FILE, _state_text(position, asked).encode())
             _flush(unfinished)
             _replace_folder(unfinished, folder)

@@ -28,8 +28,7 @@ from lorashrink.engine.gram import Grams
 from lorashrink.errors import InputError, Progress, UsageError
 from lorashrink.files.disk import check_output
 from lorashrink.files.reading import open_tensors
-from lorashrink.files.store import tensor_info
-from lorashrink.files.writing import SafetensorsWriter
+from lorashrink.files.writing import save_tensors
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.matching import match
 from lorashrink.pictures.pipelines import adapted
@@ -302,13 +301,7 @@ def _sums(plan: _Plan) -> dict[str, Tensor]:
 
 
 def _save(path: Path, plan: _Plan, settings: Mapping[str, Any], done: int) -> None:
-    sums = _sums(plan)
-    kinds = {torch.float32: "F32", torch.float64: "F64"}
-    infos = {key: tensor_info(kinds[tensor.dtype], tuple(tensor.shape)) for key, tensor in sums.items()}
-    with SafetensorsWriter(path, infos, {"settings": json.dumps(dict(settings)), "done": str(done)}) as writer:
-        for key, tensor in sums.items():
-            writer.write(key, tensor.cpu())
-        writer.commit()
+    save_tensors(path, _sums(plan), {"settings": json.dumps(dict(settings)), "done": str(done)})
 
 
 def _resume(path: Path, plan: _Plan, settings: Mapping[str, Any]) -> int:

@@ -27,12 +27,11 @@ from lorashrink.calibration.subjects import model_dtype, open_frozen, request
 from lorashrink.calibration.watching import guided, step_width
 from lorashrink.engine.delta import Delta
 from lorashrink.engine.devices import pick_device
-from lorashrink.errors import InputError, NonFinite, OutputError, Progress, UsageError
-from lorashrink.files import hashes
+from lorashrink.errors import InputError, NonFinite, Progress, UsageError
 from lorashrink.files.disk import check_output, sha256_file
 from lorashrink.files.metadata_keys import REFINED
 from lorashrink.files.store import cast
-from lorashrink.files.writing import SafetensorsWriter
+from lorashrink.files.writing import save_tensors
 from lorashrink.linking.matching import match
 from lorashrink.pictures.drawing import Shot
 from lorashrink.pictures.pipelines import (
@@ -482,19 +481,9 @@ def _write(path: Path, adapter: Adapter, trained: Sequence[_Factors], whole: Pat
     store = adapter.store
     with open_adapter(whole) as opened:
         origin = {"steps": steps, "like_sha256": sha256_file(opened.store.files[0])}
-    entries = hashes.with_placeholders({**store.metadata, REFINED: json.dumps(origin)})
     new = {
         each.layer.keys[role]: tensor
         for each in trained
         for role, tensor in zip(("up", "down"), each.rounded(), strict=True)
     }
-    with SafetensorsWriter(path, store.tensors, entries) as writer:
-        for key in store.tensors:
-            if key in new:
-                writer.write(key, new[key])
-            else:
-                writer.copy(key, store, key)
-        if writer.readable_names() != store.tensors.keys():
-            raise OutputError(f"{path}: the written file has other tensors than planned; please report this.")
-        writer.replace_metadata(hashes.with_hashes(entries, store.tensors, writer.data_chunks))
-        writer.commit()
+    save_tensors(path, new, {**store.metadata, REFINED: json.dumps(origin)}, source=store)

@@ -19,8 +19,8 @@ from lorashrink.engine.gram import Grams
 from lorashrink.errors import InputError
 from lorashrink.files.disk import sha256_file
 from lorashrink.files.reading import open_tensors
-from lorashrink.files.store import TensorStore, tensor_info
-from lorashrink.files.writing import SafetensorsWriter
+from lorashrink.files.store import TensorStore
+from lorashrink.files.writing import save_tensors
 from lorashrink.linking.matching import match
 
 if TYPE_CHECKING:
@@ -256,8 +256,6 @@ def _stored_sides(name: str, sides: Sides) -> Iterator[tuple[str, Tensor]]:
 def _write(
     path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, str], base: Base, settings: Mapping[str, Any]
 ) -> int:
-    kinds = {torch.float32: "F32", torch.bfloat16: "BF16"}
-    infos = {key: tensor_info(kinds[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -265,8 +263,5 @@ def _write(
         "settings": json.dumps(dict(settings), sort_keys=True),
         **entries,
     }
-    with SafetensorsWriter(path, infos, metadata) as writer:
-        for key, tensor in tensors.items():
-            writer.write(key, tensor.contiguous())
-        writer.commit()
+    save_tensors(path, tensors, metadata)
     return path.stat().st_size

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
-import tempfile
+import secrets
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -19,12 +19,8 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file of these bytes, or pieces, in one step: it appears complete under its name, or not at all."""
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=temporary_prefix(path), suffix=".tmp", delete=False
-        ) as handle:
-            temporary = Path(handle.name)
-            lock_file(handle.fileno())
+        number, temporary = create_temporary(path)
+        with os.fdopen(number, "wb") as handle:
             handle.writelines([data] if isinstance(data, bytes) else data)
             handle.flush()
             os.fsync(handle.fileno())
@@ -36,15 +32,23 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def cannot_write(path: Path, error: OSError) -> str:
-    return f"{path}: cannot be written ({error.strerror or error}). Nothing was left behind; choose another place."
+def create_temporary(path: Path) -> tuple[int, Path]:
+    """(descriptor, name) of a new file beside `path`, open to read and write; `clear_leftovers` knows the name.
+
+    The kernel gives it the rights of the owner's other new files. tempfile would give it others, and to mend them
+    one would have to set the umask, which all threads share. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        temporary = path.parent / f"{_temporary_prefix(path)}{secrets.token_hex(4)}.tmp"
+        with contextlib.suppress(FileExistsError):
+            number = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            lock_file(number)
+            return number, temporary
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a complete file its name, and the rights that its owner's other new files have."""
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
+    """Give a complete file its name."""
     os.replace(temporary, path)
     if os.name == "posix":  # elsewhere a folder cannot be opened to flush it
         with contextlib.suppress(OSError):
@@ -55,14 +59,17 @@ def publish(temporary: Path, path: Path) -> None:
                 os.close(number)
 
 
+def cannot_write(path: Path, error: OSError) -> str:
+    """What an OutputError says."""
+    return f"{path}: cannot be written ({error.strerror or error}). Nothing was left behind; choose another place."
+
+
 # --- what a killed process leaves behind --------------------------------------------------------
 
-_RANDOM_PART = re.compile(r"[a-z0-9_]{8}\.tmp")  # as tempfile makes it
-
-_RANDOM_LENGTH = 12
+_TEMPORARY_NAME = re.compile(r"(\..*\.)[a-z0-9_]{8}\.tmp", re.DOTALL)  # (prefix), also those of earlier versions
 
 
-def temporary_prefix(path: Path) -> str:
+def _temporary_prefix(path: Path) -> str:
     return f".{path.stem[:40]}."
 
 
@@ -83,21 +90,21 @@ def lock_file(number: int) -> bool:
 
 
 def clear_leftovers(outputs: Iterable[Path]) -> list[Path]:
-    """Delete temporary files of these outputs which no living process has open, and say which they were."""
+    """Delete temporary files of these outputs which no living process has open, and return their paths."""
     prefixes: dict[Path, set[str]] = defaultdict(set)
     for path in outputs:
-        prefixes[path.parent].add(temporary_prefix(path))
-    left = [
+        prefixes[path.parent].add(_temporary_prefix(path))
+    leftovers = [
         folder / name
-        for folder, known in prefixes.items()
+        for folder, of_outputs in prefixes.items()
         if os.path.isdir(folder)
         for name in os.listdir(folder)
-        if name[:-_RANDOM_LENGTH] in known and _RANDOM_PART.fullmatch(name[-_RANDOM_LENGTH:])
+        if (match := _TEMPORARY_NAME.fullmatch(name)) and match[1] in of_outputs
     ]
-    return [path for path in left if _deleted(path)]
+    return [path for path in leftovers if _delete_unlocked(path)]
 
 
-def _deleted(path: Path) -> bool:
+def _delete_unlocked(path: Path) -> bool:
     try:
         with open(path, "r+b") as handle:  # network shares lock only what may be written
             if not lock_file(handle.fileno()):
@@ -116,16 +123,14 @@ def check_output(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> N
 
     Raises OutputError if it is one of them, exists and `force` is not set, or lies where nothing can be written.
     """
-    place = os.path.realpath(path)
-    if any(place == os.path.realpath(each) for each in inputs):
+    target = os.path.realpath(path)
+    if any(target == os.path.realpath(source) for source in inputs):
         raise OutputError(f"{path}: is an input, and inputs are never overwritten. Choose another place.")
     if os.path.isdir(path):
         raise OutputError(f"{path}: is a folder. Choose another name.")
     if os.path.exists(path) and not force:
         raise OutputError(f"{path}: exists already. Use --force to replace it, or choose another place.")
-    folder = next(
-        parent for parent in [path.absolute().parent, *path.absolute().parent.parents] if os.path.exists(parent)
-    )
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OutputError(f"{path}: {folder} cannot be written to. Choose another place.")
 
@@ -134,7 +139,7 @@ def check_output(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> N
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a whole file, as 64 hexadecimal digits."""
+    """SHA-256 of a file, as 64 hexadecimal digits. Raises InputError."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb", buffering=0) as handle:

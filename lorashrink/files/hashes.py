@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 
+from lorashrink.files.header import header_bytes
 from lorashrink.files.store import TensorInfo
-from lorashrink.files.writing import header_bytes
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 
 SPEC_HASH = "modelspec.hash_sha256"
 
-# What the old addnet hash reads: 64 KiB at 1 MiB.
-_LEGACY_WINDOW = (0x100000, 0x10000)
+# The legacy hash reads 64 KiB at 1 MiB.
+_LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
 
 _PLACEHOLDERS = {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8, SPEC_HASH: "0x" + "0" * 64}
 
@@ -28,19 +28,20 @@ def with_hashes(
 ) -> dict[str, str]:
     """`metadata` with the placeholders replaced. `data()` yields the bytes behind the header.
 
-    sd-scripts hashes a re-save that keeps only the `ss_*` entries; the legacy hash reads at a fixed place of
-    that file, so the length of its header matters.
+    sd-scripts hashes a re-save that keeps only the `ss_*` entries. The legacy hash reads at a fixed position of
+    that file, so the length of its header matters. Nothing is read if the metadata has no hashes.
     """
+    if not metadata.keys() & _PLACEHOLDERS.keys():
+        return dict(metadata)
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     header = header_bytes(tensors, training)
-    start, length = _LEGACY_WINDOW
-    window, place = bytearray(header[start : start + length]), len(header)
+    window, position = bytearray(header[_LEGACY_START : _LEGACY_START + _LEGACY_BYTES]), len(header)
     digest = hashlib.sha256()
     for chunk in data():
         digest.update(chunk)
-        begin, end = max(start - place, 0), max(start + length - place, 0)
+        begin, end = max(_LEGACY_START - position, 0), max(_LEGACY_START + _LEGACY_BYTES - position, 0)
         window += chunk[begin:end]
-        place += len(chunk)
+        position += len(chunk)
     hashes = {
         MODEL_HASH: digest.hexdigest(),
         LEGACY_HASH: hashlib.sha256(window).hexdigest()[:8],

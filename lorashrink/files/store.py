@@ -7,15 +7,15 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorashrink.errors import DamagedFile, InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    import torch
+    from torch import Tensor
 
 # Bytes per number and torch's name, in the order in which the reference writer sorts tensors.
 # A file written in another order would have another `sshs_model_hash` than its re-saved self.
@@ -39,11 +39,15 @@ DTYPES: dict[str, tuple[int, str]] = {
     "BOOL": (1, "bool"),
 }
 
-TORCH_NAMES = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
+# torch's name -> the format's.
+FORMAT_NAMES = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
 
 FLOATS = frozenset(name for name in DTYPES if name.startswith(("F", "BF")))
 
-# What users call the dtypes to write -> the format's name; None keeps the input's.
+# The dtypes in which factors can be written.
+FACTOR_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
+
+# The user's word for the dtype to write -> the format's name; None keeps the input's.
 OUTPUT_DTYPES: dict[str, str | None] = {
     "same": None,
     "fp16": "F16",
@@ -65,6 +69,30 @@ class TensorInfo:
     nbytes: int
     file: int = 0  # index into TensorStore.files
     offset: int = 0  # of the first byte, from the start of that file
+
+
+def tensor_info(dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+    """What a header says of a tensor of this dtype (the format's name) and shape."""
+    return TensorInfo(dtype, shape, math.prod(shape) * DTYPES[dtype][0])
+
+
+def info_of(tensor: Tensor) -> TensorInfo:
+    """What a header says of this tensor."""
+    return tensor_info(FORMAT_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The dtype that has this name in the format. Raises KeyError."""
+    import torch
+
+    name = DTYPES[dtype][1]
+    kind: torch.dtype = getattr(torch, name)
+    return kind
+
+
+def cast(tensor: Tensor, dtype: str) -> Tensor:
+    """The tensor in a dtype of the format."""
+    return tensor.to(torch_dtype(dtype))
 
 
 class TensorStore:
@@ -95,18 +123,15 @@ class TensorStore:
 
         Raises DamagedFile if the file ends too early or torch has no such dtype.
         """
-        import torch
-
         info = self.tensors[name]
         if info.dtype not in DTYPES:
             raise DamagedFile(f"{self.path}: tensor {name} has the unknown dtype {info.dtype}.")
-        kind: dtype = getattr(torch, DTYPES[info.dtype][1])
         shape, start, nbytes = info.shape, 0, info.nbytes
         if rows is not None:
             per_row = info.nbytes // shape[0]
             start, nbytes = rows[0] * per_row, (rows[1] - rows[0]) * per_row
             shape = (rows[1] - rows[0], *shape[1:])
-        return self._bytes(name, start, nbytes).view(kind).reshape(shape)
+        return self._bytes(name, start, nbytes).view(torch_dtype(info.dtype)).reshape(shape)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The raw bytes of a tensor, in pieces of bounded size, whatever its dtype."""
@@ -115,7 +140,7 @@ class TensorStore:
             yield memory_of(self._bytes(name, start, min(COPY_CHUNK, total - start)))
 
     def sample(self, pieces: int = 64, size: int = 4096) -> Iterator[bytes]:
-        """`pieces` small blocks spread over each file, to tell apart files with equal headers."""
+        """Small blocks, `pieces` of them spread over each file, to tell apart files with equal headers."""
         for index, path in enumerate(self.files):
             total = path.stat().st_size
             for piece in range(pieces):
@@ -152,19 +177,18 @@ class TensorStore:
 
     def _read_at(self, index: int, view: memoryview, offset: int) -> None:
         path = self.files[index]
-        done = 0
         try:
             handle = self._handle(index)
-            while done < len(view):
+            while view:
                 if hasattr(os, "preadv"):
-                    got = os.preadv(handle.fileno(), [view[done:]], offset + done)
+                    count = os.preadv(handle.fileno(), [view], offset)
                 else:  # Windows has no positioned read
                     with self._lock:
-                        handle.seek(offset + done)
-                        got = handle.readinto(view[done:])
-                if not got:
+                        handle.seek(offset)
+                        count = handle.readinto(view)
+                if not count:
                     raise DamagedFile(f"{path}: the file ends before its tensors do. Download or copy it again.")
-                done += got
+                view, offset = view[count:], offset + count
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
@@ -181,24 +205,24 @@ def memory_of(flat: Tensor) -> memoryview:
 
 
 class ComputedStore(TensorStore):
-    """Tensors that are made when they are read, mostly of those of another store.
+    """Tensors that are computed when they are read, mostly from another store's.
 
-    `made` maps names to what a header would say of them and to the function that makes them.
+    `computed` maps names to what a header would say of them, and to the function that computes them.
     """
 
     def __init__(
         self,
         path: Path,
-        made: Mapping[str, tuple[TensorInfo, Callable[[], Tensor]]],
+        computed: Mapping[str, tuple[TensorInfo, Callable[[], Tensor]]],
         metadata: Mapping[str, str],
         files: Sequence[Path],
         headers: Sequence[bytes] = (),
     ) -> None:
-        super().__init__(path, {name: info for name, (info, _) in made.items()}, metadata, files, headers)
-        self._make = {name: make for name, (_, make) in made.items()}
+        super().__init__(path, {name: info for name, (info, _) in computed.items()}, metadata, files, headers)
+        self._compute = {name: compute for name, (_, compute) in computed.items()}
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """The raw bytes of a tensor, made once."""
+        """The raw bytes of a tensor, which is computed once."""
         data = memory_of(self._bytes(name, 0, self.tensors[name].nbytes))
         for start in range(0, len(data), COPY_CHUNK):
             yield data[start : start + COPY_CHUNK]
@@ -206,53 +230,29 @@ class ComputedStore(TensorStore):
     def _bytes(self, name: str, start: int, nbytes: int) -> Tensor:
         import torch
 
-        flat = self._make[name]().detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        flat = self._compute[name]().detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         if flat.numel() != self.tensors[name].nbytes:
             raise ValueError(f"{name}: {flat.numel()} bytes for {self.tensors[name]}")
         return flat[start : start + nbytes].clone()
 
 
-def tensor_info(dtype: str, shape: tuple[int, ...]) -> TensorInfo:
-    """What a header says of a tensor of this dtype (the format's name) and shape."""
-    return TensorInfo(dtype, shape, math.prod(shape) * DTYPES[dtype][0])
-
-
-def cast(tensor: Tensor, dtype: str) -> Tensor:
-    """The tensor in a dtype of the format."""
-    import torch
-
-    return tensor.to(getattr(torch, DTYPES[dtype][1]))
-
-
-def pickled_store(path: Path, loaded: Mapping[str, Tensor]) -> TensorStore:
+def pickled_store(path: Path, tensors: Mapping[str, Tensor]) -> TensorStore:
     """The tensors of a `.pt`/`.ckpt`/`.bin` file that were loaded with `weights_only=True`."""
-    made = {
-        name: (
-            tensor_info(TORCH_NAMES[str(value.dtype).removeprefix("torch.")], tuple(value.shape)),
-            partial(_same, value),
-        )
-        for name, value in loaded.items()
-    }
-    return ComputedStore(path, made, {}, [path], [json.dumps(sorted(made)).encode()])
+    computed = {name: (info_of(tensor), tensor.detach) for name, tensor in tensors.items()}
+    return ComputedStore(path, computed, {}, [path], [json.dumps(sorted(computed)).encode()])
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def join_stores(path: Path, parts: Mapping[str, TensorStore]) -> TensorStore:
-    """Several stores as one; the names of each part get its key as a prefix."""
+def join_stores(path: Path, stores: Mapping[str, TensorStore]) -> TensorStore:
+    """Several stores as one, which has their names with the store's key as a prefix."""
     tensors: dict[str, TensorInfo] = {}
     files: list[Path] = []
     headers: list[bytes] = []
-    for prefix, part in parts.items():
-        if isinstance(part, ComputedStore):
-            raise InputError(f"{part.path}: weights of a folder must be safetensors; convert this file first.")
-        for name, info in part.tensors.items():
-            tensors[prefix + name] = TensorInfo(
-                info.dtype, info.shape, info.nbytes, info.file + len(files), info.offset
-            )
-        files += part.files
-        headers += part.headers
-        part.close()
+    for prefix, store in stores.items():
+        if isinstance(store, ComputedStore):
+            raise InputError(f"{store.path}: weights of a folder must be safetensors; convert this file first.")
+        for name, info in store.tensors.items():
+            tensors[prefix + name] = replace(info, file=info.file + len(files))
+        files += store.files
+        headers += store.headers
+        store.close()
     return TensorStore(path, tensors, {}, files, headers)

@@ -1,53 +1,57 @@
-"""Writing safetensors files tensor by tensor."""
+"""Writing safetensors files, at once or tensor by tensor."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import struct
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorashrink.errors import OutputError
-from lorashrink.files.disk import cannot_write, lock_file, publish, temporary_prefix
-from lorashrink.files.store import COPY_CHUNK, DTYPES, TensorInfo, TensorStore, memory_of
+from lorashrink.files.disk import cannot_write, create_temporary, publish, write_bytes
+from lorashrink.files.hashes import with_hashes, with_placeholders
+from lorashrink.files.header import header_bytes, write_order
+from lorashrink.files.store import COPY_CHUNK, TensorInfo, TensorStore, info_of, memory_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WRITE_ORDER = {name: place for place, name in enumerate(DTYPES)}
 
-# --- writing ------------------------------------------------------------------------------------
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    source: TensorStore | None = None,
+    companions: Mapping[Path, bytes] | None = None,
+) -> None:
+    """Write a safetensors file in one step: it appears complete under its name, or not at all.
 
+    tensors: in the dtypes to write, on any device.
+    metadata: hashes of the contents that it has, of whatever value, are replaced by those of the new file.
+    source: its tensors are copied byte by byte, except those in `tensors`, which must fit the shape in the source.
+    companions: other files that appear just before this one.
 
-def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """Length and header of a safetensors file as the reference writer lays it out, padded to 8 bytes."""
-    parts = [f'"__metadata__":{_compact(dict(metadata))}'] if metadata else []
-    offset = 0
-    for name in write_order(tensors):
-        info = tensors[name]
-        shape = ",".join(map(str, info.shape))
-        parts.append(
-            f'{_compact(name)}:{{"dtype":"{info.dtype}","shape":[{shape}],'
-            f'"data_offsets":[{offset},{offset + info.nbytes}]}}'
-        )
-        offset += info.nbytes
-    raw = ("{" + ",".join(parts) + "}").encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def write_order(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Names in the order of the reference writer: wider dtypes first, then by name."""
-    return sorted(tensors, key=lambda name: (_WRITE_ORDER.get(tensors[name].dtype, -1), name))
-
-
-def _compact(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    Raises OutputError.
+    """
+    infos = {name: info_of(tensor) for name, tensor in tensors.items()}
+    if source is not None:
+        infos |= source.tensors
+    entries = with_placeholders(metadata)
+    with SafetensorsWriter(path, infos, entries) as writer:
+        for name in infos:
+            if name in tensors:
+                writer.write(name, tensors[name].cpu())
+            elif source is not None:
+                writer.copy(name, source, name)
+        if writer.readable_names() != infos.keys():
+            raise OutputError(f"{path}: the written file has other tensors than planned; please report this.")
+        writer.replace_metadata(with_hashes(entries, infos, writer.data_chunks))
+        for companion, data in (companions or {}).items():
+            write_bytes(companion, data)
+        writer.commit()
 
 
 class SafetensorsWriter:
@@ -69,10 +73,7 @@ class SafetensorsWriter:
         self._header_length, self.size = len(header), offset
         self._lock = threading.Lock()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            number, temporary = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=".tmp", dir=path.parent)
-            lock_file(number)
-            self.temporary = Path(temporary)
+            number, self.temporary = create_temporary(path)
             self._file = os.fdopen(number, "r+b", buffering=0)
         except OSError as error:
             raise OutputError(cannot_write(path, error)) from error
@@ -83,7 +84,7 @@ class SafetensorsWriter:
             raise
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a contiguous CPU tensor into its place. Raises OutputError (disk full, ...)."""
+        """Write a tensor that is on the CPU. Raises OutputError (disk full, ...)."""
         import torch
 
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -150,11 +151,11 @@ class SafetensorsWriter:
         try:
             while view:
                 if hasattr(os, "pwrite"):
-                    done = os.pwrite(self._file.fileno(), view, offset)
+                    count = os.pwrite(self._file.fileno(), view, offset)
                 else:  # Windows has no positioned write
                     with self._lock:
                         self._file.seek(offset)
-                        done = self._file.write(view)
-                view, offset = view[done:], offset + done
+                        count = self._file.write(view)
+                view, offset = view[count:], offset + count
         except OSError as error:
             raise OutputError(cannot_write(self.path, error)) from error

@@ -13,7 +13,8 @@ from lorashrink.adapters import looks_like_adapter, peft
 from lorashrink.bases.containers import is_model_folder
 from lorashrink.bases.gguf_file import is_gguf
 from lorashrink.errors import InputError, UsageError
-from lorashrink.files.reading import PICKLE_SUFFIXES, read_header
+from lorashrink.files.header import read_header
+from lorashrink.files.reading import PICKLE_SUFFIXES
 
 
 def find_adapters(given: Sequence[str | Path], *, recursive: bool = False) -> list[Path]:

@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 from lorashrink._version import __version__
 from lorashrink.adapters import Adapter, open_adapter, peft
 from lorashrink.bases import open_base
-from lorashrink.errors import LorashrinkError, NonFinite, OutputError, Progress, UsageError
-from lorashrink.files import hashes
-from lorashrink.files.disk import write_bytes
+from lorashrink.errors import LorashrinkError, NonFinite, Progress, UsageError
 from lorashrink.files.store import FLOATS, OUTPUT_DTYPES, ComputedStore, TensorStore, cast, tensor_info
-from lorashrink.files.writing import SafetensorsWriter
+from lorashrink.files.writing import save_tensors
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.renaming import Renamed, check_naming, renamed
 from lorashrink.results.shrinking import ConversionReport, Converted, Failure, Verbatim
@@ -81,16 +79,8 @@ def convert(
 def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: str, kind: str | None) -> Converted:
     adapter = new.adapter
     store = _cast_store(adapter, kind) if kind else adapter.store
-    entries = hashes.with_placeholders(store.metadata)
-    with SafetensorsWriter(path, store.tensors, entries) as writer:
-        for key in store.tensors:
-            writer.copy(key, store, key)
-        if writer.readable_names() != store.tensors.keys():
-            raise OutputError(f"{path}: the written file has other tensors than planned; please report this.")
-        writer.replace_metadata(hashes.with_hashes(entries, store.tensors, writer.data_chunks))
-        if adapter.as_folder:
-            write_bytes(path.parent / peft.CONFIG_FILE, peft.to_file(adapter.settings))
-        writer.commit()
+    config = {path.parent / peft.CONFIG_FILE: peft.to_file(adapter.settings)} if adapter.as_folder else {}
+    save_tensors(path, {}, store.metadata, source=store, companions=config)
     same = all(info.dtype == adapter.store.tensors[key].dtype for key, info in store.tensors.items())
     return Converted(
         source=str(source),

@@ -7,12 +7,10 @@ from typing import NamedTuple
 
 from lorashrink.adapters import Adapter, Layer, lora_form, peft
 from lorashrink.adapters.family import Family, Infos
-from lorashrink.files.store import OUTPUT_DTYPES, TensorInfo, tensor_info
-from lorashrink.files.writing import header_bytes
+from lorashrink.files.header import header_bytes
+from lorashrink.files.store import FACTOR_DTYPES, OUTPUT_DTYPES, TensorInfo, tensor_info
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.shrinking import metadata
-
-_SHRINKABLE_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 class Form(NamedTuple):
@@ -157,4 +155,4 @@ def _bytes(tensors: Mapping[str, TensorInfo]) -> int:
 def _output_dtype(layer: Layer, asked: str) -> str:
     if wanted := OUTPUT_DTYPES[asked]:
         return wanted
-    return layer.dtype if layer.dtype in _SHRINKABLE_DTYPES else "F16"
+    return layer.dtype if layer.dtype in FACTOR_DTYPES else "F16"

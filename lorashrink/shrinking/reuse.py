@@ -13,8 +13,8 @@ from lorashrink._version import __version__
 from lorashrink.adapters import Adapter, peft
 from lorashrink.errors import OutputError
 from lorashrink.files.disk import sha256_file
+from lorashrink.files.header import read_header
 from lorashrink.files.metadata_keys import ENERGY, ERROR
-from lorashrink.files.reading import read_header
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.journal import Stamp, stamps

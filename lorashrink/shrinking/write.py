@@ -19,7 +19,7 @@ from lorashrink.errors import OutputError
 from lorashrink.files import hashes
 from lorashrink.files.disk import write_bytes
 from lorashrink.files.reading import open_tensors
-from lorashrink.files.store import DTYPES
+from lorashrink.files.store import torch_dtype
 from lorashrink.files.writing import SafetensorsWriter
 from lorashrink.shrinking.plan import Plan
 
@@ -125,7 +125,7 @@ def _write_layer(each: Plan, place: int, delta: AnyDelta, writer: SafetensorsWri
         values["bias"] = layer.store.read(keys["bias"]).float() * (layer.scale * each.baked(place))
     for role in (*family.written(infos, width), *({"bias"} & keys.keys())):
         info = each.tensors[keys[role]]
-        writer.write(keys[role], values[role].to(getattr(torch, DTYPES[info.dtype][1])))
+        writer.write(keys[role], values[role].to(torch_dtype(info.dtype)))
 
 
 def _verify(each: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> None:

@@ -19,7 +19,7 @@ from lorashrink.bases import FAMILIES, Base, Views, views_shape
 from lorashrink.engine.delta import Dense, fan_in
 from lorashrink.errors import FamilyMismatch, NonFinite, ShapeError, UsageError
 from lorashrink.files.disk import sha256_file
-from lorashrink.files.store import DTYPES, ComputedStore, tensor_info
+from lorashrink.files.store import DTYPES, FACTOR_DTYPES, ComputedStore, tensor_info
 from lorashrink.linking.inputs import Sum
 from lorashrink.linking.matching import bind
 from lorashrink.linking.pairing import in_base, matched
@@ -374,12 +374,9 @@ def _shape(slot: _Slot) -> Shape:
     return (views_shape(slot.views)[0], *layer.shape[1:])
 
 
-_FLOATS = ("F16", "BF16", "F32", "F64")  # that factors are written in
-
-
 def _widest(sides: Sequence[Adapter]) -> str:
     """The widest dtype of all layers; of those with 16 bits the first one's."""
-    found = [layer.dtype if layer.dtype in _FLOATS else "F16" for side in sides for layer in side]
+    found = [layer.dtype if layer.dtype in FACTOR_DTYPES else "F16" for side in sides for layer in side]
     return max(found, key=lambda dtype: DTYPES[dtype][0], default="F16")
 
 

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from lorashrink.bases import norms, open_base, views_id, views_shape
 from lorashrink.bases.norms import BaseNorms
 from lorashrink.errors import DamagedFile, InputError
-from lorashrink.files.reading import read_header
+from lorashrink.files.header import header_bytes, read_header
 from lorashrink.files.store import TensorInfo
-from lorashrink.files.writing import header_bytes
 
 FP8 = torch.float8_e4m3fn
 

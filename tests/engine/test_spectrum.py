@@ -80,7 +80,7 @@ def test_half_precision_factors_lose_nothing_on_the_way(dtype: torch.dtype) -> N
     assert_close(spectrum(delta).sigma, torch.linalg.svdvals(dense(delta))[:16], rtol=1e-9, atol=0)
 
 
-def test_planted_singular_values_come_back_in_order_and_in_their_unit() -> None:
+def test_planted_singular_values_come_back_in_order() -> None:
     assert_close(
         spectrum(planted([3.0, 2.0, 1e-3])).sigma,
         torch.tensor([3.0, 2.0, 1e-3], dtype=torch.float64),
@@ -89,12 +89,12 @@ def test_planted_singular_values_come_back_in_order_and_in_their_unit() -> None:
     )
 
 
-def test_values_down_to_a_thousandth_of_the_largest_are_exact_to_a_billionth() -> None:
+def test_values_down_to_a_thousandth_of_the_largest_are_exact() -> None:
     sigma = torch.logspace(0, -3, 24, dtype=torch.float64)
     assert_close(spectrum(planted(sigma.tolist(), 200, 300)).sigma, sigma, rtol=1e-9, atol=0)
 
 
-def test_a_huge_ratio_keeps_the_large_ones_exact_and_the_small_ones_present() -> None:
+def test_values_of_a_huge_ratio_are_all_present() -> None:
     sigma = spectrum(planted([1.0, 1e-2, 1e-6])).sigma
     assert_close(sigma[:2], torch.tensor([1.0, 1e-2], dtype=torch.float64), rtol=1e-9, atol=0)
     assert float(sigma[2]) == pytest.approx(1e-6, rel=1e-3)
@@ -115,7 +115,7 @@ def test_a_zero_layer_has_a_zero_spectrum() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", ["up", "down"])
-def test_one_number_that_is_not_finite_marks_its_layer_and_no_other(bad: float, side: str) -> None:
+def test_a_number_that_is_not_finite_marks_its_layer_alone(bad: float, side: str) -> None:
     broken, sound = random_delta(20, 4, 30), random_delta(20, 4, 30, seed=7)
     getattr(broken, side)[2, 3] = bad
     with ThreadPoolExecutor(1) as pool:
@@ -139,9 +139,9 @@ def test_the_dense_svd_agrees_for_any_factors(delta: Delta) -> None:
 def test_all_dimensions_together_are_the_delta(delta: Delta) -> None:
     result = spectrum(delta)
     up, down = truncate(delta, result, range(result.rank))
-    whole = float(dense(delta).norm())
+    size = float(dense(delta).norm())
     noise = abs(delta.scale) * float(delta.up.norm() * delta.down.norm())
-    assert float((up.double() @ down.double() - dense(delta)).norm()) <= 2e-6 * max(whole, noise)
+    assert float((up.double() @ down.double() - dense(delta)).norm()) <= 2e-6 * max(size, noise)
 
 
 @given(deltas(), st.integers(0, 16))
@@ -167,11 +167,11 @@ def test_any_dimensions_may_be_kept_and_scaled_and_padded() -> None:
     delta = random_delta(30, 6, 40)
     up, down = truncate(delta, spectrum(delta), [0, 3], width=5, scale=-2.0)
     u, s, v = torch.linalg.svd(dense(delta), full_matrices=False)
-    wanted = -2 * (s[0] * torch.outer(u[:, 0], v[0]) + s[3] * torch.outer(u[:, 3], v[3]))
+    expected = -2 * (s[0] * torch.outer(u[:, 0], v[0]) + s[3] * torch.outer(u[:, 3], v[3]))
     assert up.shape == (30, 5)
     assert down.shape == (5, 40)
     assert not up[:, 2:].any()
-    assert_close(up.double() @ down.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert_close(up.double() @ down.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 30))
@@ -180,8 +180,8 @@ def test_the_spectrum_does_not_depend_on_the_gauge(seed: int, spread: float) -> 
     delta = random_delta(30, 5, 40, seed=seed)
     rotation = torch.linalg.qr(randn(5, 5, seed=seed + 2)).Q
     gauge = rotation @ torch.diag(torch.logspace(0, math.log10(spread), 5, dtype=torch.float64)) @ rotation.T
-    other = Delta(delta.up @ gauge, torch.linalg.inv(gauge) @ delta.down, 1.0, delta.shape)
-    assert_close(spectrum(other).sigma, spectrum(delta).sigma, rtol=1e-9, atol=0)
+    turned = Delta(delta.up @ gauge, torch.linalg.inv(gauge) @ delta.down, 1.0, delta.shape)
+    assert_close(spectrum(turned).sigma, spectrum(delta).sigma, rtol=1e-9, atol=0)
 
 
 @given(st.floats(1e-12, 1e12), st.sampled_from([1, -1]))
@@ -192,11 +192,11 @@ def test_strength_scales_the_spectrum_and_nothing_else(size: float, sign: int) -
 
 
 def test_layers_of_many_ranks_and_shapes_keep_their_order_in_a_pool() -> None:
-    made = [random_delta(10 + 7 * (i % 5), 1 + i % 9, 12 + 5 * (i % 3), seed=i) for i in range(200)]
-    items = [Item(lambda delta=delta: delta, delta.rank) for delta in made]
+    layers = [random_delta(10 + 7 * (i % 5), 1 + i % 9, 12 + 5 * (i % 3), seed=i) for i in range(200)]
+    items = [Item(lambda delta=delta: delta, delta.rank) for delta in layers]
     with ThreadPoolExecutor(2) as pool:
         together = [future.result() for future in decompose(items, pool)]
-    for delta, result in zip(made, together, strict=True):
+    for delta, result in zip(layers, together, strict=True):
         assert_close(result.sigma, spectrum(delta).sigma, rtol=1e-12, atol=0)
 
 
@@ -223,7 +223,7 @@ def test_a_pool_that_is_shut_down_cancels_instead_of_hanging() -> None:
         pending[-1].result()
 
 
-# --- given Gram matrices: truncation that is best for a model's output ---------------------------
+# --- statistics: truncation that is best for a model's output ---------------------------
 
 
 def statistics(columns: int, count: int, seed: int) -> Tensor:
@@ -237,7 +237,7 @@ def root(matrix: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("inputs", [200, 3], ids=["full rank", "singular"])
-def test_given_gram_matrices_yield_the_svd_in_their_norm(inputs: int) -> None:
+def test_gram_matrices_of_statistics_yield_the_svd_in_their_norm(inputs: int) -> None:
     delta = random_delta(30, 8, 40)
     c, g = statistics(40, inputs, 5), statistics(30, 200, 6)
     result = spectrum(delta, Grams(delta.down @ c @ delta.down.T, delta.up.T @ g @ delta.up))
@@ -257,33 +257,35 @@ def test_a_layer_that_the_output_does_not_feel_has_a_zero_spectrum() -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 7))
-def test_calibrated_truncation_is_never_worse_than_the_plain_one_in_its_own_norm(seed: int, kept: int) -> None:
+def test_calibrated_truncation_is_the_better_one_in_its_own_norm(seed: int, kept: int) -> None:
     delta = random_delta(20, 8, 24, seed=seed)
     c, g = statistics(24, 6, seed + 5), statistics(20, 30, seed + 6)
-    given_grams = Grams(delta.down @ c @ delta.down.T, delta.up.T @ g @ delta.up)
+    calibrated = Grams(delta.down @ c @ delta.down.T, delta.up.T @ g @ delta.up)
 
     def error(grams: Grams | None) -> float:
         result = spectrum(delta, grams)
         up, down = truncate(delta, result, range(min(kept, result.rank)))
         return float((root(g) @ (up.double() @ down.double() - dense(delta)) @ root(c)).norm())
 
-    assert error(given_grams) <= error(None) * (1 + 1e-5) + 1e-6
+    assert error(calibrated) <= error(None) * (1 + 1e-5) + 1e-6
 
 
 def test_many_problems_at_once_are_solved_like_each_alone() -> None:
-    made = [random_delta(20, 6, 30, seed=i) for i in range(5)] + [Delta(torch.zeros(20, 6), randn(6, 30), 1, (20, 30))]
-    down = torch.stack([delta.down.double() @ delta.down.double().T for delta in made])
-    up = torch.stack([delta.up.double().T @ delta.up.double() for delta in made])
+    layers = [random_delta(20, 6, 30, seed=i) for i in range(5)] + [
+        Delta(torch.zeros(20, 6), randn(6, 30), 1, (20, 30))
+    ]
+    down = torch.stack([delta.down.double() @ delta.down.double().T for delta in layers])
+    up = torch.stack([delta.up.double().T @ delta.up.double() for delta in layers])
     sigma, _, _ = solve(down, up)
-    for delta, values in zip(made, sigma, strict=True):
+    for delta, values in zip(layers, sigma, strict=True):
         assert_close(values, spectrum(delta).sigma, rtol=1e-12, atol=0)
 
 
 def test_alignment_is_u_w_v_of_every_pair() -> None:
     delta, weight = random_delta(30, 5, 40, scale=0.5), randn(30, 40, seed=9)
     u, _, v = torch.linalg.svd(dense(delta), full_matrices=False)
-    wanted = torch.stack([u[:, i] @ weight @ v[i] for i in range(5)])
-    assert_close(alignment(delta, spectrum(delta), weight), wanted, rtol=1e-4, atol=1e-5)
+    expected = torch.stack([u[:, i] @ weight @ v[i] for i in range(5)])
+    assert_close(alignment(delta, spectrum(delta), weight), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_alignment_past_the_numerical_rank_is_zero() -> None:
@@ -294,12 +296,12 @@ def test_alignment_past_the_numerical_rank_is_zero() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 @pytest.mark.parametrize(("out", "rank", "columns"), SHAPES)
 def test_cuda_gives_the_numbers_of_the_cpu(out: int, rank: int, columns: int) -> None:
-    made = [random_delta(out, rank, columns, seed=i) for i in range(9)]
-    items = [Item(lambda delta=delta: delta, rank) for delta in made]
+    layers = [random_delta(out, rank, columns, seed=i) for i in range(9)]
+    items = [Item(lambda delta=delta: delta, rank) for delta in layers]
     real = min(out, rank, columns)
     with ThreadPoolExecutor(2) as pool:
         results = [layer.result() for layer in decompose(items, pool, device="cuda")]
-    for delta, result in zip(made, results, strict=True):
+    for delta, result in zip(layers, results, strict=True):
         assert_close(result.sigma[:real], spectrum(delta).sigma[:real], rtol=1e-9, atol=0)
         up, down = truncate(delta, result, range(real), device="cuda")
         assert_close(up.double() @ down.double(), dense(delta), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,122 @@
+"""The header of a safetensors file: names, dtypes, shapes and offsets of its tensors, and its metadata."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorashrink.errors import DamagedFile, InputError
+from lorashrink.files.store import DTYPES, TensorInfo
+
+# The format's own limit; a larger length is a lie or an attack.
+MAX_HEADER_BYTES = 100_000_000
+
+_WRITE_ORDER = {dtype: position for position, dtype in enumerate(DTYPES)}
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """Length and header of a safetensors file as the reference writer lays it out, padded to 8 bytes."""
+    entries = [f'"__metadata__":{_compact(dict(metadata))}'] if metadata else []
+    offset = 0
+    for name in write_order(tensors):
+        info = tensors[name]
+        shape = ",".join(map(str, info.shape))
+        entries.append(
+            f'{_compact(name)}:{{"dtype":"{info.dtype}","shape":[{shape}],'
+            f'"data_offsets":[{offset},{offset + info.nbytes}]}}'
+        )
+        offset += info.nbytes
+    raw = ("{" + ",".join(entries) + "}").encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def write_order(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Names in the order of the reference writer: wider dtypes first, then by name."""
+    return sorted(tensors, key=lambda name: (_WRITE_ORDER.get(tensors[name].dtype, -1), name))
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[str, str], bytes]:
+    """Tensors of a safetensors file, its metadata, and the raw header; `file` is the index to note in each TensorInfo.
+
+    Raises InputError if the file cannot be opened, and DamagedFile if it is cut short, no safetensors file, or has a
+    header that contradicts itself or the file's size.
+    """
+    raw, size = _raw_header(path)
+    data_start = 8 + len(raw)
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_duplicates)
+        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+        tensors = {name: _tensor_info(entry, file, data_start) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedFile(f"{path}: the safetensors header is broken ({error}). Download or copy it again.") from error
+    _check_layout(path, tensors, data_start, size)
+    return tensors, metadata, raw
+
+
+def _raw_header(path: Path) -> tuple[bytes, int]:
+    """(header without its length, size of the file)."""
+    try:
+        with open(path, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            start = handle.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            brace = handle.read(1)
+            if 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                return brace + handle.read(length - 1), size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    # Without the brace of a header: a safetensors file that is cut short may begin like a pickle.
+    if brace != b"{" and start.startswith((b"PK", b"\x80")):
+        raise DamagedFile(
+            f"{path}: a pickle and not safetensors. Rename it to .pt or .ckpt to load it without its code."
+        )
+    raise DamagedFile(
+        f"{path}: not a safetensors file, or cut short: its header claims {length} bytes, the file has {size}. "
+        "Download or copy it again."
+    )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name appears twice")
+    return result
+
+
+def _tensor_info(entry: Mapping[str, Any], file: int, data_start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError("sizes must be whole numbers")
+    if end < begin:
+        raise ValueError(f"a tensor ends at {end}, before its start at {begin}")
+    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype][0] != end - begin:
+        raise ValueError(f"{dtype} {list(shape)} does not fill bytes {begin} to {end}")
+    return TensorInfo(dtype, shape, end - begin, file, data_start + begin)
+
+
+def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
+    end = data_start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset < end:
+            raise DamagedFile(f"{path}: tensor {name} overlaps another one. Download or copy the file again.")
+        end = info.offset + info.nbytes
+    if end > size:
+        raise DamagedFile(
+            f"{path}: cut short: its header promises {end} bytes, the file has {size}. Download or copy it again."
+        )
