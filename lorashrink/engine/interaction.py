@@ -23,25 +23,19 @@ from torch import Tensor
 from lorashrink.engine.gram import SIGMA_FLOOR, solve
 
 _ENERGY = 0.9  # share of Σσ² in the dimensions whose subspaces are compared
-
 _TIE = 1e-6  # singular values this close, relative, are in a subspace together: their vectors are not unique
 
 # Sums of squares that cancel to less than this part of what was added have lost more than 9 of their 16 digits.
 _CANCELLED = 2.0**-20
 
 _QUARTERS = 4  # strips of a Gram matrix, whose halves above the diagonal are not computed
+_BLOCK = 1 << 19  # numbers converted to float64 at a time
 
-_BLOCK = 1 << 19  # numbers converted to float64 at a time, so that the float64 copy of a factor stays small
-
-# Up to this rank the sum is decomposed as any layer; above, only its largest singular values are computed.
+# Up to this rank the sum is decomposed as any layer; above, an iteration finds its largest singular values.
 _FULL_RANK = 256
-
 _START = 12  # columns of the block that the iteration starts from
-
 _STEPS = 60  # at most
-
 _CONVERGED = 1e-8  # relative growth of σ² in a step
-
 _EXHAUSTED = 1e-13  # a new direction whose square is below this part of what it was made of is rounding
 
 

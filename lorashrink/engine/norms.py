@@ -9,14 +9,10 @@ from torch import Tensor
 
 _FRO_BLOCK = 1 << 20  # numbers squared at a time in float64
 
-_KRYLOV_BLOCK = 8
-
+_KRYLOV_BLOCK = 8  # vectors
 _KRYLOV_STEPS = 16  # blocks before a restart
-
 _KRYLOV_RESTARTS = 20
-
 _KRYLOV_EXHAUSTED = 1e-5  # a new block shorter than this part of its image is float32 rounding
-
 _KRYLOV_TOLERANCE = 1e-8  # relative growth of σ_1 in two steps
 
 _DENSE_SIDE = 256  # up to this shorter side the Gram matrix itself is decomposed

@@ -47,9 +47,7 @@ _LARGE_RANK = 512
 
 # A sketch pays where it has at most this part of all dimensions.
 _SKETCH_SHARE = 0.25
-
 _SKETCH_ROUNDS = 4  # of subspace iteration; the spectra of weight differences fall slowly
-
 _SKETCH_EXTRA = 32  # dimensions beyond the limit, so that the last ones within it are right
 
 
@@ -83,6 +81,11 @@ class _Plain(NamedTuple):
 
     grams: Grams
     scale: float  # of the delta
+
+    def square(self, middle: Tensor) -> float:
+        """‖scale · up · middle · down‖_F²."""
+        trace = (middle.mT @ self.grams.up @ middle * self.grams.down).sum()
+        return self.scale**2 * max(0.0, float(trace))
 
 
 class _Pair(NamedTuple):
@@ -125,39 +128,35 @@ class Spectrum:
     def total(self) -> float:
         """‖ΔW‖_F², all dimensions included."""
         if self.plain:
-            return self._square(torch.eye(len(self.sigma), dtype=torch.float64))
+            return self.plain.square(torch.eye(len(self.sigma), dtype=torch.float64))
         return float((self.sigma**2).sum()) + self.tail
 
     def norm(self, kept: Sequence[int], factors: Tensor | None = None) -> float:
-        """‖ΔW'‖_F of ΔW reduced to the dimensions `kept`, each times its factor, float64 [k]. Not both with `plain`."""
+        """‖ΔW'‖_F of ΔW reduced to the dimensions `kept`, each times its factor, float64 [k].
+
+        With statistics there are no factors.
+        """
         if self.plain:
             assert factors is None
-            return math.sqrt(self._square(self._projection(kept)))
+            return math.sqrt(self.plain.square(self._projection(kept, self.plain.scale)))
         return float((self.sigma[list(kept)] * (1 if factors is None else factors)).norm())
 
     def lost(self, kept: Sequence[int], factors: Tensor | None = None) -> float:
         """‖ΔW - ΔW'‖_F of the same, summed over the removed dimensions, so that small losses are exact."""
         if self.plain:
             assert factors is None
-            rest = torch.eye(len(self.sigma), dtype=torch.float64) - self._projection(kept)
-            return math.sqrt(self._square(rest)) if len(kept) < self.rank else 0.0
+            rest = torch.eye(len(self.sigma), dtype=torch.float64) - self._projection(kept, self.plain.scale)
+            return math.sqrt(self.plain.square(rest)) if len(kept) < self.rank else 0.0
         removed = torch.ones(len(self.sigma), dtype=torch.float64)
         removed[list(kept)] = 0 if factors is None else 1 - factors
         return math.sqrt(float(((self.sigma * removed) ** 2).sum()) + self.tail)
 
-    def _projection(self, kept: Sequence[int]) -> Tensor:
+    def _projection(self, kept: Sequence[int], scale: float) -> Tensor:
         """[r, r] float64 P: ΔW' = scale · up · P · down."""
-        assert self.plain is not None
         assert self.left is not None
         assert self.right is not None
         index = list(kept)
-        return self.left[:, index].double() @ self.right[index].double() / self.plain.scale
-
-    def _square(self, middle: Tensor) -> float:
-        """‖scale · up · middle · down‖_F²."""
-        assert self.plain is not None
-        grams, scale = self.plain
-        return scale**2 * max(0.0, float((middle.mT @ grams.up @ middle * grams.down).sum()))
+        return self.left[:, index].double() @ self.right[index].double() / scale
 
 
 def spectrum(delta: AnyDelta, grams: Grams | None = None, *, limit: int | None = None) -> Spectrum:

@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from lorashrink.files.header import header_bytes
 from lorashrink.files.store import TensorInfo
 
-MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
-
-SPEC_HASH = "modelspec.hash_sha256"
+MODEL_HASH, LEGACY_HASH, SPEC_HASH = "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"
 
 # The legacy hash reads 64 KiB at 1 MiB.
 _LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000

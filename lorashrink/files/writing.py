@@ -66,11 +66,10 @@ class SafetensorsWriter:
         header = header_bytes(tensors, metadata)
         self._tensors = dict(tensors)
         self._offsets: dict[str, int] = {}
-        offset = len(header)
+        self._header_length = offset = len(header)
         for name in write_order(tensors):
             self._offsets[name] = offset
             offset += tensors[name].nbytes
-        self._header_length, self.size = len(header), offset
         self._lock = threading.Lock()
         try:
             number, self.temporary = create_temporary(path)

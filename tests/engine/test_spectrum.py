@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from lorashrink.engine.delta import Delta
+from lorashrink.engine.delta import Delta, Dense, Kronecker
 from lorashrink.engine.gram import Grams, solve
 from lorashrink.engine.spectrum import Item, alignment, decompose, spectrum, truncate
 
@@ -221,6 +221,44 @@ def test_a_pool_that_is_shut_down_cancels_instead_of_hanging() -> None:
     assert all(layer.chunk.done() for layer in pending)
     with pytest.raises(CancelledError):
         pending[-1].result()
+
+
+# --- matrices and Kronecker products ------------------------------------------------------------
+
+FORMS = {
+    "tall matrix": Dense(randn(24, 20), -0.5, (24, 20)),
+    "wide matrix": Dense(randn(12, 20), 0.5, (12, 20)),
+    "product of matrices": Kronecker(Dense(randn(3, 2), -0.5, (3, 2)), Dense(randn(4, 10), 1.0, (4, 10)), (12, 20)),
+    "product with factors": Kronecker(
+        Dense(randn(3, 4), -0.5, (3, 4)), Delta(randn(4, 2), randn(2, 5), 3.0, (4, 5)), (12, 20)
+    ),
+}
+
+
+@pytest.mark.parametrize("delta", FORMS.values(), ids=FORMS.keys())
+def test_every_form_has_the_spectrum_of_its_dense_svd(delta: Dense | Kronecker) -> None:
+    result = spectrum(delta)
+    matrix = delta.row_reader(torch.device("cpu"))(0, delta.shape[0])
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert len(result.sigma) == delta.rank
+    assert_close(result.sigma, s[: delta.rank], rtol=1e-9, atol=0)
+    up, down = truncate(delta, result, [0, 2])
+    expected = s[0] * torch.outer(u[:, 0], v[0]) + s[2] * torch.outer(u[:, 2], v[2])
+    assert_close(up.double() @ down.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("delta", FORMS.values(), ids=FORMS.keys())
+def test_every_form_is_calibrated_at_its_own_rank(delta: Dense | Kronecker) -> None:
+    out, columns = delta.shape
+    c, g = statistics(columns, 200, 5), statistics(out, 200, 6)
+    factors = delta.factored(torch.float64)
+    result = spectrum(delta, Grams(factors.down @ c @ factors.down.T, factors.up.T @ g @ factors.up))
+    matrix = delta.row_reader(torch.device("cpu"))(0, out)
+    u, s, v = torch.linalg.svd(root(g) @ matrix @ root(c), full_matrices=False)
+    assert_close(result.sigma, s[: delta.rank], rtol=1e-6, atol=0)
+    up, down = truncate(delta, result, range(2))
+    best = u[:, :2] @ torch.diag(s[:2]) @ v[:2]
+    assert_close(root(g) @ (up.double() @ down.double()) @ root(c), best, rtol=1e-4, atol=1e-5 * float(s[0]))
 
 
 # --- statistics: truncation that is best for a model's output ---------------------------
