@@ -178,7 +178,10 @@ class TensorStore:
     def _read_at(self, index: int, view: memoryview, offset: int) -> None:
         path = self.files[index]
         try:
-            handle = self._handle(index)
+            with self._lock:
+                if index not in self._open_files:
+                    self._open_files[index] = open(path, "rb", buffering=0)  # noqa: SIM115 - held open
+                handle = self._open_files[index]
             while view:
                 if hasattr(os, "preadv"):
                     count = os.preadv(handle.fileno(), [view], offset)
@@ -191,12 +194,6 @@ class TensorStore:
                 view, offset = view[count:], offset + count
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
-
-    def _handle(self, index: int) -> Any:
-        with self._lock:
-            if index not in self._open_files:
-                self._open_files[index] = open(self.files[index], "rb", buffering=0)  # noqa: SIM115 - held open
-            return self._open_files[index]
 
 
 def memory_of(flat: Tensor) -> memoryview:

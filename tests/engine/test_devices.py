@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lorashrink.engine.devices import pick_device, worker_pool
 from lorashrink.errors import UsageError
+from lorashrink.shrinking.run import resize
 
 
 @pytest.fixture
@@ -57,6 +60,36 @@ def test_overlapping_pools_of_two_threads_leave_the_thread_count(three_threads: 
         futures = [callers.submit(first), callers.submit(second)]
         assert [future.result() for future in futures] == [three_threads] * 2
     assert torch.get_num_threads() == three_threads
+    assert threads_of_a_new_thread() == three_threads
+
+
+def test_overlapping_resizes_of_two_threads_leave_the_thread_count(tmp_path: Path, three_threads: int) -> None:
+    """The second one begins while the first runs, and ends after it."""
+    adapter = tmp_path / "a.safetensors"
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    save_file({f"{name}.lora_up.weight": torch.rand(8, 4), f"{name}.lora_down.weight": torch.rand(4, 8)}, adapter)
+    first_runs, second_runs, first_ended = (threading.Event() for _ in range(3))
+
+    def first() -> int:
+        def pause(result: object) -> None:
+            first_runs.set()
+            assert second_runs.wait(30)
+
+        resize(adapter, recipes="rank=2", output=tmp_path / "first", each=pause)
+        first_ended.set()
+        return torch.get_num_threads()
+
+    def second() -> int:
+        def pause(result: object) -> None:
+            second_runs.set()
+            assert first_ended.wait(30)
+
+        assert first_runs.wait(30)
+        resize(adapter, recipes="rank=2", output=tmp_path / "second", each=pause)
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor(2) as callers:
+        assert [future.result() for future in (callers.submit(first), callers.submit(second))] == [three_threads] * 2
     assert threads_of_a_new_thread() == three_threads
 
 
