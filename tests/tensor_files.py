@@ -72,7 +72,7 @@ def entry(begin: int, end: int, **changes: object) -> dict[str, object]:
 
 
 def shards(folder: Path, parts: Sequence[Mapping[str, Tensor]], stem: str = "model") -> Path:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         name = f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
         save_file(dict(part), folder / name)

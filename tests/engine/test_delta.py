@@ -32,7 +32,7 @@ FORMS: dict[str, AnyDelta] = {
 }
 
 
-@pytest.fixture(params=FORMS.values(), ids=FORMS.keys())
+@pytest.fixture(params=list(FORMS.values()), ids=list(FORMS))
 def delta(request: pytest.FixtureRequest) -> AnyDelta:
     form: AnyDelta = request.param
     return form
