@@ -90,9 +90,9 @@ class Statistics:
             InputError: the statistics are for other adapters.
             FamilyMismatch, ShapeError: they are for another base.
         """
-        return self._of_base(adapter) if self.kind == "base" else self._of_adapter(adapter)
-
-    def _of_adapter(self, adapter: Adapter) -> list[OfLayer | None]:
+        if self.kind == "base":
+            covers = [self._cover(views) if views else None for views in match(adapter, self.base)]
+            return [partial(self._projected_grams, pieces) if pieces else None for pieces in covers]
         prefix = adapter_key(adapter)
         stored = {key for key in self.store.tensors if key.startswith(f"{prefix}/")}
         if not stored:
@@ -109,10 +109,6 @@ class Statistics:
         if down.shape != (delta.rank, delta.rank) or up.shape != down.shape:
             raise InputError(f"{self.path}: {key} is {list(down.shape)}, and the layer has rank {delta.rank}.")
         return Grams(down, up)
-
-    def _of_base(self, adapter: Adapter) -> list[OfLayer | None]:
-        covers = [self._cover(views) if views else None for views in match(adapter, self.base)]
-        return [partial(self._projected_grams, pieces) if pieces else None for pieces in covers]
 
     def _projected_grams(self, pieces: Sequence[_Piece], delta: Delta) -> Grams:
         grams = []

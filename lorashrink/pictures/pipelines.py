@@ -25,8 +25,8 @@ class Kind:
     """One of diffusers' pipelines from text to a picture, and how it is drawn with."""
 
     title: str
-    takes: Mapping[str, Any] = field(default_factory=dict)  # besides its parts
-    family: str = ""  # of bases: what a single file of this kind is recognised as
+    takes: Mapping[str, Any] = field(default_factory=dict)  # arguments besides its parts
+    family: str = ""  # of bases: the family that a single file of this kind is recognised as
     settings: tuple[str, str] | None = None  # package and folder of the published settings, for single files
     denoiser: str = "unet"
     half: str = "float16"
@@ -37,7 +37,10 @@ class Kind:
     flow: bool = False  # flow matching, to which the samplers of noise prediction mean nothing
 
 
-# diffusers' class -> how pictures are drawn with it; another one is another row
+# What FLUX.1 and SD 3 have in common. Their activations leave the range of float16.
+_FLOW: Mapping[str, Any] = {"denoiser": "transformer", "half": "bfloat16", "patch": 2, "flow": True}
+
+# diffusers' class -> how pictures are drawn with it; another one is another row. Scales are those of diffusers' pages.
 KINDS: Mapping[str, Kind] = {
     "StableDiffusionXLPipeline": Kind(
         "SDXL", {"add_watermarker": False}, family="sdxl", settings=("lorashrink.train", "sdxl")
@@ -48,21 +51,8 @@ KINDS: Mapping[str, Kind] = {
         family="sd15",
         settings=("lorashrink", "settings/sd15"),
     ),
-    # Their activations leave the range of float16. Guidances are those of diffusers' own pages.
-    "FluxPipeline": Kind(
-        "FLUX.1",
-        family="flux",
-        denoiser="transformer",
-        half="bfloat16",
-        scale=3.5,
-        patch=2,
-        packed=True,
-        negative=False,
-        flow=True,
-    ),
-    "StableDiffusion3Pipeline": Kind(
-        "SD 3", family="sd3", denoiser="transformer", half="bfloat16", scale=7.0, patch=2, flow=True
-    ),
+    "FluxPipeline": Kind("FLUX.1", family="flux", scale=3.5, packed=True, negative=False, **_FLOW),
+    "StableDiffusion3Pipeline": Kind("SD 3", family="sd3", scale=7.0, **_FLOW),
 }
 
 _TITLES = ", ".join(kind.title for kind in KINDS.values())
