@@ -111,23 +111,15 @@ def _prompt(values: Mapping[str, Any], where: str, sampler: str, scale: float) -
     return Prompt(**fields)
 
 
-def _seed(value: Any) -> int:
-    # What torch takes. A negative number is no seed in sd-scripts either.
-    if 0 <= int(value) < 2**64:
-        return int(value)
-    raise ValueError(value)
+def _checked(read: Callable[[Any], Any], valid: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """A reader of values that raises ValueError for those that are not valid."""
 
+    def checked(value: Any) -> Any:
+        if not valid(read(value)):
+            raise ValueError(value)
+        return read(value)
 
-def _scale(value: Any) -> float:
-    if math.isfinite(float(value)):
-        return float(value)
-    raise ValueError(value)
-
-
-def _sampler(value: Any) -> str:
-    if value not in SAMPLERS:
-        raise ValueError(value)
-    return str(value)
+    return checked
 
 
 # sd-scripts' name in .toml and .json -> the field, and how its value is read.
@@ -136,10 +128,11 @@ _KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "negative_prompt": ("negative", str),
     "width": ("width", lambda value: max(64, int(value) // 8 * 8)),
     "height": ("height", lambda value: max(64, int(value) // 8 * 8)),
-    "seed": ("seed", _seed),
+    # Seeds that torch takes; a negative number is no seed in sd-scripts either.
+    "seed": ("seed", _checked(int, lambda seed: 0 <= seed < 2**64)),
     "sample_steps": ("steps", lambda value: max(1, min(1000, int(value)))),
-    "scale": ("scale", _scale),
-    "sample_sampler": ("sampler", _sampler),
+    "scale": ("scale", _checked(float, math.isfinite)),
+    "sample_sampler": ("sampler", _checked(str, SAMPLERS.__contains__)),
 }
 
 _SWITCHES: Mapping[str, str] = {
