@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import spearmanr
+from scipy.stats import bootstrap, spearmanr
 from study import FEW, RECIPES, RESULTS, SMALL, STUDIED
 
 from lorashrink.plots import style
@@ -39,10 +39,8 @@ def mean(entry: Entry) -> float:
 
 def interval(numbers: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
     """95 % of the means of 4000 samples with replacement."""
-    values = np.asarray(numbers)
-    draws = np.random.default_rng(0).integers(len(values), size=(4000, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return float(low), float(high)
+    limits = bootstrap((numbers,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(0))
+    return float(limits.confidence_interval.low), float(limits.confidence_interval.high)
 
 
 def gain(one: Entry, other: Entry) -> str:

@@ -99,55 +99,40 @@ def _switches(line: str) -> dict[str, Any]:
 
 
 def _prompt(values: Mapping[str, Any], where: str, sampler: str, scale: float) -> Prompt:
-    made: dict[str, Any] = {"sampler": sampler, "scale": scale}
+    fields: dict[str, Any] = {"sampler": sampler, "scale": scale}
     for key, value in values.items():
         if value is None:
             continue
         try:
             field, read = _KEYS[key]
-            made[field] = read(value)
+            fields[field] = read(value)
         except (KeyError, ValueError, TypeError):
             _log.warning("%s: ignored, because it means nothing here: %s %s", where, key, value)
-    return Prompt(**made)
+    return Prompt(**fields)
 
 
-def _side(value: Any) -> int:
-    return max(64, int(value) // 8 * 8)
+def _checked(read: Callable[[Any], Any], valid: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """A reader of values that raises ValueError for those that are not valid."""
 
+    def checked(value: Any) -> Any:
+        if not valid(read(value)):
+            raise ValueError(value)
+        return read(value)
 
-def _steps(value: Any) -> int:
-    return max(1, min(1000, int(value)))
-
-
-def _seed(value: Any) -> int:
-    # What torch takes. A negative number is no seed in sd-scripts either.
-    if 0 <= int(value) < 2**64:
-        return int(value)
-    raise ValueError(value)
-
-
-def _scale(value: Any) -> float:
-    if math.isfinite(float(value)):
-        return float(value)
-    raise ValueError(value)
-
-
-def _sampler(value: Any) -> str:
-    if value not in SAMPLERS:
-        raise ValueError(value)
-    return str(value)
+    return checked
 
 
 # sd-scripts' name in .toml and .json -> the field, and how its value is read.
 _KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "prompt": ("prompt", str),
     "negative_prompt": ("negative", str),
-    "width": ("width", _side),
-    "height": ("height", _side),
-    "seed": ("seed", _seed),
-    "sample_steps": ("steps", _steps),
-    "scale": ("scale", _scale),
-    "sample_sampler": ("sampler", _sampler),
+    "width": ("width", lambda value: max(64, int(value) // 8 * 8)),
+    "height": ("height", lambda value: max(64, int(value) // 8 * 8)),
+    # Seeds that torch takes; a negative number is no seed in sd-scripts either.
+    "seed": ("seed", _checked(int, lambda seed: 0 <= seed < 2**64)),
+    "sample_steps": ("steps", lambda value: max(1, min(1000, int(value)))),
+    "scale": ("scale", _checked(float, math.isfinite)),
+    "sample_sampler": ("sampler", _checked(str, SAMPLERS.__contains__)),
 }
 
 _SWITCHES: Mapping[str, str] = {

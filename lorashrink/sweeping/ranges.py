@@ -12,27 +12,24 @@ _NUMBER = r"-?\d+(?:\.\d+)?"
 
 _RANGE = re.compile(rf"(?P<key>\w+)=(?P<low>{_NUMBER})\.\.(?P<high>{_NUMBER})/(?P<count>\d+)")
 
-_WHOLE = ("rank", "conv_rank", "max_rank", "min_rank", "multiple")
+_INTEGERS = ("rank", "conv_rank", "max_rank", "min_rank", "multiple")
 
 _SHARES = ("energy", "sv_fro", "sv_cumulative")
 
 _DIGITS = 4  # of the numbers that ranges are expanded to
 
 
-def expanded_range(given: Sequence[str], sizes: Sequence[float], has_base: bool) -> list[str]:
-    """One recipe string per point."""
-    texts = [text for each in given for text in each.split(":")]
+def expand_all(recipes: Sequence[str], sizes: Sequence[float], has_base: bool) -> list[str]:
+    """The recipes of all points of a sweep; a score without a selection is tried at each of the sizes."""
+    texts = [text for recipe in recipes for text in recipe.split(":")]
     if sizes:
-        scores = [text for text in texts if not _selects(text)] or (["fro_ckpt,bytes"] if has_base else ["bytes"])
-        texts = [text for text in texts if _selects(text)] + [
-            f"{score},size={size:g}" for score in scores for size in sizes
-        ]
-    every = [recipe for text in texts for recipe in expand(text)]
-    return list(dict.fromkeys(every))
 
+        def selects(text: str) -> bool:
+            return any(item.split("=")[0].strip() in SELECTIONS for item in text.split(","))
 
-def _selects(text: str) -> bool:
-    return any(item.split("=")[0].strip() in SELECTIONS for item in text.split(","))
+        scores = [text for text in texts if not selects(text)] or (["fro_ckpt,bytes"] if has_base else ["bytes"])
+        texts = list(filter(selects, texts)) + [f"{score},size={size:g}" for score in scores for size in sizes]
+    return list(dict.fromkeys(recipe for text in texts for recipe in expand(text)))
 
 
 def expand(text: str) -> list[str]:
@@ -43,30 +40,32 @@ def expand(text: str) -> list[str]:
     Raises:
         RecipeError: two ranges, fewer than two points, or limits that a range of this key cannot have.
     """
-    found = list(_RANGE.finditer(text))
-    if ".." in text and len(found) != 1:
+    ranges = list(_RANGE.finditer(text))
+    if ".." in text and len(ranges) != 1:
         raise RecipeError(
             f"recipe '{text}': a range is written key=low..high/count, once in a recipe; e.g. thr=-4..-3/5."
         )
-    if not found:
+    if not ranges:
         return [text]
-    low, high, count = float(found[0]["low"]), float(found[0]["high"]), int(found[0]["count"])
+    match = ranges[0]
+    low, high, count = float(match["low"]), float(match["high"]), int(match["count"])
     if count < 2:
         raise RecipeError(f"recipe '{text}': a range has at least 2 points.")
-    start, end = found[0].span()
-    numbers = _spaced(found[0]["key"], low, high, count, text)
-    return [f"{text[:start]}{found[0]['key']}={number:.{_DIGITS}g}{text[end:]}" for number in numbers]
+    key = match["key"]
+    if key in (*_INTEGERS, "size") and not (low > 0 and high > 0):
+        raise RecipeError(f"recipe '{text}': {key} is above 0.")
+    start, end = match.span()
+    numbers = _spaced(key, low, high, count)
+    return [f"{text[:start]}{key}={number:.{_DIGITS}g}{text[end:]}" for number in numbers]
 
 
-def _spaced(key: str, low: float, high: float, count: int, text: str) -> list[float]:
-    shares = [place / (count - 1) for place in range(count)]
+def _spaced(key: str, low: float, high: float, count: int) -> list[float]:
+    shares = [index / (count - 1) for index in range(count)]
     if key in _SHARES and 0 < low < 1 and 0 < high < 1:
         return [1 - (1 - low) ** (1 - share) * (1 - high) ** share for share in shares]
-    if key in (*_WHOLE, "size"):
-        if not (low > 0 and high > 0):
-            raise RecipeError(f"recipe '{text}': {key} is above 0.")
+    if key in (*_INTEGERS, "size"):
         numbers = [low ** (1 - share) * high**share for share in shares]
-        return [float(round(number)) for number in numbers] if key in _WHOLE else numbers
+        return [float(round(number)) for number in numbers] if key in _INTEGERS else numbers
     return [low + (high - low) * share for share in shares]
 
 

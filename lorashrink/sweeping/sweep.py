@@ -7,13 +7,12 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorashrink.adapters import Adapter, open_adapter, peft
-from lorashrink.bases import Base
+from lorashrink.adapters import open_adapter, peft
 from lorashrink.errors import InputError, NonFinite, Progress, UsageError
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.pictures.prompts import OWN, read_prompts
@@ -21,7 +20,7 @@ from lorashrink.recipes.grammar import Recipe, parse_recipes
 from lorashrink.results.shrinking import FileResult, Report
 from lorashrink.results.sweep import Drawn, Pictures, Point, Suggestion, Sweep
 from lorashrink.shrinking.outputs import shown
-from lorashrink.sweeping.ranges import curve, expanded_range
+from lorashrink.sweeping.ranges import curve, expand_all
 
 if TYPE_CHECKING:
     from lorashrink.pictures.drawing import Studio
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-# Without recipes of the user's: what guides recommend, sizes reached exactly, and what needs no base.
+# Recipes of a sweep for which the user gives none: what guides recommend, sizes, and what needs no base.
 _GUIDES, _USUAL = "fro_ckpt=1,thr=-4.5..-2/11", ("energy=0.5..0.999/9", "rank=1..64/7")
 
 _SIZES = "fro_ckpt,bytes,size={:.4g}..{:.4g}/7"
@@ -38,7 +37,7 @@ _SIZES = "fro_ckpt,bytes,size={:.4g}..{:.4g}/7"
 # Shares of the adapter's size, and the smallest adapter for which the least of them is more than names and metadata.
 _LEAST, _MOST, _WORTH_IT = 0.15, 0.8, 500_000
 
-# Mean PSNR in dB from which pictures count as the same, where half precision does not change them more anyway.
+# Mean PSNR in dB from which pictures count as the same; half precision alone often changes them more.
 SAME_PICTURES = 35.0
 
 
@@ -60,43 +59,32 @@ def sweep(
     clip: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
-    """What many recipes would make of one adapter; no adapter is written.
+    """Shrink one adapter by many recipes, and compare sizes, errors and pictures; no adapter is written.
 
-    recipes: as in `resize`, where one number may be a range `low..high/count`; default are ranges of the usual recipes.
+    recipes: as in `resize`; one number may be a range `low..high/count`. Default are ranges of the usual recipes.
     sizes: sizes in MiB; each score in `recipes` that has no selection (default `fro_ckpt,bytes` with a base, `bytes`
     without) is tried at each.
     calibration: as in `resize`.
     images: a model that draws the `prompts` (a file as in `read_prompts`), each with every one of `seeds` on top of its
     own, into the folder `pictures` (default in the user's cache). It is a folder as diffusers saves it, of SDXL, SD 1
-    and 2, SD 3 or FLUX.1, or a single file; settings: for a single file, such a folder that tells what it does not say.
-    Pictures that are there already are not drawn again. clip: a folder of a CLIP model, which compares them too.
+    and 2, SD 3 or FLUX.1, or a single file. settings: for a single file, such a folder with the settings that it lacks.
+    Pictures in the folder are not drawn again. clip: a folder of a CLIP model, which compares pictures too.
 
     Recipes that keep nothing, or cannot reach their size, have no point.
 
     Raises RecipeError, UsageError or InputError as `resize` does; what fails there for one file is an error here, as
     is an adapter without layers.
     """
-    from lorashrink.shrinking.request import check_calibration, check_needs
     from lorashrink.shrinking.run import shrink
 
-    given = [recipes] if isinstance(recipes, str) else list(recipes)
-    parse_recipes(expanded_range(given, sizes, base is not None))  # a typo is answered before any file is looked at
     if (images is None) != (prompts is None):
         raise UsageError("pictures need both --images, the model that draws, and --prompts, what it draws.")
     if not seeds:
         raise UsageError("pictures need at least one of --seeds; 0 means those of the prompts alone.")
-    sources = find_adapters([adapter])
-    if len(sources) != 1:
-        raise UsageError(f"{adapter}: {len(sources)} adapters; a sweep takes one, `resize --dry-run` takes many.")
-    source = sources[0]
-    if not given and not sizes:
-        given = _usual(source, base is not None)
-    wanted = parse_recipes(expanded_range(given, sizes, base is not None))
-    check_needs(wanted, base, source)
-    check_calibration(wanted, calibration)
+    source, parsed = _source_and_recipes(adapter, recipes, sizes, base, calibration)
     run = partial(
         shrink,
-        opener=_open,
+        opener=lambda path, base: open_adapter(path),
         base=base,
         calibration=calibration,
         dtype=dtype,
@@ -105,9 +93,10 @@ def sweep(
         lenient=True,
         progress=progress,
     )
+    shrinker = _Shrinker(source, run)
     if images is None or prompts is None:
-        results = _results(run, source, wanted, None)
-        return _sweep([_point(result) for result in results], results[0])
+        results = shrinker.results(parsed)
+        return _sweep(results, [_point(result) for result in results], None)
     from lorashrink.pictures.drawing import Studio, shots_of
     from lorashrink.pictures.likeness import comparisons
     from lorashrink.pictures.pipelines import KINDS, check_model, check_packages
@@ -115,104 +104,135 @@ def sweep(
     check_packages()
     from lorashrink.pictures.samplers import check_samplers
 
-    companion = None if settings is None else Path(settings)
+    folder, companion, clip_folder = (None if path is None else Path(path) for path in (pictures, settings, clip))
     kind = KINDS[check_model(Path(images), companion)]
-    asked = read_prompts(Path(prompts), sampler=OWN, scale=kind.scale)
-    check_samplers(asked, flow=kind.title if kind.flow else "")
-    place = None if pictures is None else Path(pictures)
-    with Studio(images, shots_of(asked, seeds), folder=place, device=device, settings=companion) as studio:
-        compare = comparisons(None if clip is None else Path(clip), studio.device)
+    drawn_prompts = read_prompts(Path(prompts), sampler=OWN, scale=kind.scale)
+    check_samplers(drawn_prompts, flow=kind.title if kind.flow else "")
+    shots = shots_of(drawn_prompts, seeds)
+    with Studio(images, shots, folder=folder, device=device, settings=companion) as studio:
+        compares = comparisons(clip_folder, studio.device)
         studio.check(source)
-        results = _results(run, source, wanted, None)
-        whole = _draw(studio, source, "whole", progress)
-        alike = partial(_alike, compare, whole)
-        made = dict(zip(map(str, map(shown, _places(source, source.parent, wanted))), wanted, strict=True))
-        points = [
-            replace(_point(result), pictures=alike(_draw_shrunk(studio, run, source, made[result.output], progress)))
-            for result in results
-        ]
-        none = alike(_draw(studio, None, "none", progress))
-        floor = _floor(studio, source, alike, progress)
-        files = tuple(map(str, whole))
+        results = shrinker.results(parsed)
+        gallery = _Gallery(studio, shrinker, compares, progress)
+        # A recipe that keeps nothing has no result, so that outputs tell which recipe a result is of.
+        outputs = map(str, map(shown, shrinker.targets(parsed, source.parent)))
+        recipe_of = dict(zip(outputs, parsed, strict=True))
+        points = [replace(_point(result), pictures=gallery.of_recipe(recipe_of[result.output])) for result in results]
         drawn = Drawn(
-            str(images), studio.device, studio.dtype, asked, tuple(seeds), files, none, floor, studio.other_dtype
+            model=str(images),
+            device=studio.device,
+            dtype=studio.dtype,
+            prompts=drawn_prompts,
+            seeds=tuple(seeds),
+            files=tuple(map(str, gallery.reference)),
+            none=gallery.without_adapter(),
+            floor=gallery.in_other_dtype(),
+            other_dtype=studio.other_dtype,
         )
-    return _sweep(points, results[0], drawn)
+    return _sweep(results, points, drawn)
 
 
-def _results(
-    run: Callable[..., Report], source: Path, recipes: Sequence[Recipe], folder: Path | None
-) -> Sequence[FileResult]:
-    """What each recipe makes of the adapter, written into `folder` if there is one."""
-    places = _places(source, folder or source.parent, recipes)
-    report = run({source: dict(zip(places, recipes, strict=True))}, dry_run=folder is None)
-    if report.failed:
-        raise InputError(report.failed[0].error)
-    if not report.results[0].layers:
-        raise InputError(
-            f"{source}: holds no layer that a recipe could make smaller, only other tensors (norms, biases or "
-            "embeddings), which every recipe keeps as they are."
-        )
-    return report.results
+def _source_and_recipes(
+    adapter: str | Path,
+    recipes: str | Sequence[str],
+    sizes: Sequence[float],
+    base: str | Path | None,
+    calibration: str | Path | None,
+) -> tuple[Path, Sequence[Recipe]]:
+    from lorashrink.shrinking.request import check_calibration, check_needs
+
+    texts = [recipes] if isinstance(recipes, str) else list(recipes)
+    parse_recipes(expand_all(texts, sizes, base is not None))  # a typo is answered before any file is looked at
+    sources = find_adapters([adapter])
+    if len(sources) != 1:
+        raise UsageError(f"{adapter}: {len(sources)} adapters; a sweep takes one, `resize --dry-run` takes many.")
+    (source,) = sources
+    if not texts and not sizes:
+        bytes_before = source.stat().st_size if source.is_file() else 0
+        megabytes = bytes_before / 2**20
+        texts = [*_USUAL]
+        if base is not None:
+            reachable = [_SIZES.format(_LEAST * megabytes, _MOST * megabytes)] if bytes_before > _WORTH_IT else []
+            texts = [_GUIDES, *reachable, *_USUAL]
+    parsed = parse_recipes(expand_all(texts, sizes, base is not None))
+    check_needs(parsed, base, source)
+    check_calibration(parsed, calibration)
+    return source, parsed
 
 
-def _places(source: Path, folder: Path, recipes: Sequence[Recipe]) -> list[Path]:
-    """A file for each recipe; each has a folder of its own, because those of PEFT bring settings along."""
-    name = peft.WEIGHTS_FILE if peft.is_folder(source) else "adapter.safetensors"
-    return [folder / str(number) / name for number in range(len(recipes))]
+def _sweep(results: Sequence[FileResult], points: Sequence[Point], drawn: Drawn | None) -> Sweep:
+    ordered, before = _with_front(points), results[0].bytes_before
+    return Sweep(results[0].source, before, ordered, suggest(ordered, before, drawn), drawn)
 
 
-def _sweep(points: Sequence[Point], one: FileResult, drawn: Drawn | None = None) -> Sweep:
-    ordered = _with_front(points)
-    return Sweep(one.source, one.bytes_before, ordered, suggest(ordered, one.bytes_before, drawn), drawn)
+@dataclass(frozen=True, eq=False)
+class _Shrinker:
+    """Shrinks one adapter by recipes."""
+
+    source: Path
+    run: Callable[..., Report]
+
+    def results(self, recipes: Sequence[Recipe], folder: Path | None = None) -> Sequence[FileResult]:
+        """What each recipe makes of the adapter; the files are written if there is a folder. Raises InputError."""
+        targets = self.targets(recipes, folder or self.source.parent)
+        report = self.run({self.source: dict(zip(targets, recipes, strict=True))}, dry_run=folder is None)
+        if report.failed:
+            raise InputError(report.failed[0].error)
+        if not report.results[0].layers:
+            raise InputError(
+                f"{self.source}: holds no layer that a recipe could make smaller, only other tensors (norms, biases or "
+                "embeddings), which every recipe keeps as they are."
+            )
+        return report.results
+
+    def targets(self, recipes: Sequence[Recipe], folder: Path) -> list[Path]:
+        """A file for each recipe; each has a folder of its own, because those of PEFT bring settings along."""
+        name = peft.WEIGHTS_FILE if peft.is_folder(self.source) else "adapter.safetensors"
+        return [folder / str(number) / name for number in range(len(recipes))]
 
 
-def _draw(
-    studio: Studio, adapter: Path | None, label: str, progress: Progress | None, dtype: str | None = None
-) -> list[Path]:
-    report = partial(progress, f"pictures: {label}") if progress else None
-    return studio.draw(adapter, label, dtype=dtype, progress=report)
+class _Gallery:
+    """Pictures of a model, compared with those that it draws with the whole adapter."""
+
+    def __init__(
+        self, studio: Studio, shrinker: _Shrinker, compares: Mapping[str, Compare], progress: Progress | None
+    ) -> None:
+        self.studio, self.shrinker, self.compares, self.progress = studio, shrinker, compares, progress
+        self.reference = self._draw(shrinker.source, "whole")
+
+    def of_recipe(self, recipe: Recipe) -> Pictures:
+        # One file at a time: all of them together may be larger than the disk for temporary files.
+        with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
+            self.shrinker.results([recipe], Path(folder))
+            (path,) = self.shrinker.targets([recipe], Path(folder))
+            return self._compared(self._draw(path, recipe.file_items()))
+
+    def without_adapter(self) -> Pictures:
+        return self._compared(self._draw(None, "none"))
+
+    def in_other_dtype(self) -> Pictures | None:
+        dtype = self.studio.other_dtype
+        try:
+            return self._compared(self._draw(self.shrinker.source, dtype, dtype))
+        except NonFinite as error:
+            _log.warning("how much pictures differ by precision alone stays unknown: %s", error)
+            return None
+
+    def _draw(self, adapter: Path | None, label: str, dtype: str | None = None) -> list[Path]:
+        report = partial(self.progress, f"pictures: {label}") if self.progress else None
+        return self.studio.draw(adapter, label, dtype=dtype, progress=report)
+
+    def _compared(self, paths: Sequence[Path]) -> Pictures:
+        from lorashrink.pictures.drawing import read_picture
+
+        pairs = [tuple(map(read_picture, pair)) for pair in zip(self.reference, paths, strict=True)]
+        values = {name: tuple(compare(*pair) for pair in pairs) for name, compare in self.compares.items()}
+        means = {name: statistics.fmean(numbers) for name, numbers in values.items()}
+        deviations = {f"{name}_deviation": statistics.pstdev(numbers) for name, numbers in values.items()}
+        return Pictures(files=tuple(map(str, paths)), values=values, **means, **deviations)
 
 
-def _draw_shrunk(
-    studio: Studio, run: Callable[..., Report], source: Path, recipe: Recipe, progress: Progress | None
-) -> list[Path]:
-    # One file at a time: all of them together may be larger than the disk for temporary files.
-    with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
-        _results(run, source, [recipe], Path(folder))
-        (path,) = _places(source, Path(folder), [recipe])
-        return _draw(studio, path, recipe.file_items(), progress)
-
-
-def _floor(
-    studio: Studio, source: Path, alike: Callable[[Sequence[Path]], Pictures], progress: Progress | None
-) -> Pictures | None:
-    try:
-        return alike(_draw(studio, source, studio.other_dtype, progress, studio.other_dtype))
-    except NonFinite as error:
-        _log.warning("how much pictures differ by precision alone stays unknown: %s", error)
-        return None
-
-
-def _alike(comparisons: Mapping[str, Compare], whole: Sequence[Path], others: Sequence[Path]) -> Pictures:
-    from lorashrink.pictures.drawing import read_picture
-
-    pairs = [(read_picture(one), read_picture(other)) for one, other in zip(whole, others, strict=True)]
-    values = {name: tuple(compare(*pair) for pair in pairs) for name, compare in comparisons.items()}
-    means = {name: statistics.fmean(each) for name, each in values.items()}
-    deviations = {f"{name}_deviation": statistics.pstdev(each) for name, each in values.items()}
-    return Pictures(files=tuple(map(str, others)), values=values, **means, **deviations)
-
-
-def _open(source: Path, base: Base | None) -> Adapter:
-    return open_adapter(source)
-
-
-def _usual(source: Path, has_base: bool) -> list[str]:
-    bytes_before = source.stat().st_size if source.is_file() else 0
-    megabytes = bytes_before / 2**20
-    sizes = [_SIZES.format(_LEAST * megabytes, _MOST * megabytes)] if bytes_before > _WORTH_IT else []
-    return [*([_GUIDES, *sizes] if has_base else []), *_USUAL]
+# --- points -------------------------------------------------------------------------------------
 
 
 def _point(result: FileResult) -> Point:
@@ -229,7 +249,7 @@ def _point(result: FileResult) -> Point:
 
 
 def _with_front(points: Sequence[Point]) -> tuple[Point, ...]:
-    """By size, with the points marked than which none is both smaller and closer (the Pareto front)."""
+    """The points by size; `best` marks the Pareto front, whose points no other is both smaller and closer than."""
     ordered = sorted(points, key=lambda point: (point.bytes, point.relative_error))
     marked, least = [], math.inf
     for point in ordered:
@@ -239,29 +259,29 @@ def _with_front(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def suggest(points: Sequence[Point], before: int, drawn: Drawn | None = None) -> Suggestion | None:
-    """With pictures the smallest point whose pictures are the whole adapter's; else the knee of the front.
+    """The smallest point whose pictures are those of the whole adapter; without pictures the knee of the front.
 
-    Pictures are the same if their mean PSNR is `SAME_PICTURES` or more, or their mean PSNR or SSIM no lower than where
-    the model draws in half precision.
+    Pictures are the same if their mean PSNR is `SAME_PICTURES` or more, or if their mean PSNR or SSIM is no lower than
+    that of half precision alone.
     """
     if drawn is None:
         return _knee(points, before, "")
-    same = [(point, point.pictures) for point in points if point.pictures and _same(point.pictures, drawn.floor)]
+    floor = drawn.floor
+
+    def same_pictures(pictures: Pictures) -> bool:
+        above_floor = floor is not None and (pictures.psnr >= floor.psnr or pictures.ssim >= floor.ssim)
+        return pictures.psnr >= SAME_PICTURES or above_floor
+
+    same = [(point, point.pictures) for point in points if point.pictures and same_pictures(point.pictures)]
     if not same:
         return _knee(points, before, "no recipe leaves the pictures as they are; ")
     chosen, pictures = min(same, key=lambda pair: pair[0].bytes)
-    limit = f" (half precision alone: {drawn.floor.psnr:.1f} dB, {drawn.floor.ssim:.4f})" if drawn.floor else ""
+    limit = f" (half precision alone: {floor.psnr:.1f} dB, {floor.ssim:.4f})" if floor else ""
     reason = (
         f"the smallest whose pictures are those of the whole adapter: PSNR {pictures.psnr:.1f} dB, SSIM "
         f"{pictures.ssim:.4f}{limit}; {chosen.bytes / before:.0%} of the bytes"
     )
     return Suggestion(chosen.recipe, chosen.bytes, chosen.relative_error, reason)
-
-
-def _same(pictures: Pictures, floor: Pictures | None) -> bool:
-    return pictures.psnr >= SAME_PICTURES or (
-        floor is not None and (pictures.psnr >= floor.psnr or pictures.ssim >= floor.ssim)
-    )
 
 
 def _knee(points: Sequence[Point], before: int, preface: str) -> Suggestion | None:
@@ -281,9 +301,9 @@ def _knee(points: Sequence[Point], before: int, preface: str) -> Suggestion | No
     below = [
         1 - (size - sizes[0]) / wide - (error - errors[-1]) / tall for size, error in zip(sizes, errors, strict=True)
     ]
-    place = max(range(len(front)), key=below.__getitem__)
-    chosen = front[place]
-    smaller = front[max(place - 1, 0)]
+    index = max(range(len(front)), key=below.__getitem__)
+    chosen = front[index]
+    smaller = front[max(index - 1, 0)]
     reason = (
         f"{preface}the bend of the curve: {chosen.bytes / before:.0%} of the bytes at "
         f"{chosen.relative_error:.1%} error; "
