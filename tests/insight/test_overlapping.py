@@ -350,10 +350,10 @@ def test_the_limit_is_told_in_words_and_weights_that_keep_it(tmp_path: Path) -> 
 
 @given(factor=st.floats(1e-6, 1e6))
 def test_weights_that_are_told_are_never_rounded_up(factor: float) -> None:
-    from lorashrink.insight.stack_advice import _rounded_down
+    from lorashrink.insight.stack_advice import rounded_down
 
-    assert 0.989 * factor < float(_rounded_down(factor)) <= factor * (1 + 1e-12)
-    assert _rounded_down(-factor) == f"-{_rounded_down(factor)}"
+    assert 0.989 * factor < float(rounded_down(factor)) <= factor * (1 + 1e-12)
+    assert rounded_down(-factor) == f"-{rounded_down(factor)}"
 
 
 def test_what_the_sum_amplifies_and_who_makes_it(tmp_path: Path) -> None:
