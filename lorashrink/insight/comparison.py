@@ -56,7 +56,7 @@ def compare(
     """
     device = pick_device(device)
     with ExitStack() as stack:
-        sides = [stack.enter_context(open_adapter(_only_one(path))) for path in (a, b)]
+        sides = [stack.enter_context(open_adapter(_one_adapter(path))) for path in (a, b)]
         opened = stack.enter_context(open_base(base)) if base is not None else None
         dictionary, views = matched(sides, opened)
         bound = bind_all(sides, views, opened)
@@ -91,11 +91,13 @@ def compare(
         )
 
 
-def _only_one(path: str | Path) -> Path:
-    paths = find_adapters([path])
-    if len(paths) != 1:
-        raise UsageError(f"{path}: stands for {len(paths)} adapters, and two are compared, one by one. Name one file.")
-    return paths[0]
+def _one_adapter(path: str | Path) -> Path:
+    adapters = find_adapters([path])
+    if len(adapters) != 1:
+        raise UsageError(
+            f"{path}: stands for {len(adapters)} adapters, and two are compared, one by one. Name one file."
+        )
+    return adapters[0]
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def _others(sides: Sequence[Adapter], dictionary: Base | None) -> tuple[list[Oth
         a, b = others_a.get(owner), others_b.get(owner)
         relative = None
         if a and b:
-            differs, relative = _apart(a.read(), b.read())
+            differs, relative = _difference(a.read(), b.read())
             if not differs:
                 equal += 1
                 continue
@@ -214,7 +216,7 @@ def _beside(side: Adapter, dictionary: Base | None) -> dict[tuple[object, str], 
     return others
 
 
-def _apart(a: Tensor, b: Tensor) -> tuple[bool, float | None]:
+def _difference(a: Tensor, b: Tensor) -> tuple[bool, float | None]:
     """(whether they differ, ‖a − b‖ / ‖a‖)."""
     if a.numel() != b.numel():
         return True, None

@@ -59,7 +59,7 @@ def inspect(
     files, failed = [], {}
     with ExitStack() as stack:
         opened = stack.enter_context(open_base(base)) if base is not None else None
-        measure = _no_measures if header else _measuring(stack, opened, spectrum, device, jobs, progress)
+        measure = None if header else _measuring(stack, opened, spectrum, device, jobs, progress)
         for source in sources:
             try:
                 with open_adapter(source) as adapter:
@@ -76,14 +76,11 @@ def inspect(
 _Measure = Callable[[Adapter, Sequence[Views]], Sequence[Mapping[str, object]]]
 
 
-def _no_measures(adapter: Adapter, views: Sequence[Views]) -> Sequence[Mapping[str, object]]:
-    return [{}] * len(views)
-
-
-def _table(adapter: Adapter, base: Base | None, measure: _Measure) -> AdapterTable:
+def _table(adapter: Adapter, base: Base | None, measure: _Measure | None) -> AdapterTable:
     views = [base.find(layer.name) if base else () for layer in adapter]
     views = [rows if rows and fits(layer, rows) else () for layer, rows in zip(adapter, views, strict=True)]
     adapter = bind(adapter, views, base)
+    measured = measure(adapter, views) if measure else [{}] * len(views)
     rows = tuple(
         LayerRow(
             name=layer.name,
@@ -97,7 +94,7 @@ def _table(adapter: Adapter, base: Base | None, measure: _Measure) -> AdapterTab
             base_keys=tuple(view.key for view in layer_views),
             **measures,  # type: ignore[arg-type]  # the fields of LayerRow that `_measures` fills
         )
-        for layer, layer_views, measures in zip(adapter, views, measure(adapter, views), strict=True)
+        for layer, layer_views, measures in zip(adapter, views, measured, strict=True)
     )
     facts, metadata = summary(adapter), adapter.store.metadata
     return AdapterTable(
@@ -206,25 +203,19 @@ def _measures(
 def _flags(layer: Layer, spectrum: Spectrum, widest: int) -> tuple[str, ...]:
     if not spectrum.finite:
         return ("nan",)
-    sigma = spectrum.sigma
+    sigma, alpha, scale = spectrum.sigma, layer.alpha, layer.scale
+    # Programs may disagree about an alpha above every rank of the file, or one that is no whole number, if it scales
+    # anything. An alpha above the layer's own rank is usual: layers that share one alpha have the largest rank for it.
+    odd = alpha is not None and scale != 1 and (alpha > widest or (alpha != int(alpha) and scale > 0))
     tests = {
         "zero": spectrum.rank == 0,
         "padded_rank": 0 < spectrum.rank < min(layer.rank, layer.shape[0], math.prod(layer.shape[1:])),
         "spike": spectrum.rank > 1 and float(sigma[0]) > SPIKE * float(sigma[1]),
-        "negative_alpha": layer.alpha is not None and layer.scale < 0,
+        "negative_alpha": alpha is not None and scale < 0,
         "zero_alpha": layer.off,
-        "odd_alpha": layer.alpha is not None and _odd(layer.alpha, layer.scale, widest),
+        "odd_alpha": odd,
     }
     return tuple(flag for flag, present in tests.items() if present)
-
-
-def _odd(alpha: float, scale: float, widest: int) -> bool:
-    """Whether programs may disagree about an alpha: it is above every rank of the file, or no whole number.
-
-    Not where it does not scale anything, nor above the rank of its own layer alone: files whose layers share one alpha
-    have the largest rank for it.
-    """
-    return scale != 1 and (alpha > widest or (alpha != int(alpha) and scale > 0))
 
 
 # --- recommendations ----------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def layer_overlap(
         base_fro=norms.get("fro"),
         base_spectral=norms.get("spn"),
         sum=total,
-        flags=_flags(total, len(adapters)),
+        flags=_flags(total, alone=len(adapters) == 1),
     )
 
 
@@ -139,11 +139,11 @@ def _quotient(value: float, by: float | None) -> float | None:
     return value / by if by else None
 
 
-def _flags(total: LayerSum | None, adapters: int) -> tuple[str, ...]:
+def _flags(total: LayerSum | None, *, alone: bool) -> tuple[str, ...]:
     if total is None:
         return ("needs_base",)
     tests = {
-        "alone": adapters == 1,
+        "alone": alone,
         "zero": total.fro == 0,
         "amplified": (total.amplification or 0.0) > AMPLIFIED,
         "spike": total.second > 0 and total.spectral > SPIKE * total.second,
@@ -153,20 +153,22 @@ def _flags(total: LayerSum | None, adapters: int) -> tuple[str, ...]:
 
 def block_overlaps(layers: Sequence[LayerOverlap], sums: OverlapSums) -> tuple[BlockOverlap, ...]:
     """The rows of all blocks, by their names."""
-    return tuple(_block(name, [layers[i] for i in indices], sums[indices]) for name, indices in by_block(layers))
-
-
-def _block(name: str, layers: Sequence[LayerOverlap], sums: OverlapSums) -> BlockOverlap:
-    norms = [layer.sum.fro for layer in layers if layer.sum]
-    return BlockOverlap(
-        block=name,
-        layers=len(layers),
-        left_out=len(layers) - len(norms),
-        fro=tuple(sums.fro.tolist()),
-        **sums.tables(),
-        sum_fro=math.hypot(*norms),
-        fro_ratio=norm_ratio((layer.sum.fro, layer.base_fro) for layer in layers if layer.sum),
-    )
+    blocks = []
+    for name, indices in by_block(layers):
+        block_sums, members = sums[indices], [layers[i] for i in indices]
+        norms = [layer.sum.fro for layer in members if layer.sum]
+        blocks.append(
+            BlockOverlap(
+                block=name,
+                layers=len(members),
+                left_out=len(members) - len(norms),
+                fro=tuple(block_sums.fro.tolist()),
+                **block_sums.tables(),
+                sum_fro=math.hypot(*norms),
+                fro_ratio=norm_ratio((layer.sum.fro, layer.base_fro) for layer in members if layer.sum),
+            )
+        )
+    return tuple(blocks)
 
 
 def pairs_of(tables: Mapping[str, Table], sums: OverlapSums) -> tuple[Pair, ...]:

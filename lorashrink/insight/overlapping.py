@@ -177,7 +177,11 @@ class _Measured:
             {layer.name: layer_views for layer, layer_views in zip(member, member_views, strict=True)}
             for member, member_views in zip(self.members, self.views, strict=True)
         ]
-        weights = [_weight_behind(unit, by_name) for unit in self.units]
+        weights: list[Views] = []
+        for unit in self.units:
+            # all rows that its layers change together, as its widest layer sees them
+            candidates = [by_name[number][layer.name] for number, layer in unit.members]
+            weights.append(next((views for views in candidates if views and views_shape(views)[0] == unit.rows), ()))
         report = partial(progress, "norms of the base") if progress else None
         norms = BaseNorms(self.base).look_up(list(filter(None, weights)), ("fro", "spn"), pool=pool, progress=report)
         return [norms[views_id(views)] if views else {} for views in weights]
@@ -223,9 +227,3 @@ def _interaction(unit: Unit, weights: Sequence[float], device: torch.device) -> 
     ups, downs = stacked_up(deltas, unit.pieces), torch.cat([wide(delta.down) for delta in deltas])
     scales = [delta.scale for delta in deltas for _ in range(delta.rank)]
     return interaction(ups, downs, scales, list(ranks.values()), [weights[number] for number in ranks], device)
-
-
-def _weight_behind(unit: Unit, by_name: Sequence[Mapping[str, Views]]) -> Views:
-    """The rows of the base that all layers of a unit change together, as its widest layer sees them."""
-    candidates = [by_name[number][layer.name] for number, layer in unit.members]
-    return next((views for views in candidates if views and views_shape(views)[0] == unit.rows), ())

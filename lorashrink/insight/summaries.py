@@ -48,5 +48,5 @@ def by_block(rows: Sequence[Row]) -> list[tuple[str, list[int]]]:
 
 def norm_ratio(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
     """‖ΔW‖_F / ‖W‖_F over the layers of which both are known, and the second is not 0; None if there are none."""
-    known = [(norm, base) for norm, base in pairs if norm is not None and base]
-    return math.hypot(*(norm for norm, _ in known)) / math.hypot(*(base for _, base in known)) if known else None
+    defined = [(norm, base) for norm, base in pairs if norm is not None and base]
+    return math.hypot(*(norm for norm, _ in defined)) / math.hypot(*(base for _, base in defined)) if defined else None

@@ -36,7 +36,7 @@ def matched(sides: Sequence[Adapter], base: Base | None) -> tuple[Base | None, l
         return base, [_or_own(side, match(side, base)) for side in sides]
     tried = []
     for names in _dictionaries(sides):
-        views = [_or_own(side, _fitting(side, names) if names else None) for side in sides]
+        views = [_or_own(side, _fitting(side, names) if names else [()] * len(side)) for side in sides]
         unpaired = _unpaired(sides, views)
         if not unpaired:
             return names, views
@@ -94,9 +94,10 @@ def _fitting(side: Adapter, names: Base) -> list[Views]:
     return [rows if rows and fits(layer, rows) else () for layer, rows in zip(side, views, strict=True)]
 
 
-def _or_own(side: Adapter, views: Sequence[Views] | None) -> list[Views]:
+def _or_own(side: Adapter, views: Sequence[Views]) -> list[Views]:
+    """The views, for a layer without any those of a weight of its own name."""
     own: list[Views] = [(View(layer.name, (*layer.shape, 1, 1)[: max(2, len(layer.shape))]),) for layer in side]
-    return [in_model or by_name for in_model, by_name in zip(views, own, strict=True)] if views else own
+    return [in_model or by_name for in_model, by_name in zip(views, own, strict=True)]
 
 
 def in_base(side: Adapter, views: Sequence[Views]) -> list[Views]:

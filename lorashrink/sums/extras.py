@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorashrink.adapters import Adapter, layer_name
@@ -104,14 +103,14 @@ def _weighted_sum(members: Sequence[_Extra], dtype: str) -> LazyTensor:
         )
     if len(members) == 1 and lead.weight == 1:
         return lead.info, lead.read
-    return tensor_info(dtype, lead.info.shape), partial(_sum, members, dtype)
 
+    def add() -> Tensor:
+        total = lead.read().double() * lead.weight
+        for extra in members[1:]:
+            total = total + extra.read().double() * extra.weight
+        return cast(total, dtype)
 
-def _sum(members: Sequence[_Extra], dtype: str) -> Tensor:
-    total = members[0].read().double() * members[0].weight
-    for extra in members[1:]:
-        total = total + extra.read().double() * extra.weight
-    return cast(total, dtype)
+    return tensor_info(dtype, lead.info.shape), add
 
 
 def _nothing_to_add(members: Sequence[_Extra]) -> bool:

@@ -59,7 +59,7 @@ METADATA = {
 }  # fmt: skip
 
 
-def test_what_sd_scripts_writes_is_told_in_order() -> None:
+def test_entries_of_sd_scripts_become_notes_in_order() -> None:
     notes = training_notes(METADATA)
     expected = {
         "title": "A cat",
@@ -91,7 +91,7 @@ def test_what_sd_scripts_writes_is_told_in_order() -> None:
     assert list(notes.items()) == list(expected.items())
 
 
-def test_a_dataset_file_tells_the_same_as_folders() -> None:
+def test_a_dataset_file_gives_the_same_notes_as_folders() -> None:
     subsets = [{"image_dir": "cats", "img_count": 60, "num_repeats": 2, "is_reg": False}]
     dataset = {
         "resolution": [512, 768],
@@ -110,7 +110,7 @@ def test_a_dataset_file_tells_the_same_as_folders() -> None:
     }
 
 
-def test_what_a_resize_did_is_told() -> None:
+def test_a_resize_has_a_note() -> None:
     params = json.dumps({"recipe_str": "fro_ckpt=1,thr=-3.55", "rescale": 0.8})
     ours = {"lorashrink.recipe": "rank=4", "lorashrink.energy": "0.992000", "lorashrink.version": "0.3.0"}
     assert (
@@ -119,31 +119,31 @@ def test_what_a_resize_did_is_told() -> None:
     assert training_notes(ours)["resized"] == "rank=4, 99.2 % of the energy kept, by lorashrink 0.3.0"
 
 
-def test_settings_that_diffusers_stores_are_told() -> None:
+def test_settings_of_diffusers_have_a_note() -> None:
     settings = {"unet.r": 16, "unet.lora_alpha": 8, "text_encoder.r": 4, "text_encoder.lora_alpha": 4}
     notes = training_notes({"format": "pt", "lora_adapter_metadata": json.dumps(settings)})
     assert notes == {"rank and alpha": "unet rank 16, alpha 8; text_encoder rank 4, alpha 4"}
 
 
-def test_nothing_is_told_of_nothing() -> None:
+def test_empty_metadata_has_no_notes() -> None:
     assert training_notes({}) == {}
     assert training_notes(dict.fromkeys(METADATA, "None")) == {}
 
 
-def test_no_control_character_reaches_a_terminal_and_texts_stay_short() -> None:
+def test_notes_are_short_and_printable() -> None:
     notes = training_notes({"modelspec.title": "a\x1b[31mred\nline", "modelspec.description": "long " * 1000})
     assert notes["title"] == "a?[31mred line"
     assert len(notes["description"]) == 240
 
 
-def test_retired_times_are_left_out() -> None:
+def test_impossible_times_are_left_out() -> None:
     assert "date" not in training_notes({"ss_training_finished_at": "1e300"})
 
 
 @pytest.mark.parametrize(
     "text", ["{", "[1, 2]", '"x"', "7", "{}", '{"a": 1}', '{"buckets": {"0": [3]}}', "[" * 100_000]
 )
-def test_metadata_that_does_not_parse_leaves_the_rest_readable(text: str) -> None:
+def test_broken_entries_leave_the_others_readable(text: str) -> None:
     every = {key: text for key, value in METADATA.items() if value.startswith("{")}
     notes = training_notes({**METADATA, **every, "ss_datasets": text, "resize_params": text})
     assert notes["steps"] == "400 of 1600 steps"
