@@ -105,7 +105,7 @@ def _of_factors(
 
 
 def _of_kronecker(first_a: Tensor, second_a: Tensor, first_b: Tensor, second_b: Tensor) -> InnerProducts:
-    """Those of A = first_a ⊗ second_a and of B, whose factors have the same shapes.
+    """Inner products of A = first_a ⊗ second_a and B = first_b ⊗ second_b, whose factors have the same shapes.
 
     With B = (c·first_b) ⊗ (second_b / c) so that first_a − c·first_b is orthogonal to first_b, A − B is the sum of
     (first_a − c·first_b) ⊗ second_a and c·first_b ⊗ (second_a − second_b / c), which are orthogonal, too.

@@ -1,4 +1,4 @@
-"""What is unusual about an adapter file, said in sentences for the person who trained or downloaded it."""
+"""What is unusual about an adapter file, in sentences for the person who trained or downloaded it."""
 
 from __future__ import annotations
 

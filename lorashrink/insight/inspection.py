@@ -17,7 +17,7 @@ from lorashrink.insight.health import SPIKE, check_health
 from lorashrink.insight.summaries import by_block, joined, norm_ratio, summary
 from lorashrink.insight.training_notes import training_notes
 from lorashrink.linking.inputs import find_adapters
-from lorashrink.linking.matching import bind, fits
+from lorashrink.linking.matching import bind, find_fitting
 from lorashrink.names import block, kind
 from lorashrink.results.inspection import AdapterTable, BlockRow, Inspection, LayerRow, Recommendation
 
@@ -77,8 +77,7 @@ _Measure = Callable[[Adapter, Sequence[Views]], Sequence[Mapping[str, object]]]
 
 
 def _table(adapter: Adapter, base: Base | None, measure: _Measure | None) -> AdapterTable:
-    views = [base.find(layer.name) if base else () for layer in adapter]
-    views = [rows if rows and fits(layer, rows) else () for layer, rows in zip(adapter, views, strict=True)]
+    views = find_fitting(adapter, base) if base else [()] * len(adapter)
     adapter = bind(adapter, views, base)
     measured = measure(adapter, views) if measure else [{}] * len(views)
     rows = tuple(

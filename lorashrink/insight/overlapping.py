@@ -105,7 +105,7 @@ def _weights_of(entries: Sequence[str | Path]) -> dict[Path, float]:
 def _open_members(
     stack: ExitStack, paths: Iterable[Path], base: Base | None, failed: dict[Path, LorashrinkError]
 ) -> list[Adapter]:
-    """Those that can be opened and fit the base; the others go to `failed`."""
+    """The adapters that can be opened and fit the base; the others go to `failed`."""
     members = []
     for path in paths:
         try:

@@ -133,7 +133,7 @@ class _Training:
         return _mapping(self.parsed(key))
 
     def datasets(self) -> list[Mapping[str, Any]]:
-        """What a dataset file said of each of its datasets."""
+        """The datasets that a dataset file described."""
         return _mappings(self.parsed("ss_datasets"))
 
     def date(self) -> str | None:

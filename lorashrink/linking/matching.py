@@ -54,6 +54,12 @@ def match(adapter: Adapter, base: Base) -> list[Views]:
     return views
 
 
+def find_fitting(adapter: Adapter, base: Base) -> list[Views]:
+    """For each layer the base weight of its name, () where none such has its shape; nothing is an error."""
+    views = [base.find(layer.name) for layer in adapter]
+    return [rows if rows and fits(layer, rows) else () for layer, rows in zip(adapter, views, strict=True)]
+
+
 def fits(layer: Layer, views: Views) -> bool:
     """Whether a layer can be added to a weight of this shape, as far as the file tells."""
     shape = views_shape(views)

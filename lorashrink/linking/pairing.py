@@ -19,7 +19,7 @@ from lorashrink.bases import FAMILIES, Base, View, Views, views_id
 from lorashrink.bases.weights import name_weights
 from lorashrink.engine.delta import Delta, fan_in
 from lorashrink.errors import FamilyMismatch, ShapeError, UsageError
-from lorashrink.linking.matching import bind, fits, match
+from lorashrink.linking.matching import bind, find_fitting, match
 from lorashrink.linking.rows import RowMap, Rows, row_intervals
 from lorashrink.names import address
 
@@ -36,14 +36,12 @@ def matched(sides: Sequence[Adapter], base: Base | None) -> tuple[Base | None, l
         return base, [_or_own(side, match(side, base)) for side in sides]
     tried = []
     for names in _dictionaries(sides):
-        views = [_or_own(side, _fitting(side, names) if names else [()] * len(side)) for side in sides]
+        views = [_or_own(side, find_fitting(side, names) if names else [()] * len(side)) for side in sides]
         unpaired = _unpaired(sides, views)
         if not unpaired:
             return names, views
-        tried.append(
-            (sum(len(layers) for pair in unpaired for layers in (pair.only_a, pair.only_b)), unpaired, names, views)
-        )
-    _, unpaired, names, views = min(tried, key=lambda attempt: attempt[0])
+        tried.append((unpaired, names, views))
+    unpaired, names, views = min(tried, key=lambda attempt: sum(pair.layers for pair in attempt[0]))
     for pair in unpaired:
         pair.check()
     return names, views
@@ -86,12 +84,6 @@ def _dictionaries(sides: Sequence[Adapter]) -> Iterator[Base | None]:
             shapes = {f"{name}.weight": layer.shape for name, layer in layers.items() if len(layer.shape) > 1}
             weights = name_weights(shapes, family).by_name.values()
             yield Base(side.path, "names", family, shapes, "", norms={views_id(views): {} for views in weights})
-
-
-def _fitting(side: Adapter, names: Base) -> list[Views]:
-    """The weight of each layer, () where none of its name has its shape."""
-    views = [names.find(layer.name) for layer in side]
-    return [rows if rows and fits(layer, rows) else () for layer, rows in zip(side, views, strict=True)]
 
 
 def _or_own(side: Adapter, views: Sequence[Views]) -> list[Views]:

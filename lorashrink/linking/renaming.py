@@ -2,7 +2,7 @@
 
 Names are never taken apart. The base says which rows of which weight a layer changes, and what these rows are called
 in the other layout; where one layout fuses what the other splits, rows of `up` are gathered, and `down` is stacked.
-Factors are copied bit by bit wherever their strength can be said beside them.
+Factors are copied bit by bit wherever the new file can state their strength beside them.
 """
 
 from __future__ import annotations

@@ -65,15 +65,17 @@ def collect_extras(sides: Sequence[Adapter], weights: Sequence[float], names: Na
                 groups[names.owner(layer.name), ".diff_b"].append(bias)
     extras = Extras({}, {}, {})
     for (_, ending), members in groups.items():
-        name = _output_name(members[0], sides[0], names)
-        if name is None:
+        layer_in_output = _output_name(members[0], sides[0], names)
+        if layer_in_output is None:
             _drop(extras, members, "has no known name in the output's naming")
-        elif ending in _DIFFERENCES:
-            extras.tensors[name + ending] = _weighted_sum(members, dtype)
-            extras.kept[name + ending] = members[0].reason
+            continue
+        key = layer_in_output + ending
+        if ending in _DIFFERENCES:
+            extras.tensors[key] = _weighted_sum(members, dtype)
+            extras.kept[key] = members[0].reason
         elif _nothing_to_add(members):
-            extras.tensors[name + ending] = (members[0].info, members[0].read)
-            extras.kept[name + ending] = members[0].reason
+            extras.tensors[key] = (members[0].info, members[0].read)
+            extras.kept[key] = members[0].reason
         else:
             _drop(extras, members, "which cannot be weighted or added")
     return extras

@@ -43,7 +43,7 @@ def combined(
 ) -> SumAdapter:
     """The weighted sum of adapters of any family, rank and naming, in the names of the first or in those of `naming`.
 
-    Nothing is computed before a layer's `delta` is asked for. as_base_delta: DoRA adds what it makes of the weights of
+    Nothing is computed before a layer's `delta` is read. as_base_delta: DoRA adds what it makes of the weights of
     the base. Raises UsageError (DoRA without that, names that only a base tells, tensors that cannot be added),
     FamilyMismatch or ShapeError (adapters of different models), and InputError.
     """

@@ -34,7 +34,7 @@ def test_weights_stand_behind_the_last_colon(tmp_path: Path) -> None:
             split_weight(f"{existing}:{weight}")
 
 
-def test_a_weight_is_the_number_behind_the_last_colon(tmp_path: Path, monkeypatch) -> None:
+def test_a_weight_is_the_number_behind_the_last_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert split_sum("A:0.7,B:-5e-1,C") == [("A", 0.7), ("B", -0.5), ("C", 1.0)]
     assert split_sum(r"C:\x.safetensors") == [(r"C:\x.safetensors", 1.0)]
