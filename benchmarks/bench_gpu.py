@@ -35,7 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import lorashrink.train
 from lorashrink.bases import open_base
-from lorashrink.calibration.gathering import calibrate
+from lorashrink.calibration.calibrate import calibrate
 from lorashrink.engine.delta import Delta
 from lorashrink.engine.devices import worker_pool
 from lorashrink.engine.spectrum import Item, Spectrum, decompose, truncate

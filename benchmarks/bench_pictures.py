@@ -21,7 +21,7 @@ from sdxl_data import shapes, write_lora
 
 import lorashrink as ls
 from lorashrink.adapters import open_adapter
-from lorashrink.calibration.gathering import calibrate
+from lorashrink.calibration.calibrate import calibrate
 from lorashrink.engine.devices import worker_pool
 from lorashrink.engine.spectrum import Item, decompose
 

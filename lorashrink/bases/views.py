@@ -14,6 +14,11 @@ class View:
     rows: tuple[int, int] | None = None
     transposed: bool = False
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """First row in the tensor, and the one behind the last."""
+        return self.rows or (0, self.shape[0])
+
     def __str__(self) -> str:
         return self.key if self.rows is None else f"{self.key}[{self.rows[0]}:{self.rows[1]}]"
 

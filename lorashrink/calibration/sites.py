@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from torch import nn
 
 from lorashrink.bases import Base, View, Views
 from lorashrink.errors import InputError
+from lorashrink.linking.rows import RowMap, row_intervals
 
 Modules = Callable[[str, str], nn.Module | None]  # (part, name) -> module
 
@@ -77,26 +77,16 @@ def watched(modules: Modules, layout: str, base: Base) -> list[Watched]:
     return parts
 
 
-def by_weight(modules: Sequence[Watched]) -> dict[str, list[Watched]]:
-    """Key of the base -> the modules that have parts of this weight."""
-    found: dict[str, list[Watched]] = defaultdict(list)
-    for each in modules:
-        found[each.view.key].append(each)
-    return found
+def by_weight(modules: Sequence[Watched]) -> RowMap[Watched]:
+    """Which rows of the base's weights are in which modules."""
+    owners = RowMap[Watched]()
+    for module in modules:
+        owners.add(row_intervals((module.view,)), module)
+    return owners
 
 
-def pieces(views: Views, by_key: Mapping[str, Sequence[Watched]]) -> Iterator[tuple[Watched, tuple[int, int]]]:
+def pieces(views: Views, modules: RowMap[Watched]) -> Iterator[tuple[Watched, tuple[int, int]]]:
     """What of the watched modules a layer changes, and which of its rows that is."""
-    start = 0
-    for view in views:
-        first, last = view.rows or (0, view.shape[0])
-        for each in by_key.get(view.key, ()):
-            low, high = each.view.rows or (0, each.view.shape[0])
-            begin, end = max(first, low), min(last, high)
-            if begin < end:
-                part = replace(each.view, shape=(end - begin, *each.view.shape[1:]), rows=(begin, end))
-                yield (
-                    Watched(part, each.module, each.start + begin - low),
-                    (start + begin - first, start + end - first),
-                )
-        start += last - first
+    for rows, own, watched in modules.common(row_intervals(views)):
+        view = replace(watched.view, shape=(own.size, *watched.view.shape[1:]), rows=(own.start, own.stop))
+        yield Watched(view, watched.module, watched.start + own.first), rows.in_layer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -22,6 +21,7 @@ from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import TensorStore
 from lorashrink.files.writing import save_tensors
 from lorashrink.linking.matching import match
+from lorashrink.linking.rows import RowMap, Rows, row_intervals
 
 if TYPE_CHECKING:
     from lorashrink.adapters import Adapter
@@ -130,28 +130,21 @@ class Statistics:
 
     def _cover(self, views: Views) -> list[_Piece] | None:
         """The stored weights that together are these views, None if some rows have no statistics."""
-        pieces, start = [], 0
-        for view in views:
-            first, last = view.rows or (0, view.shape[0])
-            at = first
-            for low, high, name in self._by_key.get(view.key, ()):
-                if low <= at < min(high, last):
-                    end = min(high, last)
-                    rows = (start + at - first, start + end - first)
-                    pieces.append(_Piece(name, (at - low, end - low), rows))
-                    at = end
-            if at < last:
+        pieces = []
+        for interval in row_intervals(views):
+            parts = sorted(self._stored_rows.common([interval]))
+            if sum(part.rows.size for part in parts) < interval.size:
                 return None
-            start += last - first
+            pieces += [_Piece(part.owner, part.own.in_layer, part.rows.in_layer) for part in parts]
         return pieces
 
     @cached_property
-    def _by_key(self) -> Mapping[str, list[tuple[int, int, str]]]:
-        """Tensor of the base -> (first row, behind the last row, name in the table), by rows."""
-        found: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
-        for name, rows in json.loads(self.store.metadata["rows"]).items():
-            found[name.partition("[")[0]].append((*rows, name))
-        return {key: sorted(each) for key, each in found.items()}
+    def _stored_rows(self) -> RowMap[str]:
+        """Rows of the base -> name of their statistics in the table."""
+        names = RowMap[str]()
+        for name, (start, stop) in json.loads(self.store.metadata["rows"]).items():
+            names.add([Rows(name.partition("[")[0], start, stop, 0)], name)
+        return names
 
     def close(self) -> None:
         """Close the file."""
@@ -243,7 +236,7 @@ def write_adapters(
 def write_table(path: Path, found: Mapping[View, Sides], base: Base, settings: Mapping[str, Any]) -> int:
     """Write a base's statistics, diagonals and columns in bfloat16. Returns the bytes written. Raises OutputError."""
     tensors = {key: tensor for view, sides in found.items() for key, tensor in _stored_sides(str(view), sides)}
-    rows = {str(view): view.rows or (0, view.shape[0]) for view in found}
+    rows = {str(view): view.span for view in found}
     return _write(path, tensors, {"kind": "base", "rows": json.dumps(rows)}, base, settings)
 
 

@@ -1,6 +1,6 @@
-"""How far one adapter is from another, in what they add to the base: per layer, per block, and over the whole.
+"""How far one adapter is from another, in what they add to the base: per layer, per block, and in total.
 
-Everything is taken of ΔW, never of factors, so that it does not matter how an adapter was factored, named or scaled.
+All numbers are those of ΔW, not of factors, so that it does not matter how an adapter was factored, named or scaled.
 Where both sides are factors, ΔW is not formed: with the factors of A and B side by side, U = [up_a, up_b] and
 V = [down_a; down_b], all norms and products are sums over the blocks of UᵀU ∘ VVᵀ. Sums lose digits where A and B are
 nearly the same; there R factors of U and Vᵀ replace the Gram matrices, and A − B is taken before it is squared.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from lorashrink._version import __version__
-from lorashrink.adapters import Adapter, adapter_family, layer_name, open_adapter, peft
+from lorashrink.adapters import Adapter, layer_name, open_adapter, peft
 from lorashrink.bases import Base, open_base
 from lorashrink.engine.devices import core_device, pick_device, worker_pool
 from lorashrink.errors import Progress, UsageError
 from lorashrink.insight.differences import FIRST, SECOND, InnerProducts, inner_products
+from lorashrink.insight.summaries import by_block, joined, summary
 from lorashrink.linking.inputs import find_adapters
-from lorashrink.linking.matching import bind
-from lorashrink.linking.pairing import Unit, in_base, matched, units
-from lorashrink.names import address, block, naming
+from lorashrink.linking.pairing import Unit, bind_all, matched, units
+from lorashrink.names import address, block
 from lorashrink.results.comparison import (
     BlockDifference,
     Comparison,
@@ -56,31 +56,32 @@ def compare(
     """
     device = pick_device(device)
     with ExitStack() as stack:
-        sides = [stack.enter_context(open_adapter(_only_one(each))) for each in (a, b)]
+        sides = [stack.enter_context(open_adapter(_one_adapter(path))) for path in (a, b)]
         opened = stack.enter_context(open_base(base)) if base is not None else None
-        names, views = matched(sides, opened)
-        bound = [bind(side, in_base(side, each), opened) for side, each in zip(sides, views, strict=True)]
-        found = units(bound, views)
+        dictionary, views = matched(sides, opened)
+        bound = bind_all(sides, views, opened)
+        pairs = units(bound, views)
         pool = stack.enter_context(worker_pool(jobs))
         rows, sums = [], []
-        for unit, each in zip(found, pool.map(partial(inner_products, device=core_device(device)), found), strict=True):
-            rows.append(_row(unit, each))
-            sums.append(each)
+        measured = pool.map(partial(inner_products, device=core_device(device)), pairs)
+        for unit, products in zip(pairs, measured, strict=True):
+            rows.append(_row(unit, products))
+            sums.append(products)
             if progress:
-                progress("comparing", len(rows), len(found))
+                progress("comparing", len(rows), len(pairs))
         if sums and not any(sums):
             raise UsageError(
                 f"{a} and {b}: {rows[0].algo_a or rows[0].algo_b} exists only together with the base weight. Give the "
                 "checkpoint with --base; a norm table is not enough."
             )
-        others, equal = _others(bound, names)
+        others, equal = _others(bound, dictionary)
         return Comparison(
             version=__version__,
             base=opened.info if opened else None,
-            a=_side(bound[FIRST]),
-            b=_side(bound[SECOND]),
+            a=Side(**summary(bound[FIRST])),
+            b=Side(**summary(bound[SECOND])),
             total=_together("total", sums),
-            blocks=_blocks(rows, sums),
+            blocks=tuple(_together(name, [sums[i] for i in indices]) for name, indices in by_block(rows)),
             layers=tuple(row for row in rows if row.names_a and row.names_b),
             only_a=tuple(row for row in rows if not row.names_b),
             only_b=tuple(row for row in rows if not row.names_a),
@@ -90,25 +91,13 @@ def compare(
         )
 
 
-def _only_one(path: str | Path) -> Path:
-    found = find_adapters([path])
-    if len(found) != 1:
-        raise UsageError(f"{path}: stands for {len(found)} adapters, and two are compared, one by one. Name one file.")
-    return found[0]
-
-
-def _numbers(sums: InnerProducts) -> dict[str, float | None]:
-    a, b, difference = (math.sqrt(max(0.0, each)) for each in (sums.a, sums.b, sums.difference))
-    relative = difference / a if a else None
-    cosine = max(-1.0, min(1.0, sums.product / a / b)) if a and b else None
-    return {
-        "fro_a": a,
-        "fro_b": b,
-        "difference": difference,
-        "cosine": 1.0 if cosine is not None and difference == 0 else cosine,
-        "relative_difference": relative,
-        "energy_kept": None if relative is None else 1 - relative**2,
-    }
+def _one_adapter(path: str | Path) -> Path:
+    adapters = find_adapters([path])
+    if len(adapters) != 1:
+        raise UsageError(
+            f"{path}: stands for {len(adapters)} adapters, and two are compared, one by one. Name one file."
+        )
+    return adapters[0]
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -116,26 +105,22 @@ def _numbers(sums: InnerProducts) -> dict[str, float | None]:
 
 def _row(unit: Unit, sums: InnerProducts | None) -> LayerDifference:
     a, b = unit.of(FIRST), unit.of(SECOND)
-    fewest = min((each for each in (a, b) if each), key=len)
+    shortest = min((layers for layers in (a, b) if layers), key=len)
     return LayerDifference(
-        name=fewest[0].name,
+        name=shortest[0].name,
         names_a=tuple(layer.name for layer in a),
         names_b=tuple(layer.name for layer in b),
         block=block((a or b)[0].name),
-        shape=(unit.rows, *fewest[0].shape[1:]),
-        algo_a=_joined(layer.algo for layer in a),
-        algo_b=_joined(layer.algo for layer in b),
+        shape=(unit.rows, *shortest[0].shape[1:]),
+        algo_a=joined(layer.algo for layer in a) or None,
+        algo_b=joined(layer.algo for layer in b) or None,
         rank_a=max((layer.rank for layer in a), default=None),
         rank_b=max((layer.rank for layer in b), default=None),
-        dtype_a=_joined(layer.dtype for layer in a),
-        dtype_b=_joined(layer.dtype for layer in b),
+        dtype_a=joined(layer.dtype for layer in a) or None,
+        dtype_b=joined(layer.dtype for layer in b) or None,
         flags=_flags(sums, bool(a), bool(b)),
         **(_numbers(sums) if sums and sums.finite else {}),
     )
-
-
-def _joined(words: Iterable[str]) -> str | None:
-    return "+".join(sorted(set(words))) or None
 
 
 def _flags(sums: InnerProducts | None, in_a: bool, in_b: bool) -> tuple[str, ...]:
@@ -151,32 +136,25 @@ def _flags(sums: InnerProducts | None, in_a: bool, in_b: bool) -> tuple[str, ...
 
 
 def _together(name: str, sums: Sequence[InnerProducts | None]) -> BlockDifference:
-    known = [each for each in sums if each and each.finite]
-    if sums and not known:
+    finite = [products for products in sums if products and products.finite]
+    if sums and not finite:
         return BlockDifference(name, len(sums), len(sums))
-    whole = InnerProducts(*(math.fsum(each[place] for each in known) for place in range(4)))
-    return BlockDifference(name, len(sums), len(sums) - len(known), **_numbers(whole))
+    total = InnerProducts(*(math.fsum(products[i] for products in finite) for i in range(4)))
+    return BlockDifference(name, len(sums), len(sums) - len(finite), **_numbers(total))
 
 
-def _blocks(rows: Sequence[LayerDifference], sums: Sequence[InnerProducts | None]) -> tuple[BlockDifference, ...]:
-    members: dict[str, list[InnerProducts | None]] = {}
-    for row, each in zip(rows, sums, strict=True):
-        members.setdefault(row.block, []).append(each)
-    return tuple(_together(name, each) for name, each in sorted(members.items()))
-
-
-def _side(adapter: Adapter) -> Side:
-    ranks = [layer.rank for layer in adapter]
-    return Side(
-        path=str(adapter.path),
-        bytes=sum(path.stat().st_size for path in adapter.store.files),
-        family=adapter_family(adapter),
-        algo=_joined(layer.algo for layer in adapter) or "none",
-        naming=naming([layer.name for layer in adapter]),
-        dtype=_joined(layer.dtype for layer in adapter) or "none",
-        layers=len(adapter),
-        ranks=(min(ranks), max(ranks)) if ranks else (),
-    )
+def _numbers(sums: InnerProducts) -> dict[str, float | None]:
+    a, b, difference = (math.sqrt(max(0.0, square)) for square in (sums.a, sums.b, sums.difference))
+    relative = difference / a if a else None
+    cosine = max(-1.0, min(1.0, sums.product / a / b)) if a and b else None
+    return {
+        "fro_a": a,
+        "fro_b": b,
+        "difference": difference,
+        "cosine": 1.0 if cosine is not None and difference == 0 else cosine,
+        "relative_difference": relative,
+        "energy_kept": None if relative is None else 1 - relative**2,
+    }
 
 
 # --- what is not ΔW -----------------------------------------------------------------------------
@@ -184,59 +162,61 @@ def _side(adapter: Adapter) -> Side:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Other:
+    """A tensor of one side that belongs to none of its ΔW."""
+
+    side: Adapter
     key: str
     reason: str
     scale: float = 1.0
+
+    def read(self) -> Tensor:
+        """The tensor in double precision, times its scale."""
+        tensor = self.side.store.read(self.key)
+        return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64) * self.scale
 
 
 # Parts of a layer that are no part of its ΔW.
 _BESIDE = {"magnitude": "DoRA's magnitude", "bias": "a bias beside the factors"}
 
 
-def _others(sides: Sequence[Adapter], names: Base | None) -> tuple[list[OtherDifference], int]:
+def _others(sides: Sequence[Adapter], dictionary: Base | None) -> tuple[list[OtherDifference], int]:
     """(tensors outside of all ΔW that differ, how many do not)."""
-    one, other = (_beside(side, names) for side in sides)
-    found, equal = [], 0
-    for place in {**one, **other}:
-        a, b = one.get(place), other.get(place)
+    others_a, others_b = (_beside(side, dictionary) for side in sides)
+    differences, equal = [], 0
+    for owner in {**others_a, **others_b}:
+        a, b = others_a.get(owner), others_b.get(owner)
+        relative = None
         if a and b:
-            differs, relative = _apart(*(_numbers_of(*each) for each in zip(sides, (a, b), strict=True)))
+            differs, relative = _difference(a.read(), b.read())
             if not differs:
                 equal += 1
                 continue
-        else:
-            relative = None
         reason = (a or b).reason  # type: ignore[union-attr]  # one of them is there
-        found.append(OtherDifference(a.key if a else None, b.key if b else None, reason, relative))
-    return found, equal
+        differences.append(OtherDifference(a.key if a else None, b.key if b else None, reason, relative))
+    return differences, equal
 
 
-def _beside(side: Adapter, names: Base | None) -> dict[tuple[object, str], _Other]:
+def _beside(side: Adapter, dictionary: Base | None) -> dict[tuple[object, str], _Other]:
     """(what it belongs to, what it is) -> tensor."""
-    found: dict[tuple[object, str], _Other] = {}
+
+    def owner(name: str) -> object:
+        return (dictionary.find(name) if dictionary else ()) or address(name)
+
+    others: dict[tuple[object, str], _Other] = {}
     for layer in side:
         for role, reason in _BESIDE.items():
             if role in layer.keys:
                 # PEFT multiplies a bias as it multiplies the factors
                 scale = layer.scale if role == "bias" else 1.0
-                found[_owner(layer.name, names), role] = _Other(layer.keys[role], reason, scale)
+                others[owner(layer.name), role] = _Other(side, layer.keys[role], reason, scale)
     for key, reason in side.others.items():
         name = layer_name(key)
         ending = key[len(name) :]
-        found[_owner(name, names), "bias" if ending == ".diff_b" else ending] = _Other(key, reason)
-    return found
+        others[owner(name), "bias" if ending == ".diff_b" else ending] = _Other(side, key, reason)
+    return others
 
 
-def _owner(name: str, names: Base | None) -> object:
-    return (names.find(name) if names else ()) or address(name)
-
-
-def _numbers_of(side: Adapter, other: _Other) -> Tensor:
-    tensor = side.store.read(other.key)
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64) * other.scale
-
-
-def _apart(a: Tensor, b: Tensor) -> tuple[bool, float | None]:
+def _difference(a: Tensor, b: Tensor) -> tuple[bool, float | None]:
     """(whether they differ, ‖a − b‖ / ‖a‖)."""
     if a.numel() != b.numel():
         return True, None
@@ -245,15 +225,16 @@ def _apart(a: Tensor, b: Tensor) -> tuple[bool, float | None]:
 
 
 def _metadata(a: Adapter, b: Adapter) -> tuple[MetadataDifference, ...]:
-    one, other = _entries(a), _entries(b)
+    entries_a, entries_b = _entries(a), _entries(b)
     return tuple(
-        MetadataDifference(key, one.get(key), other.get(key))
-        for key in sorted(one.keys() | other.keys())
-        if one.get(key) != other.get(key)
+        MetadataDifference(key, entries_a.get(key), entries_b.get(key))
+        for key in sorted(entries_a.keys() | entries_b.keys())
+        if entries_a.get(key) != entries_b.get(key)
     )
 
 
 def _entries(adapter: Adapter) -> dict[str, str]:
+    """Metadata, and the settings of a PEFT folder."""
     settings: Mapping[str, object] = adapter.settings.get("", {}) if adapter.as_folder else {}
     texts = {f"{peft.CONFIG_FILE}: {key}": json.dumps(value, sort_keys=True) for key, value in settings.items()}
     return {**adapter.store.metadata, **texts}

@@ -20,8 +20,6 @@ _BLOCK = 1 << 20  # numbers of a ΔW that is no product of factors, at a time
 
 FIRST, SECOND = 0, 1
 
-# --- numbers ------------------------------------------------------------------------------------
-
 
 class InnerProducts(NamedTuple):
     """‖A‖², ‖B‖², <A, B> and ‖A − B‖² of one weight."""
@@ -38,19 +36,19 @@ class InnerProducts(NamedTuple):
 
 def inner_products(unit: Unit, device: torch.device) -> InnerProducts | None:
     """None if a layer needs a base weight that is not there."""
-    if not all(layer.bound for _, layer in unit.members):
+    if not unit.bound:
         return None
     deltas = [layer.delta for _, layer in unit.members]
     sides = [side for side, _ in unit.members]
-    pair = sides == [FIRST, SECOND] and len(unit.pieces) == 1
-    if pair and deltas[0].equals(deltas[1]):
-        alone = _sums_of(deltas[:1], [FIRST], [Piece(unit.rows, (0,))], device).a
-        return InnerProducts(alone, alone, alone, 0.0)
-    one, other = deltas[0], deltas[-1]
-    if pair and isinstance(one, Kronecker) and isinstance(other, Kronecker):
-        factors = [*one.matrices(device), *other.matrices(device)]
-        if factors[0].shape == factors[2].shape and factors[1].shape == factors[3].shape:
-            return _of_kronecker(*factors)
+    if sides == [FIRST, SECOND] and len(unit.pieces) == 1:
+        a, b = deltas
+        if a.equals(b):
+            square = _sums_of([a], [FIRST], [Piece(unit.rows, (0,))], device).a
+            return InnerProducts(square, square, square, 0.0)
+        if isinstance(a, Kronecker) and isinstance(b, Kronecker):
+            factors = [*a.matrices(device), *b.matrices(device)]
+            if factors[0].shape == factors[2].shape and factors[1].shape == factors[3].shape:
+                return _of_kronecker(*factors)
     return _sums_of(deltas, sides, unit.pieces, device)
 
 
@@ -73,22 +71,22 @@ def _of_factors(
     signed = [delta.scale if side == FIRST else -delta.scale for delta, side in zip(deltas, sides, strict=True)]
     scales = torch.tensor(signed, dtype=torch.float64).repeat_interleave(ranks).to(device)
     of_a = torch.tensor([side == FIRST for side in sides]).repeat_interleave(ranks).to(device)
-    both = grams([Delta(up, down, 1.0, (up.shape[0], down.shape[1]))], device)
-    terms = both.up[0] * both.down[0] * scales[:, None] * scales
+    gram = grams([Delta(up, down, 1.0, (up.shape[0], down.shape[1]))], device)
+    terms = gram.up[0] * gram.down[0] * scales[:, None] * scales
     blocks = terms[of_a][:, of_a], terms[~of_a][:, ~of_a], terms
     product = -float(terms[of_a][:, ~of_a].sum())
-    a, b, difference = (float(each.sum()) for each in blocks)
-    if math.isfinite(difference) and any(each.sum() < _CANCELLED * each.abs().sum() for each in blocks):
+    a, b, difference = (float(block.sum()) for block in blocks)
+    if math.isfinite(difference) and any(block.sum() < _CANCELLED * block.abs().sum() for block in blocks):
         left, right = (torch.linalg.qr(factor.to(device, torch.float64), mode="r").R for factor in (up, down.mT))
         left = left * scales
-        whole_a, whole_b = left[:, of_a] @ right[:, of_a].mT, left[:, ~of_a] @ right[:, ~of_a].mT
-        a, b, difference = (float(each.square().sum()) for each in (whole_a, whole_b, left @ right.mT))
-        product = -float((whole_a * whole_b).sum())
+        core_a, core_b = left[:, of_a] @ right[:, of_a].mT, left[:, ~of_a] @ right[:, ~of_a].mT
+        a, b, difference = (_square(core) for core in (core_a, core_b, left @ right.mT))
+        product = -float((core_a * core_b).sum())
     return InnerProducts(a, b, product, difference)
 
 
 def _of_kronecker(first_a: Tensor, second_a: Tensor, first_b: Tensor, second_b: Tensor) -> InnerProducts:
-    """Of A = first_a ⊗ second_a and B, whose factors have the same shapes.
+    """Inner products of A = first_a ⊗ second_a and B = first_b ⊗ second_b, whose factors have the same shapes.
 
     With B = (c·first_b) ⊗ (second_b / c) so that first_a − c·first_b is orthogonal to first_b, A − B is the sum of
     (first_a − c·first_b) ⊗ second_a and c·first_b ⊗ (second_a − second_b / c), which are orthogonal, too.

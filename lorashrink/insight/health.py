@@ -1,10 +1,11 @@
-"""What is unusual about an adapter file, said in sentences for the person who trained or downloaded it."""
+"""What is unusual about an adapter file, in sentences for the person who trained or downloaded it."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median_high
 
 from lorashrink.results.inspection import Finding, LayerRow
 
@@ -14,7 +15,7 @@ SPIKE = 10.0
 # Kernels of this many times the other layers' rank, with this share of the bytes, are where the file can shrink.
 CONV_RANK, CONV_SHARE = 4.0, 0.5
 
-# Adapters of these families have as rank what was asked for in training.
+# Adapters of these families have the rank that was set in training.
 _PLAIN = ("lora", "dora", "loha")
 
 _CLOSE = 1e-2  # an alpha in half precision is this close to the one in the metadata
@@ -34,17 +35,19 @@ _FLAGGED: Mapping[str, tuple[str, str]] = {
 def check_health(
     layers: Sequence[LayerRow], metadata: Mapping[str, str], *, family: str | None, naming: str
 ) -> tuple[Finding, ...]:
-    """What to know before using or shrinking these layers. Of headers alone, what headers tell."""
+    """What to know before using or shrinking these layers; of headers alone, what headers tell."""
     if not layers:
         return (Finding("no_layers", 0, "no layer adds anything to a weight of the base: there is nothing to shrink"),)
-    found: list[Finding | None] = [_zero(layers, family)]
+    findings: list[Finding | None] = [_zero(layers, family)]
     for flag, (what, meaning) in _FLAGGED.items():
         names = [row.name for row in layers if flag in row.flags]
         if names:
             text = f"{what} in {len(names)} of {len(layers)} layers (first {names[0]}): {meaning}"
-            found.append(Finding(flag, len(names), text))
-    found += [check(layers, metadata, naming) for check in _CHECKS]
-    return tuple(each for each in found if each)
+            findings.append(Finding(flag, len(names), text))
+    findings += [_conv_rank(layers), _stale_metadata(layers, metadata)]
+    if naming == "kohya":
+        findings.append(_mixed_alpha(layers))
+    return tuple(finding for finding in findings if finding)
 
 
 def _zero(layers: Sequence[LayerRow], family: str | None) -> Finding | None:
@@ -71,12 +74,12 @@ def _unread(layers: Sequence[LayerRow], family: str | None) -> str | None:
     return last if all("zero" in row.flags for row in layers if row.block == last) else None
 
 
-def _conv_rank(layers: Sequence[LayerRow], metadata: Mapping[str, str], naming: str) -> Finding | None:
+def _conv_rank(layers: Sequence[LayerRow]) -> Finding | None:
     kernels = [row for row in layers if row.kind == "conv" and row.rank]
     linear = [row.rank for row in layers if row.kind != "conv" and row.rank]
     if not kernels or not linear:
         return None
-    rank, usual = _middle([row.rank for row in kernels]), _middle(linear)
+    rank, usual = median_high(row.rank for row in kernels), median_high(linear)
     share = sum(row.bytes for row in kernels) / (sum(row.bytes for row in layers) or 1)
     if rank <= CONV_RANK * usual or share <= CONV_SHARE:
         return None
@@ -88,29 +91,25 @@ def _conv_rank(layers: Sequence[LayerRow], metadata: Mapping[str, str], naming: 
     )
 
 
-def _middle(ranks: Sequence[int]) -> int:
-    """The median; of an even count the upper one."""
-    return sorted(ranks)[len(ranks) // 2]
-
-
-def _stale_metadata(layers: Sequence[LayerRow], metadata: Mapping[str, str], naming: str) -> Finding | None:
+def _stale_metadata(layers: Sequence[LayerRow], metadata: Mapping[str, str]) -> Finding | None:
     plain = [row for row in layers if row.algo.removesuffix("+dora") in _PLAIN and row.rank]
     stored: dict[str, list[float]] = {
         "ss_network_dim": [float(row.rank) for row in plain],
         "ss_network_alpha": [row.alpha for row in plain if row.alpha is not None],
     }
-    texts = [
-        f"{key} says {metadata[key][:20]!r}, the tensors {_span(numbers)}"
-        for key, numbers in stored.items()
-        if numbers and key in metadata and not _agrees(metadata[key], numbers)
-    ]
+    texts = []
+    for key, numbers in stored.items():
+        if numbers and key in metadata and not _agrees(metadata[key], numbers):
+            low, high = min(numbers), max(numbers)
+            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            texts.append(f"{key} says {metadata[key][:20]!r}, the tensors {span}")
     if not texts:
         return None
     return Finding("stale_metadata", 0, f"{'; '.join(texts)}: the file was changed without its metadata")
 
 
 def _agrees(text: str, numbers: Sequence[float]) -> bool:
-    """Also where the metadata does not say a number, as files without a value do."""
+    """Whether an entry is one of the numbers, or says none, as in files without a value."""
     if text in ("", "None"):
         return True
     try:
@@ -120,14 +119,9 @@ def _agrees(text: str, numbers: Sequence[float]) -> bool:
     return any(math.isclose(stated, number, rel_tol=_CLOSE) for number in numbers)
 
 
-def _span(numbers: Sequence[float]) -> str:
-    low, high = min(numbers), max(numbers)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def _mixed_alpha(layers: Sequence[LayerRow], metadata: Mapping[str, str], naming: str) -> Finding | None:
+def _mixed_alpha(layers: Sequence[LayerRow]) -> Finding | None:
     alphas = Counter(row.alpha for row in layers if row.alpha is not None)
-    if naming != "kohya" or len(alphas) < 2:
+    if len(alphas) < 2:
         return None
     (common, count), *_ = alphas.most_common(1)
     others = alphas.total() - count
@@ -137,10 +131,3 @@ def _mixed_alpha(layers: Sequence[LayerRow], metadata: Mapping[str, str], naming
         f"{others} of {len(layers)} layers have another alpha than {common:g}, which diffusers gives to all of them: "
         "it would draw at other strengths; resize with energy=1 writes one alpha",
     )
-
-
-_CHECKS: tuple[Callable[[Sequence[LayerRow], Mapping[str, str], str], Finding | None], ...] = (
-    _conv_rank,
-    _stale_metadata,
-    _mixed_alpha,
-)

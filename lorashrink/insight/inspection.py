@@ -10,20 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorashrink.adapters import Adapter, Layer, adapter_family, open_adapter
+from lorashrink.adapters import Adapter, Layer, open_adapter
 from lorashrink.bases import Base, Views, open_base, views_id
 from lorashrink.errors import LorashrinkError, Progress, UsageError
 from lorashrink.insight.health import SPIKE, check_health
+from lorashrink.insight.summaries import by_block, joined, norm_ratio, summary
 from lorashrink.insight.training_notes import training_notes
 from lorashrink.linking.inputs import find_adapters
-from lorashrink.linking.matching import bind, fits
-from lorashrink.names import block, kind, naming
+from lorashrink.linking.matching import bind, find_fitting
+from lorashrink.names import block, kind
 from lorashrink.results.inspection import AdapterTable, BlockRow, Inspection, LayerRow, Recommendation
 
 if TYPE_CHECKING:
     from lorashrink.bases.norms import Norms
     from lorashrink.engine.spectrum import Spectrum
-
 
 ENERGIES = ("0.9", "0.95", "0.99")
 
@@ -51,7 +51,7 @@ def inspect(
     nothing of it, or cannot reach their size, are left out.
 
     Files that cannot be read are in `Inspection.failed`. Raises InputError or NotABase if there is nothing to
-    look at or the base cannot be used, UsageError if headers do not tell what is asked for.
+    look at or the base cannot be used, UsageError if headers do not tell what the options need.
     """
     if header and (spectrum or recommend):
         raise UsageError("header: headers alone tell neither singular values nor what a recipe would keep.")
@@ -59,7 +59,7 @@ def inspect(
     files, failed = [], {}
     with ExitStack() as stack:
         opened = stack.enter_context(open_base(base)) if base is not None else None
-        measure = _no_measures if header else _measuring(stack, opened, spectrum, device, jobs, progress)
+        measure = None if header else _measuring(stack, opened, spectrum, device, jobs, progress)
         for source in sources:
             try:
                 with open_adapter(source) as adapter:
@@ -72,12 +72,70 @@ def inspect(
     return Inspection(tuple(files), failed)
 
 
-# What is measured of each layer of an adapter whose layers change these base weights.
+# Of an adapter and the base weights that its layers change: the measured fields of each layer's row.
 _Measure = Callable[[Adapter, Sequence[Views]], Sequence[Mapping[str, object]]]
 
 
-def _no_measures(adapter: Adapter, views: Sequence[Views]) -> Sequence[Mapping[str, object]]:
-    return [{}] * len(views)
+def _table(adapter: Adapter, base: Base | None, measure: _Measure | None) -> AdapterTable:
+    views = find_fitting(adapter, base) if base else [()] * len(adapter)
+    adapter = bind(adapter, views, base)
+    measured = measure(adapter, views) if measure else [{}] * len(views)
+    rows = tuple(
+        LayerRow(
+            name=layer.name,
+            block=block(layer.name),
+            kind=kind(layer.name, layer.shape),
+            shape=layer.shape,
+            algo=layer.algo,
+            rank=layer.rank,
+            dtype=layer.dtype,
+            bytes=sum(info.nbytes for info in layer.infos.values()),
+            base_keys=tuple(view.key for view in layer_views),
+            **measures,  # type: ignore[arg-type]  # the fields of LayerRow that `_measures` fills
+        )
+        for layer, layer_views, measures in zip(adapter, views, measured, strict=True)
+    )
+    facts, metadata = summary(adapter), adapter.store.metadata
+    return AdapterTable(
+        path=facts["path"],
+        bytes=facts["bytes"],
+        family=facts["family"],
+        algo=facts["algo"],
+        naming=facts["naming"],
+        dtype=joined(row.dtype for row in rows),
+        fro=_norm(rows),
+        fro_ratio=norm_ratio((row.fro, row.base_fro) for row in rows),
+        metadata=metadata,
+        notes=training_notes(metadata),
+        health=check_health(rows, metadata, family=facts["family"], naming=facts["naming"]),
+        layers=rows,
+        blocks=tuple(
+            _block(name, [adapter.layers[i] for i in indices], [rows[i] for i in indices])
+            for name, indices in by_block(rows)
+        ),
+        others=adapter.others,
+    )
+
+
+def _block(name: str, layers: Sequence[Layer], rows: Sequence[LayerRow]) -> BlockRow:
+    infos = [info for layer in layers for role, info in layer.infos.items() if role != "alpha"]
+    return BlockRow(
+        block=name,
+        layers=len(rows),
+        parameters=sum(math.prod(info.shape) for info in infos),
+        bytes=sum(row.bytes for row in rows),
+        fro=_norm(rows),
+        fro_ratio=norm_ratio((row.fro, row.base_fro) for row in rows),
+    )
+
+
+def _norm(rows: Sequence[LayerRow]) -> float | None:
+    """‖ΔW‖_F over the layers that have numbers."""
+    norms = [row.fro for row in rows if row.fro is not None]
+    return math.hypot(*norms) if norms else None
+
+
+# --- measuring ----------------------------------------------------------------------------------
 
 
 def _measuring(
@@ -101,15 +159,15 @@ def _measuring(
             if progress:
                 progress(f"decomposing {adapter.path.name}", len(spectra), len(items))
         widest = max((layer.rank for layer in adapter.layers), default=0)
-        known: Norms = {}
+        base_norms: Norms = {}
         if norms:
             report = partial(progress, "norms of the base") if progress else None
-            known = norms.look_up([each for each in views if each], ("fro", "spn"), pool=pool, progress=report)
+            base_norms = norms.look_up(list(filter(None, views)), ("fro", "spn"), pool=pool, progress=report)
         return [
-            _measures(layer, spectra[layer.name], known.get(views_id(each), {}) if each else {}, spectrum, widest)
+            _measures(layer, spectra[layer.name], base_norms.get(views_id(rows), {}) if rows else {}, spectrum, widest)
             if layer.name in spectra
             else {"alpha": layer.alpha, "flags": ("needs_base",)}
-            for layer, each in zip(adapter.layers, views, strict=True)
+            for layer, rows in zip(adapter.layers, views, strict=True)
         ]
 
     return measure
@@ -144,98 +202,22 @@ def _measures(
 def _flags(layer: Layer, spectrum: Spectrum, widest: int) -> tuple[str, ...]:
     if not spectrum.finite:
         return ("nan",)
-    sigma = spectrum.sigma
+    sigma, alpha, scale = spectrum.sigma, layer.alpha, layer.scale
+    # Programs may disagree about an alpha above every rank of the file, or one that is no whole number, if it scales
+    # anything. An alpha above the layer's own rank is usual: layers that share one alpha have the largest rank for it.
+    odd = alpha is not None and scale != 1 and (alpha > widest or (alpha != int(alpha) and scale > 0))
     tests = {
         "zero": spectrum.rank == 0,
         "padded_rank": 0 < spectrum.rank < min(layer.rank, layer.shape[0], math.prod(layer.shape[1:])),
         "spike": spectrum.rank > 1 and float(sigma[0]) > SPIKE * float(sigma[1]),
-        "negative_alpha": layer.alpha is not None and layer.scale < 0,
+        "negative_alpha": alpha is not None and scale < 0,
         "zero_alpha": layer.off,
-        "odd_alpha": layer.alpha is not None and _odd(layer.alpha, layer.scale, widest),
+        "odd_alpha": odd,
     }
     return tuple(flag for flag, present in tests.items() if present)
 
 
-def _odd(alpha: float, scale: float, widest: int) -> bool:
-    """Whether programs may disagree about an alpha: it is above every rank of the file, or no whole number.
-
-    Not where it does not scale anything, nor above the rank of its own layer alone: files whose layers share one alpha
-    have the largest rank for it.
-    """
-    return scale != 1 and (alpha > widest or (alpha != int(alpha) and scale > 0))
-
-
-def _table(adapter: Adapter, base: Base | None, measure: _Measure) -> AdapterTable:
-    found = [base.find(layer.name) if base else () for layer in adapter.layers]
-    views = [each if each and fits(layer, each) else () for layer, each in zip(adapter.layers, found, strict=True)]
-    adapter = bind(adapter, views, base)
-    rows = tuple(
-        LayerRow(
-            name=layer.name,
-            block=block(layer.name),
-            kind=kind(layer.name, layer.shape),
-            shape=layer.shape,
-            algo=layer.algo,
-            rank=layer.rank,
-            dtype=layer.dtype,
-            bytes=_bytes(layer),
-            base_keys=tuple(view.key for view in each),
-            **measures,  # type: ignore[arg-type]  # the fields of LayerRow that `_measures` fills
-        )
-        for layer, each, measures in zip(adapter.layers, views, measure(adapter, views), strict=True)
-    )
-    family, metadata, names = adapter_family(adapter), adapter.store.metadata, naming([row.name for row in rows])
-    return AdapterTable(
-        path=str(adapter.path),
-        bytes=sum(path.stat().st_size for path in adapter.store.files),
-        family=family,
-        algo="+".join(sorted({row.algo for row in rows})) or "none",
-        naming=names,
-        dtype="+".join(sorted({row.dtype for row in rows})),
-        fro=_together([row.fro for row in rows]),
-        fro_ratio=_ratio([(row.fro, row.base_fro) for row in rows]),
-        metadata=metadata,
-        notes=training_notes(metadata),
-        health=check_health(rows, metadata, family=family, naming=names),
-        layers=rows,
-        blocks=_blocks(adapter.layers, rows),
-        others=adapter.others,
-    )
-
-
-def _blocks(layers: Sequence[Layer], rows: Sequence[LayerRow]) -> tuple[BlockRow, ...]:
-    members: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        members.setdefault(row.block, []).append(index)
-    return tuple(
-        BlockRow(
-            block=name,
-            layers=len(indices),
-            parameters=sum(_parameters(layers[i]) for i in indices),
-            bytes=sum(rows[i].bytes for i in indices),
-            fro=_together([rows[i].fro for i in indices]),
-            fro_ratio=_ratio([(rows[i].fro, rows[i].base_fro) for i in indices]),
-        )
-        for name, indices in sorted(members.items())
-    )
-
-
-def _parameters(layer: Layer) -> int:
-    return sum(math.prod(info.shape) for role, info in layer.infos.items() if role != "alpha")
-
-
-def _bytes(layer: Layer) -> int:
-    return sum(info.nbytes for info in layer.infos.values())
-
-
-def _together(norms: Sequence[float | None]) -> float | None:
-    known = [norm for norm in norms if norm is not None]
-    return math.hypot(*known) if known else None
-
-
-def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
-    known = [(fro, base) for fro, base in pairs if fro is not None and base]
-    return math.hypot(*(fro for fro, _ in known)) / math.hypot(*(base for _, base in known)) if known else None
+# --- recommendations ----------------------------------------------------------------------------
 
 
 def _recommended(
@@ -250,10 +232,14 @@ def _recommended(
     score = "bytes" if base is None else "fro_ckpt,bytes"
     sizes = [f"{score},size={share * table.bytes / 2**20:.4g}" for share in _SHARES if table.bytes > _WORTH_IT]
     recipes = parse_recipes([*(_WITH_BASE if base is not None else ()), *_ANYWAY, *sizes])
-    unwritten = {source.with_name(f"{place}.safetensors"): recipe for place, recipe in enumerate(recipes)}
-    found = shrink({source: unwritten}, _open, base=base, device=device, jobs=jobs, dry_run=True, lenient=True).results
-    return tuple(Recommendation(each.recipe, each.bytes_after, each.relative_error, each.energy) for each in found)
-
-
-def _open(source: Path, base: Base | None) -> Adapter:
-    return open_adapter(source)
+    unwritten = {source.with_name(f"{index}.safetensors"): recipe for index, recipe in enumerate(recipes)}
+    report = shrink(
+        {source: unwritten},
+        lambda path, _: open_adapter(path),
+        base=base,
+        device=device,
+        jobs=jobs,
+        dry_run=True,
+        lenient=True,
+    )
+    return tuple(Recommendation(run.recipe, run.bytes_after, run.relative_error, run.energy) for run in report.results)

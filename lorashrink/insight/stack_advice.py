@@ -28,10 +28,10 @@ def kind_of(cosine: float | None, subspace: float | None, chance: float | None) 
 
 
 def advise(
-    members: Sequence[StackMember], pairs: Sequence[Pair], whole: Stack, layers: Sequence[LayerOverlap]
+    members: Sequence[StackMember], pairs: Sequence[Pair], stack: Stack, layers: Sequence[LayerOverlap]
 ) -> Iterable[Advice]:
     names = short_names([member.path for member in members])
-    yield from _on_strength(names, whole, layers)
+    yield from _on_strength(names, stack, layers)
     yield from _on_layers(names, layers)
     yield from _on_pairs(names, members, pairs)
     for number, member in enumerate(members):
@@ -45,37 +45,38 @@ def advise(
         yield Advice("needs_base", (), text)
 
 
-def _on_strength(names: Sequence[str], whole: Stack, layers: Sequence[LayerOverlap]) -> Iterable[Advice]:
-    if whole.strongest is None or whole.limit is None or whole.factor is None:
+def _on_strength(names: Sequence[str], stack: Stack, layers: Sequence[LayerOverlap]) -> Iterable[Advice]:
+    if stack.strongest is None or stack.limit is None or stack.factor is None:
         return
-    unit = "of the base weight's σ" if whole.measure == "spectral_ratio" else "as σ"
-    reached = f"the sum is strongest in {whole.strongest_layer}: {_said(whole, whole.strongest)} {unit}"
-    if whole.limit == whole.alone and whole.alone_adapter is not None:
-        bound = f"{_said(whole, whole.limit)}, which {names[whole.alone_adapter]} reaches alone in {whole.alone_layer}"
+    unit = "of the base weight's σ" if stack.measure == "spectral_ratio" else "as σ"
+    strongest, limit = _strength_text(stack, stack.strongest), _strength_text(stack, stack.limit)
+    reached = f"the sum is strongest in {stack.strongest_layer}: {strongest} {unit}"
+    if stack.limit == stack.alone and stack.alone_adapter is not None:
+        bound = f"{limit}, which {names[stack.alone_adapter]} reaches alone in {stack.alone_layer}"
     else:
-        bound = f"the limit of {_said(whole, whole.limit)}"
-    if whole.factor >= 1:
+        bound = f"the limit of {limit}"
+    if stack.factor >= 1:
         yield Advice("room", (), f"{reached}; that is within {bound}")
         return
-    (layer,) = (layer for layer in layers if layer.name == whole.strongest_layer)
+    (layer,) = (layer for layer in layers if layer.name == stack.strongest_layer)
     shares = layer.sum.shares if layer.sum else ()
     most = max(range(len(shares)), key=lambda number: shares[number])
-    weights = ", ".join(f"{name}:{_rounded_down(weight)}" for name, weight in zip(names, whole.weights, strict=True))
+    weights = ", ".join(f"{name}:{rounded_down(weight)}" for name, weight in zip(names, stack.weights, strict=True))
     as_weights = f": {weights}" if len(names) <= _MOST else ""
     yield Advice(
         "limit",
         (most,),
-        f"{reached}, {1 / whole.factor:.3g} times {bound}; {names[most]} makes {100 * shares[most]:.0f} % of it. "
-        f"All weights times {_rounded_down(whole.factor)} bring it back{as_weights}",
+        f"{reached}, {1 / stack.factor:.3g} times {bound}; {names[most]} makes {100 * shares[most]:.0f} % of it. "
+        f"All weights times {rounded_down(stack.factor)} bring it back{as_weights}",
     )
 
 
-def _said(whole: Stack, strength: float) -> str:
-    return f"{100 * strength:.3g} %" if whole.measure == "spectral_ratio" else f"{strength:.3g}"
+def _strength_text(stack: Stack, strength: float) -> str:
+    return f"{100 * strength:.3g} %" if stack.measure == "spectral_ratio" else f"{strength:.3g}"
 
 
-def _rounded_down(weight: float) -> str:
-    """Three digits, none of them rounded up, since what is told must be below the limit."""
+def rounded_down(weight: float) -> str:
+    """Three digits, none of them rounded up, since a weight that is advised must stay below the limit."""
     if not weight:
         return "0"
     places = 2 - math.floor(math.log10(abs(weight)))
@@ -84,34 +85,33 @@ def _rounded_down(weight: float) -> str:
 
 def _on_layers(names: Sequence[str], layers: Sequence[LayerOverlap]) -> Iterable[Advice]:
     sums = [(layer, layer.sum) for layer in layers if layer.sum]
-    amplified = [(whole.amplification or 0.0, layer.name) for layer, whole in sums if "amplified" in layer.flags]
+    amplified = [(total.amplification or 0.0, layer.name) for layer, total in sums if "amplified" in layer.flags]
     if amplified:
         most, name = max(amplified)
         text = f"{len(amplified)} of {len(layers)} layers are stronger in the sum than in any adapter alone, at most "
         yield Advice("amplified", (), f"{text}{most:.3g} times ({name})")
-    spikes = [(whole.spectral, layer, whole) for layer, whole in sums if "spike" in layer.flags]
+    spikes = [(layer, total) for layer, total in sums if "spike" in layer.flags]
     if spikes:
-        _, layer, whole = max(spikes, key=lambda each: each[0])
-        most_of = max(range(len(names)), key=lambda number: whole.shares[number])
+        layer, total = max(spikes, key=lambda spike: spike[1].spectral)
+        most_of = max(range(len(names)), key=lambda number: total.shares[number])
         yield Advice(
             "spike",
             (most_of,),
             f"in {len(spikes)} of {len(layers)} layers nearly all of the sum's effect is in one direction, which burns "
-            f"first: {layer.name} has σ {whole.spectral:.3g} before {whole.second:.3g}, and {names[most_of]} makes "
-            f"{100 * whole.shares[most_of]:.0f} % of it",
+            f"first: {layer.name} has σ {total.spectral:.3g} before {total.second:.3g}, and {names[most_of]} makes "
+            f"{100 * total.shares[most_of]:.0f} % of it",
         )
 
 
 def _on_pairs(names: Sequence[str], members: Sequence[StackMember], pairs: Sequence[Pair]) -> Iterable[Advice]:
-    told = {"same": _same_text, "opposite": _against_text, "against": _against_text}
     for kind in ("same", "opposite", "against"):
-        these = sorted((pair for pair in pairs if pair.kind == kind), key=lambda pair: -abs(pair.cosine or 0.0))
-        for pair in these[:_MOST]:
-            one, other = members[pair.a], members[pair.b]
-            text = f"{names[pair.a]} and {names[pair.b]} {told[kind](names[pair.a], one, other, pair.cosine or 0.0)}"
-            yield Advice(kind, (pair.a, pair.b), text)
-        if len(these) > _MOST:
-            yield Advice(kind, (), f"and {len(these) - _MOST} more pairs like these")
+        alike = sorted((pair for pair in pairs if pair.kind == kind), key=lambda pair: -abs(pair.cosine or 0.0))
+        for pair in alike[:_MOST]:
+            a, b, cosine = members[pair.a], members[pair.b], pair.cosine or 0.0
+            text = _same_text(names[pair.a], a, b, cosine) if kind == "same" else _against_text(a, b, cosine)
+            yield Advice(kind, (pair.a, pair.b), f"{names[pair.a]} and {names[pair.b]} {text}")
+        if len(alike) > _MOST:
+            yield Advice(kind, (), f"and {len(alike) - _MOST} more pairs like these")
     apart = [pair for pair in pairs if pair.kind == "apart"]
     if apart:
         first = f"{names[apart[0].a]} and {names[apart[0].b]}"
@@ -119,25 +119,25 @@ def _on_pairs(names: Sequence[str], members: Sequence[StackMember], pairs: Seque
         yield Advice("apart", (), f"{which} do not interact: their directions differ as those of unrelated adapters do")
 
 
-def _same_text(name: str, one: StackMember, other: StackMember, cosine: float) -> str:
+def _same_text(name: str, a: StackMember, b: StackMember, cosine: float) -> str:
     alike = f"do nearly the same (cosine {cosine:.3g})"
-    together = _together(one, other, cosine)
-    if one.weight * other.weight <= 0 or not together:
+    together = _together(a, b, cosine)
+    if a.weight * b.weight <= 0 or not together:
         return f"{alike}, and with these weights take most of it back from each other"
-    weight = one.weight + other.weight * cosine * other.fro / one.fro
-    lost = abs(other.weight) * other.fro * math.sqrt(max(0.0, 1 - cosine**2)) / together
+    weight = a.weight + b.weight * cosine * b.fro / a.fro
+    lost = abs(b.weight) * b.fro * math.sqrt(max(0.0, 1 - cosine**2)) / together
     return f"{alike}: {name}:{weight:.3g} alone does what both do, with {100 * lost:.2g} % error"
 
 
-def _against_text(name: str, one: StackMember, other: StackMember, cosine: float) -> str:
+def _against_text(a: StackMember, b: StackMember, cosine: float) -> str:
     against = f"{'are opposites' if cosine < -SAME else 'work against each other'} (cosine {cosine:.3g})"
-    if one.weight * other.weight <= 0:
+    if a.weight * b.weight <= 0:
         return f"{against}, but with weights of different signs they add up"
-    kept = _together(one, other, cosine) / math.hypot(one.weight * one.fro, other.weight * other.fro)
+    kept = _together(a, b, cosine) / math.hypot(a.weight * a.fro, b.weight * b.fro)
     return f"{against}: together they keep {100 * kept:.0f} % of the norm that independent ones would have"
 
 
-def _together(one: StackMember, other: StackMember, cosine: float) -> float:
-    """‖w_1·ΔW_1 + w_2·ΔW_2‖_F."""
-    a, b = one.weight * one.fro, other.weight * other.fro
-    return math.sqrt(max(0.0, a * a + b * b + 2 * cosine * a * b))
+def _together(a: StackMember, b: StackMember, cosine: float) -> float:
+    """‖w_a·ΔW_a + w_b·ΔW_b‖_F."""
+    size_a, size_b = a.weight * a.fro, b.weight * b.fro
+    return math.sqrt(max(0.0, size_a * size_a + size_b * size_b + 2 * cosine * size_a * size_b))

@@ -10,9 +10,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 _MOST_TAGS, _MOST_FOLDERS, _MOST_SIZES = 8, 4, 3
 
@@ -33,178 +34,7 @@ _BASES = {
 
 _ADAPTATIONS = {"networks.lora": "LoRA", "lycoris.kohya": "LyCORIS"}
 
-Metadata = Mapping[str, str]
-
-
-def training_notes(metadata: Metadata) -> dict[str, str]:
-    """Plain label -> text, in the order to read them in; what the metadata does not tell has no label."""
-    told = {label: note(metadata) for label, note in _NOTES}
-    return {label: _tidy(text) for label, text in told.items() if text}
-
-
-# --- reading ------------------------------------------------------------------------------------
-
-
-def _tidy(text: str) -> str:
-    """One line without control characters: metadata may hold anything, and this is shown in terminals."""
-    line = " ".join("".join(each if each.isprintable() or each.isspace() else "?" for each in text).split())
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
-
-
-def _text(metadata: Metadata, *keys: str) -> str | None:
-    """The first of these entries that says something."""
-    return next((metadata[key] for key in keys if metadata.get(key, "").strip() not in _ABSENT), None)
-
-
-def _as_number(value: object) -> float | None:
-    try:
-        number = float(value) if isinstance(value, (str, int, float)) else math.nan
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _number(metadata: Metadata, *keys: str) -> float | None:
-    return _as_number(_text(metadata, *keys))
-
-
-def _said(number: float) -> str:
-    return f"{number:.0f}" if number == int(number) and abs(number) < 1e15 else f"{number:.4g}"
-
-
-def _plural(count: float, word: str) -> str:
-    return f"{_said(count)} {word}{'s' * (count != 1)}"
-
-
-def _parsed(metadata: Metadata, key: str) -> Any:
-    try:
-        return json.loads(metadata.get(key, "null"))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _entries(value: object) -> list[Mapping[str, Any]]:
-    """Those entries of a list that are mappings."""
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-
-
-def _joined(parts: Sequence[str | None]) -> str | None:
-    return ", ".join(part for part in parts if part) or None
-
-
-def _noted(*keys: str) -> Callable[[Metadata], str | None]:
-    return lambda metadata: _text(metadata, *keys)
-
-
-# --- what is told -------------------------------------------------------------------------------
-
-
-def _date(metadata: Metadata) -> str | None:
-    if written := _text(metadata, "modelspec.date"):
-        return written
-    seconds = _number(metadata, "ss_training_finished_at", "ss_training_started_at")
-    try:
-        return None if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
-    except (ValueError, OverflowError, OSError):
-        return None
-
-
-def _duration(metadata: Metadata) -> str | None:
-    start, end = (_number(metadata, f"ss_training_{when}_at") for when in ("started", "finished"))
-    if start is None or end is None or end <= start:
-        return None
-    minutes = round((end - start) / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes or '< 1'} min"
-
-
-def _base(metadata: Metadata) -> str | None:
-    name, version = _text(metadata, "ss_sd_model_name"), _text(metadata, "ss_base_model_version")
-    kind = _BASES.get(version, version) if version else _text(metadata, "modelspec.architecture")
-    return f"{name} ({kind})" if name and kind else name or kind
-
-
-def _base_hash(metadata: Metadata) -> str | None:
-    new, old = _text(metadata, "ss_new_sd_model_hash"), _text(metadata, "ss_sd_model_hash")
-    return _joined([f"SHA-256 {new}" if new else None, f"short {old}" if old else None])
-
-
-def _network(metadata: Metadata) -> str | None:
-    module = _text(metadata, "ss_network_module")
-    algo = _mapping(_parsed(metadata, "ss_network_args")).get("algo")
-    if not module:
-        return None
-    kind = _joined([_ADAPTATIONS.get(module), str(algo) if algo else None])
-    return f"{kind} ({module})" if kind else module
-
-
-def _size(metadata: Metadata) -> str | None:
-    rank, alpha = (_text(metadata, f"ss_network_{each}") for each in ("dim", "alpha"))
-    stated = _joined([f"rank {rank}" if rank else None, f"alpha {alpha}" if alpha else None])
-    return stated or _peft_sizes(_mapping(_parsed(metadata, "lora_adapter_metadata")))
-
-
-def _peft_sizes(settings: Mapping[str, Any]) -> str | None:
-    parts = [key.removesuffix(".r") for key in settings if key.endswith(".r")]
-    return "; ".join(
-        f"{part} rank {settings[f'{part}.r']}, alpha {settings.get(f'{part}.lora_alpha', 'of the rank')}"
-        for part in parts
-    )
-
-
-def _arguments(metadata: Metadata) -> str | None:
-    given = _mapping(_parsed(metadata, "ss_network_args"))
-    return _joined([f"{key}={value}" for key, value in given.items() if value is not None])
-
-
-def _progress(done: str, planned: str, word: str) -> Callable[[Metadata], str | None]:
-    def note(metadata: Metadata) -> str | None:
-        count, of = _number(metadata, done), _number(metadata, planned)
-        if count is None:
-            return None if of is None else f"{_plural(of, word)} planned"
-        return _plural(count, word) if of in (None, count) else f"{_said(count)} of {_plural(of or 0, word)}"
-
-    return note
-
-
-def _batch(metadata: Metadata) -> str | None:
-    size = _number(metadata, "ss_total_batch_size", "ss_batch_size_per_device")
-    if size is None:
-        sizes = [_as_number(each.get("batch_size_per_device")) for each in _datasets(metadata)]
-        size = next((each for each in sizes if each is not None), None)
-    steps = _number(metadata, "ss_gradient_accumulation_steps")
-    accumulated = f"gradients of {_said(steps)} batches together" if steps and steps > 1 else None
-    return _joined([None if size is None else _plural(size, "picture"), accumulated])
-
-
-def _rates(metadata: Metadata) -> str | None:
-    rates = {
-        "": _number(metadata, "ss_learning_rate"),
-        "UNet ": _number(metadata, "ss_unet_lr"),
-        "text encoder ": _number(metadata, "ss_text_encoder_lr"),
-    }
-    return _joined([f"{part}{rate:.4g}" for part, rate in rates.items() if rate is not None])
-
-
-def _optimizer(metadata: Metadata) -> str | None:
-    """Without the module that the class lives in."""
-    written = _text(metadata, "ss_optimizer")
-    if not written:
-        return None
-    name, bracket, arguments = written.partition("(")
-    given = arguments.removesuffix(")").replace(",", ", ")
-    return name.rpartition(".")[2] + (f" ({given})" if bracket and given else "")
-
-
-def _scheduler(metadata: Metadata) -> str | None:
-    warmup = _number(metadata, "ss_lr_warmup_steps")
-    return _joined([_text(metadata, "ss_lr_scheduler"), f"{_plural(warmup, 'step')} of warm-up" if warmup else None])
-
-
-# What is only worth a word where it is used.
+# Entries of the objective, which are only worth a word where they are used.
 _OBJECTIVE = (
     ("ss_min_snr_gamma", "min-SNR gamma"),
     ("ss_noise_offset", "noise offset"),
@@ -217,138 +47,297 @@ _OBJECTIVE = (
 )
 
 
-def _objective(metadata: Metadata) -> str | None:
-    numbers = ((word, _number(metadata, key)) for key, word in _OBJECTIVE)
-    return _joined([f"{word} {_said(number)}" for word, number in numbers if number])
+def training_notes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Plain label -> text, in the order to read them in; what the metadata does not tell has no label."""
+    training = _Training(metadata)
+    text = training.text
+    notes = {
+        "title": text("modelspec.title", "ss_output_name"),
+        "author": text("modelspec.author"),
+        "licence": text("modelspec.license"),
+        "description": text("modelspec.description"),
+        "trigger words": text("modelspec.trigger_phrase"),
+        "hint": text("modelspec.usage_hint"),
+        "date": training.date(),
+        "training time": training.duration(),
+        "base model": training.base_model(),
+        "base hash": training.base_hash(),
+        "VAE": text("ss_vae_name"),
+        "network": training.network(),
+        "rank and alpha": training.rank_and_alpha(),
+        "network arguments": training.network_arguments(),
+        "steps": training.progress("ss_steps", "ss_max_train_steps", "step"),
+        "epochs": training.progress("ss_epoch", "ss_num_epochs", "epoch"),
+        "batch": training.batch(),
+        "learning rate": training.learning_rates(),
+        "optimizer": training.optimizer(),
+        "schedule": training.schedule(),
+        "objective": training.objective(),
+        "precision": text("ss_mixed_precision"),
+        "seed": text("ss_seed"),
+        "pictures": training.pictures(),
+        "resolution": training.resolution(),
+        "buckets": training.buckets(),
+        "captions": training.captions(),
+        "frequent tags": training.frequent_tags(),
+        "resized": training.resized(),
+        "comment": text("ss_training_comment"),
+    }
+    return {label: _tidy(note) for label, note in notes.items() if note}
 
 
-def _captions(metadata: Metadata) -> str | None:
-    kept = _number(metadata, "ss_keep_tokens")
-    return _joined(
-        [
-            "shuffled" if metadata.get("ss_shuffle_caption") == "True" else None,
-            f"first {_plural(kept, 'token')} kept in place" if kept else None,
-            "pictures mirrored at random" if metadata.get("ss_flip_aug") == "True" else None,
+def _tidy(text: str) -> str:
+    """One line without control characters: metadata may hold anything, and this is shown in terminals."""
+    printable = (letter if letter.isprintable() or letter.isspace() else "?" for letter in text)
+    line = " ".join("".join(printable).split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+
+
+class _Folder(NamedTuple):
+    """A folder of pictures for training."""
+
+    name: str
+    pictures: float
+    repeats: float
+    is_reg: bool  # whether for regularisation
+
+    @classmethod
+    def of(cls, name: object, counts: Mapping[str, Any], repeats: str, is_reg: bool) -> _Folder:
+        pictures, shown = _as_number(counts.get("img_count")), _as_number(counts.get(repeats))
+        return cls(str(name or "folder"), pictures or 0, shown or 1, is_reg)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """The entries of a file's metadata about its training; each method is one note, None where nothing tells it."""
+
+    entries: Mapping[str, str]
+
+    def text(self, *keys: str) -> str | None:
+        """The first of these entries that says something."""
+        return next((self.entries[key] for key in keys if self.entries.get(key, "").strip() not in _ABSENT), None)
+
+    def number(self, *keys: str) -> float | None:
+        """The first of these entries that says something, None if that is no number."""
+        return _as_number(self.text(*keys))
+
+    def parsed(self, key: str) -> Any:
+        """What an entry holds as JSON; None if it does not parse."""
+        try:
+            return json.loads(self.entries.get(key, "null"))
+        except (ValueError, RecursionError):
+            return None
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """An entry that is a JSON object; {} if it is none."""
+        return _mapping(self.parsed(key))
+
+    def datasets(self) -> list[Mapping[str, Any]]:
+        """The datasets that a dataset file described."""
+        return _mappings(self.parsed("ss_datasets"))
+
+    def date(self) -> str | None:
+        if written := self.text("modelspec.date"):
+            return written
+        seconds = self.number("ss_training_finished_at", "ss_training_started_at")
+        try:
+            return None if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+        except (ValueError, OverflowError, OSError):
+            return None
+
+    def duration(self) -> str | None:
+        start, end = (self.number(f"ss_training_{when}_at") for when in ("started", "finished"))
+        if start is None or end is None or end <= start:
+            return None
+        minutes = round((end - start) / 60)
+        return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes or '< 1'} min"
+
+    def base_model(self) -> str | None:
+        name, version = self.text("ss_sd_model_name"), self.text("ss_base_model_version")
+        kind = _BASES.get(version, version) if version else self.text("modelspec.architecture")
+        return f"{name} ({kind})" if name and kind else name or kind
+
+    def base_hash(self) -> str | None:
+        new, old = self.text("ss_new_sd_model_hash"), self.text("ss_sd_model_hash")
+        return _joined([f"SHA-256 {new}" if new else None, f"short {old}" if old else None])
+
+    def network(self) -> str | None:
+        module = self.text("ss_network_module")
+        algo = self.mapping("ss_network_args").get("algo")
+        if not module:
+            return None
+        kind = _joined([_ADAPTATIONS.get(module), str(algo) if algo else None])
+        return f"{kind} ({module})" if kind else module
+
+    def rank_and_alpha(self) -> str | None:
+        rank, alpha = self.text("ss_network_dim"), self.text("ss_network_alpha")
+        if rank or alpha:
+            return _joined([f"rank {rank}" if rank else None, f"alpha {alpha}" if alpha else None])
+        settings = self.mapping("lora_adapter_metadata")
+        parts = [key.removesuffix(".r") for key in settings if key.endswith(".r")]
+        return "; ".join(
+            f"{part} rank {settings[f'{part}.r']}, alpha {settings.get(f'{part}.lora_alpha', 'of the rank')}"
+            for part in parts
+        )
+
+    def network_arguments(self) -> str | None:
+        arguments = self.mapping("ss_network_args")
+        return _joined(f"{key}={value}" for key, value in arguments.items() if value is not None)
+
+    def progress(self, done: str, planned: str, word: str) -> str | None:
+        """Steps or epochs: how many are done, and of how many."""
+        count, total = self.number(done), self.number(planned)
+        if count is None:
+            return None if total is None else f"{_plural(total, word)} planned"
+        return (
+            _plural(count, word) if total in (None, count) else f"{_number_text(count)} of {_plural(total or 0, word)}"
+        )
+
+    def batch(self) -> str | None:
+        size = self.number("ss_total_batch_size", "ss_batch_size_per_device")
+        if size is None:
+            sizes = (_as_number(dataset.get("batch_size_per_device")) for dataset in self.datasets())
+            size = next((number for number in sizes if number is not None), None)
+        steps = self.number("ss_gradient_accumulation_steps")
+        accumulated = f"gradients of {_number_text(steps)} batches together" if steps and steps > 1 else None
+        return _joined([None if size is None else _plural(size, "picture"), accumulated])
+
+    def learning_rates(self) -> str | None:
+        keys = {"": "ss_learning_rate", "UNet ": "ss_unet_lr", "text encoder ": "ss_text_encoder_lr"}
+        rates = {part: self.number(key) for part, key in keys.items()}
+        return _joined(f"{part}{rate:.4g}" for part, rate in rates.items() if rate is not None)
+
+    def optimizer(self) -> str | None:
+        """Without the module that the class lives in."""
+        written = self.text("ss_optimizer")
+        if not written:
+            return None
+        name, bracket, rest = written.partition("(")
+        arguments = rest.removesuffix(")").replace(",", ", ")
+        return name.rpartition(".")[2] + (f" ({arguments})" if bracket and arguments else "")
+
+    def schedule(self) -> str | None:
+        warmup = self.number("ss_lr_warmup_steps")
+        return _joined([self.text("ss_lr_scheduler"), f"{_plural(warmup, 'step')} of warm-up" if warmup else None])
+
+    def objective(self) -> str | None:
+        numbers = ((word, self.number(key)) for key, word in _OBJECTIVE)
+        return _joined(f"{word} {_number_text(number)}" for word, number in numbers if number)
+
+    def captions(self) -> str | None:
+        tokens = self.number("ss_keep_tokens")
+        return _joined(
+            [
+                "shuffled" if self.entries.get("ss_shuffle_caption") == "True" else None,
+                f"first {_plural(tokens, 'token')} kept in place" if tokens else None,
+                "pictures mirrored at random" if self.entries.get("ss_flip_aug") == "True" else None,
+            ]
+        )
+
+    def pictures(self) -> str | None:
+        folders = list(self.folders())
+        shown = self.number("ss_num_train_images")
+        if not folders:
+            return None if shown is None else f"{_number_text(shown)} shown per epoch"
+        listed = [
+            f"{name} {_number_text(count)} × {_number_text(repeats)}{' (regularisation)' * is_reg}"
+            for name, count, repeats, is_reg in folders[:_MOST_FOLDERS]
         ]
-    )
+        more = len(folders) - len(listed)
+        total = _number_text(sum(folder.pictures for folder in folders if not folder.is_reg))
+        per_epoch = f", {_number_text(shown)} shown per epoch" if shown is not None else ""
+        return f"{total}{per_epoch}: {', '.join(listed)}{f' and {more} more' if more else ''} (pictures × repeats)"
+
+    def folders(self) -> Iterator[_Folder]:
+        """The folders of pictures: of a dataset file, or else of the options."""
+        subsets = [subset for dataset in self.datasets() for subset in _mappings(dataset.get("subsets"))]
+        for subset in subsets:
+            yield _Folder.of(subset.get("image_dir"), subset, "num_repeats", bool(subset.get("is_reg")))
+        for key, is_reg in (("ss_dataset_dirs", False), ("ss_reg_dataset_dirs", True)):
+            for name, counts in () if subsets else self.mapping(key).items():
+                yield _Folder.of(name, _mapping(counts), "n_repeats", is_reg)
+
+    def resolution(self) -> str | None:
+        written = [str(dataset["resolution"]) for dataset in self.datasets() if dataset.get("resolution")]
+        written = written or [text for text in [self.text("ss_resolution", "modelspec.resolution")] if text]
+        return _joined(dict.fromkeys(_by(re.findall(r"\d+", text)[:2]) for text in written))
+
+    def buckets(self) -> str | None:
+        infos = [dataset.get("bucket_info") for dataset in self.datasets()] or [self.parsed("ss_bucket_info")]
+        counts: Counter[str] = Counter()
+        for info in infos:
+            for bucket in _mapping(_mapping(info).get("buckets")).values():
+                size, count = _mapping(bucket).get("resolution"), _as_number(_mapping(bucket).get("count"))
+                if isinstance(size, list) and size and count:
+                    counts[_by(size)] += int(count)
+        if counts:
+            common = ", ".join(f"{size} ({count})" for size, count in counts.most_common(_MOST_SIZES))
+            return f"{_plural(len(counts), 'size')}; {'most often ' * (len(counts) > _MOST_SIZES)}{common}"
+        enabled = self.entries.get("ss_enable_bucket")
+        smallest, largest = (self.number(f"ss_{end}_bucket_reso") for end in ("min", "max"))
+        if enabled == "True" and smallest is not None and largest is not None:
+            return f"sides of {_number_text(smallest)} to {_number_text(largest)}"
+        return "none" if enabled == "False" else None
+
+    def frequent_tags(self) -> str | None:
+        folders = self.mapping("ss_tag_frequency")
+        sources = [folders] if folders else [_mapping(dataset.get("tag_frequency")) for dataset in self.datasets()]
+        counts: Counter[str] = Counter()
+        for source in sources:
+            for folder in source.values():
+                for tag, count in _mapping(folder).items():
+                    counts[tag.strip()] += int(_as_number(count) or 0)
+        return _joined(f"{tag} ({count})" for tag, count in counts.most_common(_MOST_TAGS) if tag and count)
+
+    def resized(self) -> str | None:
+        params = self.mapping("resize_params")
+        recipe = self.text("lorashrink.recipe") or params.get("recipe_str")
+        if not recipe and not params:
+            return None
+        version, energy = self.text("lorashrink.version"), self.number("lorashrink.energy")
+        scale = _as_number(params.get("rescale"))
+        return _joined(
+            [
+                str(recipe) if recipe else "recipe unknown",
+                f"{100 * energy:.4g} % of the energy kept" if energy is not None else None,
+                f"strength × {_number_text(scale)}" if scale not in (None, 1.0) else None,
+                f"by lorashrink {version}" if version else "by resize_lora",
+            ]
+        )
 
 
-def _datasets(metadata: Metadata) -> list[Mapping[str, Any]]:
-    return _entries(_parsed(metadata, "ss_datasets"))
+# --- values and texts ---------------------------------------------------------------------------
 
 
-def _folders(metadata: Metadata) -> Iterator[tuple[str, float, float, bool]]:
-    """(name, pictures, repeats, whether for regularisation) of each folder of pictures."""
-    subsets = [each for dataset in _datasets(metadata) for each in _entries(dataset.get("subsets"))]
-    for each in subsets:
-        yield _folder(each.get("image_dir"), each, "num_repeats", bool(each.get("is_reg")))
-    for key, is_reg in (("ss_dataset_dirs", False), ("ss_reg_dataset_dirs", True)):
-        for name, counts in () if subsets else _mapping(_parsed(metadata, key)).items():
-            yield _folder(name, _mapping(counts), "n_repeats", is_reg)
-
-
-def _folder(name: object, counts: Mapping[str, Any], repeats: str, is_reg: bool) -> tuple[str, float, float, bool]:
-    return str(name or "folder"), _as_number(counts.get("img_count")) or 0, _as_number(counts.get(repeats)) or 1, is_reg
-
-
-def _pictures(metadata: Metadata) -> str | None:
-    folders = list(_folders(metadata))
-    shown = _number(metadata, "ss_num_train_images")
-    if not folders:
-        return None if shown is None else f"{_said(shown)} shown per epoch"
-    listed = [
-        f"{name} {_said(count)} × {_said(repeats)}{' (regularisation)' * is_reg}"
-        for name, count, repeats, is_reg in folders[:_MOST_FOLDERS]
-    ]
-    more = len(folders) - len(listed)
-    total = sum(count for _, count, _, is_reg in folders if not is_reg)
-    each_epoch = f", {_said(shown)} shown per epoch" if shown is not None else ""
-    return f"{_said(total)}{each_epoch}: {', '.join(listed)}{f' and {more} more' if more else ''} (pictures × repeats)"
-
-
-def _resolution(metadata: Metadata) -> str | None:
-    written = [str(each["resolution"]) for each in _datasets(metadata) if each.get("resolution")]
-    written = written or [text for text in [_text(metadata, "ss_resolution", "modelspec.resolution")] if text]
-    return _joined(list(dict.fromkeys(_by("×", re.findall(r"\d+", each)[:2]) for each in written)))
-
-
-def _by(sign: str, sides: Sequence[object]) -> str:
-    return sign.join(map(str, sides if len(sides) != 1 else (*sides, *sides)))
-
-
-def _buckets(metadata: Metadata) -> str | None:
-    infos = [each.get("bucket_info") for each in _datasets(metadata)] or [_parsed(metadata, "ss_bucket_info")]
-    counts: Counter[str] = Counter()
-    for info in infos:
-        for bucket in _mapping(_mapping(info).get("buckets")).values():
-            size, count = _mapping(bucket).get("resolution"), _as_number(_mapping(bucket).get("count"))
-            if isinstance(size, list) and size and count:
-                counts[_by("×", size)] += int(count)
-    if counts:
-        common = ", ".join(f"{size} ({count})" for size, count in counts.most_common(_MOST_SIZES))
-        return f"{_plural(len(counts), 'size')}; {'most often ' * (len(counts) > _MOST_SIZES)}{common}"
-    enabled = metadata.get("ss_enable_bucket")
-    smallest, largest = (_number(metadata, f"ss_{each}_bucket_reso") for each in ("min", "max"))
-    if enabled == "True" and smallest is not None and largest is not None:
-        return f"sides of {_said(smallest)} to {_said(largest)}"
-    return "none" if enabled == "False" else None
-
-
-def _tags(metadata: Metadata) -> str | None:
-    counts: Counter[str] = Counter()
-    sources = [_parsed(metadata, "ss_tag_frequency")]
-    if not _mapping(sources[0]):
-        sources = [each.get("tag_frequency") for each in _datasets(metadata)]
-    for source in sources:
-        for folder in _mapping(source).values():
-            for tag, count in _mapping(folder).items():
-                counts[tag.strip()] += int(_as_number(count) or 0)
-    return _joined([f"{tag} ({count})" for tag, count in counts.most_common(_MOST_TAGS) if tag and count])
-
-
-def _resized(metadata: Metadata) -> str | None:
-    params = _mapping(_parsed(metadata, "resize_params"))
-    recipe = _text(metadata, "lorashrink.recipe") or params.get("recipe_str")
-    if not recipe and not params:
+def _as_number(value: object) -> float | None:
+    try:
+        number = float(value) if isinstance(value, (str, int, float)) else math.nan
+    except (ValueError, OverflowError):
         return None
-    version = _text(metadata, "lorashrink.version")
-    energy = _number(metadata, "lorashrink.energy")
-    kept = f"{100 * energy:.4g} % of the energy kept" if energy is not None else None
-    scale = _as_number(params.get("rescale"))
-    strength = f"strength × {_said(scale)}" if scale not in (None, 1.0) else None
-    program = f"by lorashrink {version}" if version else "by resize_lora"
-    return _joined([str(recipe) if recipe else "recipe unknown", kept, strength, program])
+    return number if math.isfinite(number) else None
 
 
-_NOTES: tuple[tuple[str, Callable[[Metadata], str | None]], ...] = (
-    ("title", _noted("modelspec.title", "ss_output_name")),
-    ("author", _noted("modelspec.author")),
-    ("licence", _noted("modelspec.license")),
-    ("description", _noted("modelspec.description")),
-    ("trigger words", _noted("modelspec.trigger_phrase")),
-    ("hint", _noted("modelspec.usage_hint")),
-    ("date", _date),
-    ("training time", _duration),
-    ("base model", _base),
-    ("base hash", _base_hash),
-    ("VAE", _noted("ss_vae_name")),
-    ("network", _network),
-    ("rank and alpha", _size),
-    ("network arguments", _arguments),
-    ("steps", _progress("ss_steps", "ss_max_train_steps", "step")),
-    ("epochs", _progress("ss_epoch", "ss_num_epochs", "epoch")),
-    ("batch", _batch),
-    ("learning rate", _rates),
-    ("optimizer", _optimizer),
-    ("schedule", _scheduler),
-    ("objective", _objective),
-    ("precision", _noted("ss_mixed_precision")),
-    ("seed", _noted("ss_seed")),
-    ("pictures", _pictures),
-    ("resolution", _resolution),
-    ("buckets", _buckets),
-    ("captions", _captions),
-    ("frequent tags", _tags),
-    ("resized", _resized),
-    ("comment", _noted("ss_training_comment")),
-)
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _mappings(value: object) -> list[Mapping[str, Any]]:
+    """The entries of a list that are mappings."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _number_text(number: float) -> str:
+    return f"{number:.0f}" if number == int(number) and abs(number) < 1e15 else f"{number:.4g}"
+
+
+def _plural(count: float, word: str) -> str:
+    return f"{_number_text(count)} {word}{'s' * (count != 1)}"
+
+
+def _joined(parts: Iterable[str | None]) -> str | None:
+    return ", ".join(part for part in parts if part) or None
+
+
+def _by(sides: Sequence[object]) -> str:
+    """Width × height; one number is both."""
+    return "×".join(map(str, sides if len(sides) != 1 else (*sides, *sides)))

@@ -17,34 +17,46 @@ from lorashrink.files.header import read_header
 from lorashrink.files.reading import PICKLE_SUFFIXES
 
 
-def find_adapters(given: Sequence[str | Path], *, recursive: bool = False) -> list[Path]:
+def find_adapters(entries: Sequence[str | Path], *, recursive: bool = False) -> list[Path]:
     """The adapter files that paths, folders and globs stand for, each once, in order.
 
     In folders only files that hold adapter tensors count, by their headers. Raises InputError if an entry
     stands for none.
     """
-    found: dict[str, Path] = {}
-    for entry in map(str, given):
-        path = Path(entry)
-        if peft.is_folder(path):
-            paths, missing = [path], ""
-        elif os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
-            inside = path.rglob("*") if recursive else path.iterdir()
-            paths = [each for each in sorted(inside) if each.suffix == ".safetensors" and not each.name.startswith(".")]
-            paths = [each for each in paths if _holds_adapter(each)]
-            missing = (
-                f"{entry}: no adapter (.safetensors) in this folder{'' if recursive else '; --recursive looks deeper'}."
-            )
-        elif os.path.exists(path) or not glob.has_magic(entry):
-            paths, missing = [path], ""
-        else:
-            paths = [Path(each) for each in sorted(glob.glob(entry, recursive=recursive))]
-            missing = f"{entry}: no file matches."
-        if not paths:
-            raise InputError(missing)
-        for each in (path.parent if _of_peft(path) else path for path in paths):
-            found.setdefault(os.path.realpath(each), each)
-    return list(found.values())
+    files: dict[str, Path] = {}
+    for entry in map(str, entries):
+        for path in _adapters_at(entry, recursive):
+            in_folder = path.name in peft.WEIGHTS_FILES and peft.is_folder(path.parent)
+            adapter = path.parent if in_folder else path
+            files.setdefault(os.path.realpath(adapter), adapter)
+    return list(files.values())
+
+
+def _adapters_at(entry: str, recursive: bool) -> list[Path]:
+    """The files that one path, folder or glob stands for. Raises InputError if there are none."""
+    path = Path(entry)
+    if peft.is_folder(path):
+        return [path]
+    if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
+        inside = sorted(path.rglob("*") if recursive else path.iterdir())
+        files = [file for file in inside if file.suffix == ".safetensors" and not file.name.startswith(".")]
+        paths = [file for file in files if _holds_adapter(file)]
+        missing = f"no adapter (.safetensors) in this folder{'' if recursive else '; --recursive looks deeper'}."
+    elif os.path.exists(path) or not glob.has_magic(entry):
+        return [path]
+    else:
+        paths = [Path(match) for match in sorted(glob.glob(entry, recursive=recursive))]
+        missing = "no file matches."
+    if not paths:
+        raise InputError(f"{entry}: {missing}")
+    return paths
+
+
+def _holds_adapter(path: Path) -> bool:
+    try:
+        return looks_like_adapter(read_header(path)[0])
+    except InputError:
+        return True  # a damaged file is named in the report, not passed over
 
 
 def split_weight(text: str | Path) -> tuple[str, float]:
@@ -79,8 +91,8 @@ class Sum:
         return Path(",".join(f"{path}:{weight:.12g}" for path, weight in self.terms))
 
     @property
-    def place(self) -> Path:
-        """A path beside the first adapter, of which the outputs' names are made."""
+    def location(self) -> Path:
+        """A path beside the first adapter, from which the outputs get their names."""
         names = [path.name if os.path.isdir(path) else path.stem for path, _ in self.terms]
         return self.terms[0][0].parent / f"{'+'.join(names)}.safetensors"
 
@@ -113,20 +125,20 @@ def is_sum(text: str | Path) -> bool:
     return split_sum(text) != [(str(text), 1.0)]
 
 
-def find_inputs(given: Sequence[str | Path], *, recursive: bool = False) -> dict[Path, Sum | None]:
+def find_inputs(entries: Sequence[str | Path], *, recursive: bool = False) -> dict[Path, Sum | None]:
     """All that arguments stand for, each once and in order: files as `find_adapters`, and sums by what they are called.
 
     Raises InputError if an argument stands for nothing, and UsageError for a sum that is none.
     """
-    found: dict[str, tuple[Path, Sum | None]] = {}
-    for entry in given:
+    inputs: dict[str, tuple[Path, Sum | None]] = {}
+    for entry in entries:
         if is_sum(entry):
             terms = to_sum([entry])
-            found.setdefault(str(terms.path), (terms.path, terms))
+            inputs.setdefault(str(terms.path), (terms.path, terms))
         else:
             for path in find_adapters([entry], recursive=recursive):
-                found.setdefault(os.path.realpath(path), (path, None))
-    return dict(found.values())
+                inputs.setdefault(os.path.realpath(path), (path, None))
+    return dict(inputs.values())
 
 
 def to_sum(texts: Sequence[str | Path]) -> Sum:
@@ -138,32 +150,22 @@ def to_sum(texts: Sequence[str | Path]) -> Sum:
     for name, weight in [term for text in texts for term in split_sum(text)]:
         if not name.strip():
             raise UsageError(f"{','.join(map(str, texts))}: a name is missing. Write A:0.7,B:0.5.")
-        found = find_adapters([name])
-        if len(found) != 1:
+        adapters = find_adapters([name])
+        if len(adapters) != 1:
             raise UsageError(
-                f"{name}: stands for {len(found)} adapters, and each needs a weight. Name them one by one."
+                f"{name}: stands for {len(adapters)} adapters, and each needs a weight. Name them one by one."
             )
-        if not os.path.exists(found[0]) and ":" in name:
+        (path,) = adapters
+        if not os.path.exists(path) and ":" in name:
             raise InputError(f"{name}: no such file; nor is {name.rpartition(':')[2]!r} behind its colon a weight.")
-        place = os.path.realpath(found[0])
-        if place in terms:
-            total = terms[place][1] + weight
-            raise UsageError(f"{found[0]}: is there twice. Give it once, with the weight {total:g}.")
-        terms[place] = (found[0], weight)
+        real_path = os.path.realpath(path)
+        if real_path in terms:
+            total = terms[real_path][1] + weight
+            raise UsageError(f"{path}: is there twice. Give it once, with the weight {total:g}.")
+        terms[real_path] = (path, weight)
     if not any(weight for _, weight in terms.values()):
         raise UsageError("the weights are all 0, and so is the sum. Give at least one adapter another weight.")
     return Sum(tuple(terms.values()))
-
-
-def _of_peft(path: Path) -> bool:
-    return path.name in peft.WEIGHTS_FILES and peft.is_folder(path.parent)
-
-
-def _holds_adapter(path: Path) -> bool:
-    try:
-        return looks_like_adapter(read_header(path)[0])
-    except InputError:
-        return True  # a damaged file is named in the report, not passed over
 
 
 def looks_like_base(entry: str) -> bool:
@@ -171,9 +173,7 @@ def looks_like_base(entry: str) -> bool:
     path = Path(entry)
     if os.path.isdir(path):
         return not peft.is_folder(path) and is_model_folder(path)
-    if is_gguf(path):
-        return True
-    if path.suffix == ".json":
+    if is_gguf(path) or path.suffix == ".json":
         return True
     if not os.path.isfile(path):
         return False

@@ -26,31 +26,38 @@ def match(adapter: Adapter, base: Base) -> list[Views]:
     A first layer that was made for another number of inputs changes none. Raises FamilyMismatch or ShapeError if
     adapter and base do not belong together.
     """
-    found = [base.find(layer.name) for layer in adapter.layers]
-    wrong = [index for index, views in enumerate(found) if views and not fits(adapter.layers[index], views)]
-    variants = [index for index in wrong if _differs_in_inputs(adapter.layers[index].shape, views_shape(found[index]))]
-    if len(variants) <= _FEW < len(found):
-        found = [() if index in variants else views for index, views in enumerate(found)]
-        wrong = [index for index in wrong if index not in variants]
-    looks = adapter_family(adapter)
-    titles = {family.name: family.title for family in BASE_FAMILIES}
-    if (wrong or 2 * sum(map(bool, found)) < len(found)) and looks not in (None, base.family.name):
+    views = [base.find(layer.name) for layer in adapter.layers]
+    misfits = [i for i, layer in enumerate(adapter.layers) if views[i] and not fits(layer, views[i])]
+    variants = [i for i in misfits if _differs_in_inputs(adapter.layers[i].shape, views_shape(views[i]))]
+    if len(variants) <= _FEW < len(views):
+        misfits = [i for i in misfits if i not in variants]
+        for i in variants:
+            views[i] = ()
+    family = adapter_family(adapter)
+    if (misfits or 2 * sum(map(bool, views)) < len(views)) and family not in (None, base.family.name):
+        titles = {row.name: row.title for row in BASE_FAMILIES}
         raise FamilyMismatch(
-            f"{adapter.path}: looks like an adapter for {titles.get(looks or '', looks)}, but {base.path} is "
+            f"{adapter.path}: looks like an adapter for {titles.get(family or '', family)}, but {base.path} is "
             f"{base.family.title}. Give the base that it was trained on, or a relative of it."
         )
-    if wrong:
-        layer, views = adapter.layers[wrong[0]], found[wrong[0]]
+    if misfits:
+        layer, layer_views = adapter.layers[misfits[0]], views[misfits[0]]
         raise ShapeError(
-            f"{adapter.path}: layer {layer.name} changes a weight of {list(layer.shape)}, but {views_id(views)} of "
-            f"{base.path} is {list(views_shape(views))}. Give the base that the adapter was trained on."
+            f"{adapter.path}: layer {layer.name} changes a weight of {list(layer.shape)}, but {views_id(layer_views)} "
+            f"of {base.path} is {list(views_shape(layer_views))}. Give the base that the adapter was trained on."
         )
-    if adapter.layers and not any(found):
+    if adapter.layers and not any(views):
         raise FamilyMismatch(
             f"{adapter.path}: none of its {len(adapter)} layers, such as {adapter.layers[0].name}, is in {base.path} "
             f"({base.family.title}). Give the base that it was trained on, or a relative of it."
         )
-    return found
+    return views
+
+
+def find_fitting(adapter: Adapter, base: Base) -> list[Views]:
+    """For each layer the base weight of its name, () where none such has its shape; nothing is an error."""
+    views = [base.find(layer.name) for layer in adapter]
+    return [rows if rows and fits(layer, rows) else () for layer, rows in zip(adapter, views, strict=True)]
 
 
 def fits(layer: Layer, views: Views) -> bool:
@@ -80,8 +87,8 @@ def bind(adapter: Adapter, views: Sequence[Views], base: Base | None) -> Adapter
     """The adapter with what its layers need of the base: open shapes, and weights that are a part of ΔW."""
     readable = base if base and base.store else None
     layers = [
-        layer.on(views_shape(found), partial(readable.weight, found) if readable else None) if found else layer
-        for layer, found in zip(adapter.layers, views, strict=True)
+        layer.on(views_shape(rows), partial(readable.weight, rows) if readable else None) if rows else layer
+        for layer, rows in zip(adapter.layers, views, strict=True)
     ]
     return replace(adapter, layers=tuple(layers))
 
@@ -92,18 +99,18 @@ def part(adapter: Adapter, views: Sequence[Views], form: str) -> tuple[Adapter, 
     `form` is one of `FORMS`.
     """
     others = dict(adapter.others)
-    kept = []
     reasons = [_reason_to_stay(layer, form) for layer in adapter.layers]
     if adapter.as_folder and (first := next(filter(None, reasons), None)):
         # its configuration knows one kind of layers, so that all of that kind are LoRA, or none
         reasons = [None if layer.family.written else first for layer in adapter.layers]
-    for layer, found, reason in zip(adapter.layers, views, reasons, strict=True):
+    layers, kept_views = [], []
+    for layer, layer_views, reason in zip(adapter.layers, views, reasons, strict=True):
         if reason:
             others |= dict.fromkeys([*layer.keys.values(), *layer.common.values()], reason)
         else:
-            kept.append((layer, found))
-    layers = tuple(layer for layer, _ in kept)
-    return replace(adapter, layers=layers, others=others), [found for _, found in kept]
+            layers.append(layer)
+            kept_views.append(layer_views)
+    return replace(adapter, layers=tuple(layers), others=others), kept_views
 
 
 def _reason_to_stay(layer: Layer, form: str) -> str | None:

@@ -19,7 +19,8 @@ from lorashrink.bases import FAMILIES, Base, View, Views, views_id
 from lorashrink.bases.weights import name_weights
 from lorashrink.engine.delta import Delta, fan_in
 from lorashrink.errors import FamilyMismatch, ShapeError, UsageError
-from lorashrink.linking.matching import fits, match
+from lorashrink.linking.matching import bind, find_fitting, match
+from lorashrink.linking.rows import RowMap, Rows, row_intervals
 from lorashrink.names import address
 
 
@@ -29,114 +30,28 @@ def matched(sides: Sequence[Adapter], base: Base | None) -> tuple[Base | None, l
     A layer that is not found stands for a weight of its own name. Raises FamilyMismatch or ShapeError if the adapters
     were made for different models, and UsageError if only a base could tell which layers are the same.
     """
-    for one, other in combinations(sides, 2):
-        _check_shapes(one, other)
+    for a, b in combinations(sides, 2):
+        _check_shapes(a, b)
     if base:
         return base, [_or_own(side, match(side, base)) for side in sides]
     tried = []
-    for known in _dictionaries(sides):
-        views = [_or_own(side, [_find(known, layer) for layer in side] if known else None) for side in sides]
-        apart = _apart(sides, views)
-        if not apart:
-            return known, views
-        tried.append((sum(len(name) for pair in apart for name in pair.left), apart, known, views))
-    _, apart, known, views = min(tried, key=lambda each: each[0])
-    for pair in apart:
+    for names in _dictionaries(sides):
+        views = [_or_own(side, find_fitting(side, names) if names else [()] * len(side)) for side in sides]
+        unpaired = _unpaired(sides, views)
+        if not unpaired:
+            return names, views
+        tried.append((unpaired, names, views))
+    unpaired, names, views = min(tried, key=lambda attempt: sum(pair.layers for pair in attempt[0]))
+    for pair in unpaired:
         pair.check()
-    return known, views
-
-
-def _dictionaries(sides: Sequence[Adapter]) -> Iterator[Base | None]:
-    """What may know all names without a base: none needed, or one adapter those of the others."""
-    yield None
-    family = next(filter(None, map(adapter_family, sides)), None)
-    for side in sides:
-        if known := _named_as_in(side, family):
-            yield known
-
-
-class _Apart(NamedTuple):
-    """Two adapters that both change what the other one does not."""
-
-    one: Adapter
-    other: Adapter
-    left: tuple[list[str], list[str]]  # the names of these layers
-
-    def check(self) -> None:
-        """Raises FamilyMismatch or UsageError if these may be the same layers under other names."""
-        strangers = None
-        if sum(map(len, self.left)) == len(self.one) + len(self.other):
-            strangers = _families_differ(self.one, self.other)
-        if strangers or not _speak_alike(*self.left):
-            raise strangers or UsageError(
-                f"{self.one.path} and {self.other.path}: name their layers differently ({self.left[0][0]}; "
-                f"{self.left[1][0]}), and names alone do not tell which are the same. Give the base with --base; a "
-                "norm table is enough."
-            )
-
-
-def _apart(sides: Sequence[Adapter], views: Sequence[Sequence[Views]]) -> list[_Apart]:
-    """The pairs of which neither side has found all of its layers in the other."""
-    keys = [{view.key for each in found for view in each} for found in views]
-
-    def left(number: int, other: int) -> list[str]:
-        if keys[number] <= keys[other]:
-            return []
-        layers = zip(sides[number], views[number], strict=True)
-        return [layer.name for layer, each in layers if not keys[other] & {view.key for view in each}]
-
-    pairs = [(a, b, (left(a, b), left(b, a))) for a, b in combinations(range(len(sides)), 2)]
-    return [_Apart(sides[a], sides[b], names) for a, b, names in pairs if all(names)]
-
-
-def _or_own(side: Adapter, found: Sequence[Views] | None) -> list[Views]:
-    own: list[Views] = [(View(layer.name, (*layer.shape, 1, 1)[: max(2, len(layer.shape))]),) for layer in side]
-    return [one or other for one, other in zip(found, own, strict=True)] if found else own
-
-
-def in_base(side: Adapter, views: Sequence[Views]) -> list[Views]:
-    """What `matched` found in the base: () for the layers that stand for a weight of their own name."""
-    return [() if each[0].key == layer.name else each for layer, each in zip(side, views, strict=True)]
-
-
-def _named_as_in(adapter: Adapter, looks: str | None) -> Base | None:
-    """A base of just the weights that an adapter names; None if it has flattened the names, which is no way back."""
-    names = {layer.name.removeprefix("base_model.model."): layer for layer in adapter}
-    if not all("." in name for name in names):
-        return None
-    shapes = {f"{name}.weight": layer.shape for name, layer in names.items() if len(layer.shape) > 1}
-    family = next((family for family in FAMILIES if family.name == looks), FAMILIES[-1])
-    found = name_weights(shapes, family).by_name.values()
-    return Base(adapter.path, "names", family, shapes, "", norms={views_id(views): {} for views in found})
-
-
-def _find(base: Base, layer: Layer) -> Views:
-    views = base.find(layer.name)
-    return views if views and fits(layer, views) else ()
-
-
-def _speak_alike(left_a: Sequence[str], left_b: Sequence[str]) -> bool:
-    """Whether layers that found no partner have names of one kind, so that they are really different layers."""
-    words = _first_words(left_a), _first_words(left_b)
-    one, other = words
-    if "" in {*one, *other}:  # names that do not tell their part may mean any
-        one, other = ({"": set().union(*each.values())} if each else {} for each in words)
-    return all(one[part] & other[part] for part in one.keys() & other.keys())
-
-
-def _first_words(names: Iterable[str]) -> dict[str, set[str]]:
-    """Part of the model -> how names of its modules begin, up to the first number."""
-    found: dict[str, set[str]] = {}
-    for part, module in map(address, names):
-        found.setdefault(part, set()).add(re.split(r"_\d", module)[0])
-    return found
+    return names, views
 
 
 def _check_shapes(a: Adapter, b: Adapter) -> None:
     """Raises FamilyMismatch or ShapeError if layers of one name change weights of different shapes."""
-    one, other = ({layer.name: layer for layer in side if len(layer.shape) > 1} for side in (a, b))
-    for name in one.keys() & other.keys():
-        shapes = [layer.shape for layer in (one[name], other[name])]
+    layers_a, layers_b = ({layer.name: layer for layer in side if len(layer.shape) > 1} for side in (a, b))
+    for name in layers_a.keys() & layers_b.keys():
+        shapes = [layers_a[name].shape, layers_b[name].shape]
         if len({(shape[0], fan_in(shape)) for shape in shapes}) > 1:
             raise _families_differ(a, b) or ShapeError(
                 f"{a.path} and {b.path}: {name} is {list(shapes[0])} in the first and {list(shapes[1])} in the second. "
@@ -145,14 +60,121 @@ def _check_shapes(a: Adapter, b: Adapter) -> None:
 
 
 def _families_differ(a: Adapter, b: Adapter) -> FamilyMismatch | None:
-    looks = [adapter_family(each) for each in (a, b)]
-    if looks[0] == looks[1] or None in looks:
+    families = adapter_family(a), adapter_family(b)
+    if families[0] == families[1] or None in families:
         return None
     titles = {family.name: family.title for family in FAMILIES}
-    one, other = (titles.get(str(each), each) for each in looks)
+    title_a, title_b = (titles.get(str(family), family) for family in families)
     return FamilyMismatch(
-        f"{a.path} looks like an adapter for {one}, {b.path} like one for {other}. Take adapters of one model."
+        f"{a.path} looks like an adapter for {title_a}, {b.path} like one for {title_b}. Take adapters of one model."
     )
+
+
+def _dictionaries(sides: Sequence[Adapter]) -> Iterator[Base | None]:
+    """What may know all names without a base: nothing, if names are equal, or one adapter those of the others.
+
+    Such an adapter is a base of just the weights that it names; names that it has flattened are no way back.
+    """
+    yield None
+    family_name = next(filter(None, map(adapter_family, sides)), None)
+    family = next((family for family in FAMILIES if family.name == family_name), FAMILIES[-1])
+    for side in sides:
+        layers = {layer.name.removeprefix("base_model.model."): layer for layer in side}
+        if all("." in name for name in layers):
+            shapes = {f"{name}.weight": layer.shape for name, layer in layers.items() if len(layer.shape) > 1}
+            weights = name_weights(shapes, family).by_name.values()
+            yield Base(side.path, "names", family, shapes, "", norms={views_id(views): {} for views in weights})
+
+
+def _or_own(side: Adapter, views: Sequence[Views]) -> list[Views]:
+    """The views, for a layer without any those of a weight of its own name."""
+    own: list[Views] = [(View(layer.name, (*layer.shape, 1, 1)[: max(2, len(layer.shape))]),) for layer in side]
+    return [in_model or by_name for in_model, by_name in zip(views, own, strict=True)]
+
+
+def in_base(side: Adapter, views: Sequence[Views]) -> list[Views]:
+    """What `matched` found in the base: () for the layers that stand for a weight of their own name."""
+    pairs = zip(side, views, strict=True)
+    return [() if layer_views[0].key == layer.name else layer_views for layer, layer_views in pairs]
+
+
+def bind_all(sides: Sequence[Adapter], views: Sequence[Sequence[Views]], base: Base | None) -> list[Adapter]:
+    """The adapters with what their layers need of the base, for views of `matched`."""
+    return [bind(side, in_base(side, rows), base) for side, rows in zip(sides, views, strict=True)]
+
+
+class _Unpaired(NamedTuple):
+    """Two adapters that each change something that the other does not, with the names of these layers."""
+
+    a: Adapter
+    b: Adapter
+    only_a: list[str]
+    only_b: list[str]
+
+    @property
+    def layers(self) -> int:
+        return len(self.only_a) + len(self.only_b)
+
+    def check(self) -> None:
+        """Raises FamilyMismatch or UsageError if these may be the same layers under other names."""
+        strangers = None
+        if self.layers == len(self.a) + len(self.b):
+            strangers = _families_differ(self.a, self.b)
+        if strangers or not _speak_alike(self.only_a, self.only_b):
+            raise strangers or UsageError(
+                f"{self.a.path} and {self.b.path}: name their layers differently ({self.only_a[0]}; "
+                f"{self.only_b[0]}), and names alone do not tell which are the same. Give the base with --base; a "
+                "norm table is enough."
+            )
+
+
+def _unpaired(sides: Sequence[Adapter], views: Sequence[Sequence[Views]]) -> list[_Unpaired]:
+    """The pairs of which neither side has found all of its layers in the other."""
+    keys = [[{view.key for view in layer_views} for layer_views in side_views] for side_views in views]
+    all_keys = [set[str]().union(*side_keys) for side_keys in keys]
+
+    def only(side: int, other_side: int) -> list[str]:
+        if all_keys[side] <= all_keys[other_side]:
+            return []
+        pairs = zip(sides[side], keys[side], strict=True)
+        return [layer.name for layer, layer_keys in pairs if not layer_keys & all_keys[other_side]]
+
+    pairs = (_Unpaired(sides[a], sides[b], only(a, b), only(b, a)) for a, b in combinations(range(len(sides)), 2))
+    return [pair for pair in pairs if pair.only_a and pair.only_b]
+
+
+def _speak_alike(names_a: Sequence[str], names_b: Sequence[str]) -> bool:
+    """Whether layers that found no partner have names of one kind, so that they are really different layers."""
+    words = [_first_words(names_a), _first_words(names_b)]
+    if any("" in by_part for by_part in words):  # names that do not tell their part may mean any
+        words = [{"": set[str]().union(*by_part.values())} if by_part else {} for by_part in words]
+    a, b = words
+    return all(a[part] & b[part] for part in a.keys() & b.keys())
+
+
+def _first_words(names: Iterable[str]) -> dict[str, set[str]]:
+    """Part of the model -> how names of its modules begin, up to the first number."""
+    words: dict[str, set[str]] = {}
+    for part, module in map(address, names):
+        words.setdefault(part, set()).add(re.split(r"_\d", module)[0])
+    return words
+
+
+class Member(NamedTuple):
+    """A layer of one of several adapters."""
+
+    side: int  # number of the adapter
+    layer: Layer
+    views: Views  # rows that it changes
+
+
+def members_of(sides: Sequence[Adapter], views: Sequence[Sequence[Views]]) -> list[Member]:
+    """The layers of all adapters, in their order."""
+    return [
+        Member(number, layer, layer_views)
+        for number, (side, side_views) in enumerate(zip(sides, views, strict=True))
+        for layer, layer_views in zip(side, side_views, strict=True)
+    ]
 
 
 class Piece(NamedTuple):
@@ -171,7 +193,17 @@ class Unit:
 
     def of(self, side: int) -> list[Layer]:
         """The layers of one adapter."""
-        return [layer for each, layer in self.members if each == side]
+        return [layer for number, layer in self.members if number == side]
+
+    @property
+    def adapters(self) -> list[int]:
+        """Numbers of the adapters that have layers here, ascending."""
+        return sorted({number for number, _ in self.members})
+
+    @property
+    def bound(self) -> bool:
+        """Whether ΔW of every layer can be had; some need a base weight."""
+        return all(layer.bound for _, layer in self.members)
 
     @property
     def rows(self) -> int:
@@ -179,71 +211,44 @@ class Unit:
         return sum(piece.size for piece in self.pieces)
 
 
-class _Span(NamedTuple):
-    """Rows of one tensor of the base that a layer changes."""
-
-    key: str
-    start: int
-    stop: int
-    member: int
-    offset: int  # of the first one in the layer
-
-
 def units(sides: Sequence[Adapter], views: Sequence[Sequence[Views]]) -> list[Unit]:
     """Layers that belong together, in the order of the first adapter's, then of the next ones'."""
-    members = [
-        (number, layer, each)
-        for number, (side, found) in enumerate(zip(sides, views, strict=True))
-        for layer, each in zip(side, found, strict=True)
-    ]
-    spans = [span for number, (_, _, each) in enumerate(members) for span in _spans(number, each)]
-    by_key: dict[str, list[_Span]] = {}
-    for span in spans:
-        by_key.setdefault(span.key, []).append(span)
-    groups = [[number] for number in range(len(members))]
-    for each in by_key.values():
-        reach, last = -1, -1
-        for span in sorted(each, key=lambda span: (span.start, span.stop)):
-            if span.start < reach:
-                _join(groups, last, span.member)
-            last, reach = span.member, max(reach, span.stop)
-    found = []
-    for group in {id(group): group for group in groups}.values():
+    members = members_of(sides, views)
+    intervals = [row_intervals(member.views) for member in members]
+    result = []
+    for group in _groups(intervals):
         # the layer that fuses most knows the order of its parts
-        by_size = sorted(sorted(group), key=lambda number: -len(members[number][2]))
-        inside = [span for number in by_size for span in _spans(number, members[number][2])]
-        keys = list(dict.fromkeys(span.key for span in inside))
-        first = {span.member: (keys.index(span.key), span.start) for span in reversed(inside)}
-        ordered = sorted(group, key=lambda number: (members[number][0], first[number]))
-        found.append(Unit(tuple(members[number][:2] for number in ordered), _pieces(ordered, inside)))
-    return found
+        by_size = sorted(group, key=lambda index: -len(intervals[index]))
+        rows = [(index, interval) for index in by_size for interval in intervals[index]]
+        keys = list(dict.fromkeys(interval.key for _, interval in rows))
+        first = {index: (keys.index(interval.key), interval.start) for index, interval in reversed(rows)}
+        ordered = sorted(group, key=lambda index: (members[index].side, first[index]))
+        pieces = [piece for key in keys for piece in _pieces(ordered, [pair for pair in rows if pair[1].key == key])]
+        result.append(Unit(tuple((members[index].side, members[index].layer) for index in ordered), tuple(pieces)))
+    return result
 
 
-def _spans(member: int, views: Views) -> list[_Span]:
-    spans, offset = [], 0
-    for view in views:
-        start, stop = view.rows or (0, view.shape[0])
-        spans.append(_Span(view.key, start, stop, member, offset))
-        offset += stop - start
-    return spans
+def _groups(intervals: Sequence[Sequence[Rows]]) -> list[list[int]]:
+    """The members that change common rows, directly or through others; ascending."""
+    groups = [[member] for member in range(len(intervals))]  # of each member; one list for all in a group
+    owners = RowMap[int]()
+    for member, rows in enumerate(intervals):
+        for common in owners.common(rows):
+            group, joining = groups[member], groups[common.owner]
+            if group is not joining:
+                group.extend(joining)
+                for number in joining:
+                    groups[number] = group
+        owners.add(rows, member)
+    return [sorted(group) for group in {id(group): group for group in groups}.values()]
 
 
-def _join(groups: list[list[int]], one: int, other: int) -> None:
-    if groups[one] is not groups[other]:
-        groups[one].extend(groups[other])
-        for number in groups[other]:
-            groups[number] = groups[one]
-
-
-def _pieces(group: Sequence[int], spans: Sequence[_Span]) -> tuple[Piece, ...]:
-    pieces = []
-    for key in dict.fromkeys(span.key for span in spans):
-        here = [span for span in spans if span.key == key]
-        for low, high in pairwise(sorted({end for span in here for end in (span.start, span.stop)})):
-            found = {s.member: s.offset + low - s.start for s in here if s.start <= low and high <= s.stop}
-            if found:
-                pieces.append(Piece(high - low, tuple(found.get(number) for number in group)))
-    return tuple(pieces)
+def _pieces(group: Sequence[int], rows: Sequence[tuple[int, Rows]]) -> Iterator[Piece]:
+    """Rows of one tensor, cut wherever a member begins or ends."""
+    for low, high in pairwise(sorted({end for _, interval in rows for end in (interval.start, interval.stop)})):
+        starts = {member: part.first for member, interval in rows if (part := interval.cut(low, high))}
+        if starts:
+            yield Piece(high - low, tuple(starts.get(member) for member in group))
 
 
 def stacked_up(deltas: Sequence[Delta], pieces: Sequence[Piece]) -> Tensor:
@@ -251,14 +256,14 @@ def stacked_up(deltas: Sequence[Delta], pieces: Sequence[Piece]) -> Tensor:
     ups = [wide(delta.up) for delta in deltas]
     if len(pieces) == 1:
         return torch.cat(ups, 1)
-    parts = []
+    bands = []
     for size, starts in pieces:
-        inside = [
+        band = [
             up.new_zeros(size, up.shape[1]) if start is None else up[start : start + size]
             for up, start in zip(ups, starts, strict=True)
         ]
-        parts.append(torch.cat(inside, 1))
-    return torch.cat(parts)
+        bands.append(torch.cat(band, 1))
+    return torch.cat(bands)
 
 
 def wide(factor: Tensor) -> Tensor:

@@ -2,17 +2,16 @@
 
 Names are never taken apart. The base says which rows of which weight a layer changes, and what these rows are called
 in the other layout; where one layout fuses what the other splits, rows of `up` are gathered, and `down` is stacked.
-Factors are copied bit by bit wherever their strength can be said beside them.
+Factors are copied bit by bit wherever the new file can state their strength beside them.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lorashrink.adapters import Adapter, Layer, adapter_of, layer_name, peft
 from lorashrink.adapters.family import Shape
@@ -20,6 +19,7 @@ from lorashrink.bases import Base, BaseFamily, Views, views_shape
 from lorashrink.errors import NonFinite, ShapeError, UsageError
 from lorashrink.files.store import ComputedStore, TensorInfo, cast, tensor_info
 from lorashrink.linking.matching import match
+from lorashrink.linking.rows import RowMap, RowRun, Rows, covers, joined_runs, row_intervals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,28 +29,8 @@ NAMINGS = ("kohya", "diffusers", "comfy", "peft")
 # What belongs to a layer of factors; a layer with other tensors can only be renamed as a whole.
 _FACTORS = {"up", "down", "alpha"}
 
-Made = tuple[TensorInfo, Callable[[], "Tensor"]]
-
-
-class _Rows(NamedTuple):
-    """Rows of a module that one layer, or none, writes."""
-
-    layer: int | None
-    start: int  # in the layer
-    size: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Target:
-    """A module of the other layout, and where its rows come from."""
-
-    part: str
-    module: str
-    rows: tuple[_Rows, ...]
-
-    @property
-    def sources(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(each.layer for each in self.rows if each.layer is not None))
+# What a header says of a tensor, and the function that computes it.
+LazyTensor = tuple[TensorInfo, Callable[[], "Tensor"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,60 +42,49 @@ class Renamed:
     exact: bool  # whether every number of it is one of the input's
 
 
-@dataclass(eq=False)
-class _Output:
-    dtype: str | None  # of factors; None leaves them theirs
-    made: dict[str, Made] = field(default_factory=dict)
-    scales: dict[str, tuple[int, float]] = field(default_factory=dict)  # module name -> (rank, scale), for PEFT
-    kept: dict[str, str] = field(default_factory=dict)  # key -> why it has its old name
-    exact: bool = True
-
-
 def renamed(adapter: Adapter, naming: str, base: Base, dtype: str | None = None) -> Renamed:
     """The adapter in another naming, its factors in this dtype of the format. Nothing is computed before it is read.
 
     Raises UsageError (a naming that cannot hold the adapter), ShapeError (layers that overlap, or do not fit
     the base) and FamilyMismatch.
     """
-    output = _Output(dtype)
-    targets, left = _targets(adapter, base, layout_of(naming, base))
+    modules = base.modules(layout_of(naming, base))
+    targets, unnamed = _targets(adapter, match(adapter, base), modules)
+    if naming == "peft":
+        _check_folder(adapter, targets)
+    output = _Output(adapter, naming, dtype)
+    for target in targets:
+        output.write(target, layer_name_in(naming, base.family, target.part, target.module))
+    for index in unnamed:
+        output.keep(adapter.layers[index], "the base has no other name for it")
+    addresses = {views: address for address, views in modules.items()}
+    for key, reason in adapter.others.items():
+        name = layer_name(key)
+        if address := addresses.get(base.find(name)):  # a bias of a weight goes where the weight goes
+            output.copy(key, layer_name_in(naming, base.family, *address) + key[len(name) :])
+        else:
+            output.kept[key] = reason
+    for key in (*output.kept, *adapter.common):
+        output.copy(key, key)
+    return Renamed(output.adapter(), output.kept, output.exact)
+
+
+def _check_folder(adapter: Adapter, targets: Sequence[_Target]) -> None:
+    """Raises UsageError if no PEFT folder can hold the adapter."""
     parts = {target.part for target in targets}
-    if naming == "peft" and len(parts) > 1:
+    if len(parts) > 1:
         raise UsageError(
             f"{adapter.path}: changes {len(parts)} models ({', '.join(sorted(parts))}), and a PEFT folder is for one. "
             "Use diffusers naming."
         )
-    if naming == "peft" and (other := [layer.algo for layer in adapter.layers if not _is_lora(layer)]):
+    if foreign := [layer.algo for layer in adapter.layers if not _is_lora(layer)]:
         raise UsageError(
-            f"{adapter.path}: is {other[0]}, and only LoRA is written as a PEFT folder. Shrink it with --as lora first."
+            f"{adapter.path}: is {foreign[0]}, and only LoRA is written as a PEFT folder. Shrink it with --as lora "
+            "first."
         )
-    for target in targets:
-        _write(output, adapter, target, layer_name_in(naming, base.family, target.part, target.module), naming)
-    for index in left:
-        _keep(output, adapter.layers[index], "the base has no other name for it")
-    named = {views: address for address, views in base.modules(layout_of(naming, base)).items()}
-    for key, reason in adapter.others.items():
-        name = layer_name(key)
-        if address := named.get(base.find(name)):  # a bias of a weight goes where the weight goes
-            _copy(output, adapter, key, layer_name_in(naming, base.family, *address) + key[len(name) :])
-        else:
-            output.kept[key] = reason
-    for key in (*output.kept, *adapter.common):
-        _copy(output, adapter, key, key)
-    metadata = {key: text for key, text in adapter.store.metadata.items() if key != peft.METADATA_KEY}
-    widest = max((rank for rank, _ in output.scales.values()), default=0)
-    if metadata.get("ss_network_dim", "").isdigit() and widest > int(metadata["ss_network_dim"]):
-        metadata["ss_network_dim"] = str(widest)  # where layers were fused
-    settings = _settings(adapter, output) if naming == "peft" else {}
-    store = ComputedStore(adapter.path, output.made, metadata, adapter.store.files, adapter.store.headers)
-    new = replace(adapter_of(adapter.path, store, settings), as_folder=naming == "peft")
-    return Renamed(new, output.kept, output.exact)
 
 
-def _copy(output: _Output, adapter: Adapter, key: str, new: str) -> None:
-    if new in output.made:
-        raise ShapeError(f"{adapter.path}: {new} would be the name of two tensors. Export the file again.")
-    output.made[new] = (adapter.store.tensors[key], partial(adapter.store.read, key))
+# --- namings ------------------------------------------------------------------------------------
 
 
 def check_naming(naming: str | None, base: object) -> None:
@@ -154,185 +123,183 @@ def layer_name_in(naming: str, family: BaseFamily, part: str, module: str) -> st
     return prefix + module
 
 
-def _settings(adapter: Adapter, output: _Output) -> peft.Settings:
-    roles = {role for layer in adapter.layers for role in layer.keys}
-    known = {**adapter.settings.get("", {}), "use_dora": "magnitude" in roles, "lora_bias": "bias" in roles}
-    return peft.settings_for(output.scales, known)
-
-
 # --- which rows of which layer ------------------------------------------------------------------
 
 
-class _Piece(NamedTuple):
-    """Rows of one tensor of the base that a layer changes."""
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """A module of the other layout, and the layers that its rows come from."""
 
-    start: int
-    stop: int
-    layer: int
-    offset: int  # of the first one in the layer
-
-
-def _spans(views: Views) -> list[tuple[str, int, int]]:
-    return [(view.key, *(view.rows or (0, view.shape[0]))) for view in views]
+    part: str
+    module: str
+    rows: int
+    runs: Mapping[int, tuple[RowRun, ...]]  # layer -> rows of the module that are rows of the layer
 
 
-def _targets(adapter: Adapter, base: Base, layout: str) -> tuple[list[_Target], list[int]]:
-    """(modules of the layout that the adapter changes, layers that they cannot take whole)."""
-    views = {index: each for index, each in enumerate(match(adapter, base)) if each}
-    targets = _covered(adapter, views, base.modules(layout))
+def _targets(
+    adapter: Adapter, views: Sequence[Views], modules: Mapping[tuple[str, str], Views]
+) -> tuple[list[_Target], list[int]]:
+    """(modules of the layout that the adapter changes, layers that the modules do not have all rows of)."""
+    intervals = {index: row_intervals(layer_views) for index, layer_views in enumerate(views) if layer_views}
+    owners = _row_map(intervals)
+    if clash := owners.clash():
+        names = " and ".join(adapter.layers[index].name for index in clash.owners)
+        raise ShapeError(f"{adapter.path}: {names} change the same rows of {clash.key}. Export them one by one.")
+    targets = _covered(owners, modules)
     taken = Counter[int]()
     for target in targets:
-        for row in target.rows:
-            if row.layer is not None:
-                taken[row.layer] += row.size
-    whole = {index: each for index, each in views.items() if taken[index] == views_shape(each)[0]}
-    if len(whole) < len(views):
-        targets = _covered(adapter, whole, base.modules(layout))
-    return targets, [index for index in range(len(adapter)) if index not in whole]
+        for index, runs in target.runs.items():
+            taken[index] += sum(run.size for run in runs)
+    complete = {i: rows for i, rows in intervals.items() if taken[i] == sum(interval.size for interval in rows)}
+    if len(complete) < len(intervals):
+        targets = _covered(_row_map(complete), modules)
+    return targets, [index for index in range(len(adapter)) if index not in complete]
 
 
-def _covered(adapter: Adapter, views: Mapping[int, Views], modules: Mapping[tuple[str, str], Views]) -> list[_Target]:
-    pieces: dict[str, list[_Piece]] = defaultdict(list)
-    for index, each in views.items():
-        offset = 0
-        for key, start, stop in _spans(each):
-            pieces[key].append(_Piece(start, stop, index, offset))
-            offset += stop - start
-    for key, changed in pieces.items():
-        changed.sort()
-        for first, second in pairwise(changed):
-            if second.start < first.stop:
-                names = " and ".join(adapter.layers[each.layer].name for each in (first, second))
-                raise ShapeError(f"{adapter.path}: {names} change the same rows of {key}. Export them one by one.")
+def _row_map(intervals: Mapping[int, Sequence[Rows]]) -> RowMap[int]:
+    owners = RowMap[int]()
+    for index, rows in intervals.items():
+        owners.add(rows, index)
+    return owners
+
+
+def _covered(owners: RowMap[int], modules: Mapping[tuple[str, str], Views]) -> list[_Target]:
     targets = []
-    for (part, module), each in modules.items():
-        rows = [row for span in _spans(each) for row in _rows(span, pieces.get(span[0], ()))]
-        if any(row.layer is not None for row in rows):
-            targets.append(_Target(part, module, tuple(_joined(rows))))
+    for (part, module), views in modules.items():
+        runs: dict[int, list[RowRun]] = defaultdict(list)
+        for rows, own, index in sorted(owners.common(row_intervals(views)), key=lambda common: common.rows.first):
+            runs[index].append(RowRun(rows.first, own.first, rows.size))
+        if runs:
+            joined = {index: joined_runs(layer_runs) for index, layer_runs in runs.items()}
+            targets.append(_Target(part, module, views_shape(views)[0], joined))
     return targets
-
-
-def _rows(span: tuple[str, int, int], pieces: Sequence[_Piece]) -> list[_Rows]:
-    _, place, stop = span
-    rows = []
-    for piece in pieces:
-        if piece.stop <= place or piece.start >= stop:
-            continue
-        if piece.start > place:
-            rows.append(_Rows(None, 0, piece.start - place))
-            place = piece.start
-        end = min(stop, piece.stop)
-        rows.append(_Rows(piece.layer, piece.offset + place - piece.start, end - place))
-        place = end
-    if place < stop:
-        rows.append(_Rows(None, 0, stop - place))
-    return rows
-
-
-def _joined(rows: Sequence[_Rows]) -> list[_Rows]:
-    """Neighbouring rows of one layer as one run."""
-    joined: list[_Rows] = []
-    for row in rows:
-        last = joined[-1] if joined else None
-        if last and last.layer == row.layer and (row.layer is None or last.start + last.size == row.start):
-            joined[-1] = last._replace(size=last.size + row.size)
-        else:
-            joined.append(row)
-    return joined
 
 
 # --- the tensors of a module --------------------------------------------------------------------
 
 
-def _write(output: _Output, adapter: Adapter, target: _Target, name: str, naming: str) -> None:
-    layers = [adapter.layers[index] for index in target.sources]
-    whole = [_Rows(target.sources[0], 0, layers[0].shape[0] if layers[0].shape else target.rows[0].size)]
-    if naming in ("diffusers", "peft") and any("magnitude" in layer.keys and not _per_row(layer) for layer in layers):
-        for layer in layers:
-            _keep(output, layer, "DoRA with a magnitude per input, which PEFT does not know")
-    elif list(target.rows) == whole and not _is_lora(layers[0]):
-        _rename(output, layers[0], name)
-    elif all(_is_lora(layer) and layer.keys.keys() <= _FACTORS for layer in layers) or list(target.rows) == whole:
-        _write_lora(output, adapter, target, name, naming)
-    else:
-        culprit = next(layer for layer in layers if not (_is_lora(layer) and layer.keys.keys() <= _FACTORS))
-        why = f"{culprit.algo}, which cannot be cut to the rows of {name}"
-        for layer in layers:
-            _keep(output, layer, why if layer is culprit else f"belongs together with {culprit.name}, {why}")
+class _Output:
+    """The tensors of an adapter under their new names, as far as they are written."""
 
+    def __init__(self, source: Adapter, naming: str, dtype: str | None) -> None:
+        self.source, self.naming = source, naming
+        self.dtype = dtype  # of factors; None leaves them theirs
+        self.tensors: dict[str, LazyTensor] = {}
+        self.scales: dict[str, tuple[int, float]] = {}  # module name -> (rank, scale), for PEFT
+        self.kept: dict[str, str] = {}  # key -> why it has its old name
+        self.exact = True
 
-def _keep(output: _Output, layer: Layer, reason: str) -> None:
-    output.kept |= dict.fromkeys(layer.keys.values(), reason)
-    if "alpha" not in layer.keys and layer.scale != 1 and layer.family.written:
-        # its scale was in the settings, which the output does not have
-        output.made[f"{layer.name}.alpha"] = (tensor_info("F32", ()), partial(_number, layer.scale * layer.rank))
+    def adapter(self) -> Adapter:
+        """All of it as an adapter."""
+        source, as_folder = self.source, self.naming == "peft"
+        metadata = {key: text for key, text in source.store.metadata.items() if key != peft.METADATA_KEY}
+        widest = max((rank for rank, _ in self.scales.values()), default=0)
+        if metadata.get("ss_network_dim", "").isdigit() and widest > int(metadata["ss_network_dim"]):
+            metadata["ss_network_dim"] = str(widest)  # where layers were fused
+        settings: peft.Settings = {}
+        if as_folder:
+            roles = {role for layer in source.layers for role in layer.keys}
+            kinds = {"use_dora": "magnitude" in roles, "lora_bias": "bias" in roles}
+            settings = peft.settings_for(self.scales, {**source.settings.get("", {}), **kinds})
+        store = ComputedStore(source.path, self.tensors, metadata, source.store.files, source.store.headers)
+        return replace(adapter_of(source.path, store, settings), as_folder=as_folder)
+
+    def copy(self, key: str, new: str) -> None:
+        """A tensor of the input as it is. Raises ShapeError if the new name is taken."""
+        if new in self.tensors:
+            raise ShapeError(f"{self.source.path}: {new} would be the name of two tensors. Export the file again.")
+        self.tensors[new] = (self.source.store.tensors[key], partial(self.source.store.read, key))
+
+    def keep(self, layer: Layer, reason: str) -> None:
+        """A layer under its old name."""
+        self.kept |= dict.fromkeys(layer.keys.values(), reason)
+        if "alpha" not in layer.keys and layer.scale != 1 and layer.family.written:
+            # its scale was in the settings, which the output does not have
+            self._write_number(f"{layer.name}.alpha", layer.scale * layer.rank)
+
+    def write(self, target: _Target, name: str) -> None:
+        """A module under a new name, or its layers under their old ones where the naming cannot hold them."""
+        layers = {index: self.source.layers[index] for index in target.runs}
+        first, *_ = layers.values()
+        is_one_layer = first.shape[:1] in ((), (target.rows,)) and covers(next(iter(target.runs.values())), target.rows)
+        uncuttable = [layer for layer in layers.values() if not (_is_lora(layer) and layer.keys.keys() <= _FACTORS)]
+        doras = [layer for layer in layers.values() if "magnitude" in layer.keys]
+        if self.naming in ("diffusers", "peft") and not all(map(magnitude_per_output, doras)):
+            for layer in layers.values():
+                self.keep(layer, "DoRA with a magnitude per input, which PEFT does not know")
+        elif is_one_layer and not _is_lora(first):
+            for key in first.keys.values():
+                self.tensors[name + key[len(first.name) :]] = (first.store.tensors[key], partial(first.store.read, key))
+        elif is_one_layer or not uncuttable:
+            self._write_lora(target, layers, name)
+        else:
+            culprit = uncuttable[0]
+            why = f"{culprit.algo}, which cannot be cut to the rows of {name}"
+            for layer in layers.values():
+                self.keep(layer, why if layer is culprit else f"belongs together with {culprit.name}, {why}")
+
+    def _write_lora(self, target: _Target, layers: Mapping[int, Layer], name: str) -> None:
+        factors = _Fused(layers, target, self.dtype)
+        scale, kohya = factors.scale, self.naming == "kohya"
+        # diffusers' names have no alpha, so that there the scale goes into `up`
+        has_scale = kohya or self.naming == "peft" or (self.naming == "comfy" and scale != 1)
+        up, down = ("lora_up", "lora_down") if kohya else ("lora_B", "lora_A")
+        up_info = tensor_info(factors.up_dtype, factors.up_shape)
+        self.tensors[f"{name}.{up}.weight"] = (up_info, partial(factors.up, 1.0 if has_scale else scale))
+        self.tensors[f"{name}.{down}.weight"] = (tensor_info(factors.down_dtype, factors.down_shape), factors.down)
+        if has_scale and self.naming != "peft":
+            self._write_number(f"{name}.alpha", scale * factors.rank)
+        self.scales[target.module] = (factors.rank, scale)
+        self.exact &= (has_scale or scale == 1) and factors.exact
+        for layer in layers.values():
+            if "bias" in layer.keys:
+                self._write_bias(layer, name)
+            if "magnitude" in layer.keys:
+                self._write_magnitude(layer, name)
+
+    def _write_number(self, name: str, value: float) -> None:
+        def make() -> Tensor:
+            import torch
+
+            return torch.tensor(value, dtype=torch.float32)
+
+        self.tensors[name] = (tensor_info("F32", ()), make)
+
+    def _write_bias(self, layer: Layer, name: str) -> None:
+        """PEFT multiplies the bias with the scale of the factors; what others add has no scale."""
+        ending = "diff_b" if self.naming in ("kohya", "comfy") else "lora_B.bias"
+        factor = 1.0 if self.naming == "peft" else layer.scale
+        info = layer.infos["bias"]
+
+        def make() -> Tensor:
+            return cast(_times(layer.store.read(layer.keys["bias"]), factor), info.dtype)
+
+        self.tensors[f"{name}.{ending}"] = (info, make)
+        self.exact &= factor == 1
+
+    def _write_magnitude(self, layer: Layer, name: str) -> None:
+        """DoRA's magnitude: a vector in PEFT, a row or column of the weight's dimensions elsewhere."""
+        info, out, kernel = layer.infos["magnitude"], layer.shape[0], [1] * (len(layer.shape) - 2)
+        as_peft = self.naming in ("diffusers", "peft")
+        shape: Shape = info.shape
+        if magnitude_per_output(layer):
+            shape = ((1, out, *kernel) if kernel else (out,)) if as_peft else (out, 1, *kernel)
+        ending = "lora_magnitude_vector" if as_peft else "dora_scale"
+
+        def make() -> Tensor:
+            return layer.store.read(layer.keys["magnitude"]).reshape(shape)
+
+        self.tensors[f"{name}.{ending}"] = (tensor_info(info.dtype, shape), make)
 
 
 def _is_lora(layer: Layer) -> bool:
     return layer.family.name == "lora" and "mid" not in layer.keys
 
 
-def _rename(output: _Output, layer: Layer, name: str) -> None:
-    for key in layer.keys.values():
-        output.made[name + key[len(layer.name) :]] = (layer.store.tensors[key], partial(layer.store.read, key))
-
-
-def _write_lora(output: _Output, adapter: Adapter, target: _Target, name: str, naming: str) -> None:
-    layers = {index: adapter.layers[index] for index in target.sources}
-    factors = _Fused(layers, target.rows, output.dtype)
-    kohya = naming == "kohya"
-    up, down = (
-        (f"{name}.lora_up.weight", f"{name}.lora_down.weight")
-        if kohya
-        else (f"{name}.lora_B.weight", f"{name}.lora_A.weight")
-    )
-    scale = factors.scale
-    said = naming == "peft" or kohya or (naming == "comfy" and scale != 1)
-    output.made[up] = (tensor_info(factors.up_dtype, factors.up_shape), partial(factors.up, 1.0 if said else scale))
-    output.made[down] = (tensor_info(factors.down_dtype, factors.down_shape), factors.down)
-    if said and naming != "peft":
-        output.made[f"{name}.alpha"] = (tensor_info("F32", ()), partial(_number, scale * factors.rank))
-    output.scales[target.module] = (factors.rank, scale)
-    output.exact &= (said or scale == 1) and factors.exact
-    for layer in layers.values():
-        if "bias" in layer.keys:
-            _write_bias(output, layer, name, "" if said and naming == "peft" else naming)
-        if "magnitude" in layer.keys:
-            _write_magnitude(output, layer, name, naming)
-
-
-def _write_bias(output: _Output, layer: Layer, name: str, naming: str) -> None:
-    """PEFT multiplies the bias with the scale of the factors; what others add has no scale."""
-    name += ".diff_b" if naming in ("kohya", "comfy") else ".lora_B.bias"
-    factor = layer.scale if naming else 1.0
-    info = layer.infos["bias"]
-    output.made[name] = (info, partial(_bias, layer, factor, info.dtype))
-    output.exact &= factor == 1
-
-
-def _write_magnitude(output: _Output, layer: Layer, name: str, naming: str) -> None:
-    """DoRA's magnitude: a vector in PEFT, a row or column of the weight's dimensions elsewhere."""
-    key, out, kernel = layer.keys["magnitude"], layer.shape[0], [1] * (len(layer.shape) - 2)
-    info = layer.infos["magnitude"]
-    peft_style = naming in ("diffusers", "peft")
-    of_rows: Shape = ((1, out, *kernel) if kernel else (out,)) if peft_style else (out, 1, *kernel)
-    shape = of_rows if _per_row(layer) else info.shape
-    name += ".lora_magnitude_vector" if peft_style else ".dora_scale"
-    output.made[name] = (tensor_info(info.dtype, shape), partial(_reshaped, layer, key, shape))
-
-
-def _per_row(layer: Layer) -> bool:
-    """Whether DoRA's magnitude has a number per output: PEFT's always has, LyCORIS' may have one per input."""
+def magnitude_per_output(layer: Layer) -> bool:
+    """Whether a DoRA layer's magnitude has a number per output: PEFT's always has, LyCORIS' may have one per input."""
     shape = layer.infos["magnitude"].shape
     return ".lora_magnitude_vector" in layer.keys["magnitude"] or len(shape) == 1 or shape[0] == layer.shape[0] != 1
-
-
-def _reshaped(layer: Layer, key: str, shape: tuple[int, ...]) -> Tensor:
-    return layer.store.read(key).reshape(shape)
-
-
-def _bias(layer: Layer, factor: float, dtype: str) -> Tensor:
-    return cast(_times(layer.store.read(layer.keys["bias"]), factor), dtype)
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:
@@ -340,30 +307,24 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor.double() * factor
 
 
-def _number(value: float) -> Tensor:
-    import torch
-
-    return torch.tensor(value, dtype=torch.float32)
-
-
 class _Fused:
     """The factors of one module whose rows come from one layer, or from several."""
 
-    def __init__(self, layers: Mapping[int, Layer], rows: Sequence[_Rows], dtype: str | None) -> None:
-        self.layers, self.rows = layers, rows
-        first = next(iter(layers.values()))
-        self.shared = len(layers) == 1 or _same_down(list(layers.values()))
+    def __init__(self, layers: Mapping[int, Layer], target: _Target, dtype: str | None) -> None:
+        self.layers, self.target = layers, target
+        first, *others = layers.values()
+        self.shared = not others or _same_down([first, *others])  # all have one and the same `down`
         self.rank = first.rank if self.shared else sum(layer.rank for layer in layers.values())
         self.scale = next((layer.scale for layer in layers.values() if layer.scale), 0.0)
         up, down = first.infos["up"], first.infos["down"]
         self.up_dtype, self.down_dtype = dtype or up.dtype, dtype or down.dtype
-        # one scale is said for all, so that the others' differences go into the numbers
+        # one scale is written for all, so that the others' differences go into the numbers
         self.exact = all(
             (layer.scale, layer.infos["up"].dtype, layer.infos["down"].dtype)
             == (self.scale, self.up_dtype, self.down_dtype)
             for layer in layers.values()
         )
-        self.up_shape = (sum(row.size for row in rows), self.rank, *up.shape[2:])
+        self.up_shape = (target.rows, self.rank, *up.shape[2:])
         self.down_shape = (self.rank, *down.shape[1:])
 
     def down(self) -> Tensor:
@@ -378,23 +339,19 @@ class _Fused:
         import torch
 
         result = torch.zeros(self.up_shape, dtype=cast(torch.empty(0), self.up_dtype).dtype)
-        columns, first = {}, 0
+        first = 0
         for index, layer in self.layers.items():
-            columns[index] = slice(0, layer.rank) if self.shared else slice(first, first + layer.rank)
-            first += layer.rank
-        place = 0
-        for row in self.rows:
-            if row.layer is not None:
-                layer = self.layers[row.layer]
-                part = layer.store.read(layer.keys["up"])[row.start : row.start + row.size]
-                relative = factor * (layer.scale / self.scale if self.scale else 1.0)
-                rounded = cast(_times(part, relative), self.up_dtype)
+            columns = slice(first, first + layer.rank)
+            first += 0 if self.shared else layer.rank
+            relative = factor * (layer.scale / self.scale if self.scale else 1.0)
+            up = layer.store.read(layer.keys["up"])
+            for at, start, size in self.target.runs[index]:
+                rounded = cast(_times(up[start : start + size], relative), self.up_dtype)
                 if relative != 1 and not torch.isfinite(rounded.float()).all():
                     raise NonFinite(
                         f"{layer.store.path}: {layer.name} times its scale does not fit {self.up_dtype}. Use -t fp32."
                     )
-                result[place : place + row.size, columns[row.layer]] = rounded
-            place += row.size
+                result[at : at + size, columns] = rounded
         return result
 
 

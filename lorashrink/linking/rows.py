@@ -1,74 +1,116 @@
-"""Row intervals of base weights: fused weights that several layers change in part."""
+"""Row intervals of base weights: which rows of which tensor a layer, a module or a statistic covers."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Generic, NamedTuple, TypeVar
 
 from lorashrink.bases import Views
 
-
-class RowRun(NamedTuple):
-    """Neighbouring rows that a layer adds to."""
-
-    at: int  # first row in the sum
-    start: int  # first row in the layer
-    size: int
-
-
-# --- which rows of which layer ------------------------------------------------------------------
-
-_Range = tuple[int, int]
+Owner = TypeVar("Owner")
 
 
 class Rows(NamedTuple):
-    """Rows of one tensor of the base."""
+    """Rows `start` to `stop` of one tensor of the base, as a layer sees them."""
 
     key: str
     start: int
     stop: int
-    at: int  # the first one's row in the layer
+    first: int  # row of the layer at `start`
+
+    @property
+    def size(self) -> int:
+        """How many rows."""
+        return self.stop - self.start
+
+    @property
+    def in_layer(self) -> tuple[int, int]:
+        """First row in the layer, and the one behind the last."""
+        return self.first, self.first + self.size
+
+    def cut(self, start: int, stop: int) -> Rows | None:
+        """The rows that also lie in start to stop of the tensor; None if there are none."""
+        low, high = max(self.start, start), min(self.stop, stop)
+        return Rows(self.key, low, high, self.first + low - self.start) if low < high else None
+
+
+class RowRun(NamedTuple):
+    """Neighbouring rows of a target that are neighbouring rows of a source."""
+
+    at: int  # first row in the target
+    start: int  # first row in the source
+    size: int
+
+
+class Common(NamedTuple, Generic[Owner]):
+    """The same rows of the base, as a layer sees them and as an owner sees them."""
+
+    rows: Rows
+    own: Rows
+    owner: Owner
+
+
+class Clash(NamedTuple, Generic[Owner]):
+    """A tensor of which two owners have the same rows."""
+
+    key: str
+    owners: tuple[Owner, Owner]  # by their first rows
 
 
 def row_intervals(views: Views) -> list[Rows]:
-    found, at = [], 0
+    """The rows that a layer with these views changes, in the order of its own rows."""
+    intervals, first = [], 0
     for view in views:
-        start, stop = view.rows or (0, view.shape[0])
-        found.append(Rows(view.key, start, stop, at))
-        at += stop - start
-    return found
+        start, stop = view.span
+        intervals.append(Rows(view.key, start, stop, first))
+        first += stop - start
+    return intervals
 
 
-class FreeRows:
-    """Which rows of the base no layer of the output has yet."""
+class RowMap(Generic[Owner]):
+    """Which rows of the base belong to which owners."""
 
     def __init__(self) -> None:
-        self._taken: dict[str, list[_Range]] = defaultdict(list)
+        self._by_key: dict[str, list[tuple[Rows, Owner]]] = defaultdict(list)
 
-    def of(self, views: Views) -> list[Rows]:
-        """The free ones among these rows."""
-        found = []
-        for rows in row_intervals(views):
-            place = rows.start
-            for start, stop in sorted(self._taken[rows.key]):
-                if stop <= place or start >= rows.stop:
-                    continue
-                if start > place:
-                    found.append(Rows(rows.key, place, start, rows.at + place - rows.start))
-                place = stop
-            if place < rows.stop:
-                found.append(Rows(rows.key, place, rows.stop, rows.at + place - rows.start))
-        return found
+    def add(self, rows: Iterable[Rows], owner: Owner) -> None:
+        """Give these rows to an owner; several owners may have the same ones."""
+        for interval in rows:
+            self._by_key[interval.key].append((interval, owner))
 
-    def take(self, rows: Sequence[Rows]) -> None:
-        """They belong to a layer of the output now."""
-        for each in rows:
-            self._taken[each.key].append((each.start, each.stop))
+    def common(self, rows: Iterable[Rows]) -> Iterator[Common[Owner]]:
+        """What each owner has of these rows, interval by interval, owners in the order in which they were added."""
+        for interval in rows:
+            for own, owner in self._by_key.get(interval.key, ()):
+                part = interval.cut(own.start, own.stop)
+                if part and (own_part := own.cut(part.start, part.stop)):
+                    yield Common(part, own_part, owner)
+
+    def free(self, rows: Iterable[Rows]) -> list[Rows]:
+        """The parts of these rows that no owner has."""
+        free = []
+        for interval in rows:
+            start = interval.start
+            for taken in sorted(common.rows for common in self.common([interval])):
+                free.append(interval.cut(start, taken.start))
+                start = max(start, taken.stop)
+            free.append(interval.cut(start, interval.stop))
+        return [part for part in free if part]
+
+    def clash(self) -> Clash[Owner] | None:
+        """Two owners with common rows, None if all rows have one owner."""
+        for key, intervals in self._by_key.items():
+            ordered = sorted(intervals, key=lambda pair: pair[0])
+            for (rows, owner), (next_rows, next_owner) in pairwise(ordered):
+                if next_rows.start < rows.stop:
+                    return Clash(key, (owner, next_owner))
+        return None
 
 
-def joined_runs(runs: Sequence[RowRun]) -> tuple[RowRun, ...]:
-    """Neighbours as one."""
+def joined_runs(runs: Iterable[RowRun]) -> tuple[RowRun, ...]:
+    """The same runs, by their place in the target; neighbours that are neighbours in the source too become one."""
     joined: list[RowRun] = []
     for run in sorted(runs):
         last = joined[-1] if joined else None
@@ -77,3 +119,8 @@ def joined_runs(runs: Sequence[RowRun]) -> tuple[RowRun, ...]:
         else:
             joined.append(run)
     return tuple(joined)
+
+
+def covers(runs: Sequence[RowRun], rows: int) -> bool:
+    """Whether the first `rows` rows of the source are all of the target's, in their order."""
+    return tuple(runs) == (RowRun(0, 0, rows),)

@@ -58,7 +58,7 @@ def merge(
         raise UsageError("--as-base-delta: needs the weights of the base; give the checkpoint first or with --base.")
     terms = to_sum(given)
     outputs = name_outputs(
-        terms.place,
+        terms.location,
         [(recipe.file_items(), recipe) for recipe in wanted],
         output,
         folder=peft.is_folder(terms.files[0]) if naming is None else naming == "peft",

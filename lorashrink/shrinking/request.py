@@ -106,7 +106,7 @@ def prepare(
     sources = list(found)
     targets = {
         source: name_outputs(
-            sums[source].place if source in sums else source,
+            sums[source].location if source in sums else source,
             [(recipe.file_items(), recipe) for recipe in wanted],
             output,
             sources=len(sources),

@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorashrink.adapters import Adapter, Layer, layer_name
+from lorashrink.adapters import Adapter, layer_name
 from lorashrink.errors import ShapeError, UsageError
-from lorashrink.files.store import cast, tensor_info
-from lorashrink.linking.renaming import Made
+from lorashrink.files.store import TensorInfo, cast, tensor_info
+from lorashrink.linking.renaming import LazyTensor
 from lorashrink.sums.naming import Names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# --- what belongs to no ΔW ----------------------------------------------------------------------
 
-
-class _Extras(NamedTuple):
+class Extras(NamedTuple):
     """Tensors beside the layers."""
 
-    made: dict[str, Made]
+    tensors: dict[str, LazyTensor]
     kept: dict[str, str]  # key -> what it is
     dropped: dict[str, str]  # key -> why the output has none such
 
@@ -38,6 +35,10 @@ class _Extra:
     reason: str
     weight: float
 
+    @property
+    def info(self) -> TensorInfo:
+        return self.side.store.tensors[self.key]
+
     def read(self) -> Tensor:
         return self.side.store.read(self.key)
 
@@ -46,7 +47,7 @@ class _Extra:
 _DIFFERENCES = (".diff", ".diff_b", ".w_norm", ".b_norm")
 
 
-def collect_extras(sides: Sequence[Adapter], weights: Sequence[float], names: Names, dtype: str) -> _Extras:
+def collect_extras(sides: Sequence[Adapter], weights: Sequence[float], names: Names, dtype: str) -> Extras:
     """Sums of differences of vectors; other tensors only where there is nothing to add."""
     groups: dict[tuple[object, str], list[_Extra]] = defaultdict(list)
     for side, weight in zip(sides, weights, strict=True):
@@ -55,67 +56,68 @@ def collect_extras(sides: Sequence[Adapter], weights: Sequence[float], names: Na
             groups[names.owner(name), key[len(name) :]].append(_Extra(side, key, name, reason, weight))
         for layer in side if weight else ():
             if "bias" in layer.keys:
-                _check_bias(side, layer, names)
+                if names.naming not in ("kohya", "comfy"):
+                    raise UsageError(
+                        f"{side.path}: {layer.name} has a bias beside its factors, and sums of those are only written "
+                        "in the names of kohya or ComfyUI. Add --naming kohya with a base."
+                    )
                 bias = _Extra(side, layer.keys["bias"], layer.name, "a difference of a bias", weight * layer.scale)
                 groups[names.owner(layer.name), ".diff_b"].append(bias)
-    extras = _Extras({}, {}, {})
+    extras = Extras({}, {}, {})
     for (_, ending), members in groups.items():
-        _add_extra(extras, ending, members, sides[0], names, dtype)
+        layer_in_output = _output_name(members[0], sides[0], names)
+        if layer_in_output is None:
+            _drop(extras, members, "has no known name in the output's naming")
+            continue
+        key = layer_in_output + ending
+        if ending in _DIFFERENCES:
+            extras.tensors[key] = _weighted_sum(members, dtype)
+            extras.kept[key] = members[0].reason
+        elif _nothing_to_add(members):
+            extras.tensors[key] = (members[0].info, members[0].read)
+            extras.kept[key] = members[0].reason
+        else:
+            _drop(extras, members, "which cannot be weighted or added")
     return extras
 
 
-def _check_bias(side: Adapter, layer: Layer, names: Names) -> None:
-    if names.naming not in ("kohya", "comfy"):
-        raise UsageError(
-            f"{side.path}: {layer.name} has a bias beside its factors, and sums of those are only written in the names "
-            "of kohya or ComfyUI. Add --naming kohya with a base."
-        )
-
-
-def _add_extra(
-    extras: _Extras, ending: str, members: Sequence[_Extra], first: Adapter, names: Names, dtype: str
-) -> None:
-    lead = members[0]
-    name = lead.name if lead.side is first and not names.asked else _renamed(lead, names)
-    if ending in _DIFFERENCES and name is not None:
-        shapes = {each.side.store.tensors[each.key].shape for each in members}
-        if len(shapes) > 1:
-            raise ShapeError(
-                f"{members[1].side.path}: {members[1].key} has another shape than {lead.key} of {lead.side.path}. "
-                "Merge adapters of one model."
-            )
-        if len(members) == 1 and lead.weight == 1:
-            extras.made[name + ending] = (lead.side.store.tensors[lead.key], lead.read)
-        else:
-            extras.made[name + ending] = (tensor_info(dtype, shapes.pop()), partial(_sum, members, dtype))
-        extras.kept[name + ending] = lead.reason
-    elif name is not None and _nothing_to_add(members):
-        extras.made[name + ending] = (lead.side.store.tensors[lead.key], lead.read)
-        extras.kept[name + ending] = lead.reason
-    else:
-        why = "has no known name in the output's naming" if name is None else "which cannot be weighted or added"
-        extras.dropped.update({f"{each.key} ({each.side.path.name})": f"{each.reason}, {why}" for each in members})
-
-
-def _renamed(extra: _Extra, names: Names) -> str | None:
+def _output_name(extra: _Extra, first: Adapter, names: Names) -> str | None:
     """The name of its layer in the output's naming, None if nothing tells it."""
-    if names.known and (views := names.known.find(extra.name)):
-        for address, each in names.by_key.get(views[0].key, ()):
-            if each == views:
+    if extra.side is first and not names.renames:
+        return extra.name
+    if names.base and (views := names.base.find(extra.name)):
+        for address, module_views in names.by_key.get(views[0].key, ()):
+            if module_views == views:
                 return names.named(*address)
     return extra.name if names.alike(extra.side) else None
+
+
+def _drop(extras: Extras, members: Sequence[_Extra], why: str) -> None:
+    extras.dropped.update({f"{extra.key} ({extra.side.path.name})": f"{extra.reason}, {why}" for extra in members})
+
+
+def _weighted_sum(members: Sequence[_Extra], dtype: str) -> LazyTensor:
+    lead = members[0]
+    if any(extra.info.shape != lead.info.shape for extra in members):
+        raise ShapeError(
+            f"{members[1].side.path}: {members[1].key} has another shape than {lead.key} of {lead.side.path}. "
+            "Merge adapters of one model."
+        )
+    if len(members) == 1 and lead.weight == 1:
+        return lead.info, lead.read
+
+    def add() -> Tensor:
+        total = lead.read().double() * lead.weight
+        for extra in members[1:]:
+            total = total + extra.read().double() * extra.weight
+        return cast(total, dtype)
+
+    return tensor_info(dtype, lead.info.shape), add
 
 
 def _nothing_to_add(members: Sequence[_Extra]) -> bool:
     """Whether it is one adapter's alone at full strength, or the same in all that have it."""
     if len(members) == 1:
         return members[0].weight == 1
-    infos = {(info.dtype, info.shape) for each in members for info in [each.side.store.tensors[each.key]]}
-    return len(infos) == 1 and len({bytes(b"".join(each.side.store.chunks(each.key))) for each in members}) == 1
-
-
-def _sum(members: Sequence[_Extra], dtype: str) -> Tensor:
-    total = members[0].read().double() * members[0].weight
-    for each in members[1:]:
-        total = total + each.read().double() * each.weight
-    return cast(total, dtype)
+    infos = {(extra.info.dtype, extra.info.shape) for extra in members}
+    return len(infos) == 1 and len({b"".join(extra.side.store.chunks(extra.key)) for extra in members}) == 1

@@ -27,7 +27,7 @@ class Summand:
         return self.metadata.get("modelspec.title") or self.name.removesuffix(".safetensors")
 
 
-# Of one file: its contents, its making, the names of its output.
+# Entries about one file: its contents, its making, the names of its output.
 _OF_ONE_FILE = re.compile(
     r"sshs_|lorashrink\.|resize_params$|modelspec\.(?:hash_sha256|date|title|merged_from|thumbnail)$"
     r"|ss_(?:network_(?:dim|alpha)|training_comment|output_name|session_id|training_(?:started|finished)_at)$"
@@ -38,30 +38,29 @@ _PATH = re.compile(r"(?:[A-Za-z]:)?[\\/~]")
 
 
 def summed(summands: Sequence[Summand]) -> dict[str, str]:
-    """The metadata of a weighted sum: what it is made of, and what all of its parts say alike.
+    """The metadata of a weighted sum: what it is made of, and the entries that are equal in all of its summands.
 
-    What they say differently is true of none: a sum was trained in no one way. Paths are left out.
+    Different entries are true of none: a sum was trained in no one way. Paths are left out.
     """
     first = summands[0].metadata
     new = {
         key: text
         for key, text in first.items()
-        if all(each.metadata.get(key) == text for each in summands)
+        if all(summand.metadata.get(key) == text for summand in summands)
         and not _OF_ONE_FILE.match(key)
         and not _PATH.match(text)
     }
-    told = " + ".join(f"{each.name}:{each.weight:g}" for each in summands)
     if any(key.startswith("ss_") for key in first):
-        modules = {each.metadata.get("ss_network_module") for each in summands}
+        modules = {summand.metadata.get("ss_network_module") for summand in summands}
         if len(modules) > 1 or modules == {None}:
             new |= {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
+        terms = " + ".join(f"{summand.name}:{summand.weight:g}" for summand in summands)
         # ranks are filled in when the file is written
-        new |= {"ss_network_dim": "", "ss_network_alpha": "", "ss_training_comment": f"merged from {told}"}
+        new |= {"ss_network_dim": "", "ss_network_alpha": "", "ss_training_comment": f"merged from {terms}"}
     if any(key.startswith("modelspec.") for key in first):
-        new["modelspec.title"] = " + ".join(each.title for each in summands)
-        new["modelspec.merged_from"] = ", ".join(each.title for each in summands)
+        titles = [summand.title for summand in summands]
+        new |= {"modelspec.title": " + ".join(titles), "modelspec.merged_from": ", ".join(titles)}
     if SPEC_HASH in first:
         new[SPEC_HASH] = ""
-    parts = [{"name": each.name, "sha256": each.sha256, "weight": each.weight} for each in summands]
-    new[SOURCES] = json.dumps(parts)
+    new[SOURCES] = json.dumps([{"name": s.name, "sha256": s.sha256, "weight": s.weight} for s in summands])
     return new

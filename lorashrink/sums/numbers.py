@@ -1,4 +1,4 @@
-"""The numbers of a sum: factors side by side, cancellation, and dense sums."""
+"""The numbers of a sum: factors side by side, dense sums, and what DoRA adds."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 from lorashrink.adapters.family import Shape
 from lorashrink.engine.delta import Delta, Dense, fan_in
-from lorashrink.linking.rows import RowRun
+from lorashrink.linking.renaming import magnitude_per_output
+from lorashrink.linking.rows import RowRun, covers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lorashrink.adapters import Layer
     from lorashrink.engine.delta import AnyDelta
 
-# What is left of a sum that is smaller than this part of its terms is their rounding.
+# A sum that is smaller than this part of its terms is their rounding.
 _CANCELLED = 2.0**-20
 
 _PROBES = 4  # random inputs that both sides of that comparison are applied to
@@ -23,11 +25,23 @@ _PROBES = 4  # random inputs that both sides of that comparison are applied to
 _BLOCK = 1 << 20  # numbers of a ΔW that are formed at a time
 
 
-def _precise(factor: Tensor) -> Tensor:
-    """In float32, which holds products of half precision numbers and weights; float64 stays."""
+def dora_delta(layer: Layer) -> Dense:
+    """ΔW of DoRA, m·(W + ΔW)/‖W + ΔW‖ − W: W in float64, because the difference is small.
+
+    The norms are those of rows, or where the magnitude has a number per input those of all that this input is
+    multiplied with (LyCORIS without `wd_on_out`). The layer has its base weight.
+    """
     import torch
 
-    return factor if factor.dtype == torch.float64 else factor.float()
+    assert layer.weight is not None
+    weight = layer.weight().double()
+    changed = weight + layer.delta.dense().flatten(1)
+    by_input = changed.reshape(len(changed), layer.shape[1], -1)  # [out, in, kh·kw]
+    per_output = magnitude_per_output(layer)
+    norms = by_input.norm(dim=(1, 2) if per_output else (0, 2), keepdim=True)
+    magnitude = layer.store.read(layer.keys["magnitude"]).double().reshape((-1, 1, 1) if per_output else (1, -1, 1))
+    shares = torch.where(norms > 0, magnitude / norms, 0)
+    return Dense(((by_input * shares).flatten(1) - weight).float(), 1.0, layer.shape)
 
 
 def side_by_side(deltas: Sequence[Delta], runs: Sequence[Sequence[RowRun]], shape: Shape) -> Delta:
@@ -37,26 +51,37 @@ def side_by_side(deltas: Sequence[Delta], runs: Sequence[Sequence[RowRun]], shap
     """
     import torch
 
-    ups = [_placed(_precise(delta.up) * delta.scale, each, shape[0]) for delta, each in zip(deltas, runs, strict=True)]
+    pairs = zip(deltas, runs, strict=True)
+    ups = [_placed(_precise(delta.up) * delta.scale, delta_runs, shape[0]) for delta, delta_runs in pairs]
     downs = [_precise(delta.down) for delta in deltas]
     if _cancel(ups, downs):
         return Delta(torch.zeros(shape[0], 1), torch.zeros(1, fan_in(shape)), 1.0, shape)
     unique: list[tuple[Tensor, Tensor]] = []
     for up, down in zip(ups, downs, strict=True):
-        twin = next((place for place, (_, other) in enumerate(unique) if _same(other, down)), None)
+        same = (
+            i for i, (_, earlier) in enumerate(unique) if earlier.dtype == down.dtype and torch.equal(earlier, down)
+        )
+        twin = next(same, None)
         if twin is None:
             unique.append((up, down))
         else:
             unique[twin] = (unique[twin][0] + up, down)
-    even = [_balanced(up, down) for up, down in unique]
-    dtype = max((each.dtype for pair in even for each in pair), key=lambda dtype: dtype.itemsize)
-    up = torch.cat([pair[0].to(dtype) for pair in even], 1)
-    return Delta(up, torch.cat([pair[1].to(dtype) for pair in even]), 1.0, shape)
+    factors = [_balanced(up, down) for up, down in unique]
+    dtype = max((factor.dtype for pair in factors for factor in pair), key=lambda dtype: dtype.itemsize)
+    up = torch.cat([up.to(dtype) for up, _ in factors], 1)
+    return Delta(up, torch.cat([down.to(dtype) for _, down in factors]), 1.0, shape)
+
+
+def _precise(factor: Tensor) -> Tensor:
+    """In float32, which holds products of half precision numbers and weights; float64 stays."""
+    import torch
+
+    return factor if factor.dtype == torch.float64 else factor.float()
 
 
 def _placed(up: Tensor, runs: Sequence[RowRun], rows: int) -> Tensor:
     """[rows, r] with the rows of `up` where they belong, and zeros elsewhere."""
-    if tuple(runs) == (RowRun(0, 0, rows),):
+    if covers(runs, rows):
         return up[:rows]
     placed = up.new_zeros(rows, up.shape[1])
     for at, start, size in runs:
@@ -64,14 +89,8 @@ def _placed(up: Tensor, runs: Sequence[RowRun], rows: int) -> Tensor:
     return placed
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    import torch
-
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-
-
 def _cancel(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> bool:
-    """Whether nothing but rounding is left of the sum, as far as some random inputs tell."""
+    """Whether the sum is nothing but rounding, as far as some random inputs tell."""
     import torch
 
     if len(ups) < 2:
@@ -99,9 +118,9 @@ def summed_matrix(deltas: Sequence[AnyDelta], runs: Sequence[Sequence[RowRun]], 
 
     total = torch.zeros(shape[0], fan_in(shape))
     lengths = 0.0
-    for delta, each in zip(deltas, runs, strict=True):
+    for delta, delta_runs in zip(deltas, runs, strict=True):
         square = 0.0
-        for at, rows in _blocks(delta, each):
+        for at, rows in _blocks(delta, delta_runs):
             total[at : at + len(rows)] += rows
             square += float(rows.double().square().sum())
         lengths += math.sqrt(square)

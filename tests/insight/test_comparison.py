@@ -31,7 +31,7 @@ Tensors = Mapping[str, Tensor]
 
 def write(folder: Path, name: str, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
     path = folder / f"{name}.safetensors"
-    save_file({key: each.contiguous() for key, each in tensors.items()}, path, metadata)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
     return path
 
 
@@ -54,7 +54,7 @@ def only(comparison: Comparison) -> LayerDifference:
     return layer
 
 
-def assert_numbers(found: object, a: Tensor, b: Tensor, tolerance: float = 1e-9) -> None:
+def assert_numbers(row: object, a: Tensor, b: Tensor, tolerance: float = 1e-9) -> None:
     """Whatever has numbers has those of these two ΔW, in float64."""
     size_a, size_b, apart = float(a.norm()), float(b.norm()), float((a - b).norm())
     cosine = float((a * b).sum()) / size_a / size_b
@@ -65,10 +65,10 @@ def assert_numbers(found: object, a: Tensor, b: Tensor, tolerance: float = 1e-9)
         "relative_difference": apart / size_a,
     }
     for name, value in expected.items():
-        assert getattr(found, name) == pytest.approx(value, rel=tolerance), name
-    assert getattr(found, "cosine") == pytest.approx(cosine, abs=max(tolerance, 1e-12))  # noqa: B009
+        assert getattr(row, name) == pytest.approx(value, rel=tolerance), name
+    assert getattr(row, "cosine") == pytest.approx(cosine, abs=max(tolerance, 1e-12))  # noqa: B009
     energy = 1 - (apart / size_a) ** 2
-    assert getattr(found, "energy_kept") == pytest.approx(energy, rel=tolerance, abs=max(tolerance, 1e-12))  # noqa: B009
+    assert getattr(row, "energy_kept") == pytest.approx(energy, rel=tolerance, abs=max(tolerance, 1e-12))  # noqa: B009
 
 
 # --- numbers ------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_two_loras_of_any_rank_scale_and_dtype(tmp_path_factory, sides, ranks, k
     more=st.integers(0, 3),
     seed=st.integers(0, 1 << 20),
 )
-def test_small_differences_keep_their_digits_in_whatever_basis(
+def test_small_differences_keep_their_digits_in_any_basis(
     tmp_path_factory, exponent: float, sides: tuple[int, int], more: int, seed: int
 ) -> None:
     """B is A in other factors, with up to three directions more: a difference of 1e-6 is told to 8 digits."""
@@ -133,10 +133,10 @@ def lokr(first: Tensor, second: Tensor) -> dict[str, Tensor]:
 @given(exponent=st.floats(-6, 0), share=st.sampled_from([-2.0, 0.3, 1.0]), seed=st.integers(0, 1 << 20))
 def test_kronecker_products_of_equal_factors(tmp_path_factory, exponent: float, share: float, seed: int) -> None:
     first, second = randn(4, 5, seed=seed), randn(6, 3, seed=seed + 1)
-    near = share * first + 10**exponent * randn(4, 5, seed=seed + 2)
-    other = second / share + 10**exponent * randn(6, 3, seed=seed + 3)
-    result = compared(tmp_path_factory.mktemp("x"), lokr(first, second), lokr(near, other))
-    assert_numbers(only(result), torch.kron(first, second), torch.kron(near, other), 1e-8)
+    first_b = share * first + 10**exponent * randn(4, 5, seed=seed + 2)
+    second_b = second / share + 10**exponent * randn(6, 3, seed=seed + 3)
+    result = compared(tmp_path_factory.mktemp("x"), lokr(first, second), lokr(first_b, second_b))
+    assert_numbers(only(result), torch.kron(first, second), torch.kron(first_b, second_b), 1e-8)
 
 
 def test_kronecker_products_that_have_nothing_in_common(tmp_path: Path) -> None:
@@ -161,19 +161,19 @@ FORMS: dict[str, tuple[Tensors, Tensor]] = {
         torch.kron(W1, randn(6, 2) @ randn(2, 6, seed=1)),
     ),
     "loha": (
-        {f"{NAME}.hada_w{part}": each for part, each in zip(("1_a", "1_b", "2_a", "2_b"), HADA, strict=True)},
+        {f"{NAME}.hada_w{part}": factor for part, factor in zip(("1_a", "1_b", "2_a", "2_b"), HADA, strict=True)},
         (HADA[0] @ HADA[1]) * (HADA[2] @ HADA[3]),
     ),
     "full": ({f"{NAME}.diff": FULL}, FULL),
 }
 
 
-@pytest.mark.parametrize("one", FORMS)
-@pytest.mark.parametrize("other", FORMS)
-def test_every_form_against_every_other(tmp_path: Path, one: str, other: str) -> None:
-    (a, truth_a), (b, truth_b) = FORMS[one], FORMS[other]
+@pytest.mark.parametrize("form_a", FORMS)
+@pytest.mark.parametrize("form_b", FORMS)
+def test_every_form_against_every_other(tmp_path: Path, form_a: str, form_b: str) -> None:
+    (a, truth_a), (b, truth_b) = FORMS[form_a], FORMS[form_b]
     layer = only(compared(tmp_path, a, b))
-    if one == other:
+    if form_a == form_b:
         assert (layer.difference, layer.cosine, layer.energy_kept) == (0.0, 1.0, 1.0)
         assert layer.fro_a == layer.fro_b == pytest.approx(float(truth_a.norm()), rel=1e-6)
     else:
@@ -209,10 +209,10 @@ def test_rotations_are_compared_on_their_base(tmp_path: Path, base: Path) -> Non
     assert_numbers(layer, delta, up @ down, 1e-5)
 
 
-def test_without_their_base_rotations_are_left_out_and_alone_refused(tmp_path: Path, base: Path) -> None:
+def test_rotations_without_their_base_are_left_out(tmp_path: Path, base: Path) -> None:
     turned = {f"{NAME}.oft_blocks": 0.1 * randn(6, 4, 4).float()}
-    other = lora(randn(24, 2), randn(2, 24, seed=1), name="lora_unet_middle_block_1_proj_in")
-    result = compared(tmp_path, {**turned, **other}, {**turned, **other})
+    plain_lora = lora(randn(24, 2), randn(2, 24, seed=1), name="lora_unet_middle_block_1_proj_in")
+    result = compared(tmp_path, {**turned, **plain_lora}, {**turned, **plain_lora})
     plain, flagged = sorted(result.layers, key=lambda layer: len(layer.flags))
     assert (flagged.flags, flagged.fro_a, flagged.cosine) == (("needs_base",), None, None)
     assert (result.total.layers, result.total.left_out) == (2, 1)
@@ -230,15 +230,15 @@ def test_without_their_base_rotations_are_left_out_and_alone_refused(tmp_path: P
 def test_the_same_file_twice_is_exactly_the_same(adapter: Path) -> None:
     result = compare(adapter, adapter)
     assert len(result.layers) == 178
-    for each in (result.total, *result.blocks, *result.layers):
-        assert each.difference == 0
-        assert each.cosine == (1.0 if each.fro_a else None)
+    for row in (result.total, *result.blocks, *result.layers):
+        assert row.difference == 0
+        assert row.cosine == (1.0 if row.fro_a else None)
     assert result.total.energy_kept == 1
     assert (result.metadata, result.others, result.others_equal) == ((), (), 0)
 
 
 @pytest.mark.parametrize("recipe", ["energy=0.9", "rank=3", "fro_ckpt,thr=-1.6"])
-def test_what_resize_lost_is_what_is_missing(adapter: Path, base: Path, tmp_path: Path, recipe: str) -> None:
+def test_the_difference_is_what_resize_lost(adapter: Path, base: Path, tmp_path: Path, recipe: str) -> None:
     report = lorashrink.resize(adapter, base=base, recipes=recipe, dtype="fp32", output=tmp_path / "small.safetensors")
     (shrunk,) = report.results
     result = compare(adapter, shrunk.output)
@@ -254,13 +254,13 @@ def test_what_resize_lost_is_what_is_missing(adapter: Path, base: Path, tmp_path
 
 
 @pytest.mark.parametrize("naming", ["diffusers", "comfy"])
-@pytest.mark.parametrize("known", ["checkpoint", "norms", "nothing"])
-def test_other_names_make_no_difference(adapter: Path, base: Path, tmp_path: Path, naming: str, known: str) -> None:
+@pytest.mark.parametrize("source", ["checkpoint", "norms", "nothing"])
+def test_other_names_make_no_difference(adapter: Path, base: Path, tmp_path: Path, naming: str, source: str) -> None:
     lorashrink.convert(adapter, base=base, naming=naming, dtype="fp32", output=tmp_path / "b.safetensors")
     lorashrink.norms(base, tmp_path / "norms.json")
-    place = {"checkpoint": base, "norms": tmp_path / "norms.json", "nothing": None}[known]
+    base_path = {"checkpoint": base, "norms": tmp_path / "norms.json", "nothing": None}[source]
     for files in ((adapter, tmp_path / "b.safetensors"), (tmp_path / "b.safetensors", adapter)):
-        result = compare(*files, base=place)
+        result = compare(*files, base=base_path)
         assert (len(result.layers), result.only_a, result.only_b) == (178, (), ())
         assert result.total.relative_difference < 1e-7
         assert {result.a.naming, result.b.naming} == {"kohya", naming}
@@ -305,66 +305,66 @@ def test_fused_layers_against_split_ones(flux: Path, tmp_path: Path, missing: st
         if part != missing:
             name = f"transformer.transformer_blocks.0.attn.{part}"
             split |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-    whole = fused["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"] @ randn(rank, width, seed=1)
+    fused_delta = fused["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"] @ randn(rank, width, seed=1)
     result = compared(tmp_path, fused, split, base=flux)
     layer = only(result)
     assert layer.name == "lora_unet_double_blocks_0_img_attn_qkv"
     assert [name.rpartition(".")[2] for name in layer.names_b] == [p for p in ("to_q", "to_k", "to_v") if p != missing]
     assert (layer.shape, layer.rank_a, layer.rank_b) == ((3 * width, width), rank, 4)
-    assert_numbers(layer, whole, torch.cat(truth))
+    assert_numbers(layer, fused_delta, torch.cat(truth))
     turned = only(compared(tmp_path, split, fused, base=flux))
     assert turned.name == layer.name
-    assert_numbers(turned, torch.cat(truth), whole)
+    assert_numbers(turned, torch.cat(truth), fused_delta)
     # split on both sides they are three layers, though the base has but one weight
     assert len(compared(tmp_path, split, split, base=flux).layers) == len(layer.names_b)
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_converted_fused_layers_are_the_same(flux: Path, tmp_path: Path, known: bool) -> None:
+@pytest.mark.parametrize("with_base", [True, False])
+def test_converted_fused_layers_are_the_same(flux: Path, tmp_path: Path, with_base: bool) -> None:
     source = write(tmp_path, "a", numbers(few(shapes("flux_lora_kohya"))))
     lorashrink.convert(source, base=flux, naming="diffusers", output=tmp_path / "b.safetensors")
-    result = compare(source, tmp_path / "b.safetensors", base=flux if known else None)
+    result = compare(source, tmp_path / "b.safetensors", base=flux if with_base else None)
     assert any(len(layer.names_b) > 2 for layer in result.layers)
     assert (result.only_a, result.only_b) == ((), ())
     assert result.total.relative_difference < 1e-6
 
 
 def test_layers_of_one_side_count_against_zero(tmp_path: Path) -> None:
-    both, mine, yours = (f"lora_unet_middle_block_1_transformer_blocks_0_attn1_to_{x}" for x in "qkv")
-    factors = {name: (randn(24, 4, seed=n), randn(4, 24, seed=n + 9)) for n, name in enumerate((both, mine, yours))}
+    common, mine, yours = (f"lora_unet_middle_block_1_transformer_blocks_0_attn1_to_{x}" for x in "qkv")
+    factors = {name: (randn(24, 4, seed=n), randn(4, 24, seed=n + 9)) for n, name in enumerate((common, mine, yours))}
     a, b = (
         {k: v for name in names for k, v in lora(*factors[name], name=name).items()}
-        for names in ((both, mine), (both, yours))
+        for names in ((common, mine), (common, yours))
     )
     result = compared(tmp_path, a, b)
     assert ([x.name for x in result.only_a], [x.name for x in result.only_b]) == ([mine], [yours])
     zero = torch.zeros(24, 24, dtype=torch.float64)
     truth = {name: up @ down for name, (up, down) in factors.items()}
     assert_numbers(
-        result.total, torch.cat([truth[both], truth[mine], zero]), torch.cat([truth[both], zero, truth[yours]])
+        result.total, torch.cat([truth[common], truth[mine], zero]), torch.cat([truth[common], zero, truth[yours]])
     )
-    (alone,), (other,) = result.only_a, result.only_b
+    (alone,), (second,) = result.only_a, result.only_b
     assert (alone.relative_difference, alone.energy_kept, alone.cosine, alone.fro_b) == (1.0, 0.0, None, 0.0)
-    assert (other.relative_difference, other.energy_kept, other.fro_a) == (None, None, 0.0)
-    assert (alone.rank_b, other.rank_a, other.names_a) == (None, None, ())
+    assert (second.relative_difference, second.energy_kept, second.fro_a) == (None, None, 0.0)
+    assert (alone.rank_b, second.rank_a, second.names_a) == (None, None, ())
 
 
-@pytest.mark.parametrize(("value", "place"), [(math.nan, "a"), (math.inf, "b")])
-def test_layers_that_are_not_finite_are_flagged_and_left_out(tmp_path: Path, value: float, place: str) -> None:
+@pytest.mark.parametrize(("value", "side"), [(math.nan, "a"), (math.inf, "b")])
+def test_layers_that_are_not_finite_are_flagged_and_left_out(tmp_path: Path, value: float, side: str) -> None:
     good = lora(randn(24, 2), randn(2, 24, seed=1), name="lora_unet_middle_block_1_proj_in")
     broken = randn(24, 2)
     broken[3, 1] = value
     sides = {"a": lora(randn(24, 2), randn(2, 24)), "b": lora(randn(24, 2, seed=3), randn(2, 24))}
-    sides[place] = lora(broken, randn(2, 24))
+    sides[side] = lora(broken, randn(2, 24))
     a, b = (write(tmp_path, name, {**tensors, **good}) for name, tensors in sides.items())
     document = json.loads(run("compare", "--json", a, b))
     (layer,) = (layer for layer in document["layers"] if layer["name"] == NAME)
-    assert layer["flags"] == [f"nan_{place}"]
+    assert layer["flags"] == [f"nan_{side}"]
     assert (layer["fro_a"], layer["cosine"]) == (None, None)
     assert (document["total"]["left_out"], document["total"]["difference"]) == (1, 0)
     (block,) = (block for block in document["blocks"] if block["block"] == "IN04")
     assert (block["left_out"], block["fro_a"]) == (1, None)
-    assert f"because {place.upper()} holds NaN or infinity: {NAME}" in run("compare", a, b)
+    assert f"because {side.upper()} holds NaN or infinity: {NAME}" in run("compare", a, b)
 
 
 def test_zero_has_no_direction(tmp_path: Path) -> None:
@@ -378,14 +378,14 @@ def test_zero_has_no_direction(tmp_path: Path) -> None:
 
 def test_adapters_without_layers_have_no_direction_either(tmp_path: Path) -> None:
     bias = write(tmp_path, "a", {"lora_unet_middle_block_1_norm.diff_b": torch.ones(4)})
-    other = write(tmp_path, "b", {"lora_unet_middle_block_1_norm.diff_b": torch.full((4,), 3.0)})
-    result = compare(bias, other)
+    larger = write(tmp_path, "b", {"lora_unet_middle_block_1_norm.diff_b": torch.full((4,), 3.0)})
+    result = compare(bias, larger)
     assert (result.total.cosine, result.total.relative_difference, result.total.fro_a) == (None, None, 0.0)
     assert (result.layers, result.blocks, result.a.ranks) == ((), (), ())
-    assert [each.relative_difference for each in result.others] == [2.0]
-    assert "nothing" in run("compare", bias, other)
+    assert [row.relative_difference for row in result.others] == [2.0]
+    assert "nothing" in run("compare", bias, larger)
     full = write(tmp_path, "c", lora(randn(24, 2), randn(2, 24)))
-    assert [each.name for each in compare(bias, full).only_b] == [NAME]
+    assert [row.name for row in compare(bias, full).only_b] == [NAME]
 
 
 def test_tensors_beside_the_layers_and_metadata_are_compared(tmp_path: Path) -> None:
@@ -397,9 +397,9 @@ def test_tensors_beside_the_layers_and_metadata_are_compared(tmp_path: Path) -> 
     result = compare(a, b)
     assert result.total.difference == 0
     assert result.others_equal == 2
-    found = {(each.a, each.b): each.relative_difference for each in result.others}
-    assert found == {(f"{NAME}.dora_scale",) * 2: 0.5, (None, "y.w_norm"): None}
-    assert [(each.key, each.a, each.b) for each in result.metadata] == [
+    differences = {(entry.a, entry.b): entry.relative_difference for entry in result.others}
+    assert differences == {(f"{NAME}.dora_scale",) * 2: 0.5, (None, "y.w_norm"): None}
+    assert [(entry.key, entry.a, entry.b) for entry in result.metadata] == [
         ("gone", "x" * 200, None),
         ("new", None, ""),
         ("other", "1", "2"),
@@ -437,27 +437,27 @@ def test_adapters_for_different_models_are_refused(tmp_path: Path) -> None:
         compared(tmp_path, lora(randn(24, 2), randn(2, 24), name=name), lora(randn(24, 2), randn(2, 20), name=name))
 
 
-def test_names_that_do_not_tell_ask_for_the_base(flux: Path, tmp_path: Path) -> None:
+def test_ambiguous_names_ask_for_the_base(flux: Path, tmp_path: Path) -> None:
     """Both flattened: no dots tell where the names of modules end."""
     down, up = randn(4, 96), randn(288, 4)
     native = write(tmp_path, "a", lora(up, down, name="lora_unet_double_blocks_0_img_attn_qkv"))
     name = "lora_transformer_transformer_blocks_0_attn_to_q"
-    other = write(tmp_path, "b", lora(up[:96], down, name=name))
+    diffusers = write(tmp_path, "b", lora(up[:96], down, name=name))
     with pytest.raises(UsageError, match="--base"):
-        compare(native, other)
-    layer = only(compare(native, other, base=flux))
+        compare(native, diffusers)
+    layer = only(compare(native, diffusers, base=flux))
     assert layer.energy_kept == pytest.approx(float((up[:96] @ down).norm() / (up @ down).norm()) ** 2)
     # nor does it help that they have a text encoder's names in common
     shared = lora(randn(24, 2), randn(2, 24), name="lora_te1_text_model_encoder_layers_0_mlp_fc1")
     with pytest.raises(UsageError, match="--base"):
-        compared(tmp_path, {**load_file(native), **shared}, {**load_file(other), **shared})
+        compared(tmp_path, {**load_file(native), **shared}, {**load_file(diffusers), **shared})
 
 
 # --- the command --------------------------------------------------------------------------------
 
 
 def run(*arguments: object, status: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == status, result.output
     return result.stdout if status == 0 else result.output
 
@@ -468,7 +468,7 @@ def pair(adapter: Path, tmp_path: Path) -> tuple[Path, Path]:
     return adapter, tmp_path / "small.safetensors"
 
 
-def test_the_last_line_says_it_in_words(pair: tuple[Path, Path], base: Path) -> None:
+def test_the_last_line_is_the_result_in_words(pair: tuple[Path, Path], base: Path) -> None:
     total = compare(*pair).total
     share = pair[1].stat().st_size / pair[0].stat().st_size
     text = run("compare", *pair)
@@ -520,10 +520,10 @@ def test_bars_are_the_numbers_of_the_blocks(pair: tuple[Path, Path], tmp_path: P
     assert (tmp_path / "d.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_block_of_b_alone_is_written_where_its_bar_would_be(tmp_path: Path) -> None:
-    other = lora(randn(24, 2), randn(2, 24), name="lora_unet_middle_block_1_proj_in")
+def test_a_block_of_b_alone_has_a_label_instead_of_a_bar(tmp_path: Path) -> None:
+    only_b = lora(randn(24, 2), randn(2, 24), name="lora_unet_middle_block_1_proj_in")
     factors = lora(randn(24, 2), randn(2, 24))
-    upper, lower = difference_per_block(compared(tmp_path, factors, {**factors, **other})).axes
+    upper, lower = difference_per_block(compared(tmp_path, factors, {**factors, **only_b})).axes
     assert [text.get_text() for text in upper.texts] == ["0", "only B"]
     assert [bar.get_height() for bar in lower.containers[0]][1] == 0
 

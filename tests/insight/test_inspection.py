@@ -67,7 +67,9 @@ def test_the_numbers_of_a_layer(tmp_path: Path, base: Path) -> None:
         ((math.nan, 2.0), 2, 1.0, ("nan",)),
     ],
 )
-def test_flags(tmp_path: Path, sigma: tuple[float, ...], rank: int, alpha: float, flags: tuple[str, ...]) -> None:
+def test_unusual_layers_are_flagged(
+    tmp_path: Path, sigma: tuple[float, ...], rank: int, alpha: float, flags: tuple[str, ...]
+) -> None:
     assert row(tmp_path, *planted(*sigma, rank=rank), alpha).flags == flags
 
 
@@ -85,20 +87,20 @@ def write(path: Path, layers: Mapping[str, tuple[int, ...]], alpha: float | None
 
 
 def health(path: Path, **options: object) -> dict[str, tuple[int, str]]:
-    found = inspect(path, **options).files[0].health  # type: ignore[arg-type]
-    return {each.flag: (each.layers, each.text) for each in found}
+    findings = inspect(path, **options).files[0].health  # type: ignore[arg-type]
+    return {finding.flag: (finding.layers, finding.text) for finding in findings}
 
 
 CONV, LINEAR = "lora_unet_input_blocks_1_0_in_layers_2", "lora_unet_input_blocks_4_1_proj_in"
 
 
-def test_layers_that_share_the_largest_rank_as_alpha_are_not_odd(tmp_path: Path) -> None:
+def test_a_shared_alpha_of_the_largest_rank_is_not_odd(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {LINEAR: (24, 24, 2), CONV: (24, 24, 8, 3)}, alpha=8)
     assert [layer.flags for layer in inspect(path).files[0].layers] == [(), ()]
     assert "odd_alpha" not in health(path)
 
 
-def test_convolutions_out_of_proportion_are_told_with_their_share(tmp_path: Path) -> None:
+def test_oversized_convolutions_are_reported_with_their_share(tmp_path: Path) -> None:
     """Kernels of 16 × (24 + 24 × 9) and other layers of 2 × (24 + 24) numbers of 4 bytes, and two alphas."""
     path = write(tmp_path / "a.safetensors", {LINEAR: (24, 24, 2), CONV: (24, 24, 16, 3)}, alpha=2)
     for header in (False, True):
@@ -111,7 +113,7 @@ def test_convolutions_out_of_proportion_are_told_with_their_share(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("entries", "said"),
+    ("entries", "text"),
     [
         ({"ss_network_dim": "4", "ss_network_alpha": "2.0"}, None),
         ({"ss_network_dim": "None"}, None),
@@ -121,39 +123,39 @@ def test_convolutions_out_of_proportion_are_told_with_their_share(tmp_path: Path
         ({"ss_network_dim": "4", "ss_network_alpha": "32"}, "ss_network_alpha says '32', the tensors 2"),
     ],
 )
-def test_metadata_that_is_not_that_of_the_tensors_is_stale(
-    tmp_path: Path, entries: dict[str, str], said: str | None
+def test_metadata_that_contradicts_the_tensors_is_stale(
+    tmp_path: Path, entries: dict[str, str], text: str | None
 ) -> None:
-    found = health(write(tmp_path / "a.safetensors", {LINEAR: (24, 24, 4)}, alpha=2, **entries))
-    assert ("stale_metadata" in found) == (said is not None)
-    assert said is None or said in found["stale_metadata"][1]
+    findings = health(write(tmp_path / "a.safetensors", {LINEAR: (24, 24, 4)}, alpha=2, **entries))
+    assert ("stale_metadata" in findings) == (text is not None)
+    assert text is None or text in findings["stale_metadata"][1]
 
 
-def test_several_alphas_of_a_kohya_file_are_told(tmp_path: Path) -> None:
+def test_several_alphas_of_a_kohya_file_are_reported(tmp_path: Path) -> None:
     layers = {LINEAR: (24, 24, 4), LINEAR.replace("4_1", "5_1"): (24, 24, 4), CONV: (24, 24, 2, 3)}
     count, text = health(write(tmp_path / "a.safetensors", layers))["mixed_alpha"]
     assert (count, "another alpha than 4" in text) == (1, True)
     assert "mixed_alpha" not in health(write(tmp_path / "b.safetensors", layers, alpha=4))
 
 
-def test_zero_layers_are_told_and_those_of_sdxl_are_normal(tmp_path: Path, adapter: Path) -> None:
+def test_zero_layers_are_reported_and_normal_in_sdxl(tmp_path: Path, adapter: Path) -> None:
     example = Path(ls.__file__).parent / "example" / "adapter.safetensors"
     count, text = health(example)["zero"]
     assert (count, "TE1.01 is zero, as in every SDXL adapter" in text) == (6, True)
     tensors = load_file(example)
-    one = "lora_unet_output_blocks_8_0_skip_connection"
-    save_file(tensors | {f"{one}.lora_up.weight": 0 * tensors[f"{one}.lora_up.weight"]}, tmp_path / "a.safetensors")
+    name = "lora_unet_output_blocks_8_0_skip_connection"
+    save_file(tensors | {f"{name}.lora_up.weight": 0 * tensors[f"{name}.lora_up.weight"]}, tmp_path / "a.safetensors")
     count, text = health(tmp_path / "a.safetensors")["zero"]
-    assert (count, f"1 of 284 layers are zero and change nothing (first {one}); all of TE1.01" in text) == (7, True)
-    save_file({key: 0 * each for key, each in tensors.items()}, tmp_path / "b.safetensors")
+    assert (count, f"1 of 284 layers are zero and change nothing (first {name}); all of TE1.01" in text) == (7, True)
+    save_file({key: 0 * tensor for key, tensor in tensors.items()}, tmp_path / "b.safetensors")
     assert health(tmp_path / "b.safetensors")["zero"] == (284, "every layer is zero: this adapter changes nothing")
 
 
-def test_flags_of_layers_are_told_in_sentences(tmp_path: Path) -> None:
+def test_flags_become_sentences(tmp_path: Path) -> None:
     row(tmp_path, *planted(30.0, 2.0, rank=4), -2.0)
-    found = health(tmp_path / "a.safetensors")
-    assert set(found) == {"padded_rank", "spike", "negative_alpha"}
-    assert all(count == 1 and f"in 1 of 1 layers (first {NAME}): " in text for count, text in found.values())
+    findings = health(tmp_path / "a.safetensors")
+    assert set(findings) == {"padded_rank", "spike", "negative_alpha"}
+    assert all(count == 1 and f"in 1 of 1 layers (first {NAME}): " in text for count, text in findings.values())
 
 
 def test_an_adapter_of_nan_has_no_numbers_and_says_why(tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ def test_an_adapter_without_layers_says_so(tmp_path: Path) -> None:
     save_file({"lora_unet_out_0.w_norm": torch.ones(8), "lora_unet_out_0.b_norm": torch.ones(8)}, path)
     (table,) = inspect(path, recommend=True, spectrum=True).files
     assert (table.layers, table.blocks, table.fro, table.recommendations) == ((), (), None, ())
-    assert [each.flag for each in table.health] == ["no_layers"]
+    assert [finding.flag for finding in table.health] == ["no_layers"]
     assert inspect(path, header=True).files[0].health == table.health
 
 
@@ -177,39 +179,39 @@ def test_an_adapter_of_convolutions_alone_is_measured_like_others(tmp_path: Path
     (table,) = inspect(path, recommend=True).files
     assert table.fro == pytest.approx(table.layers[0].fro)
     assert table.health == ()
-    assert [each.recipe for each in table.recommendations or ()] == ["energy=0.99", "energy=0.95"]
+    assert [row.recipe for row in table.recommendations or ()] == ["energy=0.99", "energy=0.95"]
 
 
 def test_recommendations_are_what_a_dry_run_says(base: Path) -> None:
     example = Path(ls.__file__).parent / "example"
     adapter, model = example / "adapter.safetensors", example / "base.safetensors"
-    for place in (None, model):
-        (table,) = inspect(adapter, base=place, recommend=True).files
-        found = table.recommendations
-        assert found is not None
-        assert len(found) == (4 if place is None else 5)
-        for each in found:
-            (told,) = ls.resize(adapter, base=place, recipes=each.recipe, dry_run=True).results
-            assert (each.bytes, each.relative_error, each.energy) == (
-                told.bytes_after,
-                told.relative_error,
-                told.energy,
+    for base_path in (None, model):
+        (table,) = inspect(adapter, base=base_path, recommend=True).files
+        rows = table.recommendations
+        assert rows is not None
+        assert len(rows) == (4 if base_path is None else 5)
+        for row in rows:
+            (result,) = ls.resize(adapter, base=base_path, recipes=row.recipe, dry_run=True).results
+            assert (row.bytes, row.relative_error, row.energy) == (
+                result.bytes_after,
+                result.relative_error,
+                result.energy,
             )
-        half, quarter = found[-2:]
-        for share, each in ((0.5, half), (0.25, quarter)):
-            assert 0.95 * share < each.bytes / table.bytes <= share * 1.001
+        half, quarter = rows[-2:]
+        for share, row in ((0.5, half), (0.25, quarter)):
+            assert 0.95 * share < row.bytes / table.bytes <= share * 1.001
     assert inspect(adapter).files[0].recommendations is None
 
 
 def test_a_recipe_that_keeps_nothing_is_left_out(adapter: Path, base: Path, tmp_path: Path) -> None:
     tensors = load_file(adapter)
-    weak = {key: each * 1e-4 if "lora_up" in key else each for key, each in tensors.items()}
-    save_file({key: each.float() for key, each in weak.items()}, tmp_path / "weak.safetensors")
+    weak = {key: tensor * 1e-4 if "lora_up" in key else tensor for key, tensor in tensors.items()}
+    save_file({key: tensor.float() for key, tensor in weak.items()}, tmp_path / "weak.safetensors")
     (table,) = inspect(tmp_path / "weak.safetensors", base=base, recommend=True).files
-    assert [each.recipe for each in table.recommendations or ()][:2] == ["energy=0.99", "energy=0.95"]
+    assert [row.recipe for row in table.recommendations or ()][:2] == ["energy=0.99", "energy=0.95"]
 
 
-def test_headers_do_not_tell_what_a_recipe_would_keep(adapter: Path) -> None:
+def test_recommendations_need_more_than_headers(adapter: Path) -> None:
     with pytest.raises(UsageError, match="headers alone"):
         inspect(adapter, header=True, recommend=True)
 
@@ -233,12 +235,12 @@ def test_blocks_add_up(adapter: Path, base: Path) -> None:
 def test_a_damaged_file_is_named_beside_the_others(adapter: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(adapter.read_bytes()[:1000])
-    both = inspect([adapter, broken])
-    assert len(both.files) == 1
-    assert list(both.failed) == [str(broken)]
+    inspection = inspect([adapter, broken])
+    assert len(inspection.files) == 1
+    assert list(inspection.failed) == [str(broken)]
 
 
-def test_headers_are_enough_for_the_header_view_and_torch_is_not_needed(adapter: Path, base: Path) -> None:
+def test_the_header_view_needs_no_torch(adapter: Path, base: Path) -> None:
     code = (
         "import sys; from lorashrink.insight.inspection import inspect; "
         f"table = inspect({str(adapter)!r}, base={str(base)!r}, header=True).files[0]; "

@@ -25,7 +25,6 @@ from lorashrink import overlap
 from lorashrink.cli import app
 from lorashrink.engine.interaction import interaction
 from lorashrink.errors import FamilyMismatch, InputError, NonFinite, UsageError
-from lorashrink.linking.inputs import split_weight
 from lorashrink.plots.overlap import overlap_matrices
 from lorashrink.results.overlap import LayerOverlap, Overlap, short_names
 
@@ -36,8 +35,8 @@ CPU = torch.device("cpu")
 def overlapped(folder: Path, *files: Mapping[str, Tensor], weights: Sequence[float] = (), **options: object) -> Overlap:
     """Of files a, b, c, ... with these tensors."""
     paths = [write(folder, "abcdefgh"[number], tensors) for number, tensors in enumerate(files)]
-    given = [f"{path}:{weight!r}" for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True)]
-    return overlap(given, **options)  # type: ignore[arg-type]
+    entries = [f"{path}:{weight!r}" for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True)]
+    return overlap(entries, **options)  # type: ignore[arg-type]
 
 
 def only(result: Overlap) -> LayerOverlap:
@@ -53,38 +52,38 @@ def subspaces(delta: Tensor) -> tuple[Tensor, Tensor]:
     return left[:, :count], right[:count].mT
 
 
-def shared(one: Tensor, other: Tensor) -> float:
+def shared(basis_a: Tensor, basis_b: Tensor) -> float:
     """The mean of cos² of the principal angles between two spaces, from the angles themselves."""
-    cosines = torch.linalg.svdvals(one.mT @ other)
+    cosines = torch.linalg.svdvals(basis_a.mT @ basis_b)
     return float((cosines**2).mean())
 
 
-def assert_pairs(found: object, deltas: Sequence[Tensor], tolerance: float = 1e-9) -> None:
+def assert_pairs(row: object, deltas: Sequence[Tensor], tolerance: float = 1e-9) -> None:
     """Cosine and overlaps of every pair are those of these ΔW."""
     bases = [subspaces(delta) for delta in deltas]
-    for a, one in enumerate(deltas):
-        for b, other in enumerate(deltas):
-            cosine = float((one * other).sum() / one.norm() / other.norm())
+    for a, delta_a in enumerate(deltas):
+        for b, delta_b in enumerate(deltas):
+            cosine = float((delta_a * delta_b).sum() / delta_a.norm() / delta_b.norm())
             sides = [shared(bases[a][side], bases[b][side]) for side in (0, 1)]
             expected = {"left": sides[0], "right": sides[1], "subspace": sum(sides) / 2}
-            assert getattr(found, "cosine")[a][b] == pytest.approx(cosine, abs=tolerance)  # noqa: B009
+            assert getattr(row, "cosine")[a][b] == pytest.approx(cosine, abs=tolerance)  # noqa: B009
             for name, value in expected.items():
-                assert getattr(found, name)[a][b] == pytest.approx(value, abs=max(1e-7, tolerance)), name
+                assert getattr(row, name)[a][b] == pytest.approx(value, abs=max(1e-7, tolerance)), name
 
 
 def assert_sum(
     layer: LayerOverlap, deltas: Sequence[Tensor], weights: Sequence[float], tolerance: float = 1e-9
 ) -> None:
     """The numbers of the sum, and of each adapter alone, are those of these ΔW."""
-    whole = sum(weight * delta for weight, delta in zip(weights, deltas, strict=True))
-    assert isinstance(whole, Tensor)
+    total = sum(weight * delta for weight, delta in zip(weights, deltas, strict=True))
+    assert isinstance(total, Tensor)
     assert layer.sum
-    sigma = torch.linalg.svdvals(whole)
+    sigma = torch.linalg.svdvals(total)
     size = max(float(delta.norm()) for delta in deltas)
     assert layer.fro == pytest.approx([float(delta.norm()) for delta in deltas], rel=tolerance)
     tops = [float(torch.linalg.svdvals(delta)[0]) for delta in deltas]
     assert layer.spectral == pytest.approx(tops, rel=tolerance)
-    assert layer.sum.fro == pytest.approx(float(whole.norm()), rel=tolerance, abs=tolerance * size)
+    assert layer.sum.fro == pytest.approx(float(total.norm()), rel=tolerance, abs=tolerance * size)
     assert layer.sum.spectral == pytest.approx(float(sigma[0]), rel=tolerance, abs=tolerance * size)
     # what is below 2^-26 of the first counts as nothing
     second = float(sigma[1]) if len(sigma) > 1 else 0.0
@@ -118,8 +117,8 @@ def test_adapters_of_any_rank_scale_dtype_and_weight(tmp_path_factory, out, inne
         deltas.append(up.double() @ down.double() * (1 if alpha is None else alpha / rank))
     weights = [member[3] for member in members]
     result = overlapped(tmp_path_factory.mktemp("x"), *files, weights=weights)
-    for found in (result, result.blocks[0], only(result)):
-        assert_pairs(found, deltas)
+    for row in (result, result.blocks[0], only(result)):
+        assert_pairs(row, deltas)
     assert_sum(only(result), deltas, weights, 1e-7)
     assert [member.weight for member in result.adapters] == weights
 
@@ -128,21 +127,21 @@ def test_adapters_of_any_rank_scale_dtype_and_weight(tmp_path_factory, out, inne
 def test_it_does_not_matter_how_an_adapter_is_factored(tmp_path_factory, seed: int, small: float) -> None:  # type: ignore[no-untyped-def]
     up, down = randn(30, 5, seed=seed), randn(5, 20, seed=seed + 1)
     turn = torch.linalg.qr(randn(5, 5, seed=seed + 2)).Q * torch.logspace(small, 0, 5, dtype=torch.float64)
-    other = lora(randn(30, 3, seed=seed + 3), randn(3, 20, seed=seed + 4))
-    one, turned = (
-        overlapped(tmp_path_factory.mktemp("x"), factors, other, weights=(0.8, -0.3))
+    second = lora(randn(30, 3, seed=seed + 3), randn(3, 20, seed=seed + 4))
+    plain, turned = (
+        overlapped(tmp_path_factory.mktemp("x"), factors, second, weights=(0.8, -0.3))
         for factors in (lora(up, down), lora(up @ turn, torch.linalg.solve(turn, down)))
     )
     for name in ("cosine", "left", "right"):
-        assert getattr(one, name)[0][1] == pytest.approx(getattr(turned, name)[0][1], abs=1e-8)
-    assert one.sum.strongest == pytest.approx(turned.sum.strongest, rel=1e-9)
+        assert getattr(plain, name)[0][1] == pytest.approx(getattr(turned, name)[0][1], abs=1e-8)
+    assert plain.sum.strongest == pytest.approx(turned.sum.strongest, rel=1e-9)
 
 
-@pytest.mark.parametrize("one", FORMS)
-@pytest.mark.parametrize("other", FORMS)
-def test_every_form_with_every_other(tmp_path: Path, one: str, other: str) -> None:
-    (a, truth_a), (b, truth_b) = FORMS[one], FORMS[other]
-    tolerance = 1e-6 if "loha" in (one, other) else 1e-9  # its factors are multiplied in float32
+@pytest.mark.parametrize("form_a", FORMS)
+@pytest.mark.parametrize("form_b", FORMS)
+def test_every_form_with_every_other(tmp_path: Path, form_a: str, form_b: str) -> None:
+    (a, truth_a), (b, truth_b) = FORMS[form_a], FORMS[form_b]
+    tolerance = 1e-6 if "loha" in (form_a, form_b) else 1e-9  # its factors are multiplied in float32
     result = overlapped(tmp_path, a, b, weights=(0.7, -0.4))
     assert_pairs(only(result), [truth_a, truth_b], tolerance)
     assert_sum(only(result), [truth_a, truth_b], (0.7, -0.4), max(tolerance, 1e-8))
@@ -158,19 +157,19 @@ def test_one_full_difference_among_many_loras_stays_a_factor(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.8])
-def test_of_high_ranks_the_largest_singular_values_are_iterated(decay: float) -> None:
+def test_high_ranks_iterate_for_the_largest_singular_values(decay: float) -> None:
     ranks, out, inner = [100, 90, 120, 80], 420, 400
     sizes = torch.cat([torch.arange(1, rank + 1, dtype=torch.float64) ** -decay for rank in ranks])
     ups, downs = randn(out, sum(ranks)) * sizes, randn(sum(ranks), inner, seed=1)
     weights = [1.0, -0.5, 0.8, 1.2]
-    found = interaction(ups, downs, [1.0] * sum(ranks), ranks, weights, CPU)
+    numbers = interaction(ups, downs, [1.0] * sum(ranks), ranks, weights, CPU)
     deltas = [up @ down for up, down in zip(ups.split(ranks, 1), downs.split(ranks), strict=True)]
-    whole = sum(weight * delta for weight, delta in zip(weights, deltas, strict=True))
-    left, sigma, right = torch.linalg.svd(whole)
-    assert found.total[0] == pytest.approx(float(sigma.norm()), rel=1e-12)
-    assert found.total[1:] == pytest.approx(sigma[:2].tolist(), rel=1e-7)
+    total = sum(weight * delta for weight, delta in zip(weights, deltas, strict=True))
+    left, sigma, right = torch.linalg.svd(total)
+    assert numbers.total[0] == pytest.approx(float(sigma.norm()), rel=1e-12)
+    assert numbers.total[1:] == pytest.approx(sigma[:2].tolist(), rel=1e-7)
     parts = [float(weight * left[:, 0] @ delta @ right[0]) for weight, delta in zip(weights, deltas, strict=True)]
-    assert (found.shares * sigma[0]).tolist() == pytest.approx(parts, rel=1e-3)
+    assert (numbers.shares * sigma[0]).tolist() == pytest.approx(parts, rel=1e-3)
 
 
 @pytest.mark.parametrize("rank", [4, 150])
@@ -183,33 +182,33 @@ def test_sums_that_cancel_keep_their_digits(rank: int) -> None:
     )
     more = 1e-6 * randn(200, rank, seed=3)
     ups, downs = torch.cat([up, up @ turn + more], 1), torch.cat([down, torch.linalg.solve(turn, down)])
-    found = interaction(ups, downs, [1.0] * 2 * rank, [rank, rank], [1.0, -1.0], CPU)
+    numbers = interaction(ups, downs, [1.0] * 2 * rank, [rank, rank], [1.0, -1.0], CPU)
     rest = torch.linalg.svdvals(more @ torch.linalg.solve(turn, down))
-    assert found.total == pytest.approx((float(rest.norm()), float(rest[0]), float(rest[1])), rel=1e-7)
-    assert float(found.shares.sum()) == pytest.approx(1, rel=1e-4)
+    assert numbers.total == pytest.approx((float(rest.norm()), float(rest[0]), float(rest[1])), rel=1e-7)
+    assert float(numbers.shares.sum()) == pytest.approx(1, rel=1e-4)
 
 
-def test_equal_singular_values_at_the_end_of_a_subspace_all_belong_to_it() -> None:
+def test_equal_singular_values_stay_in_one_subspace() -> None:
     eye = torch.eye(8, dtype=torch.float64)
-    found = interaction(
+    numbers = interaction(
         torch.cat([eye[:, :5], eye[:, 3:]], 1), torch.cat([eye[:5], eye[3:]]), [2.0] * 10, [5, 5], [1, 1], CPU
     )
-    assert found.dimensions.tolist() == [5, 5]  # 4.5 of the energy of 5 are 90 %
-    assert found.left[0, 1] == pytest.approx(2 / 5)
-    assert found.products[0, 1] == pytest.approx(2 * 4)
+    assert numbers.dimensions.tolist() == [5, 5]  # 4.5 of the energy of 5 are 90 %
+    assert numbers.left[0, 1] == pytest.approx(2 / 5)
+    assert numbers.products[0, 1] == pytest.approx(2 * 4)
 
 
 # --- whole files --------------------------------------------------------------------------------
 
 
-def test_a_copy_is_the_same_and_is_told_so(adapter: Path, tmp_path: Path) -> None:
+def test_a_copy_is_reported_as_the_same(adapter: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(adapter.read_bytes())
     result = overlap([f"{adapter}:0.6", f"{copy}:0.2"])
     assert result.cosine[0][1] == pytest.approx(1, abs=1e-12)
     assert result.subspace[0][1] == pytest.approx(1, abs=1e-9)
     assert [pair.kind for pair in result.pairs] == ["same"]
-    (advice,) = (each for each in result.advice if each.kind == "same")
+    (advice,) = (advice for advice in result.advice if advice.kind == "same")
     assert "lora:0.8 alone does what both do" in advice.text
     assert result.sum.fro == pytest.approx(0.8 * result.adapters[0].fro, rel=1e-9)
     assert sum(layer.sum is not None and "zero" not in layer.flags for layer in result.layers) > 170
@@ -223,8 +222,8 @@ def test_three_namings_are_matched_without_a_base(adapter: Path, base: Path, tmp
     for naming in ("diffusers", "comfy"):
         files.append(tmp_path / f"{naming}.safetensors")
         lorashrink.convert(adapter, base=base, naming=naming, dtype="fp32", output=files[-1])
-    for known in (base, None):
-        result = overlap(files, base=known)
+    for base_path in (base, None):
+        result = overlap(files, base=base_path)
         assert len(result.layers) == 178
         assert [member.naming for member in result.adapters] == ["kohya", "diffusers", "comfy"]
         for a, b in ((0, 1), (0, 2), (1, 2)):
@@ -242,13 +241,13 @@ def test_the_sum_is_measured_against_the_base(adapter: Path, base: Path, tmp_pat
     layer = next(layer for layer in result.layers if layer.name == NAME)
     weight = load_file(base)["model.diffusion_model.input_blocks.4.1.proj_in.weight"].double()
     deltas = [
-        next(each for each in lorashrink.open_adapter(path) if each.name == NAME).delta.dense().double()
+        next(layer for layer in lorashrink.open_adapter(path) if layer.name == NAME).delta.dense().double()
         for path in (adapter, tmp_path / "small.safetensors")
     ]
-    whole = deltas[0] + 0.5 * deltas[1]
+    total = deltas[0] + 0.5 * deltas[1]
     assert layer.sum
-    assert layer.sum.fro_ratio == pytest.approx(float(whole.norm() / weight.norm()), rel=1e-5)
-    tops = [float(torch.linalg.svdvals(each)[0]) for each in (whole, weight)]
+    assert layer.sum.fro_ratio == pytest.approx(float(total.norm() / weight.norm()), rel=1e-5)
+    tops = [float(torch.linalg.svdvals(matrix)[0]) for matrix in (total, weight)]
     assert layer.sum.spectral_ratio == pytest.approx(tops[0] / tops[1], rel=1e-5)
     assert result.sum.measure == "spectral_ratio"
     ratios = [layer.sum.spectral_ratio for layer in result.layers if layer.sum]
@@ -279,17 +278,17 @@ def _table(flux: Path, folder: Path) -> Path:
 
 
 def test_layers_of_one_adapter_count_in_the_whole(tmp_path: Path) -> None:
-    both, mine = (randn(24, 4), randn(4, 24, seed=1)), (randn(24, 2, seed=2), randn(2, 24, seed=3))
+    first, mine = (randn(24, 4), randn(4, 24, seed=1)), (randn(24, 2, seed=2), randn(2, 24, seed=3))
     second = randn(24, 3, seed=4), randn(3, 24, seed=5)
-    a = {**lora(*both), **lora(*mine, name=OTHER)}
+    a = {**lora(*first), **lora(*mine, name=OTHER)}
     result = overlapped(tmp_path, a, lora(*second))
     shared_layer, alone = result.layers
     assert (alone.name, alone.adapters, alone.flags) == (OTHER, (0,), ("alone",))
     assert (alone.cosine[0][1], alone.subspace[0][1], alone.cosine[0][0]) == (None, None, 1.0)
     assert (alone.fro[1], alone.spectral[1]) == (0.0, 0.0)
-    product = float(((both[0] @ both[1]) * (second[0] @ second[1])).sum())
+    product = float(((first[0] @ first[1]) * (second[0] @ second[1])).sum())
     sizes = (
-        math.hypot(float((both[0] @ both[1]).norm()), float((mine[0] @ mine[1]).norm())),
+        math.hypot(float((first[0] @ first[1]).norm()), float((mine[0] @ mine[1]).norm())),
         float((second[0] @ second[1]).norm()),
     )
     assert result.cosine[0][1] == pytest.approx(product / sizes[0] / sizes[1], abs=1e-12)
@@ -308,9 +307,9 @@ def test_adapters_without_a_layer_in_common_do_not_interact(tmp_path: Path) -> N
 def test_zero_has_no_direction(tmp_path: Path) -> None:
     zero = lora(torch.zeros(24, 2), randn(2, 30).float())
     result = overlapped(tmp_path, zero, *(lora(randn(24, 2, seed=n), randn(2, 30)) for n in (1, 2)))
-    for found in (result, only(result)):
-        assert found.cosine[0] == found.subspace[0] == found.left[0] == (None, None, None)
-        assert found.cosine[1][2] is not None
+    for row in (result, only(result)):
+        assert row.cosine[0] == row.subspace[0] == row.left[0] == (None, None, None)
+        assert row.cosine[1][2] is not None
     assert [advice.adapters for advice in result.advice if advice.kind == "zero"] == [(0,)]
     nothing = overlapped(tmp_path, zero, zero)
     assert (nothing.sum.strongest, nothing.sum.factor, nothing.sum.weights) == (0.0, None, (1.0, 1.0))
@@ -328,35 +327,35 @@ def planted(*sigma: float, name: str = NAME) -> dict[str, Tensor]:
 
 def test_the_factor_brings_the_strongest_layer_to_the_limit(tmp_path: Path) -> None:
     files = [{**planted(3.0, 1.0), **planted(1.0, name=OTHER)}, {**planted(2.0, 0.5), **planted(4.0, name=OTHER)}]
-    whole = overlapped(tmp_path, *files, weights=(1.0, 0.5)).sum
-    assert (whole.strongest, whole.strongest_layer) == (pytest.approx(4.0), NAME)
-    assert (whole.alone, whole.alone_layer, whole.alone_adapter) == (pytest.approx(3.0), NAME, 0)
-    assert whole.limit == whole.alone
-    assert whole.factor == pytest.approx(0.75)
-    again = overlapped(tmp_path, *files, weights=whole.weights).sum
-    assert again.strongest == pytest.approx(whole.limit, rel=1e-12)
-    asked = overlapped(tmp_path, *files, weights=(1.0, 0.5), limit=8.0).sum
-    assert (asked.limit, asked.factor, asked.weights) == (8.0, pytest.approx(2.0), (1.0, 0.5))
+    total = overlapped(tmp_path, *files, weights=(1.0, 0.5)).sum
+    assert (total.strongest, total.strongest_layer) == (pytest.approx(4.0), NAME)
+    assert (total.alone, total.alone_layer, total.alone_adapter) == (pytest.approx(3.0), NAME, 0)
+    assert total.limit == total.alone
+    assert total.factor == pytest.approx(0.75)
+    again = overlapped(tmp_path, *files, weights=total.weights).sum
+    assert again.strongest == pytest.approx(total.limit, rel=1e-12)
+    limited = overlapped(tmp_path, *files, weights=(1.0, 0.5), limit=8.0).sum
+    assert (limited.limit, limited.factor, limited.weights) == (8.0, pytest.approx(2.0), (1.0, 0.5))
 
 
-def test_the_limit_is_told_in_words_and_weights_that_keep_it(tmp_path: Path) -> None:
+def test_the_limit_comes_with_weights_that_keep_it(tmp_path: Path) -> None:
     files = [planted(3.0, 1.0), planted(2.0, 0.5)]
-    (advice,) = (each for each in overlapped(tmp_path, *files, limit=3.3).advice if each.kind == "limit")
+    (advice,) = (advice for advice in overlapped(tmp_path, *files, limit=3.3).advice if advice.kind == "limit")
     assert "5 as σ, 1.52 times the limit of 3.3; a makes 60 % of it" in advice.text
     assert advice.text.endswith("All weights times 0.66 bring it back: a:0.66, b:0.66")
-    (advice,) = (each for each in overlapped(tmp_path, *files, weights=(1.0, -0.5)).advice if each.kind == "room")
+    (advice,) = (advice for advice in overlapped(tmp_path, *files, weights=(1.0, -0.5)).advice if advice.kind == "room")
     assert "which a reaches alone" in advice.text
 
 
 @given(factor=st.floats(1e-6, 1e6))
-def test_weights_that_are_told_are_never_rounded_up(factor: float) -> None:
-    from lorashrink.insight.stack_advice import _rounded_down
+def test_advised_weights_are_never_rounded_up(factor: float) -> None:
+    from lorashrink.insight.stack_advice import rounded_down
 
-    assert 0.989 * factor < float(_rounded_down(factor)) <= factor * (1 + 1e-12)
-    assert _rounded_down(-factor) == f"-{_rounded_down(factor)}"
+    assert 0.989 * factor < float(rounded_down(factor)) <= factor * (1 + 1e-12)
+    assert rounded_down(-factor) == f"-{rounded_down(factor)}"
 
 
-def test_what_the_sum_amplifies_and_who_makes_it(tmp_path: Path) -> None:
+def test_amplified_layers_have_shares_of_their_adapters(tmp_path: Path) -> None:
     layer = only(overlapped(tmp_path, planted(3.0, 1.0), planted(1.0, 2.0), weights=(1.0, 1.0)))
     assert layer.sum
     assert (layer.sum.spectral, layer.sum.second) == (pytest.approx(4.0), pytest.approx(3.0))
@@ -366,7 +365,7 @@ def test_what_the_sum_amplifies_and_who_makes_it(tmp_path: Path) -> None:
     assert layer.flags == ("amplified",)
 
 
-def test_spikes_of_the_sum_are_told_by_the_rule_of_inspect(tmp_path: Path) -> None:
+def test_spikes_of_the_sum_follow_the_rule_of_inspect(tmp_path: Path) -> None:
     """Two layers without a spike have one together, and one with a spike has none with another."""
     result = overlapped(tmp_path, planted(6.0, 0.9), planted(6.0, -0.4))
     assert only(result).flags == ("amplified", "spike")
@@ -384,7 +383,7 @@ def test_signs_of_weights_change_the_sum_and_not_the_cosine(tmp_path: Path) -> N
     assert against.cosine[0][1] == pytest.approx(-4 / math.sqrt(80))
     assert [pair.kind for pair in against.pairs] == ["against"]
     kept = math.sqrt((1 + 9) / (10 + 8))
-    texts = [next(each.text for each in result.advice if each.kind == "against") for result in (against, turned)]
+    texts = [next(advice.text for advice in result.advice if advice.kind == "against") for result in (against, turned)]
     assert f"they keep {100 * kept:.0f} % of the norm" in texts[0]
     assert "with weights of different signs they add up" in texts[1]
     assert turned.sum.strongest == pytest.approx(5.0)
@@ -393,19 +392,19 @@ def test_signs_of_weights_change_the_sum_and_not_the_cosine(tmp_path: Path) -> N
     assert opposite.sum.fro == 0
 
 
-def test_dora_is_counted_by_its_factors_and_told(tmp_path: Path) -> None:
+def test_dora_is_counted_by_its_factors_and_reported(tmp_path: Path) -> None:
     factors = lora(randn(24, 2), randn(2, 30))
     result = overlapped(tmp_path, {**factors, f"{NAME}.dora_scale": torch.ones(24, 1)}, factors)
     assert result.cosine[0][1] == pytest.approx(1)
     assert [advice.adapters for advice in result.advice if advice.kind == "dora"] == [(0,)]
 
 
-def test_layers_that_need_the_base_are_left_out_and_alone_refused(tmp_path: Path) -> None:
+def test_layers_that_need_the_base_are_left_out(tmp_path: Path) -> None:
     turned = {f"{NAME}.oft_blocks": 0.1 * randn(6, 4, 4).float()}
     result = overlapped(tmp_path, {**turned, **lora(randn(24, 2), randn(2, 24), name=OTHER)}, planted(1.0, name=OTHER))
     row = next(layer for layer in result.layers if layer.name == NAME)
     assert (row.flags, row.sum, row.cosine[0][0]) == (("needs_base",), None, None)
-    assert [(each.block, each.left_out) for each in result.blocks] == [("IN04", 1), ("MID", 0)]
+    assert [(block.block, block.left_out) for block in result.blocks] == [("IN04", 1), ("MID", 0)]
     assert "needs_base" in {advice.kind for advice in result.advice}
     with pytest.raises(UsageError, match="--base"):
         overlapped(tmp_path, turned, turned)
@@ -419,21 +418,7 @@ def test_short_names_tell_files_apart() -> None:
 # --- what cannot be used ------------------------------------------------------------------------
 
 
-def test_weights_stand_behind_the_last_colon(tmp_path: Path) -> None:
-    there = tmp_path / "a:2"
-    there.write_bytes(b"")
-    assert split_weight("style.safetensors:0.7") == ("style.safetensors", 0.7)
-    assert split_weight("style.safetensors:-1e-1") == ("style.safetensors", -0.1)
-    assert split_weight("style.safetensors") == ("style.safetensors", 1.0)
-    assert split_weight(r"C:\x.safetensors") == (r"C:\x.safetensors", 1.0)
-    assert split_weight(str(there)) == (str(there), 1.0)
-    assert split_weight(f"{there}:3") == (str(there), 3.0)
-    for weight in ("nan", "inf", "strong"):
-        with pytest.raises(UsageError, match=f"'{weight}' is no weight"):
-            split_weight(f"{there}:{weight}")
-
-
-def test_what_cannot_be_asked_is_refused(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_bad_arguments_are_refused(adapter: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="two adapters or more, and was given 1"):
         overlap([adapter])
     with pytest.raises(UsageError, match="is given twice"):
@@ -453,25 +438,25 @@ def test_adapters_of_two_models_are_both_named(tmp_path: Path) -> None:
         overlap(paths)
 
 
-def test_an_adapter_for_another_base_is_named_and_the_others_go_on(adapter: Path, base: Path, tmp_path: Path) -> None:
-    other = write_header(tmp_path / "sd15.safetensors", shapes("sd15_lora_kohya"))
+def test_an_adapter_for_another_base_is_left_out_by_name(adapter: Path, base: Path, tmp_path: Path) -> None:
+    stranger = write_header(tmp_path / "sd15.safetensors", shapes("sd15_lora_kohya"))
     copy = write(tmp_path, "copy", load_file(adapter))
-    result = overlap([adapter, other, copy], base=base)
+    result = overlap([adapter, stranger, copy], base=base)
     (failure,) = result.failed
-    assert failure.source == str(other)
+    assert failure.source == str(stranger)
     assert "SD 1" in failure.error
     assert [member.path for member in result.adapters] == [str(adapter), str(copy)]
     with pytest.raises(FamilyMismatch, match=r"sd15\.safetensors"):
-        overlap([adapter, other], base=base)
+        overlap([adapter, stranger], base=base)
 
 
-def test_an_adapter_with_nan_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+def test_an_adapter_with_nan_is_left_out_by_name(tmp_path: Path) -> None:
     broken = randn(24, 2)
     broken[3, 1] = math.nan
     good = [lora(randn(24, 2, seed=n), randn(2, 30, seed=n)) for n in (1, 2)]
     paths = [
-        write(tmp_path, name, each)
-        for name, each in zip("abc", (good[0], lora(broken, randn(2, 30)), good[1]), strict=True)
+        write(tmp_path, name, tensors)
+        for name, tensors in zip("abc", (good[0], lora(broken, randn(2, 30)), good[1]), strict=True)
     ]
     document = json.loads(run("overlap", "--json", f"{paths[0]}:0.5", *paths[1:], status=1).splitlines()[0])
     (failure,) = document["failed"]
@@ -487,7 +472,7 @@ def test_an_adapter_with_nan_is_named_and_the_others_go_on(tmp_path: Path) -> No
 
 
 def run(*arguments: object, status: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == status, result.output
     return result.stdout if status == 0 else result.output
 
@@ -522,7 +507,7 @@ def test_json_and_csv_have_the_numbers_of_the_function(stack: list[object], tmp_
     assert document["version"] == lorashrink.__version__
     assert len(document["cosine"]) == len(document["subspace"]) == len(document["adapters"]) == 3
     assert document["cosine"] == [list(line) for line in expected.cosine]
-    assert [each["block"] for each in document["blocks"]] == [each.block for each in expected.blocks]
+    assert [block["block"] for block in document["blocks"]] == [block.block for block in expected.blocks]
     assert document["sum"]["factor"] == expected.sum.factor
     assert len(document["pairs"]) == 3
     with open(tmp_path / "t.csv", newline="") as handle:
@@ -572,7 +557,7 @@ def test_wrong_commands_end_with_status_2(stack: list[object], base: Path, tmp_p
     assert set(error) == {"version", "error"}
 
 
-def test_one_that_is_missing_is_named_and_the_others_are_told(stack: list[object], tmp_path: Path) -> None:
+def test_a_missing_adapter_is_named(stack: list[object], tmp_path: Path) -> None:
     text = run("overlap", *stack, tmp_path / "nowhere.safetensors", status=1)
     assert "nowhere.safetensors" in text
     assert "norm of the sum" in text

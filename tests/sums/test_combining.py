@@ -19,7 +19,7 @@ from torch import Tensor
 from lorashrink.adapters import layer_name, open_adapter
 from lorashrink.bases import open_base
 from lorashrink.errors import FamilyMismatch, InputError, NonFinite, ShapeError, UsageError
-from lorashrink.linking.inputs import Sum, find_inputs, is_sum, split_sum, to_sum
+from lorashrink.linking.inputs import to_sum
 from lorashrink.making.merging import merge
 from lorashrink.sums.summing import combined
 
@@ -68,11 +68,11 @@ def merged(terms: Sequence[tuple[Path, float]], output: Path, **options: object)
 
 
 def assert_sum(terms: Sequence[tuple[Path, float]], output: Path, **options: object) -> dict[str, Tensor]:
-    expected, found = summed(terms), added(merged(terms, output, **options))
-    assert found.keys() == expected.keys()
+    expected, result = summed(terms), added(merged(terms, output, **options))
+    assert result.keys() == expected.keys()
     for name, delta in expected.items():
-        assert float((found[name] - delta).norm()) <= 1e-6 * float(delta.norm()), name
-    return found
+        assert float((result[name] - delta).norm()) <= 1e-6 * float(delta.norm()), name
+    return result
 
 
 # --- numbers ------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_the_sum_is_the_dense_one(tmp_path_factory, sides, terms, seed: int) -> 
     folder = tmp_path_factory.mktemp("x")
     written = []
     for number, (rank, weight, alpha, dtype, uneven) in enumerate(terms):
-        tensors = {key: each.to(dtype) for key, each in lora(Q, *sides, rank, seed=seed + 2 * number).items()}
+        tensors = {key: tensor.to(dtype) for key, tensor in lora(Q, *sides, rank, seed=seed + 2 * number).items()}
         shift = 2.0 ** round(uneven)
         tensors[f"{Q}.lora_up.weight"] *= shift
         tensors[f"{Q}.lora_down.weight"] /= shift
@@ -115,8 +115,8 @@ def test_the_sum_is_the_dense_one(tmp_path_factory, sides, terms, seed: int) -> 
         with pytest.raises(UsageError, match="weights are all 0"):
             merged(written, folder / "out.safetensors")
         return
-    found = added(merged(written, folder / "out.safetensors"))[Q]
-    assert float((found - expected).norm()) <= 1e-6 * size
+    result = added(merged(written, folder / "out.safetensors"))[Q]
+    assert float((result - expected).norm()) <= 1e-6 * size
 
 
 @settings(max_examples=40)
@@ -136,13 +136,13 @@ def test_a_shrunk_sum_is_the_best_of_its_rank(tmp_path_factory, ranks, kept, wei
     exact = summed(terms)[Q]
     u, sigma, v = torch.linalg.svd(exact, full_matrices=False)
     best = u[:, :kept] * sigma[:kept] @ v[:kept]
-    found = added(merged(terms, folder / "out.safetensors", recipes=f"rank={kept}"))[Q]
-    assert float(torch.linalg.svdvals(found)[kept:].sum()) <= 1e-5 * float(sigma[0])
-    lost, least = float((found - exact).norm()), float((best - exact).norm())
+    result = added(merged(terms, folder / "out.safetensors", recipes=f"rank={kept}"))[Q]
+    assert float(torch.linalg.svdvals(result)[kept:].sum()) <= 1e-5 * float(sigma[0])
+    lost, least = float((result - exact).norm()), float((best - exact).norm())
     assert abs(lost - least) <= 1e-6 * float(exact.norm())
 
 
-def test_ranks_of_64_and_32_and_what_only_one_has(tmp_path: Path) -> None:
+def test_ranks_add_up_and_single_layers_stay(tmp_path: Path) -> None:
     a = write(tmp_path, "a", lora(Q, 160, 96, 64, 32.0) | lora(K, 160, 96, 64, seed=9))
     b = write(tmp_path, "b", lora(Q, 160, 96, 32, 16.0, seed=4))
     assert_sum([(a, 0.7), (b, -0.5)], tmp_path / "out.safetensors")
@@ -159,17 +159,17 @@ def test_factors_of_very_different_lengths_keep_their_digits(tmp_path: Path) -> 
     assert_sum([(a, 1.0), (b, 1.0)], tmp_path / "out.safetensors")
 
 
-def test_what_cancels_is_gone(tmp_path: Path) -> None:
+def test_terms_that_cancel_leave_no_layer(tmp_path: Path) -> None:
     """Also where equal layers have unlike factors, so that nothing is equal but ΔW."""
     turn = randn(4, 4, seed=8) + 3 * torch.eye(4)
     twin = lora(Q, 40, 30, 4)
     up, down = (twin[f"{Q}.lora_{side}.weight"].double() for side in ("up", "down"))
-    other = {f"{Q}.lora_up.weight": up @ turn, f"{Q}.lora_down.weight": torch.linalg.solve(turn, down)}
+    turned = {f"{Q}.lora_up.weight": up @ turn, f"{Q}.lora_down.weight": torch.linalg.solve(turn, down)}
     a = write(tmp_path, "a", twin | lora(K, 40, 30, 4, seed=5))
-    b = write(tmp_path, "b", other)
+    b = write(tmp_path, "b", turned)
     report = merge([f"{a}:0.3", f"{b}:-0.3"], output=tmp_path / "out.safetensors", dtype="fp32")
     (result,) = report.results
-    assert [(each.name, each.reason) for each in result.removed] == [(Q, "ΔW is zero")]
+    assert [(layer.name, layer.reason) for layer in result.removed] == [(Q, "ΔW is zero")]
     assert set(added(Path(result.output))) == {K}
     c = write(tmp_path, "c", twin | lora(K, 40, 30, 4, seed=5))
     with pytest.raises(InputError, match="every layer is zero"):
@@ -177,7 +177,7 @@ def test_what_cancels_is_gone(tmp_path: Path) -> None:
     assert not (tmp_path / "none.safetensors").exists()
 
 
-def test_the_same_directions_are_there_once(tmp_path: Path) -> None:
+def test_equal_directions_are_written_once(tmp_path: Path) -> None:
     a, b = write(tmp_path, "a", lora(Q, 40, 30, 4)), write(tmp_path, "b", lora(Q, 40, 30, 4, 2.0))
     assert_sum([(a, 0.4), (b, 0.8)], tmp_path / "out.safetensors")
     with open_adapter(tmp_path / "out.safetensors") as adapter:
@@ -190,17 +190,17 @@ def test_the_same_directions_are_there_once(tmp_path: Path) -> None:
 def loha(name: str, out: int, inner: int, rank: int, seed: int = 0) -> Tensors:
     sides = {"w1_a": (out, rank), "w1_b": (rank, inner), "w2_a": (out, rank), "w2_b": (rank, inner)}
     return {
-        f"{name}.hada_{role}": randn(*shape, seed=seed + place).float()
-        for place, (role, shape) in enumerate(sides.items())
+        f"{name}.hada_{role}": randn(*shape, seed=seed + index).float()
+        for index, (role, shape) in enumerate(sides.items())
     } | {f"{name}.alpha": torch.tensor(2.0)}
 
 
 def lokr(name: str, first: int, second: tuple[int, int], rank: int | None, seed: int = 0) -> Tensors:
     """(first·second[0]) × (first·second[1])."""
-    whole = {"w2": second} if rank is None else {"w2_a": (second[0], rank), "w2_b": (rank, second[1])}
+    second_factors = {"w2": second} if rank is None else {"w2_a": (second[0], rank), "w2_b": (rank, second[1])}
     return {
-        f"{name}.lokr_{role}": randn(*shape, seed=seed + place).float()
-        for place, (role, shape) in enumerate({"w1": (first, first), **whole}.items())
+        f"{name}.lokr_{role}": randn(*shape, seed=seed + index).float()
+        for index, (role, shape) in enumerate({"w1": (first, first), **second_factors}.items())
     } | {f"{name}.alpha": torch.tensor(2.0)}
 
 
@@ -218,7 +218,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("kind", [each for each in OTHERS if each != "tucker"])
+@pytest.mark.parametrize("kind", [family for family in OTHERS if family != "tucker"])
 @pytest.mark.parametrize("lead", ["lora", "other"])
 def test_lora_with_another_family(tmp_path: Path, kind: str, lead: str) -> None:
     a, b = write(tmp_path, "a", lora(Q, 48, 40, 6, 3.0)), write(tmp_path, "b", OTHERS[kind])
@@ -226,17 +226,17 @@ def test_lora_with_another_family(tmp_path: Path, kind: str, lead: str) -> None:
     assert_sum(terms, tmp_path / "out.safetensors")
 
 
-@pytest.mark.parametrize("kind", [each for each in OTHERS if each != "tucker"])
+@pytest.mark.parametrize("kind", [family for family in OTHERS if family != "tucker"])
 def test_one_adapter_with_a_weight_is_its_strength(tmp_path: Path, kind: str) -> None:
     a = write(tmp_path, "a", OTHERS[kind])
     assert_sum([(a, -0.25)], tmp_path / "out.safetensors")
 
 
 def test_every_two_families_together(tmp_path: Path) -> None:
-    paths = [write(tmp_path, f"{place}", OTHERS[kind]) for place, kind in enumerate(OTHERS) if kind != "tucker"]
-    for place, path in enumerate(paths):
-        for other in paths[place + 1 :]:
-            assert_sum([(path, 0.3), (other, 1.5)], tmp_path / "out.safetensors", force=True)
+    paths = [write(tmp_path, f"{index}", OTHERS[kind]) for index, kind in enumerate(OTHERS) if kind != "tucker"]
+    for index, path in enumerate(paths):
+        for later in paths[index + 1 :]:
+            assert_sum([(path, 0.3), (later, 1.5)], tmp_path / "out.safetensors", force=True)
 
 
 def test_a_convolution_with_a_core_and_one_without(tmp_path: Path) -> None:
@@ -253,7 +253,8 @@ def test_a_convolution_with_a_core_and_one_without(tmp_path: Path) -> None:
 
 def test_a_linear_layer_and_a_convolution_of_1x1_are_the_same(tmp_path: Path) -> None:
     square = {
-        key: each[..., None, None] if each.ndim else each for key, each in lora(Q, 24, 20, 3, 1.0, seed=7).items()
+        key: tensor[..., None, None] if tensor.ndim else tensor
+        for key, tensor in lora(Q, 24, 20, 3, 1.0, seed=7).items()
     }
     a, b = write(tmp_path, "a", lora(Q, 24, 20, 5)), write(tmp_path, "b", square)
     assert_sum([(a, 1.0), (b, 1.0)], tmp_path / "out.safetensors")
@@ -271,7 +272,7 @@ def test_linear_layers_only_with_convolutions_too(tmp_path: Path) -> None:
     assert set(assert_sum([(a, 1.0), (b, 0.5)], tmp_path / "out.safetensors")) == {Q, KERNEL}
 
 
-def test_a_kernel_that_only_another_adapter_tells(tmp_path: Path) -> None:
+def test_a_kernel_shape_comes_from_the_other_adapter(tmp_path: Path) -> None:
     """A LoHa without cores stores its kernel flattened."""
     flat = loha(KERNEL, 24, 20 * 9, 2)
     kernel = {
@@ -292,25 +293,25 @@ PAIRS = [name for name in ADAPTERS if ADAPTERS[name][0] in ("sdxl", "sd15", "flu
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_adapters_of_two_namings_are_one_in_the_first_ones(bases, tmp_path: Path, name: str) -> None:
+def test_two_namings_become_the_first_one(bases, tmp_path: Path, name: str) -> None:
     """Where one naming fuses what the other splits, either may be first. One of them lacks a layer."""
-    family, wanted = ADAPTERS[name]
-    listed = {key: shape for key, shape in few(shapes(name)).items() if re.search(wanted, key)}
+    family, pattern = ADAPTERS[name]
+    listed = {key: shape for key, shape in few(shapes(name)).items() if re.search(pattern, key)}
     native = bases(family, "native")
     left_out = max(map(layer_name, listed))
     some = {key: shape for key, shape in listed.items() if layer_name(key) != left_out}
     a = write_tensors(tmp_path / "a.safetensors", numbers(listed), fixtures.metadata(name))
     b = write_tensors(tmp_path / "b.safetensors", numbers(some, seed=1), fixtures.metadata(name))
-    whole, part = effect(a, native), effect(b, native)
-    expected = {key: 0.7 * whole[key] - 0.5 * part.get(key, torch.zeros(1)) for key in whole}
+    effect_a, effect_b = effect(a, native), effect(b, native)
+    expected = {key: 0.7 * effect_a[key] - 0.5 * effect_b.get(key, torch.zeros(1)) for key in effect_a}
     namings = ("peft",) if family == "llm" else ("kohya", "diffusers", "comfy")
     for naming in namings:
-        other = Path(converted(a, native, naming, tmp_path / f"a {naming}").output)
-        for place, terms in enumerate(([(other, 0.7), (b, -0.5)], [(b, -0.5), (other, 0.7)])):
-            kind = bases(family, "norms" if place else "diffusers")
+        renamed = Path(converted(a, native, naming, tmp_path / f"a {naming}").output)
+        for turn, terms in enumerate(([(renamed, 0.7), (b, -0.5)], [(b, -0.5), (renamed, 0.7)])):
+            kind = bases(family, "norms" if turn else "diffusers")
             # names that are nobody else's cannot be made
-            asked = naming if place and name == "flux_lora_xlabs" else None
-            out = merged(terms, tmp_path / f"{naming} {place}", base=kind, naming=asked)
+            requested = naming if turn and name == "flux_lora_xlabs" else None
+            out = merged(terms, tmp_path / f"{naming} {turn}", base=kind, naming=requested)
             assert_same_effect(out, expected, native, 1e-4)
 
 
@@ -324,7 +325,7 @@ def flux(side: int = 96) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("fused", ["lora", "loha", "loha of full rank", "full"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_a_fused_layer_of_any_family_with_some_of_its_parts(bases, tmp_path: Path, fused: str, order) -> None:
+def test_a_fused_layer_is_added_to_some_of_its_parts(bases, tmp_path: Path, fused: str, order) -> None:
     """The layout is the first adapter's, and a part that it lacks gets the name that it would have."""
     tensors = {
         "lora": lora(FUSED, 288, 96, 6, 3.0),
@@ -341,14 +342,14 @@ def test_a_fused_layer_of_any_family_with_some_of_its_parts(bases, tmp_path: Pat
     base = bases("flux", "native")
     (key,) = effect(paths[0], base)
     expected = {key: 0.7 * effect(paths[0], base)[key] - 0.5 * effect(paths[1], base)[key]}
-    terms = [[(paths[0], 0.7), (paths[1], -0.5)][place] for place in order]
+    terms = [[(paths[0], 0.7), (paths[1], -0.5)][index] for index in order]
     out = merged(terms, tmp_path / "out.safetensors", base=bases("flux", "norms"))
     assert_same_effect(out, expected, base, 2e-6)
     names = [FUSED] if order == (0, 1) else [f"{SPLIT}{which}" for which in "kqv"]
     assert sorted(added(out)) == names
 
 
-def test_parts_that_share_their_inputs_stay_of_their_rank_when_fused(bases, tmp_path: Path) -> None:
+def test_fused_parts_with_equal_inputs_keep_their_rank(bases, tmp_path: Path) -> None:
     parts = {f"{SPLIT}{which}.lora_A.weight": randn(5, 96).float() for which in "qkv"}
     parts |= {f"{SPLIT}{which}.lora_B.weight": randn(96, 5, seed=seed).float() for seed, which in enumerate("qkv")}
     fused, split = write(tmp_path, "fused", lora(FUSED, 288, 96, 4)), write(tmp_path, "split", parts)
@@ -357,7 +358,7 @@ def test_parts_that_share_their_inputs_stay_of_their_rank_when_fused(bases, tmp_
         assert layer.delta.rank == 9
 
 
-def test_without_a_base_one_that_writes_dots_tells_what_is_the_same(tmp_path: Path) -> None:
+def test_dotted_names_match_layers_without_a_base(tmp_path: Path) -> None:
     dotted = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     flat = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     b = {
@@ -370,15 +371,15 @@ def test_without_a_base_one_that_writes_dots_tells_what_is_the_same(tmp_path: Pa
         ([(kohya, 0.5), (diffusers, 2.0)], flat),
         ([(diffusers, 2.0), (kohya, 0.5)], dotted),
     ):
-        found = added(merged(terms, tmp_path / "out.safetensors", force=True))
-        assert list(found) == [name]
-        assert float((found[name] - expected).norm()) <= 1e-6 * float(expected.norm())
+        result = added(merged(terms, tmp_path / "out.safetensors", force=True))
+        assert list(result) == [name]
+        assert float((result[name] - expected).norm()) <= 1e-6 * float(expected.norm())
 
 
-def test_a_name_that_only_a_base_tells(tmp_path: Path, bases) -> None:
+def test_a_name_that_needs_a_base(tmp_path: Path, bases) -> None:
     flat = write(tmp_path, "a", lora("lora_unet_input_blocks_4_1_proj_in", 20, 20, 6))
-    other = "unet.mid_block.attentions.0.proj_in"
-    dotted = {f"{other}.lora_A.weight": randn(4, 40).float(), f"{other}.lora_B.weight": randn(40, 4).float()}
+    name = "unet.mid_block.attentions.0.proj_in"
+    dotted = {f"{name}.lora_A.weight": randn(4, 40).float(), f"{name}.lora_B.weight": randn(40, 4).float()}
     b = write(tmp_path, "b", dotted)
     with pytest.raises(UsageError, match="Give the base"):
         combined(to_sum([flat, b]))
@@ -390,14 +391,14 @@ def test_a_name_that_only_a_base_tells(tmp_path: Path, bases) -> None:
 
 
 @pytest.mark.parametrize("naming", ["kohya", "diffusers", "comfy"])
-def test_the_sum_in_names_that_are_asked_for(bases, tmp_path: Path, naming: str) -> None:
+def test_the_sum_takes_the_requested_naming(bases, tmp_path: Path, naming: str) -> None:
     listed = {key: shape for key, shape in few(shapes("flux_lora_kohya")).items() if "double_blocks_0" in key}
     a = write_tensors(tmp_path / "a.safetensors", numbers(listed))
     b = write_tensors(tmp_path / "b.safetensors", numbers(listed, seed=1))
     base = bases("flux", "native")
-    one, other = effect(a, base), effect(b, base)
+    effect_a, effect_b = effect(a, base), effect(b, base)
     out = merged([(a, 1.0), (b, -1.0)], tmp_path / "out", base=base, naming=naming)
-    assert_same_effect(out, {key: one[key] - other[key] for key in one}, base)
+    assert_same_effect(out, {key: effect_a[key] - effect_b[key] for key in effect_a}, base)
     start = {"kohya": "lora_unet_", "diffusers": "transformer.", "comfy": "diffusion_model."}[naming]
     assert all(name.startswith(start) for name in added(out))
     if naming == "diffusers":
@@ -429,12 +430,12 @@ def test_dora_is_merged_as_what_it_adds_to_the_base(tmp_path: Path, magnitude: t
     for path, share in ((a, 0.7), (b, -0.5)):
         changed = weight + added(path)[Q]
         with open_adapter(path) as adapter:
-            wanted = adapter.store.read(f"{Q}.dora_scale").double()
+            magnitudes = adapter.store.read(f"{Q}.dora_scale").double()
         norms = changed.norm(dim=1 if magnitude[1] == 1 else 0, keepdim=True)
-        expected = expected + share * (wanted / norms * changed - weight)
+        expected = expected + share * (magnitudes / norms * changed - weight)
     terms = [(a, 0.7), (b, -0.5), (c, 0.3)]
-    found = added(merged(terms, tmp_path / "out.safetensors", base=base, as_base_delta=True))[Q]
-    assert float((found - expected).norm()) <= 1e-6 * float(expected.norm())
+    result = added(merged(terms, tmp_path / "out.safetensors", base=base, as_base_delta=True))[Q]
+    assert float((result - expected).norm()) <= 1e-6 * float(expected.norm())
     with pytest.raises(InputError, match="is DoRA, whose strength is not linear"):
         merged(terms, tmp_path / "no.safetensors", base=base)
     with pytest.raises(UsageError, match="needs the weights of the base"):
@@ -450,24 +451,24 @@ def test_dora_needs_more_than_a_norm_table(bases, tmp_path: Path) -> None:
 # --- tensors beside the layers ------------------------------------------------------------------
 
 
-def test_differences_of_biases_and_norms_are_added_and_others_are_not(tmp_path: Path) -> None:
+def test_only_differences_of_biases_and_norms_are_added(tmp_path: Path) -> None:
     bias, norm = f"{Q}.diff_b", "lora_unet_out_0.w_norm"
     own = {f"{Q}.diff_b": randn(40).float(), "lora_unet_out_0.w_norm": randn(8).float()}
-    other = {
+    second = {
         f"{Q}.diff_b": randn(40, seed=1).float(),
         "lora_unet_out_0.set_weight": randn(8).float(),
         "same.emb_params": torch.ones(3),
     }
     a = write(tmp_path, "a", lora(Q, 40, 40, 4) | own | {"same.emb_params": torch.ones(3)})
-    b = write(tmp_path, "b", lora(Q, 40, 40, 4, seed=7) | other)
+    b = write(tmp_path, "b", lora(Q, 40, 40, 4, seed=7) | second)
     report = merge([f"{a}:0.5", f"{b}:2"], output=tmp_path / "out.safetensors")
     with open_adapter(tmp_path / "out.safetensors") as adapter:
         read = adapter.store.read
-        assert torch.allclose(read(bias), 0.5 * own[bias] + 2 * other[bias])
+        assert torch.allclose(read(bias), 0.5 * own[bias] + 2 * second[bias])
         assert torch.allclose(read(norm), 0.5 * own[norm])
         assert torch.equal(read("same.emb_params"), torch.ones(3))
     (result,) = report.results
-    assert [(each.name, each.reason) for each in result.removed] == [
+    assert [(removed.name, removed.reason) for removed in result.removed] == [
         (
             "lora_unet_out_0.set_weight (b.safetensors)",
             "replaces a weight of the base, which cannot be weighted or added",
@@ -500,7 +501,7 @@ def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
         combined(to_sum([a, b]))
 
 
-def test_a_base_that_fits_only_one_names_the_other(bases, tmp_path: Path) -> None:
+def test_a_base_for_one_adapter_names_the_other(bases, tmp_path: Path) -> None:
     name = "sdxl_lora_kohya_te1_te2"
     a = write_tensors(tmp_path / "a.safetensors", numbers(few(shapes(name))))
     b = write_tensors(tmp_path / "b.safetensors", numbers(few(shapes("flux_lora_kohya"))))
@@ -508,7 +509,7 @@ def test_a_base_that_fits_only_one_names_the_other(bases, tmp_path: Path) -> Non
         combined(to_sum([a, b]), base)
 
 
-def test_numbers_that_are_none_are_named(tmp_path: Path) -> None:
+def test_layers_with_nan_are_named(tmp_path: Path) -> None:
     broken = lora(Q, 40, 40, 4)
     broken[f"{Q}.lora_up.weight"][3, 2] = math.nan
     a, b = write(tmp_path, "a", lora(Q, 40, 40, 4, seed=3)), write(tmp_path, "b", broken)
@@ -526,46 +527,3 @@ def test_a_family_that_needs_the_base(tmp_path: Path) -> None:
     a = write(tmp_path, "a", {f"{Q}.oft_blocks": randn(4, 10, 10).float(), f"{Q}.alpha": torch.tensor(0.0)})
     with pytest.raises(UsageError, match="Give the checkpoint with --base"):
         combined(to_sum([f"{a}:0.5"]))
-
-
-# --- arguments ----------------------------------------------------------------------------------
-
-
-def test_a_weight_is_what_follows_the_last_colon_and_is_a_number(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert split_sum("A:0.7,B:-5e-1,C") == [("A", 0.7), ("B", -0.5), ("C", 1.0)]
-    assert split_sum(r"C:\x.safetensors") == [(r"C:\x.safetensors", 1.0)]
-    assert split_sum(r"C:\x.safetensors:2,D:\y.safetensors") == [(r"C:\x.safetensors", 2.0), (r"D:\y.safetensors", 1.0)]
-    for name in ("one, two.safetensors", "three:4", "a,b:1,c"):
-        (tmp_path / name).write_bytes(b"")
-        assert split_sum(name) == [(name, 1.0)]
-        assert not is_sum(name)
-        assert split_sum(f"X:2,{name}:0.5,Y") == [("X", 2.0), (name, 0.5), ("Y", 1.0)]
-    assert not is_sum("A.safetensors")
-    assert is_sum("A.safetensors:0.5")
-
-
-def test_sums_and_files_are_found_side_by_side(tmp_path: Path) -> None:
-    a, b = write(tmp_path, "a", lora(Q, 8, 8, 2)), write(tmp_path, "b", lora(Q, 8, 8, 2))
-    text = f"{a}:0.5,{b}"
-    found = find_inputs([text, tmp_path, text])
-    assert list(found) == [Path(f"{a}:0.5,{b}:1"), a, b]
-    assert list(found.values()) == [Sum(((a, 0.5), (b, 1.0))), None, None]
-
-
-@pytest.mark.parametrize(
-    ("terms", "error"),
-    [
-        ("{a}:nan", "is no weight"),
-        ("{a}:inf,{b}", "is no weight"),
-        ("{a}:half,{b}", "'half' is no weight"),
-        ("{a}:0.5,,{b}", "a name is missing"),
-        ("{a}:0.5,{a}:0.25", "is there twice. Give it once, with the weight 0.75"),
-        ("{a}:0,{b}:0", "weights are all 0"),
-        ("{folder}:0.5", "stands for 2 adapters"),
-    ],
-)
-def test_arguments_that_are_no_sum(tmp_path: Path, terms: str, error: str) -> None:
-    a, b = write(tmp_path, "a", lora(Q, 8, 8, 2)), write(tmp_path, "b", lora(Q, 8, 8, 2))
-    with pytest.raises(UsageError, match=error):
-        to_sum([terms.format(a=a, b=b, folder=tmp_path)])

@@ -1,0 +1,122 @@
+"""Which layers a sum of adapters has, and which rows of which adapter's layers each of them takes."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lorashrink.adapters import Adapter, Layer
+from lorashrink.adapters.family import Infos, Shape
+from lorashrink.bases import Views, views_shape
+from lorashrink.engine.delta import fan_in
+from lorashrink.errors import ShapeError, UsageError
+from lorashrink.files.store import TensorStore, tensor_info
+from lorashrink.linking.pairing import Member, members_of
+from lorashrink.linking.renaming import NAMINGS
+from lorashrink.linking.rows import RowMap, RowRun, joined_runs, row_intervals
+from lorashrink.names import kind
+from lorashrink.sums.layers import Part, SumLayer
+from lorashrink.sums.naming import KOHYA, PEFT, Names, Spelling
+
+
+def output_slots(
+    sides: Sequence[Adapter], views: Sequence[Sequence[Views]], weights: Sequence[float], names: Names
+) -> list[Slot]:
+    """The layers of the output, with what adds to each of their rows."""
+    members = [member for member in members_of(sides, views) if weights[member.side] or member.side == 0]
+    slots, owners = _share_out(sides, members, names)
+    for side, layer, layer_views in members:
+        runs: dict[int, list[RowRun]] = defaultdict(list)
+        for rows, own, index in owners.common(row_intervals(layer_views)) if weights[side] else ():
+            runs[index].append(RowRun(own.first, rows.first, rows.size))
+        for index, slot_runs in runs.items():
+            slots[index].parts.append(Part(layer, weights[side], joined_runs(slot_runs)))
+    return [slot for slot in slots if slot.parts]
+
+
+def _share_out(sides: Sequence[Adapter], members: Sequence[Member], names: Names) -> tuple[list[Slot], RowMap[int]]:
+    """(layers of the output, which of them has which rows). Raises UsageError for rows without a name."""
+    slots: list[Slot] = []
+    owners = RowMap[int]()
+
+    def take(name: str, views: Views, lead: Layer | None) -> None:
+        if rows := owners.free(row_intervals(views)):
+            owners.add(rows, len(slots))
+            slots.append(Slot(name, views, lead))
+
+    alike = [names.alike(side) for side in sides]
+    for side, layer, views in members:
+        if side or names.renames:
+            rows = owners.free(row_intervals(views))
+            for name, module in [module for interval in rows for module in names.modules(interval.key)]:
+                take(name, module, None)
+            unnamed = owners.free(row_intervals(views))
+            if unnamed and (unnamed != rows or not alike[side]):
+                raise _unnamed(sides[side], layer, names)
+        take(layer.name, views, layer)
+    return slots, owners
+
+
+def _unnamed(side: Adapter, layer: Layer, names: Names) -> UsageError:
+    hint = "Give the base with --base; a norm table is enough."
+    if names.renames:
+        hint = "Leave --naming out."
+    elif names.naming not in NAMINGS:
+        hint = f"Choose one with --naming and a base: {', '.join(NAMINGS)}."
+    return UsageError(
+        f"{side.path}: {layer.name} has no known name in {names.naming} naming, which the output is to have. {hint}"
+    )
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Slot:
+    """A layer of the output."""
+
+    name: str
+    views: Views
+    lead: Layer | None  # whose name and shape it has
+    parts: list[Part] = field(default_factory=list)
+
+    def layer(self, spelling: Spelling | None, dtype: str, store: TensorStore) -> SumLayer:
+        """The sum as a LoRA under the slot's name. Raises ShapeError if its parts do not fit each other."""
+        shape = self._shape()
+        for part in self.parts:
+            if fan_in(part.layer.shape) != fan_in(shape):
+                raise ShapeError(
+                    f"{part.layer.store.path}: layer {part.layer.name} is {list(part.layer.shape)}, but {self.name} of "
+                    "another adapter, which changes the same weight, is "
+                    f"{list(shape)}. Merge adapters of one model."
+                )
+        name = re.sub("^oft_unet_", "lora_unet_", self.name)  # a prefix that no loader of LoRA knows
+        family, endings = spelling or (PEFT if "." in name else KOHYA)
+        out, *inner = shape
+        rank = sum(part.layer.rank for part in self.parts)
+        infos: Infos = {
+            "up": tensor_info(dtype, (out, rank, *[1] * (len(inner) - 1))),
+            "down": tensor_info(dtype, (rank, *inner)),
+            "alpha": tensor_info("F32", ()),
+        }
+        return SumLayer(
+            name=name,
+            family=family,
+            keys={role: name + ending for role, ending in endings.items()},
+            infos={role: infos[role] for role in endings},
+            store=store,
+            parts=tuple(self.parts),
+            kind=dtype,
+        )
+
+    def _shape(self) -> Shape:
+        """Shape of the base weight, as far as base and adapters tell. Raises UsageError if they tell too little."""
+        if self.lead is None:
+            return views_shape(self.views)
+        layers = [self.lead, *(part.layer for part in self.parts)]
+        layer = next((layer for layer in layers if layer.shape_known), self.lead)
+        if not layer.shape_known and kind(self.name, ()) not in ("attn", "mlp", "te"):
+            raise UsageError(
+                f"{layer.store.path}: {layer.name} is {layer.algo}, and only the base tells whether this is a "
+                "convolution. Give it with --base; a norm table is enough."
+            )
+        return (views_shape(self.views)[0], *layer.shape[1:])
