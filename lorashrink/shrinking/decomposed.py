@@ -58,11 +58,11 @@ class Decomposed:
             base_spn=norms.get("spn"),
             base_alignment=None if aligned is None else aligned.abs().numpy(),
             tail=self.spectra[index].tail,
-            whole=self._whole,
+            file_norm=self._file_norm,
         )
 
     @cached_property
-    def _whole(self) -> float | None:
+    def _file_norm(self) -> float | None:
         if not self.calibrated:
             return None
         known = zip(self.spectra, self.calibrated, strict=True)
