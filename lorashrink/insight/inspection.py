@@ -245,15 +245,13 @@ def _recommended(
     if not table.fro:
         return ()
     from lorashrink.recipes.grammar import parse_recipes
+    from lorashrink.shrinking.options import ResizeOptions
     from lorashrink.shrinking.run import shrink
 
     score = "bytes" if base is None else "fro_ckpt,bytes"
     sizes = [f"{score},size={share * table.bytes / 2**20:.4g}" for share in _SHARES if table.bytes > _WORTH_IT]
     recipes = parse_recipes([*(_WITH_BASE if base is not None else ()), *_ANYWAY, *sizes])
     unwritten = {source.with_name(f"{place}.safetensors"): recipe for place, recipe in enumerate(recipes)}
-    found = shrink({source: unwritten}, _open, base=base, device=device, jobs=jobs, dry_run=True, lenient=True).results
+    options = ResizeOptions(base=base, device=device, jobs=jobs, dry_run=True)
+    found = shrink({source: unwritten}, options, lenient=True).results
     return tuple(Recommendation(each.recipe, each.bytes_after, each.relative_error, each.energy) for each in found)
-
-
-def _open(source: Path, base: Base | None) -> Adapter:
-    return open_adapter(source)

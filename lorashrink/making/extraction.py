@@ -22,6 +22,7 @@ from lorashrink.files.store import ComputedStore, tensor_info
 from lorashrink.linking.renaming import NAMINGS, layer_name_in, layout_of
 from lorashrink.recipes.grammar import DEFAULT, parse_recipes
 from lorashrink.results.shrinking import Report
+from lorashrink.shrinking.options import ResizeOptions
 from lorashrink.shrinking.outputs import base_files, check_outputs, name_outputs
 from lorashrink.shrinking.run import shrink
 
@@ -61,20 +62,16 @@ def extract(
     source = Path(tuned)
     if naming not in NAMINGS or naming == "peft":
         raise UsageError(f"naming: '{naming}' is not one of kohya, diffusers, comfy.")
-    wanted = parse_recipes([recipes] if isinstance(recipes, str) else recipes)
-    targets = {source: name_outputs(source, [(recipe.file_items(), recipe) for recipe in wanted], output)}
+    parsed = parse_recipes([recipes] if isinstance(recipes, str) else recipes)
+    targets = {source: name_outputs(source, [(recipe.file_items(), recipe) for recipe in parsed], output)}
     check_outputs(targets, [*base_files(source), *base_files(base)], force=force or dry_run)
     report = shrink(
         targets,
-        partial(_difference, naming=naming, vectors=vectors),
-        base=base,
-        dtype=dtype,
-        device=device,
-        jobs=jobs,
-        form="lora",
-        dry_run=dry_run,
-        quantiles=quantiles,
-        options=f",extracted from {Path(base).name},naming={naming},vectors={vectors}",
+        ResizeOptions(
+            base=base, dtype=dtype, device=device, jobs=jobs, form="lora", dry_run=dry_run, quantiles=quantiles
+        ),
+        opener=partial(_difference, naming=naming, vectors=vectors),
+        variant=f",extracted from {Path(base).name},naming={naming},vectors={vectors}",
         progress=progress,
     )
     if report.failed:  # one source: its error is the outcome

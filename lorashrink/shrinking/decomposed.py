@@ -65,8 +65,8 @@ class Decomposed:
     def _file_norm(self) -> float | None:
         if not self.calibrated:
             return None
-        known = zip(self.spectra, self.calibrated, strict=True)
-        return math.sqrt(sum(float((spectrum.sigma**2).sum()) for spectrum, calibrated in known if calibrated))
+        pairs = zip(self.spectra, self.calibrated, strict=True)
+        return math.sqrt(sum(float((spectrum.sigma**2).sum()) for spectrum, calibrated in pairs if calibrated))
 
 
 def more_than_delta(layer: Layer) -> bool:

@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorashrink.adapters import Adapter, open_adapter, peft
-from lorashrink.bases import Base
+from lorashrink.adapters import peft
 from lorashrink.errors import InputError, NonFinite, Progress, UsageError
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.pictures.prompts import OWN, read_prompts
 from lorashrink.recipes.grammar import Recipe, parse_recipes
 from lorashrink.results.shrinking import FileResult, Report
 from lorashrink.results.sweep import Drawn, Pictures, Point, Suggestion, Sweep
+from lorashrink.shrinking.ledger import Targets
 from lorashrink.shrinking.outputs import shown
 from lorashrink.sweeping.ranges import curve, expanded_range
 
@@ -76,6 +76,7 @@ def sweep(
     Raises RecipeError, UsageError or InputError as `resize` does; what fails there for one file is an error here, as
     is an adapter without layers.
     """
+    from lorashrink.shrinking.options import ResizeOptions
     from lorashrink.shrinking.request import check_calibration, check_needs
     from lorashrink.shrinking.run import shrink
 
@@ -94,17 +95,11 @@ def sweep(
     wanted = parse_recipes(expanded_range(given, sizes, base is not None))
     check_needs(wanted, base, source)
     check_calibration(wanted, calibration)
-    run = partial(
-        shrink,
-        opener=_open,
-        base=base,
-        calibration=calibration,
-        dtype=dtype,
-        device=device,
-        jobs=jobs,
-        lenient=True,
-        progress=progress,
-    )
+    options = ResizeOptions(base=base, calibration=calibration, dtype=dtype, device=device, jobs=jobs)
+
+    def run(targets: Targets, *, dry_run: bool) -> Report:
+        return shrink(targets, replace(options, dry_run=dry_run), lenient=True, progress=progress)
+
     if images is None or prompts is None:
         results = _results(run, source, wanted, None)
         return _sweep([_point(result) for result in results], results[0])
@@ -202,10 +197,6 @@ def _alike(comparisons: Mapping[str, Compare], whole: Sequence[Path], others: Se
     means = {name: statistics.fmean(each) for name, each in values.items()}
     deviations = {f"{name}_deviation": statistics.pstdev(each) for name, each in values.items()}
     return Pictures(files=tuple(map(str, others)), values=values, **means, **deviations)
-
-
-def _open(source: Path, base: Base | None) -> Adapter:
-    return open_adapter(source)
 
 
 def _usual(source: Path, has_base: bool) -> list[str]:

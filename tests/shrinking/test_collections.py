@@ -443,7 +443,7 @@ def test_layers_of_earlier_files_do_not_stay_in_memory(tmp_path: Path) -> None:
         gc.collect()
         alive.append(sum(table() is not None for table in tables))
 
-    original = plan.result
+    original = plan.file_result
 
     def watched(*arguments, **options):
         made = original(*arguments, **options)
@@ -452,7 +452,7 @@ def test_layers_of_earlier_files_do_not_stay_in_memory(tmp_path: Path) -> None:
         return replace(made, layers=table)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "result", watched)
+        patch.setattr(pipeline, "file_result", watched)
         resize(tmp_path / "in", recipes="rank=2", output=tmp_path / "out", each=each)
     assert len(alive) == 12
     assert max(alive) <= 3
