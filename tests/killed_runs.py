@@ -64,27 +64,27 @@ def main(sources: Path, out: Path, reference: Path, count: int) -> None:
     journal.SETTLED_SECONDS = 0.0  # the sources were just made
     start = time.perf_counter()
     assert os.waitpid(run(sources, reference), 0)[1] == 0
-    whole = time.perf_counter() - start
-    wanted, numbers, trials = contents(reference), random.Random(0), []
+    duration = time.perf_counter() - start
+    expected, numbers, trials = contents(reference), random.Random(0), []
     for _ in range(count):
         shutil.rmtree(out, ignore_errors=True)
-        share = whole / len(wanted)
-        stops = sorted(numbers.randrange(len(wanted)) for _ in range(2))
+        share = duration / len(expected)
+        stops = sorted(numbers.randrange(len(expected)) for _ in range(2))
         stopped = [killed(sources, out, stop, numbers.uniform(0.0, 2 * share)) for stop in stops]
-        left = contents(out)
-        there = {name: data for name, data in left.items() if name.endswith(".safetensors")}
+        remains = contents(out)
+        outputs_left = {name: data for name, data in remains.items() if name.endswith(".safetensors")}
         status = os.waitpid(run(sources, out), 0)[1]
-        with journal.Journal(out) as known:
-            states = [entry.state for entry in known.entries()]
+        with journal.Journal(out) as opened:
+            states = [entry.state for entry in opened.entries()]
         trials.append(
             {
                 "killed": any(stopped),
-                "outputs": len(there),
-                "leftovers": len(left.keys() - there.keys()),
-                "whole": all(wanted[name] == data for name, data in there.items()),
+                "outputs": len(outputs_left),
+                "leftovers": len(remains.keys() - outputs_left.keys()),
+                "whole": all(expected[name] == data for name, data in outputs_left.items()),
                 "status": status,
-                "equal": contents(out) == wanted,
-                "done": states == [journal.DONE] * len(wanted),
+                "equal": contents(out) == expected,
+                "done": states == [journal.DONE] * len(expected),
             }
         )
     print(json.dumps(trials))

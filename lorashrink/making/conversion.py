@@ -97,7 +97,7 @@ def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: st
         output=str(shown(path)),
         naming=naming,
         dtype=dtype,
-        bytes_before=sum(each.stat().st_size for each in adapter.store.files),
+        bytes_before=sum(file.stat().st_size for file in adapter.store.files),
         bytes_after=path.stat().st_size,
         layers=len(adapter),
         exact=new.exact and same,
@@ -106,16 +106,16 @@ def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: st
 
 
 def _cast_store(adapter: Adapter, kind: str) -> TensorStore:
-    """All tensors of floats in another dtype, but alphas, which are F32 so that they stay what they are."""
+    """The adapter's tensors with floats in another dtype; alphas stay F32, so that they keep their values."""
     store = adapter.store
     alphas = {key for layer in adapter.layers for role, key in layer.keys.items() if role == "alpha"}
-    made = {}
+    tensors = {}
     for key, info in store.tensors.items():
         if key in alphas or info.dtype not in FLOATS or info.dtype == kind:
-            made[key] = (info, partial(store.read, key))
+            tensors[key] = (info, partial(store.read, key))
         else:
-            made[key] = (tensor_info(kind, info.shape), partial(_cast, store, key, kind))
-    return ComputedStore(store.path, made, store.metadata, store.files, store.headers)
+            tensors[key] = (tensor_info(kind, info.shape), partial(_cast, store, key, kind))
+    return ComputedStore(store.path, tensors, store.metadata, store.files, store.headers)
 
 
 def _cast(store: TensorStore, key: str, kind: str) -> Tensor:

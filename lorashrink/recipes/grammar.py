@@ -17,11 +17,11 @@ DEFAULT = "fro_ckpt=1,thr=-3.55"
 class _Range:
     low: float
     high: float
-    whole: bool = False
+    integer: bool = False
     open_low: bool = False
 
     def __str__(self) -> str:
-        if self.whole:
+        if self.integer:
             return f"a whole number of at least {self.low:g}"
         if math.isfinite(self.high):
             return f"a number above {self.low:g} and up to {self.high:g}"
@@ -31,7 +31,7 @@ class _Range:
 
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
-        return above and value <= self.high and (not self.whole or value == int(value))
+        return above and value <= self.high and (not self.integer or value == int(value))
 
 
 _ANY = _Range(-math.inf, math.inf)
@@ -40,7 +40,7 @@ _POSITIVE = _Range(0, math.inf, open_low=True)
 
 _SHARE = _Range(0, 1, open_low=True)
 
-_COUNT = _Range(1, math.inf, whole=True)
+_COUNT = _Range(1, math.inf, integer=True)
 
 # What decides which dimensions are kept -> the numbers that it allows. A recipe has one of them.
 SELECTIONS: dict[str, _Range] = {

@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from lorashrink.errors import InputError, LorashrinkError, Progress, UsageError
+from lorashrink.errors import LorashrinkError, Progress, UsageError
 from lorashrink.files.disk import write_bytes
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import Failure, Report
 from lorashrink.shrinking.journal import Stamp, stamps
-from lorashrink.shrinking.ledger import Done, Ledger, OnResult, Targets
+from lorashrink.shrinking.ledger import Done, Ledger, OnResult
 from lorashrink.shrinking.options import ResizeKeywords, ResizeOptions
 from lorashrink.shrinking.outputs import shown, source_files
 from lorashrink.shrinking.pipeline import failure_of, shrink_each
@@ -153,7 +153,11 @@ class _Driver:
     gpus: float
 
     def run(self) -> None:
-        tables = _tables(self.job) if self.transfer else {}
+        tables: dict[Path, bytes] = {}
+        if self.transfer:  # norm tables are small enough to be sent
+            bases = [Path(self.job.options.base)] if self.job.options.base is not None else self.job.bases.values()
+            paths = [path for path in bases if path.suffix == ".json" and ".index." not in path.name]
+            tables = {path: path.read_bytes() for path in paths}
         shared = self.ray.put((replace(self.job, targets={}), tables))
         run_id, cpus = uuid.uuid4().hex, self.job.options.jobs
         task = self.ray.remote(num_cpus=cpus, num_gpus=self.gpus, max_retries=_TRIES)(_shrink)
@@ -162,11 +166,13 @@ class _Driver:
             for source, outputs, existing in self._to_do():
                 while len(waiting) >= self._room():
                     self._take(waiting)
-                before = stamps(source_files(source)) if self.transfer else None
+                files = source_files(source) if self.transfer else []
+                before = stamps(files) if self.transfer else None
                 try:
-                    contents = _contents(source) if self.transfer else None
-                except LorashrinkError as error:
-                    self.ledger.add(failure_of(source, error))
+                    contents = {path.name: path.read_bytes() for path in files}
+                except OSError as error:
+                    reason = f"{source}: cannot be read ({error.strerror or error})."
+                    self.ledger.add(Done(source, Failure(str(source), reason)))
                     continue
                 self.ledger.start(source, outputs)
                 waiting[task.remote(run_id, shared, source, outputs, contents)] = (source, existing, before)
@@ -216,19 +222,6 @@ class _Driver:
         self.ledger.add(done.joined(existing, before))
 
 
-def _tables(job: Job) -> dict[Path, bytes]:
-    """The norm tables among the bases, which are small enough to be sent."""
-    paths = [Path(job.options.base)] if job.options.base is not None else list(job.bases.values())
-    return {path: path.read_bytes() for path in paths if path.suffix == ".json" and ".index." not in path.name}
-
-
-def _contents(source: Path) -> dict[str, bytes]:
-    try:
-        return {path.name: path.read_bytes() for path in source_files(source)}
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror or error}).") from error
-
-
 # --- a process of the cluster -------------------------------------------------------------------
 
 _open: dict[str, tuple[Session, ExitStack]] = {}
@@ -239,12 +232,12 @@ def _shrink(
     shared: tuple[Job, Mapping[Path, bytes]],
     source: Path,
     outputs: Mapping[Path, Recipe],
-    contents: Files | None,
+    contents: Files,
 ) -> tuple[Done, dict[Path, Files]]:
     """(what became of one adapter, its outputs if they are to be sent back). A task may be done more than once."""
     session = _session(run_id, shared)
     try:
-        if contents is None:
+        if not contents:
             return _carried_out(source, outputs, session), {}
         with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
             return _shrink_copy(Path(folder), source, outputs, contents, session)
@@ -283,17 +276,15 @@ def _with_tables(job: Job, tables: Mapping[Path, bytes], folder: Path) -> Job:
 class _Box(Ledger):
     """Keeps what the driver's ledger is to get."""
 
-    done: Done | None = None
+    done: Done
 
     def add(self, done: Done) -> None:
         self.done = done
 
 
 def _carried_out(source: Path, outputs: Mapping[Path, Recipe], session: Session) -> Done:
-    targets: Targets = {source: outputs}
-    box = _Box(targets)
-    shrink_each(targets, session, box)
-    assert box.done, "a run tells what becomes of each source"
+    box = _Box({source: outputs})
+    shrink_each({source: outputs}, session, box)
     return box.done
 
 

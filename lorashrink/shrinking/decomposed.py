@@ -38,8 +38,10 @@ class Decomposed:
     def __post_init__(self) -> None:
         for layer, spectrum in zip(self.adapter.layers, self.spectra, strict=True):
             if not spectrum.finite:
+                keys = [key for role, key in {**layer.keys, **layer.common}.items() if role != "alpha"]
+                damaged = (f" (in {key})" for key in keys if not torch.isfinite(layer.store.read(key).float()).all())
                 raise NonFinite(
-                    f"{self.adapter.path}: layer {layer.name} contains NaN or infinity{_culprit(layer)}. "
+                    f"{self.adapter.path}: layer {layer.name} contains NaN or infinity{next(damaged, '')}. "
                     "The training diverged, or the file is damaged; use an earlier checkpoint."
                 )
 
@@ -72,13 +74,6 @@ class Decomposed:
 def more_than_delta(layer: Layer) -> bool:
     """Whether the layer would change the model even with a ΔW of zero."""
     return bool({"magnitude", "bias"} & layer.keys.keys())
-
-
-def _culprit(layer: Layer) -> str:
-    for role, key in {**layer.keys, **layer.common}.items():
-        if role != "alpha" and not torch.isfinite(layer.store.read(key).float()).all():
-            return f" (in {key})"
-    return ""
 
 
 def aligned(

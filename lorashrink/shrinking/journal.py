@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +102,7 @@ class Journal:
         Reads neither of them.
         """
         row = next(iter(self._select("WHERE output = ?", self._key(output))), None)
-        entry = row and _from_row(row)
+        entry = _from_row(row) if row else None
         if entry is None or entry.state != DONE or entry.source != _source(source) or not entry.stamps:
             return None
         try:
@@ -122,7 +122,7 @@ class Journal:
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Put entries in place of earlier ones for the same outputs."""
-        rows = [_to_row(entry) for entry in entries]
+        rows = [tuple({**asdict(entry), "stamps": json.dumps(entry.stamps)}.values()) for entry in entries]
         values = ", ".join("?" * len(_COLUMNS))
         with self._lock:
             if self._database is None:
@@ -205,11 +205,6 @@ def _with_table(path: Path) -> sqlite3.Connection:
             database.close()
         raise
     return database
-
-
-def _to_row(entry: Entry) -> tuple[Any, ...]:
-    values = dict(zip(_COLUMNS, astuple(entry), strict=True))
-    return tuple({**values, "stamps": json.dumps(values["stamps"])}.values())
 
 
 def _from_row(row: Sequence[Any]) -> Entry:

@@ -65,7 +65,8 @@ class Layout:
         self.verbatim, self.dtype, self.form = verbatim, dtype, form
         self.layers = [adapter.layers[index] for index in judged]
         self.forms = [Form.of(layer) for layer in self.layers]
-        self.dtypes = [_output_dtype(layer, dtype) for layer in self.layers]
+        own = [layer.dtype if layer.dtype in _SHRINKABLE_DTYPES else "F16" for layer in self.layers]
+        self.dtypes = [OUTPUT_DTYPES[dtype] or own_dtype for own_dtype in own]
         self._copied = {key: adapter.store.tensors[key] for key in verbatim}
         # Layers whose own form cannot have any rank.
         self._converted = frozenset(position for position, layer in enumerate(self.layers) if not layer.family.written)
@@ -159,9 +160,3 @@ def file_size(tensors: Mapping[str, TensorInfo], entries: Mapping[str, str]) -> 
 def _about_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     """About what these tensors take in a file."""
     return sum(info.nbytes + len(key) + _ENTRY_BYTES for key, info in tensors.items())
-
-
-def _output_dtype(layer: Layer, option: str) -> str:
-    """The dtype of the format for a layer's factors, by the option `dtype`."""
-    own = layer.dtype if layer.dtype in _SHRINKABLE_DTYPES else "F16"
-    return OUTPUT_DTYPES[option] or own

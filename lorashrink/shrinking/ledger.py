@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +139,9 @@ class Ledger:
             self._journal.close()
 
     def _write(self, source: Path, outputs: Iterable[Path], **facts: Any) -> None:
-        if self._journal:
-            self._journal.write(
-                [
-                    self._journal.entry(path, source, recipe=str(self._targets[source][path]), **facts)
-                    for path in outputs
-                ]
-            )
+        if journal := self._journal:
+            recipes = self._targets[source]
+            journal.write([journal.entry(path, source, recipe=str(recipes[path]), **facts) for path in outputs])
 
     def _write_done(self, source: Path, results: Sequence[FileResult], trace: Trace) -> None:
         if self._journal is None:
@@ -160,11 +156,7 @@ class Ledger:
                     source,
                     state=DONE,
                     stamps=trace.stamps,
-                    source_sha256=origin.source_sha256,
-                    recipe=origin.recipe,
-                    base=origin.base,
-                    options=origin.options,
-                    version=origin.version,
+                    **asdict(origin),
                     depends_on_base=trace.depends_on_base,
                     bytes_before=result.bytes_before,
                     threshold=result.threshold,

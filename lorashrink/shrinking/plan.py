@@ -178,7 +178,8 @@ def outline(
         elif spectrum.rank == 0 and more_than_delta(layer):
             stays = "its ΔW is zero, but its other tensors change the model"
         elif spectrum.rank == 0:
-            removed[layer.name] = _why_zero(layer, spectrum)
+            zero = "it does not change the model's output" if spectrum.total else "ΔW is zero"
+            removed[layer.name] = "its alpha is 0, which means strength 0" if layer.off else zero
         else:
             judged.append(index)
             if "magnitude" in layer.keys:
@@ -188,12 +189,6 @@ def outline(
     layout = Layout(adapter, recipe, origin, judged, verbatim, dtype, form)
     facts = [decomposed.facts(index, kind) for index, kind in zip(judged, layout.dtypes, strict=True)]
     return Outline(recipe, judged, facts, verbatim, removed, layout)
-
-
-def _why_zero(layer: Layer, spectrum: Spectrum) -> str:
-    if layer.off:
-        return "its alpha is 0, which means strength 0"
-    return "it does not change the model's output" if spectrum.total else "ΔW is zero"
 
 
 def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None = None) -> Plan:

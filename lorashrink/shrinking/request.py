@@ -98,7 +98,7 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
         reader=reader.title if reader else "",
         variant=(f",naming={options.naming}" if options.naming else "")
         + (f",target={options.target}" if options.target else ""),
-        journal=_journal_folder(options),
+        journal=_folder(options.output) if options.skip_existing and not options.dry_run else None,
         weights=weights,
     )
 
@@ -112,10 +112,8 @@ def _recipes(options: ResizeOptions, reader: Target | None) -> list[Recipe]:
     return parse_recipes([with_items(text, reader) for text in texts] if reader else texts)
 
 
-def _journal_folder(options: ResizeOptions) -> Path | None:
-    if options.output is None or str(options.output).endswith(".safetensors"):
-        return None
-    return Path(options.output) if options.skip_existing and not options.dry_run else None
+def _folder(output: str | Path | None) -> Path | None:
+    return None if output is None or str(output).endswith(".safetensors") else Path(output)
 
 
 def _stack(entries: Sequence[str | Path], recipes: Sequence[Recipe], options: ResizeOptions) -> dict[Path, float]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from lorashrink.errors import LorashrinkError, OutputError
 from lorashrink.recipes.choice import Member, Selection, select_together
-from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import FileResult, StackBudget
 from lorashrink.shrinking.ledger import Done, Ledger, Targets
 from lorashrink.shrinking.pipeline import failure_of, shrink_each
@@ -46,14 +45,17 @@ def shrink_together(session: Session, ledger: Ledger) -> None:
         for done in existing:
             ledger.add(done)
         return
-    outlines = _all_outlines(session, ledger)
+    outlines = _outlines(session, ledger)
     selections = _select(outlines, job.weights)
     targets = {source: job.targets[source] for source in outlines}
     shrink_each(targets, replace(session, selections=selections), ledger)
 
 
-def _all_outlines(session: Session, ledger: Ledger) -> dict[Path, dict[Path, Outline]]:
-    """Source -> output -> what its recipe can choose from; the ledger gets the sources that fail."""
+def _outlines(session: Session, ledger: Ledger) -> dict[Path, dict[Path, Outline]]:
+    """Source -> output -> what its recipe can choose from; the ledger gets the sources that fail.
+
+    One adapter is read after another, and its factors are forgotten.
+    """
     outlines: dict[Path, dict[Path, Outline]] = {}
     targets = session.job.targets
     report = session.reporter("scores")
@@ -61,21 +63,16 @@ def _all_outlines(session: Session, ledger: Ledger) -> dict[Path, dict[Path, Out
         if report:
             report(count, len(targets))
         try:
-            outlines[source] = _outlines(source, outputs, session)
+            with closing(OpenSource.open(source, session.base_of(source), session)) as opened:
+                work = Work.begin(opened, outputs)
+                decompose_together([work], session)
+                decomposed = work.decomposed()
+                outlines[source] = {path: work.outline(decomposed, recipe) for path, recipe in outputs.items()}
         except Exception as error:
             ledger.add(failure_of(source, error))
     if report:
         report(len(targets), len(targets))
     return outlines
-
-
-def _outlines(source: Path, outputs: Mapping[Path, Recipe], session: Session) -> dict[Path, Outline]:
-    """What the recipes can choose from in one adapter; its factors are read and forgotten."""
-    with closing(OpenSource.open(source, session.base_of(source), session)) as opened:
-        work = Work.begin(opened, outputs)
-        decompose_together([work], session)
-        decomposed = work.decomposed()
-        return {path: work.outline(decomposed, recipe) for path, recipe in outputs.items()}
 
 
 def _select(outlines: Mapping[Path, Mapping[Path, Outline]], weights: Mapping[Path, float]) -> dict[Path, Selection]:

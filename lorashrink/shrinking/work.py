@@ -10,11 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorashrink.adapters import Adapter, Layer
+from lorashrink.adapters import Adapter
 from lorashrink.bases import Views
 from lorashrink.bases.norms import Norms
 from lorashrink.calibration.statistics import OfLayer
-from lorashrink.engine.delta import AnyDelta
 from lorashrink.engine.spectrum import Item, Spectrum, decompose
 from lorashrink.errors import InputError, RecipeError
 from lorashrink.linking.matching import bind, match, part
@@ -63,13 +62,14 @@ class Work:
         limits = [None if "weight" in recipe.needs else recipe.limit for recipe in self.recipes]
         bounds = [limit for limit in limits if limit is not None]
         limit = max(bounds) if len(bounds) == len(limits) else None
-        return {
-            calibrated: [
-                Item(partial(_delta, layer), layer.width, self.statistics[index] if calibrated else None, limit)
-                for index, layer in enumerate(self.adapter.layers)
+        items = {}
+        for calibrated in sorted({recipe.calibrated for recipe in self.recipes}):
+            statistics = self.statistics if calibrated else [None for _ in self.adapter.layers]
+            items[calibrated] = [
+                Item(partial(getattr, layer, "delta"), layer.width, grams, limit)
+                for layer, grams in zip(self.adapter.layers, statistics, strict=True)
             ]
-            for calibrated in sorted({recipe.calibrated for recipe in self.recipes})
-        }
+        return items
 
     def decomposed(self) -> dict[bool, Decomposed]:
         """The adapter with what its recipes ask, calibrated or not; waits for its spectra."""
@@ -151,7 +151,3 @@ def decompose_together(works: Sequence[Work], session: Session) -> None:
     futures = iter(decompose(flat, device=session.device, pool=session.pool))
     for work, kinds in zip(works, items, strict=True):
         work.spectra = {calibrated: [next(futures) for _ in layers] for calibrated, layers in kinds.items()}
-
-
-def _delta(layer: Layer) -> AnyDelta:
-    return layer.delta
