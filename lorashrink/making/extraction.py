@@ -62,7 +62,7 @@ def extract(
     source = Path(tuned)
     if naming not in NAMINGS or naming == "peft":
         raise UsageError(f"naming: '{naming}' is not one of kohya, diffusers, comfy.")
-    parsed = parse_recipes([recipes] if isinstance(recipes, str) else recipes)
+    parsed = parse_recipes(recipes)
     targets = {source: name_outputs(source, [(recipe.file_items(), recipe) for recipe in parsed], output)}
     check_outputs(targets, [*base_files(source), *base_files(base)], force=force or dry_run)
     report = shrink(

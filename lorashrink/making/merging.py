@@ -53,7 +53,7 @@ def merge(
     texts = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not texts:
         raise UsageError("merge: name the adapters, such as A.safetensors:0.7 B.safetensors:0.5.")
-    parsed = parse_recipes([recipes] if isinstance(recipes, str) else recipes)
+    parsed = parse_recipes(recipes)
     check_naming(naming, base)
     if as_base_delta and base is None:
         raise UsageError("--as-base-delta: needs the weights of the base; give the checkpoint first or with --base.")

@@ -199,9 +199,9 @@ _PER_LAYER: dict[str, Callable[[Recipe, LayerFacts], int]] = {
 def select_together(recipe: Recipe, members: Sequence[Member]) -> list[Selection]:
     """Apply a recipe with `size=` to several files, whose sizes add up to no more than that.
 
-    All dimensions of all files compete by their scores, those of a file moved by log10 of its weight. What is kept is
-    what reaches one threshold, the lowest that fits, so that equal dimensions are kept or dropped together and the
-    order of the files does not matter. Raises RecipeError if the parts that cannot shrink are larger than the budget.
+    All dimensions of all files compete by their scores plus log10 of the file's weight. Those that reach one threshold
+    are kept, the lowest threshold that fits, so equal dimensions are kept or dropped together and the order of the
+    files does not matter. Raises RecipeError if the parts that cannot shrink are larger than the budget.
     """
     import numpy as np
 
@@ -263,7 +263,7 @@ def _mebibytes(needed: int) -> str:
 
 
 def _most(count: int, limit: int, size: Callable[[int], int]) -> int:
-    """The largest number up to `count` whose size is within the limit; that of 0 is."""
+    """The largest number up to `count` whose size is within the limit; size(0) is."""
     taken = count - bisect_left(range(count, 0, -1), True, key=lambda number: size(number) <= limit)
     while size(taken) > limit:  # the text of a threshold may be some bytes longer than its neighbour's
         taken -= 1

@@ -42,7 +42,7 @@ _SHARE = _Range(0, 1, open_low=True)
 
 _COUNT = _Range(1, math.inf, integer=True)
 
-# What decides which dimensions are kept -> the numbers that it allows. A recipe has one of them.
+# Selections, which decide how many dimensions are kept -> the numbers that they allow. A recipe has exactly one.
 SELECTIONS: dict[str, _Range] = {
     "thr": _ANY,
     "size": _POSITIVE,
@@ -142,7 +142,7 @@ class Recipe:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be looked up for the score, as in `Term.needs`."""
+        """The `Term.needs` of all score terms with a weight."""
         return frozenset(TERMS[key].needs for key, weight in self.normalised.items() if weight)
 
     @property
@@ -167,7 +167,7 @@ class Recipe:
 
     @property
     def calibrated(self) -> bool:
-        """Whether dimensions are those of calibration statistics, and not of ΔW alone."""
+        """Whether the singular values are calibrated by statistics."""
         return "calibration" in self.needs
 
     @property
@@ -232,8 +232,9 @@ def _two_decimals(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def parse_recipes(texts: Sequence[str]) -> list[Recipe]:
+def parse_recipes(texts: str | Sequence[str]) -> list[Recipe]:
     """Parse recipes, each text holding one or, separated by `:`, several. Raises RecipeError."""
+    texts = [texts] if isinstance(texts, str) else texts
     recipes = [Recipe.parse(part) for text in texts for part in text.split(":")]
     for number, recipe in enumerate(recipes):
         if recipe in recipes[:number]:

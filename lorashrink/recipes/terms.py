@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LayerFacts:
-    """What a recipe may know about one layer."""
+    """The facts about one layer that scores and selections use."""
 
     sigma: Values  # [r] float64, largest first, 0 past the numerical rank
     numbers: int  # out + in·kh·kw: numbers stored per rank

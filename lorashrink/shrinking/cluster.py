@@ -1,7 +1,7 @@
 """`resize` on a Ray cluster: each adapter is a task for any process of any machine.
 
-Tasks, and not actors: those of a machine that is lost are done again elsewhere, and machines that join get work. A
-process keeps its base open from one task to the next. Results, the journal and progress are the driver's.
+Adapters are tasks, not actors: Ray repeats tasks of a lost machine elsewhere and gives tasks to machines that join. A
+process keeps its base open from one task to the next. The driver keeps results, journal and progress.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def resize(
     """
     if options.get("stack"):
         raise UsageError("--stack: is not for --ray, because what becomes of each adapter depends on all others.")
-    ray = _ray()
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("Ray is not installed; it comes with: pip install 'lorashrink[ray]'") from None
     job = prepare(adapters, ResizeOptions(**options))
     device = "cpu" if job.options.device == "auto" and not gpus_per_task else job.options.device
     task = replace(job, options=replace(job.options, device=device, jobs=job.options.jobs or 1))
@@ -87,15 +90,6 @@ def resize(
         finally:
             clear(job)  # of processes that were lost
         return report(job, session, ledger)
-
-
-def _ray() -> ModuleType:
-    try:
-        import ray
-    except ImportError:
-        raise UsageError("Ray is not installed; it comes with: pip install 'lorashrink[ray]'") from None
-    module: ModuleType = ray
-    return module
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ class Decomposed:
                 )
 
     def facts(self, index: int, dtype: str) -> LayerFacts:
-        """What a recipe may know about a layer that is written in this dtype of the format."""
+        """The facts about a layer for scores; `dtype` is the dtype of the format that it will have."""
         layer, views, aligned = self.adapter.layers[index], self.views[index], self.alignments[index]
         norms = self.norms.get(views_id(views), {}) if views else {}
         numbers = layer.shape[0] + fan_in(layer.shape)

@@ -39,7 +39,7 @@ def read_table(path: str | Path) -> dict[str, Path]:
 
 
 def family_in(path: Path) -> str | None:
-    """The family of models that an adapter file is for, by its layers or else its metadata; None if neither tells.
+    """The family of models that an adapter file is for, by its layers or else its metadata; None if both are silent.
 
     Reads headers only. Raises InputError as `open_adapter`.
     """
@@ -50,7 +50,7 @@ def family_in(path: Path) -> str | None:
 
 
 def base_for(path: Path, bases: Mapping[str, Path]) -> Path:
-    """The base of an adapter from a table of them. Raises InputError if the table has none, or nobody can tell."""
+    """The adapter's base in a table of bases. Raises InputError if its family is unknown or not in the table."""
     family = family_in(path)
     if family is None:
         raise InputError(

@@ -1,7 +1,7 @@
-"""What became of each output of a run, kept in a file beside them, so that a run that was stopped goes on at once.
+"""The journal of an output folder: a database of finished and failed outputs, which saves a rerun reading sources.
 
-The outputs themselves say what they were made from, and they win: the journal saves reading their sources again. Losing
-it costs time and nothing else, and so none of its own errors stops a run.
+The metadata of an output says what it was made from, and is right if the two differ. Without the journal a rerun takes
+longer and does the same, so errors of the journal never stop a run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SETTLED_SECONDS = 2.0
 
 
 class Stamp(NamedTuple):
-    """What tells, without reading it, that a file is still the one that was read."""
+    """Size, times and inode of a file; while these are equal the file need not be read again."""
 
     path: str
     bytes: int
@@ -44,7 +44,7 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is known of one output."""
+    """One output."""
 
     output: str  # relative to the journal's folder
     source: str
@@ -64,6 +64,17 @@ class Entry:
     threshold: float | None = None
     relative_error: float = 0.0
     seconds: float = 0.0
+
+    def to_row(self) -> tuple[Any, ...]:
+        """Its values as SQLite stores them, in the order of the fields."""
+        return tuple({**asdict(self), "stamps": json.dumps(self.stamps)}.values())
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> Entry:
+        """The entry of a stored row."""
+        values = dict(zip(_COLUMNS, row, strict=True))
+        read = tuple(Stamp(*numbers) for numbers in json.loads(values["stamps"]))
+        return cls(**{**values, "stamps": read, "depends_on_base": bool(values["depends_on_base"])})
 
 
 _COLUMNS = tuple(field.name for field in fields(Entry))
@@ -102,7 +113,7 @@ class Journal:
         Reads neither of them.
         """
         row = next(iter(self._select("WHERE output = ?", self._key(output))), None)
-        entry = _from_row(row) if row else None
+        entry = Entry.from_row(row) if row else None
         if entry is None or entry.state != DONE or entry.source != _source(source) or not entry.stamps:
             return None
         try:
@@ -122,7 +133,7 @@ class Journal:
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Put entries in place of earlier ones for the same outputs."""
-        rows = [tuple({**asdict(entry), "stamps": json.dumps(entry.stamps)}.values()) for entry in entries]
+        rows = [entry.to_row() for entry in entries]
         values = ", ".join("?" * len(_COLUMNS))
         with self._lock:
             if self._database is None:
@@ -135,7 +146,7 @@ class Journal:
 
     def entries(self) -> list[Entry]:
         """All entries, by output."""
-        return [_from_row(row) for row in self._select("ORDER BY output")]
+        return [Entry.from_row(row) for row in self._select("ORDER BY output")]
 
     def close(self) -> None:
         """Close the file."""
@@ -205,9 +216,3 @@ def _with_table(path: Path) -> sqlite3.Connection:
             database.close()
         raise
     return database
-
-
-def _from_row(row: Sequence[Any]) -> Entry:
-    values = dict(zip(_COLUMNS, row, strict=True))
-    read = tuple(Stamp(*numbers) for numbers in json.loads(values["stamps"]))
-    return Entry(**{**values, "stamps": read, "depends_on_base": bool(values["depends_on_base"])})

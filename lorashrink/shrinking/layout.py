@@ -14,7 +14,7 @@ from lorashrink.shrinking import metadata
 
 _SHRINKABLE_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 
-# What the header says of a tensor beside its name: dtype, shape, two offsets.
+# Bytes of a tensor's header entry beside its name: dtype, shape, two offsets.
 _ENTRY_BYTES = 64
 
 
@@ -28,7 +28,7 @@ class Form(NamedTuple):
 
     @classmethod
     def of(cls, layer: Layer) -> Form:
-        """The layer's own form if it can have any rank, else that of a LoRA."""
+        """The layer's own form if it can have any rank, else the form of a LoRA."""
         if layer.family.written:
             return cls(layer.name, layer.family, layer.keys, layer.infos)
         return cls(*lora_form(layer))
@@ -48,7 +48,7 @@ class Form(NamedTuple):
 class Layout:
     """The output as a function of the ranks that are written, to the last byte.
 
-    A position is that of a layer among those that the recipe judges; `widths` are their ranks.
+    A position is an index into the layers that the recipe judges; `widths` are the ranks of these layers.
     """
 
     def __init__(

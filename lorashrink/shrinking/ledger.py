@@ -1,4 +1,4 @@
-"""What became of each adapter of a run: passed to the caller, written into the journal, kept for the report."""
+"""Outcomes of a run: the ledger passes them to the caller, writes the journal and keeps them for the report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What became of one adapter; small, and can be sent from another process."""
+    """The outcome of one adapter; small, and can be sent from another process."""
 
     source: Path
     outcome: tuple[FileResult, ...] | Failure
@@ -69,7 +69,7 @@ class Done:
 
 
 def origin_of(entry: Entry) -> Origin:
-    """What the output of this entry was made from."""
+    """The origin of an entry's output."""
     return Origin(entry.source_sha256, entry.recipe, entry.base, entry.options, entry.version)
 
 

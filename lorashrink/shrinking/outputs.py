@@ -91,7 +91,7 @@ def check_outputs(
 
 
 def space_for(sizes: Mapping[Path, int]) -> Space | None:
-    """Room for outputs of these sizes on the disk where it is tightest, None if there are none."""
+    """Space for outputs of these sizes on the disk where it is tightest, None without outputs."""
     disks: dict[int, Space] = {}
     folders: dict[Path, tuple[int, int]] = {}  # folder -> (its disk, bytes free there)
     for path, size in sizes.items():
@@ -115,5 +115,5 @@ def check_space(sizes: Mapping[Path, int]) -> None:
 
 
 def shown(output: Path) -> Path:
-    """What a user calls an output: the file, or the folder that is loaded as a whole."""
+    """The path that reports name: the file, or the folder of a PEFT adapter."""
     return output.parent if output.name == peft.WEIGHTS_FILE else output

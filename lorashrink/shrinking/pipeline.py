@@ -93,28 +93,25 @@ def _begin(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledge
 
 
 def _finish(work: Work, session: Session, ledger: Ledger) -> None:
-    """Select, write and report one adapter whose layers are being decomposed."""
+    """Plan, write and report one adapter whose layers are being decomposed."""
+    source, options = work.source, session.options
     try:
-        done = _written(work, session)
+        plans = work.plans()
+        if not options.dry_run:
+            report = session.reporter(f"writing {source.path.name}")
+            write(plans, pool=session.pool, device=session.device, progress=report)
+        base, sources = own_base(source.against, session), sources_of(work.adapter)
+        results = []
+        for path, plan in plans.items():
+            result = file_result(plan, path, started=work.started, with_quantiles=options.quantiles)
+            results.append(replace(result, base=base, sources=sources))
+        traced = {path: recipe for path, recipe in work.traced.items() if path in plans or path not in work.outputs}
+        done = Done(source.path, (*work.skipped, *results), source.trace(traced))
     except Exception as error:
-        done = failure_of(work.source.path, error)
+        done = failure_of(source.path, error)
     finally:
         work.adapter.close()
     ledger.add(done)
-
-
-def _written(work: Work, session: Session) -> Done:
-    plans = work.plans()
-    if not session.options.dry_run:
-        report = session.reporter(f"writing {work.source.path.name}")
-        write(plans, pool=session.pool, device=session.device, progress=report)
-    base, sources = own_base(work.source.against, session), sources_of(work.adapter)
-    results = []
-    for path, plan in plans.items():
-        result = file_result(plan, path, started=work.started, with_quantiles=session.options.quantiles)
-        results.append(replace(result, base=base, sources=sources))
-    traced = {path: recipe for path, recipe in work.traced.items() if path in plans or path not in work.outputs}
-    return Done(work.source.path, (*work.skipped, *results), work.source.trace(traced))
 
 
 def failure_of(source: Path, error: Exception) -> Done:

@@ -1,4 +1,4 @@
-"""What becomes of one adapter: its layers judged by recipes and laid out as files."""
+"""From a decomposed adapter and a recipe to the plan of an output, to the last byte."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Outline:
 
 @dataclass(frozen=True, eq=False)
 class LayerPlan:
-    """What becomes of one layer that the recipe judged."""
+    """The fate of one layer that the recipe judged."""
 
     index: int  # in the adapter
     layer: Layer
@@ -98,7 +98,7 @@ class LayerPlan:
         )
 
     def capped(self, rescale: float) -> Capped | None:
-        """What the limits change, None if nothing."""
+        """Norms before and after the limits, None if the limits change nothing."""
         if self.caps is None:
             return None
         before = abs(rescale) * self.spectrum.sigma[list(self.kept)]
@@ -149,14 +149,14 @@ class Plan:
         return max((layer.width for layer in self.written.values()), default=0)
 
     def baked(self, layer: LayerPlan) -> float:
-        """What a layer's factors hold, relative to its truncated ΔW; the reader's alpha / rank does the rest."""
+        """Scale of a layer's factors relative to its truncated ΔW; the reader multiplies by alpha / rank."""
         return self.recipe.rescale * (layer.width / self.alpha if "alpha" in layer.form.keys else 1.0)
 
 
 def outline(
     decomposed: Decomposed, recipe: Recipe, *, dtype: str, unmapped: str, form: str, origin: metadata.Origin
 ) -> Outline:
-    """What a recipe has to choose from, and how large its choices are. Raises InputError (`unmapped="error"`)."""
+    """Sort the layers into judged, copied and removed ones. Raises InputError (`unmapped="error"`)."""
     adapter = decomposed.adapter
     judged: list[int] = []
     verbatim, removed = dict(adapter.others), dict(adapter.dropped)

@@ -17,7 +17,7 @@ _ENCODER = re.compile(r"lora_te\d?(?=_text_model_encoder_layers_)")
 
 
 def output_warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int]) -> list[str]:
-    """What a user should know though nothing went wrong."""
+    """Warnings about the layers and the form of the output."""
     warnings = []
     layers = decomposed.adapter.layers
     if not layout.written(widths):
@@ -41,7 +41,7 @@ def output_warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int
 
 
 def uncapped(recipe: Recipe, layout: Layout, facts: Sequence[LayerFacts], widths: Sequence[int]) -> list[str]:
-    """Which layers the recipe's limits cannot limit."""
+    """Warnings about layers that have no base weight to limit them."""
     warnings = []
     judged = list(zip(layout.layers, facts, widths, strict=True))
     for key in recipe.caps:
@@ -53,7 +53,7 @@ def uncapped(recipe: Recipe, layout: Layout, facts: Sequence[LayerFacts], widths
 
 
 def above_limits(recipe: Recipe, names: Sequence[str]) -> list[str]:
-    """That these layers stay as they are although they are above a limit."""
+    """A warning that these layers are copied although they are above a limit."""
     if not names:
         return []
     return [
@@ -63,7 +63,7 @@ def above_limits(recipe: Recipe, names: Sequence[str]) -> list[str]:
 
 
 def unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> list[str]:
-    """diffusers tells the kind of a text encoder's keys by those of its out_proj, and refuses files without any."""
+    """Warnings about encoders without out_proj: diffusers finds out the kind of keys by it, and refuses the file."""
     encoders: dict[str, list[str]] = {}
     for layer in layers:
         if match := _ENCODER.match(layer.name):

@@ -45,7 +45,7 @@ class Job:
     lenient: bool = False  # see `shrink`
     variant: str = ""  # whatever decides what is written, beside the options that every run has
     journal: Path | None = None  # folder
-    weights: Mapping[Path, float] = field(default_factory=dict)  # of each source of a stack; {} if it is none
+    weights: Mapping[Path, float] = field(default_factory=dict)  # of each source of a stack; {} without --stack
 
 
 def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions) -> Job:
@@ -158,7 +158,7 @@ def _most_bytes(targets: Targets, files: Mapping[Path, Sequence[Path]], options:
 
 
 def check_needs(recipes: Sequence[Recipe], base: str | Path | None, source: Path) -> None:
-    """That recipes which need a base have one.
+    """Check that recipes which need a base have one.
 
     Raises:
         RecipeError: one has none.
@@ -172,7 +172,7 @@ def check_needs(recipes: Sequence[Recipe], base: str | Path | None, source: Path
 
 
 def check_calibration(recipes: Sequence[Recipe], calibration: str | Path | None) -> None:
-    """Raises RecipeError if a recipe needs statistics and there are none."""
+    """Raises RecipeError if a recipe needs statistics and `calibration` is None."""
     for recipe in recipes:
         if recipe.calibrated and calibration is None:
             raise RecipeError(

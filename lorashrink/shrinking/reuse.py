@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorashrink._version import __version__
 from lorashrink.adapters import Adapter, peft
@@ -62,11 +63,11 @@ class OpenSource:
         return bool(self.session.job.variant) or not all(layer.family.written for layer in self.adapter.layers)
 
     def origin(self, recipe: Recipe) -> Origin:
-        """What the output of this recipe is made from; waits for the hash."""
+        """The origin of this recipe's output; waits for the hash."""
         return _origin(self.sha256.result(), recipe, self.against, self.depends_on_base, self.variant)
 
     def trace(self, outputs: Mapping[Path, Recipe]) -> Trace:
-        """How a later run knows these outputs."""
+        """The trace that lets a later run keep these outputs."""
         origins = {path: self.origin(recipe) for path, recipe in outputs.items()}
         return Trace(origins, self.depends_on_base, self.stamps)
 
@@ -79,19 +80,28 @@ class OpenSource:
                 "Use --force to replace it, or choose another place with -o."
             )
         energy = float(entries[ENERGY])
-        return FileResult(
-            source=str(self.path),
-            output=str(shown(output)),
-            recipe=str(recipe),
+        return _skipped_result(
+            self.path,
+            output,
+            recipe,
+            base=own_base(self.against, self.session),
             threshold=json.loads(entries["resize_params"])["threshold"],
             bytes_before=sum(file.stat().st_size for file in self.adapter.store.files),
             bytes_after=output.stat().st_size,
             relative_error=float(entries[ERROR]) if recipe.caps else (1 - energy) ** 0.5,
-            seconds=0.0,
-            skipped=True,
-            base=own_base(self.against, self.session),
-            kept_energy=energy if recipe.caps else None,
         )
+
+
+def _skipped_result(source: Path, output: Path, recipe: Recipe, **facts: Any) -> FileResult:
+    return FileResult(
+        source=str(source),
+        output=str(shown(output)),
+        recipe=str(recipe),
+        seconds=0.0,
+        skipped=True,
+        kept_energy=float(read_header(output)[1][ENERGY]) if recipe.caps else None,
+        **facts,
+    )
 
 
 def recorded_results(
@@ -106,24 +116,21 @@ def recorded_results(
         variant = source_variant(source, session)
         expected = _origin(entry.source_sha256, recipe, against, entry.depends_on_base, variant)
         if expected == origin_of(entry):
-            results[output] = FileResult(
-                source=str(source),
-                output=str(shown(output)),
-                recipe=str(recipe),
+            results[output] = _skipped_result(
+                source,
+                output,
+                recipe,
+                base=own_base(against, session),
                 threshold=entry.threshold,
                 bytes_before=entry.bytes_before,
                 bytes_after=entry.bytes_after,
                 relative_error=entry.relative_error,
-                seconds=0.0,
-                skipped=True,
-                base=own_base(against, session),
-                kept_energy=float(read_header(output)[1][ENERGY]) if recipe.caps else None,
             )
     return results
 
 
 def existing_results(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledger: Ledger) -> Done | None:
-    """What is known of the outputs that an equal run has written, None if there are none.
+    """Results of the outputs that an equal run has written, None without such outputs.
 
     Raises LorashrinkError if one was made from something else.
     """
@@ -138,7 +145,7 @@ def existing_results(source: Path, outputs: Mapping[Path, Recipe], session: Sess
 
 
 def own_base(against: AdapterBase, session: Session) -> str | None:
-    """What reports say of the base of one adapter, where there are several."""
+    """The base that a result names; None in runs with one base or none."""
     return str(against.base.path) if session.job.bases and against.base else None
 
 

@@ -1,4 +1,4 @@
-"""What all adapters of one run share: bases, base norms, statistics and worker threads."""
+"""The session of a run: bases, base norms, statistics and worker threads that all adapters share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class AdapterBase:
 
     @property
     def fingerprint(self) -> str:
-        """What tells bases apart, "" without one."""
+        """The fingerprint of the base, "" without a base."""
         return self.base.fingerprint if self.base else ""
 
 
@@ -62,14 +62,14 @@ class Session:
 
     @cached_property
     def variant(self) -> str:
-        """Whatever decides what is written, beside the source, the recipe and the base."""
+        """The options that change what is written, as text for metadata and journal."""
         options, calibration = self.options, self.options.calibration
         statistics = f",calibration={sha256_file(Path(calibration))[:16]}" if calibration else ""
         return f"dtype={options.dtype},unmapped={options.unmapped},as={options.form}{self.job.variant}{statistics}"
 
     @property
     def infos(self) -> tuple[BaseInfo, ...]:
-        """What reports say of the bases."""
+        """The bases as reports name them."""
         return tuple(against.base.info for against in self.bases.values() if against.base)
 
     def reporter(self, text: str) -> Callable[[int, int], None] | None:

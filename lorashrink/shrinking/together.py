@@ -22,7 +22,7 @@ from lorashrink.sums.summing import contents_sha256
 
 
 def stack_budgets(job: Job, results: Sequence[FileResult]) -> tuple[StackBudget, ...]:
-    """What each recipe made of its budget; () if the job is no stack."""
+    """Per recipe its budget and the bytes used; () if the job is no stack."""
     recipes = next(iter(job.targets.values())).values() if job.weights else ()
     budgets = []
     for recipe in recipes:
@@ -34,10 +34,10 @@ def stack_budgets(job: Job, results: Sequence[FileResult]) -> tuple[StackBudget,
 
 
 def shrink_together(session: Session, ledger: Ledger) -> None:
-    """Shrink adapters whose dimensions compete: each is read for its scores, and again to be written.
+    """Shrink adapters whose dimensions compete: each adapter is read for its scores, and again to be written.
 
-    One that cannot be used has no part in the budget. Raises RecipeError if the rest of them cannot reach it, and
-    OutputError if outputs that are to stay were made from another stack.
+    An adapter that cannot be used is a failure, and the others share the budget. Raises RecipeError if they cannot
+    reach it, and OutputError if existing outputs were made from another stack.
     """
     job = replace(session.job, variant=f"{session.job.variant},stack={_stack_id(session)}")
     session = replace(session, job=job)
@@ -89,7 +89,7 @@ def _select(outlines: Mapping[Path, Mapping[Path, Outline]], weights: Mapping[Pa
 
 
 def _stack_id(session: Session) -> str:
-    """How many adapters, and what their contents and weights are, in whatever order."""
+    """A text for the number, contents and weights of the adapters, in any order."""
     members = []
     for source, weight in session.job.weights.items():
         try:
@@ -103,7 +103,7 @@ def _stack_id(session: Session) -> str:
 
 
 def _all_existing(targets: Targets, session: Session, ledger: Ledger) -> list[Done]:
-    """What is known of all outputs, [] if one of them is to be made. Raises OutputError if one is of another stack."""
+    """Results of all outputs, [] if one is missing. Raises OutputError if one was made from another stack."""
     existing = []
     for source, outputs in targets.items():
         try:

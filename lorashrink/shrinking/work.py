@@ -57,7 +57,7 @@ class Work:
         return list(self.outputs.values())
 
     def items(self) -> dict[bool, list[Item]]:
-        """What is decomposed: the layers as they are (False), calibrated (True), or both."""
+        """The layers to decompose, as they are (False), calibrated (True), or both."""
         # Recipes that look at the base's weight keep other dimensions than the first ones.
         limits = [None if "weight" in recipe.needs else recipe.limit for recipe in self.recipes]
         bounds = [limit for limit in limits if limit is not None]
@@ -72,7 +72,7 @@ class Work:
         return items
 
     def decomposed(self) -> dict[bool, Decomposed]:
-        """The adapter with what its recipes ask, calibrated or not; waits for its spectra."""
+        """The adapter with spectra, base norms and alignments, calibrated or not; waits for the spectra."""
         spectra = self._wait()
         norms, alignments = self._base_norms(), self._alignments(spectra)
         has_statistics = [statistics is not None for statistics in self.statistics]
@@ -110,7 +110,7 @@ class Work:
         return list(self.source.session.pool.map(measure, layers))
 
     def outline(self, decomposed: Mapping[bool, Decomposed], recipe: Recipe) -> Outline:
-        """What a recipe has to choose from."""
+        """The outline of a recipe's output."""
         options = self.source.session.options
         return outline(
             decomposed[recipe.calibrated],
@@ -122,7 +122,7 @@ class Work:
         )
 
     def plans(self) -> dict[Path, Plan]:
-        """What becomes of each output; waits for the spectra. Raises RecipeError or InputError."""
+        """The plan of each output; waits for the spectra. Raises RecipeError or InputError."""
         session = self.source.session
         decomposed = self.decomposed()
         plans: dict[Path, Plan] = {}

@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +145,10 @@ def test_a_journal_moves_with_its_folder(files: tuple[Path, Path]) -> None:
     )
 )
 def test_every_entry_comes_back_as_it_was(entry: Entry) -> None:
-    row = journal._to_row(replace(entry))
+    row = entry.to_row()
     with sqlite3.connect(":memory:") as database:
         marks = ", ".join(f"? AS c{number}" for number in range(len(row)))
-        assert journal._from_row(database.execute(f"SELECT {marks}", row).fetchone()) == entry
+        assert Entry.from_row(database.execute(f"SELECT {marks}", row).fetchone()) == entry
     database.close()
 
 
