@@ -27,7 +27,7 @@ RECIPES = ["rank=2", "energy=0.9"]
 
 
 def working() -> list[int]:
-    """The processes of this cluster that have an adapter in work."""
+    """The processes of this cluster that work on an adapter."""
     processes = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -68,7 +68,7 @@ def _outputs(results: Sequence[FileResult]) -> list[str]:
 
 
 def main(sources: Path, folder: Path) -> dict[str, Any]:
-    """One run after another, all on one cluster."""
+    """Do all runs, one after another, on one cluster."""
     journal.SETTLED_SECONDS = 0.0  # the sources were just made
     outcomes: dict[str, Any] = {}
     shared = resize(sources, recipes=RECIPES, output=folder / "shared")

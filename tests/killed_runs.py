@@ -28,7 +28,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run(sources: Path, out: Path) -> int:
-    """Start a run in a child, and say its number."""
+    """Start a run in a child process, and return its id."""
     if child := os.fork():
         return child
     status = 1
@@ -40,7 +40,7 @@ def run(sources: Path, out: Path) -> int:
 
 
 def killed(sources: Path, out: Path, outputs: int, delay: float) -> bool:
-    """Kill a run a moment after it has written so many outputs; whether it was still at work then.
+    """Kill a run a moment after it has written so many outputs; return whether it was still at work.
 
     Time alone would not do: on a machine with other work a run may not have begun, or be over.
     """
@@ -59,7 +59,7 @@ def written(folder: Path) -> list[str]:
 
 
 def main(sources: Path, out: Path, reference: Path, count: int) -> None:
-    """Print what was left by each kill, and whether the run that went on made up for it."""
+    """Print what each kill left behind, and whether the next run completed it."""
     warnings.simplefilter("error")
     journal.SETTLED_SECONDS = 0.0  # the sources were just made
     start = time.perf_counter()

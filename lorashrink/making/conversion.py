@@ -19,7 +19,7 @@ from lorashrink.files.writing import SafetensorsWriter
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.renaming import Renamed, check_naming, renamed
 from lorashrink.results.shrinking import ConversionReport, Converted, Failure, Verbatim
-from lorashrink.shrinking.outputs import base_files, check_outputs, name_outputs, shown
+from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, name_outputs, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def convert(
             [(label, None)],
             output,
             sources=len(sources),
-            folder=peft.is_folder(source) if naming is None else naming == "peft",
+            folder=becomes_folder(source, naming),
         )
         for source in sources
     }

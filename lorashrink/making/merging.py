@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from lorashrink.adapters import Adapter, peft
-from lorashrink.bases import Base
 from lorashrink.errors import InputError, Progress, UsageError
-from lorashrink.linking.inputs import Sum, to_sum
+from lorashrink.linking.inputs import to_sum
 from lorashrink.linking.renaming import check_naming
 from lorashrink.recipes.grammar import parse_recipes
 from lorashrink.results.shrinking import Report
 from lorashrink.shrinking.options import ResizeOptions
-from lorashrink.shrinking.outputs import base_files, check_outputs, name_outputs, source_files
+from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, name_outputs, source_files
 from lorashrink.shrinking.request import check_needs
 from lorashrink.shrinking.run import shrink
 from lorashrink.sums.summing import combined
@@ -62,7 +59,7 @@ def merge(
         terms.place,
         [(recipe.file_items(), recipe) for recipe in parsed],
         output,
-        folder=peft.is_folder(terms.files[0]) if naming is None else naming == "peft",
+        folder=becomes_folder(terms.files[0], naming),
     )
     inputs = [file for path in terms.files for file in source_files(path)]
     check_outputs({terms.path: outputs}, [*inputs, *base_files(base)], force=force or dry_run)
@@ -79,14 +76,10 @@ def merge(
             dry_run=dry_run,
             quantiles=quantiles,
         ),
-        opener=partial(_open, terms=terms, naming=naming, as_base_delta=as_base_delta),
+        opener=lambda _, opened: combined(terms, opened, naming=naming, as_base_delta=as_base_delta),
         variant=f",naming={naming},as_base_delta={as_base_delta}",
         progress=progress,
     )
     if report.failed:  # one sum: its error is the outcome
         raise InputError(report.failed[0].error)
     return report
-
-
-def _open(source: Path, base: Base | None, *, terms: Sum, naming: str | None, as_base_delta: bool) -> Adapter:
-    return combined(terms, base, naming=naming, as_base_delta=as_base_delta)

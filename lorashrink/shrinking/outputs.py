@@ -50,6 +50,11 @@ def name_outputs(
     return targets
 
 
+def becomes_folder(source: Path, naming: str | None) -> bool:
+    """Whether outputs of this adapter are PEFT folders; without a naming they are what the adapter is."""
+    return peft.is_folder(source) if naming is None else naming == "peft"
+
+
 def base_files(base: str | Path | None) -> list[Path]:
     """Every file that may be a part of the base, found without opening it."""
     if base is None:

@@ -17,7 +17,7 @@ from lorashrink.recipes.grammar import Recipe, parse_recipes
 from lorashrink.shrinking.grouping import read_table
 from lorashrink.shrinking.ledger import Targets
 from lorashrink.shrinking.options import ResizeOptions
-from lorashrink.shrinking.outputs import base_files, check_outputs, check_space, name_outputs
+from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, check_space, name_outputs
 from lorashrink.shrinking.targets import TARGETS, Target, with_items
 from lorashrink.sums.summing import combined
 
@@ -71,7 +71,7 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
             [(recipe.file_items(), recipe) for recipe in recipes],
             options.output,
             sources=len(inputs),
-            folder=peft.is_folder(files[source][0]) if options.naming is None else options.naming == "peft",
+            folder=becomes_folder(files[source][0], options.naming),
         )
         for source, terms in inputs.items()
     }

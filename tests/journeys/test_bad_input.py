@@ -1,4 +1,4 @@
-"""Wrong files and wrong requests: what is said, what is left behind, and what is done all the same."""
+"""Wrong files and requests: messages, leftovers, and the work that is done all the same."""
 
 import errno
 import json
@@ -63,7 +63,7 @@ class Run:
         self.status, self.stdout, self.errors = result.exit_code, result.stdout, result.stderr.splitlines()
 
     def failed(self, status: int, *words: object) -> None:
-        """One complaint of at most two lines that has all the words."""
+        """Check for one complaint of at most two lines that has all the words."""
         assert self.status == status, self.errors
         assert 1 <= len(self.errors) <= 2
         text = "\n".join(self.errors)
@@ -119,7 +119,7 @@ def raw(path: Path, header: bytes, data: bytes = b"", length: int | None = None)
 
 
 def with_header(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    """An adapter whose header went through a function."""
+    """An adapter with its header changed by a function."""
 
     def make(path: Path) -> None:
         content = save(factors())

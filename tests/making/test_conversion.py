@@ -1,4 +1,4 @@
-"""Conversion: the same ΔW under the names of another program, in every layout of a base, bit by bit where it can."""
+"""Conversion: the same ΔW under other names, with the same bits where the format allows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ __all__ = ["bases"]  # a fixture
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_pair_of_namings_keeps_the_effect(bases, tmp_path: Path, name: str) -> None:
-    """Each conversion asks another kind of base; all of them are compared on the native file."""
+    """The conversions take turns with kinds of bases; all results are compared on the native file."""
     family, pattern = ADAPTERS[name]
     listed = {key: shape for key, shape in few(shapes(name)).items() if re.search(pattern, key)}
     source = write_tensors(tmp_path / "a.safetensors", numbers(listed), fixtures.metadata(name))
@@ -179,7 +179,7 @@ def test_each_naming_has_its_own_name_for_a_weight(bases, tmp_path: Path, weight
 
 
 def whole_scale(name: str, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-    """A listed adapter whose alphas are its ranks, so that no number has to change whatever it is called."""
+    """An adapter whose alphas are its ranks, so that no naming has to change a number."""
     listed = few(shapes(name))
     tensors = {key: tensor.to(dtype) for key, tensor in numbers(listed).items()}
     for key in tensors:
@@ -304,7 +304,7 @@ def test_parts_with_one_down_are_fused_at_their_own_rank(bases, tmp_path: Path) 
 
 
 def test_parts_with_downs_of_their_own_become_a_block_diagonal(bases, tmp_path: Path) -> None:
-    """The rank is the sum of theirs, which may differ, and each part's columns are zero in the other parts' rows."""
+    """The rank is the sum of the parts' ranks; a part's columns are zero in the rows of the others."""
     ranks = {"q": 4, "k": 2, "v": 3}
     parts = {letter: pair(WIDTH, rank, WIDTH, rank) for letter, rank in ranks.items()}
     source = diffusers_file(tmp_path / "a.safetensors", {f"{BLOCK}.to_{letter}": parts[letter] for letter in "vqk"})
@@ -413,7 +413,7 @@ def test_fused_parts_keep_their_strengths(bases, tmp_path: Path, alphas: tuple[f
 
 
 def test_alphas_keep_their_values(bases, tmp_path: Path) -> None:
-    """Written as float32, because half precision has no 0.3; the value is that of the file."""
+    """Alphas are written as float32, because half precision has no 0.3."""
     name = "lora_unet_double_blocks_0_img_attn_proj"
     up, down = pair(WIDTH, 4, WIDTH)
     tensors = {
@@ -452,7 +452,7 @@ def test_diffusers_settings_go_when_alphas_are_written(bases, tmp_path: Path) ->
 
 @pytest.mark.parametrize("naming", ["kohya", "diffusers", "comfy"])
 def test_layers_that_keep_their_names_keep_their_strength(bases, tmp_path: Path, naming: str) -> None:
-    """Their strength was in the settings, which the new file does not have."""
+    """The new file lacks the settings that had their strength."""
     mapped, unknown = f"{BLOCK}.to_out.0", "transformer.somewhere.else"
     settings = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})
     layers = {name: pair(WIDTH, 4, WIDTH) for name in (mapped, unknown)}
@@ -468,7 +468,7 @@ def test_layers_that_keep_their_names_keep_their_strength(bases, tmp_path: Path,
 
 
 def test_dora_magnitudes_are_renamed(bases, tmp_path: Path) -> None:
-    """Kohya's [out, 1] is PEFT's [out]; the numbers are the same ones."""
+    """Kohya's [out, 1] becomes PEFT's [out] with the same numbers."""
     name, theirs = "lora_unet_double_blocks_0_img_attn_proj", f"{BLOCK}.to_out.0"
     (up, down), magnitude = pair(WIDTH, 4, WIDTH), torch.rand(WIDTH, 1)
     tensors = {
@@ -487,7 +487,7 @@ def test_dora_magnitudes_are_renamed(bases, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("naming", ["kohya", "diffusers"])
 def test_dora_magnitudes_of_convolutions_are_renamed(bases, tmp_path: Path, naming: str) -> None:
-    """Kohya's is [out, 1, 1, 1], and PEFT's is [1, out, 1, 1]."""
+    """Kohya's [out, 1, 1, 1] becomes PEFT's [1, out, 1, 1]."""
     up, down = pair(10, 4, 10, kernel=(3, 3))
     names = {"kohya": "lora_unet_down_blocks_0_resnets_0_conv1", "diffusers": "unet.down_blocks.0.resnets.0.conv1"}
     values = torch.rand(10)
@@ -513,7 +513,7 @@ def test_dora_magnitudes_of_convolutions_are_renamed(bases, tmp_path: Path, nami
 
 @pytest.mark.parametrize("naming", ["kohya", "comfy", "diffusers"])
 def test_magnitudes_per_input_are_renamed(bases, tmp_path: Path, naming: str) -> None:
-    """OneTrainer's DoRA has one number per input; PEFT knows no such thing."""
+    """OneTrainer's DoRA has one number per input, which PEFT cannot read."""
     name, theirs = "lora_unet_double_blocks_0_txt_mlp_0", "diffusion_model.double_blocks.0.txt_mlp.0"
     (up, down), magnitude = pair(4 * WIDTH, 4, WIDTH), torch.rand(1, WIDTH)
     tensors = {
@@ -560,7 +560,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families_are_renamed_with_their_tensors(tmp_path: Path, name: str) -> None:
-    """Their tensors keep their endings and bits; back again the file is the same."""
+    """Tensors keep their endings and bits, and a round trip gives the same file."""
     listed = {key: shape for key, shape in shapes(name).items() if re.search("mid_block|middle_block", key)}
     tensors = {key: torch.randn(shape).half() for key, shape in listed.items() if not key.endswith(".diff_b")}
     source = write_tensors(tmp_path / "a.safetensors", tensors)
@@ -577,7 +577,7 @@ def test_other_families_are_renamed_with_their_tensors(tmp_path: Path, name: str
 
 
 def test_a_tucker_core_is_renamed_and_keeps_its_alpha(bases, tmp_path: Path) -> None:
-    """Its layer is no product of two factors, into which a strength could go."""
+    """A Tucker layer is not a product of two factors that could take the strength."""
     name = "lora_unet_down_blocks_0_resnets_0_conv1"
     tensors = {
         f"{name}.lora_up.weight": torch.randn(10, 4, 1, 1),
@@ -595,7 +595,7 @@ def test_a_tucker_core_is_renamed_and_keeps_its_alpha(bases, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["flux_lokr_simpletuner", "sd35_medium_lokr_simpletuner"])
 def test_layers_that_cannot_be_split_are_kept_and_listed(tmp_path: Path, name: str) -> None:
-    """A Kronecker product of q is no part of one of q, k and v; those of layers that are whole in both are renamed."""
+    """A Kronecker product cannot be split into rows of q, k and v; layers with equal rows are renamed."""
     listed = {key: shape for key, shape in shapes(name).items() if re.search("_transformer_blocks_0_", key)}
     tensors = {key: torch.randn(shape).half() for key, shape in listed.items()}
     source = write_tensors(tmp_path / "a.safetensors", tensors)
@@ -693,7 +693,7 @@ CONFIGS = {
 
 
 def peft_folder(path: Path, **config: object) -> Path:
-    """As PEFT saves an adapter that was trained: no tensor of it is zero, no magnitude is a norm."""
+    """A folder as PEFT saves it after training: no tensor is zero, no magnitude is a norm."""
     model = get_peft_model(Llama(), LoraConfig(**{"target_modules": ["q_proj", "v_proj", "up_proj"], **config}))
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
@@ -739,7 +739,7 @@ def test_peft_reads_a_folder_after_a_round_trip(llama: Path, tmp_path: Path, con
 @pytest.mark.filterwarnings("ignore:Adapter 'default'.*have invalid shape:peft.utils.warning.PeftWarning")
 @pytest.mark.parametrize("naming", ["kohya", "comfy"])
 def test_a_bias_gets_the_name_of_other_programs(llama: Path, tmp_path: Path, naming: str) -> None:
-    """PEFT multiplies it with the strength of the factors, and ComfyUI adds `diff_b` as it is."""
+    """PEFT multiplies a bias by the strength of the factors, and ComfyUI adds `diff_b` unscaled."""
     folder = peft_folder(tmp_path / "adapter", **CONFIGS["bias"])
     result = converted(folder, llama, naming, tmp_path / "out")
     name = {"kohya": "lora_unet_model_layers_0_mlp_up_proj", "comfy": "diffusion_model.model.layers.0.mlp.up_proj"}
@@ -800,7 +800,7 @@ def test_only_lora_becomes_a_folder(bases, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["out.safetensors", "adapter_model.safetensors"])
 def test_a_folder_is_not_written_as_a_single_file(llama: Path, tmp_path: Path, name: str) -> None:
-    """The settings' file has one name, and may be that of another adapter in the same folder."""
+    """The settings beside it might belong to another adapter in the same folder."""
     second = peft_folder(tmp_path / "other", r=2)
     before = (second / "adapter_config.json").read_bytes()
     source = kohya_file(tmp_path / "a.safetensors", {"lora_unet_model_layers_0_mlp_up_proj": (*pair(24, 2, 16), 3.0)})
@@ -891,7 +891,7 @@ def test_factors_in_eight_bits_are_widened_exactly(tmp_path: Path) -> None:
     assert all(torch.equal(after[key], tensor.half()) for key, tensor in tensors.items())
 
 
-# --- what cannot be done ------------------------------------------------------------------------
+# --- wrong requests -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -922,7 +922,7 @@ def test_contradicting_options_are_refused(small: Path, tmp_path: Path, options:
 
 
 def test_a_base_of_another_family_is_an_error(bases, small: Path, tmp_path: Path) -> None:
-    """A file under its old names would pass for a converted one."""
+    """A file with its old names would look converted."""
     for naming in NAMINGS:
         report = convert(small, base=bases("sd15", "native"), naming=naming, output=tmp_path / "out")
         assert report.results == ()
@@ -970,7 +970,7 @@ def test_where_outputs_go(bases, small: Path, tmp_path: Path) -> None:
 
 
 def test_reading_patterns_takes_linear_time(tmp_path: Path) -> None:
-    """A folder with a rank for each of its layers has as many patterns as layers."""
+    """A folder with a rank per layer has as many patterns as layers."""
     count = 700
     shape = {f"model.layers.{number}.mlp.up_proj.weight": (16, 8) for number in range(count)}
     big = write_header(tmp_path / "base.safetensors", {**shape, "model.layers.0.self_attn.q_proj.weight": (8, 8)})
@@ -1083,7 +1083,7 @@ def test_the_command_lists_kept_tensors(bases, tmp_path: Path) -> None:
 
 
 def test_hashes_are_those_of_the_new_tensors(bases, tmp_path: Path) -> None:
-    """As sd-scripts computes them: over the tensors, and over a part of a re-save with the training entries alone."""
+    """sd-scripts hashes the tensors, and part of a re-save with the training entries alone."""
     entries = {
         "ss_network_dim": "4",
         "ss_tag_frequency": '{"img": {"a": 3, "é": 1}}',

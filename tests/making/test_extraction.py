@@ -1,4 +1,4 @@
-"""Extraction: the difference of two checkpoints as an adapter, as good as the best one of its rank."""
+"""Extraction: the difference of two checkpoints as the best adapter of its rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXAMPLE = Path(lorashrink.__file__).parent / "example" / "base.safetensors"
 
 
 def changed(tensors: Mapping[str, Tensor], size: float = 0.02, seed: int = 0) -> dict[str, Tensor]:
-    """The same with noise on all matrices, in float32."""
+    """The tensors in float32 with noise on all matrices."""
     generator = torch.Generator().manual_seed(seed)
     return {
         key: tensor.float() + size * torch.randn(tensor.shape, generator=generator) if tensor.dim() > 1 else tensor
@@ -65,7 +65,7 @@ def best_error(matrix: Tensor, rank: int) -> float:
     return float(torch.linalg.svdvals(matrix.double())[rank:].norm())
 
 
-# --- how good it is -----------------------------------------------------------------------------
+# --- accuracy -------------------------------------------------------------------------------------
 
 # layer -> where its weight lies in the file
 BY_HAND = {
@@ -138,7 +138,7 @@ SPECTRA = {
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_a_large_layer_is_within_one_percent_of_the_best(tmp_path: Path, spectrum: str) -> None:
-    """Of a large weight no more is computed than a recipe can keep, and the rest is known in sum."""
+    """Only dimensions that a recipe can keep are computed; the others are known as a sum."""
     delta = 1e-2 * with_spectrum(SPECTRA[spectrum])
     weight = torch.randn(LARGE, generator=torch.Generator().manual_seed(5)) * 1e-2
     small = {"block.small.weight": torch.zeros(8, 8)}
@@ -155,7 +155,7 @@ def test_a_large_layer_is_within_one_percent_of_the_best(tmp_path: Path, spectru
 
 
 def test_several_recipes_share_one_reading(tuned: Path, tmp_path: Path) -> None:
-    """What is known of a layer depends on the most that one of them can keep, and none is worse for that."""
+    """Dimensions are computed up to the largest limit of the recipes, and no result is worse for it."""
     texts = ["rank=2", "rank=8,conv_rank=4", "energy=0.9", "fro_ckpt=1,thr=-3.5"]
     together = extract(tuned, EXAMPLE, recipes=texts, dtype="fp32", output=tmp_path / "together")
     for text, result in zip(texts, together.results, strict=True):
@@ -168,7 +168,7 @@ def test_several_recipes_share_one_reading(tuned: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["rank=4", "energy=1", "rank=9"])
 def test_a_planted_change_is_found_exactly(tmp_path: Path, recipe: str) -> None:
-    """Eighths have no rounding, so that the difference is of rank 4 to the last bit."""
+    """Eighths are not rounded, so the difference has rank 4 to the last bit."""
     generator = torch.Generator().manual_seed(0)
 
     def eighths(*shape: int) -> Tensor:
@@ -260,13 +260,13 @@ def states(pipe) -> dict[str, dict[str, Tensor]]:
 
 
 def is_embedding(key: str) -> bool:
-    """What no trainer of adapters changes: tables of tokens and positions, and the projection of the text."""
+    """Weights that no trainer of adapters changes: token and position tables, and the text projection."""
     return "token_embedding" in key or "position_embedding" in key or "text_projection" in key
 
 
 @pytest.fixture(scope="module")
 def tuned_states(states) -> dict[str, dict[str, Tensor]]:
-    """The same after a training of all that a LoRA can change."""
+    """The weights after a change of all layers that a LoRA can change."""
     return {
         name: {key: state[key] if is_embedding(key) else value for key, value in changed(state, 0.03, number).items()}
         for number, (name, state) in enumerate(states.items())
@@ -381,7 +381,7 @@ def test_each_naming_has_its_own_names_for_the_same_numbers(
 
 @pytest.fixture(scope="module")
 def all_changed(states, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Tensor]]]:
-    """A checkpoint of which biases and normalisation layers are changed too, and nothing else in half of its blocks."""
+    """A checkpoint whose biases and normalisation layers changed too; half of its blocks changed in nothing else."""
     generator = torch.Generator().manual_seed(9)
     new = {
         name: {key: value + 0.1 * torch.randn(value.shape, generator=generator) for key, value in state.items()}
@@ -450,7 +450,7 @@ def test_unchanged_weights_are_listed(base: dict[str, Tensor], tmp_path: Path) -
 
 
 def test_weights_of_only_one_checkpoint_are_listed(base: dict[str, Tensor], tmp_path: Path) -> None:
-    """A first layer with more inputs, as inpainting models have, and a block that is gone."""
+    """The first layer has more inputs, as in inpainting models, and a block is missing."""
     new = changed(base)
     first = "model.diffusion_model.input_blocks.0.0.weight"
     gone = "model.diffusion_model.input_blocks.3.0.op.weight"

@@ -1,4 +1,4 @@
-"""`merge` as people and programs use it: files, metadata, errors, and what diffusers and PEFT make of the output."""
+"""`merge`: files, metadata and errors, and its outputs in diffusers and PEFT."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return a, write(tmp_path, "b", lora(Q, 40, 30, 4, seed=7))
 
 
-# --- what programs make of it -------------------------------------------------------------------
+# --- the sum in other programs --------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # two adapters, as meant
 @pytest.mark.parametrize("first", ["kohya", "diffusers"])
 def test_diffusers_draws_with_the_sum_as_with_both(pipe, folder, tmp_path: Path, first: str) -> None:
-    """Two files of different namings, ranks and layers against diffusers' own `set_adapters` with weights."""
+    """Files of different namings, ranks and layers, compared with diffusers' `set_adapters`."""
     paths = {
         "kohya": kohya(pipe, tmp_path / "kohya.safetensors", ldm_name),
         "diffusers": diffusers_file(pipe, tmp_path / "diffusers.safetensors"),
@@ -81,7 +81,7 @@ def test_diffusers_draws_with_the_sum_as_with_both(pipe, folder, tmp_path: Path,
 
 
 def test_a_peft_folder_first_gives_a_peft_folder_that_peft_loads(tmp_path: Path) -> None:
-    """Modules that only the second adapter has are in the settings too."""
+    """The settings include modules that only the second adapter has."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"one": nn.Linear(12, 10), "two": nn.Linear(10, 8)})
     for number, names in enumerate((["one"], ["one", "two"])):

@@ -84,7 +84,7 @@ def encode():
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
 
     def embeddings(model: nn.Module, sentences: list[str]) -> Tensor:
-        """Means over the words, of length 1, as the model was made for."""
+        """Means over the words, normalised to length 1."""
         words = tokenizer(sentences, padding=True, return_tensors="pt")
         hidden, mask = model(**words).last_hidden_state, words["attention_mask"].unsqueeze(-1)
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
@@ -114,7 +114,7 @@ def trained(minilm: BertModel, encode, tmp_path_factory: pytest.TempPathFactory)
 def embed(minilm: BertModel, encode):
     @torch.no_grad()
     def embeddings(folder: str | Path | None = None) -> Tensor:
-        """What the model with this adapter makes of sentences that it was not trained on."""
+        """The model's embeddings with this adapter, of sentences outside the training."""
         model = copy.deepcopy(minilm)
         return encode(PeftModel.from_pretrained(model, folder).eval() if folder else model, SENTENCES)
 
@@ -213,7 +213,7 @@ def small_model() -> BertModel:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """As PEFT saves adapters of every kind, with noise for what training would have made."""
+    """Folders as PEFT saves adapters of every kind, with noise in place of training."""
     root = tmp_path_factory.mktemp("folders")
     for name, config in KINDS.items():
         model = get_peft_model(small_model(), copy.deepcopy(config))
@@ -273,7 +273,7 @@ def test_a_folder_shrunk_without_a_base_loads_as_before(
 def test_a_truncated_folder_is_read_at_the_right_strength(
     folders: dict[str, Path], small_base: Path, tmp_path: Path, kind: str
 ) -> None:
-    """PEFT against the sum of the model's weights and of the layers as they are read here."""
+    """PEFT's output equals the model with each ΔW, as read here, added to its weight."""
     report = resize(folders[kind], base=small_base, recipes="rank=3", form="lora", dtype="fp32", output=tmp_path)
     result = only(report)
     model = small_model()
@@ -290,7 +290,7 @@ def test_a_truncated_folder_is_read_at_the_right_strength(
 
 
 def assert_loads_in_vllm(folder: str | Path) -> int:
-    """The rank, after a look at all that vLLM asks of an adapter."""
+    """The rank of a folder, after a check of all that vLLM requires."""
     config, factors = settings(folder), tensors(folder)
     assert sorted(path.name for path in Path(folder).iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     rank = config["r"]
@@ -360,7 +360,7 @@ def test_tensors_that_vllm_does_not_load_are_listed(
 
 
 def test_vllm_gets_other_families_as_lora(folders: dict[str, Path], small_base: Path, tmp_path: Path) -> None:
-    """In their own form it would not load them, however small they are."""
+    """vLLM loads LoRA only, so the smaller form does not matter."""
     for kind in ("loha", "lokr", "lokr in two factors"):
         report = resize(
             folders[kind], base=small_base, recipes="energy=1", target="vllm", dtype="fp32", output=tmp_path
@@ -372,7 +372,7 @@ def test_vllm_gets_other_families_as_lora(folders: dict[str, Path], small_base: 
 
 @pytest.mark.parametrize("kind", ["ia3", "lokr in two factors"])
 def test_layers_that_cannot_be_lora_are_refused_for_vllm(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    """Not at all, or not without the base: a folder with other tensors would not load."""
+    """vLLM would not load a folder with other tensors."""
     folder = folders.get(kind, tmp_path / "ia3")
     if kind == "ia3":
         config = IA3Config(target_modules=["query", "intermediate.dense"], feedforward_modules=["intermediate.dense"])
@@ -392,7 +392,7 @@ def test_vllm_loads_no_dora(folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_vllm_loads_folders(folders: dict[str, Path], small_base: Path, tmp_path: Path) -> None:
-    """A file has names of which vLLM knows none; with the model they can be had."""
+    """vLLM does not know the names in a single file; with the model they become a folder's."""
     name = "lora_unet_encoder_layer_0_attention_self_query"
     generator = torch.Generator().manual_seed(4)
     up, down = torch.randn(32, 6, generator=generator), torch.randn(6, 32, generator=generator)
@@ -417,7 +417,7 @@ def test_vllm_loads_folders(folders: dict[str, Path], small_base: Path, tmp_path
 def test_vllm_refuses_kept_layers_without_a_base_weight(
     folders: dict[str, Path], small_base: Path, tmp_path: Path
 ) -> None:
-    """It cannot keep its own rank: vLLM knows one for all."""
+    """A kept layer has its own rank, and vLLM needs one rank for all."""
     folder = Path(shutil.copytree(folders["patterns"], tmp_path / "adapter"))
     more = {f"base_model.model.extra.query.lora_{side}.weight": torch.randn(6, 6) for side in "AB"}
     save_file({**tensors(folder), **more}, folder / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""Recipes: the grammar, the scores by hand, the selections on known spectra, and what must always hold."""
+"""Recipes: grammar, scores and selections computed by hand, and properties of all spectra."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def facts(*sigma: float, numbers: int = 100, kernel: bool = False, **options: ob
 
 
 def size_of(layers: Sequence[LayerFacts], fixed: int = 0):
-    """The size of a file without a header, so that budgets can be reckoned by hand."""
+    """The size of a file without a header, so that budgets can be computed by hand."""
     return lambda widths, threshold: (
         fixed + sum(w * layer.bytes_per_rank for w, layer in zip(widths, layers, strict=True))
     )
@@ -200,7 +200,7 @@ def test_scores_by_hand(text: str, expected: list[float]) -> None:
 
 
 def test_terms_of_the_adapter_move_with_rescale() -> None:
-    """Its `_lora` references do not move with `rescale`, so that a tenth of the strength lost nearly all ranks."""
+    """In resize_lora they do not, and a tenth of the strength loses nearly all ranks."""
     assert kept("spn_lora,thr=-.9,rescale=.1", LAYER) == kept("spn_lora,thr=-.9", LAYER) == [2]
 
 
@@ -245,7 +245,7 @@ def test_selections_by_hand(text: str, count: int) -> None:
 
 
 def test_a_delta_of_rank_one_keeps_one_dimension() -> None:
-    """Its sv_fro, sv_ratio and sv_cumulative turn a delta of rank 1 into rank 2, and fail on a single value."""
+    """sd-scripts makes rank 2 of rank 1 by sv_fro, sv_ratio and sv_cumulative, and fails on a single value."""
     for text in ("sv_fro=.9", "sv_cumulative=.9", "sv_ratio=10", "energy=.9"):
         assert kept(text, facts(5.0, 0.0, 0.0), facts(5.0)) == [1, 1]
 
@@ -329,7 +329,7 @@ def test_an_impossible_budget_names_the_smallest_possible() -> None:
         select(Recipe.parse("size=1"), [facts(1.0)], size_of([facts(1.0)], fixed=2 * 2**20))
 
 
-# --- what holds for every spectrum --------------------------------------------------------------
+# --- properties of all spectra --------------------------------------------------------------------
 
 
 @st.composite

@@ -263,7 +263,7 @@ def test_nothing_is_dropped_silently(tmp_path: Path) -> None:
 
 
 def test_multiplied_layers_depend_on_the_base(tmp_path: Path) -> None:
-    """No term of the recipe asks for the base, but OFT multiplies it."""
+    """The recipe does not need the base, but OFT multiplies its weights."""
     name = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
     bases = [tmp_path / f"base{number}.safetensors" for number in (0, 1)]
     shapes = load_file(EXAMPLE / "base.safetensors")
@@ -280,7 +280,7 @@ def test_multiplied_layers_depend_on_the_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_dora_keeps_its_magnitude_and_at_least_one_dimension(tmp_path: Path, side: str) -> None:
-    """Without ΔW its weight would be m·W/‖W‖, which is not W: such a layer is never removed."""
+    """Without ΔW the weight would be m·W/‖W‖, not W, so such a layer is never removed."""
     source = tmp_path / "a.safetensors"
     magnitude = torch.rand(24, 1).half() if side == "out" else torch.rand(1, 40).half()
     tensors = {}

@@ -1,4 +1,4 @@
-"""The same work on a Ray cluster, a real one on this machine: equal bytes, lost processes, files sent and not sent."""
+"""Shrinking on a Ray cluster of this machine: equal bytes, lost processes, shared and sent files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILES = 16
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the runs tell, with "folder", where their outputs lie beside those of a run without a cluster."""
+    """What `cluster_runs.py` prints, with "folder": the folder of its outputs and of a run without a cluster."""
     folder = tmp_path_factory.mktemp("cluster")
     write_styles(folder / "in", FILES)
     (folder / "in" / "bad.safetensors").write_bytes(b"broken")
@@ -71,7 +71,7 @@ def test_a_rerun_on_the_cluster_makes_only_missing_files(outcomes: dict[str, Any
     assert outcomes["states"].count(journal.FAILED) == len(RECIPES)
 
 
-# --- what cannot be done ------------------------------------------------------------------------
+# --- wrong requests -------------------------------------------------------------------------------
 
 
 def test_an_unreachable_cluster_is_an_error_at_once(adapter: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Collections: runs that are killed and go on, the journal they go by, groups by base, room on the disk, memory."""
+"""Collections: killed runs, the journal, groups by base, space on the disk, memory."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from lorashrink.shrinking.run import resize
 
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that were made just now are taken for old ones."""
+    """The journal trusts files that are new."""
     monkeypatch.setattr(journal, "SETTLED_SECONDS", 0.0)
 
 
 @pytest.fixture
 def touched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Adapters and other files of which more than the times were looked at, from now on."""
+    """The files that are opened or hashed from now on."""
     seen: list[Path] = []
     for module, name in ((reuse, "contents_sha256"), (request, "open_adapter"), (reuse, "read_header")):
         original = getattr(module, name)
@@ -139,7 +139,7 @@ def test_a_half_written_peft_folder_is_completed(tmp_path: Path) -> None:
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
 
 
-# --- what the journal saves ---------------------------------------------------------------------
+# --- reruns by the journal ------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("settled")
@@ -171,7 +171,7 @@ def write_config(folder: Path, alpha: int) -> None:
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("journalled", [True, False], ids=["journal", "no journal"])
 def test_a_peft_folder_with_another_alpha_is_another_source(tmp_path: Path, journalled: bool) -> None:
-    """Its weights are what they were."""
+    """Only the configuration beside the weights changes."""
     source = peft_folder(tmp_path / "adapter")
     options = {"recipes": "rank=2", "output": tmp_path / "out", "skip_existing": True}
     assert not resize(source, **options).results[0].skipped
@@ -277,7 +277,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fill(base: Path, layers: list[str]) -> None:
-    """Put numbers into the weights that these layers change."""
+    """Give numbers to the weights of a base that these layers change."""
     with open_base(base) as opened, open(base, "r+b") as handle:
         assert opened.store
         for (view,) in (opened.find(layer) for layer in layers):
@@ -359,12 +359,12 @@ def test_a_wrong_table_of_bases_is_an_error_before_any_work(mixed: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-# --- room on the disk ---------------------------------------------------------------------------
+# --- space on the disk ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_disk(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes that seem to be free everywhere."""
+    """The bytes that every disk reports as free."""
     free = 300_000
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
@@ -418,7 +418,7 @@ def test_each_gets_every_result_and_the_report_is_short(tmp_path: Path) -> None:
 
 
 def test_layers_of_earlier_files_do_not_stay_in_memory(tmp_path: Path) -> None:
-    """Of the tables of all layers there are never more than those of the files in work."""
+    """Only the files in work have tables of layers in memory."""
     write_styles(tmp_path / "in", 12)
     alive: list[int] = []
     tables: list[weakref.ref] = []
@@ -499,7 +499,7 @@ def test_the_page_about_scale_quotes_its_simulation() -> None:
 
 
 def test_the_simulation_is_that_of_a_line_of_servers() -> None:
-    """Two readers feed one writer: it waits for the first file and then never again."""
+    """Two readers feed one writer, which waits for the first file only."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
         from scale import Stage, simulate

@@ -1,4 +1,4 @@
-"""The journal beside the outputs: what it knows, when it does not trust itself, and that it never stops a run."""
+"""The journal: which entries it trusts, and how it survives damage."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_entries_are_read_by_the_next_process(files: tuple[Path, Path]) -> None:
 
 
 def rewritten(path: Path) -> None:
-    """The same name, size and time, but another file."""
+    """Another file of the same name, size and time."""
     stat = path.stat()
     replacement = path.with_suffix(".new")
     replacement.write_bytes(bytes(len(path.read_bytes())))
@@ -101,7 +101,7 @@ def test_started_and_failed_entries_are_not_finished(files: tuple[Path, Path], s
 
 
 def test_a_source_changed_just_now_is_not_trusted(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It could change again without another time stamp."""
+    """The source could change again within the resolution of its time stamp."""
     source, output = files
     monkeypatch.undo()
     assert stamps([source]) == ()
@@ -152,7 +152,7 @@ def test_every_entry_comes_back_as_it_was(entry: Entry) -> None:
     database.close()
 
 
-# --- nothing about it stops a run ---------------------------------------------------------------
+# --- damaged journals -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [b"not a database, but long enough to be read as one" * 100, b"\0" * 4096])

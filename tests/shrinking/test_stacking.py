@@ -66,7 +66,7 @@ def size_of(members: Sequence[Member], widths: Sequence[Sequence[int]]) -> int:
 
 
 def lost(members: Sequence[Member], widths: Sequence[Sequence[int]]) -> float:
-    """Σ (σ/‖W‖)² of what is not kept, in the members' weights."""
+    """Σ (weight·σ/‖W‖)² of the dimensions that are not kept."""
     return sum(
         (member.weight**2) * float((facts.sigma[width:] ** 2).sum()) / facts.base_fro**2
         for member, chosen in zip(members, widths, strict=True)
@@ -85,7 +85,7 @@ def test_the_common_threshold_is_the_lowest_that_fits(stack: list[Member], budge
     limit = int(recipe.value * MIB)
 
     def widths(threshold: float) -> list[tuple[int, ...]]:
-        """By another way: the same recipe with a threshold, of each file alone."""
+        """The ranks of each file alone, by the same recipe with a threshold."""
         alone = replace(recipe, select="thr")
         chosen = []
         for one_file in stack:
@@ -117,7 +117,7 @@ def test_the_common_threshold_is_the_lowest_that_fits(stack: list[Member], budge
 
 @given(stacks, st.integers(600, 9000))
 def test_no_shares_of_the_budget_lose_less(stack: list[Member], budget: int) -> None:
-    """Of all choices of its size the one of a common threshold loses least; the rest is what did not fit."""
+    """A common threshold loses least of all choices of its size, up to one dimension that did not fit."""
     recipe = Recipe.parse(f"{RECIPE}{budget / MIB!r}")
     together = select_together(recipe, stack)
     full_ranks = [[facts.rank for facts in member.layers] for member in stack]
@@ -160,7 +160,7 @@ def test_the_order_of_adapters_does_not_matter(stack: list[Member], budget: int)
 
 
 def scaled(source: Path, path: Path, factor: float, seed: int = 0) -> Path:
-    """The adapter with its layers' strength changed, and each layer a little differently."""
+    """The adapter times `factor`, with a little noise on the factor of each layer."""
     generator = torch.Generator().manual_seed(seed)
     tensors = load_file(source)
     for key, tensor in tensors.items():
@@ -181,7 +181,7 @@ def stack(adapter: Path, tmp_path: Path) -> list[Path]:
 
 
 def outputs(report: Report) -> dict[str, Path]:
-    """First part of the name -> output."""
+    """Stem of the source -> output."""
     assert not report.failed
     return {Path(result.source).stem: Path(result.output) for result in report.results}
 
@@ -401,13 +401,13 @@ def test_the_command_prints_the_budget(stack: list[Path], base: Path, tmp_path: 
 
 
 def deltas(path: Path) -> dict[str, Tensor]:
-    """Matrices in float64."""
+    """Layer -> ΔW as a float64 matrix."""
     with open_adapter(path) as opened:
         return {layer.name: layer.delta.dense().double().flatten(1) for layer in opened}
 
 
 def weights(adapter: Path, base: Path) -> dict[str, Tensor]:
-    """Of the base, by layer."""
+    """Layer -> weight of the base as a float64 matrix."""
     with open_adapter(adapter) as opened, open_base(base) as against:
         views = match(opened, against)
         return {
@@ -418,7 +418,7 @@ def weights(adapter: Path, base: Path) -> dict[str, Tensor]:
 
 
 def by_the_book(delta: Tensor, weight: Tensor, rank: int, clip: float, fro_limit: float, rescale: float) -> Tensor:
-    """What is to be written, by way of a dense decomposition."""
+    """The expected ΔW, by a dense decomposition."""
     u, s, v = torch.linalg.svd(delta, full_matrices=False)
     s = abs(rescale) * s[:rank]
     s = s.clamp(max=clip * float(torch.linalg.matrix_norm(weight, 2)))
@@ -513,7 +513,7 @@ def test_limits_belong_to_the_identity_of_a_run(adapter: Path, base: Path, tmp_p
 
 @pytest.fixture
 def unusual(tmp_path: Path) -> Path:
-    """A layer that the base does not have, and one of another family."""
+    """An adapter with a layer that the base lacks, a LoKr layer and a full difference."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
