@@ -24,19 +24,19 @@ _WRITE, _CHECKS, _COMMIT = "write", ("verify", "hash"), "fsync, rename"
 # The stages of writing are cut where the first of `_CHECKS` begins, because those may run side by side.
 STAGES = {
     "open base": ["lorashrink.shrinking.session:open_base"],
-    "open adapter, match": ["lorashrink.shrinking.request:open_adapter", "lorashrink.shrinking.pipeline:match"],
+    "open adapter, match": ["lorashrink.shrinking.request:open_adapter", "lorashrink.shrinking.work:match"],
     "norms look-up": ["lorashrink.shrinking.session:BaseNorms"],
-    "select, plan": ["lorashrink.shrinking.pipeline:plan"],
+    "select, plan": ["lorashrink.shrinking.work:plan"],
     _WRITE: ["lorashrink.shrinking.pipeline:write"],
     "verify": ["lorashrink.shrinking.write:_verify"],
     "hash": ["lorashrink.shrinking.write:hashes.with_hashes"],
     _COMMIT: ["lorashrink.shrinking.write:SafetensorsWriter.commit"],
-    "report": ["lorashrink.shrinking.pipeline:result"],
+    "report": ["lorashrink.shrinking.pipeline:file_result"],
 }
 _LOOK_UP = "lorashrink.bases.norms:BaseNorms.look_up"
 # Functions of the worker threads; some contain others.
 WORK = {
-    "hash of the source": "lorashrink.shrinking.reuse:sha256_file",
+    "hash of the source": "lorashrink.shrinking.reuse:contents_sha256",
     "hash of the output": "lorashrink.shrinking.write:hashes.with_hashes",
     "read tensors": "lorashrink.files.store:TensorStore.read",
     "Gram matrices": "lorashrink.engine.spectrum:grams",
@@ -101,7 +101,7 @@ def replace(place: str, wrap: Callable[[Any], Any]) -> None:
 
 def install(clocks: Clocks) -> None:
     """Put the clocks around the functions of the product."""
-    replace("lorashrink.shrinking.pipeline:decompose", clocks.decompose)
+    replace("lorashrink.shrinking.work:decompose", clocks.decompose)
     replace(_LOOK_UP, functools.partial(clocks.timed, "norms look-up"))
     for name, places in STAGES.items():
         for place in places:

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,24 @@ RECIPES = ["rank=2", "energy=0.9"]
 
 
 def working() -> list[int]:
-    """The processes of this cluster that have an adapter in work."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
+    """The processes of this cluster that work on an adapter."""
+    processes = []
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            title, parents = place.joinpath("cmdline").read_bytes(), _parents(int(place.name))
+            title, parents = folder.joinpath("cmdline").read_bytes(), _parents(int(folder.name))
         except OSError:
             continue
         if title.startswith(b"ray::_shrink") and os.getpid() in parents:
-            found.append(int(place.name))
-    return found
+            processes.append(int(folder.name))
+    return processes
 
 
 def _parents(process: int) -> list[int]:
-    found = []
+    parents = []
     while process > 1:
         process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-        found.append(process)
-    return found
+        parents.append(process)
+    return parents
 
 
 class Killer:
@@ -62,31 +63,35 @@ class Killer:
             time.sleep(0.005)
 
 
+def _outputs(results: Sequence[FileResult]) -> list[str]:
+    return sorted(result.output for result in results)
+
+
 def main(sources: Path, folder: Path) -> dict[str, Any]:
-    """One run after another, all on one cluster."""
+    """Do all runs, one after another, on one cluster."""
     journal.SETTLED_SECONDS = 0.0  # the sources were just made
-    told: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
     shared = resize(sources, recipes=RECIPES, output=folder / "shared")
-    told["shared"] = [len(shared.results), [each.error for each in shared.failed]]
+    outcomes["shared"] = [len(shared.results), [failure.error for failure in shared.failed]]
     command = ["resize", str(sources), "--ray", "local", "--ray-transfer", "-o", str(folder / "sent"), "--json"]
     sent = CliRunner().invoke(app, [*command, *(word for recipe in RECIPES for word in ("-r", recipe))])
     document = json.loads(sent.stdout)
-    told["sent"] = [len(document["results"]), [each["error"] for each in document["failed"]], sent.exit_code]
+    outcomes["sent"] = [len(document["results"]), [failure["error"] for failure in document["failed"]], sent.exit_code]
     killer = Killer()
     lost = resize(sources, recipes=RECIPES, output=folder / "lost", skip_existing=True, each=killer)
-    told["lost"] = [len(lost.results), [each.error for each in lost.failed], len(killer.killed)]
-    told["each"] = sorted(each.output for each in killer.results) == sorted(each.output for each in lost.results)
+    outcomes["lost"] = [len(lost.results), [failure.error for failure in lost.failed], len(killer.killed)]
+    outcomes["each"] = _outputs(killer.results) == _outputs(lost.results)
     (missing := Path(lost.results[0].output)).unlink()
     again = resize(sources, recipes=RECIPES, output=folder / "lost", skip_existing=True)
-    told["again"] = [str(missing), [each.output for each in again.results if not each.skipped]]
-    with journal.Journal(folder / "lost") as known:
-        told["states"] = [entry.state for entry in known.entries()]
-    return told
+    outcomes["again"] = [str(missing), [result.output for result in again.results if not result.skipped]]
+    with journal.Journal(folder / "lost") as opened:
+        outcomes["states"] = [entry.state for entry in opened.entries()]
+    return outcomes
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="ray-") as place:  # the name of a socket in it may have 107 characters
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=place)
-        told = main(*map(Path, sys.argv[1:3]))
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # the name of a socket in it may have 107 characters
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+        outcomes = main(*map(Path, sys.argv[1:3]))
         ray.shutdown()
-    print(json.dumps(told))  # Ray prints too, until then
+    print(json.dumps(outcomes))  # Ray prints too, until then

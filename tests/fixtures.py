@@ -229,3 +229,18 @@ def ldm_module(name: str) -> str:
     modules = {f"up_blocks.{number}.attentions.0": other for number in range(4)} | {name: weight}
     native = spell(modules, unet.RULES).layouts["native"]
     return next(module for module, views in native.items() if views == weight)
+
+
+def write_styles(folder: Path, count: int, *, layers: int = 12, seed: int = 0) -> list[Path]:
+    """Adapters style000, style001, ... with different numbers and the names of an SDXL file."""
+    generator = torch.Generator().manual_seed(seed)
+    paths = []
+    for number in range(count):
+        tensors = {}
+        for layer in range(layers):
+            name = f"lora_unet_input_blocks_4_1_transformer_blocks_{layer}_attn1_to_q"
+            tensors[f"{name}.lora_up.weight"] = torch.randn(48, 8, generator=generator)
+            tensors[f"{name}.lora_down.weight"] = torch.randn(8, 64, generator=generator)
+            tensors[f"{name}.alpha"] = torch.tensor(4.0)
+        paths.append(write_tensors(folder / f"style{number:03}.safetensors", tensors))
+    return paths

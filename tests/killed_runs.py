@@ -28,7 +28,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run(sources: Path, out: Path) -> int:
-    """Start a run in a child, and say its number."""
+    """Start a run in a child process, and return its id."""
     if child := os.fork():
         return child
     status = 1
@@ -40,7 +40,7 @@ def run(sources: Path, out: Path) -> int:
 
 
 def killed(sources: Path, out: Path, outputs: int, delay: float) -> bool:
-    """Kill a run a moment after it has written so many outputs; whether it was still at work then.
+    """Kill a run a moment after it has written so many outputs; return whether it was still at work.
 
     Time alone would not do: on a machine with other work a run may not have begun, or be over.
     """
@@ -59,32 +59,32 @@ def written(folder: Path) -> list[str]:
 
 
 def main(sources: Path, out: Path, reference: Path, count: int) -> None:
-    """Print what was left by each kill, and whether the run that went on made up for it."""
+    """Print what each kill left behind, and whether the next run completed it."""
     warnings.simplefilter("error")
     journal.SETTLED_SECONDS = 0.0  # the sources were just made
     start = time.perf_counter()
     assert os.waitpid(run(sources, reference), 0)[1] == 0
-    whole = time.perf_counter() - start
-    wanted, numbers, trials = contents(reference), random.Random(0), []
+    duration = time.perf_counter() - start
+    expected, numbers, trials = contents(reference), random.Random(0), []
     for _ in range(count):
         shutil.rmtree(out, ignore_errors=True)
-        share = whole / len(wanted)
-        stops = sorted(numbers.randrange(len(wanted)) for _ in range(2))
+        share = duration / len(expected)
+        stops = sorted(numbers.randrange(len(expected)) for _ in range(2))
         stopped = [killed(sources, out, stop, numbers.uniform(0.0, 2 * share)) for stop in stops]
-        left = contents(out)
-        there = {name: data for name, data in left.items() if name.endswith(".safetensors")}
+        remains = contents(out)
+        outputs_left = {name: data for name, data in remains.items() if name.endswith(".safetensors")}
         status = os.waitpid(run(sources, out), 0)[1]
-        with journal.Journal(out) as known:
-            states = [entry.state for entry in known.entries()]
+        with journal.Journal(out) as opened:
+            states = [entry.state for entry in opened.entries()]
         trials.append(
             {
                 "killed": any(stopped),
-                "outputs": len(there),
-                "leftovers": len(left.keys() - there.keys()),
-                "whole": all(wanted[name] == data for name, data in there.items()),
+                "outputs": len(outputs_left),
+                "leftovers": len(remains.keys() - outputs_left.keys()),
+                "whole": all(expected[name] == data for name, data in outputs_left.items()),
                 "status": status,
-                "equal": contents(out) == wanted,
-                "done": states == [journal.DONE] * len(wanted),
+                "equal": contents(out) == expected,
+                "done": states == [journal.DONE] * len(expected),
             }
         )
     print(json.dumps(trials))

@@ -117,7 +117,7 @@ def convert(
         print_json(plain(report))
     elif not quiet:
         _print_conversion(report, verbose)
-    exit_with([each.error for each in report.failed], done=bool(report.results))
+    exit_with([failure.error for failure in report.failed], done=bool(report.results))
 
 
 def norms(
@@ -147,9 +147,9 @@ def norms(
 
 
 def _print_conversion(report: ConversionReport, verbose: int) -> None:
-    for each in report.results:
-        kept = f", {len(each.kept)} tensors under their old names" if each.kept else ""
-        exact = "bit by bit" if each.exact else "rounded"
-        typer.echo(f"{each.output}: {each.layers} layers, {size_text(each.bytes_after)}, {exact}{kept}")
-        for tensor in each.kept if verbose else ():
+    for result in report.results:
+        kept = f", {len(result.kept)} tensors under their old names" if result.kept else ""
+        exact = "bit by bit" if result.exact else "rounded"
+        typer.echo(f"{result.output}: {result.layers} layers, {size_text(result.bytes_after)}, {exact}{kept}")
+        for tensor in result.kept if verbose else ():
             typer.echo(f"kept {tensor.key}: {tensor.reason}")

@@ -227,19 +227,13 @@ def _recommended(
     if not table.fro:
         return ()
     from lorashrink.recipes.grammar import parse_recipes
+    from lorashrink.shrinking.options import ResizeOptions
     from lorashrink.shrinking.run import shrink
 
     score = "bytes" if base is None else "fro_ckpt,bytes"
     sizes = [f"{score},size={share * table.bytes / 2**20:.4g}" for share in _SHARES if table.bytes > _WORTH_IT]
     recipes = parse_recipes([*(_WITH_BASE if base is not None else ()), *_ANYWAY, *sizes])
     unwritten = {source.with_name(f"{index}.safetensors"): recipe for index, recipe in enumerate(recipes)}
-    report = shrink(
-        {source: unwritten},
-        lambda path, _: open_adapter(path),
-        base=base,
-        device=device,
-        jobs=jobs,
-        dry_run=True,
-        lenient=True,
-    )
+    options = ResizeOptions(base=base, device=device, jobs=jobs, dry_run=True)
+    report = shrink({source: unwritten}, options, lenient=True)
     return tuple(Recommendation(run.recipe, run.bytes_after, run.relative_error, run.energy) for run in report.results)

@@ -17,7 +17,7 @@ from lorashrink.files.writing import save_tensors
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.renaming import Renamed, check_naming, renamed
 from lorashrink.results.shrinking import ConversionReport, Converted, Failure, Verbatim
-from lorashrink.shrinking.outputs import base_files, check_outputs, name_outputs, shown
+from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, name_outputs, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ def convert(
             [(label, None)],
             output,
             sources=len(sources),
-            folder=peft.is_folder(source) if naming is None else naming == "peft",
+            folder=becomes_folder(source, naming),
         )
         for source in sources
     }
@@ -87,7 +87,7 @@ def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: st
         output=str(shown(path)),
         naming=naming,
         dtype=dtype,
-        bytes_before=sum(each.stat().st_size for each in adapter.store.files),
+        bytes_before=sum(file.stat().st_size for file in adapter.store.files),
         bytes_after=path.stat().st_size,
         layers=len(adapter),
         exact=new.exact and same,
@@ -96,16 +96,16 @@ def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: st
 
 
 def _cast_store(adapter: Adapter, kind: str) -> TensorStore:
-    """All tensors of floats in another dtype, but alphas, which are F32 so that they stay what they are."""
+    """The adapter's tensors with floats in another dtype; alphas stay F32, so that they keep their values."""
     store = adapter.store
     alphas = {key for layer in adapter.layers for role, key in layer.keys.items() if role == "alpha"}
-    made = {}
+    tensors = {}
     for key, info in store.tensors.items():
         if key in alphas or info.dtype not in FLOATS or info.dtype == kind:
-            made[key] = (info, partial(store.read, key))
+            tensors[key] = (info, partial(store.read, key))
         else:
-            made[key] = (tensor_info(kind, info.shape), partial(_cast, store, key, kind))
-    return ComputedStore(store.path, made, store.metadata, store.files, store.headers)
+            tensors[key] = (tensor_info(kind, info.shape), partial(_cast, store, key, kind))
+    return ComputedStore(store.path, tensors, store.metadata, store.files, store.headers)
 
 
 def _cast(store: TensorStore, key: str, kind: str) -> Tensor:

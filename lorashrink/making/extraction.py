@@ -22,6 +22,7 @@ from lorashrink.files.store import ComputedStore, tensor_info
 from lorashrink.linking.renaming import NAMINGS, layer_name_in, layout_of
 from lorashrink.recipes.grammar import DEFAULT, parse_recipes
 from lorashrink.results.shrinking import Report
+from lorashrink.shrinking.options import ResizeOptions
 from lorashrink.shrinking.outputs import base_files, check_outputs, name_outputs
 from lorashrink.shrinking.run import shrink
 
@@ -61,20 +62,16 @@ def extract(
     source = Path(tuned)
     if naming not in NAMINGS or naming == "peft":
         raise UsageError(f"naming: '{naming}' is not one of kohya, diffusers, comfy.")
-    wanted = parse_recipes([recipes] if isinstance(recipes, str) else recipes)
-    targets = {source: name_outputs(source, [(recipe.file_items(), recipe) for recipe in wanted], output)}
+    parsed = parse_recipes(recipes)
+    targets = {source: name_outputs(source, [(recipe.file_items(), recipe) for recipe in parsed], output)}
     check_outputs(targets, [*base_files(source), *base_files(base)], force=force or dry_run)
     report = shrink(
         targets,
-        partial(_difference, naming=naming, vectors=vectors),
-        base=base,
-        dtype=dtype,
-        device=device,
-        jobs=jobs,
-        form="lora",
-        dry_run=dry_run,
-        quantiles=quantiles,
-        options=f",extracted from {Path(base).name},naming={naming},vectors={vectors}",
+        ResizeOptions(
+            base=base, dtype=dtype, device=device, jobs=jobs, form="lora", dry_run=dry_run, quantiles=quantiles
+        ),
+        opener=partial(_difference, naming=naming, vectors=vectors),
+        variant=f",extracted from {Path(base).name},naming={naming},vectors={vectors}",
         progress=progress,
     )
     if report.failed:  # one source: its error is the outcome
@@ -93,26 +90,25 @@ def _difference(tuned_path: Path, base: Base | None, *, naming: str, vectors: bo
     if tuned.family.name != base.family.name:
         raise FamilyMismatch(f"{tuned_path} is {tuned.family.title}, but {base.path} is {base.family.title}.")
     layout = layout_of(naming, base)
-    made, missing = {}, {}
+    tensors, missing = {}, {}
     for ending, ours, theirs, read in _pairs(tuned, base, layout, vectors):
         for part, module in {**theirs, **ours}:
-            key = layer_name_in(naming, base.family, part, module) + ending
+            name = layer_name_in(naming, base.family, part, module)
             new, old = ours.get((part, module)), theirs.get((part, module))
             if _EMBEDDING.search(module):
-                missing[key.removesuffix(ending)] = "an embedding, which loaders of adapters do not change"
+                missing[name] = "an embedding, which loaders of adapters do not change"
             elif new is None or old is None:
-                missing[key.removesuffix(ending)] = f"only {base.path if new is None else tuned_path} has this weight"
+                missing[name] = f"only {base.path if new is None else tuned_path} has this weight"
             elif views_shape(new) != views_shape(old):
-                sides = [list(views_shape(each)) for each in (new, old)]
-                missing[key.removesuffix(ending)] = f"its weight is {sides[0]}, that of the base {sides[1]}"
+                missing[name] = f"its weight is {list(views_shape(new))}, that of the base {list(views_shape(old))}"
             else:
                 info = tensor_info("F32", views_shape(old) if read is _weight else views_shape(old)[:1])
-                made[key] = (info, partial(_changed, read, (tuned, new), (base, old), info.shape))
-    if not made:
+                tensors[name + ending] = (info, partial(_subtract, read, (tuned, new), (base, old), info.shape))
+    if not tensors:
         raise FamilyMismatch(f"{tuned_path}: has no weight in common with {base.path}.")
     # ranks are filled in when the file is written
     entries = {"ss_network_module": "networks.lora", "ss_network_dim": "", "ss_network_alpha": ""}
-    store = ComputedStore(tuned_path, made, entries, tuned.store.files, tuned.store.headers)
+    store = ComputedStore(tuned_path, tensors, entries, tuned.store.files, tuned.store.headers)
     return replace(adapter_of(tuned_path, store, {}), dropped=missing)
 
 
@@ -128,14 +124,14 @@ def _pairs(tuned: Base, base: Base, layout: str, vectors: bool) -> Iterator[tupl
 
 def _biases(base: Base, modules: Modules) -> Modules:
     """The biases beside weights; of rows of a weight the same rows."""
-    found = {}
+    biases = {}
     for address, views in modules.items():
         keys = [view.key.removesuffix("weight") + "bias" for view in views]
         if all(view.key.endswith("weight") and key in base.shapes for view, key in zip(views, keys, strict=True)):
-            found[address] = tuple(
+            biases[address] = tuple(
                 replace(view, key=key, shape=(view.shape[0], 1)) for view, key in zip(views, keys, strict=True)
             )
-    return found
+    return biases
 
 
 def _norms(base: Base, layout: str) -> Modules:
@@ -155,5 +151,5 @@ def _vector(base: Base, views: Views) -> Tensor:
     return torch.cat([base.store.read(view.key, view.rows).float() for view in views])
 
 
-def _changed(read: Read, ours: tuple[Base, Views], theirs: tuple[Base, Views], shape: Shape) -> Tensor:
+def _subtract(read: Read, ours: tuple[Base, Views], theirs: tuple[Base, Views], shape: Shape) -> Tensor:
     return (read(*ours) - read(*theirs)).reshape(shape)

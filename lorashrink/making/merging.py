@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from lorashrink.adapters import Adapter, peft
-from lorashrink.bases import Base
 from lorashrink.errors import InputError, Progress, UsageError
-from lorashrink.linking.inputs import Sum, to_sum
+from lorashrink.linking.inputs import to_sum
 from lorashrink.linking.renaming import check_naming
 from lorashrink.recipes.grammar import parse_recipes
 from lorashrink.results.shrinking import Report
-from lorashrink.shrinking.outputs import base_files, check_outputs, name_outputs
+from lorashrink.shrinking.options import ResizeOptions
+from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, name_outputs, source_files
 from lorashrink.shrinking.request import check_needs
 from lorashrink.shrinking.run import shrink
 from lorashrink.sums.summing import combined
@@ -49,49 +47,39 @@ def merge(
 
     Raises UsageError, RecipeError, OutputError, InputError, FamilyMismatch and ShapeError.
     """
-    given = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
-    if not given:
+    texts = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
+    if not texts:
         raise UsageError("merge: name the adapters, such as A.safetensors:0.7 B.safetensors:0.5.")
-    wanted = parse_recipes([recipes] if isinstance(recipes, str) else recipes)
+    parsed = parse_recipes(recipes)
     check_naming(naming, base)
     if as_base_delta and base is None:
         raise UsageError("--as-base-delta: needs the weights of the base; give the checkpoint first or with --base.")
-    terms = to_sum(given)
+    terms = to_sum(texts)
     outputs = name_outputs(
         terms.location,
-        [(recipe.file_items(), recipe) for recipe in wanted],
+        [(recipe.file_items(), recipe) for recipe in parsed],
         output,
-        folder=peft.is_folder(terms.files[0]) if naming is None else naming == "peft",
+        folder=becomes_folder(terms.files[0], naming),
     )
-    check_outputs({terms.path: outputs}, [*_files(terms), *base_files(base)], force=force or dry_run)
-    check_needs(wanted, base, terms.files[0])
+    inputs = [file for path in terms.files for file in source_files(path)]
+    check_outputs({terms.path: outputs}, [*inputs, *base_files(base)], force=force or dry_run)
+    check_needs(parsed, base, terms.files[0])
     report = shrink(
         {terms.path: outputs},
-        partial(_open, terms=terms, naming=naming, as_base_delta=as_base_delta),
-        base=base,
-        dtype=dtype,
-        device=device,
-        jobs=jobs,
-        unmapped=unmapped,
-        dry_run=dry_run,
-        quantiles=quantiles,
-        calibration=calibration,
-        options=f",naming={naming},as_base_delta={as_base_delta}",
+        ResizeOptions(
+            base=base,
+            dtype=dtype,
+            device=device,
+            jobs=jobs,
+            unmapped=unmapped,
+            calibration=calibration,
+            dry_run=dry_run,
+            quantiles=quantiles,
+        ),
+        opener=lambda _, opened: combined(terms, opened, naming=naming, as_base_delta=as_base_delta),
+        variant=f",naming={naming},as_base_delta={as_base_delta}",
         progress=progress,
     )
     if report.failed:  # one sum: its error is the outcome
         raise InputError(report.failed[0].error)
     return report
-
-
-def _files(terms: Sum) -> list[Path]:
-    """All files that are read."""
-    return [
-        file
-        for path in terms.files
-        for file in ([path / peft.CONFIG_FILE, peft.weights_in(path)] if peft.is_folder(path) else [path])
-    ]
-
-
-def _open(source: Path, base: Base | None, *, terms: Sum, naming: str | None, as_base_delta: bool) -> Adapter:
-    return combined(terms, base, naming=naming, as_base_delta=as_base_delta)

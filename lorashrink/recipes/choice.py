@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorashrink.errors import RecipeError
-from lorashrink.recipes.grammar import Recipe, rounded_rank
-from lorashrink.recipes.terms import BYTES, TERMS, LayerFacts
+from lorashrink.recipes.grammar import Recipe
+from lorashrink.recipes.terms import TERMS, LayerFacts
 
 if TYPE_CHECKING:
     from lorashrink.recipes.terms import Indices, Values
 
-    pass
+# (rank to write of each layer, threshold) -> exact bytes of the file
+FileSize = Callable[[Sequence[int], float | None], int]
 
-# --- scoring and selecting ----------------------------------------------------------------------
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Selection:
+    """The outcome of a recipe for one file."""
+
+    kept: tuple[tuple[int, ...], ...]  # per layer the kept dimensions, best first; () = removed
+    widths: tuple[int, ...]  # per layer the rank to write: len(kept), or more with `uniform`
+    threshold: float | None  # lowest kept score; None if no score decided, or everything was kept
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Member:
+    """One of several files that are written under one budget."""
+
+    layers: Sequence[LayerFacts]
+    file_size: FileSize
+    weight: float = 1.0  # how strongly it is used beside the others; not 0
 
 
 def score(recipe: Recipe, facts: LayerFacts) -> Values:
@@ -25,63 +43,25 @@ def score(recipe: Recipe, facts: LayerFacts) -> Values:
 
     rescale = abs(recipe.rescale)
     with np.errstate(divide="ignore"):
-        result = np.log10(facts.sigma * rescale)
+        scores = np.log10(facts.sigma * rescale)
         for key, weight in recipe.normalised.items():
-            term = TERMS[key]
             if weight:
+                term = TERMS[key]
                 reference = np.asarray(term.reference(facts)) * (rescale if term.of_adapter else 1.0)
                 # A zero reference is as if it were tiny: the dimension counts as large.
-                result = result - weight * np.log10(np.maximum(reference, 1e-30))
-    result = result - 0.5 * dict(recipe.weights).get(BYTES, 0.0) * math.log10(facts.bytes_per_rank)
-    return np.where(facts.sigma > 0, result, -np.inf)
+                scores = scores - weight * np.log10(np.maximum(reference, 1e-30))
+    scores = scores - 0.5 * recipe.bytes_weight * math.log10(facts.bytes_per_rank)
+    return np.where(facts.sigma > 0, scores, -np.inf)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Selection:
-    """The outcome of a recipe for a whole file."""
-
-    kept: tuple[tuple[int, ...], ...]  # per layer the kept dimensions, best first; () = removed
-    widths: tuple[int, ...]  # per layer the rank to write: len(kept), or more with `uniform`
-    threshold: float | None  # lowest kept score; None if no score decided, or everything was kept
-
-
-def select(
-    recipe: Recipe, layers: Sequence[LayerFacts], file_size: Callable[[Sequence[int], float | None], int]
-) -> Selection:
-    """Apply a recipe to all layers of a file.
-
-    `file_size(widths, threshold)` is the exact size in bytes of the file with these ranks. It is asked only
-    by `size=`. Raises RecipeError if `size=` is smaller than the parts of the file that cannot shrink.
-    """
+def quantiles(recipe: Recipe, layers: Sequence[LayerFacts]) -> dict[float, float]:
+    """Quantiles .01 to .99 of all finite scores, to choose a threshold by."""
     import numpy as np
 
-    scores = [score(recipe, facts) for facts in layers]
-    # Best first; stable, so that equal scores keep the order of σ. A `subspace` score need not fall with σ.
-    orders = [np.argsort(-values, kind="stable") for values in scores]
-    threshold: float | None = None
-    if recipe.select == "size":
-        counts, threshold = _fit(recipe, layers, scores, file_size)
-    elif recipe.select == "energy" and recipe.calibrated:
-        counts, threshold = _by_energy_of_file(recipe, layers, scores)
-    elif recipe.select == "thr":
-        threshold = recipe.value
-        counts = [int((values >= threshold).sum()) for values in scores]
-    else:
-        counts = [_PER_LAYER[recipe.select](recipe, facts) for facts in layers]
-        orders = [np.arange(len(values)) for values in scores]
-    return _selection(recipe, layers, orders, counts, threshold)
-
-
-def _selection(
-    recipe: Recipe,
-    layers: Sequence[LayerFacts],
-    orders: Sequence[Indices],
-    counts: Sequence[int],
-    threshold: float | None,
-) -> Selection:
-    counts = _adjusted(recipe, layers, counts)
-    kept = tuple(tuple(order[:count].tolist()) for order, count in zip(orders, counts, strict=True))
-    return Selection(kept, tuple(_widths(recipe, counts)), threshold)
+    scores = _joined([score(recipe, facts) for facts in layers])
+    scores = scores[np.isfinite(scores)]
+    shares = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+    return {share: float(np.quantile(scores, share)) for share in shares} if len(scores) else {}
 
 
 def caps(recipe: Recipe, facts: LayerFacts, kept: Sequence[int]) -> Values | None:
@@ -102,130 +82,84 @@ def caps(recipe: Recipe, facts: LayerFacts, kept: Sequence[int]) -> Values | Non
     return factors if (factors < 1).any() else None
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Member:
-    """One of several files that are written under one budget."""
-
-    layers: Sequence[LayerFacts]
-    file_size: Callable[[Sequence[int], float | None], int]  # as of `select`
-    weight: float = 1.0  # how strongly it is used beside the others; not 0
+# --- one file -----------------------------------------------------------------------------------
 
 
-def select_together(recipe: Recipe, members: Sequence[Member]) -> list[Selection]:
-    """Apply a recipe with `size=` to several files, whose sizes add up to no more than that.
+def select(recipe: Recipe, layers: Sequence[LayerFacts], file_size: FileSize) -> Selection:
+    """Apply a recipe to all layers of a file.
 
-    All dimensions of all files compete by their scores, those of a file moved by log10 of its weight. What is kept is
-    what reaches one threshold, the lowest that fits, so that equal dimensions are kept or dropped together and the
-    order of the files does not matter. Raises RecipeError if the parts that cannot shrink are larger than the budget.
+    `file_size` is asked only by `size=`. Raises RecipeError if `size=` is smaller than the parts of the file that
+    cannot shrink.
     """
     import numpy as np
 
-    scores = [[score(recipe, facts) + math.log10(abs(member.weight)) for facts in member.layers] for member in members]
-    flat = np.concatenate([np.empty(0), *(values for each in scores for values in each)])
-    levels = np.unique(flat[np.isfinite(flat)])[::-1]
-    limit = int(recipe.value * 2**20)
-
-    def counts(place: int, taken: int) -> list[int]:
-        lowest = levels[taken - 1] if taken else math.inf
-        return [int((values >= lowest).sum()) for values in scores[place]]
-
-    def threshold(taken: int) -> float | None:
-        return float(levels[taken - 1]) if 0 < taken < len(levels) else None
-
-    def size(taken: int) -> int:
-        return sum(
-            member.file_size(_widths(recipe, _adjusted(recipe, member.layers, counts(place, taken))), threshold(taken))
-            for place, member in enumerate(members)
-        )
-
-    if size(0) > limit:
-        raise RecipeError(
-            f"recipe '{recipe}': the parts of these {len(members)} files that cannot shrink need "
-            f"{_smallest_size(size(0))} MiB together; the smallest possible is size={_smallest_size(size(0))}."
-        )
-    taken = _most(len(levels), limit, size)
-    orders = [[np.argsort(-values, kind="stable") for values in each] for each in scores]
-    return [
-        _selection(recipe, member.layers, orders[place], counts(place, taken), threshold(taken))
-        for place, member in enumerate(members)
-    ]
+    scores = [score(recipe, facts) for facts in layers]
+    orders = _best_first(scores)
+    threshold: float | None = None
+    if recipe.select == "size":
+        counts, threshold = _by_size(recipe, layers, scores, file_size)
+    elif recipe.select == "energy" and recipe.calibrated:
+        counts, threshold = _by_energy_of_file(recipe, layers, scores)
+    elif recipe.select == "thr":
+        threshold = recipe.value
+        counts = [int((values >= threshold).sum()) for values in scores]
+    else:
+        counts = [_PER_LAYER[recipe.select](recipe, facts) for facts in layers]
+        orders = [np.arange(len(values)) for values in scores]
+    return _selection(recipe, layers, orders, counts, threshold)
 
 
-def quantiles(recipe: Recipe, layers: Sequence[LayerFacts]) -> dict[float, float]:
-    """Quantiles .01 to .99 of all finite scores, to choose a threshold by."""
-    import numpy as np
-
-    scores = np.concatenate([np.empty(0), *(score(recipe, facts) for facts in layers)])
-    scores = scores[np.isfinite(scores)]
-    places = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-    return {place: float(np.quantile(scores, place)) for place in places} if len(scores) else {}
-
-
-def _fit(
-    recipe: Recipe,
-    layers: Sequence[LayerFacts],
-    scores: Sequence[Values],
-    file_size: Callable[[Sequence[int], float | None], int],
+def _by_size(
+    recipe: Recipe, layers: Sequence[LayerFacts], scores: Sequence[Values], file_size: FileSize
 ) -> tuple[list[int], float | None]:
     """Ranks of the longest run of best dimensions whose file fits into `size=` MiB, and the lowest score in it."""
     import numpy as np
 
-    flat = np.concatenate(scores) if scores else np.empty(0)
-    owner = np.repeat(np.arange(len(scores)), [len(values) for values in scores])
-    order = np.argsort(-flat, kind="stable")
-    order = order[np.isfinite(flat[order])]
-    limit = int(recipe.value * 2**20)
-
-    def counts(taken: int) -> list[int]:
-        return [int(n) for n in np.bincount(owner[order[:taken]], minlength=len(scores))]
+    ranking = _Ranking(scores)
+    finite = int(np.isfinite(ranking.scores).sum())  # these come first
 
     def threshold(taken: int) -> float | None:
-        return float(flat[order[taken - 1]]) if 0 < taken < len(order) else None
+        return float(ranking.scores[taken - 1]) if 0 < taken < finite else None
 
     def size(taken: int) -> int:
-        return file_size(_widths(recipe, _adjusted(recipe, layers, counts(taken))), threshold(taken))
+        return file_size(_widths(recipe, _adjusted(recipe, layers, ranking.counts(taken))), threshold(taken))
 
-    if size(0) > limit:
+    if size(0) > _budget(recipe):
         raise RecipeError(
             f"recipe '{recipe}': the parts of this file that cannot shrink need {size(0) / 2**20:.4f} MiB; "
-            f"the smallest possible is size={_smallest_size(size(0))}."
+            f"the smallest possible is size={_mebibytes(size(0))}."
         )
-    fits = _most(len(order), limit, size)
-    return counts(fits), threshold(fits)
-
-
-def _smallest_size(needed: int) -> str:
-    """MiB for `size=` that are enough for so many bytes."""
-    return f"{math.ceil(needed / 2**20 * 1e4) / 1e4:.10g}"
-
-
-def _most(count: int, limit: int, size: Callable[[int], int]) -> int:
-    """The largest number up to `count` whose size is within the limit; that of 0 is."""
-    fits, too_many = 0, count + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if size(middle) <= limit:
-            fits = middle
-        else:
-            too_many = middle
-    while size(fits) > limit:  # the text of a threshold may be some bytes longer than its neighbour's
-        fits -= 1
-    return fits
+    taken = _most(finite, _budget(recipe), size)
+    return ranking.counts(taken), threshold(taken)
 
 
 def _by_energy_of_file(
     recipe: Recipe, layers: Sequence[LayerFacts], scores: Sequence[Values]
 ) -> tuple[list[int], float | None]:
     """The fewest dimensions of best score that together have this share of the file's energy, and the lowest score."""
-    import numpy as np
+    ranking = _Ranking(scores)
+    energies = _joined([facts.sigma**2 for facts in layers])[ranking.order]
+    taken = _smallest(energies.cumsum(), recipe.value)
+    return ranking.counts(taken), float(ranking.scores[taken - 1]) if taken else None
 
-    flat = np.concatenate([np.empty(0), *scores])
-    squares = np.concatenate([np.empty(0), *(facts.sigma**2 for facts in layers)])
-    owner = np.repeat(np.arange(len(layers)), [len(values) for values in scores])
-    order = np.argsort(-flat, kind="stable")
-    taken = _smallest(squares[order].cumsum(), recipe.value)
-    counts = np.bincount(owner[order[:taken]], minlength=len(layers))
-    return [int(count) for count in counts], float(flat[order[taken - 1]]) if taken else None
+
+class _Ranking:
+    """All dimensions of a file, best first."""
+
+    def __init__(self, scores: Sequence[Values]) -> None:
+        import numpy as np
+
+        joined = _joined(scores)
+        self.order = np.argsort(-joined, kind="stable")
+        self.scores = joined[self.order]
+        self._owners = np.repeat(np.arange(len(scores)), [len(values) for values in scores])[self.order]
+        self._layers = len(scores)
+
+    def counts(self, taken: int) -> list[int]:
+        """How many of the best dimensions belong to each layer."""
+        import numpy as np
+
+        return [int(count) for count in np.bincount(self._owners[:taken], minlength=self._layers)]
 
 
 # .8² is a little above .64; shares that close are equal.
@@ -245,33 +179,118 @@ def _by_energy(facts: LayerFacts, share: float) -> int:
     return _smallest(np.append((facts.sigma**2).cumsum(), facts.total), share)
 
 
-def _by_sum(recipe: Recipe, facts: LayerFacts) -> int:
-    return _smallest(facts.sigma.cumsum(), recipe.value)
-
-
 def _by_rank(recipe: Recipe, facts: LayerFacts) -> int:
-    wanted = recipe.modifiers.get("conv_rank", recipe.value) if facts.kernel else recipe.value
-    return min(int(wanted), facts.rank)
+    rank = recipe.modifiers.get("conv_rank", recipe.value) if facts.kernel else recipe.value
+    return min(int(rank), facts.rank)
 
 
 _PER_LAYER: dict[str, Callable[[Recipe, LayerFacts], int]] = {
     "rank": _by_rank,
     "energy": lambda recipe, facts: _by_energy(facts, recipe.value),
     "sv_fro": lambda recipe, facts: _by_energy(facts, recipe.value**2),
-    "sv_cumulative": _by_sum,
+    "sv_cumulative": lambda recipe, facts: _smallest(facts.sigma.cumsum(), recipe.value),
     "sv_ratio": lambda recipe, facts: int((facts.sigma > facts.sigma[0] / recipe.value).sum()),
 }
+
+
+# --- several files under one budget -------------------------------------------------------------
+
+
+def select_together(recipe: Recipe, members: Sequence[Member]) -> list[Selection]:
+    """Apply a recipe with `size=` to several files, whose sizes add up to no more than that.
+
+    All dimensions of all files compete by their scores plus log10 of the file's weight. Those that reach one threshold
+    are kept, the lowest threshold that fits, so equal dimensions are kept or dropped together and the order of the
+    files does not matter. Raises RecipeError if the parts that cannot shrink are larger than the budget.
+    """
+    import numpy as np
+
+    scores = [[score(recipe, facts) + math.log10(abs(member.weight)) for facts in member.layers] for member in members]
+    joined = _joined([values for layers in scores for values in layers])
+    levels = np.unique(joined[np.isfinite(joined)])[::-1]
+
+    def counts(layers: Sequence[Values], taken: int) -> list[int]:
+        lowest = levels[taken - 1] if taken else math.inf
+        return [int((values >= lowest).sum()) for values in layers]
+
+    def threshold(taken: int) -> float | None:
+        return float(levels[taken - 1]) if 0 < taken < len(levels) else None
+
+    def size(taken: int) -> int:
+        return sum(
+            member.file_size(_widths(recipe, _adjusted(recipe, member.layers, counts(layers, taken))), threshold(taken))
+            for member, layers in zip(members, scores, strict=True)
+        )
+
+    if size(0) > _budget(recipe):
+        raise RecipeError(
+            f"recipe '{recipe}': the parts of these {len(members)} files that cannot shrink need "
+            f"{_mebibytes(size(0))} MiB together; the smallest possible is size={_mebibytes(size(0))}."
+        )
+    taken = _most(len(levels), _budget(recipe), size)
+    return [
+        _selection(recipe, member.layers, _best_first(layers), counts(layers, taken), threshold(taken))
+        for member, layers in zip(members, scores, strict=True)
+    ]
+
+
+# --- what these share ---------------------------------------------------------------------------
+
+
+def _joined(values: Sequence[Values]) -> Values:
+    import numpy as np
+
+    return np.concatenate([np.empty(0), *values])
+
+
+def _best_first(scores: Sequence[Values]) -> list[Indices]:
+    """Per layer the order of its dimensions; stable, so that equal scores keep the order of σ.
+
+    A `subspace` score need not fall with σ.
+    """
+    import numpy as np
+
+    return [np.argsort(-values, kind="stable") for values in scores]
+
+
+def _budget(recipe: Recipe) -> int:
+    return int(recipe.value * 2**20)
+
+
+def _mebibytes(needed: int) -> str:
+    """MiB for `size=` that are enough for so many bytes."""
+    return f"{math.ceil(needed / 2**20 * 1e4) / 1e4:.10g}"
+
+
+def _most(count: int, limit: int, size: Callable[[int], int]) -> int:
+    """The largest number up to `count` whose size is within the limit; size(0) is."""
+    taken = count - bisect_left(range(count, 0, -1), True, key=lambda number: size(number) <= limit)
+    while size(taken) > limit:  # the text of a threshold may be some bytes longer than its neighbour's
+        taken -= 1
+    return taken
+
+
+def _selection(
+    recipe: Recipe,
+    layers: Sequence[LayerFacts],
+    orders: Sequence[Indices],
+    counts: Sequence[int],
+    threshold: float | None,
+) -> Selection:
+    counts = _adjusted(recipe, layers, counts)
+    kept = tuple(tuple(order[:count].tolist()) for order, count in zip(orders, counts, strict=True))
+    return Selection(kept, tuple(_widths(recipe, counts)), threshold)
 
 
 def _adjusted(recipe: Recipe, layers: Sequence[LayerFacts], counts: Sequence[int]) -> list[int]:
     """Kept dimensions after the modifiers; never more than the layer has."""
     low = int(recipe.modifiers.get("min_rank", 0))
     adjusted = [
-        min(rounded_rank(recipe, max(count, low, 0 if facts.removable else 1)), facts.rank)
+        min(recipe.rounded_rank(max(count, low, 0 if facts.removable else 1)), facts.rank)
         for count, facts in zip(counts, layers, strict=True)
     ]
     if recipe.uniform:
-        widest = rounded_rank(recipe, max(adjusted, default=0))
+        widest = recipe.rounded_rank(max(adjusted, default=0))
         adjusted = [min(widest, facts.rank) if count else 0 for count, facts in zip(adjusted, layers, strict=True)]
     return adjusted
 
@@ -279,5 +298,5 @@ def _adjusted(recipe: Recipe, layers: Sequence[LayerFacts], counts: Sequence[int
 def _widths(recipe: Recipe, counts: Sequence[int]) -> list[int]:
     """Ranks to write. Only `uniform` and `pow2` promise ranks that a layer may not have; zeros fill it up to them."""
     widest = max(counts, default=0)
-    wanted = [widest if recipe.uniform and count else count for count in counts]
-    return [rounded_rank(recipe, count) for count in wanted] if recipe.modifiers.get("pow2") else wanted
+    widths = [widest if recipe.uniform and count else count for count in counts]
+    return [recipe.rounded_rank(width) for width in widths] if recipe.modifiers.get("pow2") else widths

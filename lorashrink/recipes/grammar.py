@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorashrink.errors import RecipeError
-from lorashrink.recipes.terms import BYTES, TERMS
+from lorashrink.recipes.terms import BYTES, NORMS, TERMS
 
 DEFAULT = "fro_ckpt=1,thr=-3.55"
 
@@ -17,23 +17,21 @@ DEFAULT = "fro_ckpt=1,thr=-3.55"
 class _Range:
     low: float
     high: float
-    whole: bool = False
+    integer: bool = False
     open_low: bool = False
 
     def __str__(self) -> str:
-        if self.whole:
+        if self.integer:
             return f"a whole number of at least {self.low:g}"
-        if math.isinf(self.high):
-            return (
-                "any number"
-                if math.isinf(self.low)
-                else f"a number {'above' if self.open_low else 'from'} {self.low:g}"
-            )
-        return f"a number above {self.low:g} and up to {self.high:g}"
+        if math.isfinite(self.high):
+            return f"a number above {self.low:g} and up to {self.high:g}"
+        if math.isfinite(self.low):
+            return f"a number {'above' if self.open_low else 'from'} {self.low:g}"
+        return "any number"
 
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
-        return above and value <= self.high and (not self.whole or value == int(value))
+        return above and value <= self.high and (not self.integer or value == int(value))
 
 
 _ANY = _Range(-math.inf, math.inf)
@@ -42,8 +40,9 @@ _POSITIVE = _Range(0, math.inf, open_low=True)
 
 _SHARE = _Range(0, 1, open_low=True)
 
-_COUNT = _Range(1, math.inf, whole=True)
+_COUNT = _Range(1, math.inf, integer=True)
 
+# Selections, which decide how many dimensions are kept -> the numbers that they allow. A recipe has exactly one.
 SELECTIONS: dict[str, _Range] = {
     "thr": _ANY,
     "size": _POSITIVE,
@@ -69,13 +68,12 @@ MODIFIERS: dict[str, _Range] = {
 # Modifiers that limit what is kept by a norm of the base weight -> which norm.
 CAPS = {"clip": "spn", "fro_limit": "fro"}
 
-_WEIGHTS = (*TERMS, BYTES)
-
 _SWITCHES = ("pow2", "uniform")
 
-_BARE = (*_WEIGHTS, *_SWITCHES)  # keys that mean 1 when no number follows
 
-KEYS = (*_WEIGHTS, *SELECTIONS, *MODIFIERS)
+def keys() -> list[str]:
+    """All keys that a recipe may have."""
+    return [*TERMS, BYTES, *SELECTIONS, *MODIFIERS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +88,19 @@ class Recipe:
     @classmethod
     def parse(cls, text: str) -> Recipe:
         """Parse one recipe. Raises RecipeError naming the recipe, the item, and what would be right."""
-        items = dict(_item(text, part) for part in _split(text))
-        selected = [key for key in items if key in SELECTIONS]
-        if len(selected) != 1:
-            found = "has none" if not selected else f"has {' and '.join(selected)}"
-            raise RecipeError(f"recipe '{text}': needs exactly one of {', '.join(SELECTIONS)}; it {found}.")
-        weights = tuple((key, items[key]) for key in _WEIGHTS if key in items)
+        items = _parse_items(text)
+        selections = [key for key in items if key in SELECTIONS]
+        if len(selections) != 1:
+            fault = f"has {' and '.join(selections)}" if selections else "has none"
+            raise RecipeError(f"recipe '{text}': needs exactly one of {', '.join(SELECTIONS)}; it {fault}.")
+        weights = tuple((key, items[key]) for key in (*TERMS, BYTES) if key in items)
         modifiers = {key: items[key] for key in MODIFIERS if key in items}
-        recipe = cls(selected[0], items[selected[0]], weights, modifiers)
+        recipe = cls(selections[0], items[selections[0]], weights, modifiers)
         recipe._check(text)
         return recipe
 
     def _check(self, text: str) -> None:
-        terms = {key: weight for key, weight in self.weights if key in TERMS}
+        terms = self._terms
         if terms and abs(sum(terms.values())) < 1e-12:
             raise RecipeError(f"recipe '{text}': the weights of its score terms sum to 0; change one of them.")
         if len(terms) > 1 and (alone := next((key for key in terms if TERMS[key].alone), None)):
@@ -127,29 +125,35 @@ class Recipe:
             )
 
     @property
+    def _terms(self) -> dict[str, float]:
+        return {key: weight for key, weight in self.weights if key in TERMS}
+
+    @property
+    def bytes_weight(self) -> float:
+        """The weight of `bytes`, 0 without it."""
+        return dict(self.weights).get(BYTES, 0.0)
+
+    @property
     def normalised(self) -> dict[str, float]:
         """Weights of the score terms, divided by their sum; `bytes` is not among them."""
-        terms = {key: weight for key, weight in self.weights if key in TERMS}
+        terms = self._terms
         total = sum(terms.values())
         return {key: weight / total for key, weight in terms.items()}
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be looked up for the score: "layer", "norms", "weight" or "calibration"."""
+        """The `Term.needs` of all score terms with a weight."""
         return frozenset(TERMS[key].needs for key, weight in self.normalised.items() if weight)
 
     @property
     def base_norms(self) -> frozenset[str]:
         """Which norms of the base weights the recipe uses: "fro", "spn"."""
-        scored = {
-            key.partition("_")[0] for key, weight in self.normalised.items() if weight and TERMS[key].needs == "norms"
-        }
-        return frozenset(scored.union(CAPS[key] for key in self.caps))
+        return (self.needs & NORMS).union(CAPS[key] for key in self.caps)
 
     @property
     def judges_by_base(self) -> bool:
         """Whether a layer without a base weight has no score."""
-        return bool(self.needs & {"norms", "weight"})
+        return bool(self.needs & {*NORMS, "weight"})
 
     @property
     def needs_base(self) -> bool:
@@ -163,7 +167,7 @@ class Recipe:
 
     @property
     def calibrated(self) -> bool:
-        """Whether dimensions are those of calibration statistics, and not of ΔW alone."""
+        """Whether the singular values are calibrated by statistics."""
         return "calibration" in self.needs
 
     @property
@@ -182,35 +186,55 @@ class Recipe:
         if self.select == "sv_cumulative":  # the one selection that asks for every σ
             return None
         ranks = [self.value, self.modifiers.get("conv_rank", 0)] if self.select == "rank" else [math.inf]
-        most = min(max(ranks, default=0), self.modifiers.get("max_rank", math.inf))
+        most = min(max(ranks), self.modifiers.get("max_rank", math.inf))
         if math.isinf(most):
             return None
-        return rounded_rank(self, int(max(most, self.modifiers.get("min_rank", 0))))
+        return self.rounded_rank(int(max(most, self.modifiers.get("min_rank", 0))))
+
+    def rounded_rank(self, count: int) -> int:
+        """`count` rounded up to a multiple or power of two, or down where it would pass `max_rank`."""
+        high = self.modifiers.get("max_rank", math.inf)
+        if self.modifiers.get("pow2"):
+            power = 1 << (count - 1).bit_length() if count else 0
+            return power if power <= high else 1 << (int(high).bit_length() - 1)
+        multiple = int(self.modifiers.get("multiple", 1))
+        count = -(-count // multiple) * multiple
+        return count if count <= high else int(high) // multiple * multiple
 
     def __str__(self) -> str:
         items = [*self.weights, (self.select, self.value), *self.modifiers.items()]
-        return ",".join(f"{key}={_number(value)}" for key, value in items)
+        return ",".join(f"{key}={_shortest(value)}" for key, value in items)
 
     def file_items(self) -> str:
         """The recipe as a part of a file name: `frockpt1_th-3.55`."""
-        named = {**self.normalised, **{key: weight for key, weight in self.weights if key not in TERMS}}
-        parts = sorted(f"{key.replace('_', '')}{_short(weight)}" for key, weight in named.items() if weight)
-        modifiers = {
-            key: value
-            for key, value in self.modifiers.items()
-            if key != "rescale" and not (key in _SWITCHES and not value)
-        }
-        # A limit is a small number, of which two decimals would not tell much.
-        texts = {key: f"{value:g}" if key in CAPS else _short(value) for key, value in modifiers.items()}
-        parts += [f"{key.replace('_', '')}{text}" for key, text in sorted(texts.items())]
+        weights = {**self.normalised, BYTES: self.bytes_weight}
+        items = sorted(_file_item(key, _two_decimals(weight)) for key, weight in weights.items() if weight)
+        for key, value in sorted(self.modifiers.items()):
+            if key in CAPS:  # a small number, of which two decimals would not tell much
+                items.append(_file_item(key, f"{value:g}"))
+            elif key != "rescale" and (value or key not in _SWITCHES):
+                items.append(_file_item(key, _two_decimals(value)))
         if self.rescale != 1:
-            parts.append(f"scale{_short(self.rescale)}")
-        parts.append(f"{'th' if self.select == 'thr' else self.select.replace('_', '')}{_short(self.value)}")
-        return "_".join(parts)
+            items.append(_file_item("scale", _two_decimals(self.rescale)))
+        items.append(_file_item("th" if self.select == "thr" else self.select, _two_decimals(self.value)))
+        return "_".join(items)
 
 
-def parse_recipes(texts: Sequence[str]) -> list[Recipe]:
+def _shortest(value: float) -> str:
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
+
+
+def _file_item(key: str, number: str) -> str:
+    return f"{key.replace('_', '')}{number}"
+
+
+def _two_decimals(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def parse_recipes(texts: str | Sequence[str]) -> list[Recipe]:
     """Parse recipes, each text holding one or, separated by `:`, several. Raises RecipeError."""
+    texts = [texts] if isinstance(texts, str) else texts
     recipes = [Recipe.parse(part) for text in texts for part in text.split(":")]
     for number, recipe in enumerate(recipes):
         if recipe in recipes[:number]:
@@ -218,49 +242,31 @@ def parse_recipes(texts: Sequence[str]) -> list[Recipe]:
     return recipes
 
 
-def _split(text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
+def _parse_items(text: str) -> dict[str, float]:
+    """Key -> number of every item of a recipe."""
+    items = [[piece.strip() for piece in item.partition("=")] for item in text.split(",")]
+    if not all(any(pieces) for pieces in items):
         raise RecipeError(f"recipe '{text}': an item is empty. Example: {DEFAULT}")
-    keys = [part.partition("=")[0].strip() for part in parts]
-    for key in keys:
-        if keys.count(key) > 1:
+    names = [key for key, _, _ in items]
+    for key in names:
+        if names.count(key) > 1:
             raise RecipeError(f"recipe '{text}': {key} is given twice.")
-    return parts
+    return {key: _item_value(text, key, equals, number) for key, equals, number in items}
 
 
-def _item(text: str, part: str) -> tuple[str, float]:
-    key, equals, number = (piece.strip() for piece in part.partition("="))
-    if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, 1)
-        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(KEYS)}."
+def _item_value(text: str, key: str, equals: str, number: str) -> float:
+    """The number of one item: 1 for `bytes` or `uniform` without one."""
+    if key not in keys():
+        near = difflib.get_close_matches(key, keys(), 1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(keys())}."
         raise RecipeError(f"recipe '{text}': unknown key '{key}'. {hint}")
     allowed = SELECTIONS.get(key) or MODIFIERS.get(key, _ANY)
-    if not equals and key in _BARE:
-        return key, 1.0
+    if not equals and (key in TERMS or key == BYTES or key in _SWITCHES):
+        return 1.0
     try:
         value = float(number)
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value not in allowed:
         raise RecipeError(f"recipe '{text}': {key}= needs {allowed}, not '{number}'.")
-    return key, value
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
-
-
-def _short(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")
-
-
-def rounded_rank(recipe: Recipe, count: int) -> int:
-    """`count` rounded up to a multiple or power of two, or down where it would pass `max_rank`."""
-    high = recipe.modifiers.get("max_rank", math.inf)
-    if recipe.modifiers.get("pow2"):
-        power = 1 << (count - 1).bit_length() if count else 0
-        return power if power <= high else 1 << (int(high).bit_length() - 1)
-    multiple = int(recipe.modifiers.get("multiple", 1))
-    count = -(-count // multiple) * multiple
-    return count if count <= high else int(high) // multiple * multiple
+    return value

@@ -1,4 +1,4 @@
-"""Score terms and recipe keys, one table row each."""
+"""The score terms of recipes, one table row each, and what they may know about a layer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-if TYPE_CHECKING:
     Values = np.ndarray[tuple[int], np.dtype[np.float64]]
     Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LayerFacts:
-    """What a recipe may know about one layer."""
+    """The facts about one layer that scores and selections use."""
 
     sigma: Values  # [r] float64, largest first, 0 past the numerical rank
     numbers: int  # out + in·kh·kw: numbers stored per rank
@@ -28,7 +27,7 @@ class LayerFacts:
     base_spn: float | None = None
     base_alignment: Values | None = None  # [r], |u_iᵀ·W·v_i|
     tail: float = 0.0  # Σσ² of dimensions that were not computed, because no recipe can keep them
-    whole: float | None = None  # sqrt(Σσ²) over the whole file, of σ that are comparable across layers: calibrated ones
+    file_norm: float | None = None  # sqrt(Σσ²) over the file, of calibrated σ, which are comparable across layers
 
     @property
     def total(self) -> float:
@@ -41,33 +40,37 @@ class LayerFacts:
         return int((self.sigma > 0).sum())
 
     def base_norm(self, name: str) -> float | None:
-        """A norm of the base weight, "fro" or "spn"."""
+        """A norm of the base weight, "fro" or "spn"; None without a base weight."""
         return {"fro": self.base_fro, "spn": self.base_spn}[name]
+
+
+# Norms of a base weight: Frobenius and spectral.
+NORMS = frozenset({"fro", "spn"})
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A reference that σ is divided by. `needs`: "layer", "norms", "weight" or "calibration"."""
+    """A reference that σ is divided by.
+
+    needs: what must be looked up for it: "layer", "fro" or "spn" (norms of the base weight), "weight" or "calibration".
+    `reference` is asked only where that was found.
+    """
 
     needs: str
-    reference: Callable[[LayerFacts], float | Values]
+    reference: Callable[[LayerFacts], float | Values | None]
     of_adapter: bool = False  # a norm of the adapter itself, which moves with `rescale`
     alone: bool = False  # stands beside no other term
 
 
-def _known(value: float | Values | None) -> float | Values:
-    assert value is not None, "the caller looks up what Recipe.needs names"
-    return value
-
-
 TERMS: dict[str, Term] = {
-    "spn_lora": Term("layer", lambda f: float(f.sigma[0]), True),
-    "spn_ckpt": Term("norms", lambda f: _known(f.base_spn)),
-    "fro_lora": Term("layer", lambda f: math.sqrt(f.total), True),
-    "fro_ckpt": Term("norms", lambda f: _known(f.base_fro)),
-    "subspace": Term("weight", lambda f: _known(f.base_alignment)),
-    "params": Term("layer", lambda f: float(f.numbers)),
-    "calib": Term("calibration", lambda f: _known(f.whole), True, alone=True),
+    "spn_lora": Term("layer", lambda facts: float(facts.sigma[0]), of_adapter=True),
+    "spn_ckpt": Term("spn", lambda facts: facts.base_spn),
+    "fro_lora": Term("layer", lambda facts: math.sqrt(facts.total), of_adapter=True),
+    "fro_ckpt": Term("fro", lambda facts: facts.base_fro),
+    "subspace": Term("weight", lambda facts: facts.base_alignment),
+    "params": Term("layer", lambda facts: float(facts.numbers)),
+    "calib": Term("calibration", lambda facts: facts.file_norm, of_adapter=True, alone=True),
 }
 
+# Not a term: its weight is not normalised, and it divides by the square root of the bytes of one rank.
 BYTES = "bytes"

@@ -1,7 +1,7 @@
 """`resize` on a Ray cluster: each adapter is a task for any process of any machine.
 
-Tasks, and not actors: those of a machine that is lost are done again elsewhere, and machines that join get work. A
-process keeps its base open from one task to the next. Results, the journal and progress are the driver's.
+Adapters are tasks, not actors: Ray repeats tasks of a lost machine elsewhere and gives tasks to machines that join. A
+process keeps its base open from one task to the next. The driver keeps results, journal and progress.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from lorashrink.adapters import peft
-from lorashrink.errors import InputError, LorashrinkError, Progress, UsageError
+from lorashrink.errors import LorashrinkError, Progress, UsageError
 from lorashrink.files.disk import write_bytes
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import Failure, Report
 from lorashrink.shrinking.journal import Stamp, stamps
-from lorashrink.shrinking.ledger import Done, Ledger, Targets
-from lorashrink.shrinking.outputs import shown
-from lorashrink.shrinking.pipeline import run
-from lorashrink.shrinking.request import How, Job, prepare
-from lorashrink.shrinking.reuse import already_there
+from lorashrink.shrinking.ledger import Done, Ledger, OnResult
+from lorashrink.shrinking.options import ResizeKeywords, ResizeOptions
+from lorashrink.shrinking.outputs import shown, source_files
+from lorashrink.shrinking.pipeline import failure_of, shrink_each
+from lorashrink.shrinking.request import Job, prepare
+from lorashrink.shrinking.reuse import existing_results
 from lorashrink.shrinking.run import clear, report
-from lorashrink.shrinking.session import Each, Session, open_session
+from lorashrink.shrinking.session import Session, open_session
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -56,10 +56,9 @@ def resize(
     address: str = "local",
     transfer: bool = False,
     gpus_per_task: float = 0.0,
-    jobs: int | None = None,
-    each: Each | None = None,
+    each: OnResult | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[ResizeKeywords],
 ) -> Report:
     """The same as `lorashrink.resize`, with the work done by a Ray cluster; `options` are the other arguments of that.
 
@@ -72,35 +71,33 @@ def resize(
     """
     if options.get("stack"):
         raise UsageError("--stack: is not for --ray, because what becomes of each adapter depends on all others.")
-    ray = _ray()
-    job = prepare(adapters, **options)
-    how = replace(job.how, device="cpu" if job.how.device == "auto" and not gpus_per_task else job.how.device)
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("Ray is not installed; it comes with: pip install 'lorashrink[ray]'") from None
+    job = prepare(adapters, ResizeOptions(**options))
+    device = "cpu" if job.options.device == "auto" and not gpus_per_task else job.options.device
+    task = replace(job, options=replace(job.options, device=device, jobs=job.options.jobs or 1))
     with (
-        open_session(replace(job.how, device="cpu"), jobs=1) as session,
-        Ledger(job.targets, journal=job.journal, each=each, progress=progress) as ledger,
+        open_session(replace(job, options=replace(job.options, device="cpu", jobs=1))) as session,
+        Ledger(job.targets, journal=job.journal, on_result=each, progress=progress) as ledger,
     ):
         clear(job)
         try:
             # Ray prints about lost processes, and what is printed belongs to the caller.
             with contextlib.redirect_stdout(sys.stderr), _connected(ray, address):
-                _Driver(ray, job, how, session, ledger, transfer, jobs or 1, gpus_per_task).run()
+                _Driver(ray, task, session, ledger, transfer, gpus_per_task).run()
         finally:
             clear(job)  # of processes that were lost
         return report(job, session, ledger)
 
 
-def _ray() -> ModuleType:
-    try:
-        import ray
-    except ImportError:
-        raise UsageError("Ray is not installed; it comes with: pip install 'lorashrink[ray]'") from None
-    module: ModuleType = ray
-    return module
-
-
 @contextlib.contextmanager
 def _connected(ray: ModuleType, address: str) -> Iterator[None]:
-    """A connection to the cluster, and a cluster on this machine if it is to be "local". One that is there stays."""
+    """A connection to the cluster, and a cluster on this machine if it is to be "local".
+
+    A connection that is open already is used, and stays open.
+    """
     if ray.is_initialized():
         yield
         return
@@ -144,31 +141,35 @@ class _Driver:
 
     ray: ModuleType
     job: Job
-    how: How
     session: Session
     ledger: Ledger
     transfer: bool
-    cpus: int
     gpus: float
 
     def run(self) -> None:
-        tables = _tables(self.how) if self.transfer else {}
-        key = uuid.uuid4().hex
-        how = self.ray.put((self.how, tables))
-        task = self.ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=_TRIES)(_shrink)
+        tables: dict[Path, bytes] = {}
+        if self.transfer:  # norm tables are small enough to be sent
+            bases = [Path(self.job.options.base)] if self.job.options.base is not None else self.job.bases.values()
+            paths = [path for path in bases if path.suffix == ".json" and ".index." not in path.name]
+            tables = {path: path.read_bytes() for path in paths}
+        shared = self.ray.put((replace(self.job, targets={}), tables))
+        run_id, cpus = uuid.uuid4().hex, self.job.options.jobs
+        task = self.ray.remote(num_cpus=cpus, num_gpus=self.gpus, max_retries=_TRIES)(_shrink)
         waiting: dict[Any, _Waiting] = {}
         try:
-            for source, outputs, there in self._wanted():
+            for source, outputs, existing in self._to_do():
                 while len(waiting) >= self._room():
                     self._take(waiting)
-                before = stamps(_files_of(source)) if self.transfer else None
+                files = source_files(source) if self.transfer else []
+                before = stamps(files) if self.transfer else None
                 try:
-                    sent = _contents(source) if self.transfer else None
-                except LorashrinkError as error:
-                    self.ledger.add(Done(source, Failure(str(source), str(error))))
+                    contents = {path.name: path.read_bytes() for path in files}
+                except OSError as error:
+                    reason = f"{source}: cannot be read ({error.strerror or error})."
+                    self.ledger.add(Done(source, Failure(str(source), reason)))
                     continue
                 self.ledger.start(source, outputs)
-                waiting[task.remote(key, how, self.cpus, source, outputs, sent)] = (source, there, before)
+                waiting[task.remote(run_id, shared, source, outputs, contents)] = (source, existing, before)
             while waiting:
                 self._take(waiting)
         finally:
@@ -176,62 +177,43 @@ class _Driver:
                 self.ray.cancel(reference, force=True)
 
     def _room(self) -> int:
+        """How many tasks may wait at a time."""
         cpus = int(self.ray.cluster_resources().get("CPU", 1))
-        return max(1, cpus // self.cpus) * (_QUEUE_WITH_FILES if self.transfer else _QUEUE)
+        assert self.job.options.jobs
+        return max(1, cpus // self.job.options.jobs) * (_QUEUE_WITH_FILES if self.transfer else _QUEUE)
 
-    def _wanted(self) -> Iterator[tuple[Path, Mapping[Path, Recipe], Done | None]]:
-        """(source, outputs to make, what is known of its other ones); the ledger gets those with nothing to make."""
+    def _to_do(self) -> Iterator[tuple[Path, Mapping[Path, Recipe], Done | None]]:
+        """(source, outputs to make, results of its other ones); the ledger gets those with nothing to make."""
         for source, outputs in self.job.targets.items():
             try:
-                skip = self.how.skip_existing
-                there = already_there(source, outputs, self.session, self.ledger) if skip else None
+                skip = self.job.options.skip_existing
+                existing = existing_results(source, outputs, self.session, self.ledger) if skip else None
             except LorashrinkError as error:
-                self.ledger.add(Done(source, Failure(str(source), str(error))))
+                self.ledger.add(failure_of(source, error))
                 continue
-            known = {result.output for result in there.results} if there else set()
-            rest = {path: recipe for path, recipe in outputs.items() if str(shown(path)) not in known}
+            skipped = {result.output for result in existing.results} if existing else set()
+            rest = {path: recipe for path, recipe in outputs.items() if str(shown(path)) not in skipped}
             if rest:
-                yield source, rest, there
-            elif there:
-                self.ledger.add(there)
+                yield source, rest, existing
+            elif existing:
+                self.ledger.add(existing)
 
     def _take(self, waiting: dict[Any, _Waiting]) -> None:
         """Wait for one task, and write down what became of it."""
         (reference,), _ = self.ray.wait(list(waiting), num_returns=1)
-        source, there, before = waiting.pop(reference)
+        source, existing, before = waiting.pop(reference)
         try:
-            done, made = self.ray.get(reference)
-            for path, contents in made.items():
-                _write(path, contents)
+            done, outputs = self.ray.get(reference)
+            for path, contents in outputs.items():
+                # The file that an output is known by comes last.
+                for name in sorted(contents, key=lambda name: name == path.name):
+                    write_bytes(path.parent / name, contents[name])
         except LorashrinkError as error:
-            done = Done(source, Failure(str(source), str(error)))
+            done = failure_of(source, error)
         except self.ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
             done = Done(source, Failure(str(source), f"{source}: the cluster could not do it ({reason})."))
-        self.ledger.add(done.joined(there, before))
-
-
-def _tables(how: How) -> dict[Path, bytes]:
-    """The norm tables among the bases, which are small enough to be sent."""
-    paths = [Path(how.base)] if how.base is not None else list(how.bases.values())
-    return {path: path.read_bytes() for path in paths if path.suffix == ".json" and ".index." not in path.name}
-
-
-def _files_of(source: Path) -> list[Path]:
-    return [peft.weights_in(source), source / peft.CONFIG_FILE] if peft.is_folder(source) else [source]
-
-
-def _contents(source: Path) -> dict[str, bytes]:
-    try:
-        return {path.name: path.read_bytes() for path in _files_of(source)}
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror or error}).") from error
-
-
-def _write(path: Path, contents: Files) -> None:
-    """The files of one output, the one that it is known by last."""
-    for name in sorted(contents, key=lambda name: name == path.name):
-        write_bytes(path.parent / name, contents[name])
+        self.ledger.add(done.joined(existing, before))
 
 
 # --- a process of the cluster -------------------------------------------------------------------
@@ -240,81 +222,78 @@ _open: dict[str, tuple[Session, ExitStack]] = {}
 
 
 def _shrink(
-    key: str,
-    shared: tuple[How, Mapping[Path, bytes]],
-    jobs: int,
+    run_id: str,
+    shared: tuple[Job, Mapping[Path, bytes]],
     source: Path,
     outputs: Mapping[Path, Recipe],
-    sent: Files | None,
+    contents: Files,
 ) -> tuple[Done, dict[Path, Files]]:
     """(what became of one adapter, its outputs if they are to be sent back). A task may be done more than once."""
-    session = _session(key, shared, jobs)
+    session = _session(run_id, shared)
     try:
-        if sent is None:
+        if not contents:
             return _carried_out(source, outputs, session), {}
         with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
-            return _shrink_copy(Path(folder), source, outputs, sent, session)
+            return _shrink_copy(Path(folder), source, outputs, contents, session)
     except BaseException:
-        _open.pop(key)[1].close()  # its threads may have been stopped
+        _open.pop(run_id)[1].close()  # its threads may have been stopped
         raise
 
 
-def _session(key: str, shared: tuple[How, Mapping[Path, bytes]], jobs: int) -> Session:
+def _session(run_id: str, shared: tuple[Job, Mapping[Path, bytes]]) -> Session:
     """The session that this process has open for a run."""
-    if key not in _open:
+    if run_id not in _open:
         for _, stack in _open.values():
             stack.close()
         _open.clear()
-        how, tables = shared
+        job, tables = shared
+        job = replace(job, options=replace(job.options, skip_existing=False))
         with ExitStack() as stack:
             if tables:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorashrink-")))
-                how = _with_tables(how, tables, folder)
-            _open[key] = (
-                stack.enter_context(open_session(replace(how, skip_existing=False), jobs=jobs)),
-                stack.pop_all(),
-            )
-    return _open[key][0]
+                job = _with_tables(job, tables, folder)
+            _open[run_id] = (stack.enter_context(open_session(job)), stack.pop_all())
+    return _open[run_id][0]
 
 
-def _with_tables(how: How, tables: Mapping[Path, bytes], folder: Path) -> How:
-    places = {}
-    for number, (path, data) in enumerate(tables.items()):
-        places[path] = folder / f"{number}.json"
-        places[path].write_bytes(data)
-    base = None if how.base is None else places.get(Path(how.base), Path(how.base))
-    return replace(how, base=base, bases={family: places.get(path, path) for family, path in how.bases.items()})
+def _with_tables(job: Job, tables: Mapping[Path, bytes], folder: Path) -> Job:
+    """The job with copies of these norm tables in a folder of this machine."""
+    copies = {path: folder / f"{number}.json" for number, path in enumerate(tables)}
+    for path, copy in copies.items():
+        copy.write_bytes(tables[path])
+    base = job.options.base
+    options = job.options if base is None else replace(job.options, base=copies.get(Path(base), Path(base)))
+    bases = {family: copies.get(path, path) for family, path in job.bases.items()}
+    return replace(job, options=options, bases=bases)
 
 
 class _Box(Ledger):
     """Keeps what the driver's ledger is to get."""
 
-    done: Done | None = None
+    done: Done
 
     def add(self, done: Done) -> None:
         self.done = done
 
 
 def _carried_out(source: Path, outputs: Mapping[Path, Recipe], session: Session) -> Done:
-    targets: Targets = {source: outputs}
-    box = _Box(targets)
-    run(targets, session, box)
-    assert box.done, "a run tells what becomes of each source"
+    box = _Box({source: outputs})
+    shrink_each({source: outputs}, session, box)
     return box.done
 
 
 def _shrink_copy(
-    folder: Path, source: Path, outputs: Mapping[Path, Recipe], sent: Files, session: Session
+    folder: Path, source: Path, outputs: Mapping[Path, Recipe], contents: Files, session: Session
 ) -> tuple[Done, dict[Path, Files]]:
-    """The same with files in a folder of this machine, told by their own names."""
-    here = folder / source.name
-    for name, data in sent.items():
-        write_bytes(here if len(sent) == 1 else here / name, data)
-    places = {folder / str(number) / path.parent.name / path.name: path for number, path in enumerate(outputs)}
-    done = _carried_out(here, {place: outputs[path] for place, path in places.items()}, session)
-    made: dict[Path, Files] = {
-        path: {each.name: each.read_bytes() for each in place.parent.iterdir()}
-        for place, path in places.items()
-        if place.exists()
+    """The same with files in a folder of this machine, and their own names in the outcome."""
+    local = folder / source.name
+    for name, data in contents.items():
+        write_bytes(local if len(contents) == 1 else local / name, data)
+    copies = {folder / str(number) / path.parent.name / path.name: path for number, path in enumerate(outputs)}
+    done = _carried_out(local, {copy: outputs[path] for copy, path in copies.items()}, session)
+    written: dict[Path, Files] = {
+        path: {file.name: file.read_bytes() for file in copy.parent.iterdir()}
+        for copy, path in copies.items()
+        if copy.exists()
     }
-    return done.moved(source, places), made
+    return done.moved(source, copies), written

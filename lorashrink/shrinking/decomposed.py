@@ -38,13 +38,15 @@ class Decomposed:
     def __post_init__(self) -> None:
         for layer, spectrum in zip(self.adapter.layers, self.spectra, strict=True):
             if not spectrum.finite:
+                keys = [key for role, key in {**layer.keys, **layer.common}.items() if role != "alpha"]
+                damaged = (f" (in {key})" for key in keys if not torch.isfinite(layer.store.read(key).float()).all())
                 raise NonFinite(
-                    f"{self.adapter.path}: layer {layer.name} contains NaN or infinity{_culprit(layer)}. "
+                    f"{self.adapter.path}: layer {layer.name} contains NaN or infinity{next(damaged, '')}. "
                     "The training diverged, or the file is damaged; use an earlier checkpoint."
                 )
 
     def facts(self, index: int, dtype: str) -> LayerFacts:
-        """What a recipe may know about a layer that is written in this dtype of the format."""
+        """The facts about a layer for scores; `dtype` is the dtype of the format that it will have."""
         layer, views, aligned = self.adapter.layers[index], self.views[index], self.alignments[index]
         norms = self.norms.get(views_id(views), {}) if views else {}
         numbers = layer.shape[0] + fan_in(layer.shape)
@@ -58,27 +60,20 @@ class Decomposed:
             base_spn=norms.get("spn"),
             base_alignment=None if aligned is None else aligned.abs().numpy(),
             tail=self.spectra[index].tail,
-            whole=self._whole,
+            file_norm=self._file_norm,
         )
 
     @cached_property
-    def _whole(self) -> float | None:
+    def _file_norm(self) -> float | None:
         if not self.calibrated:
             return None
-        known = zip(self.spectra, self.calibrated, strict=True)
-        return math.sqrt(sum(float((spectrum.sigma**2).sum()) for spectrum, calibrated in known if calibrated))
+        pairs = zip(self.spectra, self.calibrated, strict=True)
+        return math.sqrt(sum(float((spectrum.sigma**2).sum()) for spectrum, calibrated in pairs if calibrated))
 
 
 def more_than_delta(layer: Layer) -> bool:
     """Whether the layer would change the model even with a ΔW of zero."""
     return bool({"magnitude", "bias"} & layer.keys.keys())
-
-
-def _culprit(layer: Layer) -> str:
-    for role, key in {**layer.keys, **layer.common}.items():
-        if role != "alpha" and not torch.isfinite(layer.store.read(key).float()).all():
-            return f" (in {key})"
-    return ""
 
 
 def aligned(

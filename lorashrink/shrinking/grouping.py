@@ -20,37 +20,37 @@ def read_table(path: str | Path) -> dict[str, Path]:
 
     Raises UsageError if it cannot be read, is no such table, or names a family that does not exist.
     """
-    place = Path(path)
+    file = Path(path)
     try:
-        text = place.read_text(encoding="utf-8")
-        table = json.loads(text) if place.suffix == ".json" else tomllib.loads(text)
+        text = file.read_text(encoding="utf-8")
+        table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
-        raise UsageError(f"{place}: cannot be read ({error.strerror or error}).") from error
+        raise UsageError(f"{file}: cannot be read ({error.strerror or error}).") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"{place}: neither TOML nor JSON ({error}). Write lines such as sdxl = 'model.safetensors'."
+            f"{file}: neither TOML nor JSON ({error}). Write lines such as sdxl = 'model.safetensors'."
         ) from error
     if not isinstance(table, dict) or not table or not all(isinstance(base, str) for base in table.values()):
-        raise UsageError(f"{place}: not a table of bases. Write lines such as sdxl = 'model.safetensors'.")
-    known = {family.name for family in FAMILIES}
-    if unknown := sorted(table.keys() - known):
-        raise UsageError(f"{place}: '{unknown[0]}' is no family of models; known are {', '.join(sorted(known))}.")
-    return {family: place.parent / base for family, base in table.items()}
+        raise UsageError(f"{file}: not a table of bases. Write lines such as sdxl = 'model.safetensors'.")
+    names = {family.name for family in FAMILIES}
+    if unknown := sorted(table.keys() - names):
+        raise UsageError(f"{file}: '{unknown[0]}' is no family of models; known are {', '.join(sorted(names))}.")
+    return {family: file.parent / base for family, base in table.items()}
 
 
 def family_in(path: Path) -> str | None:
-    """The family of models that an adapter file is for, by its layers or else its metadata; None if neither tells.
+    """The family of models that an adapter file is for, by its layers or else its metadata; None if both are silent.
 
     Reads headers only. Raises InputError as `open_adapter`.
     """
     with open_adapter(path) as adapter:
         trained_on = adapter.store.metadata.get("ss_base_model_version", "")
-        told = (family for start, family in _TRAINED_ON.items() if trained_on.startswith(start))
-        return adapter_family(adapter) or next(told, None)
+        by_metadata = (family for start, family in _TRAINED_ON.items() if trained_on.startswith(start))
+        return adapter_family(adapter) or next(by_metadata, None)
 
 
 def base_for(path: Path, bases: Mapping[str, Path]) -> Path:
-    """The base of an adapter from a table of them. Raises InputError if the table has none, or nobody can tell."""
+    """The adapter's base in a table of bases. Raises InputError if its family is unknown or not in the table."""
     family = family_in(path)
     if family is None:
         raise InputError(

@@ -1,7 +1,7 @@
-"""What became of each output of a run, kept in a file beside them, so that a run that was stopped goes on at once.
+"""The journal of an output folder: a database of finished and failed outputs, which saves a rerun reading sources.
 
-The outputs themselves say what they were made from, and they win: the journal saves reading their sources again. Losing
-it costs time and nothing else, and so none of its own errors stops a run.
+The metadata of an output says what it was made from, and is right if the two differ. Without the journal a rerun takes
+longer and does the same, so errors of the journal never stop a run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ SETTLED_SECONDS = 2.0
 
 
 class Stamp(NamedTuple):
-    """What tells, without reading it, that a file is still the one that was read."""
+    """Size, times and inode of a file; while these are equal the file need not be read again."""
 
     path: str
     bytes: int
@@ -44,7 +44,7 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is known of one output."""
+    """One output."""
 
     output: str  # relative to the journal's folder
     source: str
@@ -65,23 +65,33 @@ class Entry:
     relative_error: float = 0.0
     seconds: float = 0.0
 
+    def to_row(self) -> tuple[Any, ...]:
+        """Its values as SQLite stores them, in the order of the fields."""
+        return tuple({**asdict(self), "stamps": json.dumps(self.stamps)}.values())
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> Entry:
+        """The entry of a stored row."""
+        values = dict(zip(_COLUMNS, row, strict=True))
+        read = tuple(Stamp(*numbers) for numbers in json.loads(values["stamps"]))
+        return cls(**{**values, "stamps": read, "depends_on_base": bool(values["depends_on_base"])})
+
 
 _COLUMNS = tuple(field.name for field in fields(Entry))
 
 
 def stamps(paths: Iterable[Path]) -> tuple[Stamp, ...]:
     """The stamps of files as they are now, () if one of them is missing or was changed just now."""
-    found = []
-    for path in paths:
-        place = os.path.abspath(path)
+    result = []
+    for path in map(os.path.abspath, paths):
         try:
-            stat = os.stat(place)
+            stat = os.stat(path)
         except OSError:
             return ()
         if time.time() - max(stat.st_mtime, stat.st_ctime) < SETTLED_SECONDS:
             return ()
-        found.append(Stamp(place, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
-    return tuple(found)
+        result.append(Stamp(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+    return tuple(result)
 
 
 class Journal:
@@ -102,7 +112,8 @@ class Journal:
 
         Reads neither of them.
         """
-        entry = self._find(self._key(output))
+        row = next(iter(self._select("WHERE output = ?", self._key(output))), None)
+        entry = Entry.from_row(row) if row else None
         if entry is None or entry.state != DONE or entry.source != _source(source) or not entry.stamps:
             return None
         try:
@@ -110,7 +121,7 @@ class Journal:
         except OSError:
             return None
         same = (stat.st_size, stat.st_mtime_ns) == (entry.bytes_after, entry.output_mtime_ns)
-        return entry if same and entry.stamps == stamps(Path(each.path) for each in entry.stamps) else None
+        return entry if same and entry.stamps == stamps(Path(stamp.path) for stamp in entry.stamps) else None
 
     def entry(self, output: Path, source: Path, **facts: Any) -> Entry:
         """An entry of this journal; `facts` are its other fields. Of outputs that are DONE the file is looked at."""
@@ -122,19 +133,20 @@ class Journal:
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Put entries in place of earlier ones for the same outputs."""
-        rows = [_to_row(entry) for entry in entries]
+        rows = [entry.to_row() for entry in entries]
+        values = ", ".join("?" * len(_COLUMNS))
         with self._lock:
             if self._database is None:
                 return
             try:
                 with self._database:
-                    self._database.executemany(f"INSERT OR REPLACE INTO outputs VALUES ({_places()})", rows)
+                    self._database.executemany(f"INSERT OR REPLACE INTO outputs VALUES ({values})", rows)
             except sqlite3.Error as error:
                 self._give_up(error)
 
     def entries(self) -> list[Entry]:
         """All entries, by output."""
-        return [_from_row(row) for row in self._select("ORDER BY output")]
+        return [Entry.from_row(row) for row in self._select("ORDER BY output")]
 
     def close(self) -> None:
         """Close the file."""
@@ -147,9 +159,6 @@ class Journal:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _find(self, key: str) -> Entry | None:
-        return next((_from_row(row) for row in self._select("WHERE output = ?", key)), None)
 
     def _select(self, which: str, *values: str) -> list[tuple[Any, ...]]:
         with self._lock:
@@ -195,9 +204,9 @@ def _with_table(path: Path) -> sqlite3.Connection:
         # Not a write-ahead log, because that needs memory which hosts on a network share do not have in common.
         database.execute("PRAGMA journal_mode=DELETE")
         database.execute("PRAGMA synchronous=NORMAL")
-        (found,) = database.execute("PRAGMA user_version").fetchone()
+        (version,) = database.execute("PRAGMA user_version").fetchone()
         with database:
-            if found != _VERSION:
+            if version != _VERSION:
                 database.execute("DROP TABLE IF EXISTS outputs")
                 database.execute(f"PRAGMA user_version={_VERSION}")
             names = ", ".join(_COLUMNS[1:])
@@ -207,18 +216,3 @@ def _with_table(path: Path) -> sqlite3.Connection:
             database.close()
         raise
     return database
-
-
-def _places() -> str:
-    return ", ".join("?" * len(_COLUMNS))
-
-
-def _to_row(entry: Entry) -> tuple[Any, ...]:
-    values = dict(zip(_COLUMNS, astuple(entry), strict=True))
-    return tuple({**values, "stamps": json.dumps(values["stamps"])}.values())
-
-
-def _from_row(row: Sequence[Any]) -> Entry:
-    values = dict(zip(_COLUMNS, row, strict=True))
-    found = tuple(Stamp(*each) for each in json.loads(values["stamps"]))
-    return Entry(**{**values, "stamps": found, "depends_on_base": bool(values["depends_on_base"])})

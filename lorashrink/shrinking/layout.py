@@ -12,6 +12,9 @@ from lorashrink.files.store import FACTOR_DTYPES, OUTPUT_DTYPES, TensorInfo, ten
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.shrinking import metadata
 
+# Bytes of a tensor's header entry beside its name: dtype, shape, two offsets.
+_ENTRY_BYTES = 64
+
 
 class Form(NamedTuple):
     """How a layer is written."""
@@ -21,39 +24,50 @@ class Form(NamedTuple):
     keys: Mapping[str, str]  # role -> key
     infos: Infos
 
+    @classmethod
+    def of(cls, layer: Layer) -> Form:
+        """The layer's own form if it can have any rank, else the form of a LoRA."""
+        if layer.family.written:
+            return cls(layer.name, layer.family, layer.keys, layer.infos)
+        return cls(*lora_form(layer))
 
-def _form(layer: Layer) -> Form:
-    """The layer's own form if it can have any rank, else that of a LoRA."""
-    return Form(layer.name, layer.family, layer.keys, layer.infos) if layer.family.written else Form(*lora_form(layer))
-
-
-def file_size(tensors: Mapping[str, TensorInfo], entries: Mapping[str, str]) -> int:
-    """Bytes of a safetensors file with these tensors and metadata."""
-    return len(header_bytes(tensors, entries)) + sum(info.nbytes for info in tensors.values())
+    def tensors(self, rank: int, dtype: str) -> dict[str, TensorInfo]:
+        """The tensors of the layer at a rank."""
+        assert self.family.written
+        tensors = {}
+        for role, shape in self.family.written(self.infos, rank).items():
+            # A half precision alpha could not hold every whole number.
+            tensors[self.keys[role]] = tensor_info("F32" if role == "alpha" else dtype, shape)
+        if "bias" in self.keys:
+            tensors[self.keys["bias"]] = tensor_info(dtype, self.infos["bias"].shape)
+        return tensors
 
 
 class Layout:
-    """The output as a function of the ranks that are written, to the last byte."""
+    """The output as a function of the ranks that are written, to the last byte.
+
+    A position is an index into the layers that the recipe judges; `widths` are the ranks of these layers.
+    """
 
     def __init__(
         self,
         adapter: Adapter,
         recipe: Recipe,
         origin: metadata.Origin,
-        shrunk: Sequence[int],
+        judged: Sequence[int],
         verbatim: Mapping[str, str],
         dtype: str,
         form: str,
     ) -> None:
-        self.adapter, self.recipe, self.origin, self.dtype = adapter, recipe, origin, dtype
-        self.form = form
-        self.layers = [self.adapter.layers[index] for index in shrunk]
-        self.forms = [_form(layer) for layer in self.layers]
-        self.verbatim = verbatim
-        self.kinds = {index: _output_dtype(self.adapter.layers[index], dtype) for index in shrunk}
-        self._dtypes = list(self.kinds.values())
-        self._as_is = {key: self.adapter.store.tensors[key] for key in verbatim}
-        self._converted = frozenset(place for place, layer in enumerate(self.layers) if not layer.family.written)
+        self.adapter, self.recipe, self.origin = adapter, recipe, origin
+        self.verbatim, self.dtype, self.form = verbatim, dtype, form
+        self.layers = [adapter.layers[index] for index in judged]
+        self.forms = [Form.of(layer) for layer in self.layers]
+        own = [layer.dtype if layer.dtype in FACTOR_DTYPES else "F16" for layer in self.layers]
+        self.dtypes = [OUTPUT_DTYPES[dtype] or own_dtype for own_dtype in own]
+        self._copied = {key: adapter.store.tensors[key] for key in verbatim}
+        # Layers whose own form cannot have any rank.
+        self._converted = frozenset(position for position, layer in enumerate(self.layers) if not layer.family.written)
 
     def size(self, widths: Sequence[int], threshold: float | None, form: str | None = None) -> int:
         """Bytes of the file."""
@@ -64,49 +78,39 @@ class Layout:
         return {form: self.size(widths, threshold, form) for form in ("same", "lora")} if self._converted else {}
 
     def stays(self, widths: Sequence[int], form: str | None = None) -> frozenset[int]:
-        """Places of the layers that stay in their own form, because they are larger as LoRA."""
+        """Positions of the layers that stay in their own form, because they are larger as LoRA."""
         form = form or self.form
-        candidates = [place for place in self._converted if widths[place]]
+        candidates = [position for position in self._converted if widths[position]]
         if form == "lora":
             return frozenset()
         if form == "same":
             return frozenset(candidates)
         stored = self.adapter.store.tensors
-        own = {place: _bytes({key: stored[key] for key in self.layers[place].keys.values()}) for place in candidates}
-        lora = {place: _bytes(self._written(place, widths[place])) for place in candidates}
+        own, lora = {}, {}
+        for position in candidates:
+            own[position] = _about_bytes({key: stored[key] for key in self.layers[position].keys.values()})
+            lora[position] = _about_bytes(self.forms[position].tensors(widths[position], self.dtypes[position]))
         if self.adapter.as_folder:  # whose configuration knows one kind of adapter
             return frozenset(candidates if sum(own.values()) <= sum(lora.values()) else ())
-        return frozenset(place for place in candidates if own[place] <= lora[place])
+        return frozenset(position for position in candidates if own[position] <= lora[position])
 
     def written(self, widths: Sequence[int], form: str | None = None) -> list[int]:
-        """Places of the layers that are written anew."""
+        """Positions of the layers that are written anew."""
         stays = self.stays(widths, form)
-        return [place for place, width in enumerate(widths) if width and place not in stays]
+        return [position for position, width in enumerate(widths) if width and position not in stays]
 
     def tensors(self, widths: Sequence[int], form: str | None = None) -> dict[str, TensorInfo]:
         """All tensors of the file."""
-        result = dict(self._as_is)
+        tensors = dict(self._copied)
         stays = self.stays(widths, form)
-        for place, width in enumerate(widths):
-            if place in stays:
-                layer = self.layers[place]
+        for position, width in enumerate(widths):
+            if position in stays:
+                layer = self.layers[position]
                 keys = [*layer.keys.values(), *layer.common.values()]
-                result |= {key: self.adapter.store.tensors[key] for key in keys}
+                tensors |= {key: self.adapter.store.tensors[key] for key in keys}
             elif width:
-                result |= self._written(place, width)
-        return result
-
-    def _written(self, place: int, width: int) -> dict[str, TensorInfo]:
-        _, family, keys, known = self.forms[place]
-        assert family.written
-        infos = {}
-        for role, shape in family.written(known, width).items():
-            # A half precision alpha could not hold every whole number.
-            kind = "F32" if role == "alpha" else self._dtypes[place]
-            infos[keys[role]] = tensor_info(kind, shape)
-        if "bias" in keys:
-            infos[keys["bias"]] = tensor_info(self._dtypes[place], known["bias"].shape)
-        return infos
+                tensors |= self.forms[position].tensors(width, self.dtypes[position])
+        return tensors
 
     def metadata(
         self,
@@ -126,33 +130,31 @@ class Layout:
             old_rank=max((layer.rank for layer in self.adapter.layers), default=0),
             error=error,
             settings=self.settings(widths, form),
-            became_lora=any(place in self._converted for place in self.written(widths, form)),
+            became_lora=self._became_lora(widths, form),
             energy=energy,
         )
 
     def settings(self, widths: Sequence[int], form: str | None = None) -> peft.Settings:
         """PEFT's settings for these ranks."""
         settings = self.adapter.settings
-        if any(place in self._converted for place in self.written(widths, form)):
+        if self._became_lora(widths, form):
             settings = peft.as_lora(settings)
         magnitudes = {layer.keys.get("magnitude") for layer in self.adapter.layers}
-        others = {*(self.verbatim.keys() - magnitudes), *(self.forms[place].name for place in self.stays(widths, form))}
-        return peft.with_ranks(settings, self._ranks(widths, form), others)
+        names = {self.forms[position].name for position in self.stays(widths, form)}
+        return peft.with_ranks(settings, self._ranks(widths, form), (self.verbatim.keys() - magnitudes) | names)
+
+    def _became_lora(self, widths: Sequence[int], form: str | None) -> bool:
+        return not self._converted.isdisjoint(self.written(widths, form))
 
     def _ranks(self, widths: Sequence[int], form: str | None) -> dict[str, int]:
-        return {self.forms[place].name: widths[place] for place in self.written(widths, form)}
+        return {self.forms[position].name: widths[position] for position in self.written(widths, form)}
 
 
-# What the header says of a tensor beside its name: dtype, shape, two offsets.
-_ENTRY_BYTES = 64
+def file_size(tensors: Mapping[str, TensorInfo], entries: Mapping[str, str]) -> int:
+    """Bytes of a safetensors file with these tensors and metadata."""
+    return len(header_bytes(tensors, entries)) + sum(info.nbytes for info in tensors.values())
 
 
-def _bytes(tensors: Mapping[str, TensorInfo]) -> int:
+def _about_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     """About what these tensors take in a file."""
     return sum(info.nbytes + len(key) + _ENTRY_BYTES for key, info in tensors.items())
-
-
-def _output_dtype(layer: Layer, asked: str) -> str:
-    if wanted := OUTPUT_DTYPES[asked]:
-        return wanted
-    return layer.dtype if layer.dtype in FACTOR_DTYPES else "F16"

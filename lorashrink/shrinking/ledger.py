@@ -1,11 +1,11 @@
-"""What became of each adapter of a run: told to the caller, written into the journal, kept for the report."""
+"""Outcomes of a run: the ledger passes them to the caller, writes the journal and keeps them for the report."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from lorashrink.shrinking.outputs import shown
 # source -> output -> recipe
 Targets = Mapping[Path, Mapping[Path, Recipe]]
 
+OnResult = Callable[[FileResult], None]
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -31,7 +33,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What became of one adapter; small, and can be sent from another process."""
+    """The outcome of one adapter; small, and can be sent from another process."""
 
     source: Path
     outcome: tuple[FileResult, ...] | Failure
@@ -42,39 +44,39 @@ class Done:
         """Its results, none if it failed."""
         return () if isinstance(self.outcome, Failure) else self.outcome
 
-    def joined(self, earlier: Done | None, known: tuple[Stamp, ...] | None = None) -> Done:
-        """The same with what was known before of other outputs; `known` are stamps to put in place of its own."""
+    def joined(self, earlier: Done | None, before: tuple[Stamp, ...] | None = None) -> Done:
+        """The same with the earlier results of other outputs; `before` are stamps to put in place of its own."""
         if isinstance(self.outcome, Failure) or self.trace is None:
             return self
-        trace = self.trace if known is None else replace(self.trace, stamps=known)
+        trace = self.trace if before is None else replace(self.trace, stamps=before)
         if earlier and earlier.trace:
             trace = replace(trace, origins={**earlier.trace.origins, **trace.origins})
         return replace(self, outcome=(*(earlier.results if earlier else ()), *self.outcome), trace=trace)
 
-    def moved(self, source: Path, places: Mapping[Path, Path]) -> Done:
-        """The same for a source and outputs, place -> output, that were somewhere else while it was made."""
+    def moved(self, source: Path, outputs: Mapping[Path, Path]) -> Done:
+        """The same by its real names: `source`, and `outputs`, copy -> output, in place of copies elsewhere."""
         names = {str(self.source): str(source)} | {
-            str(shown(place)): str(shown(path)) for place, path in places.items()
+            str(shown(copy)): str(shown(output)) for copy, output in outputs.items()
         }
         if isinstance(self.outcome, Failure):
             error = self.outcome.error
-            for place, name in names.items():
-                error = error.replace(place, name)
+            for copy, name in names.items():
+                error = error.replace(copy, name)
             return Done(source, Failure(str(source), error))
-        results = [replace(each, source=names[each.source], output=names[each.output]) for each in self.outcome]
-        origins = {places[place]: origin for place, origin in self.trace.origins.items()} if self.trace else {}
+        results = [replace(result, source=names[result.source], output=names[result.output]) for result in self.outcome]
+        origins = {outputs[copy]: origin for copy, origin in self.trace.origins.items()} if self.trace else {}
         return Done(source, tuple(results), self.trace and replace(self.trace, origins=origins))
 
 
 def origin_of(entry: Entry) -> Origin:
-    """What the output of this entry was made from."""
+    """The origin of an entry's output."""
     return Origin(entry.source_sha256, entry.recipe, entry.base, entry.options, entry.version)
 
 
 class Ledger:
     """The outcomes of a run; safe to use from many threads.
 
-    With `each` it is given every result, one at a time, and only their short forms are kept.
+    `on_result` is called with every result, one at a time, and then only their short forms are kept.
     """
 
     def __init__(
@@ -82,17 +84,17 @@ class Ledger:
         targets: Targets,
         *,
         journal: Path | None = None,
-        each: Callable[[FileResult], None] | None = None,
+        on_result: OnResult | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._targets = targets
         self._journal = Journal(journal) if journal is not None else None
-        self._each, self._progress = each, progress
+        self._on_result, self._progress = on_result, progress
         self._outcomes: dict[Path, tuple[FileResult, ...] | Failure] = {}
         self._lock = threading.Lock()
 
-    def known(self, output: Path, source: Path) -> Entry | None:
-        """The journal's entry of an output that is there, if it and its source are what they were."""
+    def recorded(self, output: Path, source: Path) -> Entry | None:
+        """The journal's entry of an output that exists, if it and its source are what they were."""
         return self._journal.finished(output, source) if self._journal else None
 
     def start(self, source: Path, outputs: Iterable[Path]) -> None:
@@ -108,9 +110,9 @@ class Ledger:
         elif done.trace:
             self._write_done(source, outcome, done.trace)
         with self._lock:
-            if self._each and not isinstance(outcome, Failure):
+            if self._on_result and not isinstance(outcome, Failure):
                 for result in outcome:
-                    self._each(result)
+                    self._on_result(result)
                 outcome = tuple(result.brief() for result in outcome)
             self._outcomes[source] = outcome
             if self._progress and len(self._targets) > 1:
@@ -137,13 +139,9 @@ class Ledger:
             self._journal.close()
 
     def _write(self, source: Path, outputs: Iterable[Path], **facts: Any) -> None:
-        if self._journal:
-            self._journal.write(
-                [
-                    self._journal.entry(path, source, recipe=str(self._targets[source][path]), **facts)
-                    for path in outputs
-                ]
-            )
+        if journal := self._journal:
+            recipes = self._targets[source]
+            journal.write([journal.entry(path, source, recipe=str(recipes[path]), **facts) for path in outputs])
 
     def _write_done(self, source: Path, results: Sequence[FileResult], trace: Trace) -> None:
         if self._journal is None:
@@ -158,11 +156,7 @@ class Ledger:
                     source,
                     state=DONE,
                     stamps=trace.stamps,
-                    source_sha256=origin.source_sha256,
-                    recipe=origin.recipe,
-                    base=origin.base,
-                    options=origin.options,
-                    version=origin.version,
+                    **asdict(origin),
                     depends_on_base=trace.depends_on_base,
                     bytes_before=result.bytes_before,
                     threshold=result.threshold,

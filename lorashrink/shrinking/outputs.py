@@ -18,36 +18,41 @@ T = TypeVar("T")
 
 def name_outputs(
     source: Path,
-    wanted: Sequence[tuple[str, T]],
+    labels: Sequence[tuple[str, T]],
     output: str | Path | None,
     *,
     sources: int = 1,
     folder: bool = False,
 ) -> dict[Path, T]:
-    """Output file -> what it is for, given as (what to append to the source's name, what it is for).
+    """Output file -> what it is for, from (what to append to the source's name, what it is for).
 
-    `output` is what the user named: a folder, or a file if this source and its one output are all there is. With
-    `folder` outputs are PEFT folders. Raises UsageError or OutputError.
+    `output` is what the user named: a folder, or a file if it is the only output of all `sources`. With `folder`
+    outputs are PEFT folders. Raises UsageError or OutputError.
     """
-    place = Path(output) if output is not None else source.parent
-    if output is not None and place.suffix == ".safetensors" and not place.is_dir():
+    path = Path(output) if output is not None else source.parent
+    if output is not None and path.suffix == ".safetensors" and not path.is_dir():
         if folder:
             raise UsageError(f"-o {output}: a PEFT adapter is a folder with two files. Name a folder.")
-        if sources * len(wanted) != 1:
+        if sources * len(labels) != 1:
             raise UsageError(
-                f"-o {output}: one file name, but there are {sources * len(wanted)} outputs. Give a folder instead."
+                f"-o {output}: one file name, but there are {sources * len(labels)} outputs. Give a folder instead."
             )
-        return {place: wanted[0][1]}
-    if place.exists() and not place.is_dir():
+        return {path: labels[0][1]}
+    if path.exists() and not path.is_dir():
         raise OutputError(f"-o {output}: is a file, not a folder. Name a folder, or a new file ending in .safetensors.")
     stem = source.name if os.path.isdir(source) else source.stem
     ending = f"/{peft.WEIGHTS_FILE}" if folder else ".safetensors"
-    targets = {place / f"{stem}_{label}{ending}": each for label, each in wanted}
-    if len(targets) < len(wanted):
+    targets = {path / f"{stem}_{label}{ending}": purpose for label, purpose in labels}
+    if len(targets) < len(labels):
         raise UsageError(
             "two of the recipes give the same file name, which has two decimals. Run them one by one with -o FILE."
         )
     return targets
+
+
+def becomes_folder(source: Path, naming: str | None) -> bool:
+    """Whether outputs of this adapter are PEFT folders; without a naming they are what the adapter is."""
+    return peft.is_folder(source) if naming is None else naming == "peft"
 
 
 def base_files(base: str | Path | None) -> list[Path]:
@@ -57,6 +62,11 @@ def base_files(base: str | Path | None) -> list[Path]:
     path = Path(base)
     folder = path if path.is_dir() else path.parent if ".index." in path.name else None
     return [path, *(folder.rglob("*.safetensors") if folder else ())]
+
+
+def source_files(source: Path) -> list[Path]:
+    """Every file that is read of an adapter."""
+    return [peft.weights_in(source), source / peft.CONFIG_FILE] if peft.is_folder(source) else [source]
 
 
 def check_outputs(
@@ -71,31 +81,31 @@ def check_outputs(
     `targets` maps each source to its outputs.
     """
     owners: dict[str, Path] = {}
-    taken = set(map(os.path.realpath, inputs))
+    read = set(map(os.path.realpath, inputs))
     for source, outputs in targets.items():
         for path in outputs:
-            place = os.path.realpath(path)
-            if place in owners:
+            real = os.path.realpath(path)
+            if real in owners:
                 raise OutputError(
-                    f"{path}: would be the output of both {owners[place]} and {source}. Rename one of them."
+                    f"{path}: would be the output of both {owners[real]} and {source}. Rename one of them."
                 )
-            owners[place] = source
-            check_output(path, force=True, inputs=[path] if place in taken else ())
+            owners[real] = source
+            check_output(path, force=True, inputs=[path] if real in read else ())
             if os.path.exists(path) and not force:
                 raise OutputError(f"{path}: exists already. Use {hint}.")
 
 
 def space_for(sizes: Mapping[Path, int]) -> Space | None:
-    """Room for outputs of these sizes on the disk where it is tightest, None if there are none."""
+    """Space for outputs of these sizes on the disk where it is tightest, None without outputs."""
     disks: dict[int, Space] = {}
     folders: dict[Path, tuple[int, int]] = {}  # folder -> (its disk, bytes free there)
     for path, size in sizes.items():
         if path.parent not in folders:
-            folder = next(each for each in [path.absolute().parent, *path.absolute().parents] if os.path.isdir(each))
+            folder = next(parent for parent in path.absolute().parents if os.path.isdir(parent))
             folders[path.parent] = folder.stat().st_dev, shutil.disk_usage(folder).free
         disk, free = folders[path.parent]
         disks[disk] = Space(size + (disks[disk].needed if disk in disks else 0), free)
-    return min(disks.values(), key=lambda each: each.free - each.needed, default=None)
+    return min(disks.values(), key=lambda space: space.free - space.needed, default=None)
 
 
 def check_space(sizes: Mapping[Path, int]) -> None:
@@ -110,5 +120,5 @@ def check_space(sizes: Mapping[Path, int]) -> None:
 
 
 def shown(output: Path) -> Path:
-    """What a user calls an output: the file, or the folder that is loaded as a whole."""
+    """The path that reports name: the file, or the folder of a PEFT adapter."""
     return output.parent if output.name == peft.WEIGHTS_FILE else output

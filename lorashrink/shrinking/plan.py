@@ -1,4 +1,4 @@
-"""What becomes of one adapter: its layers judged by recipes and laid out as files."""
+"""From a decomposed adapter and a recipe to the plan of an output, to the last byte."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from lorashrink.adapters import Adapter, Layer, peft
 from lorashrink.engine.spectrum import Spectrum
 from lorashrink.errors import InputError, RecipeError
 from lorashrink.files.store import TensorInfo
-from lorashrink.recipes.choice import Selection, caps, score, select
-from lorashrink.recipes.choice import quantiles as score_quantiles
+from lorashrink.recipes.choice import Selection, caps, quantiles, score, select
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.recipes.terms import LayerFacts
 from lorashrink.results.shrinking import Capped, FileResult, LayerResult, Removed, Verbatim
@@ -34,20 +33,99 @@ UNMAPPED = ("keep", "drop", "error")
 
 
 @dataclass(frozen=True, eq=False)
+class Outline:
+    """One output before its ranks are chosen. It holds no factors and can wait for others."""
+
+    recipe: Recipe
+    judged: Sequence[int]  # indices of the layers that the recipe can judge
+    facts: Sequence[LayerFacts]  # of these
+    verbatim: Mapping[str, str]  # key -> reason
+    removed: Mapping[str, str]  # layer or key -> reason
+    layout: Layout
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """The fate of one layer that the recipe judged."""
+
+    index: int  # in the adapter
+    layer: Layer
+    spectrum: Spectrum
+    facts: LayerFacts
+    form: Form  # how it is written
+    kept: Sequence[int]  # dimensions, best first; () = removed
+    width: int  # the rank to write
+    stays: bool  # it is copied, because its own form is the smaller one
+    limits: Tensor | None  # [kept]: what the recipe's limits multiply the kept dimensions with, if they do
+
+    @property
+    def written(self) -> bool:
+        """Whether it is written anew."""
+        return bool(self.width) and not self.stays
+
+    @property
+    def caps(self) -> Tensor | None:
+        """`limits`, but None for a layer that is copied."""
+        return None if self.stays else self.limits
+
+    @cached_property
+    def total(self) -> float:
+        """‖ΔW‖_F²."""
+        return self.spectrum.total
+
+    @cached_property
+    def loss(self) -> float:
+        """‖ΔW - ΔW'‖_F before `rescale`."""
+        return 0.0 if self.stays else self.spectrum.lost(self.kept, self.caps)
+
+    @cached_property
+    def norm(self) -> float:
+        """‖ΔW'‖_F before `rescale`."""
+        return math.sqrt(self.total) if self.stays else self.spectrum.norm(self.kept, self.caps)
+
+    def result(self, rescale: float) -> LayerResult:
+        """Its row in the report."""
+        before, base = math.sqrt(self.total), self.facts.base_fro
+        return LayerResult(
+            name=self.layer.name,
+            shape=self.layer.shape,
+            algo=self.layer.algo,
+            rank_before=self.layer.rank,
+            rank_after=self.layer.rank if self.stays else self.width,
+            energy=1 - (self.loss / before) ** 2 if self.caps is None else self.norm**2 / self.total,
+            rle_lora=self.loss / before,
+            rle_ckpt=abs(rescale) * self.loss / base if base else None,
+        )
+
+    def capped(self, rescale: float) -> Capped | None:
+        """Norms before and after the limits, None if the limits change nothing."""
+        if self.caps is None:
+            return None
+        before = abs(rescale) * self.spectrum.sigma[list(self.kept)]
+        after = before * self.caps
+        return Capped(self.layer.name, *map(float, (before.max(), after.max(), before.norm(), after.norm())))
+
+
+def relative_error(layers: Sequence[LayerPlan]) -> float:
+    """sqrt(Σ‖lost‖² / Σ‖ΔW‖²)."""
+    total = sum(layer.total for layer in layers)
+    return math.sqrt(sum(layer.loss**2 for layer in layers) / total) if total else 0.0
+
+
+def kept_energy(recipe: Recipe, layers: Sequence[LayerPlan]) -> float | None:
+    """Σ‖ΔW'‖² / Σ‖ΔW‖² of what a recipe with limits leaves; without limits None, for then it follows from the error."""
+    total = sum(layer.total for layer in layers)
+    return sum(layer.norm**2 for layer in layers) / total if recipe.caps and total else None
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Everything about one output before its numbers are computed."""
 
-    decomposed: Decomposed
+    adapter: Adapter
     recipe: Recipe
-    shrunk: Sequence[int]  # indices of the layers that the recipe judged
-    facts: Sequence[LayerFacts]  # of these
-    selection: Selection  # of these
-    caps: Sequence[Tensor | None]  # of these: what the recipe's limits multiply the kept dimensions with, if they do
-    losses: Sequence[float]  # of these: ‖ΔW - ΔW'‖_F before `rescale`
-    norms: Sequence[float]  # of these: ‖ΔW'‖_F before `rescale`
-    totals: Sequence[float]  # of these: ‖ΔW‖_F²
-    forms: Sequence[Form]  # of these
-    stays: frozenset[int]  # places among these whose own form is the smaller one
+    threshold: float | None  # lowest kept score
+    layers: Sequence[LayerPlan]
     tensors: Mapping[str, TensorInfo]  # of the output
     metadata: Mapping[str, str]
     verbatim: Mapping[str, str]  # key -> reason
@@ -57,13 +135,9 @@ class Plan:
     form_sizes: Mapping[str, int]  # see FileResult.forms
 
     @cached_property
-    def places(self) -> Mapping[int, int]:
-        """Index in the adapter -> place in `shrunk`, of the layers that are written anew."""
-        return {
-            index: place
-            for place, index in enumerate(self.shrunk)
-            if self.selection.widths[place] and place not in self.stays
-        }
+    def written(self) -> Mapping[int, LayerPlan]:
+        """Index in the adapter -> plan, of the layers that are written anew."""
+        return {layer.index: layer for layer in self.layers if layer.written}
 
     @cached_property
     def alpha(self) -> int:
@@ -72,182 +146,23 @@ class Plan:
         One number, because diffusers (0.42) gives the most frequent alpha of a kohya file to all of its layers. It is
         the largest rank; a layer of a lower rank has factors that are smaller by √(rank/alpha) to make up for it.
         """
-        return max((self.selection.widths[place] for place in self.places.values()), default=0)
+        return max((layer.width for layer in self.written.values()), default=0)
 
-    def baked(self, place: int) -> float:
-        """What a layer's factors hold, relative to its truncated ΔW; the reader's alpha / rank does the rest."""
-        share = self.selection.widths[place] / self.alpha if "alpha" in self.forms[place].keys else 1.0
-        return self.recipe.rescale * share
-
-    @cached_property
-    def size(self) -> int:
-        """Bytes of the output."""
-        return file_size(self.tensors, self.metadata)
-
-    @cached_property
-    def relative_error(self) -> float:
-        """See `relative_error`."""
-        return relative_error(self.totals, self.losses)
-
-    @property
-    def kept_energy(self) -> float | None:
-        """See `kept_energy`."""
-        return kept_energy(self.recipe, self.totals, self.norms)
-
-    def capped(self) -> tuple[Capped, ...]:
-        """The layers that the recipe's limits changed."""
-        found = []
-        for place, factors in enumerate(self.caps):
-            if factors is not None:
-                index = self.shrunk[place]
-                kept = self.decomposed.spectra[index].sigma[list(self.selection.kept[place])]
-                before = abs(self.recipe.rescale) * kept
-                after = before * factors
-                norms = [float(norm) for norm in (before.max(), after.max(), before.norm(), after.norm())]
-                found.append(Capped(self.decomposed.adapter.layers[index].name, *norms))
-        return tuple(found)
-
-    def layer_results(self) -> tuple[LayerResult, ...]:
-        """One row per layer that the recipe judged."""
-        rows = []
-        judged = zip(self.shrunk, self.facts, self.losses, self.totals, strict=True)
-        for place, (index, facts, lost, total) in enumerate(judged):
-            layer = self.decomposed.adapter.layers[index]
-            whole = math.sqrt(total)
-            rows.append(
-                LayerResult(
-                    name=layer.name,
-                    shape=layer.shape,
-                    algo=layer.algo,
-                    rank_before=layer.rank,
-                    rank_after=layer.rank if place in self.stays else self.selection.widths[place],
-                    energy=1 - (lost / whole) ** 2 if self.caps[place] is None else self.norms[place] ** 2 / total,
-                    rle_lora=lost / whole,
-                    rle_ckpt=abs(self.recipe.rescale) * lost / facts.base_fro if facts.base_fro else None,
-                )
-            )
-        return tuple(rows)
-
-
-def relative_error(totals: Sequence[float], losses: Sequence[float]) -> float:
-    """sqrt(Σ‖lost‖² / Σ‖ΔW‖²) over layers of these squared norms that lose these norms."""
-    total = sum(totals)
-    return math.sqrt(sum(lost**2 for lost in losses) / total) if total else 0.0
-
-
-def kept_energy(recipe: Recipe, totals: Sequence[float], norms: Sequence[float]) -> float | None:
-    """Σ‖ΔW'‖² / Σ‖ΔW‖² of what a recipe with limits leaves; without limits None, for then it follows from the error."""
-    total = sum(totals)
-    return sum(norm**2 for norm in norms) / total if recipe.caps and total else None
-
-
-@dataclass(frozen=True, eq=False)
-class Outline:
-    """One output before its ranks are chosen. It holds no factors and can wait for others."""
-
-    recipe: Recipe
-    shrunk: Sequence[int]  # indices of the layers that the recipe can judge
-    facts: Sequence[LayerFacts]  # of these
-    verbatim: Mapping[str, str]
-    removed: Mapping[str, str]
-    layout: Layout
+    def baked(self, layer: LayerPlan) -> float:
+        """Scale of a layer's factors relative to its truncated ΔW; the reader multiplies by alpha / rank."""
+        return self.recipe.rescale * (layer.width / self.alpha if "alpha" in layer.form.keys else 1.0)
 
 
 def outline(
-    decomposed: Decomposed,
-    recipe: Recipe,
-    *,
-    dtype: str = "same",
-    unmapped: str = "keep",
-    form: str = "auto",
-    origin: metadata.Origin,
+    decomposed: Decomposed, recipe: Recipe, *, dtype: str, unmapped: str, form: str, origin: metadata.Origin
 ) -> Outline:
-    """What a recipe has to choose from, and how large its choices are. Raises InputError (`unmapped="error"`)."""
-    shrunk, verbatim, removed = _sorted_layers(decomposed, recipe, unmapped)
-    layout = Layout(decomposed.adapter, recipe, origin, shrunk, verbatim, dtype, form)
-    facts = [decomposed.facts(index, layout.kinds[index]) for index in shrunk]
-    return Outline(recipe, shrunk, facts, verbatim, removed, layout)
-
-
-def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None = None) -> Plan:
-    """Decide what is kept, what is removed, and what the output looks like to the last byte.
-
-    selection: what was chosen already, together with other files. Raises RecipeError (nothing would be left, or `size=`
-    cannot be met).
-    """
-    adapter, recipe, layout = decomposed.adapter, outlined.recipe, outlined.layout
-    shrunk, facts = outlined.shrunk, outlined.facts
-    verbatim, removed = dict(outlined.verbatim), dict(outlined.removed)
-    selection = selection or select(recipe, facts, layout.size)
-    widths = selection.widths
-    if adapter.layers and not verbatim and not any(widths):
-        raise RecipeError(_nothing_left(adapter, recipe, facts))
-    stays = layout.stays(widths)
-    spectra = [decomposed.spectra[index] for index in shrunk]
-    limits = [_limits(recipe, each, kept) for each, kept in zip(facts, selection.kept, strict=True)]
-    factors = [None if place in stays else each for place, each in enumerate(limits)]
-    totals = [each.total for each in spectra]
-    judged = list(zip(spectra, selection.kept, factors, strict=True))
-    losses = [0.0 if place in stays else each.lost(kept, cap) for place, (each, kept, cap) in enumerate(judged)]
-    norms = [
-        math.sqrt(totals[place]) if place in stays else each.norm(kept, cap)
-        for place, (each, kept, cap) in enumerate(judged)
-    ]
-    tensors = layout.tensors(widths)
-    for place, index in enumerate(shrunk):
-        layer = adapter.layers[index]
-        if place in stays:
-            why = f"smaller as {layer.algo} than as a LoRA of rank {widths[place]}"
-            verbatim |= dict.fromkeys(layer.keys.values(), why)
-        elif not widths[place]:
-            removed[layer.name] = "no dimension passes the recipe"
-        elif layer.family.written:
-            gone = [key for key in layer.keys.values() if key not in tensors]
-            removed |= dict.fromkeys(gone, "folded into the factors, which every loader reads")
-    for key in adapter.common:
-        (verbatim if key in tensors else removed)[key] = "shared by layers"
-    return Plan(
-        decomposed=decomposed,
-        recipe=recipe,
-        shrunk=shrunk,
-        facts=facts,
-        selection=selection,
-        caps=factors,
-        losses=losses,
-        norms=norms,
-        totals=totals,
-        forms=layout.forms,
-        stays=stays,
-        tensors=tensors,
-        metadata=layout.metadata(
-            widths, selection.threshold, relative_error(totals, losses), kept_energy(recipe, totals, norms)
-        ),
-        verbatim=verbatim,
-        removed=removed,
-        warnings=[
-            *output_warnings(decomposed, layout, widths),
-            *unreadable_encoders(adapter.layers, removed),
-            *uncapped(recipe, layout, facts, widths),
-            *above_limits(recipe, layout, [place for place in stays if limits[place] is not None]),
-        ],
-        settings=layout.settings(widths),
-        form_sizes=layout.form_sizes(widths, selection.threshold),
-    )
-
-
-def _limits(recipe: Recipe, facts: LayerFacts, kept: Sequence[int]) -> Tensor | None:
-    found = caps(recipe, facts, kept) if recipe.caps else None
-    return None if found is None else torch.from_numpy(found)
-
-
-def _sorted_layers(
-    decomposed: Decomposed, recipe: Recipe, unmapped: str
-) -> tuple[list[int], dict[str, str], dict[str, str]]:
-    """(indices of the layers that the recipe can judge, key -> why verbatim, layer -> why removed)."""
+    """Sort the layers into judged, copied and removed ones. Raises InputError (`unmapped="error"`)."""
     adapter = decomposed.adapter
-    shrunk: list[int] = []
+    judged: list[int] = []
     verbatim, removed = dict(adapter.others), dict(adapter.dropped)
     for index, layer in enumerate(adapter.layers):
+        spectrum = decomposed.spectra[index]
+        stays = ""  # why
         if recipe.judges_by_base and not decomposed.views[index]:
             if unmapped == "error":
                 raise InputError(
@@ -257,54 +172,128 @@ def _sorted_layers(
             if unmapped == "drop":
                 removed[layer.name] = "changes no weight of the base"
             else:
-                verbatim |= dict.fromkeys(layer.keys.values(), "its layer changes no weight of the base")
+                stays = "its layer changes no weight of the base"
         elif recipe.calibrated and not decomposed.calibrated[index]:
-            verbatim |= dict.fromkeys(layer.keys.values(), "the calibration has no statistics of its weight")
-        elif decomposed.spectra[index].rank == 0 and more_than_delta(layer):
-            verbatim |= dict.fromkeys(layer.keys.values(), "its ΔW is zero, but its other tensors change the model")
-        elif decomposed.spectra[index].rank == 0:
-            removed[layer.name] = _why_zero(layer, decomposed.spectra[index])
+            stays = "the calibration has no statistics of its weight"
+        elif spectrum.rank == 0 and more_than_delta(layer):
+            stays = "its ΔW is zero, but its other tensors change the model"
+        elif spectrum.rank == 0:
+            zero = "it does not change the model's output" if spectrum.total else "ΔW is zero"
+            removed[layer.name] = "its alpha is 0, which means strength 0" if layer.off else zero
         else:
-            shrunk.append(index)
+            judged.append(index)
             if "magnitude" in layer.keys:
                 verbatim[layer.keys["magnitude"]] = "DoRA's magnitude, which belongs to the factors beside it"
-    return shrunk, verbatim, removed
+        if stays:
+            verbatim |= dict.fromkeys(layer.keys.values(), stays)
+    layout = Layout(adapter, recipe, origin, judged, verbatim, dtype, form)
+    facts = [decomposed.facts(index, kind) for index, kind in zip(judged, layout.dtypes, strict=True)]
+    return Outline(recipe, judged, facts, verbatim, removed, layout)
 
 
-def _why_zero(layer: Layer, spectrum: Spectrum) -> str:
-    if layer.off:
-        return "its alpha is 0, which means strength 0"
-    return "it does not change the model's output" if spectrum.total else "ΔW is zero"
+def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None = None) -> Plan:
+    """Decide what is kept, what is removed, and what the output looks like to the last byte.
+
+    selection: what was chosen already, together with other files. Raises RecipeError (nothing would be left, or `size=`
+    cannot be met).
+    """
+    adapter, recipe, layout, facts = decomposed.adapter, outlined.recipe, outlined.layout, outlined.facts
+    selection = selection or select(recipe, facts, layout.size)
+    widths = selection.widths
+    if adapter.layers and not outlined.verbatim and not any(widths):
+        raise RecipeError(_nothing_left(adapter, recipe, facts))
+    stays = layout.stays(widths)
+    layers = [
+        LayerPlan(
+            index=index,
+            layer=layout.layers[position],
+            spectrum=decomposed.spectra[index],
+            facts=facts[position],
+            form=layout.forms[position],
+            kept=selection.kept[position],
+            width=widths[position],
+            stays=position in stays,
+            limits=_limits(recipe, facts[position], selection.kept[position]),
+        )
+        for position, index in enumerate(outlined.judged)
+    ]
+    tensors = layout.tensors(widths)
+    verbatim, removed = dict(outlined.verbatim), dict(outlined.removed)
+    for layer in layers:
+        _sort_tensors(layer, tensors, verbatim, removed)
+    uncut = [planned.layer.name for planned in layers if planned.stays and planned.limits is not None]
+    for key in adapter.common:
+        (verbatim if key in tensors else removed)[key] = "shared by layers"
+    return Plan(
+        adapter=adapter,
+        recipe=recipe,
+        threshold=selection.threshold,
+        layers=layers,
+        tensors=tensors,
+        metadata=layout.metadata(widths, selection.threshold, relative_error(layers), kept_energy(recipe, layers)),
+        verbatim=verbatim,
+        removed=removed,
+        warnings=[
+            *output_warnings(decomposed, layout, widths),
+            *unreadable_encoders(adapter.layers, removed),
+            *uncapped(recipe, layout, facts, widths),
+            *above_limits(recipe, uncut),
+        ],
+        settings=layout.settings(widths),
+        form_sizes=layout.form_sizes(widths, selection.threshold),
+    )
+
+
+def _limits(recipe: Recipe, facts: LayerFacts, kept: Sequence[int]) -> Tensor | None:
+    limits = caps(recipe, facts, kept) if recipe.caps else None
+    return None if limits is None else torch.from_numpy(limits)
+
+
+def _sort_tensors(
+    planned: LayerPlan, tensors: Mapping[str, TensorInfo], verbatim: dict[str, str], removed: dict[str, str]
+) -> None:
+    """Say why a layer's tensors are copied, or are not in the output."""
+    layer = planned.layer
+    if planned.stays:
+        reason = f"smaller as {layer.algo} than as a LoRA of rank {planned.width}"
+        verbatim |= dict.fromkeys(layer.keys.values(), reason)
+    elif not planned.width:
+        removed[layer.name] = "no dimension passes the recipe"
+    elif layer.family.written:
+        folded = [key for key in layer.keys.values() if key not in tensors]
+        removed |= dict.fromkeys(folded, "folded into the factors, which every loader reads")
 
 
 def _nothing_left(adapter: Adapter, recipe: Recipe, facts: Sequence[LayerFacts]) -> str:
     if not facts:
         return f"{adapter.path}: every layer is zero; there is nothing to shrink."
-    best = max(float(score(recipe, each).max()) for each in facts)
+    best = max(float(score(recipe, of_layer).max()) for of_layer in facts)
     return (
         f"{adapter.path}: recipe '{recipe}' keeps nothing: the best dimension scores {best:.2f}. "
         "Use a lower threshold or a larger size, or min_rank=1."
     )
 
 
-def result(each: Plan, output: Path, *, started: float, quantiles: bool = False) -> FileResult:
+def file_result(planned: Plan, output: Path, *, started: float, with_quantiles: bool = False) -> FileResult:
     """The report on one output."""
-    adapter = each.decomposed.adapter
+    recipe, layers = planned.recipe, planned.layers
+    capped = [layer.capped(recipe.rescale) for layer in layers]
+    at = quantiles(recipe, [layer.facts for layer in layers]) if with_quantiles else {}
     return FileResult(
-        source=str(adapter.path),
+        source=str(planned.adapter.path),
         output=str(shown(output)),
-        recipe=str(each.recipe),
-        threshold=each.selection.threshold,
-        bytes_before=sum(path.stat().st_size for path in adapter.store.files),
-        bytes_after=each.size,
-        relative_error=each.relative_error,
+        recipe=str(recipe),
+        threshold=planned.threshold,
+        bytes_before=sum(path.stat().st_size for path in planned.adapter.store.files),
+        bytes_after=file_size(planned.tensors, planned.metadata),
+        relative_error=relative_error(layers),
         seconds=time.perf_counter() - started,
-        layers=each.layer_results(),
-        verbatim=tuple(Verbatim(key, reason) for key, reason in each.verbatim.items()),
-        removed=tuple(Removed(name, reason) for name, reason in each.removed.items()),
-        warnings=tuple(each.warnings),
-        forms=each.form_sizes,
-        capped=each.capped(),
-        kept_energy=each.kept_energy,
-        quantiles={f"{k:g}": v for k, v in score_quantiles(each.recipe, each.facts).items()} if quantiles else {},
+        layers=tuple(layer.result(recipe.rescale) for layer in layers),
+        verbatim=tuple(Verbatim(key, reason) for key, reason in planned.verbatim.items()),
+        removed=tuple(Removed(name, reason) for name, reason in planned.removed.items()),
+        warnings=tuple(planned.warnings),
+        forms=planned.form_sizes,
+        capped=tuple(row for row in capped if row),
+        kept_energy=kept_energy(recipe, layers),
+        quantiles={f"{share:g}": value for share, value in at.items()},
     )

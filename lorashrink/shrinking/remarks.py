@@ -17,7 +17,7 @@ _ENCODER = re.compile(r"lora_te\d?(?=_text_model_encoder_layers_)")
 
 
 def output_warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int]) -> list[str]:
-    """What a user should know though nothing went wrong."""
+    """Warnings about the layers and the form of the output."""
     warnings = []
     layers = decomposed.adapter.layers
     if not layout.written(widths):
@@ -27,7 +27,7 @@ def output_warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int
     off = [layer.name for layer in layers if layer.off]
     if off:
         warnings.append(f"alpha is 0 in {len(off)} layers, first {off[0]}; sd-scripts reads that as full strength")
-    if layout.dtype == "same" and any(kind != layers[index].dtype for index, kind in layout.kinds.items()):
+    if layout.dtype == "same" and layout.dtypes != [layer.dtype for layer in layout.layers]:
         warnings.append("factors in 8-bit floats are written as fp16, because truncated ones do not fit into 8 bits")
     dora = sum("magnitude" in layer.keys for layer in layers)
     if dora:
@@ -41,32 +41,33 @@ def output_warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int
 
 
 def uncapped(recipe: Recipe, layout: Layout, facts: Sequence[LayerFacts], widths: Sequence[int]) -> list[str]:
+    """Warnings about layers that have no base weight to limit them."""
     warnings = []
+    judged = list(zip(layout.layers, facts, widths, strict=True))
     for key in recipe.caps:
-        judged = zip(layout.layers, facts, widths, strict=True)
-        names = [layer.name for layer, each, width in judged if width and not each.base_norm(CAPS[key])]
+        names = [layer.name for layer, of_layer, width in judged if width and not of_layer.base_norm(CAPS[key])]
         if names:
-            why = "they change no weight of the base, or one that is zero"
-            warnings.append(f"{key}= does not limit {len(names)} layers, first {names[0]}: {why}")
+            reason = "they change no weight of the base, or one that is zero"
+            warnings.append(f"{key}= does not limit {len(names)} layers, first {names[0]}: {reason}")
     return warnings
 
 
-def above_limits(recipe: Recipe, layout: Layout, places: Sequence[int]) -> list[str]:
-    if not places:
+def above_limits(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """A warning that these layers are copied although they are above a limit."""
+    if not names:
         return []
-    first = layout.layers[min(places)].name
     return [
-        f"{len(places)} layers, first {first}, are above {' and '.join(f'{key}=' for key in recipe.caps)} but stay in "
-        "their own form, where nothing can be limited; use --as lora"
+        f"{len(names)} layers, first {names[0]}, are above {' and '.join(f'{key}=' for key in recipe.caps)} but stay "
+        "in their own form, where nothing can be limited; use --as lora"
     ]
 
 
 def unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> list[str]:
-    """diffusers tells the kind of a text encoder's keys by those of its out_proj, and refuses files without any."""
+    """Warnings about encoders without out_proj: diffusers finds out the kind of keys by it, and refuses the file."""
     encoders: dict[str, list[str]] = {}
     for layer in layers:
-        if found := _ENCODER.match(layer.name):
-            encoders.setdefault(found[0], []).append(layer.name)
+        if match := _ENCODER.match(layer.name):
+            encoders.setdefault(match[0], []).append(layer.name)
     return [
         f"{encoder} keeps other layers but no self_attn_out_proj, and diffusers 0.42 cannot load such a file; "
         "min_rank=1 in the recipe helps, or --naming diffusers"

@@ -6,8 +6,10 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorashrink._version import __version__
 from lorashrink.adapters import Adapter, peft
@@ -21,131 +23,138 @@ from lorashrink.shrinking.journal import Stamp, stamps
 from lorashrink.shrinking.ledger import Done, Ledger, Trace, origin_of
 from lorashrink.shrinking.metadata import Origin
 from lorashrink.shrinking.outputs import shown
-from lorashrink.shrinking.session import BaseContext, Session
+from lorashrink.shrinking.session import AdapterBase, Session
 from lorashrink.sums.summing import contents_sha256
-
-# --- what is there already ----------------------------------------------------------------------
-
-
-def already_there(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledger: Ledger) -> Done | None:
-    """What is known of outputs that an equal run has written, None if there are none.
-
-    Raises LorashrinkError if one was made from something else.
-    """
-    against = session.against(source)
-    known = recorded_results(source, outputs, against, session, ledger)
-    rest = {path: recipe for path, recipe in outputs.items() if path not in known and os.path.exists(path)}
-    if not rest:
-        return Done(source, tuple(known.values())) if known else None
-    with session.how.opener(source, against.base) as adapter:
-        before = stamps(adapter_files(adapter))
-        identity = Identity.of(source, adapter, against, session)
-        found = {
-            path: existing_result(path, source, adapter, recipe, identity, own_base(against, session))
-            for path, recipe in rest.items()
-        }
-    results = (*known.values(), *found.values())
-    return Done(source, results, identity.trace({path: rest[path] for path in found}, before))
 
 
 @dataclass(frozen=True, eq=False)
-class Identity:
-    """What decides the bytes of an adapter's outputs, but for the recipe."""
+class OpenSource:
+    """An open adapter, and what decides the bytes of its outputs beside the recipe."""
 
-    source_hash: Future[str]
-    fingerprint: str  # of the base, "" without one
-    depends_on_base: bool  # whatever the recipe
-    options: str
+    path: Path
+    adapter: Adapter
+    against: AdapterBase
+    session: Session
+    variant: str  # see `source_variant`
+    stamps: tuple[Stamp, ...]  # of its files, from before they were read
+    sha256: Future[str]  # of its contents
 
     @classmethod
-    def of(cls, source: Path, adapter: Adapter, against: BaseContext, session: Session) -> Identity:
-        # By other names, and by layers that are no LoRA.
-        depends = bool(session.how.options) or not all(layer.family.written for layer in adapter.layers)
-        hashed = session.pool.submit(contents_sha256, adapter)
-        return cls(hashed, _fingerprint(against), depends, options_text(source, session))
+    def open(cls, path: Path, against: AdapterBase, session: Session) -> OpenSource:
+        """Open the adapter, and begin to hash it in the pool."""
+        adapter = session.job.opener(path, against.base)
+        try:
+            folders = [file.parent for file in adapter.store.files if file.name in peft.WEIGHTS_FILES]
+            configs = [folder / peft.CONFIG_FILE for folder in folders if peft.is_folder(folder)]
+            before = stamps([*adapter.store.files, *configs])
+            sha256 = session.pool.submit(contents_sha256, adapter)
+            return cls(path, adapter, against, session, source_variant(path, session), before, sha256)
+        except BaseException:
+            adapter.close()
+            raise
+
+    def close(self) -> None:
+        """Close the adapter's files."""
+        self.adapter.close()
+
+    @property
+    def depends_on_base(self) -> bool:
+        """Whether its outputs do, whatever the recipe: by other names, and by layers that are no LoRA."""
+        return bool(self.session.job.variant) or not all(layer.family.written for layer in self.adapter.layers)
 
     def origin(self, recipe: Recipe) -> Origin:
-        return _origin(self.source_hash.result(), recipe, self.fingerprint, self.depends_on_base, self.options)
+        """The origin of this recipe's output; waits for the hash."""
+        return _origin(self.sha256.result(), recipe, self.against, self.depends_on_base, self.variant)
 
-    def trace(self, outputs: Mapping[Path, Recipe], before: tuple[Stamp, ...]) -> Trace:
+    def trace(self, outputs: Mapping[Path, Recipe]) -> Trace:
+        """The trace that lets a later run keep these outputs."""
         origins = {path: self.origin(recipe) for path, recipe in outputs.items()}
-        return Trace(origins, self.depends_on_base, before)
+        return Trace(origins, self.depends_on_base, self.stamps)
+
+    def existing_result(self, output: Path, recipe: Recipe) -> FileResult:
+        """The result that an output which exists stands for. Raises OutputError if it was made from something else."""
+        entries = read_header(output)[1]
+        if not self.origin(recipe).made(entries):
+            raise OutputError(
+                f"{output}: exists, but was made from another source, base, recipe, options or version. "
+                "Use --force to replace it, or choose another place with -o."
+            )
+        energy = float(entries[ENERGY])
+        return _skipped_result(
+            self.path,
+            output,
+            recipe,
+            base=own_base(self.against, self.session),
+            threshold=json.loads(entries["resize_params"])["threshold"],
+            bytes_before=sum(file.stat().st_size for file in self.adapter.store.files),
+            bytes_after=output.stat().st_size,
+            relative_error=float(entries[ERROR]) if recipe.caps else (1 - energy) ** 0.5,
+        )
 
 
-def _fingerprint(against: BaseContext) -> str:
-    return against.base.fingerprint if against.base else ""
-
-
-def options_text(source: Path, session: Session) -> str:
-    """The session's, and the file beside the tensors of a PEFT folder."""
-    settings = f",settings={sha256_file(source / peft.CONFIG_FILE)[:16]}" if peft.is_folder(source) else ""
-    return f"{session.options}{settings}"
-
-
-def _origin(source_hash: str, recipe: Recipe, fingerprint: str, depends_on_base: bool, options: str) -> Origin:
-    base = fingerprint if recipe.needs_base or depends_on_base else ""
-    return Origin(source_hash, str(recipe), base, options, __version__)
-
-
-def adapter_files(adapter: Adapter) -> list[Path]:
-    """All that was read of an adapter."""
-    folders = [path.parent for path in adapter.store.files if path.name in peft.WEIGHTS_FILES]
-    return [*adapter.store.files, *(folder / peft.CONFIG_FILE for folder in folders if peft.is_folder(folder))]
+def _skipped_result(source: Path, output: Path, recipe: Recipe, **facts: Any) -> FileResult:
+    return FileResult(
+        source=str(source),
+        output=str(shown(output)),
+        recipe=str(recipe),
+        seconds=0.0,
+        skipped=True,
+        kept_energy=float(read_header(output)[1][ENERGY]) if recipe.caps else None,
+        **facts,
+    )
 
 
 def recorded_results(
-    source: Path, outputs: Mapping[Path, Recipe], against: BaseContext, session: Session, ledger: Ledger
+    source: Path, outputs: Mapping[Path, Recipe], against: AdapterBase, session: Session, ledger: Ledger
 ) -> dict[Path, FileResult]:
-    """Results of outputs that the journal knows to be equal; no file is read."""
-    found = {}
-    for path, recipe in outputs.items():
-        entry = ledger.known(path, source)
+    """Results of the outputs that the journal knows to be equal; the adapter is not read."""
+    results = {}
+    for output, recipe in outputs.items():
+        entry = ledger.recorded(output, source)
         if entry is None:
             continue
-        options = options_text(source, session)
-        expected = _origin(entry.source_sha256, recipe, _fingerprint(against), entry.depends_on_base, options)
+        variant = source_variant(source, session)
+        expected = _origin(entry.source_sha256, recipe, against, entry.depends_on_base, variant)
         if expected == origin_of(entry):
-            found[path] = FileResult(
-                source=str(source),
-                output=str(shown(path)),
-                recipe=str(recipe),
+            results[output] = _skipped_result(
+                source,
+                output,
+                recipe,
+                base=own_base(against, session),
                 threshold=entry.threshold,
                 bytes_before=entry.bytes_before,
                 bytes_after=entry.bytes_after,
                 relative_error=entry.relative_error,
-                seconds=0.0,
-                skipped=True,
-                base=own_base(against, session),
-                kept_energy=float(read_header(path)[1][ENERGY]) if recipe.caps else None,
             )
-    return found
+    return results
 
 
-def own_base(against: BaseContext, session: Session) -> str | None:
-    """What reports say of the base of one adapter, where there are several."""
-    return str(against.base.path) if session.how.bases and against.base else None
+def existing_results(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledger: Ledger) -> Done | None:
+    """Results of the outputs that an equal run has written, None without such outputs.
+
+    Raises LorashrinkError if one was made from something else.
+    """
+    against = session.base_of(source)
+    recorded = recorded_results(source, outputs, against, session, ledger)
+    rest = {path: recipe for path, recipe in outputs.items() if path not in recorded and os.path.exists(path)}
+    if not rest:
+        return Done(source, tuple(recorded.values())) if recorded else None
+    with closing(OpenSource.open(source, against, session)) as opened:
+        results = [opened.existing_result(path, recipe) for path, recipe in rest.items()]
+        return Done(source, (*recorded.values(), *results), opened.trace(rest))
 
 
-def existing_result(
-    path: Path, source: Path, adapter: Adapter, recipe: Recipe, identity: Identity, base: str | None
-) -> FileResult:
-    """The result that an output which is already there stands for."""
-    entries = read_header(path)[1]
-    if not identity.origin(recipe).made(entries):
-        raise OutputError(
-            f"{path}: exists, but was made from another source, base, recipe, options or version. "
-            "Use --force to replace it, or choose another place with -o."
-        )
-    return FileResult(
-        source=str(source),
-        output=str(shown(path)),
-        recipe=str(recipe),
-        threshold=json.loads(entries["resize_params"])["threshold"],
-        bytes_before=sum(each.stat().st_size for each in adapter.store.files),
-        bytes_after=path.stat().st_size,
-        relative_error=float(entries[ERROR]) if recipe.caps else (1 - float(entries[ENERGY])) ** 0.5,
-        seconds=0.0,
-        skipped=True,
-        base=base,
-        kept_energy=float(entries[ENERGY]) if recipe.caps else None,
-    )
+def own_base(against: AdapterBase, session: Session) -> str | None:
+    """The base that a result names; None in runs with one base or none."""
+    return str(against.base.path) if session.job.bases and against.base else None
+
+
+def source_variant(source: Path, session: Session) -> str:
+    """The session's variant, and the settings beside the tensors of a PEFT folder."""
+    settings = f",settings={sha256_file(source / peft.CONFIG_FILE)[:16]}" if peft.is_folder(source) else ""
+    return f"{session.variant}{settings}"
+
+
+def _origin(sha256: str, recipe: Recipe, against: AdapterBase, depends_on_base: bool, variant: str) -> Origin:
+    base = against.fingerprint if recipe.needs_base or depends_on_base else ""
+    return Origin(sha256, str(recipe), base, variant, __version__)

@@ -1,4 +1,4 @@
-"""What all adapters of one run share: bases, base norms, statistics and worker threads."""
+"""The session of a run: bases, base norms, statistics and worker threads that all adapters share."""
 
 from __future__ import annotations
 
@@ -20,56 +20,57 @@ from lorashrink.files.disk import sha256_file
 from lorashrink.files.store import OUTPUT_DTYPES
 from lorashrink.linking.matching import FORMS
 from lorashrink.recipes.choice import Selection
-from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.grouping import base_for
+from lorashrink.shrinking.options import ResizeOptions
 from lorashrink.shrinking.plan import UNMAPPED
-from lorashrink.shrinking.request import How
+from lorashrink.shrinking.request import Job
 
 log = logging.getLogger(__name__)
 
-Each = Callable[[FileResult], None]
-
-
-# --- what stays open over many files ------------------------------------------------------------
-
 
 @dataclass(frozen=True, eq=False)
-class BaseContext:
-    """The base of one adapter, if it has one."""
+class AdapterBase:
+    """The base of one adapter with its norms; both are None if it has none."""
 
     base: Base | None = None
     norms: BaseNorms | None = None
 
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the base, "" without a base."""
+        return self.base.fingerprint if self.base else ""
+
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """All that is opened once."""
+    """All that is opened once for a job."""
 
-    how: How
+    job: Job
+    options: ResizeOptions  # of the job
     device: str
     pool: Executor
-    bases: Mapping[Path, BaseContext]
+    bases: Mapping[Path, AdapterBase]
     statistics: Statistics | None = None
     progress: Progress | None = None
     selections: Mapping[Path, Selection] = field(default_factory=dict)  # by output, where they are made already
 
-    def against(self, source: Path) -> BaseContext:
+    def base_of(self, source: Path) -> AdapterBase:
         """The base of this adapter. Raises InputError if a table of bases has none for it."""
-        if self.how.bases:
-            return self.bases[base_for(source, self.how.bases)]
-        return next(iter(self.bases.values()), BaseContext())
+        if self.job.bases:
+            return self.bases[base_for(source, self.job.bases)]
+        return next(iter(self.bases.values()), AdapterBase())
 
     @cached_property
-    def options(self) -> str:
-        """Whatever decides what is written, beside the source, the recipe and the base."""
-        how = self.how
-        statistics = f",calibration={sha256_file(Path(how.calibration))[:16]}" if how.calibration else ""
-        return f"dtype={how.dtype},unmapped={how.unmapped},as={how.form}{how.options}{statistics}"
+    def variant(self) -> str:
+        """The options that change what is written, as text for metadata and journal."""
+        options, calibration = self.options, self.options.calibration
+        statistics = f",calibration={sha256_file(Path(calibration))[:16]}" if calibration else ""
+        return f"dtype={options.dtype},unmapped={options.unmapped},as={options.form}{self.job.variant}{statistics}"
 
     @property
     def infos(self) -> tuple[BaseInfo, ...]:
-        """What reports say of the bases."""
-        return tuple(each.base.info for each in self.bases.values() if each.base)
+        """The bases as reports name them."""
+        return tuple(against.base.info for against in self.bases.values() if against.base)
 
     def reporter(self, text: str) -> Callable[[int, int], None] | None:
         """A progress callback for one part of the work."""
@@ -78,24 +79,25 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(how: How, *, jobs: int | None = None, progress: Progress | None = None) -> Iterator[Session]:
+def open_session(job: Job, *, progress: Progress | None = None) -> Iterator[Session]:
     """Open the bases and a pool of threads. Raises UsageError, InputError or NotABase."""
-    for option, value, allowed in (
-        ("dtype", how.dtype, tuple(OUTPUT_DTYPES)),
-        ("unmapped", how.unmapped, UNMAPPED),
-        ("as", how.form, FORMS),
+    options = job.options
+    for name, value, allowed in (
+        ("dtype", options.dtype, tuple(OUTPUT_DTYPES)),
+        ("unmapped", options.unmapped, UNMAPPED),
+        ("as", options.form, FORMS),
     ):
         if value not in allowed:
-            raise UsageError(f"{option}: '{value}' is not one of {', '.join(allowed)}.")
-    how = replace(how, dtype={"16": "fp16", "32": "fp32"}.get(how.dtype, how.dtype))
-    device = pick_device(how.device)
-    paths = [Path(how.base)] if how.base is not None else list(dict.fromkeys(how.bases.values()))
+            raise UsageError(f"{name}: '{value}' is not one of {', '.join(allowed)}.")
+    options = replace(options, dtype={"16": "fp16", "32": "fp32"}.get(options.dtype, options.dtype))
+    device = pick_device(options.device)
+    paths = [Path(options.base)] if options.base is not None else list(dict.fromkeys(job.bases.values()))
     with contextlib.ExitStack() as stack:
         bases = {path: stack.enter_context(open_base(path)) for path in paths}
-        for family, path in how.bases.items():
+        for family, path in job.bases.items():
             if bases[path].family.name != family:
                 raise UsageError(f"{path}: is for {bases[path].family.name}, and the table of bases says {family}.")
-        statistics = stack.enter_context(open_statistics(how.calibration)) if how.calibration else None
-        pool = stack.enter_context(worker_pool(jobs))
-        against = {path: BaseContext(base, BaseNorms(base)) for path, base in bases.items()}
-        yield Session(how, device, pool, against, statistics, progress)
+        statistics = stack.enter_context(open_statistics(options.calibration)) if options.calibration else None
+        pool = stack.enter_context(worker_pool(options.jobs))
+        against = {path: AdapterBase(base, BaseNorms(base)) for path, base in bases.items()}
+        yield Session(job, options, device, pool, against, statistics, progress)

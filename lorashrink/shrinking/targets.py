@@ -48,5 +48,5 @@ TARGETS: Mapping[str, Target] = {"vllm": Target("vLLM", ("uniform", "pow2"), _fo
 
 def with_items(recipe: str, target: Target) -> str:
     """The recipe as the target needs it, whatever it says itself of these items."""
-    given = [item for item in recipe.split(",") if item.partition("=")[0].strip() not in target.items]
-    return ",".join([*given, *target.items])
+    items = [item for item in recipe.split(",") if item.partition("=")[0].strip() not in target.items]
+    return ",".join([*items, *target.items])

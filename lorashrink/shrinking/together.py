@@ -4,115 +4,114 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from lorashrink.engine.spectrum import decompose
 from lorashrink.errors import LorashrinkError, OutputError
 from lorashrink.recipes.choice import Member, Selection, select_together
-from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import FileResult, StackBudget
 from lorashrink.shrinking.ledger import Done, Ledger, Targets
-from lorashrink.shrinking.pipeline import (
-    decomposition_items,
-    failure_of,
-    outline_for,
-    prepared_work,
-    run,
-    wait_for_spectra,
-)
+from lorashrink.shrinking.pipeline import failure_of, shrink_each
 from lorashrink.shrinking.plan import Outline
 from lorashrink.shrinking.request import Job
-from lorashrink.shrinking.reuse import Identity, already_there, options_text
+from lorashrink.shrinking.reuse import OpenSource, existing_results, source_variant
 from lorashrink.shrinking.session import Session
+from lorashrink.shrinking.work import Work, decompose_together
 from lorashrink.sums.summing import contents_sha256
 
 
 def stack_budgets(job: Job, results: Sequence[FileResult]) -> tuple[StackBudget, ...]:
+    """Per recipe its budget and the bytes used; () if the job is no stack."""
     recipes = next(iter(job.targets.values())).values() if job.weights else ()
-    found = []
+    budgets = []
     for recipe in recipes:
-        made = [each for each in results if each.recipe == str(recipe)]
-        threshold = next((each.threshold for each in made), None)
-        size = sum(each.bytes_after for each in made)
-        found.append(StackBudget(str(recipe), len(made), int(recipe.value * 2**20), size, threshold))
-    return tuple(found)
+        members = [result for result in results if result.recipe == str(recipe)]
+        threshold = members[0].threshold if members else None
+        size = sum(result.bytes_after for result in members)
+        budgets.append(StackBudget(str(recipe), len(members), int(recipe.value * 2**20), size, threshold))
+    return tuple(budgets)
 
 
-# --- several adapters under one budget ----------------------------------------------------------
+def shrink_together(session: Session, ledger: Ledger) -> None:
+    """Shrink adapters whose dimensions compete: each adapter is read for its scores, and again to be written.
 
-
-def run_together(job: Job, session: Session, ledger: Ledger) -> None:
-    """Shrink adapters whose dimensions compete: each is read for its scores, and again to be written.
-
-    One that cannot be used has no part in the budget. Raises RecipeError if the rest of them cannot reach it, and
-    OutputError if outputs that are to stay were made from another stack.
+    An adapter that cannot be used is a failure, and the others share the budget. Raises RecipeError if they cannot
+    reach it, and OutputError if existing outputs were made from another stack.
     """
-    how = replace(job.how, options=f"{job.how.options},stack={_stack_id(job, session)}")
-    session = replace(session, how=how)
-    if how.skip_existing and (there := _all_there(job.targets, session, ledger)):
-        for done in there:
+    job = replace(session.job, variant=f"{session.job.variant},stack={_stack_id(session)}")
+    session = replace(session, job=job)
+    if session.options.skip_existing and (existing := _all_existing(job.targets, session, ledger)):
+        for done in existing:
             ledger.add(done)
         return
-    found: dict[Path, dict[Path, Outline]] = {}
-    for count, (source, outputs) in enumerate(job.targets.items()):
-        if session.progress:
-            session.progress("scores", count, len(job.targets))
+    outlines = _outlines(session, ledger)
+    selections = _select(outlines, job.weights)
+    targets = {source: job.targets[source] for source in outlines}
+    shrink_each(targets, replace(session, selections=selections), ledger)
+
+
+def _outlines(session: Session, ledger: Ledger) -> dict[Path, dict[Path, Outline]]:
+    """Source -> output -> what its recipe can choose from; the ledger gets the sources that fail.
+
+    One adapter is read after another, and its factors are forgotten.
+    """
+    outlines: dict[Path, dict[Path, Outline]] = {}
+    targets = session.job.targets
+    report = session.reporter("scores")
+    for count, (source, outputs) in enumerate(targets.items()):
+        if report:
+            report(count, len(targets))
         try:
-            found[source] = _outlines(source, outputs, session)
+            with closing(OpenSource.open(source, session.base_of(source), session)) as opened:
+                work = Work.begin(opened, outputs)
+                decompose_together([work], session)
+                decomposed = work.decomposed()
+                outlines[source] = {path: work.outline(decomposed, recipe) for path, recipe in outputs.items()}
         except Exception as error:
             ledger.add(failure_of(source, error))
-    if session.progress:
-        session.progress("scores", len(job.targets), len(job.targets))
+    if report:
+        report(len(targets), len(targets))
+    return outlines
+
+
+def _select(outlines: Mapping[Path, Mapping[Path, Outline]], weights: Mapping[Path, float]) -> dict[Path, Selection]:
+    """Output -> what is kept of it, chosen for all sources together, recipe by recipe."""
     selections: dict[Path, Selection] = {}
-    for outlines in zip(*(each.items() for each in found.values()), strict=True):  # of one recipe
+    for of_recipe in zip(*(outputs.items() for outputs in outlines.values()), strict=True):
         members = [
-            Member(each.facts, each.layout.size, job.weights[source])
-            for source, (_, each) in zip(found, outlines, strict=True)
+            Member(outline.facts, outline.layout.size, weights[source])
+            for source, (_, outline) in zip(outlines, of_recipe, strict=True)
         ]
-        chosen = select_together(outlines[0][1].recipe, members)
-        selections |= {path: selection for (path, _), selection in zip(outlines, chosen, strict=True)}
-    run({source: job.targets[source] for source in found}, replace(session, selections=selections), ledger)
+        chosen = select_together(of_recipe[0][1].recipe, members)
+        selections |= {path: selection for (path, _), selection in zip(of_recipe, chosen, strict=True)}
+    return selections
 
 
-def _stack_id(job: Job, session: Session) -> str:
-    """How many adapters, and what their contents and weights are, in whatever order."""
+def _stack_id(session: Session) -> str:
+    """A text for the number, contents and weights of the adapters, in any order."""
     members = []
-    for source, weight in job.weights.items():
+    for source, weight in session.job.weights.items():
         try:
-            with session.how.opener(source, session.against(source).base) as adapter:
+            with session.job.opener(source, session.base_of(source).base) as adapter:
                 contents = contents_sha256(adapter)
         except LorashrinkError:
             contents = "unusable"
-        members.append(f"{contents} {options_text(source, session)} {weight!r}")
+        members.append(f"{contents} {source_variant(source, session)} {weight!r}")
     digest = hashlib.sha256("\n".join(sorted(members)).encode()).hexdigest()
     return f"{len(members)} of {digest[:16]}"
 
 
-def _all_there(targets: Targets, session: Session, ledger: Ledger) -> list[Done]:
-    """What is known of all outputs, [] if one of them is to be made. Raises OutputError if one is of another stack."""
-    found = []
+def _all_existing(targets: Targets, session: Session, ledger: Ledger) -> list[Done]:
+    """Results of all outputs, [] if one is missing. Raises OutputError if one was made from another stack."""
+    existing = []
     for source, outputs in targets.items():
         try:
-            there = already_there(source, outputs, session, ledger)
+            done = existing_results(source, outputs, session, ledger)
         except OutputError as error:
             raise OutputError(f"{error} What becomes of an adapter in a stack depends on all of them.") from error
         except LorashrinkError:
-            there = None
-        if there and len(there.results) == len(outputs):
-            found.append(there)
-    return found if len(found) == len(targets) else []
-
-
-def _outlines(source: Path, outputs: Mapping[Path, Recipe], session: Session) -> dict[Path, Outline]:
-    """What the recipes can choose from in one adapter; its factors are read and forgotten."""
-    against = session.against(source)
-    with session.how.opener(source, against.base) as adapter:
-        identity = Identity.of(source, adapter, against, session)
-        work = prepared_work(source, outputs, adapter, against, identity, session)
-        items = decomposition_items(work)
-        flat = [item for kind in items.values() for item in kind]
-        futures = iter(decompose(flat, session.pool, device=session.device))
-        work.spectra = {kind: [next(futures) for _ in each] for kind, each in items.items()}
-        decomposed = wait_for_spectra(work, session)
-        return {path: outline_for(work, decomposed, recipe, session) for path, recipe in outputs.items()}
+            done = None
+        if done and len(done.results) == len(outputs):
+            existing.append(done)
+    return existing if len(existing) == len(targets) else []

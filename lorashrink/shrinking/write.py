@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -21,14 +22,16 @@ from lorashrink.files.disk import write_bytes
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import torch_dtype
 from lorashrink.files.writing import SafetensorsWriter
-from lorashrink.shrinking.plan import Plan
+from lorashrink.shrinking.plan import LayerPlan, Plan
 
 # Relative difference of a layer's norm before and after rounding to the dtype that still is rounding.
 _NORM_TOLERANCE = {"F64": 1e-6, "F32": 1e-5, "F16": 1e-2, "BF16": 2e-2}
 
 _CHUNK = 16  # layers per task
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # (steps done, steps in all)
+
+T = TypeVar("T")
 
 
 def write(
@@ -43,32 +46,27 @@ def write(
     Every file is complete, checked against its spectrum and on the disk before it gets its name. Raises
     OutputError, after which no part of any output of this adapter is left that was not finished.
     """
-    first = next(iter(plans.values()))
-    layers = first.decomposed.adapter.layers
-    chunks = [range(start, min(start + _CHUNK, len(layers))) for start in range(0, len(layers), _CHUNK)]
-    checks = sum(len(each.places) for each in plans.values())
-    steps = _Steps(progress, len(layers) + checks)
+    layers = next(iter(plans.values())).adapter.layers
+    steps = _Steps(progress, len(layers) + sum(len(plan.written) for plan in plans.values()))
     with ExitStack() as stack:
         pairs = [
-            (each, stack.enter_context(SafetensorsWriter(path, each.tensors, each.metadata)))
-            for path, each in plans.items()
+            (plan, stack.enter_context(SafetensorsWriter(path, plan.tensors, plan.metadata)))
+            for path, plan in plans.items()
         ]
-        _run(pool, chunks, lambda chunk: _write_layers(chunk, pairs, device), steps)
-        for each, writer in pairs:
-            for key in each.verbatim:
-                writer.copy(key, each.decomposed.adapter.store, key)
+        _run(pool, _chunks(range(len(layers))), lambda chunk: _write_layers(chunk, pairs, device), steps)
+        for plan, writer in pairs:
+            for key in plan.verbatim:
+                writer.copy(key, plan.adapter.store, key)
         # Hashing is one thread's work; it goes on while the others read the files back.
-        hashed = [pool.submit(_hashed_metadata, each, writer) for each, writer in pairs]
-        for (each, writer), entries in zip(pairs, hashed, strict=True):
-            _verify(each, writer, pool, steps)
+        hashed = [
+            pool.submit(hashes.with_hashes, plan.metadata, plan.tensors, writer.data_chunks) for plan, writer in pairs
+        ]
+        for (plan, writer), entries in zip(pairs, hashed, strict=True):
+            _verify(plan, writer, pool, steps)
             writer.replace_metadata(entries.result())
-            if each.decomposed.adapter.as_folder:
-                write_bytes(writer.path.parent / peft.CONFIG_FILE, peft.to_file(each.settings))
+            if plan.adapter.as_folder:
+                write_bytes(writer.path.parent / peft.CONFIG_FILE, peft.to_file(plan.settings))
             writer.commit()
-
-
-def _hashed_metadata(each: Plan, writer: SafetensorsWriter) -> dict[str, str]:
-    return hashes.with_hashes(each.metadata, each.tensors, writer.data_chunks)
 
 
 class _Steps:
@@ -81,7 +79,11 @@ class _Steps:
             self.report(self.done, self.total)
 
 
-def _run(pool: Executor, chunks: Sequence[Sequence[int]], task: Callable[[Sequence[int]], None], steps: _Steps) -> None:
+def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
+    return [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
+
+
+def _run(pool: Executor, chunks: Sequence[Sequence[T]], task: Callable[[Sequence[T]], None], steps: _Steps) -> None:
     """Run the task for every chunk in the pool; the first error stops the rest."""
     futures = [pool.submit(task, chunk) for chunk in chunks]
     try:
@@ -96,71 +98,58 @@ def _run(pool: Executor, chunks: Sequence[Sequence[int]], task: Callable[[Sequen
 def _write_layers(indices: Sequence[int], pairs: Sequence[tuple[Plan, SafetensorsWriter]], device: str) -> None:
     for index in indices:
         delta = None
-        for each, writer in pairs:
-            place = each.places.get(index)
-            if place is None:
-                continue
-            delta = delta or each.decomposed.adapter.layers[index].delta
-            _write_layer(each, place, delta, writer, device)
+        for plan, writer in pairs:
+            if planned := plan.written.get(index):
+                delta = delta or planned.layer.delta
+                _write_layer(plan, planned, delta, writer, device)
 
 
-def _write_layer(each: Plan, place: int, delta: AnyDelta, writer: SafetensorsWriter, device: str) -> None:
-    index, width = each.shrunk[place], each.selection.widths[place]
-    spectrum, layer = each.decomposed.spectra[index], each.decomposed.adapter.layers[index]
+def _write_layer(plan: Plan, planned: LayerPlan, delta: AnyDelta, writer: SafetensorsWriter, device: str) -> None:
+    layer, width, scale = planned.layer, planned.width, plan.baked(planned)
     up, down = truncate(
-        delta,
-        spectrum,
-        each.selection.kept[place],
-        factors=each.caps[place],
-        width=width,
-        scale=each.baked(place),
-        device=device,
+        delta, planned.spectrum, planned.kept, factors=planned.caps, width=width, scale=scale, device=device
     )
-    _, family, keys, infos = each.forms[place]
+    _, family, keys, infos = planned.form
     assert family.written
     values = dict(family.pack(up, down) if family.pack else {"up": up, "down": down})
-    values["alpha"] = torch.tensor(float(each.alpha))
+    values["alpha"] = torch.tensor(float(plan.alpha))
     if "bias" in keys:
         # read at the scale of the factors, which is inside them now
-        values["bias"] = layer.store.read(keys["bias"]).float() * (layer.scale * each.baked(place))
+        values["bias"] = layer.store.read(keys["bias"]).float() * (layer.scale * scale)
     for role in (*family.written(infos, width), *({"bias"} & keys.keys())):
-        info = each.tensors[keys[role]]
+        info = plan.tensors[keys[role]]
         writer.write(keys[role], values[role].to(torch_dtype(info.dtype)))
 
 
-def _verify(each: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> None:
+def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> None:
     """Open the written file as every loader does, and compare the norm of each layer with its spectrum."""
     names = writer.readable_names()
-    adapter = each.decomposed.adapter
-    by_name = {layer.name: layer for layer in adapter.layers}
-    gone = {key for name in each.removed for key in (by_name[name].keys.values() if name in by_name else [name])}
-    replaced = {key for index in each.places for key in adapter.layers[index].keys.values()}
-    stored = adapter.store.tensors.keys()
-    if names != set(each.tensors) or not gone & stored <= stored - names <= gone | replaced:
+    by_name = {layer.name: layer for layer in plan.adapter.layers}
+    gone = {key for name in plan.removed for key in (by_name[name].keys.values() if name in by_name else [name])}
+    replaced = {key for planned in plan.written.values() for key in planned.layer.keys.values()}
+    stored = plan.adapter.store.tensors.keys()
+    if names != set(plan.tensors) or not gone & stored <= stored - names <= gone | replaced:
         raise OutputError(f"{writer.path}: the written file has other tensors than planned; please report this.")
+    by_width: dict[int, list[LayerPlan]] = defaultdict(list)
+    for planned in plan.written.values():
+        by_width[planned.width].append(planned)
+    chunks = [chunk for layers in by_width.values() for chunk in _chunks(layers)]
     with open_tensors(writer.temporary) as store:
-        written = {layer.name: layer for layer in adapter_of(writer.path, store, each.settings)}
-        _run(pool, _chunks_of_equal_width(each), lambda places: _check_norms(each, writer.path, written, places), steps)
+        written = {layer.name: layer for layer in adapter_of(writer.path, store, plan.settings)}
+        _run(pool, chunks, lambda chunk: _check_norms(plan, writer.path, written, chunk), steps)
 
 
-def _chunks_of_equal_width(each: Plan) -> list[list[int]]:
-    by_width: dict[int, list[int]] = defaultdict(list)
-    for place in each.places.values():
-        by_width[each.selection.widths[place]].append(place)
-    return [places[start : start + _CHUNK] for places in by_width.values() for start in range(0, len(places), _CHUNK)]
-
-
-def _check_norms(each: Plan, path: Path, written: Mapping[str, Layer], places: Sequence[int]) -> None:
+def _check_norms(plan: Plan, path: Path, written: Mapping[str, Layer], chunk: Sequence[LayerPlan]) -> None:
     """Compare what a reader of the file gets, scale included, with what was to be kept."""
-    layers = [written[each.forms[place].name] for place in places]
+    layers = [written[planned.form.name] for planned in chunk]
     deltas = [layer.delta for layer in layers]
-    both = grams([delta for delta in deltas if isinstance(delta, Delta)], torch.device("cpu"))
-    squares = (both.down * both.up).sum((-2, -1)).tolist()
-    for place, layer, square in zip(places, layers, squares, strict=True):
-        wanted = abs(each.recipe.rescale) * each.norms[place]
+    factors = grams([delta for delta in deltas if isinstance(delta, Delta)], torch.device("cpu"))
+    squares = (factors.down * factors.up).sum((-2, -1)).tolist()
+    for planned, layer, square in zip(chunk, layers, squares, strict=True):
+        expected = abs(plan.recipe.rescale) * planned.norm
         norm = abs(layer.scale) * math.sqrt(max(0.0, square))  # NaN, if a number overflowed, compares as wrong
-        if not abs(norm - wanted) <= _NORM_TOLERANCE[layer.dtype] * wanted:
+        if not abs(norm - expected) <= _NORM_TOLERANCE[layer.dtype] * expected:
             raise OutputError(
-                f"{path}: layer {layer.name} has norm {norm:.4g} after writing, {wanted:.4g} before. "
+                f"{path}: layer {layer.name} has norm {norm:.4g} after writing, {expected:.4g} before. "
                 "Its numbers do not fit the dtype; use -t fp32 or -t bf16. Nothing was written."
             )

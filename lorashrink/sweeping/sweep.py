@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorashrink.adapters import open_adapter, peft
+from lorashrink.adapters import peft
 from lorashrink.errors import InputError, NonFinite, Progress, UsageError
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.pictures.prompts import OWN, read_prompts
 from lorashrink.recipes.grammar import Recipe, parse_recipes
 from lorashrink.results.shrinking import FileResult, Report
 from lorashrink.results.sweep import Drawn, Pictures, Point, Suggestion, Sweep
+from lorashrink.shrinking.ledger import Targets
 from lorashrink.shrinking.outputs import shown
 from lorashrink.sweeping.ranges import curve, expand_all
 
@@ -75,6 +76,7 @@ def sweep(
     Raises RecipeError, UsageError or InputError as `resize` does; what fails there for one file is an error here, as
     is an adapter without layers.
     """
+    from lorashrink.shrinking.options import ResizeOptions
     from lorashrink.shrinking.run import shrink
 
     if (images is None) != (prompts is None):
@@ -82,17 +84,11 @@ def sweep(
     if not seeds:
         raise UsageError("pictures need at least one of --seeds; 0 means those of the prompts alone.")
     source, parsed = _source_and_recipes(adapter, recipes, sizes, base, calibration)
-    run = partial(
-        shrink,
-        opener=lambda path, base: open_adapter(path),
-        base=base,
-        calibration=calibration,
-        dtype=dtype,
-        device=device,
-        jobs=jobs,
-        lenient=True,
-        progress=progress,
-    )
+    options = ResizeOptions(base=base, calibration=calibration, dtype=dtype, device=device, jobs=jobs)
+
+    def run(targets: Targets, *, dry_run: bool) -> Report:
+        return shrink(targets, replace(options, dry_run=dry_run), lenient=True, progress=progress)
+
     shrinker = _Shrinker(source, run)
     if images is None or prompts is None:
         results = shrinker.results(parsed)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversions import few, numbers
 from fixtures import shapes, write_header
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_conversion import few, numbers
 from torch import Tensor
 from typer.testing import CliRunner
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conversions import few
 from fixtures import shapes, write_header
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_comparison import FORMS, KINDS, NAME, lora, randn, write
-from test_conversion import few
 from torch import Tensor
 from typer.testing import CliRunner
 

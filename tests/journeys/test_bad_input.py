@@ -1,4 +1,4 @@
-"""Wrong files and wrong requests: what is said, what is left behind, and what is done all the same."""
+"""Wrong files and requests: messages, leftovers, and the work that is done all the same."""
 
 import errno
 import json
@@ -58,12 +58,12 @@ class Run:
     """The outcome of a command line."""
 
     def __init__(self, *arguments: object) -> None:
-        result = CliRunner().invoke(app, [str(each) for each in arguments])
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
         assert isinstance(result.exception, SystemExit | None), repr(result.exception)
         self.status, self.stdout, self.errors = result.exit_code, result.stdout, result.stderr.splitlines()
 
     def failed(self, status: int, *words: object) -> None:
-        """One complaint of at most two lines that has all the words."""
+        """Check for one complaint of at most two lines that has all the words."""
         assert self.status == status, self.errors
         assert 1 <= len(self.errors) <= 2
         text = "\n".join(self.errors)
@@ -119,7 +119,7 @@ def raw(path: Path, header: bytes, data: bytes = b"", length: int | None = None)
 
 
 def with_header(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    """An adapter whose header went through a function."""
+    """An adapter with its header changed by a function."""
 
     def make(path: Path) -> None:
         content = save(factors())
@@ -273,7 +273,7 @@ def strict_json(text: str) -> Any:
 
 
 @each_bad_file
-def test_a_bad_file_alone_is_named_with_what_to_do_and_nothing_is_written(
+def test_a_bad_file_alone_is_named_and_nothing_is_written(
     tmp_path: Path, out: Path, suffix: str, make: Callable[[Path], object], words: tuple[str, ...]
 ) -> None:
     bad = tmp_path / f"bad{suffix}"
@@ -284,7 +284,7 @@ def test_a_bad_file_alone_is_named_with_what_to_do_and_nothing_is_written(
 
 
 @each_bad_file
-def test_a_bad_file_in_a_batch_is_named_and_the_others_are_done(
+def test_a_bad_file_does_not_stop_a_batch(
     tmp_path: Path, out: Path, good: Path, suffix: str, make: Callable[[Path], object], words: tuple[str, ...]
 ) -> None:
     bad = tmp_path / f"bad{suffix}"
@@ -299,7 +299,7 @@ def test_a_bad_file_in_a_batch_is_named_and_the_others_are_done(
 
 
 @pytest.mark.parametrize("name", ["cut short", "overlapping tensors", "NaN in up", "up without down"])
-def test_a_bad_file_in_a_folder_is_named_and_not_passed_over(tmp_path: Path, out: Path, name: str) -> None:
+def test_a_bad_file_in_a_folder_is_named(tmp_path: Path, out: Path, name: str) -> None:
     folder = tmp_path / "adapters"
     folder.mkdir()
     BAD[name][1](folder / "bad.safetensors")
@@ -308,7 +308,7 @@ def test_a_bad_file_in_a_folder_is_named_and_not_passed_over(tmp_path: Path, out
     assert contents(out) == ["good_rank1.safetensors"]
 
 
-def test_every_bad_file_of_a_batch_is_named_on_a_line_of_its_own(tmp_path: Path, out: Path, good: Path) -> None:
+def test_every_bad_file_of_a_batch_has_its_own_line(tmp_path: Path, out: Path, good: Path) -> None:
     names = ["cut short", "NaN in up", "no adapter", "a shape that the base has not"]
     bad = [tmp_path / f"bad{number}.safetensors" for number in range(len(names))]
     for path, name in zip(bad, names, strict=True):
@@ -329,26 +329,24 @@ def test_inspect_names_a_bad_file_and_shows_the_others(tmp_path: Path, good: Pat
     assert str(good) in run.stdout
 
 
-def test_a_configuration_that_is_no_json_does_not_stop_an_adapter(tmp_path: Path, out: Path) -> None:
+def test_an_unreadable_configuration_does_not_stop_an_adapter(tmp_path: Path, out: Path) -> None:
     odd = adapter(tmp_path / "odd.safetensors", metadata={"lora_adapter_metadata": "{no json"})
     resize(odd, "-o", out).succeeded()
     assert contents(out) == ["odd_rank1.safetensors"]
 
 
-def test_numbers_that_do_not_fit_the_asked_dtype_are_an_error_and_no_file(
-    tmp_path: Path, out: Path, good: Path
-) -> None:
+def test_an_overflow_of_the_dtype_fails_and_leaves_no_file(tmp_path: Path, out: Path, good: Path) -> None:
     strong = adapter(tmp_path / "strong.safetensors", lora_up=torch.full((32, 2), 1e12))
     resize(good, strong, "-o", out, "-t", "fp16").failed(1, strong.stem, LAYER, "-t fp32 or -t bf16")
     assert contents(out) == ["good_rank1.safetensors"]
 
 
-def test_a_recipe_that_keeps_nothing_says_what_the_best_dimension_scores(out: Path, good: Path) -> None:
+def test_a_recipe_that_keeps_nothing_names_the_best_score(out: Path, good: Path) -> None:
     resize(good, "-o", out, recipe="fro_ckpt=1,thr=9").failed(2, good, "thr=9", "scores", "lower threshold")
     assert contents(out) == []
 
 
-def test_a_size_below_what_cannot_shrink_says_the_smallest_possible(out: Path, good: Path) -> None:
+def test_an_impossible_size_names_the_smallest_possible(out: Path, good: Path) -> None:
     run = resize(good, "-o", out, recipe="size=0.00001")
     run.failed(2, "size=1e-05", "cannot shrink", "smallest possible is size=")
     assert contents(out) == []
@@ -381,7 +379,7 @@ def test_a_base_cut_short_is_named(tmp_path: Path, out: Path, good: Path, option
 
 
 @pytest.mark.parametrize("option", [True, False])
-def test_a_base_that_is_not_there_is_named(tmp_path: Path, out: Path, good: Path, option: bool) -> None:
+def test_a_missing_base_is_named(tmp_path: Path, out: Path, good: Path, option: bool) -> None:
     base = tmp_path / "modle.safetensors"
     run = Run("resize", "-o", out, "-r", "fro_ckpt=1,thr=-3", *(["--base", base, good] if option else [base, good]))
     run.failed(2, base)
@@ -389,8 +387,8 @@ def test_a_base_that_is_not_there_is_named(tmp_path: Path, out: Path, good: Path
 
 
 def test_an_adapter_is_no_base(tmp_path: Path, out: Path, good: Path) -> None:
-    other = adapter(tmp_path / "other.safetensors")
-    resize(good, "-o", out, base=other).failed(2, other, "no checkpoint of a known family")
+    second = adapter(tmp_path / "other.safetensors")
+    resize(good, "-o", out, base=second).failed(2, second, "no checkpoint of a known family")
     assert contents(out) == []
 
 
@@ -405,40 +403,40 @@ def test_a_recipe_that_needs_a_base_says_how_to_give_one(out: Path, good: Path) 
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "lorashrink-norms", "version": 2}'])
-def test_a_norm_table_that_is_none_is_named(tmp_path: Path, out: Path, good: Path, text: str) -> None:
+def test_a_damaged_norm_table_is_named(tmp_path: Path, out: Path, good: Path, text: str) -> None:
     table = tmp_path / "norms.json"
     table.write_text(text)
     resize(good, "-o", out, base=table).failed(2, table, "lorashrink norms")
     assert contents(out) == []
 
 
-def test_norms_of_what_is_no_base_write_no_table(tmp_path: Path, good: Path) -> None:
-    place = tmp_path / "norms" / "table.json"
-    Run("norms", good, "-o", place).failed(2, good, "no checkpoint")
-    Run("norms", tmp_path / "none.safetensors", "-o", place).failed(2, "none.safetensors")
-    Run("norms", BASE, "-o", place.with_suffix(".txt")).failed(2, "table.txt", ".json")
-    assert contents(place.parent) == []
+def test_norms_of_a_file_that_is_no_base_write_no_table(tmp_path: Path, good: Path) -> None:
+    table = tmp_path / "norms" / "table.json"
+    Run("norms", good, "-o", table).failed(2, good, "no checkpoint")
+    Run("norms", tmp_path / "none.safetensors", "-o", table).failed(2, "none.safetensors")
+    Run("norms", BASE, "-o", table.with_suffix(".txt")).failed(2, "table.txt", ".json")
+    assert contents(table.parent) == []
 
 
 def test_an_existing_norm_table_is_replaced_only_with_force(tmp_path: Path) -> None:
-    place = tmp_path / "table.json"
-    place.write_text("mine")
-    Run("norms", BASE, "-o", place).failed(2, place, "--force")
-    assert place.read_text() == "mine"
-    Run("norms", BASE, "-o", place, "--force").succeeded()
-    assert strict_json(place.read_text())["format"] == "lorashrink-norms"
+    table = tmp_path / "table.json"
+    table.write_text("mine")
+    Run("norms", BASE, "-o", table).failed(2, table, "--force")
+    assert table.read_text() == "mine"
+    Run("norms", BASE, "-o", table, "--force").succeeded()
+    assert strict_json(table.read_text())["format"] == "lorashrink-norms"
 
 
 # --- bad places ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["file", "file/sub", "file/sub/x.safetensors"])
-def test_an_output_folder_that_cannot_be_made_is_named_before_any_work(
-    tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch, place: str
+@pytest.mark.parametrize("folder", ["file", "file/sub", "file/sub/x.safetensors"])
+def test_an_impossible_output_folder_is_named_before_any_work(
+    tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     monkeypatch.setattr("lorashrink.shrinking.session.open_base", lambda *_: pytest.fail("the base was opened"))
     (tmp_path / "file").write_text("mine")
-    resize(good, "-o", tmp_path / place).failed(2, tmp_path / "file")
+    resize(good, "-o", tmp_path / folder).failed(2, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
     assert contents(tmp_path) == ["file", "good.safetensors"]
 
@@ -462,12 +460,12 @@ def test_the_base_is_never_overwritten(tmp_path: Path, good: Path) -> None:
 
 def test_an_existing_output_is_replaced_only_with_force(out: Path, good: Path) -> None:
     out.mkdir()
-    place = out / "good_rank1.safetensors"
-    place.write_text("mine")
-    resize(good, "-o", out).failed(2, place, "--force", "--skip-existing")
-    assert place.read_text() == "mine"
+    target = out / "good_rank1.safetensors"
+    target.write_text("mine")
+    resize(good, "-o", out).failed(2, target, "--force", "--skip-existing")
+    assert target.read_text() == "mine"
     resize(good, "-o", out, "--force").succeeded()
-    assert load_file(place).keys() == factors().keys()
+    assert load_file(target).keys() == factors().keys()
     assert contents(out) == ["good_rank1.safetensors"]
 
 
@@ -483,21 +481,19 @@ def test_one_existing_output_stops_a_batch_before_any_work(
 
 
 @pytest.mark.parametrize("change", ["foreign", "garbage", "recipe", "source"])
-def test_an_existing_output_of_another_run_is_not_taken_for_done(
-    tmp_path: Path, out: Path, good: Path, change: str
-) -> None:
+def test_an_existing_output_of_another_run_is_not_skipped(tmp_path: Path, out: Path, good: Path, change: str) -> None:
     out.mkdir()
-    place = out / "x.safetensors"
+    target = out / "x.safetensors"
     if change == "foreign":
-        adapter(place)
+        adapter(target)
     elif change == "garbage":
-        place.write_text("mine")
+        target.write_text("mine")
     else:
         source = good if change == "recipe" else adapter(tmp_path / "other.safetensors", alpha=torch.tensor(7.0))
-        resize(source, "-o", place, recipe="rank=2" if change == "recipe" else "rank=1").succeeded()
-    before = place.read_bytes()
-    resize(good, "-o", place, "--skip-existing").failed(2, place)
-    assert place.read_bytes() == before
+        resize(source, "-o", target, recipe="rank=2" if change == "recipe" else "rank=1").succeeded()
+    before = target.read_bytes()
+    resize(good, "-o", target, "--skip-existing").failed(2, target)
+    assert target.read_bytes() == before
 
 
 def test_a_dry_run_writes_nothing(out: Path, good: Path) -> None:
@@ -506,9 +502,9 @@ def test_a_dry_run_writes_nothing(out: Path, good: Path) -> None:
 
 
 def test_one_file_name_for_two_outputs_is_refused(tmp_path: Path, out: Path, good: Path) -> None:
-    place = out / "x.safetensors"
-    resize(good, "-o", place, "-r", "rank=2").failed(2, place, "2 outputs", "folder")
-    resize(good, adapter(tmp_path / "last.safetensors"), "-o", place).failed(2, place, "2 outputs", "folder")
+    target = out / "x.safetensors"
+    resize(good, "-o", target, "-r", "rank=2").failed(2, target, "2 outputs", "folder")
+    resize(good, adapter(tmp_path / "last.safetensors"), "-o", target).failed(2, target, "2 outputs", "folder")
     assert contents(out) == []
 
 
@@ -527,17 +523,17 @@ def test_a_table_does_not_overwrite_an_input(tmp_path: Path, out: Path, good: Pa
     assert last.read_bytes() == before
 
 
-def test_a_table_that_cannot_be_written_is_named_before_any_work(tmp_path: Path, out: Path, good: Path) -> None:
+def test_an_unwritable_table_is_named_before_any_work(tmp_path: Path, out: Path, good: Path) -> None:
     (tmp_path / "file").write_text("")
-    place = tmp_path / "file" / "table.csv"
-    resize(good, "-o", out, "--csv", place).failed(2, place, "--csv")
+    table = tmp_path / "file" / "table.csv"
+    resize(good, "-o", out, "--csv", table).failed(2, table, "--csv")
     assert contents(out) == []
 
 
 # --- full disks ---------------------------------------------------------------------------------
 
 
-def test_a_disk_that_is_full_for_the_data_fails_that_file_and_leaves_no_part_of_it(
+def test_a_disk_full_of_data_fails_the_file_and_leaves_nothing(
     tmp_path: Path, out: Path, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pwrite = os.pwrite
@@ -554,9 +550,7 @@ def test_a_disk_that_is_full_for_the_data_fails_that_file_and_leaves_no_part_of_
 
 
 @pytest.mark.parametrize("function", ["pwrite", "fsync", "replace"])
-def test_a_disk_that_takes_nothing_leaves_nothing(
-    out: Path, good: Path, monkeypatch: pytest.MonkeyPatch, function: str
-) -> None:
+def test_a_full_disk_leaves_no_file(out: Path, good: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -581,7 +575,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_real_full_disk_fails_that_file_and_leaves_no_part_of_it(tmp_path: Path, good: Path, tiny_disk: Path) -> None:
+def test_a_real_full_disk_fails_the_file_and_leaves_nothing(tmp_path: Path, good: Path, tiny_disk: Path) -> None:
     last = adapter(tmp_path / "last.safetensors")
     resize(good, LORA, last, "-o", tiny_disk, recipe="rank=8").failed(
         1, tiny_disk / "lora_rank8.safetensors", "No space left"
@@ -635,7 +629,7 @@ main()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_middle_of_writing_leaves_no_part_of_a_file(out: Path, number: signal.Signals) -> None:
+def test_a_signal_while_writing_leaves_no_partial_file(out: Path, number: signal.Signals) -> None:
     arguments = ["resize", "-r", "rank=2", "-o", str(out), str(LORA)]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *arguments],
@@ -718,7 +712,7 @@ def test_a_recipe_given_twice_is_refused(good: Path) -> None:
     ],
     ids=str,
 )
-def test_an_unknown_value_of_an_option_is_named_with_the_known_ones(
+def test_an_unknown_option_value_is_named_with_the_allowed_ones(
     out: Path, good: Path, options: list[str], words: tuple[str, ...]
 ) -> None:
     resize(good, "-o", out, *options).failed(2, *words)
@@ -727,18 +721,18 @@ def test_an_unknown_value_of_an_option_is_named_with_the_known_ones(
 
 @pytest.mark.parametrize("command", ["resize", "inspect"])
 @pytest.mark.parametrize("name", ["none.safetensors", "none.pt", "none", "none/deep.safetensors", "n" * 300])
-def test_a_file_that_is_not_there_is_named(tmp_path: Path, command: str, name: str) -> None:
+def test_a_missing_file_is_named(tmp_path: Path, command: str, name: str) -> None:
     Run(command, tmp_path / name, *(["-r", "rank=1"] if command == "resize" else [])).failed(2, name)
     assert contents(tmp_path) == []
 
 
-def test_a_file_that_is_not_there_does_not_stop_the_others(tmp_path: Path, out: Path, good: Path) -> None:
+def test_a_missing_file_does_not_stop_the_others(tmp_path: Path, out: Path, good: Path) -> None:
     resize(good, tmp_path / "none.safetensors", "-o", out).failed(1, "none.safetensors")
     assert contents(out) == ["good_rank1.safetensors"]
 
 
 @pytest.mark.parametrize("command", ["resize", "inspect"])
-def test_a_link_that_leads_in_a_circle_is_named(tmp_path: Path, command: str) -> None:
+def test_a_circular_link_is_named(tmp_path: Path, command: str) -> None:
     path = tmp_path / "loop.safetensors"
     path.symlink_to(path)
     Run(command, path, *(["-r", "rank=1"] if command == "resize" else [])).failed(2, path)
@@ -774,18 +768,18 @@ def test_json_of_a_run_with_failures_is_one_valid_document(tmp_path: Path, out: 
     run = resize(good, bad, "-o", out, "--json")
     run.failed(1, bad)
     report = strict_json(run.stdout)
-    assert [each["source"] for each in report["results"]] == [str(good)]
-    assert [(each["source"], "NaN" in each["error"]) for each in report["failed"]] == [(str(bad), True)]
+    assert [result["source"] for result in report["results"]] == [str(good)]
+    assert [(failure["source"], "NaN" in failure["error"]) for failure in report["failed"]] == [(str(bad), True)]
 
 
-def test_json_of_a_run_in_which_every_file_failed_is_one_valid_document(tmp_path: Path, out: Path) -> None:
+def test_json_of_a_run_without_success_is_one_valid_document(tmp_path: Path, out: Path) -> None:
     bad = tmp_path / "bad.safetensors"
     BAD["cut short"][1](bad)
     run = resize(bad, "-o", out, "--json")
     run.failed(2, bad)
     report = strict_json(run.stdout)
     assert report["results"] == []
-    assert [each["source"] for each in report["failed"]] == [str(bad)]
+    assert [failure["source"] for failure in report["failed"]] == [str(bad)]
 
 
 @pytest.mark.parametrize(("recipe", "threshold"), [("size=5", None), ("rank=1", None), ("fro_ckpt=1,thr=-3.5", -3.5)])
@@ -822,5 +816,5 @@ def test_json_of_an_inspection_with_failures_is_one_valid_document(tmp_path: Pat
     run = Run("inspect", good, bad, "--json")
     run.failed(1, bad)
     document = strict_json(run.stdout)
-    assert [each["path"] for each in document["files"]] == [str(good)]
+    assert [file["path"] for file in document["files"]] == [str(good)]
     assert list(document["failed"]) == [str(bad)]

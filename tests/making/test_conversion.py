@@ -1,8 +1,7 @@
-"""Conversion: the same ΔW under the names of another program, in every layout of a base, bit by bit where it can."""
+"""Conversion: the same ΔW under other names, with the same bits where the format allows."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
@@ -15,228 +14,57 @@ from pathlib import Path
 import fixtures
 import pytest
 import torch
+from conversions import (
+    ADAPTERS,
+    KINDS,
+    NAMINGS,
+    assert_same_effect,
+    bases,
+    converted,
+    effect,
+    few,
+    metadata_of,
+    numbers,
+    only,
+    tensors_of,
+)
 from fixtures import scaled, shapes, write_header, write_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import lorashrink
 from lorashrink.adapters import open_adapter
-from lorashrink.bases import open_base
 from lorashrink.cli import app
 from lorashrink.errors import InputError, OutputError, UsageError
 from lorashrink.making.conversion import convert
-from lorashrink.results.shrinking import ConversionReport, Converted
 
-NAMINGS = ("kohya", "diffusers", "comfy", "peft")
-KINDS = ("native", "diffusers", "norms")
-
-
-# --- bases, and what adapters do to them --------------------------------------------------------
-
-
-def encoders(*names: str) -> dict[str, fixtures.Shapes]:
-    folders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    return {folder: shapes(f"base_{name}_transformers") for folder, name in zip(folders, names, strict=False)}
-
-
-# family -> (the file in its native layout, the parts of the folder in diffusers' layout)
-LAYOUTS = {
-    "sd15": ("sd15_ldm", lambda: {"unet": shapes("base_sd15_diffusers_unet"), **encoders("clip_l")}),
-    "sdxl": ("sdxl_ldm", lambda: {"unet": shapes("base_sdxl_diffusers_unet"), **encoders("clip_l", "clip_g")}),
-    "flux": (
-        "flux_dev_comfy_full",
-        lambda: {"transformer": shapes("base_flux_dev_diffusers"), **encoders("clip_l", "t5xxl")},
-    ),
-    "sd3": ("sd35_medium_native", lambda: {"transformer": shapes("base_sd35_medium_diffusers")}),
-    "wan": ("wan21_1_3b_native", lambda: {"transformer": shapes("base_wan21_1_3b_diffusers")}),
-    "qwen-image": ("qwen_image_native", lambda: {"transformer": shapes("base_qwen_image_diffusers")}),
-    "z-image": ("z_image_comfy_excerpt", lambda: {"transformer": shapes("base_z_image_diffusers")}),
-    "sd2": (
-        "sd2_ldm",
-        lambda: {"unet": shapes("base_sd2_diffusers_unet"), "text_encoder": fixtures.clip_h()},
-    ),
-    "sdxl-refiner": (
-        "sdxl_refiner_ldm",
-        lambda: {
-            "unet": shapes("base_sdxl_refiner_diffusers_unet"),
-            "text_encoder_2": shapes("base_clip_g_transformers"),
-        },
-    ),
-    "auraflow": ("auraflow_native", lambda: {"transformer": shapes("base_auraflow_diffusers")}),
-    "hunyuan-video": ("hunyuan_video_native", lambda: {"transformer": shapes("base_hunyuan_video_diffusers")}),
-    "ltxv": ("ltxv_2b_native", lambda: {"transformer": shapes("base_ltxv_2b_diffusers")}),
-    "hidream": ("hidream_diffusers", lambda: {"transformer": shapes("base_hidream_diffusers")}),
-    "krea2": ("krea2_diffusers", lambda: {"transformer": shapes("base_krea2_diffusers")}),
-    "pixart": ("pixart_sigma_diffusers", lambda: {"transformer": shapes("base_pixart_sigma_diffusers")}),
-    "flux2": ("flux2_klein4b_diffusers", lambda: {"transformer": shapes("base_flux2_klein4b_diffusers")}),
-    "llm": ("llama32_1b", lambda: {"": shapes("base_llama32_1b")}),
-}
-# adapter -> (family, which of its layers are enough)
-ADAPTERS = {
-    "sd15_lora_kohya": ("sd15", "te_|down_blocks_[03]|mid_|up_blocks_1"),
-    "sd15_locon_kohya": ("sd15", "down_blocks_[03]|mid_|up_blocks_1"),
-    "sd15_lora_diffusers_processor": ("sd15", r"text|\.(?:down|mid)_block"),
-    "sdxl_lora_kohya_te1_te2": ("sdxl", "te._|input_blocks_[47]|middle_block_1_proj|output_blocks_2"),
-    "sdxl_lora_diffusers_peft": ("sdxl", ""),
-    "flux_lora_kohya_te1": ("flux", ""),
-    "flux_lora_kohya_t5": ("flux", ""),
-    "flux_lora_diffusers": ("flux", ""),
-    "flux_lora_diffusers_no_proj_mlp": ("flux", ""),
-    "flux_lora_aitoolkit_bfl": ("flux", ""),
-    "flux_lora_xlabs": ("flux", ""),
-    "sd35_medium_lora_kohya": ("sd3", "unet"),
-    "sd35_medium_lora_diffusers": ("sd3", ""),
-    "wan21_1_3b_lora_comfy": ("wan", ""),
-    "wan21_1_3b_lora_fun_double_underscore": ("wan", ""),
-    "wan21_1_3b_lora_diffusers": ("wan", ""),
-    "qwen_image_lora_diffusers": ("qwen-image", ""),
-    "qwen_image_lora_musubi": ("qwen-image", ""),
-    "z_image_lora_aitoolkit": ("z-image", r"layers\.0\."),
-    "qwen_image_lora_peft_default": ("qwen-image", r"blocks\.[01]\."),
-    "sd2_lora_kohya": ("sd2", "te_|down_blocks_[03]|mid_|up_blocks_1"),
-    "sdxl_refiner_lora": ("sdxl-refiner", "te_|te2_|down_blocks_[03]|mid_|up_blocks_1"),
-    "auraflow_lora_diffusers": ("auraflow", ""),
-    "hunyuan_video_lora_diffusion_pipe": ("hunyuan-video", ""),
-    "ltxv_lora_comfy": ("ltxv", ""),
-    "hidream_lora_aitoolkit": ("hidream", ""),
-    "krea2_lora_diffusers": ("krea2", ""),
-    "pixart_lora_peft": ("pixart", ""),
-    "flux2_klein4b_lora_diffusers": ("flux2", ""),
-    "llama_peft_lora": ("llm", ""),
-}
-
-_BLOCK = re.compile(
-    r"(.*?(?:^|[._])(?:(?:double|single|joint|single_transformer|joint_transformer|transformer|double_stream|single_stream)_blocks"
-    r"|(?:double|single)_layers|layers|block"
-    r"|(?<!input_)(?<!output_)(?<!down_)(?<!up_)blocks)[._])(\d+)"
-)
-_MIDDLE = (7, 10)  # the last blocks of adapters that have but some
-
-
-def few(tensors: Mapping[str, tuple[int, ...]]) -> fixtures.Shapes:
-    """Small widths, some blocks of each kind with the last one, and all that is outside of blocks."""
-    place = {key: (found[1], int(found[2])) if (found := _BLOCK.match(key)) else ("", 0) for key in tensors}
-    last: dict[str, int] = {}
-    for kind, number in place.values():
-        last[kind] = max(number, last.get(kind, 0))
-    return scaled(
-        {
-            key: shape
-            for key, shape in tensors.items()
-            if place[key][1] in (0, 1, *_MIDDLE, last[place[key][0]]) and not key.startswith("first_stage_model.")
-        }
-    )
-
-
-@functools.cache
-def base(folder: Path, family: str, kind: str) -> Path:
-    """A base with small widths and no numbers: a file, a diffusers folder, or the norm table of the file."""
-    name, parts = LAYOUTS[family]
-    if kind == "native":
-        return write_header(folder / f"{family}.safetensors", few(shapes(f"base_{name}")))
-    if kind == "norms":
-        table = folder / f"{family}.json"
-        lorashrink.norms(base(folder, family, "native"), table)
-        return table
-    for part, tensors in parts().items():
-        write_header(folder / family / part / fixtures.WEIGHTS.get(part, fixtures.WEIGHTS["unet"]), few(tensors))
-    return folder / family
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory):
-    return functools.partial(base, tmp_path_factory.mktemp("bases"))
-
-
-ALPHAS = (4.0, 1.0, 16.0, 0.3)
-
-
-def numbers(tensors: Mapping[str, tuple[int, ...]], seed: int = 0, alphas: tuple[float, ...] = ALPHAS) -> dict:
-    """Float32 noise of these shapes; alphas that differ from layer to layer."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        key: torch.tensor(alphas[place % len(alphas)])
-        if key.endswith(".alpha")
-        else torch.randn(s, generator=generator)
-        for place, (key, s) in enumerate(tensors.items())
-    }
-
-
-_opened = functools.cache(open_base)
-
-
-def effect(adapter: Path, base: Path) -> dict[str, Tensor]:
-    """Tensor of the base -> what the adapter adds to it, as a matrix."""
-    added: dict[str, Tensor] = {}
-    opened = _opened(base)
-    with open_adapter(adapter) as layers:
-        for layer in layers:
-            views = opened.find(layer.name)
-            delta, place = layer.delta.dense().flatten(1), 0
-            for view in views:
-                start, stop = view.rows or (0, view.shape[0])
-                whole = added.setdefault(view.key, torch.zeros(opened.shapes[view.key][0], delta.shape[1]))
-                whole[start:stop] += delta[place : place + stop - start]
-                place += stop - start
-            assert place == len(delta), layer.name
-    return added
-
-
-def assert_same_effect(found: Path, expected: dict[str, Tensor], base: Path, tolerance: float = 1e-5) -> None:
-    new = effect(found, base)
-    for key in expected.keys() | new.keys():
-        one, other = expected.get(key), new.get(key)
-        one = torch.zeros_like(other) if one is None else one
-        other = torch.zeros_like(one) if other is None else other
-        assert float((one - other).abs().max()) <= tolerance * float(one.abs().max()), key
-
-
-def only(report: ConversionReport) -> Converted:
-    assert report.failed == ()
-    (result,) = report.results
-    return result
-
-
-def converted(adapter: Path, base: Path | None, naming: str | None, folder: Path, **more: object) -> Converted:
-    return only(convert(adapter, base=base, naming=naming, output=folder, **more))
-
-
-def tensors_of(result: Converted) -> dict[str, Tensor]:
-    path = Path(result.output)
-    return load_file(path / "adapter_model.safetensors" if path.is_dir() else path)
-
-
-def metadata_of(path: str | Path) -> dict[str, str]:
-    with safe_open(path, "pt") as opened:
-        return opened.metadata() or {}
-
+__all__ = ["bases"]  # a fixture
 
 # --- every family -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_every_pair_of_namings_keeps_what_the_adapter_adds(bases, tmp_path: Path, name: str) -> None:
-    """Each conversion asks another kind of base; all of them are compared on the native file."""
-    family, wanted = ADAPTERS[name]
-    listed = {key: shape for key, shape in few(shapes(name)).items() if re.search(wanted, key)}
+def test_every_pair_of_namings_keeps_the_effect(bases, tmp_path: Path, name: str) -> None:
+    """The conversions take turns with kinds of bases; all results are compared on the native file."""
+    family, pattern = ADAPTERS[name]
+    listed = {key: shape for key, shape in few(shapes(name)).items() if re.search(pattern, key)}
     source = write_tensors(tmp_path / "a.safetensors", numbers(listed), fixtures.metadata(name))
     native, expected = bases(family, "native"), effect(source, bases(family, "native"))
     assert len(expected) > 5
     has_encoders = any(key.startswith(("lora_te", "text_encoder")) for key in listed)
-    namings = [each for each in NAMINGS if each != "peft" or not has_encoders]
+    namings = [naming for naming in NAMINGS if naming != "peft" or not has_encoders]
     first = {}
-    for place, naming in enumerate(namings):
-        result = converted(source, bases(family, KINDS[place % 3]), naming, tmp_path / f"{place}")
+    for number, naming in enumerate(namings):
+        result = converted(source, bases(family, KINDS[number % 3]), naming, tmp_path / f"{number}")
         assert result.kept == ()
         first[naming] = Path(result.output)
         assert_same_effect(first[naming], expected, native)
-    for place, (start, path) in enumerate(first.items()):
-        for other, naming in enumerate(namings):
-            kind = KINDS[(place + other + 1) % 3]
-            result = converted(path, bases(family, kind), naming, tmp_path / f"{place}{other}")
+    for number, (start, path) in enumerate(first.items()):
+        for second, naming in enumerate(namings):
+            kind = KINDS[(number + second + 1) % 3]
+            result = converted(path, bases(family, kind), naming, tmp_path / f"{number}{second}")
             assert result.kept == (), (start, naming)
             assert_same_effect(Path(result.output), expected, native)
 
@@ -338,20 +166,20 @@ NAMES = [
 
 
 @pytest.mark.parametrize("weight", NAMES, ids=[f"{names[0]} {names[3]}" for names in NAMES])
-def test_every_program_calls_a_weight_by_its_own_name(bases, tmp_path: Path, weight: tuple) -> None:
+def test_each_naming_has_its_own_name_for_a_weight(bases, tmp_path: Path, weight: tuple) -> None:
     family, (out, columns), *names = weight
-    for place, (name, kind) in enumerate(zip(names, KINDS, strict=True)):
-        source = diffusers_file(tmp_path / f"{place}.safetensors", {name: pair(out, 2, columns)})
-        for naming, wanted in zip(("kohya", "diffusers", "comfy"), names, strict=True):
-            result = converted(source, bases(family, kind), naming, tmp_path / f"{place}")
-            assert {key.rpartition(".lora_")[0] for key in tensors_of(result) if ".lora_" in key} == {wanted}
+    for number, (name, kind) in enumerate(zip(names, KINDS, strict=True)):
+        source = diffusers_file(tmp_path / f"{number}.safetensors", {name: pair(out, 2, columns)})
+        for naming, expected in zip(("kohya", "diffusers", "comfy"), names, strict=True):
+            result = converted(source, bases(family, kind), naming, tmp_path / f"{number}")
+            assert {key.rpartition(".lora_")[0] for key in tensors_of(result) if ".lora_" in key} == {expected}
 
 
 # --- bit by bit ---------------------------------------------------------------------------------
 
 
 def whole_scale(name: str, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-    """A listed adapter whose alphas are its ranks, so that no number has to change whatever it is called."""
+    """An adapter whose alphas are its ranks, so that no naming has to change a number."""
     listed = few(shapes(name))
     tensors = {key: tensor.to(dtype) for key, tensor in numbers(listed).items()}
     for key in tensors:
@@ -366,9 +194,9 @@ def test_a_round_trip_gives_the_same_bits(bases, tmp_path: Path, name: str) -> N
     """FLUX is fused for kohya and split for diffusers: the parts of a fused layer have one `down`."""
     family, before = ADAPTERS[name][0], whole_scale(name)
     source = write_tensors(tmp_path / "a.safetensors", before)
-    there = converted(source, bases(family, "diffusers"), "diffusers", tmp_path / "there")
-    back = converted(Path(there.output), bases(family, "native"), "kohya", tmp_path / "back")
-    assert there.exact
+    renamed = converted(source, bases(family, "diffusers"), "diffusers", tmp_path / "there")
+    back = converted(Path(renamed.output), bases(family, "native"), "kohya", tmp_path / "back")
+    assert renamed.exact
     assert back.exact
     assert (back.layers, back.kept) == (len(before) // 3, ())
     after = tensors_of(back)
@@ -390,7 +218,7 @@ def test_a_round_trip_gives_the_same_bits(bases, tmp_path: Path, name: str) -> N
         ("llama_peft_lora", "diffusers", True),
     ],
 )
-def test_factors_keep_their_bits_wherever_their_strength_can_be_said(
+def test_factors_keep_their_bits_if_the_format_has_a_scale(
     bases, tmp_path: Path, name: str, naming: str, exact: bool
 ) -> None:
     """`exact` promises that all rows of the output are rows of the input."""
@@ -398,9 +226,11 @@ def test_factors_keep_their_bits_wherever_their_strength_can_be_said(
     tensors = {key: value.half() for key, value in numbers(few(shapes(name)), alphas=(3.0,)).items()}
     result = converted(write_tensors(tmp_path / "a.safetensors", tensors), bases(family, "native"), naming, tmp_path)
     assert result.exact == exact
-    given = {bytes(row) for value in tensors.values() if value.dim() > 1 for row in rows_of(value)}
+    source_rows = {bytes(row) for value in tensors.values() if value.dim() > 1 for row in rows_of(value)}
     written = [(key, row) for key, value in tensors_of(result).items() if value.dim() > 1 for row in rows_of(value)]
-    strange = {key for key, row in written if bytes(row) not in given and "qkv" not in key and "linear1" not in key}
+    strange = {
+        key for key, row in written if bytes(row) not in source_rows and "qkv" not in key and "linear1" not in key
+    }
     assert (not strange) == exact
 
 
@@ -408,7 +238,7 @@ def rows_of(tensor: Tensor) -> list[memoryview]:
     return [memoryview(row.numpy()).cast("B") for row in tensor.flatten(1)]
 
 
-def test_layers_of_mixed_dtypes_are_not_called_exact_when_they_are_rounded(bases, tmp_path: Path) -> None:
+def test_rounded_layers_are_not_called_exact(bases, tmp_path: Path) -> None:
     up, down = pair(96, 4, 96)
     name = "transformer.transformer_blocks.0.attn.to_out.0"
     tensors = {f"{name}.lora_B.weight": up.half(), f"{name}.lora_A.weight": down}
@@ -455,9 +285,9 @@ def test_a_fused_layer_is_split_by_rows(bases, tmp_path: Path) -> None:
     after = tensors_of(result)
     assert result.exact
     assert len(after) == 6
-    for place, letter in enumerate("qkv"):
+    for position, letter in enumerate("qkv"):
         assert torch.equal(after[f"{BLOCK}.to_{letter}.lora_A.weight"], down)
-        assert torch.equal(after[f"{BLOCK}.to_{letter}.lora_B.weight"], up[place * WIDTH : (place + 1) * WIDTH])
+        assert torch.equal(after[f"{BLOCK}.to_{letter}.lora_B.weight"], up[position * WIDTH : (position + 1) * WIDTH])
 
 
 def test_parts_with_one_down_are_fused_at_their_own_rank(bases, tmp_path: Path) -> None:
@@ -474,16 +304,16 @@ def test_parts_with_one_down_are_fused_at_their_own_rank(bases, tmp_path: Path) 
 
 
 def test_parts_with_downs_of_their_own_become_a_block_diagonal(bases, tmp_path: Path) -> None:
-    """The rank is the sum of theirs, which may differ, and each part's columns are zero in the other parts' rows."""
+    """The rank is the sum of the parts' ranks; a part's columns are zero in the rows of the others."""
     ranks = {"q": 4, "k": 2, "v": 3}
     parts = {letter: pair(WIDTH, rank, WIDTH, rank) for letter, rank in ranks.items()}
-    source = diffusers_file(tmp_path / "a.safetensors", {f"{BLOCK}.to_{each}": parts[each] for each in "vqk"})
+    source = diffusers_file(tmp_path / "a.safetensors", {f"{BLOCK}.to_{letter}": parts[letter] for letter in "vqk"})
     result = converted(source, bases("flux", "native"), "kohya", tmp_path / "out")
     after = tensors_of(result)
     assert result.exact
     up, down = after[f"{QKV}.lora_up.weight"], after[f"{QKV}.lora_down.weight"]
-    assert torch.equal(down, torch.cat([parts[each][1] for each in "qkv"]))
-    assert torch.equal(up, torch.block_diag(*(parts[each][0] for each in "qkv")))
+    assert torch.equal(down, torch.cat([parts[letter][1] for letter in "qkv"]))
+    assert torch.equal(up, torch.block_diag(*(parts[letter][0] for letter in "qkv")))
     assert float(after[f"{QKV}.alpha"]) == sum(ranks.values())
     assert_same_effect(Path(result.output), effect(source, bases("flux", "native")), bases("flux", "native"))
 
@@ -493,7 +323,9 @@ def test_a_part_that_was_not_trained_has_rows_of_zeros(bases, tmp_path: Path, sh
     parts = {letter: pair(WIDTH, 4, WIDTH, seed) for seed, letter in enumerate("qv")}
     if shared:
         parts["v"] = (parts["v"][0], parts["q"][1].clone())
-    source = diffusers_file(tmp_path / "a.safetensors", {f"{BLOCK}.to_{each}": part for each, part in parts.items()})
+    source = diffusers_file(
+        tmp_path / "a.safetensors", {f"{BLOCK}.to_{letter}": part for letter, part in parts.items()}
+    )
     result = converted(source, bases("flux", "native"), "kohya", tmp_path / "out")
     up = tensors_of(result)[f"{QKV}.lora_up.weight"]
     assert result.exact
@@ -530,7 +362,7 @@ def test_shift_and_scale_change_places(bases, tmp_path: Path, family: str, their
         assert torch.equal(back[f"{theirs}.lora_B.weight"], up)
 
 
-def test_rows_of_three_names_of_one_weight_are_told_apart(bases, tmp_path: Path) -> None:
+def test_three_names_of_one_weight_get_their_own_rows(bases, tmp_path: Path) -> None:
     """XLabs' processors change the first rows of `linear1`, diffusers' `proj_mlp` the rest."""
     layers = {
         "single_blocks.1.processor.qkv_lora": pair(3 * WIDTH, 4, WIDTH),
@@ -569,9 +401,7 @@ def test_layers_that_change_the_same_rows_are_an_error(bases, tmp_path: Path, se
     [(4.0, 1.0, 0.3), (None, 4.0, 8.0), (-2.0, 4.0, 1.0), (4.0, 0.0, 1.0), (0.0, 4.0, 1.0)],
     ids=["mixed", "one without", "negative", "zero", "zero first"],
 )
-def test_parts_of_different_strength_keep_it_when_they_are_fused(
-    bases, tmp_path: Path, alphas: tuple[float | None, ...], naming: str
-) -> None:
+def test_fused_parts_keep_their_strengths(bases, tmp_path: Path, alphas: tuple[float | None, ...], naming: str) -> None:
     layers = {
         f"lora_transformer_transformer_blocks_0_attn_to_{letter}": (*pair(WIDTH, 4, WIDTH, seed), alpha)
         for seed, (letter, alpha) in enumerate(zip("qkv", alphas, strict=True))
@@ -582,8 +412,8 @@ def test_parts_of_different_strength_keep_it_when_they_are_fused(
     assert result.exact == (naming == "peft")
 
 
-def test_alphas_stay_what_they_are(bases, tmp_path: Path) -> None:
-    """Written as float32, because half precision has no 0.3; the value is that of the file."""
+def test_alphas_keep_their_values(bases, tmp_path: Path) -> None:
+    """Alphas are written as float32, because half precision has no 0.3."""
     name = "lora_unet_double_blocks_0_img_attn_proj"
     up, down = pair(WIDTH, 4, WIDTH)
     tensors = {
@@ -598,7 +428,7 @@ def test_alphas_stay_what_they_are(bases, tmp_path: Path) -> None:
         assert float(alpha) == float(tensors[f"{name}.alpha"])
 
 
-def test_the_settings_of_diffusers_are_gone_once_their_strength_is_said_elsewhere(bases, tmp_path: Path) -> None:
+def test_diffusers_settings_go_when_alphas_are_written(bases, tmp_path: Path) -> None:
     """`lora_adapter_metadata` names modules that a converted file does not have."""
     layers = {f"{BLOCK}.to_out.0": pair(WIDTH, 4, WIDTH), f"{BLOCK}.to_add_out": pair(WIDTH, 2, WIDTH)}
     settings = {
@@ -622,23 +452,23 @@ def test_the_settings_of_diffusers_are_gone_once_their_strength_is_said_elsewher
 
 @pytest.mark.parametrize("naming", ["kohya", "diffusers", "comfy"])
 def test_layers_that_keep_their_names_keep_their_strength(bases, tmp_path: Path, naming: str) -> None:
-    """Their strength was in the settings, which the new file does not have."""
-    known, unknown = f"{BLOCK}.to_out.0", "transformer.somewhere.else"
+    """The new file lacks the settings that had their strength."""
+    mapped, unknown = f"{BLOCK}.to_out.0", "transformer.somewhere.else"
     settings = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})
-    layers = {name: pair(WIDTH, 4, WIDTH) for name in (known, unknown)}
+    layers = {name: pair(WIDTH, 4, WIDTH) for name in (mapped, unknown)}
     source = diffusers_file(tmp_path / "a.safetensors", layers, lora_adapter_metadata=settings)
     result = converted(source, bases("flux", "native"), naming, tmp_path / "out")
-    assert all(unknown in each.key for each in result.kept)
+    assert all(unknown in tensor.key for tensor in result.kept)
     with open_adapter(source) as before, open_adapter(result.output) as after:
-        scales = [layer.delta.dense() for each in (before, after) for layer in each if layer.name == unknown]
+        scales = [layer.delta.dense() for opened in (before, after) for layer in opened if layer.name == unknown]
     assert torch.allclose(*scales, rtol=1e-5)
 
 
 # --- DoRA, LoHa, LoKr and others ----------------------------------------------------------------
 
 
-def test_magnitudes_of_dora_go_along(bases, tmp_path: Path) -> None:
-    """Kohya's [out, 1] is PEFT's [out]; the numbers are the same ones."""
+def test_dora_magnitudes_are_renamed(bases, tmp_path: Path) -> None:
+    """Kohya's [out, 1] becomes PEFT's [out] with the same numbers."""
     name, theirs = "lora_unet_double_blocks_0_img_attn_proj", f"{BLOCK}.to_out.0"
     (up, down), magnitude = pair(WIDTH, 4, WIDTH), torch.rand(WIDTH, 1)
     tensors = {
@@ -646,18 +476,18 @@ def test_magnitudes_of_dora_go_along(bases, tmp_path: Path) -> None:
         f"{name}.dora_scale": magnitude,
     }
     source = write_tensors(tmp_path / "a.safetensors", tensors)
-    there = converted(source, bases("flux", "native"), "diffusers", tmp_path / "there")
-    after = tensors_of(there)
-    assert there.exact
+    renamed = converted(source, bases("flux", "native"), "diffusers", tmp_path / "there")
+    after = tensors_of(renamed)
+    assert renamed.exact
     assert torch.equal(after[f"{theirs}.lora_magnitude_vector"], magnitude[:, 0])
-    back = tensors_of(converted(Path(there.output), bases("flux", "diffusers"), "kohya", tmp_path / "back"))
+    back = tensors_of(converted(Path(renamed.output), bases("flux", "diffusers"), "kohya", tmp_path / "back"))
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("naming", ["kohya", "diffusers"])
-def test_magnitudes_of_convolutions_go_along(bases, tmp_path: Path, naming: str) -> None:
-    """Kohya's is [out, 1, 1, 1], and PEFT's is [1, out, 1, 1]."""
+def test_dora_magnitudes_of_convolutions_are_renamed(bases, tmp_path: Path, naming: str) -> None:
+    """Kohya's [out, 1, 1, 1] becomes PEFT's [1, out, 1, 1]."""
     up, down = pair(10, 4, 10, kernel=(3, 3))
     names = {"kohya": "lora_unet_down_blocks_0_resnets_0_conv1", "diffusers": "unet.down_blocks.0.resnets.0.conv1"}
     values = torch.rand(10)
@@ -672,18 +502,18 @@ def test_magnitudes_of_convolutions_go_along(bases, tmp_path: Path, naming: str)
         f"{names['diffusers']}.lora_A.weight": down,
         f"{names['diffusers']}.lora_magnitude_vector": values.reshape(1, 10, 1, 1),
     }
-    given, wanted = (diffusers, kohya) if naming == "kohya" else (kohya, diffusers)
-    source = write_tensors(tmp_path / "a.safetensors", given)
+    layers, expected = (diffusers, kohya) if naming == "kohya" else (kohya, diffusers)
+    source = write_tensors(tmp_path / "a.safetensors", layers)
     after = tensors_of(converted(source, bases("sd15", "native"), naming, tmp_path / "out"))
     assert {key: tuple(value.shape) for key, value in after.items()} == {
-        key: tuple(value.shape) for key, value in wanted.items()
+        key: tuple(value.shape) for key, value in expected.items()
     }
-    assert all(torch.equal(after[key], tensor) for key, tensor in wanted.items())
+    assert all(torch.equal(after[key], tensor) for key, tensor in expected.items())
 
 
 @pytest.mark.parametrize("naming", ["kohya", "comfy", "diffusers"])
-def test_a_magnitude_of_inputs_goes_where_it_is_known(bases, tmp_path: Path, naming: str) -> None:
-    """OneTrainer's DoRA has one number per input; PEFT knows no such thing."""
+def test_magnitudes_per_input_are_renamed(bases, tmp_path: Path, naming: str) -> None:
+    """OneTrainer's DoRA has one number per input, which PEFT cannot read."""
     name, theirs = "lora_unet_double_blocks_0_txt_mlp_0", "diffusion_model.double_blocks.0.txt_mlp.0"
     (up, down), magnitude = pair(4 * WIDTH, 4, WIDTH), torch.rand(1, WIDTH)
     tensors = {
@@ -694,8 +524,8 @@ def test_a_magnitude_of_inputs_goes_where_it_is_known(bases, tmp_path: Path, nam
     result = converted(source, bases("flux", "native"), naming, tmp_path / "out")
     after = tensors_of(result)
     if naming == "diffusers":
-        assert {each.key for each in result.kept} == after.keys() == tensors.keys()
-        assert all("per input" in each.reason for each in result.kept)
+        assert {tensor.key for tensor in result.kept} == after.keys() == tensors.keys()
+        assert all("per input" in tensor.reason for tensor in result.kept)
     else:
         assert result.kept == ()
         assert torch.equal(after[f"{theirs if naming == 'comfy' else name}.dora_scale"], magnitude)
@@ -710,8 +540,8 @@ def test_a_fused_dora_layer_cannot_be_split_and_is_kept(bases, tmp_path: Path) -
     }
     source = write_tensors(tmp_path / "a.safetensors", tensors)
     result = converted(source, bases("flux", "native"), "diffusers", tmp_path / "out")
-    assert {each.key for each in result.kept} == tensors.keys()
-    assert all("dora" in each.reason for each in result.kept)
+    assert {tensor.key for tensor in result.kept} == tensors.keys()
+    assert all("dora" in tensor.reason for tensor in result.kept)
     assert all(torch.equal(value, tensors[key]) for key, value in tensors_of(result).items())
 
 
@@ -729,8 +559,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_families_are_renamed_as_they_are(tmp_path: Path, name: str) -> None:
-    """Their tensors keep their endings and bits; back again the file is the same."""
+def test_other_families_are_renamed_with_their_tensors(tmp_path: Path, name: str) -> None:
+    """Tensors keep their endings and bits, and a round trip gives the same file."""
     listed = {key: shape for key, shape in shapes(name).items() if re.search("mid_block|middle_block", key)}
     tensors = {key: torch.randn(shape).half() for key, shape in listed.items() if not key.endswith(".diff_b")}
     source = write_tensors(tmp_path / "a.safetensors", tensors)
@@ -747,7 +577,7 @@ def test_other_families_are_renamed_as_they_are(tmp_path: Path, name: str) -> No
 
 
 def test_a_tucker_core_is_renamed_and_keeps_its_alpha(bases, tmp_path: Path) -> None:
-    """Its layer is no product of two factors, into which a strength could go."""
+    """A Tucker layer is not a product of two factors that could take the strength."""
     name = "lora_unet_down_blocks_0_resnets_0_conv1"
     tensors = {
         f"{name}.lora_up.weight": torch.randn(10, 4, 1, 1),
@@ -764,17 +594,17 @@ def test_a_tucker_core_is_renamed_and_keeps_its_alpha(bases, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["flux_lokr_simpletuner", "sd35_medium_lokr_simpletuner"])
-def test_what_cannot_be_cut_is_kept_and_listed(tmp_path: Path, name: str) -> None:
-    """A Kronecker product of q is no part of one of q, k and v; those of layers that are whole in both are renamed."""
+def test_layers_that_cannot_be_split_are_kept_and_listed(tmp_path: Path, name: str) -> None:
+    """A Kronecker product cannot be split into rows of q, k and v; layers with equal rows are renamed."""
     listed = {key: shape for key, shape in shapes(name).items() if re.search("_transformer_blocks_0_", key)}
     tensors = {key: torch.randn(shape).half() for key, shape in listed.items()}
     source = write_tensors(tmp_path / "a.safetensors", tensors)
     family = "flux_dev_comfy_full" if "flux" in name else "sd35_medium_native"
     native = write_header(tmp_path / "base.safetensors", shapes(f"base_{family}"))
     result = converted(source, native, "kohya", tmp_path / "out")
-    kept = {each.key for each in result.kept}
+    kept = {tensor.key for tensor in result.kept}
     assert kept == {key for key in tensors if re.search("to_[qkv]\\.|add_[qkv]_proj|proj_mlp", key)}
-    assert all("lokr, which cannot be cut to the rows of lora_unet_" in each.reason for each in result.kept)
+    assert all("lokr, which cannot be cut to the rows of lora_unet_" in tensor.reason for tensor in result.kept)
     after = tensors_of(result)
     assert len(after) == len(tensors)
     assert all(torch.equal(after[key], tensors[key]) for key in kept)
@@ -785,7 +615,7 @@ def test_what_cannot_be_cut_is_kept_and_listed(tmp_path: Path, name: str) -> Non
     }
 
 
-def test_a_lora_beside_what_cannot_be_cut_is_kept_with_its_own_reason(bases, tmp_path: Path) -> None:
+def test_a_lora_beside_an_unsplit_layer_has_its_own_reason(bases, tmp_path: Path) -> None:
     up, down = pair(WIDTH, 4, WIDTH)
     tensors = {
         f"{BLOCK}.to_q.lokr_w1": torch.randn(12, 12),
@@ -795,12 +625,12 @@ def test_a_lora_beside_what_cannot_be_cut_is_kept_with_its_own_reason(bases, tmp
     }
     source = write_tensors(tmp_path / "a.safetensors", tensors)
     result = converted(source, bases("flux", "native"), "kohya", tmp_path / "out")
-    reasons = {each.key: each.reason for each in result.kept}
+    reasons = {tensor.key: tensor.reason for tensor in result.kept}
     assert reasons.keys() == tensors.keys()
     assert not any(reasons[key].startswith("lora, which cannot be cut") for key in reasons)
 
 
-def test_the_difference_of_a_bias_goes_where_its_weight_goes(bases, tmp_path: Path) -> None:
+def test_bias_differences_are_renamed_with_their_weight(bases, tmp_path: Path) -> None:
     up, down = pair(WIDTH, 4, WIDTH)
     name, bias = "lora_unet_double_blocks_0_img_attn_proj", torch.randn(WIDTH)
     tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.diff_b": bias}
@@ -810,7 +640,7 @@ def test_the_difference_of_a_bias_goes_where_its_weight_goes(bases, tmp_path: Pa
     assert torch.equal(tensors_of(result)["diffusion_model.double_blocks.0.img_attn.proj.diff_b"], bias)
 
 
-def test_what_belongs_to_no_layer_is_kept_and_listed(bases, tmp_path: Path) -> None:
+def test_tensors_without_a_layer_are_kept_and_listed(bases, tmp_path: Path) -> None:
     up, down = pair(WIDTH, 4, WIDTH)
     others = {
         "lora_unet_double_blocks_0_img_attn_norm_key_norm.w_norm": torch.randn(4).half(),
@@ -821,8 +651,8 @@ def test_what_belongs_to_no_layer_is_kept_and_listed(bases, tmp_path: Path) -> N
     tensors |= {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": down, **others}
     source = write_tensors(tmp_path / "a.safetensors", tensors)
     result = converted(source, bases("flux", "native"), "diffusers", tmp_path / "out")
-    assert {each.key for each in result.kept} == others.keys()
-    assert all(each.reason for each in result.kept)
+    assert {tensor.key for tensor in result.kept} == others.keys()
+    assert all(tensor.reason for tensor in result.kept)
     after = tensors_of(result)
     assert all(torch.equal(after[key], tensor) for key, tensor in others.items())
 
@@ -862,16 +692,16 @@ CONFIGS = {
 }
 
 
-def peft_folder(place: Path, **config: object) -> Path:
-    """As PEFT saves an adapter that was trained: no tensor of it is zero, no magnitude is a norm."""
+def peft_folder(path: Path, **config: object) -> Path:
+    """A folder as PEFT saves it after training: no tensor is zero, no magnitude is a norm."""
     model = get_peft_model(Llama(), LoraConfig(**{"target_modules": ["q_proj", "v_proj", "up_proj"], **config}))
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             noise = 0.3 * torch.randn(parameter.shape, generator=generator)
             parameter.data = parameter.data * (1 + noise) if "magnitude" in name else noise
-    model.save_pretrained(place)
-    return place
+    model.save_pretrained(path)
+    return path
 
 
 def peft_output(folder: str | Path) -> Tensor:
@@ -895,23 +725,21 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if config != "bias" or naming in ("peft", "diffusers")  # the others have another form for it
     ],
 )
-def test_peft_reads_a_folder_that_went_through_another_naming(
-    llama: Path, tmp_path: Path, config: str, naming: str
-) -> None:
+def test_peft_reads_a_folder_after_a_round_trip(llama: Path, tmp_path: Path, config: str, naming: str) -> None:
     folder = peft_folder(tmp_path / "adapter", **CONFIGS[config])
     with torch.no_grad():
         assert float((peft_output(folder) - Llama()(INPUTS)).norm()) > 0.1
-    there = converted(folder, llama, naming, tmp_path / "there")
-    assert there.kept == ()
-    back = Path(converted(Path(there.output), llama, "peft", tmp_path / "back").output)
+    renamed = converted(folder, llama, naming, tmp_path / "there")
+    assert renamed.kept == ()
+    back = Path(converted(Path(renamed.output), llama, "peft", tmp_path / "back").output)
     assert sorted(path.name for path in back.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert torch.allclose(peft_output(back), peft_output(folder), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default'.*have invalid shape:peft.utils.warning.PeftWarning")
 @pytest.mark.parametrize("naming", ["kohya", "comfy"])
-def test_a_bias_becomes_what_other_programs_call_it(llama: Path, tmp_path: Path, naming: str) -> None:
-    """PEFT multiplies it with the strength of the factors, and ComfyUI adds `diff_b` as it is."""
+def test_a_bias_gets_the_name_of_other_programs(llama: Path, tmp_path: Path, naming: str) -> None:
+    """PEFT multiplies a bias by the strength of the factors, and ComfyUI adds `diff_b` unscaled."""
     folder = peft_folder(tmp_path / "adapter", **CONFIGS["bias"])
     result = converted(folder, llama, naming, tmp_path / "out")
     name = {"kohya": "lora_unet_model_layers_0_mlp_up_proj", "comfy": "diffusion_model.model.layers.0.mlp.up_proj"}
@@ -919,7 +747,7 @@ def test_a_bias_becomes_what_other_programs_call_it(llama: Path, tmp_path: Path,
     assert torch.allclose(tensors_of(result)[f"{name[naming]}.diff_b"], 2.5 * before)
 
 
-def test_the_settings_of_a_folder_say_what_its_layers_are(llama: Path, tmp_path: Path) -> None:
+def test_the_settings_of_a_folder_match_its_layers(llama: Path, tmp_path: Path) -> None:
     layers = {
         "lora_unet_model_layers_0_self_attn_q_proj": (*pair(16, 4, 16), 8.0),
         "lora_unet_model_layers_0_self_attn_k_proj": (*pair(8, 4, 16), 8.0),
@@ -945,13 +773,13 @@ def test_the_settings_of_a_folder_say_what_its_layers_are(llama: Path, tmp_path:
     assert torch.allclose(peft_output(folder), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_peft_knows_of_the_model_stays_in_a_folder(llama: Path, tmp_path: Path) -> None:
+def test_settings_about_the_model_stay_in_a_folder(llama: Path, tmp_path: Path) -> None:
     folder = peft_folder(tmp_path / "adapter", r=4, lora_alpha=4)
-    known = {"base_model_name_or_path": "a/model", "task_type": "CAUSAL_LM"}
-    config = json.loads((folder / "adapter_config.json").read_text()) | known
+    settings = {"base_model_name_or_path": "a/model", "task_type": "CAUSAL_LM"}
+    config = json.loads((folder / "adapter_config.json").read_text()) | settings
     (folder / "adapter_config.json").write_text(json.dumps(config))
     new = Path(converted(folder, llama, "peft", tmp_path / "out").output)
-    assert known.items() <= json.loads((new / "adapter_config.json").read_text()).items()
+    assert settings.items() <= json.loads((new / "adapter_config.json").read_text()).items()
 
 
 def test_a_folder_is_for_one_model(bases, tmp_path: Path) -> None:
@@ -971,14 +799,14 @@ def test_only_lora_becomes_a_folder(bases, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "adapter_model.safetensors"])
-def test_a_folder_is_never_written_as_one_file_beside_others(llama: Path, tmp_path: Path, name: str) -> None:
-    """The settings' file has one name, and may be that of another adapter in the same folder."""
-    other = peft_folder(tmp_path / "other", r=2)
-    before = (other / "adapter_config.json").read_bytes()
+def test_a_folder_is_not_written_as_a_single_file(llama: Path, tmp_path: Path, name: str) -> None:
+    """The settings beside it might belong to another adapter in the same folder."""
+    second = peft_folder(tmp_path / "other", r=2)
+    before = (second / "adapter_config.json").read_bytes()
     source = kohya_file(tmp_path / "a.safetensors", {"lora_unet_model_layers_0_mlp_up_proj": (*pair(24, 2, 16), 3.0)})
     with pytest.raises((UsageError, OutputError)):
-        convert(source, base=llama, naming="peft", output=other / name)
-    assert (other / "adapter_config.json").read_bytes() == before
+        convert(source, base=llama, naming="peft", output=second / name)
+    assert (second / "adapter_config.json").read_bytes() == before
 
 
 # --- dtype --------------------------------------------------------------------------------------
@@ -1014,7 +842,7 @@ def test_every_float_gets_the_dtype_but_alphas(tmp_path: Path, dtype: str) -> No
         assert torch.equal(after[key], tensor.to(after[key].dtype))
 
 
-def test_a_dtype_that_is_there_already_changes_no_bit(tmp_path: Path) -> None:
+def test_an_equal_dtype_changes_no_bit(tmp_path: Path) -> None:
     source = write_tensors(tmp_path / "a.safetensors", whole_scale("sd15_lora_kohya"))
     result = converted(source, None, None, tmp_path / "out", dtype="fp16")
     assert result.exact
@@ -1022,7 +850,7 @@ def test_a_dtype_that_is_there_already_changes_no_bit(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in tensors_of(result).items())
 
 
-def test_a_number_that_the_dtype_cannot_hold_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
+def test_an_overflow_of_the_dtype_fails_and_leaves_no_file(tmp_path: Path) -> None:
     up, down = pair(16, 4, 16)
     source = kohya_file(tmp_path / "a.safetensors", {"lora_unet_a": (1e6 * up, down, 4.0)})
     (failure,) = convert(source, dtype="fp16", output=tmp_path / "out").failed
@@ -1032,7 +860,7 @@ def test_a_number_that_the_dtype_cannot_hold_is_an_error_and_leaves_no_file(tmp_
     assert only(convert(source, dtype="bf16", output=tmp_path / "out")).layers == 1
 
 
-def test_folding_a_strength_that_overflows_is_an_error_too(bases, tmp_path: Path) -> None:
+def test_an_overflow_of_a_folded_strength_fails(bases, tmp_path: Path) -> None:
     up, down = pair(WIDTH, 4, WIDTH)
     name = "lora_unet_double_blocks_0_img_attn_proj"
     source = kohya_file(tmp_path / "a.safetensors", {name: ((1e4 * up).half(), down.half(), 4000.0)})
@@ -1056,14 +884,14 @@ def test_names_and_dtype_change_together_without_rounding_twice(bases, tmp_path:
 
 
 def test_factors_in_eight_bits_are_widened_exactly(tmp_path: Path) -> None:
-    up, down = (each.to(torch.float8_e4m3fn) for each in pair(16, 4, 16))
+    up, down = (factor.to(torch.float8_e4m3fn) for factor in pair(16, 4, 16))
     tensors = {"lora_unet_a.lora_up.weight": up, "lora_unet_a.lora_down.weight": down}
     source = write_tensors(tmp_path / "a.safetensors", tensors)
     after = tensors_of(converted(source, None, None, tmp_path / "out", dtype="fp16"))
     assert all(torch.equal(after[key], tensor.half()) for key, tensor in tensors.items())
 
 
-# --- what cannot be done ------------------------------------------------------------------------
+# --- wrong requests -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1088,13 +916,13 @@ def test_new_names_need_a_base(small: Path, tmp_path: Path) -> None:
         ({"dtype": "fp8"}, "'fp8' is not one of"),
     ],
 )
-def test_options_that_make_no_sense_are_said(small: Path, tmp_path: Path, options: dict, says: str) -> None:
+def test_contradicting_options_are_refused(small: Path, tmp_path: Path, options: dict, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         convert(small, output=tmp_path / "out", **options)
 
 
 def test_a_base_of_another_family_is_an_error(bases, small: Path, tmp_path: Path) -> None:
-    """A file under its old names would pass for a converted one."""
+    """A file with its old names would look converted."""
     for naming in NAMINGS:
         report = convert(small, base=bases("sd15", "native"), naming=naming, output=tmp_path / "out")
         assert report.results == ()
@@ -1103,7 +931,7 @@ def test_a_base_of_another_family_is_an_error(bases, small: Path, tmp_path: Path
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_base_that_is_none_is_an_error(small: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_base_is_refused(small: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         convert(small, base=tmp_path / "missing.safetensors", naming="kohya")
     with pytest.raises(InputError):
@@ -1130,19 +958,19 @@ def test_where_outputs_go(bases, small: Path, tmp_path: Path) -> None:
     assert Path(beside.output) == tmp_path / "small_comfy.safetensors"
     named = converted(small, flux, "comfy", tmp_path / "mine.safetensors")
     assert Path(named.output) == tmp_path / "mine.safetensors"
-    other = shutil.copy(small, tmp_path / "other.safetensors")
+    second = shutil.copy(small, tmp_path / "other.safetensors")
     with pytest.raises(UsageError, match="there are 2 outputs"):
-        convert([small, other], base=flux, naming="comfy", output=tmp_path / "one.safetensors")
-    both = convert([small, other], base=flux, naming="comfy", output=tmp_path / "folder")
+        convert([small, second], base=flux, naming="comfy", output=tmp_path / "one.safetensors")
+    report = convert([small, second], base=flux, naming="comfy", output=tmp_path / "folder")
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [
         "other_comfy.safetensors",
         "small_comfy.safetensors",
     ]
-    assert [each.source for each in both.results] == [str(small), str(other)]
+    assert [result.source for result in report.results] == [str(small), str(second)]
 
 
-def test_many_patterns_are_read_in_time_that_grows_with_the_layers(tmp_path: Path) -> None:
-    """A folder with a rank for each of its layers has as many patterns as layers."""
+def test_reading_patterns_takes_linear_time(tmp_path: Path) -> None:
+    """A folder with a rank per layer has as many patterns as layers."""
     count = 700
     shape = {f"model.layers.{number}.mlp.up_proj.weight": (16, 8) for number in range(count)}
     big = write_header(tmp_path / "base.safetensors", {**shape, "model.layers.0.self_attn.q_proj.weight": (8, 8)})
@@ -1162,25 +990,25 @@ def test_pickled_tensors_are_read_too(bases, small: Path, tmp_path: Path, ending
     path = tmp_path / f"small.{ending}"
     torch.save(load_file(small), path)
     for naming, dtype in (("diffusers", "same"), (None, "bf16")):
-        one, two = (
-            tensors_of(converted(each, bases("flux", "native"), naming, tmp_path / each.suffix, dtype=dtype))
-            for each in (path, small)
+        first, second = (
+            tensors_of(converted(adapter, bases("flux", "native"), naming, tmp_path / adapter.suffix, dtype=dtype))
+            for adapter in (path, small)
         )
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_two_inputs_with_one_name_need_two_places(bases, small: Path, tmp_path: Path) -> None:
+def test_two_inputs_of_one_name_need_two_folders(bases, small: Path, tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
-    other = shutil.copy(small, tmp_path / "more" / small.name)
+    copy = shutil.copy(small, tmp_path / "more" / small.name)
     with pytest.raises(OutputError, match="would be the output of both"):
-        convert([small, other], base=bases("flux", "native"), naming="comfy", output=tmp_path / "out")
+        convert([small, copy], base=bases("flux", "native"), naming="comfy", output=tmp_path / "out")
 
 
 def test_folders_of_adapters_are_searched(bases, small: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "deeper").mkdir(parents=True)
-    for place in ("in/one", "in/two", "in/deeper/three"):
-        shutil.copy(small, tmp_path / f"{place}.safetensors")
+    for folder in ("in/one", "in/two", "in/deeper/three"):
+        shutil.copy(small, tmp_path / f"{folder}.safetensors")
     steps = []
     options = {"base": bases("flux", "native"), "naming": "comfy", "progress": lambda *step: steps.append(step)}
     assert len(convert(tmp_path / "in", output=tmp_path / "out", **options).results) == 2
@@ -1191,17 +1019,17 @@ def test_folders_of_adapters_are_searched(bases, small: Path, tmp_path: Path) ->
 # --- several files, and programs that read the report -------------------------------------------
 
 
-def test_the_files_that_can_be_converted_are_when_others_are_broken(bases, small: Path, tmp_path: Path) -> None:
+def test_broken_files_do_not_stop_the_conversion_of_others(bases, small: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(small.read_bytes()[:-100])
     report = convert([broken, small], base=bases("flux", "native"), naming="diffusers", output=tmp_path / "out")
-    assert [each.source for each in report.results] == [str(small)]
-    assert [each.source for each in report.failed] == [str(broken)]
+    assert [result.source for result in report.results] == [str(small)]
+    assert [failure.source for failure in report.failed] == [str(broken)]
     assert "cut short" in report.failed[0].error
 
 
 def run(*arguments: object, status: int = 0) -> str:
-    result = CliRunner().invoke(app, ["convert", *(str(each) for each in arguments)])
+    result = CliRunner().invoke(app, ["convert", *(str(argument) for argument in arguments)])
     assert result.exit_code == status, result.output
     return result.stdout
 
@@ -1242,10 +1070,10 @@ def test_the_json_of_the_command_is_the_report(bases, small: Path, tmp_path: Pat
             "kept": [],
         }
     ]
-    assert [each["source"] for each in document["failed"]] == [str(broken)]
+    assert [failure["source"] for failure in document["failed"]] == [str(broken)]
 
 
-def test_the_command_says_what_it_kept(bases, tmp_path: Path) -> None:
+def test_the_command_lists_kept_tensors(bases, tmp_path: Path) -> None:
     layers = {"lora_unet_double_blocks_0_img_attn_proj": (*pair(WIDTH, 4, WIDTH), 4.0)}
     source = kohya_file(tmp_path / "a.safetensors", {**layers, "lora_unet_elsewhere": (*pair(8, 2, 8), 2.0)})
     text = run("--naming", "diffusers", bases("flux", "native"), source, "-v", "-o", tmp_path / "out")
@@ -1255,7 +1083,7 @@ def test_the_command_says_what_it_kept(bases, tmp_path: Path) -> None:
 
 
 def test_hashes_are_those_of_the_new_tensors(bases, tmp_path: Path) -> None:
-    """As sd-scripts computes them: over the tensors, and over a part of a re-save with the training entries alone."""
+    """sd-scripts hashes the tensors, and part of a re-save with the training entries alone."""
     entries = {
         "ss_network_dim": "4",
         "ss_tag_frequency": '{"img": {"a": 3, "é": 1}}',
@@ -1282,7 +1110,7 @@ def test_a_file_without_hashes_gets_none(small: Path, tmp_path: Path) -> None:
 
 
 def test_equal_conversions_write_equal_bytes(bases, small: Path, tmp_path: Path) -> None:
-    one, two = (
+    first, second = (
         Path(converted(small, bases("flux", kind), "diffusers", tmp_path / kind).output) for kind in ("native", "norms")
     )
-    assert one.read_bytes() == two.read_bytes()
+    assert first.read_bytes() == second.read_bytes()

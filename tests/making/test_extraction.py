@@ -1,4 +1,4 @@
-"""Extraction: the difference of two checkpoints as an adapter, as good as the best one of its rank."""
+"""Extraction: the difference of two checkpoints as the best adapter of its rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXAMPLE = Path(lorashrink.__file__).parent / "example" / "base.safetensors"
 
 
 def changed(tensors: Mapping[str, Tensor], size: float = 0.02, seed: int = 0) -> dict[str, Tensor]:
-    """The same with noise on all matrices, in float32."""
+    """The tensors in float32 with noise on all matrices."""
     generator = torch.Generator().manual_seed(seed)
     return {
         key: tensor.float() + size * torch.randn(tensor.shape, generator=generator) if tensor.dim() > 1 else tensor
@@ -65,7 +65,7 @@ def best_error(matrix: Tensor, rank: int) -> float:
     return float(torch.linalg.svdvals(matrix.double())[rank:].norm())
 
 
-# --- how good it is -----------------------------------------------------------------------------
+# --- accuracy -------------------------------------------------------------------------------------
 
 # layer -> where its weight lies in the file
 BY_HAND = {
@@ -97,22 +97,22 @@ BY_HAND = {
 
 def test_every_layer_is_the_best_one_of_its_rank(base: dict[str, Tensor], tuned: Path, tmp_path: Path) -> None:
     result = only(extract(tuned, EXAMPLE, recipes="rank=8", dtype="fp32", output=tmp_path / "out.safetensors"))
-    found, after = deltas(result.output), load_file(tuned)
+    extracted, after = deltas(result.output), load_file(tuned)
     errors = {row.name: row.rle_lora for row in result.layers}
     differences = {key: after[key].double() - base[key].double() for key in base}
-    truth = dict.fromkeys(found)
+    truth = dict.fromkeys(extracted)
     with open_base(EXAMPLE) as opened:
-        for name in found:
+        for name in extracted:
             truth[name] = torch.cat(
                 [differences[view.key][slice(*(view.rows or (None,)))] for view in opened.find(name)]
             )
     for name, (key, rows) in BY_HAND.items():
         assert torch.equal(truth[name], differences[key][slice(*(rows or (None,)))])
-    assert len(found) == len(result.layers) == 286
+    assert len(extracted) == len(result.layers) == 286
     lost = total = 0.0
-    for name, whole in truth.items():
-        matrix = whole.flatten(1)
-        norm, error = float(matrix.norm()), float((found[name] - matrix).norm())
+    for name, delta in truth.items():
+        matrix = delta.flatten(1)
+        norm, error = float(matrix.norm()), float((extracted[name] - matrix).norm())
         assert error == pytest.approx(best_error(matrix, 8), rel=1e-4, abs=1e-5 * norm), name
         assert errors[name] == pytest.approx(error / norm, abs=1e-4), name
         lost, total = lost + error**2, total + norm**2
@@ -137,8 +137,8 @@ SPECTRA = {
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_a_large_layer_is_as_good_as_the_best_to_a_hundredth(tmp_path: Path, spectrum: str) -> None:
-    """Of a large weight no more is computed than a recipe can keep, and the rest is known in sum."""
+def test_a_large_layer_is_within_one_percent_of_the_best(tmp_path: Path, spectrum: str) -> None:
+    """Only dimensions that a recipe can keep are computed; the others are known as a sum."""
     delta = 1e-2 * with_spectrum(SPECTRA[spectrum])
     weight = torch.randn(LARGE, generator=torch.Generator().manual_seed(5)) * 1e-2
     small = {"block.small.weight": torch.zeros(8, 8)}
@@ -146,8 +146,8 @@ def test_a_large_layer_is_as_good_as_the_best_to_a_hundredth(tmp_path: Path, spe
     new = write_tensors(tmp_path / "tuned.safetensors", {"block.large.weight": weight + delta, **small})
     result = only(extract(new, old, recipes="rank=16", dtype="fp32", output=tmp_path / "out.safetensors"))
     delta = (weight + delta).double() - weight.double()
-    (found,) = deltas(result.output).values()
-    error, best = float((found - delta).norm()), best_error(delta, 16)
+    (extracted,) = deltas(result.output).values()
+    error, best = float((extracted - delta).norm()), best_error(delta, 16)
     assert best <= error * (1 + 1e-5)
     assert error <= 1.01 * best
     assert result.relative_error == pytest.approx(error / float(delta.norm()), rel=1e-4)
@@ -155,7 +155,7 @@ def test_a_large_layer_is_as_good_as_the_best_to_a_hundredth(tmp_path: Path, spe
 
 
 def test_several_recipes_share_one_reading(tuned: Path, tmp_path: Path) -> None:
-    """What is known of a layer depends on the most that one of them can keep, and none is worse for that."""
+    """Dimensions are computed up to the largest limit of the recipes, and no result is worse for it."""
     texts = ["rank=2", "rank=8,conv_rank=4", "energy=0.9", "fro_ckpt=1,thr=-3.5"]
     together = extract(tuned, EXAMPLE, recipes=texts, dtype="fp32", output=tmp_path / "together")
     for text, result in zip(texts, together.results, strict=True):
@@ -168,7 +168,7 @@ def test_several_recipes_share_one_reading(tuned: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["rank=4", "energy=1", "rank=9"])
 def test_a_planted_change_is_found_exactly(tmp_path: Path, recipe: str) -> None:
-    """Eighths have no rounding, so that the difference is of rank 4 to the last bit."""
+    """Eighths are not rounded, so the difference has rank 4 to the last bit."""
     generator = torch.Generator().manual_seed(0)
 
     def eighths(*shape: int) -> Tensor:
@@ -182,12 +182,14 @@ def test_a_planted_change_is_found_exactly(tmp_path: Path, recipe: str) -> None:
     old = {key: eighths(*shape) for key, shape in shapes.items()}
     planted = {key: (eighths(shape[0], 4) @ eighths(4, math.prod(shape[1:]))) for key, shape in shapes.items()}
     new = {key: tensor + planted[key].reshape(tensor.shape) for key, tensor in old.items()}
-    files = [write_tensors(tmp_path / f"{name}.safetensors", each) for name, each in (("tuned", new), ("base", old))]
+    files = [
+        write_tensors(tmp_path / f"{name}.safetensors", tensors) for name, tensors in (("tuned", new), ("base", old))
+    ]
     result = only(extract(*files, recipes=recipe, dtype="fp32", output=tmp_path / "out.safetensors"))
-    found = deltas(result.output)
+    extracted = deltas(result.output)
     for key, matrix in planted.items():
         name = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}"
-        assert float((found[name] - matrix).norm()) < 2e-6 * float(matrix.norm())
+        assert float((extracted[name] - matrix).norm()) < 2e-6 * float(matrix.norm())
     assert {row.rank_after for row in result.layers} == {4}
     assert result.relative_error < 1e-6
 
@@ -210,35 +212,35 @@ def encoder_in_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]
     names |= {"layer_norm1": "ln_1", "layer_norm2": "ln_2"}
     outer = {"embeddings.token_embedding.weight": "token_embedding.weight"}
     outer |= {"embeddings.position_embedding.weight": "positional_embedding"}
-    outer |= {f"final_layer_norm.{each}": f"ln_final.{each}" for each in ("weight", "bias")}
-    found = {}
+    outer |= {f"final_layer_norm.{kind}": f"ln_final.{kind}" for kind in ("weight", "bias")}
+    renamed = {}
     for key, tensor in state.items():
         name = key.removeprefix("text_model.")
         if name == "text_projection.weight":
-            found["text_projection"] = tensor.T
+            renamed["text_projection"] = tensor.T
         elif name in outer:
-            found[outer[name]] = tensor
+            renamed[outer[name]] = tensor
         elif "q_proj" in name:
             parts = [state[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
             at = name.replace("encoder.layers", "transformer.resblocks").replace("self_attn.q_proj.", "attn.in_proj_")
-            found[at] = torch.cat(parts)
+            renamed[at] = torch.cat(parts)
         elif "k_proj" not in name and "v_proj" not in name:
             for ours, theirs in names.items():
                 name = name.replace(ours, theirs)
-            found[name.replace("encoder.layers", "transformer.resblocks")] = tensor
-    return found
+            renamed[name.replace("encoder.layers", "transformer.resblocks")] = tensor
+    return renamed
 
 
 def in_one_file(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """A pipeline's weights as an SDXL checkpoint has them."""
-    found = {}
+    renamed = {}
     for key, tensor in states["unet"].items():
         module, _, kind = key.rpartition(".")
-        found[f"model.diffusion_model.{fixtures.ldm_module(module)}.{kind}"] = tensor
+        renamed[f"model.diffusion_model.{fixtures.ldm_module(module)}.{kind}"] = tensor
     for key, tensor in states["text_encoder"].items():
-        found[f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor
+        renamed[f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor
     encoder = encoder_in_open_clip_names(states["text_encoder_2"])
-    return found | {f"conditioner.embedders.1.model.{key}": tensor for key, tensor in encoder.items()}
+    return renamed | {f"conditioner.embedders.1.model.{key}": tensor for key, tensor in encoder.items()}
 
 
 @pytest.fixture(scope="module")
@@ -258,27 +260,27 @@ def states(pipe) -> dict[str, dict[str, Tensor]]:
 
 
 def is_embedding(key: str) -> bool:
-    """What no trainer of adapters changes: tables of tokens and positions, and the projection of the text."""
+    """Weights that no trainer of adapters changes: token and position tables, and the text projection."""
     return "token_embedding" in key or "position_embedding" in key or "text_projection" in key
 
 
 @pytest.fixture(scope="module")
 def tuned_states(states) -> dict[str, dict[str, Tensor]]:
-    """The same after a training of all that a LoRA can change."""
+    """The weights after a change of all layers that a LoRA can change."""
     return {
-        name: {key: state[key] if is_embedding(key) else value for key, value in changed(state, 0.03, place).items()}
-        for place, (name, state) in enumerate(states.items())
+        name: {key: state[key] if is_embedding(key) else value for key, value in changed(state, 0.03, number).items()}
+        for number, (name, state) in enumerate(states.items())
     }
 
 
 @pytest.fixture(scope="module")
 def checkpoints(states, tuned_states, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    place = tmp_path_factory.mktemp("checkpoints")
+    folder = tmp_path_factory.mktemp("checkpoints")
     return {
-        "base folder": write_folder(place / "base", states),
-        "tuned folder": write_folder(place / "tuned", tuned_states),
-        "base file": write_tensors(place / "base.safetensors", in_one_file(states)),
-        "tuned file": write_tensors(place / "tuned.safetensors", in_one_file(tuned_states)),
+        "base folder": write_folder(folder / "base", states),
+        "tuned folder": write_folder(folder / "tuned", tuned_states),
+        "base file": write_tensors(folder / "base.safetensors", in_one_file(states)),
+        "tuned file": write_tensors(folder / "tuned.safetensors", in_one_file(tuned_states)),
     }
 
 
@@ -297,10 +299,10 @@ def test_layouts_of_the_two_checkpoints_may_differ(
         if value.dim() > 1 and not is_embedding(key)
     }
     assert sum(row.rank_after > 0 for row in result.layers) == len(result.layers) >= len(modules)
-    assert all("embedding" in each.name or "text_projection" in each.name for each in result.removed)
-    found = deltas(result.output)
+    assert all("embedding" in removed.name or "text_projection" in removed.name for removed in result.removed)
+    extracted = deltas(result.output)
     with open_base(checkpoints["base folder"]) as base:
-        for name, delta in found.items():
+        for name, delta in extracted.items():
             (view,) = base.find(name)
             component, _, key = view.key.partition(".")
             truth = (tuned_states[component][key] - states[component][key]).flatten(1).double()
@@ -312,8 +314,8 @@ def test_checkpoints_may_be_pickled(base: dict[str, Tensor], tuned: Path, tmp_pa
     torch.save({"state_dict": load_file(tuned)}, tmp_path / "tuned.ckpt")
     files = [(tuned, EXAMPLE), (tmp_path / "tuned.ckpt", tmp_path / "base.ckpt")]
     first, second = (
-        load_file(only(extract(*each, recipes="rank=2", output=tmp_path / f"{place}.safetensors")).output)
-        for place, each in enumerate(files)
+        load_file(only(extract(*file, recipes="rank=2", output=tmp_path / f"{number}.safetensors")).output)
+        for number, file in enumerate(files)
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -333,7 +335,7 @@ def put(pipe, states) -> None:
         ("diffusers", "tuned file", "base folder"),
     ],
 )
-def test_diffusers_makes_the_tuned_model_of_it(
+def test_diffusers_draws_like_the_tuned_model(
     pipe, states, tuned_states, checkpoints: dict[str, Path], tmp_path: Path, naming: str, new: str, old: str
 ) -> None:
     path = tmp_path / "lora.safetensors"
@@ -341,14 +343,14 @@ def test_diffusers_makes_the_tuned_model_of_it(
     bare = outputs(pipe)
     try:
         put(pipe, tuned_states)
-        wanted = outputs(pipe)
+        expected = outputs(pipe)
     finally:
         put(pipe, states)
-    found, layers = loaded(pipe, path)
+    actual, layers = loaded(pipe, path)
     with open_adapter(path) as adapter:
         assert len(adapter) == layers
-    assert min(differences(wanted, bare).values()) > 0.02
-    assert max(differences(found, wanted).values()) < 1e-3
+    assert min(differences(expected, bare).values()) > 0.02
+    assert max(differences(actual, expected).values()) < 1e-3
     assert max(differences(outputs(pipe), bare).values()) == 0
 
 
@@ -356,9 +358,9 @@ def test_diffusers_makes_the_tuned_model_of_it(
 def test_each_naming_has_its_own_names_for_the_same_numbers(
     checkpoints: dict[str, Path], tmp_path: Path, naming: str
 ) -> None:
-    paths = {each: tmp_path / f"{each}.safetensors" for each in ("kohya", naming)}
-    for each, path in paths.items():
-        extract(checkpoints["tuned folder"], checkpoints["base file"], recipes="rank=4", naming=each, output=path)
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("kohya", naming)}
+    for name, path in paths.items():
+        extract(checkpoints["tuned folder"], checkpoints["base file"], recipes="rank=4", naming=name, output=path)
     prefixes = {
         "kohya": ("lora_unet_", "lora_te1_text_model_", "lora_te2_text_model_"),
         "diffusers": ("unet.", "text_encoder.text_model.", "text_encoder_2.text_model."),
@@ -379,7 +381,7 @@ def test_each_naming_has_its_own_names_for_the_same_numbers(
 
 @pytest.fixture(scope="module")
 def all_changed(states, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Tensor]]]:
-    """A checkpoint of which biases and normalisation layers are changed too, and nothing else in half of its blocks."""
+    """A checkpoint whose biases and normalisation layers changed too; half of its blocks changed in nothing else."""
     generator = torch.Generator().manual_seed(9)
     new = {
         name: {key: value + 0.1 * torch.randn(value.shape, generator=generator) for key, value in state.items()}
@@ -428,7 +430,7 @@ def test_vectors_are_the_differences_themselves(
         assert torch.equal(after[key], tensor_of(new, part, name) - tensor_of(states, part, name)), key
     vectors = [key for key, value in after.items() if value.dim() == 1]
     assert len(vectors) == sum(value.dim() == 1 for state in states.values() for value in state.values())
-    assert {each.key for each in result.verbatim} == set(vectors)
+    assert {copied.key for copied in result.verbatim} == set(vectors)
     without = only(extract(path, checkpoints[old], force=True, **options))
     assert not [key for key in load_file(without.output) if ".diff" in key]
 
@@ -436,19 +438,19 @@ def test_vectors_are_the_differences_themselves(
 # --- what is not extracted ----------------------------------------------------------------------
 
 
-def test_what_training_left_alone_is_listed(base: dict[str, Tensor], tmp_path: Path) -> None:
+def test_unchanged_weights_are_listed(base: dict[str, Tensor], tmp_path: Path) -> None:
     noise = changed(base)
     half = {key: noise[key] if "middle_block" in key else tensor for key, tensor in base.items()}
     path = write_tensors(tmp_path / "tuned.safetensors", half)
     result = only(extract(path, EXAMPLE, recipes="rank=4", output=tmp_path / "out.safetensors"))
-    assert {each.reason for each in result.removed} == {"ΔW is zero"}
+    assert {removed.reason for removed in result.removed} == {"ΔW is zero"}
     assert len(result.removed) + len(result.layers) == 286
     assert all("middle_block" in row.name for row in result.layers)
     assert all("middle_block" in key for key in load_file(result.output))
 
 
-def test_weights_that_only_one_checkpoint_has_are_said(base: dict[str, Tensor], tmp_path: Path) -> None:
-    """A first layer with more inputs, as inpainting models have, and a block that is gone."""
+def test_weights_of_only_one_checkpoint_are_listed(base: dict[str, Tensor], tmp_path: Path) -> None:
+    """The first layer has more inputs, as in inpainting models, and a block is missing."""
     new = changed(base)
     first = "model.diffusion_model.input_blocks.0.0.weight"
     gone = "model.diffusion_model.input_blocks.3.0.op.weight"
@@ -456,10 +458,10 @@ def test_weights_that_only_one_checkpoint_has_are_said(base: dict[str, Tensor], 
     del new[gone]
     path = write_tensors(tmp_path / "tuned.safetensors", new)
     result = only(extract(path, EXAMPLE, recipes="rank=4", output=tmp_path / "out.safetensors"))
-    told = [each.name for each in result.removed] + list(result.warnings)
+    notes = [removed.name for removed in result.removed] + list(result.warnings)
     for name in ("input_blocks_0_0", "input_blocks_3_0_op"):
         assert not [row for row in result.layers if name in row.name]
-        assert any(name in each or name.replace("_", ".") in each for each in told), name
+        assert any(name in note or name.replace("_", ".") in note for note in notes), name
 
 
 def test_two_equal_checkpoints_have_no_difference(tmp_path: Path) -> None:
@@ -478,13 +480,13 @@ def test_norm_tables_hold_no_weights_to_compare(tuned: Path, tmp_path: Path, whi
 
 
 def test_models_of_different_families_have_no_difference(tmp_path: Path) -> None:
-    other = write_tensors(tmp_path / "other.safetensors", {"block.linear.weight": torch.randn(8, 8)})
+    stranger = write_tensors(tmp_path / "other.safetensors", {"block.linear.weight": torch.randn(8, 8)})
     with pytest.raises(InputError, match="SDXL") as error:
-        extract(other, EXAMPLE, recipes="rank=4", output=tmp_path / "out.safetensors")
-    assert str(other) in str(error.value)
+        extract(stranger, EXAMPLE, recipes="rank=4", output=tmp_path / "out.safetensors")
+    assert str(stranger) in str(error.value)
     strangers = write_tensors(tmp_path / "stranger.safetensors", {"another.linear.weight": torch.randn(8, 8)})
     with pytest.raises(InputError, match="no weight in common"):
-        extract(other, strangers, recipes="rank=4", output=tmp_path / "out.safetensors")
+        extract(stranger, strangers, recipes="rank=4", output=tmp_path / "out.safetensors")
 
 
 def test_an_adapter_is_no_checkpoint(tuned: Path, tmp_path: Path) -> None:
@@ -494,20 +496,20 @@ def test_an_adapter_is_no_checkpoint(tuned: Path, tmp_path: Path) -> None:
             extract(*files, recipes="rank=4", output=tmp_path / "out.safetensors")
 
 
-def test_a_file_that_is_not_there_is_named(tuned: Path, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tuned: Path, tmp_path: Path) -> None:
     missing = tmp_path / "missing.safetensors"
     for files in ((missing, EXAMPLE), (tuned, missing)):
         with pytest.raises(InputError, match=r"missing\.safetensors"):
             extract(*files, recipes="rank=4", output=tmp_path / "out.safetensors")
 
 
-def test_a_number_that_is_none_is_named(base: dict[str, Tensor], tmp_path: Path) -> None:
+def test_nan_in_a_checkpoint_is_named(base: dict[str, Tensor], tmp_path: Path) -> None:
     new = changed(base)
     new["model.diffusion_model.out.2.weight"][0, 0] = math.nan
     path = write_tensors(tmp_path / "tuned.safetensors", new)
     with pytest.raises(InputError, match=r"lora_unet_out_2.* NaN"):
         extract(path, EXAMPLE, recipes="rank=4", output=tmp_path / "out.safetensors")
-    assert [each.name for each in tmp_path.iterdir()] == ["tuned.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned.safetensors"]
 
 
 def test_inputs_are_never_overwritten(tuned: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -526,7 +528,7 @@ def test_inputs_are_never_overwritten(tuned: Path, checkpoints: dict[str, Path],
     assert existing.read_bytes() == b"mine"
 
 
-def test_requests_that_make_no_sense_are_refused(tuned: Path, tmp_path: Path) -> None:
+def test_contradicting_requests_are_refused(tuned: Path, tmp_path: Path) -> None:
     for naming in ("peft", "a1111"):
         with pytest.raises(UsageError, match="kohya, diffusers, comfy"):
             extract(tuned, EXAMPLE, recipes="rank=4", naming=naming, output=tmp_path)
@@ -543,7 +545,7 @@ def test_requests_that_make_no_sense_are_refused(tuned: Path, tmp_path: Path) ->
 
 
 def run(*arguments: object, status: int = 0) -> str:
-    result = CliRunner().invoke(app, ["extract", *(str(each) for each in arguments)])
+    result = CliRunner().invoke(app, ["extract", *(str(argument) for argument in arguments)])
     assert result.exit_code == status, result.output
     return result.stdout
 

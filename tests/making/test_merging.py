@@ -1,4 +1,4 @@
-"""`merge` as people and programs use it: files, metadata, errors, and what diffusers and PEFT make of the output."""
+"""`merge`: files, metadata and errors, and its outputs in diffusers and PEFT."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["folder", "pipe"]  # fixtures
 
 
 def run(*arguments: object, status: int = 0) -> str:
-    result = CliRunner().invoke(app, ["merge", *(str(each) for each in arguments)])
+    result = CliRunner().invoke(app, ["merge", *(str(argument) for argument in arguments)])
     assert result.exit_code == status, result.output
     return result.stdout if status == 0 else result.output
 
@@ -53,13 +53,13 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return a, write(tmp_path, "b", lora(Q, 40, 30, 4, seed=7))
 
 
-# --- what programs make of it -------------------------------------------------------------------
+# --- the sum in other programs --------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # two adapters, as meant
 @pytest.mark.parametrize("first", ["kohya", "diffusers"])
 def test_diffusers_draws_with_the_sum_as_with_both(pipe, folder, tmp_path: Path, first: str) -> None:
-    """Two files of different namings, ranks and layers against diffusers' own `set_adapters` with weights."""
+    """Files of different namings, ranks and layers, compared with diffusers' `set_adapters`."""
     paths = {
         "kohya": kohya(pipe, tmp_path / "kohya.safetensors", ldm_name),
         "diffusers": diffusers_file(pipe, tmp_path / "diffusers.safetensors"),
@@ -75,13 +75,13 @@ def test_diffusers_draws_with_the_sum_as_with_both(pipe, folder, tmp_path: Path,
         pipe.unload_lora_weights()
     order = sorted(weights, key=lambda name: name != first)
     out = merged([(paths[name], weights[name]) for name in order], tmp_path / "out.safetensors", base=folder)
-    found, _ = loaded(pipe, out)
-    assert max(differences(found, expected).values()) < SAME
+    actual, _ = loaded(pipe, out)
+    assert max(differences(actual, expected).values()) < SAME
     assert min(differences(expected, bare).values()) > CHANGED
 
 
 def test_a_peft_folder_first_gives_a_peft_folder_that_peft_loads(tmp_path: Path) -> None:
-    """Modules that only the second adapter has are in the settings too."""
+    """The settings include modules that only the second adapter has."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"one": nn.Linear(12, 10), "two": nn.Linear(10, 8)})
     for number, names in enumerate((["one"], ["one", "two"])):
@@ -119,7 +119,9 @@ def test_the_json_is_that_of_resize_with_sources(pair: tuple[Path, Path], tmp_pa
 
 def test_without_a_recipe_everything_is_kept_in_the_widest_dtype(pair: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = pair
-    half = write(tmp_path, "half", {key: each.half() if each.ndim else each for key, each in load_file(b).items()})
+    half = write(
+        tmp_path, "half", {key: tensor.half() if tensor.ndim else tensor for key, tensor in load_file(b).items()}
+    )
     assert "1 file written" in run(f"{half}:0.5", f"{a}:0.5", "-o", tmp_path / "out.safetensors")
     tensors = load_file(tmp_path / "out.safetensors")
     assert tensors[f"{Q}.lora_up.weight"].dtype == torch.float32
@@ -143,23 +145,21 @@ def test_resize_of_a_sum_is_the_same_file(pair: tuple[Path, Path], tmp_path: Pat
     text = f"{a}:0.7,{b}:-0.5"
     report = resize([text, a], recipes="rank=3", output=tmp_path / "out")
     assert report.failed == ()
-    assert [len(each.sources) for each in report.results] == [2, 0]
+    assert [len(result.sources) for result in report.results] == [2, 0]
     resized = tmp_path / "out" / "a+b_rank3.safetensors"
-    one, other = load_file(resized), load_file(tmp_path / "merged.safetensors")
-    assert all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys())
+    shrunk, merged_tensors = load_file(resized), load_file(tmp_path / "merged.safetensors")
+    assert all(torch.equal(shrunk[key], merged_tensors[key]) for key in shrunk.keys() | merged_tensors.keys())
     again = resize([text], recipes="rank=3", output=tmp_path / "out", skip_existing=True)
-    assert [each.skipped for each in again.results] == [True]
+    assert [result.skipped for result in again.results] == [True]
     with pytest.raises(OutputError, match="exists already"):
         resize([text], recipes="rank=3", output=tmp_path / "out")
 
 
-def test_a_sum_with_other_contents_is_not_taken_for_the_one_that_is_there(
-    pair: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_sum_with_other_contents_is_not_skipped(pair: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = pair
-    for text, found in ((f"{a}:0.7,{b}", 1), (f"{a}:0.6,{b}", 0), (f"{a}:0.7,{b}", 1)):
+    for text, skipped in ((f"{a}:0.7,{b}", 1), (f"{a}:0.6,{b}", 0), (f"{a}:0.7,{b}", 1)):
         report = resize([text], recipes="rank=3", output=tmp_path / "out", skip_existing=True)
-        assert len(report.results) == found
+        assert len(report.results) == skipped
     write(tmp_path, "b", lora(Q, 40, 30, 4, seed=8))
     report = resize([f"{a}:0.7,{b}"], recipes="rank=3", output=tmp_path / "out", skip_existing=True)
     assert "was made from another source" in report.failed[0].error
@@ -185,26 +185,29 @@ def test_recipes_with_a_base_see_the_sum(adapter: Path, base: Path, tmp_path: Pa
 # --- metadata -----------------------------------------------------------------------------------
 
 
-def test_only_what_all_parts_say_is_said_of_the_sum(tmp_path: Path) -> None:
+def test_the_sum_keeps_metadata_that_all_parts_share(tmp_path: Path) -> None:
     common = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora", "ss_v2": "False"}
     common |= {
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "ss_sd_model_name": "/home/me/model.safetensors",
     }
-    one = common | {
+    first = common | {
         "ss_network_dim": "6",
         "ss_learning_rate": "0.1",
         "modelspec.title": "Style",
         "sshs_model_hash": "1",
     }
-    other = common | {"ss_network_dim": "4", "ss_learning_rate": "0.2", "ss_steps": "3", "sshs_model_hash": "1"}
-    a = write(tmp_path, "a", lora(Q, 40, 30, 6, 3.0), one)
-    b = write(tmp_path, "hero", lora(Q, 40, 30, 4, seed=7), other | {"modelspec.title": ""})
+    second = common | {"ss_network_dim": "4", "ss_learning_rate": "0.2", "ss_steps": "3", "sshs_model_hash": "1"}
+    a = write(tmp_path, "a", lora(Q, 40, 30, 6, 3.0), first)
+    b = write(tmp_path, "hero", lora(Q, 40, 30, 4, seed=7), second | {"modelspec.title": ""})
     merge([f"{a}:0.7", f"{b}:-0.5"], output=tmp_path / "out.safetensors")
     entries = metadata_of(tmp_path / "out.safetensors")
     sources = json.loads(entries["lorashrink.sources"])
-    assert [(each["name"], each["weight"]) for each in sources] == [("a.safetensors", 0.7), ("hero.safetensors", -0.5)]
-    assert all(len(each["sha256"]) == 64 for each in sources)
+    assert [(entry["name"], entry["weight"]) for entry in sources] == [
+        ("a.safetensors", 0.7),
+        ("hero.safetensors", -0.5),
+    ]
+    assert all(len(entry["sha256"]) == 64 for entry in sources)
     kept = {key: text for key, text in entries.items() if key.startswith(("ss_", "modelspec."))}
     assert kept == {
         "ss_base_model_version": "sdxl_base_v1-0",
@@ -236,7 +239,7 @@ def test_an_input_is_not_overwritten_and_an_output_only_with_force(pair: tuple[P
     assert (tmp_path / "out.safetensors").read_bytes() != before
 
 
-def test_a_place_that_cannot_be_written_is_found_before_any_work(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_unwritable_output_is_found_before_any_work(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     assert "cannot be written" in run(*pair, "-o", tmp_path / "file" / "out.safetensors", status=2)
 
@@ -254,12 +257,12 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(pair: tuple[Pat
         (["{a}", "{b}", "--as-base-delta"], "needs the weights of the base"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(
+def test_errors_of_the_command_are_one_line(
     pair: tuple[Path, Path], tmp_path: Path, arguments: list[str], error: str
 ) -> None:
     a, b = pair
-    given = [each.format(a=a, b=b, folder=tmp_path) for each in arguments]
-    text = run(*given, "-o", tmp_path / "out.safetensors", status=2)
+    words = [argument.format(a=a, b=b, folder=tmp_path) for argument in arguments]
+    text = run(*words, "-o", tmp_path / "out.safetensors", status=2)
     assert error in text
     assert "Traceback" not in text
     assert not (tmp_path / "out.safetensors").exists()

@@ -84,7 +84,7 @@ def encode():
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
 
     def embeddings(model: nn.Module, sentences: list[str]) -> Tensor:
-        """Means over the words, of length 1, as the model was made for."""
+        """Means over the words, normalised to length 1."""
         words = tokenizer(sentences, padding=True, return_tensors="pt")
         hidden, mask = model(**words).last_hidden_state, words["attention_mask"].unsqueeze(-1)
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
@@ -97,7 +97,7 @@ def trained(minilm: BertModel, encode, tmp_path_factory: pytest.TempPathFactory)
     """A LoRA that brings each pair together and the others apart."""
     torch.manual_seed(0)
     model = get_peft_model(copy.deepcopy(minilm), LoraConfig(r=8, lora_alpha=16, target_modules=MODULES))
-    optimiser = torch.optim.AdamW((each for each in model.parameters() if each.requires_grad), lr=2e-3)
+    optimiser = torch.optim.AdamW((parameter for parameter in model.parameters() if parameter.requires_grad), lr=2e-3)
     firsts, seconds = map(list, zip(*PAIRS, strict=True))
     for _ in range(25):
         scores = 20 * encode(model, firsts) @ encode(model, seconds).T
@@ -105,16 +105,16 @@ def trained(minilm: BertModel, encode, tmp_path_factory: pytest.TempPathFactory)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    place = tmp_path_factory.mktemp("trained") / "adapter"
-    model.eval().save_pretrained(place)
-    return place
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    model.eval().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def embed(minilm: BertModel, encode):
     @torch.no_grad()
     def embeddings(folder: str | Path | None = None) -> Tensor:
-        """What the model with this adapter makes of sentences that it was not trained on."""
+        """The model's embeddings with this adapter, of sentences outside the training."""
         model = copy.deepcopy(minilm)
         return encode(PeftModel.from_pretrained(model, folder).eval() if folder else model, SENTENCES)
 
@@ -130,10 +130,10 @@ def test_training_changed_the_model(trained: Path, embed) -> None:
     assert len(tensors(trained)) == 2 * 31
 
 
-def test_every_layer_is_found_in_the_real_base(trained: Path, tmp_path: Path) -> None:
+def test_every_layer_matches_the_real_base(trained: Path, tmp_path: Path) -> None:
     recipe = "fro_ckpt=1,thr=-2"
     arguments = ["resize", "-r", recipe, "-o", tmp_path, "--json", get_model_path(), trained]
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document["base"]["kind"] == "folder"
@@ -146,13 +146,13 @@ def test_every_layer_is_found_in_the_real_base(trained: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("recipe", ["energy=1", "rank=8", "fro_ckpt=1,thr=-9"])
-def test_all_of_it_is_the_same_adapter(trained: Path, embed, tmp_path: Path, recipe: str) -> None:
+def test_full_energy_gives_the_same_adapter(trained: Path, embed, tmp_path: Path, recipe: str) -> None:
     result = only(resize(trained, base=get_model_path(), recipes=recipe, dtype="fp32", output=tmp_path))
     assert result.relative_error < 1e-5
     assert float((embed(result.output) - embed(trained)).abs().max()) < 1e-4
 
 
-def test_nine_tenths_of_the_energy_mean_the_same(trained: Path, embed, tmp_path: Path) -> None:
+def test_ninety_percent_of_the_energy_gives_the_same_answers(trained: Path, embed, tmp_path: Path) -> None:
     result = only(resize(trained, recipes="energy=0.9", output=tmp_path))
     full, shrunk, bare = embed(trained), embed(result.output), embed()
     assert sum(layer.rank_after for layer in result.layers) < 0.75 * sum(layer.rank_before for layer in result.layers)
@@ -164,11 +164,11 @@ def test_nine_tenths_of_the_energy_mean_the_same(trained: Path, embed, tmp_path:
 def test_a_norm_table_stands_in_for_the_model(trained: Path, tmp_path: Path) -> None:
     lorashrink.norms(get_model_path(), tmp_path / "table.json")
     results = [
-        only(resize(trained, base=base, recipes="fro_ckpt=1,thr=-2", output=tmp_path / f"{place}"))
-        for place, base in enumerate((get_model_path(), tmp_path / "table.json"))
+        only(resize(trained, base=base, recipes="fro_ckpt=1,thr=-2", output=tmp_path / f"{number}"))
+        for number, base in enumerate((get_model_path(), tmp_path / "table.json"))
     ]
     assert results[0].layers == results[1].layers
-    first, second = (tensors(each.output) for each in results)
+    first, second = (tensors(result.output) for result in results)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -213,8 +213,8 @@ def small_model() -> BertModel:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """As PEFT saves adapters of every kind, with noise for what training would have made."""
-    place = tmp_path_factory.mktemp("folders")
+    """Folders as PEFT saves adapters of every kind, with noise in place of training."""
+    root = tmp_path_factory.mktemp("folders")
     for name, config in KINDS.items():
         model = get_peft_model(small_model(), copy.deepcopy(config))
         generator = torch.Generator().manual_seed(1)
@@ -223,8 +223,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 size = 0.2 if "lora_" in key or "save" in key else 0.8  # products of more factors
                 noise = size * torch.randn(parameter.shape, generator=generator)
                 parameter.data = parameter.data * (1 + noise) if "magnitude" in key or "save" in key else noise
-        model.save_pretrained(place / name)
-    return {name: place / name for name in KINDS}
+        model.save_pretrained(root / name)
+    return {name: root / name for name in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +237,8 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def output(folder: str | Path | None = None, model: BertModel | None = None) -> Tensor:
     model = model or small_model()
     model = PeftModel.from_pretrained(model, folder).eval() if folder else model
-    found = model(WORDS)
-    return torch.cat([found.last_hidden_state.flatten(1), found.pooler_output], 1)
+    actual = model(WORDS)
+    return torch.cat([actual.last_hidden_state.flatten(1), actual.pooler_output], 1)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -261,7 +261,7 @@ def test_a_folder_of_any_kind_loads_as_before(
 
 @pytest.mark.parametrize("form", ["auto", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_its_base_a_folder_loads_as_before_too(
+def test_a_folder_shrunk_without_a_base_loads_as_before(
     folders: dict[str, Path], tmp_path: Path, kind: str, form: str
 ) -> None:
     """Only the base tells whether some layers of LoKr are convolutions, and a folder holds layers of one kind."""
@@ -270,10 +270,10 @@ def test_without_its_base_a_folder_loads_as_before_too(
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("modules to save", "bias", "dora")])
-def test_a_truncated_folder_is_read_at_the_strength_that_was_kept(
+def test_a_truncated_folder_is_read_at_the_right_strength(
     folders: dict[str, Path], small_base: Path, tmp_path: Path, kind: str
 ) -> None:
-    """PEFT against the sum of the model's weights and of the layers as they are read here."""
+    """PEFT's output equals the model with each ΔW, as read here, added to its weight."""
     report = resize(folders[kind], base=small_base, recipes="rank=3", form="lora", dtype="fp32", output=tmp_path)
     result = only(report)
     model = small_model()
@@ -281,16 +281,16 @@ def test_a_truncated_folder_is_read_at_the_strength_that_was_kept(
         for layer in adapter:
             weight = model.get_submodule(layer.name.removeprefix("base_model.model.")).weight
             weight += layer.delta.dense().reshape(weight.shape)
-    found = output(result.output)
-    assert distance(found, output(folders[kind])) > 1e-4
-    assert distance(found, output(model=model)) < 1e-4
+    actual = output(result.output)
+    assert distance(actual, output(folders[kind])) > 1e-4
+    assert distance(actual, output(model=model)) < 1e-4
 
 
 # --- vLLM ---------------------------------------------------------------------------------------
 
 
 def assert_loads_in_vllm(folder: str | Path) -> int:
-    """The rank, after a look at all that vLLM asks of an adapter."""
+    """The rank of a folder, after a check of all that vLLM requires."""
     config, factors = settings(folder), tensors(folder)
     assert sorted(path.name for path in Path(folder).iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     rank = config["r"]
@@ -307,25 +307,25 @@ def assert_loads_in_vllm(folder: str | Path) -> int:
     assert isinstance(config["target_modules"], list)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in factors.items():
-        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        assert found, key
-        assert any(found[1].endswith(module) for module in config["target_modules"])
-        pairs.setdefault(found[1], {})[found[2]] = tensor
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        assert match, key
+        assert any(match[1].endswith(module) for module in config["target_modules"])
+        pairs.setdefault(match[1], {})[match[2]] = tensor
     assert all(pair["A"].shape[0] == pair["B"].shape[1] == rank for pair in pairs.values())
     return rank
 
 
 @pytest.mark.parametrize("recipe", ["energy=0.9", "fro_ckpt=1,thr=-2", "rank=5", "energy=1", "sv_ratio=8,max_rank=6"])
-def test_vllm_gets_one_rank_and_all_that_the_recipe_keeps(trained: Path, embed, tmp_path: Path, recipe: str) -> None:
+def test_vllm_gets_one_rank_that_holds_all_kept_dimensions(trained: Path, embed, tmp_path: Path, recipe: str) -> None:
     options = {"base": get_model_path(), "recipes": recipe, "dtype": "fp32"}
     served = only(resize(trained, target="vllm", output=tmp_path / "served", **options))
     plain = only(resize(trained, output=tmp_path / "plain", **options))
     rank = assert_loads_in_vllm(served.output)
     assert rank <= 8
     limit = 4 if "max_rank" in recipe else 8  # the power of two that is allowed
-    wanted = {layer.name: min(layer.rank_after, limit) for layer in plain.layers}
+    expected = {layer.name: min(layer.rank_after, limit) for layer in plain.layers}
     assert all(layer.rank_after in (0, rank) for layer in served.layers)
-    assert rank >= max(wanted.values())
+    assert rank >= max(expected.values())
     if "max_rank" not in recipe:
         energies = {layer.name: layer.energy for layer in plain.layers}
         assert all(layer.energy >= energies[layer.name] - 1e-6 for layer in served.layers)
@@ -341,24 +341,26 @@ def test_vllm_reads_what_peft_reads(folders: dict[str, Path], tmp_path: Path, ki
     if kind in ("lora", "rslora", "patterns"):
         assert result.removed == ()
         assert distance(output(result.output), output(same.output)) < 1e-4
-        whole = only(resize(folders[kind], recipes="energy=1", target="vllm", dtype="fp32", output=tmp_path / "all"))
-        assert assert_loads_in_vllm(whole.output) in (8, 16)
-        assert distance(output(whole.output), output(folders[kind])) < 1e-4
+        full = only(resize(folders[kind], recipes="energy=1", target="vllm", dtype="fp32", output=tmp_path / "all"))
+        assert assert_loads_in_vllm(full.output) in (8, 16)
+        assert distance(output(full.output), output(folders[kind])) < 1e-4
 
 
 @pytest.mark.parametrize(("kind", "lost"), [("modules to save", "pooler"), ("bias", "lora_B.bias")])
-def test_what_vllm_does_not_load_is_listed(folders: dict[str, Path], tmp_path: Path, kind: str, lost: str) -> None:
+def test_tensors_that_vllm_does_not_load_are_listed(
+    folders: dict[str, Path], tmp_path: Path, kind: str, lost: str
+) -> None:
     result = only(resize(folders[kind], recipes="energy=1", target="vllm", dtype="fp32", output=tmp_path))
     assert_loads_in_vllm(result.output)
     expected = {key for key in tensors(folders[kind]) if lost in key}
     assert expected
-    assert {each.name for each in result.removed} == expected
-    assert all("vLLM does not load" in each.reason for each in result.removed)
+    assert {removed.name for removed in result.removed} == expected
+    assert all("vLLM does not load" in removed.reason for removed in result.removed)
     assert result.verbatim == ()
 
 
 def test_vllm_gets_other_families_as_lora(folders: dict[str, Path], small_base: Path, tmp_path: Path) -> None:
-    """In their own form it would not load them, however small they are."""
+    """vLLM loads LoRA only, so the smaller form does not matter."""
     for kind in ("loha", "lokr", "lokr in two factors"):
         report = resize(
             folders[kind], base=small_base, recipes="energy=1", target="vllm", dtype="fp32", output=tmp_path
@@ -369,8 +371,8 @@ def test_vllm_gets_other_families_as_lora(folders: dict[str, Path], small_base: 
 
 
 @pytest.mark.parametrize("kind", ["ia3", "lokr in two factors"])
-def test_what_cannot_be_a_lora_cannot_be_served(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    """Not at all, or not without the base: a folder with other tensors would not load."""
+def test_layers_that_cannot_be_lora_are_refused_for_vllm(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """vLLM would not load a folder with other tensors."""
     folder = folders.get(kind, tmp_path / "ia3")
     if kind == "ia3":
         config = IA3Config(target_modules=["query", "intermediate.dense"], feedforward_modules=["intermediate.dense"])
@@ -390,7 +392,7 @@ def test_vllm_loads_no_dora(folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_vllm_loads_folders(folders: dict[str, Path], small_base: Path, tmp_path: Path) -> None:
-    """A file has names of which vLLM knows none; with the model they can be had."""
+    """vLLM does not know the names in a single file; with the model they become a folder's."""
     name = "lora_unet_encoder_layer_0_attention_self_query"
     generator = torch.Generator().manual_seed(4)
     up, down = torch.randn(32, 6, generator=generator), torch.randn(6, 32, generator=generator)
@@ -412,12 +414,12 @@ def test_vllm_loads_folders(folders: dict[str, Path], small_base: Path, tmp_path
     assert distance(output(result.output), output(model=model)) < 1e-4
 
 
-def test_a_layer_that_the_base_lacks_breaks_no_promise(
+def test_vllm_refuses_kept_layers_without_a_base_weight(
     folders: dict[str, Path], small_base: Path, tmp_path: Path
 ) -> None:
-    """It cannot keep its own rank: vLLM knows one for all."""
+    """A kept layer has its own rank, and vLLM needs one rank for all."""
     folder = Path(shutil.copytree(folders["patterns"], tmp_path / "adapter"))
-    more = {f"base_model.model.extra.query.lora_{each}.weight": torch.randn(6, 6) for each in "AB"}
+    more = {f"base_model.model.extra.query.lora_{side}.weight": torch.randn(6, 6) for side in "AB"}
     save_file({**tensors(folder), **more}, folder / "adapter_model.safetensors")
     for unmapped in ("keep", "drop"):
         report = resize(
@@ -443,12 +445,12 @@ def test_a_recipe_cannot_switch_off_what_vllm_needs(folders: dict[str, Path], tm
 
 def test_the_command_names_programs(folders: dict[str, Path], tmp_path: Path) -> None:
     arguments = ["resize", "-r", "rank=3", "--target", "vllm", "-o", tmp_path, "--json", folders["modules to save"]]
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     (file,) = json.loads(result.stdout)["results"]
     assert assert_loads_in_vllm(file["output"]) == 4
     assert file["recipe"] == "rank=3,pow2=1,uniform=1"
-    assert [each["name"] for each in file["removed"]]
+    assert [removed["name"] for removed in file["removed"]]
     wrong = CliRunner().invoke(app, ["resize", "-r", "rank=3", "--target", "tgi", str(folders["lora"])])
     assert wrong.exit_code == 2
     assert "'tgi' is not one of vllm" in wrong.output

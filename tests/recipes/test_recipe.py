@@ -1,4 +1,4 @@
-"""Recipes: the grammar, the scores by hand, the selections on known spectra, and what must always hold."""
+"""Recipes: grammar, scores and selections computed by hand, and properties of all spectra."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from hypothesis import strategies as st
 
 from lorashrink.errors import RecipeError
 from lorashrink.recipes.choice import quantiles, score, select
-from lorashrink.recipes.grammar import MODIFIERS, SELECTIONS, Recipe, parse_recipes
+from lorashrink.recipes.grammar import SELECTIONS, Recipe, parse_recipes
 from lorashrink.recipes.terms import TERMS, LayerFacts
 
 PARITY = json.loads((Path(__file__).parents[1] / "data" / "parity" / "expected.json").read_text())
 
 
-def facts(*sigma: float, numbers: int = 100, kernel: bool = False, **known: object) -> LayerFacts:
-    return LayerFacts(np.array(sigma), numbers, 2 * numbers, kernel, **known)  # type: ignore[arg-type]
+def facts(*sigma: float, numbers: int = 100, kernel: bool = False, **options: object) -> LayerFacts:
+    return LayerFacts(np.array(sigma), numbers, 2 * numbers, kernel, **options)  # type: ignore[arg-type]
 
 
 def size_of(layers: Sequence[LayerFacts], fixed: int = 0):
-    """The size of a file without a header, so that budgets can be reckoned by hand."""
+    """The size of a file without a header, so that budgets can be computed by hand."""
     return lambda widths, threshold: (
-        fixed + sum(w * each.bytes_per_rank for w, each in zip(widths, layers, strict=True))
+        fixed + sum(w * layer.bytes_per_rank for w, layer in zip(widths, layers, strict=True))
     )
 
 
@@ -59,7 +59,7 @@ def test_weights_are_divided_by_their_sum_and_bytes_is_not() -> None:
     assert dict(recipe.weights)["bytes"] == 1
 
 
-def test_what_a_recipe_needs_is_known_before_any_file() -> None:
+def test_a_recipe_names_what_must_be_looked_up() -> None:
     assert not Recipe.parse("spn_lora,thr=-1").needs_base
     assert Recipe.parse("fro_ckpt,spn_ckpt,thr=-1").base_norms == {"fro", "spn"}
     assert Recipe.parse("subspace,thr=-1").needs == {"weight"}
@@ -101,7 +101,7 @@ def test_what_a_recipe_needs_is_known_before_any_file() -> None:
         ("", "empty"),
     ],
 )
-def test_a_wrong_recipe_is_named_with_what_is_wrong(text: str, says: str) -> None:
+def test_errors_name_the_recipe_and_the_fault(text: str, says: str) -> None:
     with pytest.raises(RecipeError, match="recipe '" + "[^']*") as caught:
         Recipe.parse(text)
     assert says in str(caught.value)
@@ -171,11 +171,6 @@ def test_file_names_tell_recipes_apart(text: str, items: str) -> None:
     assert Recipe.parse(text).file_items() == items
 
 
-def test_every_key_has_an_example_above() -> None:
-    written = Path(__file__).read_text()
-    assert all(key in written for key in (*TERMS, *SELECTIONS, *MODIFIERS))
-
-
 # --- scores -------------------------------------------------------------------------------------
 
 LAYER = facts(8.0, 4.0, 0.0, base_fro=100.0, base_spn=20.0, base_alignment=np.array([2.0, 0.5, 0.0]))
@@ -204,16 +199,16 @@ def test_scores_by_hand(text: str, expected: list[float]) -> None:
     assert scores[2] == -np.inf
 
 
-def test_resize_lora_prunes_all_when_a_lora_is_rescaled_and_we_do_not() -> None:
-    """Its `_lora` references do not move with `rescale`, so that a tenth of the strength lost nearly all ranks."""
+def test_terms_of_the_adapter_move_with_rescale() -> None:
+    """In resize_lora they do not, and a tenth of the strength loses nearly all ranks."""
     assert kept("spn_lora,thr=-.9,rescale=.1", LAYER) == kept("spn_lora,thr=-.9", LAYER) == [2]
 
 
 def test_quantiles_are_those_of_all_scores() -> None:
     layers = [facts(*np.logspace(0, -4, 101)), facts(*np.logspace(0, -4, 101), 0.0)]
-    found = quantiles(Recipe.parse("thr=-9"), layers)
-    assert list(found) == [0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]
-    assert found[0.5] == pytest.approx(-2)
+    shares = quantiles(Recipe.parse("thr=-9"), layers)
+    assert list(shares) == [0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]
+    assert shares[0.5] == pytest.approx(-2)
 
 
 # --- selections ---------------------------------------------------------------------------------
@@ -249,8 +244,8 @@ def test_selections_by_hand(text: str, count: int) -> None:
     assert kept(text, facts(*SPECTRUM)) == [count]
 
 
-def test_sd_scripts_keeps_one_dimension_too_many_and_we_do_not() -> None:
-    """Its sv_fro, sv_ratio and sv_cumulative turn a delta of rank 1 into rank 2, and fail on a single value."""
+def test_a_delta_of_rank_one_keeps_one_dimension() -> None:
+    """sd-scripts makes rank 2 of rank 1 by sv_fro, sv_ratio and sv_cumulative, and fails on a single value."""
     for text in ("sv_fro=.9", "sv_cumulative=.9", "sv_ratio=10", "energy=.9"):
         assert kept(text, facts(5.0, 0.0, 0.0), facts(5.0)) == [1, 1]
 
@@ -274,10 +269,10 @@ def test_pow2_writes_ranks_that_are_powers_of_two(text: str, widths: tuple[int, 
     assert [len(kept) for kept in selection.kept] == [4, 2]
 
 
-def test_what_a_sketch_left_out_counts_for_the_energy() -> None:
-    whole, sketched = facts(3, 2, 1), replace(facts(3), tail=5.0)
-    assert whole.total == sketched.total == 14
-    kept = select(Recipe.parse("energy=0.6,max_rank=1"), [whole, sketched], size_of([whole, sketched])).kept
+def test_energy_counts_dimensions_outside_the_sketch() -> None:
+    full, sketched = facts(3, 2, 1), replace(facts(3), tail=5.0)
+    assert full.total == sketched.total == 14
+    kept = select(Recipe.parse("energy=0.6,max_rank=1"), [full, sketched], size_of([full, sketched])).kept
     assert kept == ((0,), (0,))
 
 
@@ -293,7 +288,7 @@ def test_what_a_sketch_left_out_counts_for_the_energy() -> None:
         ("sv_cumulative=0.5,max_rank=4", None),
     ],
 )
-def test_a_recipe_tells_the_largest_rank_it_can_give(text: str, limit: int | None) -> None:
+def test_limit_is_the_largest_possible_rank(text: str, limit: int | None) -> None:
     assert Recipe.parse(text).limit == limit
 
 
@@ -301,19 +296,19 @@ def test_uniform_writes_one_rank_and_leaves_removed_layers_removed() -> None:
     layers = [facts(9, 8, 7), facts(9, 0.01, 0.001), facts(9, 0.0, 0.0), facts(0.01, 0.001, 0.0)]
     selection = select(Recipe.parse("thr=0,uniform"), layers, size_of(layers))
     assert selection.widths == (3, 3, 3, 0)
-    assert [len(each) for each in selection.kept] == [3, 3, 1, 0]
+    assert [len(dimensions) for dimensions in selection.kept] == [3, 3, 1, 0]
 
 
-def test_a_dimension_that_the_base_already_has_goes_first_whatever_its_place() -> None:
+def test_dimensions_aligned_with_the_base_go_first() -> None:
     layer = facts(8.0, 4.0, 2.0, base_alignment=np.array([100.0, 0.1, 0.1]))
     selection = select(Recipe.parse("subspace,thr=1"), [layer], size_of([layer]))
     assert selection.kept == ((1, 2),)
 
 
-def test_a_budget_takes_the_best_dimensions_and_stops_at_the_first_that_does_not_fit() -> None:
+def test_a_budget_stops_at_the_first_dimension_too_many() -> None:
     layers = [facts(8.0, 1.0, numbers=1000), facts(4.0, 2.0, numbers=10)]
     selection = select(Recipe.parse(f"size={2020 / 2**20!r}"), layers, size_of(layers))
-    assert [len(each) for each in selection.kept] == [1, 1]
+    assert [len(dimensions) for dimensions in selection.kept] == [1, 1]
     assert selection.threshold == pytest.approx(math.log10(4))
 
 
@@ -326,15 +321,15 @@ def test_a_budget_above_everything_keeps_all_without_a_threshold() -> None:
     layers = [facts(3.0, 1.0), facts(2.0, 0.0)]
     selection = select(Recipe.parse("size=1"), layers, size_of(layers))
     assert selection.threshold is None
-    assert [len(each) for each in selection.kept] == [2, 1]
+    assert [len(dimensions) for dimensions in selection.kept] == [2, 1]
 
 
-def test_a_budget_below_what_cannot_shrink_names_the_smallest() -> None:
+def test_an_impossible_budget_names_the_smallest_possible() -> None:
     with pytest.raises(RecipeError, match="smallest possible is size=2"):
         select(Recipe.parse("size=1"), [facts(1.0)], size_of([facts(1.0)], fixed=2 * 2**20))
 
 
-# --- what holds for every spectrum --------------------------------------------------------------
+# --- properties of all spectra --------------------------------------------------------------------
 
 
 @st.composite
@@ -349,22 +344,20 @@ def files(draw: st.DrawFn) -> list[LayerFacts]:
 
 
 @given(files(), st.floats(-6, 3), st.floats(-6, 3))
-def test_a_lower_threshold_never_keeps_less(layers: list[LayerFacts], one: float, other: float) -> None:
-    low, high = (kept(f"fro_ckpt,thr={value!r}", *layers) for value in sorted((one, other)))
+def test_a_lower_threshold_never_keeps_less(layers: list[LayerFacts], first: float, second: float) -> None:
+    low, high = (kept(f"fro_ckpt,thr={value!r}", *layers) for value in sorted((first, second)))
     assert all(a >= b for a, b in zip(low, high, strict=True))
 
 
 @given(files(), st.floats(1, 5e5), st.sampled_from(["", "bytes,", "fro_ckpt,bytes,", "fro_ckpt,"]))
-def test_a_budget_is_never_exceeded_and_wastes_less_than_the_next_dimension(
-    layers: list[LayerFacts], limit: float, terms: str
-) -> None:
+def test_a_budget_is_met_to_within_one_dimension(layers: list[LayerFacts], limit: float, terms: str) -> None:
     recipe = Recipe.parse(f"{terms}size={limit / 2**20!r}")
     selection = select(recipe, layers, size_of(layers))
     size = size_of(layers)
     used = size(selection.widths, None)
     assert used <= limit
     if selection.threshold is not None or not any(selection.widths):
-        assert used + max(each.bytes_per_rank for each in layers) > limit
+        assert used + max(layer.bytes_per_rank for layer in layers) > limit
 
 
 @given(files(), st.floats(1, 5e5), st.sampled_from(["min_rank=1", "multiple=4", "uniform", "max_rank=3"]))
@@ -378,8 +371,8 @@ def test_a_budget_holds_with_every_modifier(layers: list[LayerFacts], limit: flo
 
 @given(files(), st.floats(0.05, 1))
 def test_energy_keeps_enough_and_not_one_too_many(layers: list[LayerFacts], share: float) -> None:
-    for each, count in zip(layers, kept(f"energy={share!r}", *layers), strict=True):
-        energy = each.sigma**2
+    for layer, count in zip(layers, kept(f"energy={share!r}", *layers), strict=True):
+        energy = layer.sigma**2
         assert energy[:count].sum() >= share * energy.sum() * (1 - 1e-12)
         assert energy[: count - 1].sum() < share * energy.sum() * (1 + 1e-12)
 

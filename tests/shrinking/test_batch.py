@@ -75,15 +75,13 @@ def parity(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, di
         dtype="fp32",
     )
     return {
-        text: (Path(each.output), {row.name: row.rank_after for row in each.layers if row.rank_after})
-        for text, each in zip(EXPECTED, report.results, strict=True)
+        text: (Path(result.output), {row.name: row.rank_after for row in result.layers if row.rank_after})
+        for text, result in zip(EXPECTED, report.results, strict=True)
     }
 
 
 @pytest.mark.parametrize("text", EXPECTED)
-def test_the_same_ranks_and_norms_are_kept_as_by_resize_lora(
-    text: str, parity: dict[str, tuple[Path, dict[str, int]]]
-) -> None:
+def test_ranks_and_norms_equal_those_of_resize_lora(text: str, parity: dict[str, tuple[Path, dict[str, int]]]) -> None:
     path, ranks = parity[text]
     assert path.name == EXPECTED[text]["file"]
     assert ranks == EXPECTED[text]["kept_rank"]
@@ -92,7 +90,7 @@ def test_the_same_ranks_and_norms_are_kept_as_by_resize_lora(
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 2e-6), ("same", 2e-3), ("bf16", 1e-2)])
-def test_at_full_energy_the_delta_is_unchanged_but_for_rounding(
+def test_full_energy_changes_the_delta_by_rounding_only(
     adapter: Path, tmp_path: Path, dtype: str, tolerance: float
 ) -> None:
     after = deltas(only(resize(adapter, recipes="energy=1", output=tmp_path, dtype=dtype)))
@@ -111,8 +109,8 @@ def test_the_reported_error_is_the_error_of_the_file(adapter: Path, base: Path, 
     for row in result.layers:
         assert row.rle_lora == pytest.approx(lost[row.name] / float(before[row.name].norm()), rel=1e-3, abs=1e-5)
         assert row.energy == pytest.approx(1 - row.rle_lora**2)
-    whole = math.hypot(*(float(delta.norm()) for delta in before.values()))
-    assert result.relative_error == pytest.approx(math.hypot(*lost.values()) / whole, rel=1e-4)
+    total = math.hypot(*(float(delta.norm()) for delta in before.values()))
+    assert result.relative_error == pytest.approx(math.hypot(*lost.values()) / total, rel=1e-4)
     assert result.bytes_after == Path(result.output).stat().st_size
     assert result.bytes_before == adapter.stat().st_size
 
@@ -132,9 +130,9 @@ def test_a_file_is_never_larger_than_its_budget(
 
 def test_rescale_multiplies_the_delta_with_its_sign(adapter: Path, tmp_path: Path) -> None:
     plain = deltas(only(resize(adapter, recipes="rank=2", output=tmp_path, dtype="fp32")))
-    other = deltas(only(resize(adapter, recipes="rank=2,rescale=-0.5", output=tmp_path, dtype="fp32")))
+    negated = deltas(only(resize(adapter, recipes="rank=2,rescale=-0.5", output=tmp_path, dtype="fp32")))
     for name, delta in plain.items():
-        assert_close(other[name], -0.5 * delta, rtol=1e-4, atol=1e-6)
+        assert_close(negated[name], -0.5 * delta, rtol=1e-4, atol=1e-6)
 
 
 # --- the loader contract ------------------------------------------------------------------------
@@ -143,9 +141,7 @@ def test_rescale_multiplies_the_delta_with_its_sign(adapter: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("alpha", "scale"), [(8.0, 1.0), (4.0, 0.5), (0.3, 0.0375), (-4.0, -0.5), (None, 1.0)], ids=str
 )
-def test_the_scale_moves_into_the_factors_and_alpha_becomes_the_rank(
-    tmp_path: Path, alpha: float | None, scale: float
-) -> None:
+def test_factors_take_the_scale_and_alpha_becomes_the_rank(tmp_path: Path, alpha: float | None, scale: float) -> None:
     up, down = pair()
     name = "lora_unet_input_blocks_4_1_proj_in"
     path = only(resize(make(tmp_path / "a.safetensors", {name: (up, down, alpha)}), recipes="rank=3", dtype="fp32"))
@@ -171,10 +167,12 @@ def test_layers_of_different_rank_share_one_alpha(tmp_path: Path) -> None:
     assert metadata(path)["ss_network_alpha"] == "5"
 
 
-def test_an_alpha_of_zero_is_removed_and_said(tmp_path: Path) -> None:
+def test_a_layer_with_alpha_zero_is_removed_with_a_warning(tmp_path: Path) -> None:
     layers = {"lora_unet_a": (*pair(), 0.0), "lora_unet_b": (*pair(), 8.0)}
     report = resize(make(tmp_path / "a.safetensors", layers), recipes="rank=2")
-    assert [(each.name, "alpha is 0" in each.reason) for each in report.results[0].removed] == [("lora_unet_a", True)]
+    assert [(removed.name, "alpha is 0" in removed.reason) for removed in report.results[0].removed] == [
+        ("lora_unet_a", True)
+    ]
     assert "sd-scripts" in report.results[0].warnings[0]
 
 
@@ -199,11 +197,11 @@ def test_a_tucker_core_is_folded_in_and_named(tmp_path: Path) -> None:
     report = resize(source, recipes="energy=1", dtype="fp32")
     truth = 0.5 * torch.einsum("oa,abxy,bi->oixy", up[..., 0, 0], mid, down[..., 0, 0])
     assert_close(deltas(only(report))["l"], truth, rtol=1e-4, atol=1e-4)
-    assert {each.name for each in report.results[0].removed} == {"l.lora_mid.weight"}
+    assert {removed.name for removed in report.results[0].removed} == {"l.lora_mid.weight"}
     assert load_file(only(report))["l.lora_down.weight"].shape == (6, 12, 3, 3)
 
 
-def test_layers_of_different_rank_and_dtype_stay_what_they_are(tmp_path: Path) -> None:
+def test_layers_of_different_rank_keep_their_dtypes(tmp_path: Path) -> None:
     layers = {
         f"lora_unet_{dtype}".replace(".", "_"): (pair(rank=rank)[0].to(dtype), pair(rank=rank)[1].to(dtype), 4.0)
         for rank, dtype in ((4, torch.float16), (9, torch.bfloat16), (16, torch.float32), (3, torch.float64))
@@ -223,7 +221,7 @@ def test_uniform_pads_with_zeros_only_past_a_layers_own_rank(tmp_path: Path) -> 
     assert float(tensors["lora_unet_b.alpha"]) == 6
 
 
-def test_a_text_encoder_that_diffusers_could_not_tell_apart_is_pointed_out(tmp_path: Path) -> None:
+def test_an_encoder_that_diffusers_cannot_read_gets_a_warning(tmp_path: Path) -> None:
     up, down = pair()
     layers = {
         f"lora_te{encoder}_text_model_encoder_layers_0_self_attn_{name}": (up * strength, down.clone(), 8.0)
@@ -234,14 +232,14 @@ def test_a_text_encoder_that_diffusers_could_not_tell_apart_is_pointed_out(tmp_p
     assert [removed.name for removed in shrunk.removed] == ["lora_te1_text_model_encoder_layers_0_self_attn_out_proj"]
     (warning,) = shrunk.warnings
     assert warning.startswith("lora_te1 keeps other layers but no self_attn_out_proj")
-    (whole,) = resize(path, recipes="thr=-1,min_rank=1", output=tmp_path / "out").results
-    assert not whole.warnings
+    (full,) = resize(path, recipes="thr=-1,min_rank=1", output=tmp_path / "out").results
+    assert not full.warnings
 
 
 def test_nothing_is_dropped_silently(tmp_path: Path) -> None:
     source = tmp_path / "a.safetensors"
     up, down = pair()
-    other = {
+    extras = {
         "lora_unet_x.diff": torch.randn(4).half(),
         "lora_unet_n.w_norm": torch.randn(7),
         "bundle_emb.cat.clip_l": torch.randn(2, 8).bfloat16(),
@@ -252,20 +250,20 @@ def test_nothing_is_dropped_silently(tmp_path: Path) -> None:
         "note": torch.arange(3),
     }
     zero = {"lora_unet_z.lora_up.weight": 0 * up, "lora_unet_z.lora_down.weight": down.clone()}
-    save_file({**other, **zero, "lora_unet_a.lora_up.weight": up, "lora_unet_a.lora_down.weight": down}, source)
+    save_file({**extras, **zero, "lora_unet_a.lora_up.weight": up, "lora_unet_a.lora_down.weight": down}, source)
     report = resize(source, recipes="rank=2", dtype="fp16")
     result, after = report.results[0], load_file(only(report))
-    assert {each.key for each in result.verbatim} == set(other)
-    assert all(each.reason for each in (*result.verbatim, *result.removed))
-    for key, tensor in other.items():
+    assert {copied.key for copied in result.verbatim} == set(extras)
+    assert all(removed.reason for removed in (*result.verbatim, *result.removed))
+    for key, tensor in extras.items():
         assert after[key].dtype == tensor.dtype
         assert torch.equal(after[key], tensor)
-    assert {each.name for each in result.removed} == {"lora_unet_z"}
-    assert set(after) == set(other) | {"lora_unet_a.lora_up.weight", "lora_unet_a.lora_down.weight"}
+    assert {removed.name for removed in result.removed} == {"lora_unet_z"}
+    assert set(after) == set(extras) | {"lora_unet_a.lora_up.weight", "lora_unet_a.lora_down.weight"}
 
 
-def test_another_base_makes_another_file_where_layers_need_it(tmp_path: Path) -> None:
-    """No term of the recipe asks for the base, but OFT multiplies it."""
+def test_multiplied_layers_depend_on_the_base(tmp_path: Path) -> None:
+    """The recipe does not need the base, but OFT multiplies its weights."""
     name = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
     bases = [tmp_path / f"base{number}.safetensors" for number in (0, 1)]
     shapes = load_file(EXAMPLE / "base.safetensors")
@@ -282,7 +280,7 @@ def test_another_base_makes_another_file_where_layers_need_it(tmp_path: Path) ->
 
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_dora_keeps_its_magnitude_and_at_least_one_dimension(tmp_path: Path, side: str) -> None:
-    """Without ΔW its weight would be m·W/‖W‖, which is not W: such a layer is never removed."""
+    """Without ΔW the weight would be m·W/‖W‖, not W, so such a layer is never removed."""
     source = tmp_path / "a.safetensors"
     magnitude = torch.rand(24, 1).half() if side == "out" else torch.rand(1, 40).half()
     tensors = {}
@@ -304,19 +302,19 @@ def test_dora_keeps_its_magnitude_and_at_least_one_dimension(tmp_path: Path, sid
 
 @pytest.mark.parametrize("unmapped", ["keep", "drop", "error"])
 def test_layers_without_a_base_weight_are_kept_dropped_or_refused(base: Path, tmp_path: Path, unmapped: str) -> None:
-    known = "lora_unet_input_blocks_4_1_proj_in"
-    layers = {known: (*pair(24, 4, 24), 4.0), "lora_unet_nowhere": (*pair(24, 4, 24), 4.0)}
+    mapped = "lora_unet_input_blocks_4_1_proj_in"
+    layers = {mapped: (*pair(24, 4, 24), 4.0), "lora_unet_nowhere": (*pair(24, 4, 24), 4.0)}
     report = resize(make(tmp_path / "a.safetensors", layers), base=base, recipes="fro_ckpt,thr=-4", unmapped=unmapped)
     if unmapped == "error":
         assert "lora_unet_nowhere" in report.failed[0].error
         return
     names = {key.partition(".")[0] for key in load_file(only(report))}
-    assert names == ({known, "lora_unet_nowhere"} if unmapped == "keep" else {known})
-    told = [*report.results[0].verbatim, *report.results[0].removed]
-    assert any("changes no weight of the base" in each.reason for each in told)
+    assert names == ({mapped, "lora_unet_nowhere"} if unmapped == "keep" else {mapped})
+    fates = [*report.results[0].verbatim, *report.results[0].removed]
+    assert any("changes no weight of the base" in fate.reason for fate in fates)
 
 
-def test_a_number_too_large_for_half_precision_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
+def test_an_overflow_in_half_precision_fails_and_leaves_no_file(tmp_path: Path) -> None:
     up, down = pair()
     source = make(tmp_path / "a.safetensors", {"lora_unet_a": (up * 1e6, down * 1e6, 8.0)})
     report = resize(source, recipes="rank=2", dtype="fp16", output=tmp_path / "out")
@@ -324,15 +322,13 @@ def test_a_number_too_large_for_half_precision_is_an_error_and_leaves_no_file(tm
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_recipe_that_keeps_nothing_is_an_error_and_no_empty_file(adapter: Path, tmp_path: Path) -> None:
+def test_a_recipe_that_keeps_nothing_fails_and_leaves_no_file(adapter: Path, tmp_path: Path) -> None:
     report = resize(adapter, recipes="spn_lora,thr=3", output=tmp_path)
     assert "keeps nothing: the best dimension scores 0.00" in report.failed[0].error
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_comes_out_wrong_gets_no_name(
-    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_output_is_not_published(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = SafetensorsWriter.write
 
     def damaged(self: SafetensorsWriter, name: str, tensor: Tensor) -> None:
@@ -344,7 +340,7 @@ def test_a_file_that_comes_out_wrong_gets_no_name(
     assert not list(tmp_path.iterdir())
 
 
-def test_two_layers_for_one_weight_are_said(base: Path, tmp_path: Path) -> None:
+def test_two_layers_for_one_weight_get_a_warning(base: Path, tmp_path: Path) -> None:
     layers = {
         "lora_unet_input_blocks_4_1_proj_in": (*pair(24, 4, 24), 4.0),
         "unet.down_blocks.1.attentions.0.proj_in": (*pair(24, 4, 24, seed=3), 4.0),
@@ -370,7 +366,7 @@ TRAINING = {
 }
 
 
-def test_metadata_is_brought_up_to_date_and_otherwise_kept(tmp_path: Path) -> None:
+def test_metadata_is_updated_and_otherwise_kept(tmp_path: Path) -> None:
     source = make(tmp_path / "a.safetensors", {"lora_unet_a": (*pair(), 4.0)}, **TRAINING)
     path = only(resize(source, recipes="rank=3"))
     new = metadata(path)
@@ -387,7 +383,7 @@ def test_metadata_is_brought_up_to_date_and_otherwise_kept(tmp_path: Path) -> No
     assert 0 < energy < 1
 
 
-def test_the_hashes_are_those_that_other_tools_compute(tmp_path: Path) -> None:
+def test_hashes_equal_those_of_other_tools(tmp_path: Path) -> None:
     """sshs_model_hash over the tensors; the legacy hash as sd-scripts does it, over a re-save with `ss_*` alone."""
     layers = {f"lora_unet_{i}": (*pair(400, 64, 300, seed=i), 4.0) for i in range(12)}
     path = only(resize(make(tmp_path / "a.safetensors", layers, **TRAINING), recipes="rank=60"))
@@ -416,7 +412,7 @@ def test_resize_params_are_valid_json(adapter: Path, tmp_path: Path, recipe: str
     assert params["threshold"] is None or recipe == "size=0.05"
 
 
-def test_a_file_without_metadata_is_no_problem(tmp_path: Path) -> None:
+def test_a_file_without_metadata_is_shrunk(tmp_path: Path) -> None:
     """resize_lora fails with a TypeError."""
     new = metadata(only(resize(make(tmp_path / "a.safetensors", {"lora_unet_a": (*pair(), 4.0)}), recipes="rank=3")))
     assert "ss_network_dim" not in new
@@ -440,11 +436,11 @@ def test_peft_settings_in_the_header_follow_the_ranks(tmp_path: Path) -> None:
 
 
 def test_equal_runs_write_equal_bytes(adapter: Path, base: Path, tmp_path: Path) -> None:
-    one, two = (
+    first, second = (
         only(resize(adapter, base=base, recipes="fro_ckpt,thr=-1.6", output=tmp_path / name, jobs=jobs))
         for name, jobs in (("one", 1), ("two", 3))
     )
-    assert one.read_bytes() == two.read_bytes()
+    assert first.read_bytes() == second.read_bytes()
 
 
 # --- batches ------------------------------------------------------------------------------------
@@ -458,20 +454,20 @@ def copies(adapter: Path, folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def test_folders_globs_and_files_are_each_done_once(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_an_adapter_named_twice_is_shrunk_once(adapter: Path, base: Path, tmp_path: Path) -> None:
     paths = copies(adapter, tmp_path / "in", 3)
     shutil.copy(base, tmp_path / "in" / "base.safetensors")
     (tmp_path / "in" / "deeper").mkdir()
     shutil.copy(adapter, tmp_path / "in" / "deeper" / "deep.safetensors")
-    given = [tmp_path / "in", f"{tmp_path}/in/copy*.safetensors", paths[1]]
-    report = resize(given, recipes="rank=1:rank=2", output=tmp_path / "out")
-    assert [Path(each.source).name for each in report.results] == [path.name for path in paths for _ in range(2)]
+    arguments = [tmp_path / "in", f"{tmp_path}/in/copy*.safetensors", paths[1]]
+    report = resize(arguments, recipes="rank=1:rank=2", output=tmp_path / "out")
+    assert [Path(result.source).name for result in report.results] == [path.name for path in paths for _ in range(2)]
     assert len(list((tmp_path / "out").iterdir())) == 6
     deep = resize(tmp_path / "in", recipes="rank=1", output=tmp_path / "deep", recursive=True)
     assert len(deep.results) == 4
 
 
-def test_progress_ends_where_it_said_it_would(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_progress_ends_at_its_total(adapter: Path, base: Path, tmp_path: Path) -> None:
     seen: dict[str, tuple[int, int]] = {}
 
     def progress(text: str, done: int, total: int) -> None:
@@ -489,7 +485,7 @@ def test_one_bad_file_does_not_stop_the_others(adapter: Path, tmp_path: Path) ->
     paths = copies(adapter, tmp_path / "in", 3)
     paths[1].write_bytes(paths[1].read_bytes()[:5000])
     report = resize(tmp_path / "in", recipes="rank=1", output=tmp_path / "out")
-    assert [Path(each.source).name for each in report.failed] == ["copy1.safetensors"]
+    assert [Path(failure.source).name for failure in report.failed] == ["copy1.safetensors"]
     assert len(report.results) == len(list((tmp_path / "out").iterdir())) == 2
 
 
@@ -497,8 +493,8 @@ def test_skip_existing_keeps_equal_results_and_refuses_others(adapter: Path, tmp
     first = resize(adapter, recipes="rank=1", output=tmp_path)
     before = only(first).stat().st_mtime_ns
     again = resize(adapter, recipes="rank=2:rank=1", output=tmp_path, skip_existing=True)
-    assert [each.skipped for each in again.results] == [False, True]
-    assert [each.recipe for each in again.results] == ["rank=2", "rank=1"]
+    assert [result.skipped for result in again.results] == [False, True]
+    assert [result.recipe for result in again.results] == ["rank=2", "rank=1"]
     assert only(first).stat().st_mtime_ns == before
     assert again.results[1].relative_error == pytest.approx(first.results[0].relative_error, abs=1e-3)
     changed = resize(adapter, recipes="rank=1", output=tmp_path, skip_existing=True, dtype="fp32")
@@ -527,17 +523,17 @@ def test_a_norm_table_stands_in_for_its_base(adapter: Path, base: Path, tmp_path
     table = lorashrink.norms(base, tmp_path / "norms.json")
     assert table.bytes < 1_000_000
     recipes = "fro_ckpt,thr=-1.6:spn_ckpt,thr=-1.2"
-    one = resize(adapter, base=base, recipes=recipes, output=tmp_path / "one")
-    two = resize(adapter, base=table.path, recipes=recipes, output=tmp_path / "two")
-    assert two.base is not None
-    assert (two.base.kind, two.base.family) == ("norms", "sdxl")
-    for a, b in zip(one.results, two.results, strict=True):
+    direct = resize(adapter, base=base, recipes=recipes, output=tmp_path / "one")
+    by_table = resize(adapter, base=table.path, recipes=recipes, output=tmp_path / "two")
+    assert by_table.base is not None
+    assert (by_table.base.kind, by_table.base.family) == ("norms", "sdxl")
+    for a, b in zip(direct.results, by_table.results, strict=True):
         assert Path(a.output).read_bytes() == Path(b.output).read_bytes()
     report = resize(adapter, base=table.path, recipes="subspace,thr=-1", output=tmp_path / "three")
     assert "norm table holds no weights" in report.failed[0].error
 
 
-def test_a_recipe_on_the_base_without_one_says_so(adapter: Path) -> None:
+def test_a_recipe_with_base_terms_needs_a_base(adapter: Path) -> None:
     with pytest.raises(RecipeError, match="needs the base checkpoint"):
         resize(adapter, recipes="fro_ckpt,thr=-3")
 

@@ -1,4 +1,4 @@
-"""The same work on a Ray cluster, a real one on this machine: equal bytes, lost processes, files sent and not sent."""
+"""Shrinking on a Ray cluster of this machine: equal bytes, lost processes, shared and sent files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from cluster_runs import RECIPES  # imports Ray
-from test_collections import make
+from fixtures import write_styles
 from typer.testing import CliRunner
 
 from lorashrink.cli import app
@@ -26,10 +26,10 @@ FILES = 16
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the runs tell, with "folder", where their outputs lie beside those of a run without a cluster."""
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `cluster_runs.py` prints, with "folder": the folder of its outputs and of a run without a cluster."""
     folder = tmp_path_factory.mktemp("cluster")
-    make(folder / "in", FILES)
+    write_styles(folder / "in", FILES)
     (folder / "in" / "bad.safetensors").write_bytes(b"broken")
     resize(folder / "in", recipes=RECIPES, output=folder / "here")
     token = folder / "token"  # of this cluster alone; without one, Ray puts one into the user's home
@@ -47,40 +47,40 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("run", ["shared", "sent", "lost"])
-def test_a_cluster_writes_the_same_bytes_and_nothing_else(told: dict[str, Any], run: str) -> None:
-    assert contents(told["folder"] / run) == contents(told["folder"] / "here")
-    results, failed, *_ = told[run]
+def test_a_cluster_writes_the_same_bytes_and_nothing_else(outcomes: dict[str, Any], run: str) -> None:
+    assert contents(outcomes["folder"] / run) == contents(outcomes["folder"] / "here")
+    results, failed, *_ = outcomes[run]
     assert results == FILES * len(RECIPES)
     (error,) = failed
-    assert error.startswith(f"{told['folder'] / 'in' / 'bad.safetensors'}: not a safetensors file")
+    assert error.startswith(f"{outcomes['folder'] / 'in' / 'bad.safetensors'}: not a safetensors file")
 
 
-def test_a_process_that_is_lost_costs_no_file_and_doubles_none(told: dict[str, Any]) -> None:
-    assert told["lost"][2] == 2
-    assert told["each"]
+def test_lost_processes_neither_lose_nor_repeat_files(outcomes: dict[str, Any]) -> None:
+    assert outcomes["lost"][2] == 2
+    assert outcomes["each"]
 
 
-def test_the_command_says_with_its_status_that_a_file_failed(told: dict[str, Any]) -> None:
-    assert told["sent"][2] == 1
+def test_the_exit_status_tells_that_a_file_failed(outcomes: dict[str, Any]) -> None:
+    assert outcomes["sent"][2] == 1
 
 
-def test_the_driver_keeps_the_journal_and_a_rerun_makes_only_what_is_missing(told: dict[str, Any]) -> None:
-    missing, made = told["again"]
-    assert made == [missing]
-    assert told["states"].count(journal.DONE) == FILES * len(RECIPES)
-    assert told["states"].count(journal.FAILED) == len(RECIPES)
+def test_a_rerun_on_the_cluster_makes_only_missing_files(outcomes: dict[str, Any]) -> None:
+    missing, redone = outcomes["again"]
+    assert redone == [missing]
+    assert outcomes["states"].count(journal.DONE) == FILES * len(RECIPES)
+    assert outcomes["states"].count(journal.FAILED) == len(RECIPES)
 
 
-# --- what cannot be done ------------------------------------------------------------------------
+# --- wrong requests -------------------------------------------------------------------------------
 
 
-def test_a_cluster_that_cannot_be_reached_is_an_error_at_once(adapter: Path, tmp_path: Path) -> None:
+def test_an_unreachable_cluster_is_an_error_at_once(adapter: Path, tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"
-    for each in (address, f"ray://{address}", "nowhere"):
-        with pytest.raises(UsageError, match=f"--ray {each}: "):
-            resize_on_cluster(adapter, recipes="rank=1", output=tmp_path, address=each)
+    for target in (address, f"ray://{address}", "nowhere"):
+        with pytest.raises(UsageError, match=f"--ray {target}: "):
+            resize_on_cluster(adapter, recipes="rank=1", output=tmp_path, address=target)
     assert not list(tmp_path.iterdir())
 
 

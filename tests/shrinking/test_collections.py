@@ -1,4 +1,4 @@
-"""Collections: runs that are killed and go on, the journal they go by, groups by base, room on the disk, memory."""
+"""Collections: killed runs, the journal, groups by base, space on the disk, memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import killed_runs
 import pytest
 import torch
-from fixtures import random_tensors, shapes, write_base, write_tensors
+from fixtures import random_tensors, shapes, write_base, write_styles, write_tensors
 from typer.testing import CliRunner
 
 from lorashrink.adapters import open_adapter
@@ -30,30 +30,15 @@ from lorashrink.shrinking.grouping import family_in
 from lorashrink.shrinking.run import resize
 
 
-def make(folder: Path, count: int, *, layers: int = 12, seed: int = 0) -> list[Path]:
-    """Adapters with different numbers and the names of an SDXL file."""
-    generator = torch.Generator().manual_seed(seed)
-    paths = []
-    for number in range(count):
-        tensors = {}
-        for layer in range(layers):
-            name = f"lora_unet_input_blocks_4_1_transformer_blocks_{layer}_attn1_to_q"
-            tensors[f"{name}.lora_up.weight"] = torch.randn(48, 8, generator=generator)
-            tensors[f"{name}.lora_down.weight"] = torch.randn(8, 64, generator=generator)
-            tensors[f"{name}.alpha"] = torch.tensor(4.0)
-        paths.append(write_tensors(folder / f"style{number:03}.safetensors", tensors))
-    return paths
-
-
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that were made just now are taken for old ones."""
+    """The journal trusts files that are new."""
     monkeypatch.setattr(journal, "SETTLED_SECONDS", 0.0)
 
 
 @pytest.fixture
 def touched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Adapters and other files of which more than the times were looked at, from now on."""
+    """The files that are opened or hashed from now on."""
     seen: list[Path] = []
     for module, name in ((reuse, "contents_sha256"), (request, "open_adapter"), (reuse, "read_header")):
         original = getattr(module, name)
@@ -75,12 +60,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def entries(folder: Path) -> dict[str, journal.Entry]:
-    with journal.Journal(folder) as known:
-        return {entry.output: entry for entry in known.entries()}
+    with journal.Journal(folder) as opened:
+        return {entry.output: entry for entry in opened.entries()}
 
 
 def run(*arguments: object, status: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == status, result.output
     return result.stdout
 
@@ -89,8 +74,8 @@ def run(*arguments: object, status: int = 0) -> str:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_runs_that_are_killed_at_any_moment_go_on_to_the_same_bytes(tmp_path: Path) -> None:
-    make(tmp_path / "in", 10)
+def test_killed_runs_continue_to_the_same_bytes(tmp_path: Path) -> None:
+    write_styles(tmp_path / "in", 10)
     places = [str(tmp_path / name) for name in ("in", "out", "reference")]
     command = [sys.executable, killed_runs.__file__, *places, "20"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -113,8 +98,8 @@ def leftover(output: Path) -> Path:
     return path
 
 
-def test_only_what_a_killed_run_left_of_these_outputs_is_deleted(tmp_path: Path) -> None:
-    (source,) = make(tmp_path / "in", 1)
+def test_leftovers_of_the_same_outputs_are_deleted(tmp_path: Path) -> None:
+    (source,) = write_styles(tmp_path / "in", 1)
     output = tmp_path / "out" / "style000_rank2.safetensors"
     ours = leftover(output)
     others = [leftover(output.with_name("other.safetensors")), output.with_name(f".{output.stem}.abc.tmp")]
@@ -126,26 +111,26 @@ def test_only_what_a_killed_run_left_of_these_outputs_is_deleted(tmp_path: Path)
     assert all(path.exists() for path in others)
 
 
-def test_a_file_that_a_living_process_is_writing_is_left_alone(tmp_path: Path) -> None:
-    (source,) = make(tmp_path / "in", 1)
+def test_files_of_a_living_process_are_not_deleted(tmp_path: Path) -> None:
+    (source,) = write_styles(tmp_path / "in", 1)
     output = tmp_path / "out" / "style000_rank2.safetensors"
     code = (
         "import sys; from pathlib import Path; from lorashrink.files.writing import SafetensorsWriter\n"
         "with SafetensorsWriter(Path(sys.argv[1]), {}, {}) as writer: print(writer.temporary, flush=True); input()"
     )
     command = [sys.executable, "-c", code, str(output)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout
-        its = Path(other.stdout.readline().strip())
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        its = Path(process.stdout.readline().strip())
         resize(source, recipes="rank=2", output=output.parent)
         assert its.exists()
-        other.kill()
+        process.kill()
     assert its.exists()
     resize(source, recipes="rank=2", output=output.parent, force=True)
     assert not its.exists()
 
 
-def test_a_folder_of_peft_that_was_half_written_is_completed(tmp_path: Path) -> None:
+def test_a_half_written_peft_folder_is_completed(tmp_path: Path) -> None:
     source = peft_folder(tmp_path / "in" / "adapter")
     leftover(tmp_path / "out" / "adapter_rank2" / "adapter_config.json")
     leftover(tmp_path / "out" / "adapter_rank2" / "adapter_model.safetensors")
@@ -154,19 +139,19 @@ def test_a_folder_of_peft_that_was_half_written_is_completed(tmp_path: Path) -> 
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
 
 
-# --- what the journal saves ---------------------------------------------------------------------
+# --- reruns by the journal ------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("settled")
 def test_a_rerun_opens_nothing_and_reports_the_same(tmp_path: Path, touched: list[Path]) -> None:
-    make(tmp_path / "in", 3)
-    given = {"recipes": "rank=2:energy=0.9", "output": tmp_path / "out", "skip_existing": True}
-    first = resize(tmp_path / "in", **given)
+    write_styles(tmp_path / "in", 3)
+    options = {"recipes": "rank=2:energy=0.9", "output": tmp_path / "out", "skip_existing": True}
+    first = resize(tmp_path / "in", **options)
     touched.clear()
-    again = resize(tmp_path / "in", **given)
+    again = resize(tmp_path / "in", **options)
     assert touched == []
-    assert all(each.skipped for each in again.results)
-    assert [replace(each, seconds=0.0, skipped=True).brief() for each in first.results] == list(again.results)
+    assert all(result.skipped for result in again.results)
+    assert [replace(result, seconds=0.0, skipped=True).brief() for result in first.results] == list(again.results)
 
 
 def peft_folder(folder: Path, alpha: int = 16) -> Path:
@@ -184,17 +169,17 @@ def write_config(folder: Path, alpha: int) -> None:
 
 
 @pytest.mark.usefixtures("settled")
-@pytest.mark.parametrize("known", [True, False], ids=["journal", "no journal"])
-def test_a_peft_folder_with_another_alpha_is_another_source(tmp_path: Path, known: bool) -> None:
-    """Its weights are what they were."""
+@pytest.mark.parametrize("journalled", [True, False], ids=["journal", "no journal"])
+def test_a_peft_folder_with_another_alpha_is_another_source(tmp_path: Path, journalled: bool) -> None:
+    """Only the configuration beside the weights changes."""
     source = peft_folder(tmp_path / "adapter")
-    given = {"recipes": "rank=2", "output": tmp_path / "out", "skip_existing": True}
-    assert not resize(source, **given).results[0].skipped
-    assert resize(source, **given).results[0].skipped
+    options = {"recipes": "rank=2", "output": tmp_path / "out", "skip_existing": True}
+    assert not resize(source, **options).results[0].skipped
+    assert resize(source, **options).results[0].skipped
     write_config(source, 4)
-    if not known:
+    if not journalled:
         (tmp_path / "out" / journal.NAME).unlink()
-    assert "made from another source" in resize(source, **given).failed[0].error
+    assert "made from another source" in resize(source, **options).failed[0].error
 
 
 @pytest.mark.usefixtures("settled")
@@ -208,61 +193,61 @@ def test_a_peft_folder_with_another_alpha_is_another_source(tmp_path: Path, know
     ],
     ids=str,
 )
-def test_another_request_is_not_taken_for_done(tmp_path: Path, change: dict[str, str]) -> None:
-    (source,) = make(tmp_path / "in", 1)
-    given = {"recipes": "rank=2", "output": tmp_path / "out", "skip_existing": True}
-    resize(source, **given)
-    report = resize(source, **given | change)
+def test_another_request_is_not_skipped(tmp_path: Path, change: dict[str, str]) -> None:
+    (source,) = write_styles(tmp_path / "in", 1)
+    options = {"recipes": "rank=2", "output": tmp_path / "out", "skip_existing": True}
+    resize(source, **options)
+    report = resize(source, **options | change)
     if "recipes" in change:
-        assert [each.skipped for each in report.results] == [False]
+        assert [result.skipped for result in report.results] == [False]
     else:
         assert "made from another source, base, recipe, options or version" in report.failed[0].error
 
 
 @pytest.mark.usefixtures("settled")
-def test_an_output_that_was_replaced_is_looked_into(tmp_path: Path) -> None:
-    one, two = make(tmp_path / "in", 2)
-    given = {"recipes": "rank=2", "output": tmp_path / "out", "skip_existing": True}
-    resize([one, two], **given)
+def test_a_replaced_output_is_checked_by_its_metadata(tmp_path: Path) -> None:
+    first, second = write_styles(tmp_path / "in", 2)
+    options = {"recipes": "rank=2", "output": tmp_path / "out", "skip_existing": True}
+    resize([first, second], **options)
     shutil.copy(tmp_path / "out" / "style001_rank2.safetensors", tmp_path / "out" / "style000_rank2.safetensors")
-    report = resize([one, two], **given)
-    assert [Path(each.source) for each in report.failed] == [one]
-    assert [each.skipped for each in report.results] == [True]
+    report = resize([first, second], **options)
+    assert [Path(failure.source) for failure in report.failed] == [first]
+    assert [result.skipped for result in report.results] == [True]
 
 
 @pytest.mark.usefixtures("settled")
-def test_the_journal_tells_what_failed_and_why(tmp_path: Path) -> None:
-    make(tmp_path / "in", 2)
+def test_the_journal_records_failures_and_their_reasons(tmp_path: Path) -> None:
+    write_styles(tmp_path / "in", 2)
     (tmp_path / "in" / "bad.safetensors").write_bytes(b"broken")
     resize(tmp_path / "in", recipes="rank=2", output=tmp_path / "out", skip_existing=True)
-    states = {name: (each.state, bool(each.message)) for name, each in entries(tmp_path / "out").items()}
+    states = {name: (entry.state, bool(entry.message)) for name, entry in entries(tmp_path / "out").items()}
     assert states == {
         "bad_rank2.safetensors": (journal.FAILED, True),
         "style000_rank2.safetensors": (journal.DONE, False),
         "style001_rank2.safetensors": (journal.DONE, False),
     }
-    one = entries(tmp_path / "out")["style000_rank2.safetensors"]
-    output = tmp_path / "out" / one.output
-    assert (one.bytes_after, one.output_mtime_ns) == (output.stat().st_size, output.stat().st_mtime_ns)
-    assert one.source_sha256 == open_adapter(output).store.metadata["lorashrink.source_sha256"]
+    entry = entries(tmp_path / "out")["style000_rank2.safetensors"]
+    output = tmp_path / "out" / entry.output
+    assert (entry.bytes_after, entry.output_mtime_ns) == (output.stat().st_size, output.stat().st_mtime_ns)
+    assert entry.source_sha256 == open_adapter(output).store.metadata["lorashrink.source_sha256"]
 
 
-def test_a_lost_journal_costs_time_and_nothing_else(tmp_path: Path, touched: list[Path]) -> None:
-    make(tmp_path / "in", 2)
-    given = {"recipes": "rank=2", "output": tmp_path / "out", "skip_existing": True}
-    resize(tmp_path / "in", **given)
+def test_a_rerun_without_its_journal_reads_the_files(tmp_path: Path, touched: list[Path]) -> None:
+    write_styles(tmp_path / "in", 2)
+    options = {"recipes": "rank=2", "output": tmp_path / "out", "skip_existing": True}
+    resize(tmp_path / "in", **options)
     before = contents(tmp_path / "out")
     (tmp_path / "out" / journal.NAME).unlink()
     touched.clear()
-    assert all(each.skipped for each in resize(tmp_path / "in", **given).results)
+    assert all(result.skipped for result in resize(tmp_path / "in", **options).results)
     assert len(touched) > 2
     assert contents(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("given", [{}, {"skip_existing": True, "dry_run": True}], ids=["plain", "dry run"])
-def test_without_skip_existing_no_journal_is_kept(tmp_path: Path, given: dict[str, bool]) -> None:
-    make(tmp_path / "in", 2)
-    resize(tmp_path / "in", recipes="rank=2", output=tmp_path / "out", **given)
+@pytest.mark.parametrize("options", [{}, {"skip_existing": True, "dry_run": True}], ids=["plain", "dry run"])
+def test_without_skip_existing_no_journal_is_kept(tmp_path: Path, options: dict[str, bool]) -> None:
+    write_styles(tmp_path / "in", 2)
+    resize(tmp_path / "in", recipes="rank=2", output=tmp_path / "out", **options)
     resize(tmp_path / "in" / "style000.safetensors", recipes="rank=2", skip_existing=True)
     assert not list(tmp_path.rglob(journal.NAME))
 
@@ -292,7 +277,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fill(base: Path, layers: list[str]) -> None:
-    """Put numbers into the weights that these layers change."""
+    """Give numbers to the weights of a base that these layers change."""
     with open_base(base) as opened, open(base, "r+b") as handle:
         assert opened.store
         for (view,) in (opened.find(layer) for layer in layers):
@@ -302,45 +287,47 @@ def fill(base: Path, layers: list[str]) -> None:
 
 @pytest.mark.parametrize("table", ["bases.toml", "bases.json"])
 def test_each_adapter_is_shrunk_against_its_own_base(mixed: Path, tmp_path: Path, table: str) -> None:
-    given = {"recipes": AGAINST_BASE, "output": tmp_path / "out", "group_by_base": mixed / table}
-    report = resize(mixed / "in", **given)
+    options = {"recipes": AGAINST_BASE, "output": tmp_path / "out", "group_by_base": mixed / table}
+    report = resize(mixed / "in", **options)
     assert report.base is None
-    assert [(each.family, Path(each.path).name) for each in report.bases] == [
+    assert [(base.family, Path(base.path).name) for base in report.bases] == [
         ("sdxl", "sdxl-base.safetensors"),
         ("sd15", "sd15-base.safetensors"),
     ]
     (failure,) = report.failed
     assert failure.source == str(mixed / "in" / "flux.safetensors")
     assert "is for flux, and the table of bases has only sdxl, sd15. Add a line for flux." in failure.error
-    for family, each in zip(("sd15", "sdxl"), report.results, strict=True):
+    for family, result in zip(("sd15", "sdxl"), report.results, strict=True):
         base = mixed / f"{family}-base.safetensors"
-        assert each.base == str(base)
-        alone = resize(each.source, base=base, recipes=AGAINST_BASE, output=tmp_path / "alone").results[0]
-        assert Path(alone.output).read_bytes() == Path(each.output).read_bytes()
+        assert result.base == str(base)
+        alone = resize(result.source, base=base, recipes=AGAINST_BASE, output=tmp_path / "alone").results[0]
+        assert Path(alone.output).read_bytes() == Path(result.output).read_bytes()
         assert 0 < alone.bytes_after < alone.bytes_before
-    again = resize(mixed / "in", **given, skip_existing=True)
-    assert [(each.skipped, each.base) for each in again.results] == [(True, each.base) for each in report.results]
+    again = resize(mixed / "in", **options, skip_existing=True)
+    assert [(result.skipped, result.base) for result in again.results] == [
+        (True, result.base) for result in report.results
+    ]
 
 
 def test_the_command_fails_in_part_where_a_base_is_missing(mixed: Path, tmp_path: Path) -> None:
     table = mixed / "bases.toml"
     text = run("resize", "--group-by-base", table, "-r", AGAINST_BASE, "-o", tmp_path, "--json", mixed / "in", status=1)
     document = json.loads(text)
-    assert [Path(each["base"]).name for each in document["results"]] == [
+    assert [Path(result["base"]).name for result in document["results"]] == [
         "sd15-base.safetensors",
         "sdxl-base.safetensors",
     ]
-    assert [each["family"] for each in document["bases"]] == ["sdxl", "sd15"]
+    assert [base["family"] for base in document["bases"]] == ["sdxl", "sd15"]
     assert document["base"] is None
 
 
-def test_metadata_tells_the_model_where_layers_do_not(mixed: Path, tmp_path: Path) -> None:
+def test_metadata_tells_the_family_if_layers_do_not(mixed: Path, tmp_path: Path) -> None:
     tensors = random_tensors({"lora_unet_a.lora_up.weight": (8, 2), "lora_unet_a.lora_down.weight": (2, 8)})
     for name, version in (("known", "sdxl_base_v1-0"), ("unknown", "mine")):
         write_tensors(tmp_path / f"{name}.safetensors", tensors, {"ss_base_model_version": version})
     assert family_in(tmp_path / "known.safetensors") == "sdxl"
-    given = {"recipes": "rank=1", "group_by_base": mixed / "bases.toml", "output": tmp_path / "out"}
-    (failure,) = resize(tmp_path / "unknown.safetensors", **given).failed
+    options = {"recipes": "rank=1", "group_by_base": mixed / "bases.toml", "output": tmp_path / "out"}
+    (failure,) = resize(tmp_path / "unknown.safetensors", **options).failed
     assert "neither its layers nor its metadata tell which model it is for" in failure.error
 
 
@@ -353,39 +340,39 @@ TABLES = {
 
 
 @pytest.mark.parametrize("text", TABLES)
-def test_a_table_of_bases_that_is_none_is_an_error(adapter: Path, tmp_path: Path, text: str) -> None:
+def test_an_unreadable_table_of_bases_is_an_error(adapter: Path, tmp_path: Path, text: str) -> None:
     table = tmp_path / "bases.toml"
     table.write_text(text)
     with pytest.raises(UsageError, match=TABLES[text]):
         resize(adapter, recipes="rank=1", output=tmp_path / "out", group_by_base=table)
 
 
-def test_a_table_of_bases_that_cannot_be_right_is_an_error_before_any_work(mixed: Path, tmp_path: Path) -> None:
-    given = {"recipes": "rank=1", "output": tmp_path / "out"}
+def test_a_wrong_table_of_bases_is_an_error_before_any_work(mixed: Path, tmp_path: Path) -> None:
+    options = {"recipes": "rank=1", "output": tmp_path / "out"}
     with pytest.raises(UsageError, match="cannot be read"):
-        resize(mixed / "in", **given, group_by_base=tmp_path / "none.toml")
+        resize(mixed / "in", **options, group_by_base=tmp_path / "none.toml")
     with pytest.raises(UsageError, match="and not both"):
-        resize(mixed / "in", **given, group_by_base=mixed / "bases.toml", base=mixed / "sd15-base.safetensors")
+        resize(mixed / "in", **options, group_by_base=mixed / "bases.toml", base=mixed / "sd15-base.safetensors")
     (tmp_path / "swapped.json").write_text(json.dumps({"sdxl": str(mixed / "sd15-base.safetensors")}))
     with pytest.raises(UsageError, match="is for sd15, and the table of bases says sdxl"):
-        resize(mixed / "in", **given, group_by_base=tmp_path / "swapped.json")
+        resize(mixed / "in", **options, group_by_base=tmp_path / "swapped.json")
     assert not (tmp_path / "out").exists()
 
 
-# --- room on the disk ---------------------------------------------------------------------------
+# --- space on the disk ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_disk(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes that seem to be free everywhere."""
+    """The bytes that every disk reports as free."""
     free = 300_000
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
     return free
 
 
-def test_a_disk_that_may_be_too_small_is_found_out_before_any_work(tmp_path: Path, small_disk: int) -> None:
-    sources = make(tmp_path / "in", 20)
+def test_a_disk_that_may_be_too_small_stops_the_run_first(tmp_path: Path, small_disk: int) -> None:
+    sources = write_styles(tmp_path / "in", 20)
     most = sum(source.stat().st_size for source in sources)
     assert most > small_disk
     out = tmp_path / "out"
@@ -393,7 +380,7 @@ def test_a_disk_that_may_be_too_small_is_found_out_before_any_work(tmp_path: Pat
         resize(tmp_path / "in", recipes="rank=1", output=out)
     assert not out.exists()
     planned = resize(tmp_path / "in", recipes="rank=1", output=out, dry_run=True)
-    needed = sum(each.bytes_after for each in planned.results)
+    needed = sum(result.bytes_after for result in planned.results)
     assert planned.space == Space(needed, small_disk)
     assert "kB are free" in run("resize", "-r", "rank=1", "-o", out, "--dry-run", tmp_path / "in")
     assert needed < most
@@ -404,10 +391,10 @@ def test_a_disk_that_may_be_too_small_is_found_out_before_any_work(tmp_path: Pat
 
 
 def test_room_is_counted_on_each_disk(tmp_path: Path) -> None:
-    other = Path("/dev/shm")
-    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+    second_disk = Path("/dev/shm")
+    if not second_disk.is_dir() or second_disk.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("this machine has one disk only")
-    sizes = {tmp_path / "new" / "a": 1, tmp_path / "b": 2, other / "new" / "c": 2**60}
+    sizes = {tmp_path / "new" / "a": 1, tmp_path / "b": 2, second_disk / "new" / "c": 2**60}
     space = outputs.space_for(sizes)
     assert space
     assert space.needed == 2**60
@@ -418,21 +405,21 @@ def test_room_is_counted_on_each_disk(tmp_path: Path) -> None:
 
 
 def test_each_gets_every_result_and_the_report_is_short(tmp_path: Path) -> None:
-    make(tmp_path / "in", 5)
+    write_styles(tmp_path / "in", 5)
     got: list[FileResult] = []
     report = resize(tmp_path / "in", recipes="rank=2:rank=3", output=tmp_path / "out", each=got.append)
-    whole = resize(tmp_path / "in", recipes="rank=2:rank=3", output=tmp_path / "out", force=True)
-    assert all(len(each.layers) == 12 for each in got)
-    assert [each.layers for each in report.results] == [()] * 10
-    by_output = {each.output: each for each in got}
-    for short, full in zip(report.results, whole.results, strict=True):
+    whole_report = resize(tmp_path / "in", recipes="rank=2:rank=3", output=tmp_path / "out", force=True)
+    assert all(len(result.layers) == 12 for result in got)
+    assert [result.layers for result in report.results] == [()] * 10
+    by_output = {result.output: result for result in got}
+    for short, full in zip(report.results, whole_report.results, strict=True):
         assert replace(by_output[short.output], seconds=full.seconds) == full
         assert replace(full, seconds=short.seconds).brief() == short
 
 
 def test_layers_of_earlier_files_do_not_stay_in_memory(tmp_path: Path) -> None:
-    """Of the tables of all layers there are never more than those of the files in work."""
-    make(tmp_path / "in", 12)
+    """Only the files in work have tables of layers in memory."""
+    write_styles(tmp_path / "in", 12)
     alive: list[int] = []
     tables: list[weakref.ref] = []
 
@@ -443,52 +430,52 @@ def test_layers_of_earlier_files_do_not_stay_in_memory(tmp_path: Path) -> None:
         gc.collect()
         alive.append(sum(table() is not None for table in tables))
 
-    original = plan.result
+    original = plan.file_result
 
     def watched(*arguments, **options):
-        made = original(*arguments, **options)
-        table = Watched(made.layers)
+        result = original(*arguments, **options)
+        table = Watched(result.layers)
         tables.append(weakref.ref(table))
-        return replace(made, layers=table)
+        return replace(result, layers=table)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "result", watched)
+        patch.setattr(pipeline, "file_result", watched)
         resize(tmp_path / "in", recipes="rank=2", output=tmp_path / "out", each=each)
     assert len(alive) == 12
     assert max(alive) <= 3
 
 
-def test_the_json_of_many_files_is_the_whole_reports(tmp_path: Path) -> None:
-    make(tmp_path / "in", 4)
+def test_json_of_many_files_equals_the_report(tmp_path: Path) -> None:
+    write_styles(tmp_path / "in", 4)
     (tmp_path / "in" / "bad.safetensors").write_bytes(b"broken")
     command = ["resize", "-r", "rank=2", "-r", "rank=3", "--json", tmp_path / "in"]
     document = json.loads(run(*command, "-o", tmp_path / "out", status=1))
     expected = resize(tmp_path / "in", recipes="rank=2:rank=3", output=tmp_path / "out", force=True)
-    wanted = json.loads(json.dumps(plain(expected)))
-    for each in (*document["results"], *wanted["results"]):
-        del each["seconds"]
-    assert document == wanted
-    assert list(document) == list(wanted)
+    document_of_report = json.loads(json.dumps(plain(expected)))
+    for result in (*document["results"], *document_of_report["results"]):
+        del result["seconds"]
+    assert document == document_of_report
+    assert list(document) == list(document_of_report)
     nothing = json.loads(run("resize", "-r", "rank=2", "--json", tmp_path / "in" / "bad.safetensors", status=2))
     assert (nothing["results"], len(nothing["failed"])) == ([], 1)
 
 
-def test_the_csv_has_a_line_for_each_layer_in_the_order_of_the_files(tmp_path: Path) -> None:
-    make(tmp_path / "in", 3)
+def test_the_csv_lists_layers_in_the_order_of_files(tmp_path: Path) -> None:
+    write_styles(tmp_path / "in", 3)
     table = tmp_path / "table.csv"
     document = json.loads(
         run("resize", "-r", "rank=2", "-o", tmp_path / "out", "--json", "--csv", table, tmp_path / "in")
     )
     with open(table, newline="") as handle:
         rows = list(csv.DictReader(handle))
-    layers = [(each["output"], layer) for each in document["results"] for layer in each["layers"]]
+    layers = [(result["output"], layer) for result in document["results"] for layer in result["layers"]]
     assert [(row["output"], row["name"], float(row["energy"]), json.loads(row["shape"])) for row in rows] == [
         (output, layer["name"], layer["energy"], layer["shape"]) for output, layer in layers
     ]
 
 
-def test_many_files_are_summed_up_and_listed_on_request(tmp_path: Path) -> None:
-    make(tmp_path / "in", streams.LINES + 3, layers=1)
+def test_many_files_are_listed_only_with_verbose(tmp_path: Path) -> None:
+    write_styles(tmp_path / "in", streams.LINES + 3, layers=1)
     command = ["resize", "-r", "rank=2", "--force", "-o", tmp_path / "out", tmp_path / "in"]
     text = run(*command)
     assert text.count("_rank2.safetensors") == streams.LINES
@@ -512,7 +499,7 @@ def test_the_page_about_scale_quotes_its_simulation() -> None:
 
 
 def test_the_simulation_is_that_of_a_line_of_servers() -> None:
-    """Two readers feed one writer: it waits for the first file and then never again."""
+    """Two readers feed one writer, which waits for the first file only."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
         from scale import Stage, simulate

@@ -1,4 +1,4 @@
-"""The journal beside the outputs: what it knows, when it does not trust itself, and that it never stops a run."""
+"""The journal: which entries it trusts, and how it survives damage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,31 +43,31 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     return source, output
 
 
-def note(known: Journal, source: Path, output: Path, state: str = DONE, **facts: Any) -> Entry:
-    entry = known.entry(output, source, state=state, stamps=stamps([source]), **FACTS | facts)
-    known.write([entry])
+def note(opened: Journal, source: Path, output: Path, state: str = DONE, **facts: Any) -> Entry:
+    entry = opened.entry(output, source, state=state, stamps=stamps([source]), **FACTS | facts)
+    opened.write([entry])
     return entry
 
 
-def test_what_is_written_is_found_again_by_the_next_process(files: tuple[Path, Path]) -> None:
+def test_entries_are_read_by_the_next_process(files: tuple[Path, Path]) -> None:
     source, output = files
-    with Journal(output.parent) as known:
-        entry = note(known, source, output)
+    with Journal(output.parent) as opened:
+        entry = note(opened, source, output)
     assert (entry.output, entry.bytes_after) == ("small.safetensors", 5)
-    with Journal(output.parent) as known:
-        assert known.finished(output, source) == entry
-        assert known.entries() == [entry]
-        assert known.finished(output, source.with_name("other.safetensors")) is None
-        assert known.finished(output.with_name("other.safetensors"), source) is None
+    with Journal(output.parent) as opened:
+        assert opened.finished(output, source) == entry
+        assert opened.entries() == [entry]
+        assert opened.finished(output, source.with_name("other.safetensors")) is None
+        assert opened.finished(output.with_name("other.safetensors"), source) is None
 
 
 def rewritten(path: Path) -> None:
-    """The same name, size and time, but another file."""
+    """Another file of the same name, size and time."""
     stat = path.stat()
-    other = path.with_suffix(".new")
-    other.write_bytes(bytes(len(path.read_bytes())))
-    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    other.replace(path)
+    replacement = path.with_suffix(".new")
+    replacement.write_bytes(bytes(len(path.read_bytes())))
+    os.utime(replacement, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    replacement.replace(path)
 
 
 CHANGES = {
@@ -85,51 +84,49 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_files_win_over_the_journal(files: tuple[Path, Path], change: str) -> None:
     source, output = files
-    with Journal(output.parent) as known:
-        note(known, source, output)
+    with Journal(output.parent) as opened:
+        note(opened, source, output)
         CHANGES[change](source, output)
-        assert known.finished(output, source) is None
+        assert opened.finished(output, source) is None
 
 
 @pytest.mark.parametrize("state", [STARTED, FAILED])
-def test_what_was_begun_or_failed_is_not_finished(files: tuple[Path, Path], state: str) -> None:
+def test_started_and_failed_entries_are_not_finished(files: tuple[Path, Path], state: str) -> None:
     source, output = files
-    with Journal(output.parent) as known:
-        note(known, source, output)
-        known.write([known.entry(output, source, state=state, message="why")])
-        assert known.finished(output, source) is None
-        assert [(entry.state, entry.message) for entry in known.entries()] == [(state, "why")]
+    with Journal(output.parent) as opened:
+        note(opened, source, output)
+        opened.write([opened.entry(output, source, state=state, message="why")])
+        assert opened.finished(output, source) is None
+        assert [(entry.state, entry.message) for entry in opened.entries()] == [(state, "why")]
 
 
-def test_a_source_that_was_changed_just_now_is_not_trusted(
-    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It could change again without another time stamp."""
+def test_a_source_changed_just_now_is_not_trusted(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source could change again within the resolution of its time stamp."""
     source, output = files
     monkeypatch.undo()
     assert stamps([source]) == ()
-    with Journal(output.parent) as known:
-        note(known, source, output)
-        assert known.finished(output, source) is None
+    with Journal(output.parent) as opened:
+        note(opened, source, output)
+        assert opened.finished(output, source) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there a name can be any bytes")
 def test_names_need_not_be_unicode(files: tuple[Path, Path]) -> None:
     source, output = (path.rename(path.with_name(os.fsdecode(b"\xff.safetensors"))) for path in files)
-    with Journal(output.parent) as known:
-        note(known, source, output)
-        assert known.finished(output, source)
-        known.write([known.entry(output, source, state=FAILED, message=str(source))])
-        assert known.entries()[0].message.endswith("udcff.safetensors")
+    with Journal(output.parent) as opened:
+        note(opened, source, output)
+        assert opened.finished(output, source)
+        opened.write([opened.entry(output, source, state=FAILED, message=str(source))])
+        assert opened.entries()[0].message.endswith("udcff.safetensors")
 
 
 def test_a_journal_moves_with_its_folder(files: tuple[Path, Path]) -> None:
     source, output = files
-    with Journal(output.parent) as known:
-        note(known, source, output)
+    with Journal(output.parent) as opened:
+        note(opened, source, output)
     moved = output.parent.rename(output.parent.with_name("moved"))
-    with Journal(moved) as known:
-        assert known.finished(moved / output.name, source)
+    with Journal(moved) as opened:
+        assert opened.finished(moved / output.name, source)
 
 
 @given(
@@ -148,34 +145,34 @@ def test_a_journal_moves_with_its_folder(files: tuple[Path, Path]) -> None:
     )
 )
 def test_every_entry_comes_back_as_it_was(entry: Entry) -> None:
-    row = journal._to_row(replace(entry))
+    row = entry.to_row()
     with sqlite3.connect(":memory:") as database:
         marks = ", ".join(f"? AS c{number}" for number in range(len(row)))
-        assert journal._from_row(database.execute(f"SELECT {marks}", row).fetchone()) == entry
+        assert Entry.from_row(database.execute(f"SELECT {marks}", row).fetchone()) == entry
     database.close()
 
 
-# --- nothing about it stops a run ---------------------------------------------------------------
+# --- damaged journals -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [b"not a database, but long enough to be read as one" * 100, b"\0" * 4096])
 def test_a_damaged_journal_is_made_anew(files: tuple[Path, Path], content: bytes) -> None:
     source, output = files
     (output.parent / NAME).write_bytes(content)
-    with Journal(output.parent) as known:
-        note(known, source, output)
-        assert known.finished(output, source)
+    with Journal(output.parent) as opened:
+        note(opened, source, output)
+        assert opened.finished(output, source)
 
 
 def test_a_journal_of_another_version_is_made_anew(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = files
-    with Journal(output.parent) as known:
-        note(known, source, output)
+    with Journal(output.parent) as opened:
+        note(opened, source, output)
     monkeypatch.setattr(journal, "_VERSION", 2)
-    with Journal(output.parent) as known:
-        assert known.entries() == []
-        note(known, source, output)
-        assert known.finished(output, source)
+    with Journal(output.parent) as opened:
+        assert opened.entries() == []
+        note(opened, source, output)
+        assert opened.finished(output, source)
 
 
 def test_a_journal_that_cannot_be_written_is_a_warning(
@@ -183,10 +180,10 @@ def test_a_journal_that_cannot_be_written_is_a_warning(
 ) -> None:
     source, output = files
     (output.parent / NAME).mkdir()
-    with caplog.at_level(logging.WARNING), Journal(output.parent) as known:
-        note(known, source, output)
-        assert known.finished(output, source) is None
-        assert known.entries() == []
+    with caplog.at_level(logging.WARNING), Journal(output.parent) as opened:
+        note(opened, source, output)
+        assert opened.finished(output, source) is None
+        assert opened.entries() == []
     assert "the run goes on without it" in caplog.text
 
 
@@ -194,12 +191,12 @@ def test_a_journal_that_breaks_in_the_middle_is_a_warning(
     files: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     source, output = files
-    with caplog.at_level(logging.WARNING), Journal(output.parent) as known:
-        with sqlite3.connect(output.parent / NAME) as other:
-            other.execute("DROP TABLE outputs")
-        other.close()
-        note(known, source, output)
-        assert known.finished(output, source) is None
+    with caplog.at_level(logging.WARNING), Journal(output.parent) as opened:
+        with sqlite3.connect(output.parent / NAME) as rival:
+            rival.execute("DROP TABLE outputs")
+        rival.close()
+        note(opened, source, output)
+        assert opened.finished(output, source) is None
     assert caplog.text.count("the run goes on without it") == 1
 
 
@@ -213,16 +210,16 @@ def test_threads_and_other_processes_write_into_one_journal(files: tuple[Path, P
     )
     command = [sys.executable, "-W", "error", "-c", code, str(output.parent)]
     others = [subprocess.Popen([*command, name]) for name in "ab"]
-    with Journal(output.parent) as known:
+    with Journal(output.parent) as opened:
 
         def write(name: str) -> None:
             for number in range(20):
-                known.write([known.entry(output.with_name(f"{name}{number}"), source, state=STARTED)])
+                opened.write([opened.entry(output.with_name(f"{name}{number}"), source, state=STARTED)])
 
         threads = [threading.Thread(target=write, args=name) for name in "cd"]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert [other.wait() for other in others] == [0, 0]
-        assert len(known.entries()) == 80
+        assert [process.wait() for process in others] == [0, 0]
+        assert len(opened.entries()) == 80

@@ -44,53 +44,53 @@ RECIPE = "fro_ckpt,bytes,size="
 
 @st.composite
 def layers(draw: st.DrawFn) -> list[LayerFacts]:
-    found = []
+    facts = []
     for _ in range(draw(st.integers(1, 4))):
         # few values, so that scores are often equal
         sigma = sorted(draw(st.lists(st.sampled_from([0.0, 0.3, 0.5, 1.0, 1.7, 4.0]), min_size=1, max_size=6)))[::-1]
         numbers = draw(st.sampled_from([50, 80, 128]))
         fro = draw(st.sampled_from([1.0, 3.0]))
-        found.append(LayerFacts(np.array(sigma), numbers, 2 * numbers, False, base_fro=fro))
-    return found
+        facts.append(LayerFacts(np.array(sigma), numbers, 2 * numbers, False, base_fro=fro))
+    return facts
 
 
 def member(facts: list[LayerFacts], weight: float = 1.0, fixed: int = 40) -> Member:
     def file_size(widths: Sequence[int], threshold: float | None) -> int:
-        return fixed + sum(width * each.bytes_per_rank for width, each in zip(widths, facts, strict=True))
+        return fixed + sum(width * layer.bytes_per_rank for width, layer in zip(widths, facts, strict=True))
 
     return Member(facts, file_size, weight)
 
 
 def size_of(members: Sequence[Member], widths: Sequence[Sequence[int]]) -> int:
-    return sum(each.file_size(chosen, None) for each, chosen in zip(members, widths, strict=True))
+    return sum(member.file_size(chosen, None) for member, chosen in zip(members, widths, strict=True))
 
 
 def lost(members: Sequence[Member], widths: Sequence[Sequence[int]]) -> float:
-    """Σ (σ/‖W‖)² of what is not kept, in the members' weights."""
+    """Σ (weight·σ/‖W‖)² of the dimensions that are not kept."""
     return sum(
-        (each.weight**2) * float((facts.sigma[width:] ** 2).sum()) / facts.base_fro**2
-        for each, chosen in zip(members, widths, strict=True)
-        for facts, width in zip(each.layers, chosen, strict=True)
+        (member.weight**2) * float((facts.sigma[width:] ** 2).sum()) / facts.base_fro**2
+        for member, chosen in zip(members, widths, strict=True)
+        for facts, width in zip(member.layers, chosen, strict=True)
     )
 
 
 stacks = st.lists(st.tuples(layers(), st.sampled_from([1.0, 0.5, -2.0])), min_size=2, max_size=4).map(
-    lambda given: [member(facts, weight) for facts, weight in given]
+    lambda drawn: [member(facts, weight) for facts, weight in drawn]
 )
 
 
 @given(stacks, st.integers(200, 9000), st.sampled_from(["", ",min_rank=1", ",multiple=2", ",uniform", ",max_rank=2"]))
-def test_what_is_kept_reaches_the_lowest_threshold_that_fits(stack: list[Member], budget: int, more: str) -> None:
+def test_the_common_threshold_is_the_lowest_that_fits(stack: list[Member], budget: int, more: str) -> None:
     recipe = Recipe.parse(f"{RECIPE}{budget / MIB!r}{more}")
     limit = int(recipe.value * MIB)
 
     def widths(threshold: float) -> list[tuple[int, ...]]:
-        """By another way: the same recipe with a threshold, of each file alone."""
+        """The ranks of each file alone, by the same recipe with a threshold."""
         alone = replace(recipe, select="thr")
         chosen = []
-        for each in stack:
-            moved = replace(alone, value=threshold - math.log10(abs(each.weight)))
-            chosen.append(select(moved, each.layers, each.file_size).widths)
+        for one_file in stack:
+            moved = replace(alone, value=threshold - math.log10(abs(one_file.weight)))
+            chosen.append(select(moved, one_file.layers, one_file.file_size).widths)
         return chosen
 
     try:
@@ -98,43 +98,43 @@ def test_what_is_kept_reaches_the_lowest_threshold_that_fits(stack: list[Member]
     except RecipeError:
         assert size_of(stack, widths(math.inf)) > limit
         return
-    assert size_of(stack, [each.widths for each in selections]) <= limit
+    assert size_of(stack, [selection.widths for selection in selections]) <= limit
     scores = np.concatenate(
-        [score(recipe, facts) + math.log10(abs(each.weight)) for each in stack for facts in each.layers]
+        [score(recipe, facts) + math.log10(abs(member.weight)) for member in stack for facts in member.layers]
     )
     levels = np.unique(scores[np.isfinite(scores)])
-    (threshold,) = {each.threshold for each in selections}
+    (threshold,) = {selection.threshold for selection in selections}
     if threshold is None:
-        rest = widths(-math.inf) if any(any(each.widths) for each in selections) else widths(math.inf)
-        assert [each.widths for each in selections] == rest
+        rest = widths(-math.inf) if any(any(selection.widths) for selection in selections) else widths(math.inf)
+        assert [selection.widths for selection in selections] == rest
         return
     assert threshold in levels
     # halfway between two scores, which are rounded otherwise here
     lower = [threshold, *levels[levels < threshold][::-1], -1e9]
-    assert [each.widths for each in selections] == widths((lower[0] + lower[1]) / 2)
+    assert [selection.widths for selection in selections] == widths((lower[0] + lower[1]) / 2)
     assert size_of(stack, widths((lower[1] + lower[2]) / 2)) > limit
 
 
 @given(stacks, st.integers(600, 9000))
 def test_no_shares_of_the_budget_lose_less(stack: list[Member], budget: int) -> None:
-    """Of all choices of its size the one of a common threshold loses least; the rest is what did not fit."""
+    """A common threshold loses least of all choices of its size, up to one dimension that did not fit."""
     recipe = Recipe.parse(f"{RECIPE}{budget / MIB!r}")
     together = select_together(recipe, stack)
-    whole = [[facts.rank for facts in each.layers] for each in stack]
-    total = size_of(stack, whole)
-    shares = [budget * size_of([each], [ranks]) / total for each, ranks in zip(stack, whole, strict=True)]
+    full_ranks = [[facts.rank for facts in member.layers] for member in stack]
+    total = size_of(stack, full_ranks)
+    shares = [budget * size_of([member], [ranks]) / total for member, ranks in zip(stack, full_ranks, strict=True)]
     try:
         apart = [
-            select(replace(recipe, value=share / MIB), each.layers, each.file_size)
-            for each, share in zip(stack, shares, strict=True)
+            select(replace(recipe, value=share / MIB), member.layers, member.file_size)
+            for member, share in zip(stack, shares, strict=True)
         ]
     except RecipeError:
         return
-    kept, kept_apart = ([each.widths for each in selections] for selections in (together, apart))
+    kept, kept_apart = ([selection.widths for selection in selections] for selections in (together, apart))
     gone = [
-        float(value) + math.log10(abs(each.weight))
-        for each, chosen in zip(stack, kept, strict=True)
-        for facts, width in zip(each.layers, chosen, strict=True)
+        float(value) + math.log10(abs(member.weight))
+        for member, chosen in zip(stack, kept, strict=True)
+        for facts, width in zip(member.layers, chosen, strict=True)
         for value in score(recipe, facts)[width : facts.rank]
     ]
     worth = 10 ** (2 * max(gone)) if gone else 0.0  # of one more byte
@@ -146,29 +146,29 @@ def test_no_shares_of_the_budget_lose_less(stack: list[Member], budget: int) -> 
 def test_equal_adapters_get_equal_ranks(facts: list[LayerFacts], count: int, budget: int) -> None:
     recipe = Recipe.parse(f"{RECIPE}{budget / MIB!r}")
     first, *others = select_together(recipe, [member(facts)] * count)
-    assert all(each.widths == first.widths for each in others)
+    assert all(selection.widths == first.widths for selection in others)
 
 
 @given(stacks, st.integers(600, 9000))
 def test_the_order_of_adapters_does_not_matter(stack: list[Member], budget: int) -> None:
     recipe = Recipe.parse(f"{RECIPE}{budget / MIB!r}")
     forward, backward = select_together(recipe, stack), select_together(recipe, stack[::-1])
-    assert [each.widths for each in forward] == [each.widths for each in backward[::-1]]
+    assert [selection.widths for selection in forward] == [selection.widths for selection in backward[::-1]]
 
 
 # --- files --------------------------------------------------------------------------------------
 
 
-def scaled(source: Path, place: Path, factor: float, seed: int = 0) -> Path:
-    """The adapter with its layers' strength changed, and each layer a little differently."""
+def scaled(source: Path, path: Path, factor: float, seed: int = 0) -> Path:
+    """The adapter times `factor`, with a little noise on the factor of each layer."""
     generator = torch.Generator().manual_seed(seed)
     tensors = load_file(source)
     for key, tensor in tensors.items():
         if key.endswith("up.weight"):
             tensors[key] = (tensor.float() * factor * (0.5 + torch.rand(1, generator=generator))).half()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, place)
-    return place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    return path
 
 
 @pytest.fixture
@@ -181,15 +181,15 @@ def stack(adapter: Path, tmp_path: Path) -> list[Path]:
 
 
 def outputs(report: Report) -> dict[str, Path]:
-    """First part of the name -> output."""
+    """Stem of the source -> output."""
     assert not report.failed
-    return {Path(each.source).stem: Path(each.output) for each in report.results}
+    return {Path(result.source).stem: Path(result.output) for result in report.results}
 
 
 def ranks(report: Report) -> dict[str, dict[str, int]]:
     return {
-        Path(each.source).stem: {row.name: row.rank_after for row in each.layers if row.rank_after}
-        for each in report.results
+        Path(result.source).stem: {row.name: row.rank_after for row in result.layers if row.rank_after}
+        for result in report.results
     }
 
 
@@ -205,22 +205,22 @@ def test_files_together_fill_the_budget_and_keep_more_than_with_shares(
     report = ls.resize(stack, base=base, recipes=f"{RECIPE}{megabytes}", stack=True, output=tmp_path / "together")
     written = outputs(report)
     total = sum(path.stat().st_size for path in written.values())
-    (told,) = report.stacks
-    assert (told.adapters, told.budget, told.bytes) == (3, int(megabytes * MIB), total)
-    assert told.budget - 800 < total <= told.budget
-    assert {each.threshold for each in report.results} == {told.threshold}
-    assert {json.loads(metadata(path)["resize_params"])["threshold"] for path in written.values()} == {told.threshold}
-    assert {metadata(path)["lorashrink.recipe"] for path in written.values()} == {told.recipe}
-    whole = sum(path.stat().st_size for path in stack)
+    (budget,) = report.stacks
+    assert (budget.adapters, budget.budget, budget.bytes) == (3, int(megabytes * MIB), total)
+    assert budget.budget - 800 < total <= budget.budget
+    assert {result.threshold for result in report.results} == {budget.threshold}
+    assert {json.loads(metadata(path)["resize_params"])["threshold"] for path in written.values()} == {budget.threshold}
+    assert {metadata(path)["lorashrink.recipe"] for path in written.values()} == {budget.recipe}
+    before = sum(path.stat().st_size for path in stack)
     apart = [
         ls.resize(
-            path, base=base, recipes=f"{RECIPE}{megabytes * path.stat().st_size / whole}", output=tmp_path / "apart"
+            path, base=base, recipes=f"{RECIPE}{megabytes * path.stat().st_size / before}", output=tmp_path / "apart"
         )
         for path in stack
     ]
 
     def lost_of_base(*reports: Report) -> float:
-        return sum(row.rle_ckpt**2 for each in reports for result in each.results for row in result.layers)
+        return sum(row.rle_ckpt**2 for report in reports for result in report.results for row in result.layers)
 
     assert lost_of_base(report) < 0.98 * lost_of_base(*apart)
 
@@ -231,20 +231,20 @@ def test_a_weight_counts_in_the_choice_and_is_not_written(stack: list[Path], bas
     )
     quiet = scaled(stack[0], tmp_path / "in" / "half.safetensors", 1.0)
     tensors = load_file(stack[0])
-    save_file({key: each * (0.5 if "up" in key else 1) for key, each in tensors.items()}, quiet)
-    other = ls.resize([quiet, *stack[1:]], base=base, recipes=f"{RECIPE}.35", stack=True, output=tmp_path / "b")
-    assert ranks(half)["strong"] == ranks(other)["half"]
-    assert ranks(half)["weak"] == ranks(other)["weak"]
-    whole, kept = deltas(stack[0]), deltas(outputs(half)["strong"])
+    save_file({key: tensor * (0.5 if "up" in key else 1) for key, tensor in tensors.items()}, quiet)
+    halved = ls.resize([quiet, *stack[1:]], base=base, recipes=f"{RECIPE}.35", stack=True, output=tmp_path / "b")
+    assert ranks(half)["strong"] == ranks(halved)["half"]
+    assert ranks(half)["weak"] == ranks(halved)["weak"]
+    before, kept = deltas(stack[0]), deltas(outputs(half)["strong"])
     for name, rank in ranks(half)["strong"].items():
-        wanted = by_the_book(whole[name], torch.ones(1, 1), rank, math.inf, math.inf, 1)
-        assert_close(kept[name], wanted, rtol=1e-2, atol=2e-3 * float(wanted.norm()))
+        expected = by_the_book(before[name], torch.ones(1, 1), rank, math.inf, math.inf, 1)
+        assert_close(kept[name], expected, rtol=1e-2, atol=2e-3 * float(expected.norm()))
 
 
 def test_bytes_do_not_depend_on_run_or_order(stack: list[Path], base: Path, tmp_path: Path) -> None:
     first, second = (
-        outputs(ls.resize(given, base=base, recipes=f"{RECIPE}.3", stack=True, output=tmp_path / place))
-        for place, given in (("a", stack), ("b", stack[::-1]))
+        outputs(ls.resize(adapters, base=base, recipes=f"{RECIPE}.3", stack=True, output=tmp_path / name))
+        for name, adapters in (("a", stack), ("b", stack[::-1]))
     )
     assert {name: path.read_bytes() for name, path in first.items()} == {
         name: path.read_bytes() for name, path in second.items()
@@ -255,39 +255,42 @@ def test_copies_get_equal_ranks(adapter: Path, base: Path, tmp_path: Path) -> No
     copies = [Path(shutil.copy(adapter, tmp_path / f"{name}.safetensors")) for name in "abc"]
     report = ls.resize(copies, base=base, recipes=f"{RECIPE}.3", stack=True, output=tmp_path / "out")
     first, *others = (path.read_bytes() for path in outputs(report).values())
-    assert all(each == first for each in others)
+    assert all(contents == first for contents in others)
 
 
 def test_several_recipes_have_a_budget_each(stack: list[Path], tmp_path: Path) -> None:
     report = ls.resize(stack, recipes="bytes,size=.2:size=.4", stack=True, output=tmp_path)
-    assert [each.recipe for each in report.stacks] == ["bytes=1,size=0.2", "size=0.4"]
-    assert all(each.bytes <= each.budget for each in report.stacks)
+    assert [budget.recipe for budget in report.stacks] == ["bytes=1,size=0.2", "size=0.4"]
+    assert all(budget.bytes <= budget.budget for budget in report.stacks)
     assert len(report.results) == 6
 
 
-def test_a_dry_run_tells_the_same_and_writes_nothing(stack: list[Path], base: Path, tmp_path: Path) -> None:
+def test_a_dry_run_of_a_stack_reports_its_sizes(stack: list[Path], base: Path, tmp_path: Path) -> None:
     options = {"base": base, "recipes": f"{RECIPE}.3", "stack": True, "output": tmp_path / "out"}
-    told = ls.resize(stack, dry_run=True, **options)
+    planned = ls.resize(stack, dry_run=True, **options)
     assert not (tmp_path / "out").exists()
     done = ls.resize(stack, **options)
-    assert told.stacks == done.stacks
-    assert [each.bytes_after for each in told.results] == [Path(each.output).stat().st_size for each in done.results]
+    assert planned.stacks == done.stacks
+    assert [result.bytes_after for result in planned.results] == [
+        Path(result.output).stat().st_size for result in done.results
+    ]
 
 
-def test_an_equal_run_stays_and_another_stack_is_noticed(stack: list[Path], base: Path, tmp_path: Path) -> None:
+def test_an_equal_stack_is_skipped_and_another_refused(stack: list[Path], base: Path, tmp_path: Path) -> None:
     options = {"base": base, "recipes": f"{RECIPE}.3", "stack": True, "output": tmp_path / "out", "skip_existing": True}
     first = ls.resize(stack, **options)
     contents = {name: path.read_bytes() for name, path in outputs(first).items()}
     again = ls.resize(stack[::-1], **options)
-    assert all(each.skipped for each in again.results)
+    assert all(result.skipped for result in again.results)
     assert again.stacks == first.stacks
     outputs(first)["middle"].unlink()
     partly = ls.resize(stack, **options)
-    assert [each.skipped for each in sorted(partly.results, key=lambda each: each.source)] == [False, True, True]
+    in_order = sorted(partly.results, key=lambda result: result.source)
+    assert [result.skipped for result in in_order] == [False, True, True]
     assert {name: path.read_bytes() for name, path in outputs(partly).items()} == contents
-    for other in (stack[:2], [*stack[:2], f"{stack[2]}:0.9"]):
+    for changed in (stack[:2], [*stack[:2], f"{stack[2]}:0.9"]):
         with pytest.raises(OutputError, match="depends on all of them"):
-            ls.resize(other, **options)
+            ls.resize(changed, **options)
     scaled(stack[2], stack[2], 1.1)
     with pytest.raises(OutputError, match="depends on all of them"):
         ls.resize(stack, **options)
@@ -297,24 +300,24 @@ def test_an_equal_run_stays_and_another_stack_is_noticed(stack: list[Path], base
     assert "made from another source, base, recipe, options" in alone.failed[0].error
 
 
-def test_an_adapter_that_is_left_with_nothing_is_named(adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_kept_dimensions_is_a_failure(adapter: Path, tmp_path: Path) -> None:
     faint = scaled(adapter, tmp_path / "faint.safetensors", 1e-4)
     report = ls.resize([adapter, faint], recipes="size=.15", stack=True, output=tmp_path / "out")
-    assert [Path(each.source) for each in report.results] == [adapter]
-    assert [(Path(each.source), "min_rank=1" in each.error) for each in report.failed] == [(faint, True)]
+    assert [Path(result.source) for result in report.results] == [adapter]
+    assert [(Path(failure.source), "min_rank=1" in failure.error) for failure in report.failed] == [(faint, True)]
     assert report.stacks[0].bytes <= report.stacks[0].budget
-    both = ls.resize([adapter, faint], recipes="size=.25,min_rank=1", stack=True, output=tmp_path / "out")
-    assert set(ranks(both)["faint"].values()) == {1}
-    assert both.stacks[0].bytes <= both.stacks[0].budget
+    report = ls.resize([adapter, faint], recipes="size=.25,min_rank=1", stack=True, output=tmp_path / "out")
+    assert set(ranks(report)["faint"].values()) == {1}
+    assert report.stacks[0].bytes <= report.stacks[0].budget
 
 
-def test_a_damaged_adapter_has_no_part_in_the_budget(stack: list[Path], tmp_path: Path) -> None:
+def test_a_damaged_adapter_takes_no_part_of_the_budget(stack: list[Path], tmp_path: Path) -> None:
     tensors = load_file(stack[1])
     key = next(key for key in tensors if "up" in key)
     tensors[key][0, 0] = math.nan
     save_file(tensors, stack[1])
     report = ls.resize([*stack, tmp_path / "no"], recipes="bytes,size=.3", stack=True, output=tmp_path / "out")
-    assert [Path(each.source).stem for each in report.failed] == ["middle", "no"]
+    assert [Path(failure.source).stem for failure in report.failed] == ["middle", "no"]
     alone = ls.resize([stack[0], stack[2]], recipes="bytes,size=.3", stack=True, output=tmp_path / "alone")
     assert ranks(report) == ranks(alone)
     assert report.stacks[0].adapters == 2
@@ -337,13 +340,13 @@ def test_calibrated_scores_share_a_budget(stack: list[Path], base: Path, tmp_pat
         stack=True,
         output=tmp_path / "out",
     )
-    (told,) = report.stacks
-    assert told.bytes == sum(path.stat().st_size for path in outputs(report).values())
-    assert told.budget - 800 < told.bytes <= told.budget
+    (budget,) = report.stacks
+    assert budget.bytes == sum(path.stat().st_size for path in outputs(report).values())
+    assert budget.budget - 800 < budget.bytes <= budget.budget
 
 
 @pytest.mark.parametrize(
-    ("given", "options", "error", "says"),
+    ("texts", "options", "error", "says"),
     [
         (["a", "b"], {"recipes": "fro_lora,thr=-1"}, RecipeError, "this recipe has thr="),
         (["a"], {}, UsageError, "is alone"),
@@ -356,13 +359,13 @@ def test_calibrated_scores_share_a_budget(stack: list[Path], base: Path, tmp_pat
         (["a", "b"], {"group_by_base": "bases.toml"}, UsageError, "one base"),
     ],
 )
-def test_what_is_no_stack_is_refused(
-    adapter: Path, tmp_path: Path, given: list[str], options: dict, error: type[Exception], says: str
+def test_wrong_stacks_are_refused(
+    adapter: Path, tmp_path: Path, texts: list[str], options: dict, error: type[Exception], says: str
 ) -> None:
     for name in "ab":
         shutil.copy(adapter, tmp_path / name)
     (tmp_path / "bases.toml").write_text("sdxl = 'x.safetensors'\n")
-    paths = [",".join(str(tmp_path / part) for part in text.split(",")) for text in given]
+    paths = [",".join(str(tmp_path / part) for part in text.split(",")) for text in texts]
     options = {key: tmp_path / text if key == "group_by_base" else text for key, text in options.items()}
     with pytest.raises(error, match=says):
         ls.resize(paths, **{"recipes": "size=.3", **options}, stack=True, output=tmp_path / "out")
@@ -383,45 +386,45 @@ def test_a_cluster_does_no_stacks(stack: list[Path]) -> None:
         cluster.resize(stack, recipes="size=.3", stack=True)
 
 
-def test_the_command_tells_the_budget(stack: list[Path], base: Path, tmp_path: Path) -> None:
+def test_the_command_prints_the_budget(stack: list[Path], base: Path, tmp_path: Path) -> None:
     arguments = ["resize", "--stack", "--base", base, "-r", f"{RECIPE}.3", "-o", tmp_path / "out", *stack]
-    words = [str(each) for each in arguments]
+    words = [str(argument) for argument in arguments]
     text = CliRunner().invoke(app, words).stdout
     assert "3 adapters under one budget: " in text
     document = json.loads(CliRunner().invoke(app, [*words, "--force", "--json"]).stdout)
-    (told,) = document["stacks"]
-    assert told["bytes"] == sum(each["bytes_after"] for each in document["results"]) <= told["budget"]
-    assert {each["threshold"] for each in document["results"]} == {told["threshold"]}
+    (budget,) = document["stacks"]
+    assert budget["bytes"] == sum(result["bytes_after"] for result in document["results"]) <= budget["budget"]
+    assert {result["threshold"] for result in document["results"]} == {budget["threshold"]}
 
 
 # --- limits -------------------------------------------------------------------------------------
 
 
 def deltas(path: Path) -> dict[str, Tensor]:
-    """Matrices in float64."""
+    """Layer -> ΔW as a float64 matrix."""
     with open_adapter(path) as opened:
         return {layer.name: layer.delta.dense().double().flatten(1) for layer in opened}
 
 
 def weights(adapter: Path, base: Path) -> dict[str, Tensor]:
-    """Of the base, by layer."""
+    """Layer -> weight of the base as a float64 matrix."""
     with open_adapter(adapter) as opened, open_base(base) as against:
         views = match(opened, against)
         return {
-            layer.name: against.weight(each).double().flatten(1)
-            for layer, each in zip(opened, views, strict=True)
-            if each
+            layer.name: against.weight(against_views).double().flatten(1)
+            for layer, against_views in zip(opened, views, strict=True)
+            if against_views
         }
 
 
 def by_the_book(delta: Tensor, weight: Tensor, rank: int, clip: float, fro_limit: float, rescale: float) -> Tensor:
-    """What is to be written, by way of a dense decomposition."""
-    left, sigma, right = torch.linalg.svd(delta, full_matrices=False)
-    sigma = abs(rescale) * sigma[:rank]
-    sigma = sigma.clamp(max=clip * float(torch.linalg.matrix_norm(weight, 2)))
-    if sigma.norm() > fro_limit * weight.norm():
-        sigma = sigma * fro_limit * weight.norm() / sigma.norm()
-    return math.copysign(1, rescale) * left[:, :rank] @ torch.diag(sigma) @ right[:rank]
+    """The expected ΔW, by a dense decomposition."""
+    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    s = abs(rescale) * s[:rank]
+    s = s.clamp(max=clip * float(torch.linalg.matrix_norm(weight, 2)))
+    if s.norm() > fro_limit * weight.norm():
+        s = s * fro_limit * weight.norm() / s.norm()
+    return math.copysign(1, rescale) * u[:, :rank] @ torch.diag(s) @ v[:rank]
 
 
 @pytest.mark.parametrize(
@@ -431,45 +434,45 @@ def by_the_book(delta: Tensor, weight: Tensor, rank: int, clip: float, fro_limit
 def test_limits_are_those_of_the_dense_decomposition(
     adapter: Path, base: Path, tmp_path: Path, clip: float, fro_limit: float, rescale: float
 ) -> None:
-    given = {"clip": clip, "fro_limit": fro_limit}
+    limits = {"clip": clip, "fro_limit": fro_limit}
     report = ls.resize(
         adapter,
         base=base,
         recipes=f"rank=3,rescale={rescale}",
         output=tmp_path,
         dtype="fp32",
-        **{key: value for key, value in given.items() if value < math.inf},
+        **{key: value for key, value in limits.items() if value < math.inf},
     )
     (result,) = report.results
     before, after, against = deltas(adapter), deltas(outputs(report)["lora"]), weights(adapter, base)
-    rows, capped = {row.name: row for row in result.layers}, {each.name: each for each in result.capped}
+    rows, capped = {row.name: row for row in result.layers}, {cap.name: cap for cap in result.capped}
     assert capped
-    gone, kept, whole = 0.0, 0.0, 0.0
+    gone, kept, total = 0.0, 0.0, 0.0
     for name, delta in after.items():
-        wanted = by_the_book(before[name], against[name], 3, clip, fro_limit, rescale)
-        assert_close(delta, wanted, rtol=1e-4, atol=2e-6 * float(wanted.norm()))
+        expected = by_the_book(before[name], against[name], 3, clip, fro_limit, rescale)
+        assert_close(delta, expected, rtol=1e-4, atol=2e-6 * float(expected.norm()))
         plain = by_the_book(before[name], against[name], 3, math.inf, math.inf, rescale)
-        assert (name in capped) == bool((plain - wanted).norm() > 1e-9 * plain.norm())
+        assert (name in capped) == bool((plain - expected).norm() > 1e-9 * plain.norm())
         if name in capped:
-            told, norm = capped[name], torch.linalg.matrix_norm
-            assert (told.spectral_before, told.fro_before) == pytest.approx(
+            cap, norm = capped[name], torch.linalg.matrix_norm
+            assert (cap.spectral_before, cap.fro_before) == pytest.approx(
                 (float(norm(plain, 2)), float(plain.norm())), rel=1e-5
             )
-            assert (told.spectral_after, told.fro_after) == pytest.approx(
+            assert (cap.spectral_after, cap.fro_after) == pytest.approx(
                 (float(norm(delta, 2)), float(delta.norm())), rel=1e-5
             )
-            assert told.spectral_after <= clip * float(norm(against[name], 2)) * (1 + 1e-5)
-            assert told.fro_after <= fro_limit * float(against[name].norm()) * (1 + 1e-5)
+            assert cap.spectral_after <= clip * float(norm(against[name], 2)) * (1 + 1e-5)
+            assert cap.fro_after <= fro_limit * float(against[name].norm()) * (1 + 1e-5)
         error = float((before[name] - delta / rescale).norm() / before[name].norm())
         assert rows[name].rle_lora == pytest.approx(error, rel=1e-3, abs=1e-6)
         share = float((delta / rescale).norm() / before[name].norm()) ** 2
         assert rows[name].energy == pytest.approx(share, rel=1e-4)
         gone, kept = gone + error**2 * float(before[name].norm()) ** 2, kept + float((delta / rescale).norm()) ** 2
-        whole += float(before[name].norm()) ** 2
-    assert result.relative_error == pytest.approx(math.sqrt(gone / whole), rel=1e-4)
-    assert result.energy == pytest.approx(kept / whole, rel=1e-4)
+        total += float(before[name].norm()) ** 2
+    assert result.relative_error == pytest.approx(math.sqrt(gone / total), rel=1e-4)
+    assert result.energy == pytest.approx(kept / total, rel=1e-4)
     entries = metadata(Path(result.output))
-    assert float(entries["lorashrink.energy"]) == pytest.approx(kept / whole, abs=1e-6)
+    assert float(entries["lorashrink.energy"]) == pytest.approx(kept / total, abs=1e-6)
     assert result.bytes_after == Path(result.output).stat().st_size
 
 
@@ -482,19 +485,19 @@ def test_both_factors_share_a_limit(adapter: Path, base: Path, tmp_path: Path) -
             assert_close(norms[0], norms[1], rtol=3e-3, atol=1e-4)
 
 
-def test_a_limit_that_nothing_reaches_changes_no_number(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_an_unreached_limit_changes_no_number(adapter: Path, base: Path, tmp_path: Path) -> None:
     plain = ls.resize(adapter, base=base, recipes="rank=3", output=tmp_path)
     limited = ls.resize(adapter, base=base, recipes="rank=3", clip=1e6, fro_limit=1e6, output=tmp_path)
     assert not limited.results[0].capped
     assert not limited.results[0].warnings
     assert Path(limited.results[0].output).name == "lora_clip1e+06_frolimit1e+06_rank3.safetensors"
-    before, after = (load_file(outputs(each)["lora"]) for each in (plain, limited))
+    before, after = (load_file(outputs(report)["lora"]) for report in (plain, limited))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert limited.results[0].energy == pytest.approx(plain.results[0].energy, abs=1e-9)
 
 
-def test_an_equal_run_knows_its_limits(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_limits_belong_to_the_identity_of_a_run(adapter: Path, base: Path, tmp_path: Path) -> None:
     options = {"base": base, "recipes": "rank=3", "output": tmp_path / "out", "skip_existing": True, "clip": 0.02}
     (first,) = ls.resize(adapter, **options).results
     assert first.capped
@@ -510,7 +513,7 @@ def test_an_equal_run_knows_its_limits(adapter: Path, base: Path, tmp_path: Path
 
 @pytest.fixture
 def unusual(tmp_path: Path) -> Path:
-    """A layer that the base does not have, and one of another family."""
+    """An adapter with a layer that the base lacks, a LoKr layer and a full difference."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
@@ -527,26 +530,24 @@ def unusual(tmp_path: Path) -> Path:
     return tmp_path / "unusual.safetensors"
 
 
-def test_layers_of_other_families_are_limited_as_lora_and_else_pointed_out(
-    unusual: Path, base: Path, tmp_path: Path
-) -> None:
+def test_layers_that_stay_above_a_limit_get_a_warning(unusual: Path, base: Path, tmp_path: Path) -> None:
     report = ls.resize(unusual, base=base, recipes="rank=5,clip=0.02", form="lora", output=tmp_path / "a", dtype="fp32")
     before, after = deltas(unusual), deltas(outputs(report)["unusual"])
-    names = {each.name for each in report.results[0].capped}
+    names = {cap.name for cap in report.results[0].capped}
     assert names == {"lora_unet_input_blocks_4_1_proj_in", "lora_unet_input_blocks_4_1_proj_out"}
     for name, weight in weights(unusual, base).items():
-        wanted = by_the_book(before[name], weight, 5, 0.02, math.inf, 1)
-        assert_close(after[name], wanted, rtol=1e-4, atol=1e-5 * float(wanted.norm()))
+        expected = by_the_book(before[name], weight, 5, 0.02, math.inf, 1)
+        assert_close(after[name], expected, rtol=1e-4, atol=1e-5 * float(expected.norm()))
     (warning,) = report.results[0].warnings
     assert warning.startswith("clip= does not limit 1 layers, first lora_unet_nowhere")
-    left, sigma, right = torch.linalg.svd(before["lora_unet_nowhere"])
-    plain = left[:, :5] @ torch.diag(sigma[:5]) @ right[:5]
+    u, sigma, right = torch.linalg.svd(before["lora_unet_nowhere"])
+    plain = u[:, :5] @ torch.diag(sigma[:5]) @ right[:5]
     assert_close(after["lora_unet_nowhere"], plain, rtol=1e-4, atol=1e-4)
     (smaller,) = ls.resize(unusual, base=base, recipes="rank=5,clip=0.02", output=tmp_path / "b").results
-    assert [each.name for each in smaller.capped] == ["lora_unet_input_blocks_4_1_proj_out"]
-    (told,) = [each for each in smaller.warnings if "stay in their own form" in each]
-    assert told.startswith("1 layers, first lora_unet_input_blocks_4_1_proj_in, are above clip= but")
-    assert "--as lora" in told
+    assert [cap.name for cap in smaller.capped] == ["lora_unet_input_blocks_4_1_proj_out"]
+    (note,) = [warning for warning in smaller.warnings if "stay in their own form" in warning]
+    assert note.startswith("1 layers, first lora_unet_input_blocks_4_1_proj_in, are above clip= but")
+    assert "--as lora" in note
     assert {row.name: row.energy for row in smaller.layers}["lora_unet_input_blocks_4_1_proj_in"] == 1
 
 
@@ -583,9 +584,9 @@ def test_limits_hold_and_keep_the_order(sigma: list[float], clip: float, fro: fl
     )
 
 
-def test_the_command_tells_what_it_limited(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_the_command_prints_limited_layers(adapter: Path, base: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> str:
-        result = CliRunner().invoke(app, [str(each) for each in arguments])
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
         assert result.exit_code == 0, result.output
         return result.stdout
 
@@ -600,6 +601,6 @@ def test_the_command_tells_what_it_limited(adapter: Path, base: Path, tmp_path: 
 
 def test_limits_and_a_common_budget_go_together(stack: list[Path], base: Path, tmp_path: Path) -> None:
     limited = ls.resize(stack, base=base, recipes=f"{RECIPE}.3", clip=0.02, stack=True, output=tmp_path)
-    assert all(each.capped for each in limited.results if "strong" in each.source)
+    assert all(result.capped for result in limited.results if "strong" in result.source)
     assert limited.stacks[0].bytes == sum(path.stat().st_size for path in outputs(limited).values())
     assert limited.stacks[0].bytes <= limited.stacks[0].budget

@@ -10,10 +10,10 @@ from pathlib import Path
 import fixtures
 import pytest
 import torch
+from conversions import ADAPTERS, assert_same_effect, bases, converted, effect, few, numbers
 from fixtures import shapes, write_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_conversion import ADAPTERS, assert_same_effect, bases, converted, effect, few, numbers
 from torch import Tensor
 
 from lorashrink.adapters import layer_name, open_adapter

@@ -1,0 +1,65 @@
+"""The options of `resize`, written down once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from lorashrink.recipes.grammar import DEFAULT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResizeOptions:
+    """How adapters are shrunk. `resize` says what each option does; it can be sent to other processes."""
+
+    base: str | Path | None = None  # checkpoint, diffusers folder or norm table
+    recipes: str | Sequence[str] = DEFAULT
+    output: str | Path | None = None  # folder, or file if there is one output; None: beside the input
+    dtype: str = "same"  # "same", "fp16", "bf16" or "fp32"; also "16", "32"
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
+    jobs: int | None = None  # threads; None: one per core
+    unmapped: str = "keep"  # "keep", "drop" or "error"
+    form: str = "auto"  # "auto", "lora" or "same"
+    naming: str | None = None  # "kohya", "diffusers", "comfy" or "peft"; None: the input's
+    target: str | None = None  # a key of TARGETS
+    group_by_base: str | Path | None = None  # .toml or .json file, family -> base
+    calibration: str | Path | None = None  # statistics that `calibrate` wrote
+    stack: bool = False
+    clip: float | None = None  # times the spectral norm of the base weight
+    fro_limit: float | None = None  # times the Frobenius norm of the base weight
+    recursive: bool = False
+    force: bool = False
+    skip_existing: bool = False
+    dry_run: bool = False
+    strict: bool = False
+    quantiles: bool = False
+    space_check: bool = True
+
+
+class ResizeKeywords(TypedDict, total=False):
+    """The fields of `ResizeOptions` as keywords, for type checkers."""
+
+    base: str | Path | None
+    recipes: str | Sequence[str]
+    output: str | Path | None
+    dtype: str
+    device: str
+    jobs: int | None
+    unmapped: str
+    form: str
+    naming: str | None
+    target: str | None
+    group_by_base: str | Path | None
+    calibration: str | Path | None
+    stack: bool
+    clip: float | None
+    fro_limit: float | None
+    recursive: bool
+    force: bool
+    skip_existing: bool
+    dry_run: bool
+    strict: bool
+    quantiles: bool
+    space_check: bool

@@ -1,0 +1,152 @@
+"""One adapter on its way through the pipeline: decomposed, outlined and planned for each of its recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from lorashrink.adapters import Adapter
+from lorashrink.bases import Views
+from lorashrink.bases.norms import Norms
+from lorashrink.calibration.statistics import OfLayer
+from lorashrink.engine.spectrum import Item, PendingSpectrum, Spectrum, decompose
+from lorashrink.errors import InputError, RecipeError
+from lorashrink.linking.matching import bind, match, part
+from lorashrink.recipes.grammar import Recipe
+from lorashrink.results.shrinking import FileResult
+from lorashrink.shrinking.decomposed import Decomposed, aligned
+from lorashrink.shrinking.plan import Outline, Plan, outline, plan
+from lorashrink.shrinking.reuse import OpenSource
+from lorashrink.shrinking.session import Session
+
+_REPORT_EVERY = 16  # layers
+
+
+@dataclass(eq=False)
+class Work:
+    """An open adapter with all that its recipes need."""
+
+    source: OpenSource
+    outputs: Mapping[Path, Recipe]  # to be made
+    adapter: Adapter  # the source, with weights of the base where its layers need them
+    views: Sequence[Views]  # per layer
+    statistics: Sequence[OfLayer | None] = ()  # per layer, of calibrated recipes
+    started: float = 0.0
+    skipped: tuple[FileResult, ...] = ()  # results of outputs that are not made again
+    traced: Mapping[Path, Recipe] = field(default_factory=dict)  # outputs of which the journal is to know
+    spectra: Mapping[bool, Sequence[PendingSpectrum]] = field(default_factory=dict)  # calibrated or not -> per layer
+
+    @classmethod
+    def begin(cls, source: OpenSource, outputs: Mapping[Path, Recipe]) -> Work:
+        """Match the adapter with its base and statistics, for these outputs."""
+        base, session, adapter = source.against.base, source.session, source.adapter
+        views = match(adapter, base) if base else [()] * len(adapter)
+        adapter, views = part(bind(adapter, views, base), views, session.options.form)
+        calibrated = any(recipe.calibrated for recipe in outputs.values())
+        statistics = session.statistics.of_layers(adapter) if session.statistics and calibrated else ()
+        return cls(source, outputs, adapter, views, statistics)
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """The recipes of the outputs to be made."""
+        return list(self.outputs.values())
+
+    def items(self) -> dict[bool, list[Item]]:
+        """The layers to decompose, as they are (False), calibrated (True), or both."""
+        # Recipes that look at the base's weight keep other dimensions than the first ones.
+        limits = [None if "weight" in recipe.needs else recipe.limit for recipe in self.recipes]
+        bounds = [limit for limit in limits if limit is not None]
+        limit = max(bounds) if len(bounds) == len(limits) else None
+        items = {}
+        for calibrated in sorted({recipe.calibrated for recipe in self.recipes}):
+            statistics = self.statistics if calibrated else [None for _ in self.adapter.layers]
+            items[calibrated] = [
+                Item(partial(getattr, layer, "delta"), layer.width, grams, limit)
+                for layer, grams in zip(self.adapter.layers, statistics, strict=True)
+            ]
+        return items
+
+    def decomposed(self) -> dict[bool, Decomposed]:
+        """The adapter with spectra, base norms and alignments, calibrated or not; waits for the spectra."""
+        spectra = self._wait()
+        norms, alignments = self._base_norms(), self._alignments(spectra)
+        has_statistics = [statistics is not None for statistics in self.statistics]
+        return {
+            calibrated: Decomposed(
+                self.adapter, self.views, computed, norms, alignments, has_statistics if calibrated else ()
+            )
+            for calibrated, computed in spectra.items()
+        }
+
+    def _wait(self) -> dict[bool, list[Spectrum]]:
+        report = self.source.session.reporter(f"decomposing {self.source.path.name}")
+        pending = [(calibrated, future) for calibrated, futures in self.spectra.items() for future in futures]
+        spectra: dict[bool, list[Spectrum]] = {calibrated: [] for calibrated in self.spectra}
+        for count, (calibrated, future) in enumerate(pending, 1):
+            spectra[calibrated].append(future.result())
+            if report and (count % _REPORT_EVERY == 0 or count == len(pending)):
+                report(count, len(pending))
+        return spectra
+
+    def _base_norms(self) -> Norms:
+        if self.source.against.norms is None:
+            return {}
+        session = self.source.session
+        names = {"fro"}.union(*(recipe.base_norms for recipe in self.recipes))
+        matched = [views for views in self.views if views]
+        report = session.reporter("norms of the base")
+        return self.source.against.norms.look_up(matched, names, pool=session.pool, progress=report)
+
+    def _alignments(self, spectra: Mapping[bool, Sequence[Spectrum]]) -> list[Tensor | None]:
+        base, layers = self.source.against.base, range(len(self.adapter))
+        if base is None or not any("weight" in recipe.needs for recipe in self.recipes):
+            return [None for _ in layers]
+        measure = partial(aligned, self.adapter, self.views, spectra[False], base)
+        return list(self.source.session.pool.map(measure, layers))
+
+    def outline(self, decomposed: Mapping[bool, Decomposed], recipe: Recipe) -> Outline:
+        """The outline of a recipe's output."""
+        options = self.source.session.options
+        return outline(
+            decomposed[recipe.calibrated],
+            recipe,
+            dtype=options.dtype,
+            unmapped=options.unmapped,
+            form=options.form,
+            origin=self.source.origin(recipe),
+        )
+
+    def plans(self) -> dict[Path, Plan]:
+        """The plan of each output; waits for the spectra. Raises RecipeError or InputError."""
+        session = self.source.session
+        decomposed = self.decomposed()
+        plans: dict[Path, Plan] = {}
+        refusals: list[RecipeError] = []
+        for path, recipe in self.outputs.items():
+            try:
+                outlined = self.outline(decomposed, recipe)
+                plans[path] = plan(decomposed[recipe.calibrated], outlined, session.selections.get(path))
+            except RecipeError as error:
+                refusals.append(error)
+        if refusals and not (session.job.lenient and plans):
+            raise refusals[0]
+        copied = [item for planned in plans.values() for item in planned.verbatim.items()]
+        if session.job.reader and copied:
+            key, reason = copied[0]
+            raise InputError(
+                f"{self.source.path}: {key} stays as it is ({reason}), and {session.job.reader} cannot load it."
+            )
+        return plans
+
+
+def decompose_together(works: Sequence[Work], session: Session) -> None:
+    """Begin to decompose the layers of all these adapters; layers of equal rank are solved together."""
+    items = [work.items() for work in works]
+    flat = [item for kinds in items for layers in kinds.values() for item in layers]
+    futures = iter(decompose(flat, session.pool, device=session.device))
+    for work, kinds in zip(works, items, strict=True):
+        work.spectra = {calibrated: [next(futures) for _ in layers] for calibrated, layers in kinds.items()}
