@@ -13,6 +13,7 @@ from lorashrink.adapters import peft
 from lorashrink.adapters.family import SHARED, Family, Infos, Needs, Shape, Stored
 from lorashrink.errors import ShapeError
 from lorashrink.files.store import TensorStore
+from lorashrink.names import naming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +61,12 @@ class Layer:
         return "dora" if self.family.name == "lora" else f"{self.family.name}+dora"
 
     @property
+    def magnitude_per_output(self) -> bool:
+        """Whether DoRA's magnitude has a number per output: PEFT's always has, LyCORIS' may have one per input."""
+        shape = self.infos["magnitude"].shape
+        return ".lora_magnitude_vector" in self.keys["magnitude"] or len(shape) == 1 or shape[0] == self.shape[0] != 1
+
+    @property
     def own(self) -> Mapping[str, str]:
         """role -> key of the tensors that only this family has, which a LoRA replaces."""
         return {role: key for role, key in self.keys.items() if role not in SHARED}
@@ -93,7 +100,7 @@ class Layer:
 
     @property
     def bound(self) -> bool:
-        """Whether `delta` can be had: some families need the base weight for it."""
+        """Whether `delta` can be computed: some families need the base weight for it."""
         if self.family.needs is Needs.SHAPE:
             return self.base_shape is not None
         return self.family.needs is Needs.NOTHING or self.weight is not None
@@ -118,8 +125,8 @@ class Layer:
 
     def on(self, shape: Shape, weight: Callable[[], Tensor] | None) -> Layer:
         """The same layer with what the base knows: a shape that the file leaves open, and the weight if needed."""
-        open_shape = self.family.flat(self.infos) or self.family.needs is not Needs.NOTHING
-        return replace(self, base_shape=shape if open_shape else None, weight=weight)
+        incomplete = self.family.flat(self.infos) or self.family.needs is not Needs.NOTHING
+        return replace(self, base_shape=shape if incomplete else None, weight=weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +151,32 @@ class Adapter:
     def common(self) -> frozenset[str]:
         """Keys that several layers use."""
         return frozenset(key for layer in self.layers for key in layer.common.values())
+
+    @property
+    def bytes(self) -> int:
+        """Size of its files on the disk."""
+        return sum(path.stat().st_size for path in self.store.files)
+
+    @property
+    def algo(self) -> str:
+        """What its layers are, e.g. "dora+lora"; "none" without layers."""
+        return "+".join(sorted({layer.algo for layer in self.layers})) or "none"
+
+    @property
+    def naming(self) -> str:
+        """How its layers are named, as `lorashrink.names.naming` says it."""
+        return naming([layer.name for layer in self.layers])
+
+    @property
+    def dtype(self) -> str:
+        """The dtypes of its layers, e.g. "F16+F32"; "none" without layers."""
+        return "+".join(sorted({layer.dtype for layer in self.layers})) or "none"
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """(lowest, highest) stored rank; () without layers."""
+        ranks = [layer.rank for layer in self.layers]
+        return (min(ranks), max(ranks)) if ranks else ()
 
     def close(self) -> None:
         """Close the file."""

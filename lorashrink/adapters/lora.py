@@ -7,13 +7,16 @@ https://arxiv.org/abs/2309.14859).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lorashrink.adapters.factors import fold
 from lorashrink.adapters.family import Family, Infos, Shape, Stored
+from lorashrink.files.store import TensorInfo
 
 if TYPE_CHECKING:
+    from lorashrink.adapters.layer import Layer
     from lorashrink.engine.delta import Delta
 
 
@@ -86,3 +89,20 @@ FAMILIES = (
     spelled(r"\.lora_linear_layer\.up\.weight", r"\.lora_linear_layer\.down\.weight"),  # diffusers, text encoder
     spelled(r"\.lora_B", r"\.lora_A"),  # Mochi
 )
+
+
+def lora_form(layer: Layer) -> tuple[str, Family, Mapping[str, str], Infos]:
+    """(name, family, role -> key, role -> info with rank 1) of this layer as LoRA, in the spelling of its name.
+
+    Names with dots are diffusers', ComfyUI's and PEFT's, whose factors have no alpha; flattened ones are kohya's.
+    """
+    out, *fan_in = layer.shape
+    name = re.sub("^oft_unet_", "lora_unet_", layer.name)  # a prefix that no loader of LoRA knows
+    infos = {
+        "up": TensorInfo("F16", (out, 1, *[1] * (len(fan_in) - 1)), 0),
+        "down": TensorInfo("F16", (1, *fan_in), 0),
+    }
+    if "." in name:
+        return name, PEFT, {"up": f"{name}.lora_B.weight", "down": f"{name}.lora_A.weight"}, infos
+    keys = {"up": f"{name}.lora_up.weight", "down": f"{name}.lora_down.weight", "alpha": f"{name}.alpha"}
+    return name, KOHYA, keys, {**infos, "alpha": TensorInfo("F32", (), 4)}

@@ -33,8 +33,6 @@ from lorashrink.sums.naming import KOHYA, PEFT, Names, Spelling
 from lorashrink.sums.numbers import side_by_side, summed_matrix
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lorashrink.engine.delta import AnyDelta
 
 
@@ -238,19 +236,12 @@ def _with_magnitude(layer: Layer) -> Dense:
     changed = weight + layer.delta.dense().flatten(1)
     magnitude = layer.store.read(layer.keys["magnitude"]).double()
     by_input = changed.reshape(len(changed), layer.shape[1], -1)
-    if _per_output(layer, magnitude):
+    if layer.magnitude_per_output:
         norms, wanted = by_input.norm(dim=(1, 2), keepdim=True), magnitude.reshape(-1, 1, 1)
     else:
         norms, wanted = by_input.norm(dim=(0, 2), keepdim=True), magnitude.reshape(1, -1, 1)
     shares = torch.where(norms > 0, wanted / norms, 0)
     return Dense(((by_input * shares).flatten(1) - weight).float(), 1.0, layer.shape)
-
-
-def _per_output(layer: Layer, magnitude: Tensor) -> bool:
-    """PEFT's magnitudes always are; those of LyCORIS tell by which dimension is not 1."""
-    if ".lora_magnitude_vector" in layer.keys["magnitude"] or magnitude.ndim == 1:
-        return True
-    return magnitude.shape[0] == layer.shape[0] != 1
 
 
 @dataclass(frozen=True, eq=False, slots=True)
