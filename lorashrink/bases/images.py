@@ -10,7 +10,7 @@ _SPLIT = ("to_q", "to_k", "to_v")
 
 
 def _attention(name: str) -> tuple[str, ...]:
-    return tuple(f"{name}.{each}" for each in _SPLIT)
+    return tuple(f"{name}.{projection}" for projection in _SPLIT)
 
 
 def _mlp(native: str, diffusers: str) -> tuple[Rule, ...]:
@@ -79,12 +79,13 @@ _AURAFLOW = (
     rule("modF.1", swapped("norm_out.linear")),
 )
 
+_REFINED_BLOCKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
 # Lumina 2 has fewer heads for k and v than for q.
 _LUMINA2 = (
     *(
-        each
-        for block in ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
-        for each in below(
+        row
+        for block in _REFINED_BLOCKS
+        for row in below(
             block,
             block,
             ("attention.qkv", parts(*QKV, shares=(1, 0, 0)), _attention("attention")),
@@ -100,9 +101,9 @@ _LUMINA2 = (
 )
 _Z_IMAGE = (
     *(
-        each
-        for block in ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
-        for each in below(
+        row
+        for block in _REFINED_BLOCKS
+        for row in below(
             block, block, ("attention.qkv", _attention("attention")), ("attention.out", "attention.to_out.0")
         )
     ),
@@ -183,9 +184,9 @@ _KREA2_BLOCK = (
 _KREA2 = (
     *below("blocks.{}", "transformer_blocks.{}", *_KREA2_BLOCK),
     *(
-        each
+        row
         for name in ("layerwise_blocks", "refiner_blocks")
-        for each in below(f"txtfusion.{name}.{{}}", f"text_fusion.{name}.{{}}", *_KREA2_BLOCK)
+        for row in below(f"txtfusion.{name}.{{}}", f"text_fusion.{name}.{{}}", *_KREA2_BLOCK)
     ),
     rule("txtfusion.projector", "text_fusion.projector"),
     rule("first", "img_in"),

@@ -55,7 +55,7 @@ def test_half_precision_weights_are_summed_in_double(dtype: torch.dtype) -> None
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that a test has just written count as old."""
-    monkeypatch.setattr(norms_module, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(norms_module, "SETTLED_SECONDS", -1.0)
 
 
 def norm(path: Path, key: str = KEY) -> float:
@@ -136,7 +136,7 @@ def test_an_unwritable_cache_costs_time_and_nothing_else(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(norms_module, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(norms_module, "SETTLED_SECONDS", -1.0)
     assert norm(copy) > 0
 
 
