@@ -142,7 +142,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
     """File names without their endings, with as many folders before them as it takes to tell them apart."""
     parts = [Path(path).with_suffix("").parts if Path(path).suffix else Path(path).parts for path in paths]
     for count in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(each[-count:]) for each in parts]
+        names = ["/".join(path_parts[-count:]) for path_parts in parts]
         if len(set(names)) == len(names):
             return names
     return list(paths)

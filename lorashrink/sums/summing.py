@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lorashrink.adapters import Adapter, Layer, adapter_family, open_adapter, peft
 from lorashrink.adapters.family import Infos, Shape
-from lorashrink.bases import FAMILIES, Base, Views, views_shape
+from lorashrink.bases import Base, Views, family_title, views_shape
 from lorashrink.engine.delta import Dense, delta_tensors, fan_in, low_rank_factors, scaled
 from lorashrink.errors import FamilyMismatch, NonFinite, ShapeError, UsageError
 from lorashrink.files.disk import sha256_file
@@ -195,13 +195,12 @@ class _Store(ComputedStore):
 
 def _check_families(sides: Sequence[Adapter]) -> None:
     """Raises FamilyMismatch if the adapters were made for different families of models, as far as they tell."""
-    titles = {family.name: family.title for family in FAMILIES}
     told = [(side, looks) for side in sides if (looks := adapter_family(side))]
     for (one, first), (other, second) in combinations(told, 2):
         if first != second:
             raise FamilyMismatch(
-                f"{one.path} is an adapter for {titles.get(first, first)}, {other.path} is one for "
-                f"{titles.get(second, second)}. Merge adapters of one model."
+                f"{one.path} is an adapter for {family_title(first)}, {other.path} is one for "
+                f"{family_title(second)}. Merge adapters of one model."
             )
 
 
