@@ -86,7 +86,7 @@ def shrink(path, folder, recipe, output):
     return output, result
 
 
-def test_diffusers_reads_the_adapter_as_it_is_read_here(pipe, folder, original):
+def test_diffusers_adds_the_same_deltas(pipe, folder, original):
     with open_adapter(original.path) as adapter:
         assert len(adapter) == original.layers > 100
     assert min(differences(original.outputs, original.bare).values()) > CHANGED
@@ -98,42 +98,42 @@ def test_diffusers_reads_the_adapter_as_it_is_read_here(pipe, folder, original):
 def test_a_lossless_result_makes_the_same_outputs(pipe, folder, original, tmp_path):
     output, result = shrink(original.path, folder, "energy=1", tmp_path / "out.safetensors")
     assert result.relative_error < 1e-5
-    found, layers = loaded(pipe, output)
+    actual, layers = loaded(pipe, output)
     assert layers == original.layers
-    assert max(differences(found, original.outputs).values()) < SAME
-    assert min(differences(found, original.bare).values()) > CHANGED
+    assert max(differences(actual, original.outputs).values()) < SAME
+    assert min(differences(actual, original.bare).values()) > CHANGED
 
 
 @pytest.mark.parametrize("recipe", ["rank=2", "energy=0.9"])
-def test_a_truncated_result_is_loaded_at_the_strength_that_it_says(pipe, folder, original, tmp_path, recipe):
+def test_a_truncated_result_is_loaded_at_its_strength(pipe, folder, original, tmp_path, recipe):
     output, result = shrink(original.path, folder, recipe, tmp_path / "out.safetensors")
     ranks = {layer.rank_after for layer in result.layers}
     assert ranks == {2} if recipe == "rank=2" else len(ranks) > 2
-    found, layers = loaded(pipe, output)
+    actual, layers = loaded(pipe, output)
     assert layers == original.layers
-    assert min(differences(found, original.outputs).values()) > 10 * SAME
+    assert min(differences(actual, original.outputs).values()) > 10 * SAME
     with merged(pipe, folder, output):
-        assert max(differences(found, outputs(pipe)).values()) < SAME
+        assert max(differences(actual, outputs(pipe)).values()) < SAME
 
 
 @pytest.mark.parametrize("naming", ["kohya", "diffusers"])
 def test_a_renamed_adapter_makes_the_same_outputs(pipe, folder, original, tmp_path, naming):
     (result,) = convert(original.path, base=folder, naming=naming, output=tmp_path).results
     assert result.kept == ()
-    found, layers = loaded(pipe, result.output)
+    actual, layers = loaded(pipe, result.output)
     assert layers == original.layers
-    assert max(differences(found, original.outputs).values()) < SAME
+    assert max(differences(actual, original.outputs).values()) < SAME
 
 
 @pytest.mark.parametrize("naming", ["kohya", "diffusers"])
 def test_an_adapter_is_shrunk_and_renamed_at_once(pipe, folder, original, tmp_path, naming):
     report = resize(original.path, base=folder, recipes="rank=2", naming=naming, dtype="fp32", output=tmp_path)
     (result,) = report.results
-    found, layers = loaded(pipe, result.output)
+    actual, layers = loaded(pipe, result.output)
     assert layers == original.layers
-    assert min(differences(found, original.outputs).values()) > 10 * SAME
+    assert min(differences(actual, original.outputs).values()) > 10 * SAME
     with merged(pipe, folder, result.output):
-        assert max(differences(found, outputs(pipe)).values()) < SAME
+        assert max(differences(actual, outputs(pipe)).values()) < SAME
 
 
 # --- SD 1.5, SD 3 and FLUX ----------------------------------------------------------------------
@@ -240,51 +240,51 @@ class Small:
     namings: tuple[str, ...]
 
 
-def trained(pipe, wanted):
+def trained(pipe, choose):
     """(component, module) -> factors. Ranks differ, but not among the attentions of a UNet.
 
     diffusers 0.42 gives all of these the most frequent alpha of a kohya file.
     """
     generator = torch.Generator().manual_seed(5)
-    found = {}
+    by_module = {}
     for component in components(pipe):
         for number, (name, module) in enumerate(layers_of(getattr(pipe, component)).items()):
-            if wanted(name):
+            if choose(name):
                 lower = number % 4 == 0 if component == "transformer" else isinstance(module, nn.Conv2d)
                 decay, rank = (0.3, 0.6, 0.9)[number % 3], 3 if lower else 5
-                found[component, name] = factors(module.weight, rank, decay, generator)
-    return found
+                by_module[component, name] = factors(module.weight, rank, decay, generator)
+    return by_module
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
 def small(request, tmp_path_factory):
-    make, namings, wanted = PIPELINES[request.param]
+    make, namings, choose = PIPELINES[request.param]
     torch.manual_seed(0)
-    pipe, place = make(), tmp_path_factory.mktemp("small")
+    pipe, directory = make(), tmp_path_factory.mktemp("small")
     for name in components(pipe):
-        getattr(pipe, name).save_pretrained(place / "base" / name)
-    layers, tensors = trained(pipe, wanted), {}
+        getattr(pipe, name).save_pretrained(directory / "base" / name)
+    layers, tensors = trained(pipe, choose), {}
     for (component, name), (up, down) in layers.items():
         level = "" if component in ("unet", "transformer") or name.startswith("text_model.") else "text_model."
         tensors |= {f"{component}.{level}{name}.lora_B.weight": up, f"{component}.{level}{name}.lora_A.weight": down}
-    path = fixtures.write_tensors(place / "lora.safetensors", tensors)
+    path = fixtures.write_tensors(directory / "lora.safetensors", tensors)
     bare, states = outputs(pipe), {name: getattr(pipe, name).state_dict() for name in components(pipe)}
     with added(states):
         for (component, name), (up, down) in layers.items():
             weight = states[component][f"{name}.weight"]
             weight += (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
         expected = outputs(pipe)
-    return Small(pipe, place / "base", path, bare, expected, namings)
+    return Small(pipe, directory / "base", path, bare, expected, namings)
 
 
 def test_diffusers_loads_the_adapter_of_a_small_pipeline(small):
-    found, _ = loaded(small.pipe, small.path)
+    actual, _ = loaded(small.pipe, small.path)
     assert min(differences(small.outputs, small.bare).values()) > CHANGED
-    assert max(differences(found, small.outputs).values()) < SAME
+    assert max(differences(actual, small.outputs).values()) < SAME
     assert max(differences(outputs(small.pipe), small.bare).values()) == 0
 
 
-def test_the_weights_are_found_that_diffusers_means(small):
+def test_the_same_weights_are_found_as_by_diffusers(small):
     with merged(small.pipe, small.folder, small.path):
         assert max(differences(outputs(small.pipe), small.outputs).values()) < SAME
 
@@ -294,8 +294,8 @@ def test_diffusers_reads_every_naming_that_it_knows(small, tmp_path):
         (result,) = convert(small.path, base=small.folder, naming=naming, output=tmp_path).results
         assert result.exact
         assert result.kept == ()
-        found, _ = loaded(small.pipe, result.output)
-        assert max(differences(found, small.outputs).values()) < SAME, naming
+        actual, _ = loaded(small.pipe, result.output)
+        assert max(differences(actual, small.outputs).values()) < SAME, naming
 
 
 def test_comfys_names_mean_the_same_weights(small, tmp_path):
@@ -312,13 +312,13 @@ def test_a_shrunk_adapter_is_loaded_at_its_strength(small, tmp_path, recipe):
             small.path, base=small.folder, recipes=recipe, naming=naming, dtype="fp32", output=tmp_path / f"{naming}"
         )
         (result,) = report.results
-        found, _ = loaded(small.pipe, result.output)
+        actual, _ = loaded(small.pipe, result.output)
         if recipe == "energy=1":
-            assert max(differences(found, small.outputs).values()) < SAME
+            assert max(differences(actual, small.outputs).values()) < SAME
         else:
-            assert max(differences(found, small.outputs).values()) > SAME
+            assert max(differences(actual, small.outputs).values()) > SAME
         with merged(small.pipe, small.folder, result.output):
-            assert max(differences(found, outputs(small.pipe)).values()) < SAME, naming
+            assert max(differences(actual, outputs(small.pipe)).values()) < SAME, naming
 
 
 def test_peft_loads_a_folder_for_the_transformer_of_a_pipeline(tmp_path):
@@ -339,13 +339,13 @@ def test_peft_loads_a_folder_for_the_transformer_of_a_pipeline(tmp_path):
     with merged(pipe, tmp_path / "base", source):
         expected = outputs(pipe)
     assert differences(expected, bare)["transformer"] > CHANGED
-    (there,) = convert(source, base=tmp_path / "base", naming="kohya", output=tmp_path).results
-    for path in (source, there.output):
+    (flattened,) = convert(source, base=tmp_path / "base", naming="kohya", output=tmp_path).results
+    for path in (source, flattened.output):
         (folder,) = convert(path, base=tmp_path / "base", naming="peft", output=tmp_path / "peft", force=True).results
         small = resize(folder.output, recipes="energy=1", dtype="fp32", output=tmp_path / "shrunk", force=True)
-        for place in (folder.output, small.results[0].output):
+        for output in (folder.output, small.results[0].output):
             fresh = FluxTransformer2DModel.from_pretrained(tmp_path / "base" / "transformer")
-            pipe.transformer = PeftModel.from_pretrained(fresh, place)
+            pipe.transformer = PeftModel.from_pretrained(fresh, output)
             assert differences(outputs(pipe), expected)["transformer"] < SAME
 
 
@@ -477,7 +477,7 @@ def lycoris_output(path=None):
 @pytest.fixture(scope="module", params=NETWORKS)
 def network_file(request, tmp_path_factory):
     """A file as LyCORIS saves a network whose alpha is not its rank, and that is not at its start."""
-    model, place = Model(), tmp_path_factory.mktemp("lycoris")
+    model, directory = Model(), tmp_path_factory.mktemp("lycoris")
     network = create_lycoris(
         model, 1.0, linear_dim=3, linear_alpha=2, conv_dim=2, conv_alpha=3, **NETWORKS[request.param]
     )
@@ -485,8 +485,8 @@ def network_file(request, tmp_path_factory):
     generator = torch.Generator().manual_seed(4)
     for parameter in network.parameters():
         parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator)
-    network.save_weights(str(place / "network.safetensors"), torch.float32, {"ss_network_dim": "3"})
-    return place / "network.safetensors"
+    network.save_weights(str(directory / "network.safetensors"), torch.float32, {"ss_network_dim": "3"})
+    return directory / "network.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -547,14 +547,14 @@ def comfy_names(native, diffusers, encoders, prefixes):
     Its denoiser has the native names, with dots behind `diffusion_model.` and without behind `lora_unet_`; those of
     diffusers are known for some families behind other prefixes. Text encoders have Hugging Face's names.
     """
-    found = {f"diffusion_model.{name}" for name in native} | {f"lora_unet_{name.replace('.', '_')}" for name in native}
+    names = {f"diffusion_model.{name}" for name in native} | {f"lora_unet_{name.replace('.', '_')}" for name in native}
     for prefix in prefixes:
-        found |= {prefix + (name.replace(".", "_") if prefix.endswith("_") else name) for name in diffusers}
+        names |= {prefix + (name.replace(".", "_") if prefix.endswith("_") else name) for name in diffusers}
     for name, (depth, numbers) in encoders.items():
-        for module in (COMFY_ENCODER_LAYER.format(i, each) for i in range(depth) for each in COMFY_ENCODER_MODULES):
-            found |= {f"lora_te{number}_{module.replace('.', '_')}" for number in numbers}
-            found.add(f"text_encoders.{name}.transformer.{module}")
-    return found
+        for module in (COMFY_ENCODER_LAYER.format(i, inner) for i in range(depth) for inner in COMFY_ENCODER_MODULES):
+            names |= {f"lora_te{number}_{module.replace('.', '_')}" for number in numbers}
+            names.add(f"text_encoders.{name}.transformer.{module}")
+    return names
 
 
 def modules_of(base, prefix=""):
@@ -641,7 +641,7 @@ def not_read_by_comfy(keys, names):
 
 @pytest.fixture(scope="module")
 def comfy_base(tmp_path_factory):
-    place = tmp_path_factory.mktemp("comfy")
+    directory = tmp_path_factory.mktemp("comfy")
 
     @functools.cache
     def get(family):
@@ -650,7 +650,7 @@ def comfy_base(tmp_path_factory):
             if not any(key.startswith(f"text_encoders.{name}.") for key in shapes):
                 encoder = fixtures.shapes(f"base_{name}_transformers")
                 shapes |= {f"text_encoders.{name}.transformer.{key}": shape for key, shape in encoder.items()}
-        return fixtures.write_header(place / f"{family}.safetensors", shapes)
+        return fixtures.write_header(directory / f"{family}.safetensors", shapes)
 
     return get
 
@@ -673,7 +673,7 @@ def test_comfy_finds_a_module_for_every_key(comfy_base, tmp_path, name, naming):
     assert not_read_by_comfy(load_file(result.output), names) == {}
 
 
-def test_the_rules_of_comfy_are_those_that_its_own_files_follow():
+def test_comfys_own_files_follow_the_rules_of_comfy():
     """Adapters that are out there in its names, and those that it does not read."""
     for name in ("flux_lora_aitoolkit_bfl", "wan21_1_3b_lora_comfy", "sdxl_lora_kohya_te1_te2", "flux_lora_diffusers"):
         native, prefix, theirs, encoders, prefixes = COMFY[name.partition("_")[0].replace("wan21", "wan")]
