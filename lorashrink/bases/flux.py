@@ -6,7 +6,7 @@ Rows of `linear1` are q, k, v and the first layer of the MLP, which diffusers sp
 from __future__ import annotations
 
 from lorashrink.bases.family import ONE_ENCODER, BaseFamily, containers, marks
-from lorashrink.bases.rules import Rules, adapter_only, below, parts, rule, swapped
+from lorashrink.bases.rules import Rules, adapter_only, below, embedder, parts, rule, swapped
 
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -46,15 +46,9 @@ _FLUX1 = (
         ("linear2", "proj_out", adapter_only("proj_lora")),
         ("modulation.lin", "norm.linear"),
     ),
-    *(
-        rule(f"{native}.{side}_layer", f"time_text_embed.{diffusers}.linear_{number}")
-        for native, diffusers in (
-            ("time_in", "timestep_embedder"),
-            ("guidance_in", "guidance_embedder"),
-            ("vector_in", "text_embedder"),
-        )
-        for number, side in ((1, "in"), (2, "out"))
-    ),
+    *embedder("time_in", "time_text_embed.timestep_embedder"),
+    *embedder("guidance_in", "time_text_embed.guidance_embedder"),
+    *embedder("vector_in", "time_text_embed.text_embedder"),
 )
 _CHROMA = (
     *_FLUX1,
@@ -86,11 +80,8 @@ _FLUX2 = (
         rule(f"{name}.lin", f"{name}.linear")
         for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
     ),
-    *(
-        rule(f"{native}.{side}_layer", f"time_guidance_embed.{diffusers}.linear_{number}")
-        for native, diffusers in (("time_in", "timestep_embedder"), ("guidance_in", "guidance_embedder"))
-        for number, side in ((1, "in"), (2, "out"))
-    ),
+    *embedder("time_in", "time_guidance_embed.timestep_embedder"),
+    *embedder("guidance_in", "time_guidance_embed.guidance_embedder"),
 )
 
 FAMILIES = (

@@ -112,6 +112,17 @@ def below(native: str, diffusers: str, *rows: tuple[Spelling, ...]) -> tuple[Rul
     )
 
 
+def sequential(native: str, diffusers: str) -> tuple[Rule, ...]:
+    """Rules for two layers with an activation between them, as `nn.Sequential` numbers them."""
+    return tuple(rule(f"{native}.{2 * index}", f"{diffusers}.linear_{index + 1}") for index in range(2))
+
+
+def embedder(native: str, diffusers: str) -> tuple[Rule, ...]:
+    """Rules for two layers that are called `in_layer` and `out_layer` natively."""
+    sides = enumerate(("in", "out"), 1)
+    return tuple(rule(f"{native}.{side}_layer", f"{diffusers}.linear_{number}") for number, side in sides)
+
+
 def _spelling(spelling: Spelling) -> Parts:
     if isinstance(spelling, Parts):
         return spelling
