@@ -12,16 +12,12 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorashrink.bases import Base, Views, open_base, table_bytes, views_id
 from lorashrink.engine.devices import worker_pool
 from lorashrink.engine.norms import frobenius, spectral
 from lorashrink.errors import NonFinite, NotABase, OutputError
 from lorashrink.files.disk import check_output, write_bytes
-
-if TYPE_CHECKING:
-    from lorashrink.bases import View
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +28,6 @@ ALGORITHM = 2
 SETTLED_SECONDS = 2.0
 
 Norms = dict[str, dict[str, float]]
-
-_COMPUTE: dict[str, Callable[[Base, Views], float]] = {
-    "fro": lambda base, views: math.hypot(*(_frobenius_of(base, view) for view in views)),
-    "spn": lambda base, views: spectral(base.weight(views)),
-}
-
-
-def _frobenius_of(base: Base, view: View) -> float:
-    assert base.store is not None, "norm tables are answered before anything is computed"
-    return frobenius(base.store.read(view.key, view.rows))
 
 
 class BaseNorms:
@@ -69,7 +55,7 @@ class BaseNorms:
 
         def compute(job: tuple[str, str]) -> float:
             key, name = job
-            value = _COMPUTE[name](self.base, views[key])
+            value = self._compute(views[key], name)
             if not math.isfinite(value):
                 raise NonFinite(f"{self.base.path}: the weight {key} contains NaN or infinity; use another copy of it.")
             return value
@@ -82,6 +68,13 @@ class BaseNorms:
         if missing and self._file:
             _save(self._file, self.base, self._norms)
         return {key: {name: self._norms[key][name] for name in names} for key in views}
+
+    def _compute(self, views: Views, name: str) -> float:
+        if name == "spn":
+            return spectral(self.base.weight(views))
+        store = self.base.store
+        assert store is not None, "norm tables are answered before anything is computed"
+        return math.hypot(*(frobenius(store.read(view.key, view.rows)) for view in views))
 
 
 # --- cache --------------------------------------------------------------------------------------

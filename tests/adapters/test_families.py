@@ -464,7 +464,7 @@ def test_rotations_by_what_is_no_number() -> None:
 )
 def test_a_base_that_does_not_fit(family: Family, roles: dict, shape: tuple[int, ...]) -> None:
     assert family.check(infos_of(roles)) is None
-    tensors = {role: torch.ones(side) for role, side in roles.items()}
+    tensors = {role: torch.ones(size) for role, size in roles.items()}
     base = torch.ones(shape[0], math.prod(shape[1:]))
     with pytest.raises(ShapeError, match="not fit"):
         family.delta(Stored(tensors, 1.0, shape, base))
@@ -628,7 +628,7 @@ HEALTHY: dict[str, tuple[Family, dict[str, tuple[int, ...]]]] = {
 
 def damaged(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """This shape in all ways in which it can be wrong."""
-    shapes_ = [
+    wrong = [
         (),
         (*shape, 2),
         (2, *shape),
@@ -639,12 +639,12 @@ def damaged(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         shape[1:],
         (*shape, 1, 1),
     ]
-    shapes_ += [
+    wrong += [
         (*shape[:index], length, *shape[index + 1 :])
         for index, side in enumerate(shape)
         for length in (0, 1, side - 1, side + 1, 2 * side, 10**6)
     ]
-    return [candidate for candidate in dict.fromkeys(shapes_) if candidate != shape]
+    return [candidate for candidate in dict.fromkeys(wrong) if candidate != shape]
 
 
 @pytest.mark.parametrize("name", HEALTHY)
@@ -820,7 +820,7 @@ def layers_of(family: Family, listed: Mapping[str, tuple[int, ...]]) -> dict[str
     }
     infos = {layer: infos_of({**roles, **shared}) for layer, roles in layers.items()}
     return {
-        name: roles_ for name, roles_ in infos.items() if any(required <= roles_.keys() for required in family.required)
+        layer: roles for layer, roles in infos.items() if any(required <= roles.keys() for required in family.required)
     }
 
 
