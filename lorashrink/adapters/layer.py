@@ -13,7 +13,6 @@ from lorashrink.adapters import peft
 from lorashrink.adapters.family import SHARED, Family, Infos, Needs, Shape, Stored
 from lorashrink.errors import ShapeError
 from lorashrink.files.store import TensorStore
-from lorashrink.names import naming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,12 +58,6 @@ class Layer:
         if "magnitude" not in self.keys:
             return self.family.name
         return "dora" if self.family.name == "lora" else f"{self.family.name}+dora"
-
-    @property
-    def magnitude_per_output(self) -> bool:
-        """Whether DoRA's magnitude has a number per output: PEFT's always has, LyCORIS' may have one per input."""
-        shape = self.infos["magnitude"].shape
-        return ".lora_magnitude_vector" in self.keys["magnitude"] or len(shape) == 1 or shape[0] == self.shape[0] != 1
 
     @property
     def own(self) -> Mapping[str, str]:
@@ -151,32 +144,6 @@ class Adapter:
     def common(self) -> frozenset[str]:
         """Keys that several layers use."""
         return frozenset(key for layer in self.layers for key in layer.common.values())
-
-    @property
-    def bytes(self) -> int:
-        """Size of its files on the disk."""
-        return sum(path.stat().st_size for path in self.store.files)
-
-    @property
-    def algo(self) -> str:
-        """What its layers are, e.g. "dora+lora"; "none" without layers."""
-        return "+".join(sorted({layer.algo for layer in self.layers})) or "none"
-
-    @property
-    def naming(self) -> str:
-        """How its layers are named, as `lorashrink.names.naming` says it."""
-        return naming([layer.name for layer in self.layers])
-
-    @property
-    def dtype(self) -> str:
-        """The dtypes of its layers, e.g. "F16+F32"; "none" without layers."""
-        return "+".join(sorted({layer.dtype for layer in self.layers})) or "none"
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """(lowest, highest) stored rank; () without layers."""
-        ranks = [layer.rank for layer in self.layers]
-        return (min(ranks), max(ranks)) if ranks else ()
 
     def close(self) -> None:
         """Close the file."""

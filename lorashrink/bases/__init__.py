@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lorashrink.bases import norm_table
 from lorashrink.bases.containers import open_store
-from lorashrink.bases.families import FAMILIES, family_named, family_title, recognise
+from lorashrink.bases.families import FAMILIES, family_named, recognise
 from lorashrink.bases.family import BaseFamily
 from lorashrink.bases.views import BaseInfo, View, Views, views_id, views_shape
 from lorashrink.bases.weights import Weights, name_weights, relevant
@@ -34,7 +34,6 @@ __all__ = [
     "View",
     "Views",
     "family_named",
-    "family_title",
     "open_base",
     "recognise",
     "table_bytes",

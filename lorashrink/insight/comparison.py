@@ -28,7 +28,7 @@ from lorashrink.insight.differences import FIRST, SECOND, InnerProducts, inner_p
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.matching import bind
 from lorashrink.linking.pairing import Unit, in_base, matched, units
-from lorashrink.names import address, block
+from lorashrink.names import address, block, naming
 from lorashrink.results.comparison import (
     BlockDifference,
     Comparison,
@@ -166,15 +166,16 @@ def _blocks(rows: Sequence[LayerDifference], sums: Sequence[InnerProducts | None
 
 
 def _side(adapter: Adapter) -> Side:
+    ranks = [layer.rank for layer in adapter]
     return Side(
         path=str(adapter.path),
-        bytes=adapter.bytes,
+        bytes=sum(path.stat().st_size for path in adapter.store.files),
         family=adapter_family(adapter),
-        algo=adapter.algo,
-        naming=adapter.naming,
-        dtype=adapter.dtype,
+        algo=_joined(layer.algo for layer in adapter) or "none",
+        naming=naming([layer.name for layer in adapter]),
+        dtype=_joined(layer.dtype for layer in adapter) or "none",
         layers=len(adapter),
-        ranks=adapter.ranks,
+        ranks=(min(ranks), max(ranks)) if ranks else (),
     )
 
 

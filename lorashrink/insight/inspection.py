@@ -17,7 +17,7 @@ from lorashrink.insight.health import SPIKE, check_health
 from lorashrink.insight.training_notes import training_notes
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.matching import bind, fits
-from lorashrink.names import block, kind
+from lorashrink.names import block, kind, naming
 from lorashrink.results.inspection import AdapterTable, BlockRow, Inspection, LayerRow, Recommendation
 
 if TYPE_CHECKING:
@@ -184,19 +184,19 @@ def _table(adapter: Adapter, base: Base | None, measure: _Measure) -> AdapterTab
         )
         for layer, each, measures in zip(adapter.layers, views, measure(adapter, views), strict=True)
     )
-    family, metadata = adapter_family(adapter), adapter.store.metadata
+    family, metadata, names = adapter_family(adapter), adapter.store.metadata, naming([row.name for row in rows])
     return AdapterTable(
         path=str(adapter.path),
-        bytes=adapter.bytes,
+        bytes=sum(path.stat().st_size for path in adapter.store.files),
         family=family,
-        algo=adapter.algo,
-        naming=adapter.naming,
-        dtype=adapter.dtype if rows else "",
+        algo="+".join(sorted({row.algo for row in rows})) or "none",
+        naming=names,
+        dtype="+".join(sorted({row.dtype for row in rows})),
         fro=_together([row.fro for row in rows]),
         fro_ratio=_ratio([(row.fro, row.base_fro) for row in rows]),
         metadata=metadata,
         notes=training_notes(metadata),
-        health=check_health(rows, metadata, family=family, naming=adapter.naming),
+        health=check_health(rows, metadata, family=family, naming=names),
         layers=rows,
         blocks=_blocks(adapter.layers, rows),
         others=adapter.others,

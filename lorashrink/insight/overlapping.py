@@ -31,7 +31,7 @@ from lorashrink.insight.stack_advice import advise, kind_of
 from lorashrink.linking.inputs import find_adapters, split_weight
 from lorashrink.linking.matching import bind, match
 from lorashrink.linking.pairing import Unit, in_base, matched, stacked_up, units, wide
-from lorashrink.names import block
+from lorashrink.names import block, naming
 from lorashrink.results.overlap import (
     BlockOverlap,
     LayerOverlap,
@@ -304,18 +304,23 @@ def _report(
 
 
 def _member(adapter: Adapter, weight: float, fro: float) -> StackMember:
+    ranks = [layer.rank for layer in adapter]
     return StackMember(
         path=str(adapter.path),
         weight=weight,
-        bytes=adapter.bytes,
+        bytes=sum(path.stat().st_size for path in adapter.store.files),
         family=adapter_family(adapter),
-        algo=adapter.algo,
-        naming=adapter.naming,
-        dtype=adapter.dtype,
+        algo=_joined(layer.algo for layer in adapter),
+        naming=naming([layer.name for layer in adapter]),
+        dtype=_joined(layer.dtype for layer in adapter),
         layers=len(adapter),
-        ranks=adapter.ranks,
+        ranks=(min(ranks), max(ranks)) if ranks else (),
         fro=fro,
     )
+
+
+def _joined(words: Iterable[str]) -> str:
+    return "+".join(sorted(set(words))) or "none"
 
 
 def _layer(

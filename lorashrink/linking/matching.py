@@ -9,7 +9,8 @@ from functools import partial
 
 from lorashrink.adapters import Adapter, Layer, adapter_family
 from lorashrink.adapters.family import Needs
-from lorashrink.bases import Base, Views, family_title, views_id, views_shape
+from lorashrink.bases import FAMILIES as BASE_FAMILIES
+from lorashrink.bases import Base, Views, views_id, views_shape
 from lorashrink.errors import FamilyMismatch, ShapeError
 from lorashrink.names import kind
 
@@ -32,9 +33,10 @@ def match(adapter: Adapter, base: Base) -> list[Views]:
         found = [() if index in variants else views for index, views in enumerate(found)]
         wrong = [index for index in wrong if index not in variants]
     looks = adapter_family(adapter)
-    if (wrong or 2 * sum(map(bool, found)) < len(found)) and looks and looks != base.family.name:
+    titles = {family.name: family.title for family in BASE_FAMILIES}
+    if (wrong or 2 * sum(map(bool, found)) < len(found)) and looks not in (None, base.family.name):
         raise FamilyMismatch(
-            f"{adapter.path}: looks like an adapter for {family_title(looks)}, but {base.path} is "
+            f"{adapter.path}: looks like an adapter for {titles.get(looks or '', looks)}, but {base.path} is "
             f"{base.family.title}. Give the base that it was trained on, or a relative of it."
         )
     if wrong:

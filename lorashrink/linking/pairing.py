@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorashrink.adapters import Adapter, Layer, adapter_family
-from lorashrink.bases import FAMILIES, Base, View, Views, family_named, family_title, views_id
+from lorashrink.bases import FAMILIES, Base, View, Views, views_id
 from lorashrink.bases.weights import name_weights
 from lorashrink.engine.delta import Delta, fan_in
 from lorashrink.errors import FamilyMismatch, ShapeError, UsageError
@@ -105,7 +105,7 @@ def _named_as_in(adapter: Adapter, looks: str | None) -> Base | None:
     if not all("." in name for name in names):
         return None
     shapes = {f"{name}.weight": layer.shape for name, layer in names.items() if len(layer.shape) > 1}
-    family = family_named(str(looks)) or FAMILIES[-1]
+    family = next((family for family in FAMILIES if family.name == looks), FAMILIES[-1])
     found = name_weights(shapes, family).by_name.values()
     return Base(adapter.path, "names", family, shapes, "", norms={views_id(views): {} for views in found})
 
@@ -148,7 +148,8 @@ def _families_differ(a: Adapter, b: Adapter) -> FamilyMismatch | None:
     looks = [adapter_family(each) for each in (a, b)]
     if looks[0] == looks[1] or None in looks:
         return None
-    one, other = (family_title(str(each)) for each in looks)
+    titles = {family.name: family.title for family in FAMILIES}
+    one, other = (titles.get(str(each), each) for each in looks)
     return FamilyMismatch(
         f"{a.path} looks like an adapter for {one}, {b.path} like one for {other}. Take adapters of one model."
     )

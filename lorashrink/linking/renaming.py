@@ -247,9 +247,7 @@ def _joined(rows: Sequence[_Rows]) -> list[_Rows]:
 def _write(output: _Output, adapter: Adapter, target: _Target, name: str, naming: str) -> None:
     layers = [adapter.layers[index] for index in target.sources]
     whole = [_Rows(target.sources[0], 0, layers[0].shape[0] if layers[0].shape else target.rows[0].size)]
-    if naming in ("diffusers", "peft") and any(
-        "magnitude" in layer.keys and not layer.magnitude_per_output for layer in layers
-    ):
+    if naming in ("diffusers", "peft") and any("magnitude" in layer.keys and not _per_row(layer) for layer in layers):
         for layer in layers:
             _keep(output, layer, "DoRA with a magnitude per input, which PEFT does not know")
     elif list(target.rows) == whole and not _is_lora(layers[0]):
@@ -318,9 +316,15 @@ def _write_magnitude(output: _Output, layer: Layer, name: str, naming: str) -> N
     info = layer.infos["magnitude"]
     peft_style = naming in ("diffusers", "peft")
     of_rows: Shape = ((1, out, *kernel) if kernel else (out,)) if peft_style else (out, 1, *kernel)
-    shape = of_rows if layer.magnitude_per_output else info.shape
+    shape = of_rows if _per_row(layer) else info.shape
     name += ".lora_magnitude_vector" if peft_style else ".dora_scale"
     output.made[name] = (tensor_info(info.dtype, shape), partial(_reshaped, layer, key, shape))
+
+
+def _per_row(layer: Layer) -> bool:
+    """Whether DoRA's magnitude has a number per output: PEFT's always has, LyCORIS' may have one per input."""
+    shape = layer.infos["magnitude"].shape
+    return ".lora_magnitude_vector" in layer.keys["magnitude"] or len(shape) == 1 or shape[0] == layer.shape[0] != 1
 
 
 def _reshaped(layer: Layer, key: str, shape: tuple[int, ...]) -> Tensor:

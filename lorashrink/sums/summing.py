@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lorashrink.adapters import Adapter, Layer, adapter_family, open_adapter, peft
 from lorashrink.adapters.family import Infos, Shape
-from lorashrink.bases import Base, Views, family_title, views_shape
+from lorashrink.bases import FAMILIES, Base, Views, views_shape
 from lorashrink.engine.delta import Dense, delta_tensors, fan_in, low_rank_factors, scaled
 from lorashrink.errors import FamilyMismatch, NonFinite, ShapeError, UsageError
 from lorashrink.files.disk import sha256_file
@@ -33,6 +33,8 @@ from lorashrink.sums.naming import KOHYA, PEFT, Names, Spelling
 from lorashrink.sums.numbers import side_by_side, summed_matrix
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lorashrink.engine.delta import AnyDelta
 
 
@@ -195,12 +197,13 @@ class _Store(ComputedStore):
 
 def _check_families(sides: Sequence[Adapter]) -> None:
     """Raises FamilyMismatch if the adapters were made for different families of models, as far as they tell."""
+    titles = {family.name: family.title for family in FAMILIES}
     told = [(side, looks) for side in sides if (looks := adapter_family(side))]
     for (one, first), (other, second) in combinations(told, 2):
         if first != second:
             raise FamilyMismatch(
-                f"{one.path} is an adapter for {family_title(first)}, {other.path} is one for "
-                f"{family_title(second)}. Merge adapters of one model."
+                f"{one.path} is an adapter for {titles.get(first, first)}, {other.path} is one for "
+                f"{titles.get(second, second)}. Merge adapters of one model."
             )
 
 
@@ -235,12 +238,19 @@ def _with_magnitude(layer: Layer) -> Dense:
     changed = weight + layer.delta.dense().flatten(1)
     magnitude = layer.store.read(layer.keys["magnitude"]).double()
     by_input = changed.reshape(len(changed), layer.shape[1], -1)
-    if layer.magnitude_per_output:
+    if _per_output(layer, magnitude):
         norms, wanted = by_input.norm(dim=(1, 2), keepdim=True), magnitude.reshape(-1, 1, 1)
     else:
         norms, wanted = by_input.norm(dim=(0, 2), keepdim=True), magnitude.reshape(1, -1, 1)
     shares = torch.where(norms > 0, wanted / norms, 0)
     return Dense(((by_input * shares).flatten(1) - weight).float(), 1.0, layer.shape)
+
+
+def _per_output(layer: Layer, magnitude: Tensor) -> bool:
+    """PEFT's magnitudes always are; those of LyCORIS tell by which dimension is not 1."""
+    if ".lora_magnitude_vector" in layer.keys["magnitude"] or magnitude.ndim == 1:
+        return True
+    return magnitude.shape[0] == layer.shape[0] != 1
 
 
 @dataclass(frozen=True, eq=False, slots=True)
