@@ -48,7 +48,7 @@ example: $(VENV)/core
 	$(BIN)/python tests/data/make_example.py
 
 formats: $(VENV)/dev
-	$(BIN)/python tests/journeys/test_formats.py
+	PYTHONPATH=tests $(BIN)/python tests/journeys/formats_table.py
 
 clean:
 	rm -rf $(VENV) build demo-out evidence-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -40,7 +40,7 @@ PREFIXES: tuple[tuple[str, str], ...] = (
 _OTHER_ENCODER = re.compile(r"text_encoders\.[^.]+\.(?:transformer\.)?")
 
 # Old diffusers files name the attention processor instead of the projection, and omit the index
-# of the output projection's only layer. The last is a typing error in files that are out there.
+# of the output projection's only layer. The last is a misspelling in published files.
 _ALIASES = (
     (re.compile(r"[._]processor(?=[._])"), ""),
     (re.compile(r"([._])to_out$"), r"\1to_out\g<1>0"),
@@ -55,20 +55,21 @@ def address(name: str) -> tuple[str, str]:
     from a flattened name, so the base's names are flattened too and compared.
     """
     part, rest = "", name
-    while found := _prefix(rest):
-        length, means = found
-        if part and means:
+    while prefix := _prefix(rest):
+        length, meaning = prefix
+        if part and meaning:
             break
-        part, rest = part or means, rest[length:]
+        part, rest = part or meaning, rest[length:]
     return part, flat(rest)
 
 
 def _prefix(name: str) -> tuple[int, str] | None:
-    for prefix, means in PREFIXES:
+    """(length, part that it means) of the prefix of a name, None if it has none."""
+    for prefix, meaning in PREFIXES:
         if name.startswith(prefix):
-            return len(prefix), means
-    other = _OTHER_ENCODER.match(name)
-    return (other.end(), "te1") if other else None
+            return len(prefix), meaning
+    match = _OTHER_ENCODER.match(name)
+    return (match.end(), "te1") if match else None
 
 
 def flat(module: str) -> str:
@@ -117,13 +118,13 @@ def block(name: str) -> str:
     """The block that a layer belongs to: "IN04", "MID", "OUT02", "D07", "S12", "L05", "TE1.05", or "other"."""
     part, module = address(name)
     if part.startswith("te"):
-        found = _ENCODER_LAYER.search(module)
-        return f"{part.upper()}.{int(found[1]):02d}" if found else part.upper()
-    if found := _LDM_BLOCK.match(module):
-        return "MID" if found[1] == "middle_block" else f"{_LDM[found[1]]}{int(found[2]):02d}"
-    if found := _DIFFUSERS_BLOCK.match(module):
-        level, kind, index = int(found[2]), found[3], int(found[4])
-        if found[1] == "down_blocks":
+        match = _ENCODER_LAYER.search(module)
+        return f"{part.upper()}.{int(match[1]):02d}" if match else part.upper()
+    if match := _LDM_BLOCK.match(module):
+        return "MID" if match[1] == "middle_block" else f"{_LDM[match[1]]}{int(match[2]):02d}"
+    if match := _DIFFUSERS_BLOCK.match(module):
+        level, kind, index = int(match[2]), match[3], int(match[4])
+        if match[1] == "down_blocks":
             return f"IN{3 * level + (3 if kind == 'downsamplers' else 1 + index):02d}"
         return f"OUT{3 * level + (2 if kind == 'upsamplers' else index):02d}"
     if module.startswith("mid_block"):
@@ -131,8 +132,8 @@ def block(name: str) -> str:
     if module == "conv_in":
         return "IN00"
     for letter, pattern in _TRANSFORMER_BLOCKS:
-        if found := pattern.match(module):
-            return f"{letter}{int(found[1]):02d}"
+        if match := pattern.match(module):
+            return f"{letter}{int(match[1]):02d}"
     return "other"
 
 

@@ -10,9 +10,11 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,8 +27,11 @@ from lorashrink.files.store import DTYPES, TensorInfo
 
 NAMES = Path(__file__).parent / "data" / "names"
 LISTED = tuple(sorted(path.name.removesuffix(".json.gz") for path in NAMES.glob("*.json.gz")))
+ALL_ADAPTERS = tuple(name for name in LISTED if not name.startswith("base_"))
+ALL_BASES = tuple(name for name in LISTED if name.startswith("base_"))
 Shapes = dict[str, tuple[int, ...]]
 
+# The Stable Diffusion adapters among them, which many tests read in full.
 ADAPTERS = (
     "sdxl_lora_kohya_te1_te2",
     "sdxl_locon_kohya",
@@ -117,6 +122,21 @@ def write_listed(folder: Path, name: str) -> Path:
     write_header(folder / name / "adapter_model.safetensors", shapes(name), metadata(name))
     (folder / name / "adapter_config.json").write_text(json.dumps(about(name)["config"]))
     return folder / name
+
+
+@contextmanager
+def opened_once(opener: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """A function that opens files by their names, each name once; all are closed in the end."""
+    opened: dict[str, Any] = {}
+
+    def get(name: str, *details: object) -> Any:
+        if name not in opened:
+            opened[name] = opener(name, *details)
+        return opened[name]
+
+    yield get
+    for item in opened.values():
+        item.close()
 
 
 # --- bases --------------------------------------------------------------------------------------
@@ -225,8 +245,8 @@ def write_folder(folder: Path, parts: Mapping[str, Mapping[str, torch.Tensor]]) 
 
 def ldm_module(name: str) -> str:
     """The LDM name of a module of a diffusers UNet that has attention in every level."""
-    weight, other = (View(name, (1, 1)),), (View("", (1, 1)),)
-    modules = {f"up_blocks.{number}.attentions.0": other for number in range(4)} | {name: weight}
+    weight, elsewhere = (View(name, (1, 1)),), (View("", (1, 1)),)
+    modules = {f"up_blocks.{number}.attentions.0": elsewhere for number in range(4)} | {name: weight}
     native = spell(modules, unet.RULES).layouts["native"]
     return next(module for module, views in native.items() if views == weight)
 

@@ -62,8 +62,8 @@ def test_no_prefix_hides_a_longer_one():
     prefixes = [prefix for prefix, _ in PREFIXES]
     hidden = [
         (earlier, later)
-        for place, earlier in enumerate(prefixes)
-        for later in prefixes[place + 1 :]
+        for index, earlier in enumerate(prefixes)
+        for later in prefixes[index + 1 :]
         if later.startswith(earlier)
     ]
     assert hidden == []
@@ -77,18 +77,12 @@ OTHERWISE = {
     "qwen_image_lora_diffusers_downup": "other",
     "qwen_image_lora_peft_default": "other",
 }
-ADAPTERS = sorted(
-    name
-    for path in fixtures.NAMES.glob("*.json.gz")
-    for name in [path.name.partition(".")[0]]
-    if not name.startswith("base_")
-)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", fixtures.ALL_ADAPTERS)
 def test_the_naming_of_a_listed_adapter_is_told(adapter):
-    said = fixtures._listing(adapter)["naming"]
-    assert naming(fixtures.module_names(adapter)) == OTHERWISE.get(adapter, NAMINGS.get(said, said))
+    listed = fixtures.about(adapter)["naming"]
+    assert naming(fixtures.module_names(adapter)) == OTHERWISE.get(adapter, NAMINGS.get(listed, listed))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +156,7 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize(("name", "expected"), BLOCKS, ids=[name for name, _ in BLOCKS])
-def test_a_layer_belongs_to_the_block_that_people_weight(name, expected):
+def test_the_block_of_a_layer(name, expected):
     assert block(name) == expected
 
 
@@ -201,16 +195,16 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("name", "shape", "expected"), KINDS, ids=[name for name, _, _ in KINDS])
-def test_a_layer_is_of_a_kind(name, shape, expected):
+def test_the_kind_of_a_layer(name, shape, expected):
     assert kind(name, shape) == expected
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd15", "sd2"])
-def test_block_and_kind_of_a_layer_do_not_depend_on_the_layout_that_names_it(family, tmp_path):
+def test_block_and_kind_do_not_depend_on_the_layout(family, tmp_path):
     path = fixtures.write_base(tmp_path, f"{family} UNet in LDM names")
     with open_base(path) as base:
-        told = {}
+        answers = {}
         for (part, name), views in base.weights.items():
             layer = f"lora_{part}_{name}"
-            told.setdefault(views[0].key, set()).add((block(layer), kind(layer, views[0].shape)))
-    assert {key: answers for key, answers in told.items() if len(answers) > 1} == {}
+            answers.setdefault(views[0].key, set()).add((block(layer), kind(layer, views[0].shape)))
+    assert {key: pairs for key, pairs in answers.items() if len(pairs) > 1} == {}

@@ -1,20 +1,23 @@
-"""Adapters: which tensors of a file form a layer, and what that layer adds to the base."""
+"""Adapters: which tensors of a file form a layer, and what that layer adds to the base.
+
+Read `family.py` first (the row), then `lora.py` (the plainest family), `families.py` (the registry), `sorting.py`
+(from keys to layers) and `layer.py` (an open adapter).
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lorashrink.adapters import lora, peft
-from lorashrink.adapters.family import Family, Infos
+from lorashrink.adapters import peft
+from lorashrink.adapters.families import FAMILIES
 from lorashrink.adapters.layer import Adapter, Layer
+from lorashrink.adapters.lora import lora_form
 from lorashrink.adapters.model_family import family_of
-from lorashrink.adapters.sorting import FAMILIES, UNKNOWN, layer_name, looks_like_adapter, sort_keys
+from lorashrink.adapters.sorting import UNKNOWN, layer_name, looks_like_adapter, sort_keys
 from lorashrink.errors import NotAnAdapter
 from lorashrink.files.reading import open_tensors
-from lorashrink.files.store import TensorInfo, TensorStore
+from lorashrink.files.store import TensorStore
 
 __all__ = [
     "FAMILIES",
@@ -39,11 +42,11 @@ def open_adapter(path: str | Path) -> Adapter:
     path = Path(path)
     folder = path if peft.is_folder(path) else path.parent
     # A file that PEFT saved is half an adapter: its scale is in the file beside it.
-    of_folder = peft.is_folder(folder) and path in (folder, *(folder / name for name in peft.WEIGHTS_FILES))
-    store = open_tensors(peft.weights_in(folder) if of_folder else path)
+    as_folder = peft.is_folder(folder) and path in (folder, *(folder / name for name in peft.WEIGHTS_FILES))
+    store = open_tensors(peft.weights_in(folder) if as_folder else path)
     try:
-        settings = peft.from_folder(folder) if of_folder else peft.from_metadata(store.metadata)
-        return replace(adapter_of(path, store, settings), as_folder=of_folder)
+        settings = peft.from_folder(folder) if as_folder else peft.from_metadata(store.metadata)
+        return replace(adapter_of(path, store, settings), as_folder=as_folder)
     except BaseException:
         store.close()
         raise
@@ -63,20 +66,3 @@ def adapter_of(path: Path, store: TensorStore, settings: peft.Settings) -> Adapt
 def adapter_family(adapter: Adapter) -> str | None:
     """The family of models that the adapter's own names and widths point to, or None if they do not tell."""
     return family_of((layer.name, layer.shape) for layer in adapter.layers)
-
-
-def lora_form(layer: Layer) -> tuple[str, Family, Mapping[str, str], Infos]:
-    """(name, family, role -> key, role -> info with rank 1) of this layer as LoRA, in the spelling of its name.
-
-    Names with dots are diffusers', ComfyUI's and PEFT's, whose factors have no alpha; flattened ones are kohya's.
-    """
-    out, *fan_in = layer.shape
-    name = re.sub("^oft_unet_", "lora_unet_", layer.name)  # a prefix that no loader of LoRA knows
-    infos = {
-        "up": TensorInfo("F16", (out, 1, *[1] * (len(fan_in) - 1)), 0),
-        "down": TensorInfo("F16", (1, *fan_in), 0),
-    }
-    if "." in name:
-        return name, lora.PEFT, {"up": f"{name}.lora_B.weight", "down": f"{name}.lora_A.weight"}, infos
-    keys = {"up": f"{name}.lora_up.weight", "down": f"{name}.lora_down.weight", "alpha": f"{name}.alpha"}
-    return name, lora.KOHYA, keys, {**infos, "alpha": TensorInfo("F32", (), 4)}

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorashrink.adapters.family import Family, Infos, Shape, Stored, alpha_over_rank
+from lorashrink.adapters.family import Family, Infos, Stored
 
 if TYPE_CHECKING:
     from lorashrink.engine.delta import Delta
 
 
-def _check(infos: Infos) -> str | None:
+def check(infos: Infos) -> str | None:
+    """Two matrices and a diagonal of one rank."""
     up, down, diagonal = (infos[role].shape for role in ("up", "down", "diagonal"))
     if len(up) != 2 or len(down) != 2:
         return f"the factors {list(up)} and {list(down)} are no matrices"
@@ -21,20 +22,11 @@ def _check(infos: Infos) -> str | None:
         return f"lora_B is {list(up)}, lora_A is {list(down)}; their ranks differ"
     if diagonal not in ((down[0], 1), (down[0],)):
         return f"lora_E is {list(diagonal)} for the rank {down[0]}"
-    if 0 in (*up, *down):
-        return f"the factors {list(up)} and {list(down)} are empty"
-    return None
+    return f"the factors {list(up)} and {list(down)} are empty" if 0 in (*up, *down) else None
 
 
-def _shape(infos: Infos) -> Shape:
-    return (infos["up"].shape[0], infos["down"].shape[1])
-
-
-def _rank(infos: Infos) -> int:
-    return infos["down"].shape[0]
-
-
-def _delta(stored: Stored) -> Delta:
+def delta(stored: Stored) -> Delta:
+    """ΔW of rank r, with the diagonal multiplied into B."""
     from lorashrink.engine.delta import Delta
 
     tensors = stored.tensors
@@ -47,12 +39,10 @@ FAMILIES = (
         name="adalora",
         suffixes={"up": r"\.lora_B", "down": r"\.lora_A", "diagonal": r"\.lora_E"},
         required=(frozenset({"up", "down", "diagonal"}),),
-        check=_check,
-        shape=_shape,
-        rank=_rank,
-        width=_rank,
-        delta=_delta,
-        scale=alpha_over_rank,
+        check=check,
+        shape=lambda infos: (infos["up"].shape[0], infos["down"].shape[1]),
+        rank=lambda infos: infos["down"].shape[0],
+        delta=delta,
         marks=frozenset({"diagonal"}),
         flat=lambda infos: True,  # the kernel of a convolution is flattened into lora_A
     ),

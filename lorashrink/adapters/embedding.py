@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from lorashrink.engine.delta import Delta
 
 
-def _check(infos: Infos) -> str | None:
+def check(infos: Infos) -> str | None:
+    """Two matrices of one rank."""
     a, b = infos["A"].shape, infos["B"].shape
     if len(a) != 2 or len(b) != 2:
         return f"the factors {list(a)} and {list(b)} are no matrices"
@@ -25,33 +26,21 @@ def _check(infos: Infos) -> str | None:
     return f"the factors {list(a)} and {list(b)} are empty" if 0 in (*a, *b) else None
 
 
-def _shape(infos: Infos) -> Shape:
-    return (infos["A"].shape[1], infos["B"].shape[0])
-
-
-def _rank(infos: Infos) -> int:
-    return infos["A"].shape[0]
-
-
-def _scale(infos: Infos, alpha: float | None, config_scale: float) -> float:
-    return config_scale if alpha is None else alpha / _rank(infos)
-
-
-def _delta(stored: Stored) -> Delta:
+def delta(stored: Stored) -> Delta:
+    """ΔW of the table, so that both factors are transposed."""
     from lorashrink.engine.delta import Delta
 
     return Delta(stored.tensors["A"].mT, stored.tensors["B"].mT, stored.scale, stored.shape)
 
 
-def _written(infos: Infos, rank: int) -> Mapping[str, Shape]:
-    vocab, dim = _shape(infos)
-    shapes: dict[str, Shape] = {"A": (rank, vocab), "B": (dim, rank)}
-    if "alpha" in infos:
-        shapes["alpha"] = infos["alpha"].shape
-    return shapes
+def written(infos: Infos, rank: int) -> Mapping[str, Shape]:
+    """Shapes of the tensors of another rank."""
+    shapes: dict[str, Shape] = {"A": (rank, infos["A"].shape[1]), "B": (infos["B"].shape[0], rank)}
+    return shapes | ({"alpha": infos["alpha"].shape} if "alpha" in infos else {})
 
 
-def _pack(up: Tensor, down: Tensor) -> Mapping[str, Tensor]:
+def pack(up: Tensor, down: Tensor) -> Mapping[str, Tensor]:
+    """A [r, vocab] and B [dim, r] of ΔW's factors up [vocab, r] and down [r, dim]."""
     return {"A": up.mT.contiguous(), "B": down.mT.contiguous()}
 
 
@@ -60,13 +49,11 @@ FAMILIES = (
         name="embedding",
         suffixes={"A": r"\.lora_embedding_A(?:\.[^.]+)*", "B": r"\.lora_embedding_B(?:\.[^.]+)*"},
         required=(frozenset({"A", "B"}),),
-        check=_check,
-        shape=_shape,
-        rank=_rank,
-        width=_rank,
-        delta=_delta,
-        scale=_scale,
-        written=_written,
-        pack=_pack,
+        check=check,
+        shape=lambda infos: (infos["A"].shape[1], infos["B"].shape[0]),
+        rank=lambda infos: infos["A"].shape[0],
+        delta=delta,
+        written=written,
+        pack=pack,
     ),
 )

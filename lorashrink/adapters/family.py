@@ -28,13 +28,19 @@ Infos = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Stored:
-    """All that the ΔW of one layer is made of."""
+    """What the ΔW of one layer is made of."""
 
     tensors: Mapping[str, Tensor]  # role -> tensor, as stored; without the roles of `SHARED`
     scale: float  # what `Family.scale` says
     shape: Shape  # of the base weight
     weight: Tensor | None = None  # the base weight, float32 [out, in·kh·kw], for families that need it
     config: Mapping[str, Any] = field(default_factory=dict)  # PEFT's settings, {} if the file has none
+
+    @property
+    def base_weight(self) -> Tensor:
+        """`weight` of a family that needs it."""
+        assert self.weight is not None, "Family.needs asks for it"
+        return self.weight
 
 
 class Needs(Enum):
@@ -46,12 +52,12 @@ class Needs(Enum):
     MULTIPLICATION = "it multiplies the base weight, so that ΔW exists only together with it"
 
 
-def alpha_over_rank(infos: Infos, alpha: float | None, config_scale: float) -> float:
-    """alpha / stored rank; without an alpha tensor what the file's configuration says."""
-    return config_scale if alpha is None else alpha / infos["down"].shape[0]
+def unscaled(infos: Infos, alpha: float | None, config_scale: float) -> float:
+    """The scale of families that store ΔW, or what makes it, at full strength."""
+    return 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Family:
     """One way to write a layer.
 
@@ -64,13 +70,14 @@ class Family:
     suffixes: Mapping[str, str]
     required: tuple[frozenset[str], ...]
     check: Callable[[Infos], str | None]  # what is wrong with the shapes, if anything
-    # Of the base weight. The kernel of a convolution is missing, (out, in·kh·kw), where the file does not tell it
-    # (`flat`), and families that multiply tell what they can: (out,) or ().
+    # Shape of the base weight. Without the kernel of a convolution, (out, in·kh·kw), where the file does not hold it
+    # (`flat`); families that multiply the base weight know (out,) or ().
     shape: Callable[[Infos], Shape]
     rank: Callable[[Infos], int]  # stored rank, as shown to users
-    width: Callable[[Infos], int]  # rank of what `delta` returns, as far as the header tells
     delta: Callable[[Stored], AnyDelta]
-    scale: Callable[[Infos, float | None, float], float] = alpha_over_rank  # (infos, alpha or None, PEFT's scale)
+    delta_rank: Callable[[Infos], int] | None = None  # rank of what `delta` returns, where it is not the stored one
+    # (infos, alpha or None, PEFT's scale) -> scale, where it is not alpha / rank
+    own_scale: Callable[[Infos, float | None, float], float] | None = None
     marks: frozenset[str] = frozenset()  # roles that prove the family; empty means all of its own
     flat: Callable[[Infos], bool] = lambda infos: False
     # why a complete layer is no ΔW of a matrix, and is copied along; None if it is one
@@ -83,3 +90,18 @@ class Family:
     pack: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None
     # role -> regular expression for the whole name of a tensor that all layers of the file have in common
     common: Mapping[str, str] = field(default_factory=dict)
+
+    def scale(self, infos: Infos, alpha: float | None, config_scale: float) -> float:
+        """What ΔW is multiplied with: alpha / stored rank, and `config_scale` where the file has no alpha tensor."""
+        if self.own_scale:
+            return self.own_scale(infos, alpha, config_scale)
+        return config_scale if alpha is None else alpha / self.rank(infos)
+
+    def width(self, infos: Infos) -> int:
+        """Rank of what `delta` returns, as far as the header tells."""
+        return (self.delta_rank or self.rank)(infos)
+
+    @property
+    def proofs(self) -> frozenset[str]:
+        """The roles that prove that a layer is of this family."""
+        return self.marks or frozenset(self.suffixes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lorashrink.adapters.family import Family, Infos, Shape, Stored
+from lorashrink.adapters.family import Family, Infos, Stored, unscaled
 
 if TYPE_CHECKING:
     from lorashrink.engine.delta import Dense
@@ -16,23 +16,16 @@ def is_vector(infos: Infos) -> bool:
     return len(infos["diff"].shape) < 2
 
 
-def _check(infos: Infos) -> str | None:
+def check(infos: Infos) -> str | None:
+    """A matrix, or the kernel of a convolution."""
     shape = infos["diff"].shape
     if is_vector(infos):
         return f"its difference {list(shape)} is no matrix"
     return f"its difference {list(shape)} is empty" if 0 in shape else None
 
 
-def _shape(infos: Infos) -> Shape:
-    return infos["diff"].shape
-
-
-def _rank(infos: Infos) -> int:
-    out, *rest = infos["diff"].shape
-    return min(out, math.prod(rest))
-
-
-def _delta(stored: Stored) -> Dense:
+def delta(stored: Stored) -> Dense:
+    """ΔW as a matrix [out, in·kh·kw]."""
     from lorashrink.engine.delta import Dense
 
     return Dense(stored.tensors["diff"].flatten(1), stored.scale, stored.shape)
@@ -43,12 +36,11 @@ FAMILIES = (
         name="full",
         suffixes={"diff": r"\.diff"},
         required=(frozenset({"diff"}),),
-        check=_check,
-        shape=_shape,
-        rank=_rank,
-        width=_rank,
-        delta=_delta,
-        scale=lambda infos, alpha, config_scale: 1.0,
+        check=check,
+        shape=lambda infos: infos["diff"].shape,
+        rank=lambda infos: min(infos["diff"].shape[0], math.prod(infos["diff"].shape[1:])),
+        delta=delta,
+        own_scale=unscaled,
         carried=lambda infos: "a difference of a vector" if is_vector(infos) else None,
     ),
 )

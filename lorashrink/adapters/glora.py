@@ -12,8 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorashrink.adapters.factors import fold
 from lorashrink.adapters.family import Family, Infos, Needs, Shape, Stored
-from lorashrink.adapters.lora import fold
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorashrink.engine.delta import Delta
 
 
-class _Factors(NamedTuple):
+class Order(NamedTuple):
     """The roles in the order in which they are multiplied."""
 
     a_up: str  # [in, r]
@@ -30,11 +30,11 @@ class _Factors(NamedTuple):
     b_down: str  # [r, in, kh, kw]
 
 
-_NEW = _Factors("a1", "a2", "b1", "b2")
-_OLD = _Factors("a2", "a1", "b2", "b1")
+NEW = Order("a1", "a2", "b1", "b2")
+OLD = Order("a2", "a1", "b2", "b1")
 
 
-def _fits(shapes: Mapping[str, Shape], order: _Factors) -> bool:
+def _fits(shapes: Mapping[str, Shape], order: Order) -> bool:
     a_up, a_down, b_up, b_down = (shapes[role] for role in order)
     return (
         a_up[:2] == a_down[1::-1]
@@ -44,9 +44,9 @@ def _fits(shapes: Mapping[str, Shape], order: _Factors) -> bool:
     )
 
 
-def _order(shapes: Mapping[str, Shape]) -> _Factors | None:
+def _order(shapes: Mapping[str, Shape]) -> Order | None:
     """The order that the shapes allow; None if they allow none, or both."""
-    fitting = [order for order in (_NEW, _OLD) if _fits(shapes, order)]
+    fitting = [order for order in (NEW, OLD) if _fits(shapes, order)]
     if len(fitting) == 2:
         # of a square layer: the shorter side is the rank, for a longer one would save nothing
         fitting = [order for order in fitting if shapes[order.a_up][1] < shapes[order.a_up][0]]
@@ -54,67 +54,60 @@ def _order(shapes: Mapping[str, Shape]) -> _Factors | None:
 
 
 def _shapes(tensors: Infos | Mapping[str, Tensor]) -> dict[str, Shape]:
-    return {role: tuple(tensors[role].shape) for role in _NEW}
+    return {role: tuple(tensors[role].shape) for role in NEW}
 
 
-def _check(infos: Infos) -> str | None:
-    shapes = _shapes(infos)
-    told = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
-    if min(map(len, shapes.values())) < 2:
-        return f"of {told} not all are matrices"
-    if any(0 in shape for shape in shapes.values()):
-        return f"of {told} some are empty"
-    order = _order(shapes)
-    if order is None and _fits(shapes, _NEW):
-        return f"the shapes {told} do not tell which of the factors come first"
-    if order is None:
-        return f"{told} do not chain"
-    return _core_problem(infos, order) if "bm" in infos else None
-
-
-def _core_problem(infos: Infos, order: _Factors) -> str | None:
-    core, down = infos["bm"].shape, infos[order.b_down].shape
-    if len(core) < 3 or core[:2] != (down[0], down[0]) or math.prod(down[2:]) != 1:
-        return f"bm is {list(core)}, {order.b_down} is {list(down)}; they do not chain"
-    return f"bm {list(core)} is empty" if 0 in core else None
-
-
-def _known_order(tensors: Infos | Mapping[str, Tensor]) -> _Factors:
+def order_of(tensors: Infos | Mapping[str, Tensor]) -> Order:
+    """The order of a layer that has passed the check."""
     order = _order(_shapes(tensors))
     assert order is not None, "ruled out by the check"
     return order
 
 
-def _shape(infos: Infos) -> Shape:
-    order = _known_order(infos)
-    inner = infos[order.b_down].shape
-    kernel = infos["bm"].shape[2:] if "bm" in infos else inner[2:]
-    return (infos[order.b_up].shape[0], inner[1], *kernel)
+def check(infos: Infos) -> str | None:
+    """Four matrices that chain in one of the two orders, and a core that fits the second pair."""
+    shapes = _shapes(infos)
+    listed = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
+    if min(map(len, shapes.values())) < 2:
+        return f"of {listed} not all are matrices"
+    if any(0 in shape for shape in shapes.values()):
+        return f"of {listed} some are empty"
+    order = _order(shapes)
+    if order is None and _fits(shapes, NEW):
+        return f"the shapes {listed} do not tell which of the factors come first"
+    if order is None:
+        return f"{listed} do not chain"
+    if "bm" not in infos:
+        return None
+    core, down = infos["bm"].shape, shapes[order.b_down]
+    if len(core) < 3 or core[:2] != (down[0], down[0]) or math.prod(down[2:]) != 1:
+        return f"bm is {list(core)}, {order.b_down} is {list(down)}; they do not chain"
+    return f"bm {list(core)} is empty" if 0 in core else None
 
 
-def _rank(infos: Infos) -> int:
-    return infos[_known_order(infos).b_down].shape[0]
+def weight_shape(infos: Infos) -> Shape:
+    """Shape of the base weight, [out, in, kh, kw]."""
+    order = order_of(infos)
+    down = infos[order.b_down].shape
+    kernel = infos["bm"].shape[2:] if "bm" in infos else down[2:]
+    return (infos[order.b_up].shape[0], down[1], *kernel)
 
 
-def _width(infos: Infos) -> int:
-    return _rank(infos) * (1 + math.prod(_shape(infos)[2:]))
+def rank(infos: Infos) -> int:
+    """Rank of each of the two products."""
+    return infos[order_of(infos).b_down].shape[0]
 
 
-def _scale(infos: Infos, alpha: float | None, config_scale: float) -> float:
-    return config_scale if alpha is None else alpha / _rank(infos)
-
-
-def _delta(stored: Stored) -> Delta:
-    """Of rank r + r·kh·kw: each position of the kernel has its own columns of W·a1."""
+def delta(stored: Stored) -> Delta:
+    """ΔW of rank r + r·kh·kw: each position of the kernel has its own columns of W·a1."""
     import torch
 
     from lorashrink.engine.delta import Delta
 
-    weight = stored.weight
-    assert weight is not None, "Family.needs asks for it"
-    a_up, a_down, b_up, b_down = (stored.tensors[role] for role in _known_order(stored.tensors))
-    a_up, a_down, b_up = (factor.flatten(1).float() for factor in (a_up, a_down, b_up))
-    b_down = fold(stored.tensors["bm"], b_down.flatten(1)) if "bm" in stored.tensors else b_down.flatten(1)
+    weight = stored.base_weight
+    a_up, a_down, b_up, b_down = (stored.tensors[role].flatten(1) for role in order_of(stored.tensors))
+    a_up, a_down, b_up = a_up.float(), a_down.float(), b_up.float()
+    b_down = fold(stored.tensors["bm"], b_down) if "bm" in stored.tensors else b_down
     positions = weight.shape[1] // a_up.shape[0]
     moved = torch.einsum("nik,ir->nrk", weight.reshape(len(weight), -1, positions), a_up).flatten(1)
     spread = torch.kron(a_down, torch.eye(positions))
@@ -126,12 +119,11 @@ FAMILIES = (
         name="glora",
         suffixes={role: rf"\.{role}\.weight" for role in ("a1", "a2", "b1", "b2", "bm")},
         required=(frozenset({"a1", "a2", "b1", "b2"}),),
-        check=_check,
-        shape=_shape,
-        rank=_rank,
-        width=_width,
-        delta=_delta,
-        scale=_scale,
+        check=check,
+        shape=weight_shape,
+        rank=rank,
+        delta=delta,
+        delta_rank=lambda infos: rank(infos) * (1 + math.prod(weight_shape(infos)[2:])),
         marks=frozenset({"a1", "a2"}),
         needs=Needs.ADDITION,
     ),

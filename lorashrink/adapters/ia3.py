@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lorashrink.adapters.family import Family, Infos, Needs, Shape, Stored
+from lorashrink.adapters.family import Family, Infos, Needs, Shape, Stored, unscaled
 from lorashrink.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from lorashrink.engine.delta import Dense
 
 
-def _check(infos: Infos) -> str | None:
+def check(infos: Infos) -> str | None:
+    """LyCORIS': a vector, or one number per channel of a convolution, and one switch."""
     weight, switch = infos["weight"].shape, infos["on_input"].shape
     if math.prod(switch) != 1:
         return f"on_input {list(switch)} is not one number"
@@ -27,11 +28,12 @@ def _check(infos: Infos) -> str | None:
     return _no_vector("weight", weight)
 
 
-def _check_peft(infos: Infos) -> str | None:
+def check_peft(infos: Infos) -> str | None:
+    """PEFT's: a row, a column, or one number per channel of a convolution."""
     vector = infos["vector"].shape
-    if len(vector) == 2 and 1 in vector and 0 not in vector:
+    if (len(vector) == 2 and 1 in vector and 0 not in vector) or _is_kernel(vector):
         return None
-    return None if _is_kernel(vector) else _no_vector("ia3_l", vector)
+    return _no_vector("ia3_l", vector)
 
 
 def _is_kernel(shape: Shape) -> bool:
@@ -43,32 +45,30 @@ def _no_vector(name: str, shape: Shape) -> str:
     return f"{name} {list(shape)} is no list of factors for rows or columns"
 
 
-def _delta(stored: Stored) -> Dense:
+def delta(stored: Stored) -> Dense:
+    """ΔW = W·w. Raises ShapeError if the base weight has another side."""
     rows = not bool(stored.tensors["on_input"].item())
     return _scaled(stored, stored.tensors["weight"].float().flatten(), rows)
 
 
-def _delta_peft(stored: Stored) -> Dense:
+def delta_peft(stored: Stored) -> Dense:
+    """ΔW = W·(l − 1). Raises ShapeError if the base weight has another side, or the side is not clear."""
     vector = stored.tensors["vector"]
-    return _scaled(stored, vector.float().flatten() - 1, _of_rows(stored, tuple(vector.shape)))
-
-
-def _of_rows(stored: Stored, vector: Shape) -> bool:
     out, inner, *_ = stored.shape
-    if len(vector) == 2:
-        return vector[1] == 1 and (vector[0] > 1 or out == 1)
+    if vector.ndim == 2:
+        rows = vector.shape[1] == 1 and (vector.shape[0] > 1 or out == 1)
     # for a convolution both kinds have the same shape; only with this setting there are any for columns
-    if out == inner and stored.config.get("feedforward_modules"):
+    elif out == inner and stored.config.get("feedforward_modules"):
         raise ShapeError(f"{out} factors do not tell whether they are for the rows or the columns of a convolution.")
-    return out == vector[1]
+    else:
+        rows = out == vector.shape[1]
+    return _scaled(stored, vector.float().flatten() - 1, rows)
 
 
 def _scaled(stored: Stored, factors: Tensor, rows: bool) -> Dense:
     from lorashrink.engine.delta import Dense
 
-    weight = stored.weight
-    assert weight is not None, "Family.needs asks for it"
-    side = stored.shape[0 if rows else 1]
+    weight, side = stored.base_weight, stored.shape[0 if rows else 1]
     if len(factors) != side:
         raise ShapeError(f"{len(factors)} factors do not fit a weight with {side} {'rows' if rows else 'columns'}.")
     if rows:
@@ -81,12 +81,11 @@ FAMILIES = (
         name="ia3",
         suffixes={"weight": r"\.weight", "on_input": r"\.on_input"},
         required=(frozenset({"weight", "on_input"}),),
-        check=_check,
+        check=check,
         shape=lambda infos: (),
         rank=lambda infos: math.prod(infos["weight"].shape),
-        width=lambda infos: math.prod(infos["weight"].shape),
-        delta=_delta,
-        scale=lambda infos, alpha, config_scale: 1.0,
+        delta=delta,
+        own_scale=unscaled,
         marks=frozenset({"on_input"}),
         needs=Needs.MULTIPLICATION,
     ),
@@ -94,12 +93,11 @@ FAMILIES = (
         name="ia3",
         suffixes={"vector": r"\.ia3_l(?:\.[^.]+)?"},
         required=(frozenset({"vector"}),),
-        check=_check_peft,
+        check=check_peft,
         shape=lambda infos: (),
         rank=lambda infos: math.prod(infos["vector"].shape),
-        width=lambda infos: math.prod(infos["vector"].shape),
-        delta=_delta_peft,
-        scale=lambda infos, alpha, config_scale: 1.0,
+        delta=delta_peft,
+        own_scale=unscaled,
         needs=Needs.MULTIPLICATION,
     ),
 )

@@ -93,7 +93,7 @@ class Layer:
 
     @property
     def bound(self) -> bool:
-        """Whether `delta` can be had: some families need the base weight for it."""
+        """Whether `delta` can be computed: some families need the base weight for it."""
         if self.family.needs is Needs.SHAPE:
             return self.base_shape is not None
         return self.family.needs is Needs.NOTHING or self.weight is not None
@@ -118,8 +118,8 @@ class Layer:
 
     def on(self, shape: Shape, weight: Callable[[], Tensor] | None) -> Layer:
         """The same layer with what the base knows: a shape that the file leaves open, and the weight if needed."""
-        open_shape = self.family.flat(self.infos) or self.family.needs is not Needs.NOTHING
-        return replace(self, base_shape=shape if open_shape else None, weight=weight)
+        incomplete = self.family.flat(self.infos) or self.family.needs is not Needs.NOTHING
+        return replace(self, base_shape=shape if incomplete else None, weight=weight)
 
 
 @dataclass(frozen=True, eq=False)

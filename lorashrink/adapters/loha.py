@@ -6,88 +6,58 @@ Sources: FedPara (https://arxiv.org/abs/2108.06098); LyCORIS (https://arxiv.org/
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lorashrink.adapters.family import Family, Infos, Shape, Stored
-from lorashrink.adapters.lora import fold
+from lorashrink.adapters.factors import Factors
+from lorashrink.adapters.family import Family, Infos, Stored
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lorashrink.engine.delta import Delta, Dense
 
+HALVES = FIRST, SECOND = Factors("w1_a", "w1_b", "t1"), Factors("w2_a", "w2_b", "t2")
 
-def _check(infos: Infos) -> str | None:
+
+def check(infos: Infos) -> str | None:
+    """Two halves of one shape and rank, both with a core or none."""
     if ("t1" in infos) != ("t2" in infos):
         return "one half has a Tucker core and the other has none"
-    for half in "12":
-        if problem := _half_problem(infos, half):
+    for half in HALVES:
+        if problem := half.problem(infos) or _empty(infos, half):
             return problem
-    if _half_shape(infos, "1") != _half_shape(infos, "2"):
-        return f"its halves make {list(_half_shape(infos, '1'))} and {list(_half_shape(infos, '2'))}"
-    if infos["w1_b"].shape[0] != infos["w2_b"].shape[0]:
-        return f"its halves have the ranks {infos['w1_b'].shape[0]} and {infos['w2_b'].shape[0]}"
+    if FIRST.shape(infos) != SECOND.shape(infos):
+        return f"its halves make {list(FIRST.shape(infos))} and {list(SECOND.shape(infos))}"
+    if rank(infos) != infos["w2_b"].shape[0]:
+        return f"its halves have the ranks {rank(infos)} and {infos['w2_b'].shape[0]}"
     return None
 
 
-def _half_problem(infos: Infos, half: str) -> str | None:
-    a, b = infos[f"w{half}_a"].shape, infos[f"w{half}_b"].shape
-    if len(a) != 2 or len(b) < 2:
-        return f"w{half}_a {list(a)} and w{half}_b {list(b)} are no matrices"
-    if f"t{half}" in infos:
-        core = infos[f"t{half}"].shape
-        if len(core) < 3 or len(b) != 2 or core[:2] != (a[0], b[0]):
-            return f"w{half}_a is {list(a)}, t{half} is {list(core)}, w{half}_b is {list(b)}; they do not chain"
-        if 0 in core:
-            return f"t{half} {list(core)} is empty"
-    elif a[1] != b[0]:
-        return f"w{half}_a is {list(a)}, w{half}_b is {list(b)}; their ranks differ"
-    return f"w{half}_a {list(a)} or w{half}_b {list(b)} is empty" if 0 in (*a, *b) else None
+def _empty(infos: Infos, half: Factors) -> str | None:
+    a, b = infos[half.a].shape, infos[half.b].shape
+    if half.core in infos and 0 in infos[half.core].shape:
+        return f"{half.core} {list(infos[half.core].shape)} is empty"
+    return f"{half.a} {list(a)} or {half.b} {list(b)} is empty" if 0 in (*a, *b) else None
 
 
-def _half_shape(infos: Infos, half: str) -> Shape:
-    a, b = infos[f"w{half}_a"].shape, infos[f"w{half}_b"].shape
-    if f"t{half}" in infos:
-        return (a[1], b[1], *infos[f"t{half}"].shape[2:])
-    return (a[0], *b[1:])
-
-
-def _shape(infos: Infos) -> Shape:
-    return _half_shape(infos, "1")
-
-
-def _rank(infos: Infos) -> int:
+def rank(infos: Infos) -> int:
+    """Rank of each half."""
     return infos["w1_b"].shape[0]
 
 
-def _width(infos: Infos) -> int:
-    out, *rest = _shape(infos)
-    return min(_rank(infos) ** 2, out, math.prod(rest))
+def delta_rank(infos: Infos) -> int:
+    """Rank of the product: r², or that of the whole matrix if it is smaller."""
+    out, *fan_in = FIRST.shape(infos)
+    return min(rank(infos) ** 2, out, math.prod(fan_in))
 
 
-def _scale(infos: Infos, alpha: float | None, config_scale: float) -> float:
-    return config_scale if alpha is None else alpha / _rank(infos)
-
-
-def _half(tensors: Mapping[str, Tensor], half: str) -> tuple[Tensor, Tensor]:
-    """up [out, r] and down [r, in·kh·kw], float32: products of half precision numbers are exact in it."""
-    a, b = tensors[f"w{half}_a"], tensors[f"w{half}_b"]
-    if f"t{half}" in tensors:
-        # with a core both factors are stored with the rank first
-        return a.mT.float(), fold(tensors[f"t{half}"], b).float()
-    return a.float(), b.flatten(1).float()
-
-
-def _delta(stored: Stored) -> Delta | Dense:
-    """Of rank r² through Khatri-Rao products: row by row of the ups, column by column of the downs."""
+def delta(stored: Stored) -> Delta | Dense:
+    """ΔW of rank r² through Khatri-Rao products: row by row of the ups, column by column of the downs."""
     import torch
 
     from lorashrink.engine.delta import Delta, Dense
 
-    (up1, down1), (up2, down2) = _half(stored.tensors, "1"), _half(stored.tensors, "2")
-    rank = down1.shape[0] * down2.shape[0]
-    if rank >= min(up1.shape[0], down1.shape[1]):
+    # float32, in which products of half precision numbers are exact
+    (up1, down1), (up2, down2) = ([factor.float() for factor in half.read(stored.tensors)] for half in HALVES)
+    if len(down1) * len(down2) >= min(up1.shape[0], down1.shape[1]):
         return Dense((up1 @ down1).mul_(up2 @ down2), stored.scale, stored.shape)
     up = torch.einsum("na,nb->nab", up1, up2).flatten(1)
     down = torch.einsum("am,bm->abm", down1, down2).flatten(0, 1)
@@ -99,12 +69,11 @@ FAMILIES = (
         name="loha",
         suffixes={role: rf"\.hada_{role}" for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
         required=(frozenset({"w1_a", "w1_b", "w2_a", "w2_b"}),),
-        check=_check,
-        shape=_shape,
-        rank=_rank,
-        width=_width,
-        delta=_delta,
-        scale=_scale,
+        check=check,
+        shape=FIRST.shape,
+        rank=rank,
+        delta=delta,
+        delta_rank=delta_rank,
         # without a core the kernel is flattened into b
         flat=lambda infos: "t1" not in infos and len(infos["w1_b"].shape) == 2,
     ),

@@ -7,18 +7,21 @@ https://arxiv.org/abs/2309.14859).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lorashrink.adapters.factors import fold
 from lorashrink.adapters.family import Family, Infos, Shape, Stored
+from lorashrink.files.store import TensorInfo
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from lorashrink.adapters.layer import Layer
     from lorashrink.engine.delta import Delta
 
 
-def _check(infos: Infos) -> str | None:
+def check(infos: Infos) -> str | None:
+    """up [out, r, 1, 1] and down [r, in, kh, kw], or [r, in, 1, 1] behind a core mid [r, r, kh, kw]; a bias [out]."""
     up, down = infos["up"].shape, infos["down"].shape
     if len(up) < 2 or len(down) < 2:
         return f"the factors {list(up)} and {list(down)} are no matrices"
@@ -32,29 +35,17 @@ def _check(infos: Infos) -> str | None:
             return f"up is {list(up)}, mid is {list(mid)}, down is {list(down)}; they do not chain"
     if "bias" in infos and infos["bias"].shape != up[:1]:
         return f"up is {list(up)}, its bias is {list(infos['bias'].shape)}"
-    if 0 in (*up, *down):
-        return f"the factors {list(up)} and {list(down)} are empty"
-    return None
+    return f"the factors {list(up)} and {list(down)} are empty" if 0 in (*up, *down) else None
 
 
-def _shape(infos: Infos) -> Shape:
-    kernel = infos["mid"].shape[2:] if "mid" in infos else infos["down"].shape[2:]
+def weight_shape(infos: Infos) -> Shape:
+    """Shape of the base weight, [out, in, kh, kw]."""
+    kernel = infos["mid" if "mid" in infos else "down"].shape[2:]
     return (infos["up"].shape[0], infos["down"].shape[1], *kernel)
 
 
-def _rank(infos: Infos) -> int:
-    return infos["down"].shape[0]
-
-
-def fold(core: Tensor, down: Tensor) -> Tensor:
-    """[r, in·kh·kw] float64 of a Tucker core [r, r, kh, kw] and the factor [r, in] behind it."""
-    import torch
-
-    # double, because products of half precision numbers would be rounded once more
-    return torch.einsum("abk,bi->aik", core.double().flatten(2), down.double()).flatten(1)
-
-
-def _delta(stored: Stored) -> Delta:
+def delta(stored: Stored) -> Delta:
+    """ΔW of rank r, with a core multiplied into down."""
     from lorashrink.engine.delta import Delta
 
     tensors = stored.tensors
@@ -64,41 +55,54 @@ def _delta(stored: Stored) -> Delta:
     return Delta(up, down, stored.scale, stored.shape)
 
 
-def _written(infos: Infos, rank: int) -> Mapping[str, Shape]:
-    out, *fan_in = _shape(infos)
-    shapes = {
-        "up": (out, rank, *infos["up"].shape[2:]),
-        "down": (rank, *fan_in),
-    }
-    if "alpha" in infos:
-        shapes["alpha"] = infos["alpha"].shape
-    return shapes
+def written(infos: Infos, rank: int) -> Mapping[str, Shape]:
+    """Shapes of the tensors of another rank; a core is multiplied into down."""
+    out, *fan_in = weight_shape(infos)
+    shapes = {"up": (out, rank, *infos["up"].shape[2:]), "down": (rank, *fan_in)}
+    return shapes | ({"alpha": infos["alpha"].shape} if "alpha" in infos else {})
 
 
-def _family(up: str, down: str, **more: str) -> Family:
+def spelled(up: str, down: str, **more: str) -> Family:
+    """LoRA whose tensors' names end so."""
     return Family(
         name="lora",
         suffixes={"up": up, "down": down, **more},
         required=(frozenset({"up", "down"}),),
-        check=_check,
-        shape=_shape,
-        rank=_rank,
-        width=_rank,
-        delta=_delta,
-        written=_written,
+        check=check,
+        shape=weight_shape,
+        rank=lambda infos: infos["down"].shape[0],
+        delta=delta,
+        written=written,
     )
 
 
-KOHYA = _family(r"\.lora_up\.weight", r"\.lora_down\.weight", mid=r"\.lora_mid\.weight")  # and LyCORIS
-PEFT = _family(
+KOHYA = spelled(r"\.lora_up\.weight", r"\.lora_down\.weight", mid=r"\.lora_mid\.weight")  # and LyCORIS
+PEFT = spelled(
     r"\.lora_B(?:\.[^.]+)?\.weight", r"\.lora_A(?:\.[^.]+)?\.weight", bias=r"\.lora_B(?:\.[^.]+)?\.bias"
 )  # and diffusers; the bias is that of PEFT's `lora_bias` and of control LoRAs
 FAMILIES = (
     KOHYA,
     PEFT,
-    _family(r"\.lora\.up\.weight", r"\.lora\.down\.weight"),  # diffusers, 2023
-    _family(r"_lora\.up\.weight", r"_lora\.down\.weight"),  # diffusers attention processors, X-Labs single blocks
-    _family(r"\.(?<=_lora[12]\.)up\.weight", r"\.(?<=_lora[12]\.)down\.weight"),  # X-Labs double blocks
-    _family(r"\.lora_linear_layer\.up\.weight", r"\.lora_linear_layer\.down\.weight"),  # diffusers, text encoder
-    _family(r"\.lora_B", r"\.lora_A"),  # Mochi
+    spelled(r"\.lora\.up\.weight", r"\.lora\.down\.weight"),  # diffusers, 2023
+    spelled(r"_lora\.up\.weight", r"_lora\.down\.weight"),  # diffusers attention processors, X-Labs single blocks
+    spelled(r"\.(?<=_lora[12]\.)up\.weight", r"\.(?<=_lora[12]\.)down\.weight"),  # X-Labs double blocks
+    spelled(r"\.lora_linear_layer\.up\.weight", r"\.lora_linear_layer\.down\.weight"),  # diffusers, text encoder
+    spelled(r"\.lora_B", r"\.lora_A"),  # Mochi
 )
+
+
+def lora_form(layer: Layer) -> tuple[str, Family, Mapping[str, str], Infos]:
+    """(name, family, role -> key, role -> info with rank 1) of this layer as LoRA, in the spelling of its name.
+
+    Names with dots are diffusers', ComfyUI's and PEFT's, whose factors have no alpha; flattened ones are kohya's.
+    """
+    out, *fan_in = layer.shape
+    name = re.sub("^oft_unet_", "lora_unet_", layer.name)  # a prefix that no loader of LoRA knows
+    infos = {
+        "up": TensorInfo("F16", (out, 1, *[1] * (len(fan_in) - 1)), 0),
+        "down": TensorInfo("F16", (1, *fan_in), 0),
+    }
+    if "." in name:
+        return name, PEFT, {"up": f"{name}.lora_B.weight", "down": f"{name}.lora_A.weight"}, infos
+    keys = {"up": f"{name}.lora_up.weight", "down": f"{name}.lora_down.weight", "alpha": f"{name}.alpha"}
+    return name, KOHYA, keys, {**infos, "alpha": TensorInfo("F32", (), 4)}

@@ -1,4 +1,4 @@
-"""Which family of models an adapter was made for, as far as the names and widths of its layers tell."""
+"""Which family of models an adapter was made for, by the names and widths of its layers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    """A layer with such a name and, if they are given, so many outputs and inputs.
+    """A layer whose name fits the pattern, and which has so many outputs and inputs (None: any number).
 
-    `at_least` asks for a number in the name, where a pattern has a group for it: of a block that smaller models lack.
+    `at_least` is the least number of the block, where the pattern has a group for it: smaller models lack such blocks.
     """
 
     name: re.Pattern[str]
@@ -24,8 +24,8 @@ class _Mark:
     at_least: int = 0
 
     def fits(self, module: str, shape: Shape) -> bool:
-        found = self.name.match(module)
-        if not found or (self.at_least and int(found[1]) < self.at_least):
+        match = self.name.match(module)
+        if not match or (self.at_least and int(match[1]) < self.at_least):
             return False
         return self.outputs in (None, *shape[:1]) and self.inputs in (None, *shape[1:2])
 
@@ -45,7 +45,7 @@ _BLOCK = r"transformer_blocks_\d+"
 _DOUBLE, _SINGLE = r"double_blocks_(\d+)", r"single_(?:transformer_)?blocks_(\d+)"
 
 # The first row that has a layer for each of its marks decides.
-_LOOKS: tuple[tuple[str, tuple[_Mark, ...]], ...] = (
+_MARKS: tuple[tuple[str, tuple[_Mark, ...]], ...] = (
     # UNets: by the width of what the text encoder gives, or the depth
     ("sdxl", (_mark(_CROSS, inputs=2048),)),
     ("sdxl-refiner", (_mark(_CROSS, inputs=1280), _mark(rf"{_UNET}_", outputs=1536))),
@@ -108,9 +108,10 @@ def family_of(layers: Iterable[tuple[str, Shape]]) -> str | None:
     """
     addressed = [(*address(name), shape) for name, shape in layers]
     denoiser = [(module, shape) for part, module, shape in addressed if part in ("unet", "")]
-    for family, marks in _LOOKS:
+    for family, marks in _MARKS:
         if all(any(mark.fits(module, shape) for module, shape in denoiser) for mark in marks):
             return family
     # SDXL is the usual model with two CLIP encoders, and the only one of them with a UNet
-    two = any(part == "te2" and _OF_CLIP.match(module) for part, module, _ in addressed)
-    return "sdxl" if two and not any(_BLOCK_OF_TRANSFORMER.match(module) for module, _ in denoiser) else None
+    second_clip = any(part == "te2" and _OF_CLIP.match(module) for part, module, _ in addressed)
+    transformer = any(_BLOCK_OF_TRANSFORMER.match(module) for module, _ in denoiser)
+    return "sdxl" if second_clip and not transformer else None

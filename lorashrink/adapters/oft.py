@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorashrink.adapters.family import Family, Infos, Needs, Shape, Stored
+from lorashrink.adapters.family import Family, Infos, Needs, Shape, Stored, unscaled
 from lorashrink.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -39,10 +39,12 @@ _COFT_EPS = 6e-5
 
 
 def _parts(roles: Mapping[str, object]) -> list[str]:
+    """The roles of the rotations of a layer: one, or one for each part of a fused weight."""
     return sorted(role for role in roles if role.startswith("blocks"))
 
 
-def _check_rows(infos: Infos) -> str | None:
+def check_rows(infos: Infos) -> str | None:
+    """Square blocks, whose butterfly stages pair all rows, and a number for each row."""
     parts = _parts(infos)
     if parts != ["blocks"] and parts != [f"blocks{number}" for number in range(len(parts))]:
         return f"it has {', '.join(parts)}, and others are missing"
@@ -50,7 +52,7 @@ def _check_rows(infos: Infos) -> str | None:
         if problem := _blocks_problem(infos[part].shape):
             return problem
     if "rescale" in infos:
-        rescale, out = infos["rescale"].shape, _shape(infos)[0]
+        rescale, out = infos["rescale"].shape, turned_rows(infos)
         if rescale[:1] != (out,) or math.prod(rescale) != out:
             return f"rescale is {list(rescale)} for {out} rows"
     return None
@@ -69,16 +71,9 @@ def _blocks_problem(blocks: Shape) -> str | None:
     return None
 
 
-def _shape(infos: Infos) -> Shape:
-    return (sum(infos[part].shape[-3] * infos[part].shape[-1] for part in _parts(infos)),)
-
-
-def _block_size(infos: Infos) -> int:
-    return infos[_parts(infos)[0]].shape[-1]
-
-
-def _bound(infos: Infos, alpha: float | None, config_scale: float) -> float:
-    return alpha or 0.0
+def turned_rows(infos: Infos) -> int:
+    """How many rows all rotations together turn: the outputs of the base weight."""
+    return sum(infos[part].shape[-3] * infos[part].shape[-1] for part in _parts(infos))
 
 
 def _skew(blocks: Tensor, bound: float) -> Tensor:
@@ -121,19 +116,20 @@ def _butterfly(skew: Tensor, rows: Tensor) -> Tensor:
     return change
 
 
-def _delta_rows(stored: Stored) -> Dense:
+def delta_rows(stored: Stored) -> Dense:
+    """What the rotations change in W. Raises ShapeError if the base weight has other rows."""
     import torch
 
     from lorashrink.engine.delta import Dense
 
-    weight = _weight(stored)
-    blocks = [stored.tensors[part] for part in _parts(stored.tensors)]
-    sizes = [each.shape[-3] * each.shape[-1] for each in blocks]
+    weight = stored.base_weight
+    rotations = [stored.tensors[part] for part in _parts(stored.tensors)]
+    sizes = [blocks.shape[-3] * blocks.shape[-1] for blocks in rotations]
     if sum(sizes) != weight.shape[0]:
         raise ShapeError(f"Rotations of {sum(sizes)} rows do not fit a weight of {weight.shape[0]} rows.")
     changes = []
-    for each, rows in zip(blocks, torch.split(weight, sizes), strict=True):
-        skew = _skew(each, stored.scale * len(rows))
+    for blocks, rows in zip(rotations, torch.split(weight, sizes), strict=True):
+        skew = _skew(blocks, stored.scale * len(rows))
         changes.append(_diagonal(skew, rows) if skew.ndim == 3 else _butterfly(skew, rows))
     change = torch.cat(changes)
     if "rescale" in stored.tensors:
@@ -142,15 +138,11 @@ def _delta_rows(stored: Stored) -> Dense:
     return Dense(change, 1.0, stored.shape)
 
 
-def _weight(stored: Stored) -> Tensor:
-    assert stored.weight is not None, "Family.needs asks for it"
-    return stored.weight
-
-
 # --- rotations of columns -----------------------------------------------------------------------
 
 
-def _check_columns(infos: Infos) -> str | None:
+def check_columns(infos: Infos) -> str | None:
+    """A list of triangles, each of them the upper half of a square."""
     triangles = infos["triangles"].shape
     if len(triangles) != 2 or 0 in triangles:
         return f"oft_R {list(triangles)} is no list of triangles"
@@ -161,16 +153,17 @@ def _check_columns(infos: Infos) -> str | None:
 
 
 def _side(numbers: int) -> int:
-    """Of the square that has so many numbers above its diagonal."""
+    """The side of a square that has so many numbers above its diagonal."""
     return (1 + math.isqrt(1 + 8 * numbers)) // 2
 
 
-def _delta_columns(stored: Stored) -> Dense:
+def delta_columns(stored: Stored) -> Dense:
+    """What the rotations change in W. Raises ShapeError if the base weight has other columns."""
     import torch
 
     from lorashrink.engine.delta import Dense
 
-    weight, triangles = _weight(stored), stored.tensors["triangles"].double()
+    weight, triangles = stored.base_weight, stored.tensors["triangles"].double()
     count, size = len(triangles), _side(triangles.shape[1])
     if weight.shape[1] % size or count not in (1, weight.shape[1] // size):
         raise ShapeError(f"{count} rotations of {size} columns each do not fit a weight of {weight.shape[1]} columns.")
@@ -216,36 +209,36 @@ def _series_or_exact(skew: Tensor, config: Mapping[str, Any]) -> Tensor:
     return total + power @ skew
 
 
-def _of_rows(**suffixes: str) -> Family:
-    blocks = frozenset(_parts(suffixes))
+def _turning_rows(**suffixes: str) -> Family:
+    parts = _parts(suffixes)
     return Family(
         name="oft",
         suffixes=suffixes,
-        required=(frozenset({min(blocks)}),),
-        check=_check_rows,
-        shape=_shape,
-        rank=_block_size,
-        width=lambda infos: _shape(infos)[0],
-        delta=_delta_rows,
-        scale=_bound,
-        marks=blocks,
+        required=(frozenset({parts[0]}),),
+        check=check_rows,
+        shape=lambda infos: (turned_rows(infos),),
+        rank=lambda infos: infos[_parts(infos)[0]].shape[-1],  # side of a block
+        delta=delta_rows,
+        delta_rank=turned_rows,
+        own_scale=lambda infos, alpha, config_scale: alpha or 0.0,  # the bound of the rotations
+        marks=frozenset(parts),
         needs=Needs.MULTIPLICATION,
     )
 
 
 FAMILIES = (
-    _of_rows(blocks=r"\.oft_blocks", rescale=r"\.rescale"),
-    _of_rows(**{f"blocks{part}": rf"\.oft_blocks\.{part}" for part in range(4)}),
+    _turning_rows(blocks=r"\.oft_blocks", rescale=r"\.rescale"),
+    _turning_rows(**{f"blocks{part}": rf"\.oft_blocks\.{part}" for part in range(4)}),
     Family(
         name="oft",
         suffixes={"triangles": r"\.oft_R(?:\.[^.]+)?\.weight", "scaled": r"\.oft_R\.scaled_oft"},
         required=(frozenset({"triangles"}),),
-        check=_check_columns,
+        check=check_columns,
         shape=lambda infos: (),
         rank=lambda infos: _side(infos["triangles"].shape[1]),
-        width=lambda infos: infos["triangles"].shape[0] * _side(infos["triangles"].shape[1]),
-        delta=_delta_columns,
-        scale=lambda infos, alpha, config_scale: 1.0,
+        delta=delta_columns,
+        delta_rank=lambda infos: infos["triangles"].shape[0] * _side(infos["triangles"].shape[1]),
+        own_scale=unscaled,
         marks=frozenset({"triangles"}),
         needs=Needs.MULTIPLICATION,
     ),

@@ -75,16 +75,16 @@ def scale(settings: Settings, layer: str, rank: int) -> float:
     Raises ValueError, TypeError, ZeroDivisionError or re.error if the settings are broken.
     """
     component, module = _module(settings, layer)
-    found = settings.get(component, {})
-    alpha = _pattern_value(found.get("alpha_pattern"), module, found.get("lora_alpha", found.get("alpha")))
+    config = settings.get(component, {})
+    alpha = _pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha")))
     if alpha is None:
         return 1.0
     divisor: float = rank
-    if found.get("peft_type") in ("LOHA", "LOKR"):
-        divisor = float(_pattern_value(found.get("rank_pattern"), module, found.get("r", rank)))
-    elif found.get("peft_type") == "ADALORA":
-        divisor = float(found.get("init_r", rank)) + 1e-5  # as its forward pass does; the trained count is not saved
-    return float(alpha) / (divisor**0.5 if found.get("use_rslora") else divisor)
+    if config.get("peft_type") in ("LOHA", "LOKR"):
+        divisor = float(_pattern_value(config.get("rank_pattern"), module, config.get("r", rank)))
+    elif config.get("peft_type") == "ADALORA":
+        divisor = float(config.get("init_r", rank)) + 1e-5  # as its forward pass does; the trained count is not saved
+    return float(alpha) / (divisor**0.5 if config.get("use_rslora") else divisor)
 
 
 # What the configuration of any kind of adapter has in common with LoRA's.
@@ -108,34 +108,39 @@ _COMMON = (
 def as_lora(settings: Settings) -> Settings:
     """The settings of an adapter of another kind whose layers are all written as LoRA."""
     return {
-        component: each
-        if each.get("peft_type", "LORA") == "LORA"
-        else {"peft_type": "LORA", "bias": "none", **{key: each[key] for key in _COMMON if key in each}}
-        for component, each in settings.items()
+        component: config
+        if config.get("peft_type", "LORA") == "LORA"
+        else {"peft_type": "LORA", "bias": "none", **_in_common(config)}
+        for component, config in settings.items()
     }
 
 
-def settings_for(scales: Mapping[str, tuple[int, float]], known: Mapping[str, Any]) -> Settings:
-    """The settings of a folder of LoRA layers: module -> (rank, scale), with what is known of the model."""
+def _in_common(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: config[key] for key in _COMMON if key in config}
+
+
+def settings_for(scales: Mapping[str, tuple[int, float]], model: Mapping[str, Any]) -> Settings:
+    """The settings of a folder of LoRA layers: module -> (rank, scale), and settings that name the model."""
     ranks = {module: rank for module, (rank, _) in scales.items()}
     alphas = {module: rank * scale for module, (rank, scale) in scales.items()}
-    rank, alpha = (_most_frequent(values.values()) for values in (ranks, alphas))
+    rank: Any
+    alpha: Any
+    rank, alpha = (
+        max(dict.fromkeys(values), key=list(values).count, default=1)  # the most frequent one
+        for values in (ranks.values(), alphas.values())
+    )
     return {
         "": {
-            **{key: known[key] for key in _COMMON if key in known},
+            **_in_common(model),
             "peft_type": "LORA",
             "bias": "none",
             "r": rank,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
             "target_modules": sorted(scales),
-            "rank_pattern": {_pattern(module): each for module, each in sorted(ranks.items()) if each != rank},
-            "alpha_pattern": {_pattern(module): each for module, each in sorted(alphas.items()) if each != alpha},
+            "rank_pattern": _patterns(ranks, rank),
+            "alpha_pattern": _patterns(alphas, alpha),
         }
     }
-
-
-def _most_frequent(values: Collection[float]) -> Any:
-    return max(dict.fromkeys(values), key=list(values).count, default=1)
 
 
 def with_ranks(settings: Settings, ranks: Mapping[str, int], others: Collection[str]) -> Settings:
@@ -146,25 +151,31 @@ def with_ranks(settings: Settings, ranks: Mapping[str, int], others: Collection[
     """
     new = {component: dict(config) for component, config in settings.items()}
     for component, config in new.items():
-        stored = {module: rank for at, module, rank in _located(settings, ranks) if at == component}
+        modules = ((*_module(settings, layer), rank) for layer, rank in ranks.items())
+        stored = {module: rank for owner, module, rank in modules if owner == component}
         if not stored:
             continue
+        alphas: dict[str, float] = dict(stored)
         if others and "r" in config:
-            rank, rooted = config["r"], bool(config.get("use_rslora"))
-            alphas = {module: each**0.5 if rooted else each for module, each in stored.items()}
-            default = config.get("lora_alpha")
+            rank, alpha = config["r"], config.get("lora_alpha")
+            if config.get("use_rslora"):
+                alphas = {module: rank**0.5 for module, rank in stored.items()}
         else:
-            rank = default = max(stored.values())
-            alphas = dict(stored)
+            rank = alpha = max(stored.values())
             config |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
-        config["rank_pattern"] = {_pattern(module): each for module, each in sorted(stored.items()) if each != rank}
-        config["alpha_pattern"] = {_pattern(module): each for module, each in sorted(alphas.items()) if each != default}
+        config["rank_pattern"] = _patterns(stored, rank)
+        config["alpha_pattern"] = _patterns(alphas, alpha)
     return new
+
+
+def _patterns(values: Mapping[str, float], default: float | None) -> dict[str, float]:
+    """PEFT's table of the modules that do not have the default."""
+    return {_pattern(module): value for module, value in sorted(values.items()) if value != default}
 
 
 def to_metadata(settings: Settings) -> str:
     """The text of the header's entry."""
-    entries = {f"{component}.{name}": value for component, each in settings.items() for name, value in each.items()}
+    entries = {f"{component}.{name}": value for component, config in settings.items() for name, value in config.items()}
     return json.dumps(entries, sort_keys=True)
 
 
@@ -181,16 +192,12 @@ def _module(settings: Settings, layer: str) -> tuple[str, str]:
     return component, module
 
 
-def _located(settings: Settings, ranks: Mapping[str, int]) -> list[tuple[str, str, int]]:
-    return [(*_module(settings, layer), rank) for layer, rank in ranks.items()]
-
-
 def _pattern_value(patterns: object, module: str, default: Any) -> Any:
     """The value of the first pattern that fits the module's name, as PEFT looks it up."""
     if isinstance(patterns, Mapping):
         for pattern, value in patterns.items():
             tail = pattern.rpartition(".")[2]
-            # almost all patterns end in a plain word, which tells at once; thousands of expressions are slow
+            # almost all patterns end in a plain word, which decides at once; thousands of expressions are slow
             if (not tail.isidentifier() or module.endswith(tail)) and _compiled(pattern).match(module):
                 return value
     return default

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lorashrink.adapters.family import Family, Infos, Needs, Shape, Stored
+from lorashrink.adapters.family import Family, Infos, Needs, Stored, unscaled
 from lorashrink.errors import ShapeError
 
 if TYPE_CHECKING:
     from lorashrink.engine.delta import Delta
 
 
-def _check(infos: Infos) -> str | None:
+def check(infos: Infos) -> str | None:
+    """Matrices and vectors of one rank, and B with enough rows."""
     a, b = infos["A"].shape, infos["B"].shape
     d, rows = infos["lambda_d"].shape, infos["lambda_b"].shape
     if len(a) != 2 or len(b) != 2 or len(d) != 1 or len(rows) != 1:
@@ -28,15 +29,8 @@ def _check(infos: Infos) -> str | None:
     return f"A {list(a)} or lambda_b {list(rows)} is empty" if 0 in (*a, *rows) else None
 
 
-def _shape(infos: Infos) -> Shape:
-    return (infos["lambda_b"].shape[0],)
-
-
-def _rank(infos: Infos) -> int:
-    return infos["lambda_d"].shape[0]
-
-
-def _delta(stored: Stored) -> Delta:
+def delta(stored: Stored) -> Delta:
+    """ΔW of rank r. Raises ShapeError if the base weight is wider than A, or has other rows than b."""
     from lorashrink.engine.delta import Delta
 
     tensors, columns = stored.tensors, math.prod(stored.shape[1:])
@@ -56,12 +50,11 @@ FAMILIES = (
         name="vera",
         suffixes={"lambda_d": r"\.vera_lambda_d(?:\.[^.]+)?", "lambda_b": r"\.vera_lambda_b(?:\.[^.]+)?"},
         required=(frozenset({"lambda_d", "lambda_b", "A", "B"}),),
-        check=_check,
-        shape=_shape,
-        rank=_rank,
-        width=_rank,
-        delta=_delta,
-        scale=lambda infos, alpha, config_scale: 1.0,
+        check=check,
+        shape=lambda infos: infos["lambda_b"].shape,
+        rank=lambda infos: infos["lambda_d"].shape[0],
+        delta=delta,
+        own_scale=unscaled,
         needs=Needs.SHAPE,
         common={"A": r"(?:.*\.)?vera_A(?:\..+)?", "B": r"(?:.*\.)?vera_B(?:\..+)?"},
     ),

@@ -1,7 +1,8 @@
 """Bases: which weight of a checkpoint an adapter layer changes.
 
-`FAMILIES` is the registry. A base is a single file, a sharded checkpoint, a diffusers or transformers folder, or a
-norm table; of all of them only headers are read until a weight is asked for.
+Read `family.py` first (the row), `stable_diffusion.py` and its like (the families), `families.py` (the registry);
+`rules.py`, `views.py` and `weights.py` (every name of every weight); `containers.py`, `quantised.py` and `gguf_file.py`
+(what lies on the disk); `norms.py` and `norm_table.py` (norms that are kept).
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorashrink.bases import tables
+from lorashrink.bases import norm_table
 from lorashrink.bases.containers import open_store
-from lorashrink.bases.families import FAMILIES, recognise
+from lorashrink.bases.families import FAMILIES, family_named, recognise
 from lorashrink.bases.family import BaseFamily
 from lorashrink.bases.views import BaseInfo, View, Views, views_id, views_shape
 from lorashrink.bases.weights import Weights, name_weights, relevant
@@ -32,6 +33,7 @@ __all__ = [
     "BaseFamily",
     "View",
     "Views",
+    "family_named",
     "open_base",
     "recognise",
     "table_bytes",
@@ -69,14 +71,14 @@ class Base:
     def find(self, layer_name: str) -> Views:
         """The weight that an adapter layer of this name changes; () if the base has none such.
 
-        A name that does not tell its part is taken if it is one weight's name in all parts together.
+        A name without a part is enough if only one weight in all parts together has it.
         """
         part, module = address(layer_name)
         if part:
-            meant = (part, self.family.instead.get(part, part))
-            return next((views for each in meant if (views := self.weights.get((each, module)))), ())
-        found = {views for each in self._parts if (views := self.weights.get((each, module)))}
-        return found.pop() if len(found) == 1 else ()
+            parts = (part, self.family.instead.get(part, part))
+            return next((views for part in parts if (views := self.weights.get((part, module)))), ())
+        candidates = {views for part in self._parts if (views := self.weights.get((part, module)))}
+        return candidates.pop() if len(candidates) == 1 else ()
 
     def weight(self, views: Views) -> Tensor:
         """The weight itself, float32 [out, in·kh·kw]. Raises NotABase for a norm table."""
@@ -117,13 +119,13 @@ class Base:
 
 
 def open_base(path: str | Path) -> Base:
-    """Open a checkpoint, a folder of a model, or a norm table; reads headers only.
+    """Open a checkpoint, a folder of a model, or a norm table. Reads headers only.
 
     Raises InputError (unreadable) and NotABase (no weights in it, or an adapter).
     """
     path = Path(path)
     if path.suffix == ".json" and ".index." not in path.name:
-        table = tables.read(path)
+        table = norm_table.read(path)
         return Base(path, "norms", table.family, table.shapes, table.fingerprint, norms=table.norms)
     store, kind = open_store(path)
     try:
@@ -140,8 +142,8 @@ def open_base(path: str | Path) -> Base:
         raise
 
 
-def table_bytes(base: Base, norms: tables.Norms) -> bytes:
+def table_bytes(base: Base, norms: norm_table.Norms) -> bytes:
     """A norm table of the base; `norms` maps each `views_id` to {"fro": ‖W‖_F, "spn": ‖W‖₂}."""
     used = {view.key for views in base.all_views for view in views}
     shapes = {key: shape for key, shape in base.shapes.items() if key in used}
-    return tables.to_bytes(base.family, base.path.name, base.fingerprint, shapes, norms)
+    return norm_table.to_bytes(base.family, base.path.name, base.fingerprint, shapes, norms)

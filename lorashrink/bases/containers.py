@@ -25,7 +25,14 @@ def is_model_folder(path: Path) -> bool:
 
 def open_store(path: Path) -> tuple[TensorStore, str]:
     """The weights of a base, and what it is: "file", "shards" or "folder". Raises InputError or NotABase."""
-    store, kind = _open(path)
+    if path.is_dir():
+        store, kind = _open_folder(path), "folder"
+    elif not path.is_file():
+        raise InputError(f"{path}: no such file or folder.")
+    elif is_gguf(path):
+        store, kind = open_gguf(path), "file"
+    else:
+        store, kind = open_tensors(path), "shards" if path.suffix == ".json" else "file"
     try:
         return unpacked(store), kind
     except BaseException:
@@ -33,22 +40,12 @@ def open_store(path: Path) -> tuple[TensorStore, str]:
         raise
 
 
-def _open(path: Path) -> tuple[TensorStore, str]:
-    if path.is_dir():
-        return _open_folder(path), "folder"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file or folder.")
-    if is_gguf(path):
-        return open_gguf(path), "file"
-    return open_tensors(path), "shards" if path.suffix == ".json" else "file"
-
-
 def _open_folder(path: Path) -> TensorStore:
-    parts = {f"{name}.": found for name in PART_FOLDERS if (found := _weights(path / name))}
+    parts = {f"{name}.": weights for name in PART_FOLDERS if (weights := _weights(path / name))}
     if parts:
-        return join_stores(path, {prefix: open_tensors(found) for prefix, found in parts.items()})
-    if found := _weights(path):
-        return open_tensors(found)
+        return join_stores(path, {prefix: open_tensors(weights) for prefix, weights in parts.items()})
+    if weights := _weights(path):
+        return open_tensors(weights)
     raise NotABase(
         f"{path}: no unet/, transformer/ or text_encoder/ with safetensors weights in this folder, and no weights "
         "either. Give the folder of the model, or one file."

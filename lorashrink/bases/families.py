@@ -14,11 +14,7 @@ _ADAPTER = re.compile(
 )
 
 
-def _looks_like_adapter(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    return any(_ADAPTER.search(key) for key in shapes)
-
-
-# Parts lie as they do elsewhere, and every weight is found under the name that it has.
+# Parts lie as they do elsewhere, and every weight has the name that the file gives it.
 UNKNOWN = BaseFamily(
     "unknown",
     "an unknown family",
@@ -44,5 +40,10 @@ FAMILIES: tuple[BaseFamily, ...] = (
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> BaseFamily | None:
     """The family of a checkpoint, from its tensor names and shapes; None if it is none, or an adapter."""
     header = Header(shapes)
-    found = next((family for family in FAMILIES if family.recognise(header)), None)
-    return None if found is UNKNOWN and _looks_like_adapter(shapes) else found
+    family = next((family for family in FAMILIES if family.recognise(header)), None)
+    return None if family is UNKNOWN and any(_ADAPTER.search(key) for key in shapes) else family
+
+
+def family_named(name: str) -> BaseFamily | None:
+    """The family of this name, None if there is none."""
+    return next((family for family in FAMILIES if family.name == name), None)

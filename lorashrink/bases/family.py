@@ -33,12 +33,12 @@ class Header:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             self._shapes.setdefault(name, shape)
-            for place, letter in enumerate(name):
+            for index, letter in enumerate(name):
                 if letter == ".":
-                    self._shapes.setdefault(name[place + 1 :], shape)
+                    self._shapes.setdefault(name[index + 1 :], shape)
 
     def has(self, *endings: str) -> bool:
-        """Whether there is a tensor for each of the endings."""
+        """Whether every ending is that of a tensor."""
         return all(ending in self._shapes for ending in endings)
 
     def has_weights(self) -> bool:
@@ -80,38 +80,40 @@ class BaseFamily:
     @cached_property
     def by_length(self) -> tuple[tuple[str, str], ...]:
         """The containers, the longest prefix first."""
-        return tuple(sorted(self.containers.items(), key=lambda each: -len(each[0])))
+        return tuple(sorted(self.containers.items(), key=lambda item: -len(item[0])))
+
+    def prefixes(self, part: str) -> list[str]:
+        """What stands before the names of a part, in all containers."""
+        return [prefix for prefix, contents in self.containers.items() if contents == part]
 
     def folder(self, part: str) -> str:
         """What diffusers calls a part: "unet", "transformer", "text_encoder_2", ...; "" if it has no name for it."""
         if part == "unet":
             return self.denoiser
-        named = (prefix for prefix, other in self.containers.items() if other == part)
-        return next(
-            (prefix[:-1] for prefix in named if prefix.startswith("text_encoder") and prefix.count(".") == 1), ""
-        )
+        names = (prefix[:-1] for prefix in self.prefixes(part) if prefix.count(".") == 1)
+        return next((name for name in names if name.startswith("text_encoder")), "")
 
     def in_one_file(self, part: str) -> str:
         """What ComfyUI puts before a part's names: "diffusion_model.", "text_encoders.t5xxl.transformer.", or ""."""
         if part == "unet":
             return "diffusion_model."
-        named = (prefix for prefix, other in self.containers.items() if other == part)
-        return next((prefix for prefix in named if prefix.endswith(".transformer.") and prefix.count(".") == 3), "")
+        names = (prefix for prefix in self.prefixes(part) if prefix.count(".") == 3)
+        return next((name for name in names if name.endswith(".transformer.")), "")
 
 
 def marks(*alternatives: tuple[str, ...]) -> Callable[[Header], bool]:
-    """Recognises a base by tensors that it has: all of one of the alternatives."""
+    """Recognise a base by its tensors: it has all of one of the alternatives."""
     return lambda header: any(header.has(*endings) for endings in alternatives)
 
 
 def containers(**encoders: tuple[str, ...]) -> dict[str, str]:
     """Where the denoiser lies, and each text encoder: in which folder, and under which names in all-in-one files."""
-    found = dict(DENOISER)
+    prefixes = dict(DENOISER)
     for part, (folder, *names) in encoders.items():
-        found[f"{folder}."] = part
-        found |= {f"text_encoders.{name}.{level}": part for name in names for level in ("", "transformer.")}
-    return found
+        prefixes[f"{folder}."] = part
+        prefixes |= {f"text_encoders.{name}.{level}": part for name in names for level in ("", "transformer.")}
+    return prefixes
 
 
-# Of a family with one text encoder that is not CLIP: adapters number it in several ways.
+# For families with one text encoder that is not CLIP: adapters number it in several ways.
 ONE_ENCODER = {"te2": "te1", "te3": "te1"}

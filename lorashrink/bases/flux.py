@@ -6,7 +6,7 @@ Rows of `linear1` are q, k, v and the first layer of the MLP, which diffusers sp
 from __future__ import annotations
 
 from lorashrink.bases.family import ONE_ENCODER, BaseFamily, containers, marks
-from lorashrink.bases.rules import Rules, asked, below, parts, rule, swapped
+from lorashrink.bases.rules import Rules, adapter_only, below, embedder, parts, rule, swapped
 
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -21,10 +21,10 @@ _OUTER = (rule("img_in", "x_embedder"), rule("txt_in", "context_embedder"), *_FI
 _DOUBLE = below(
     "double_blocks.{}",
     "transformer_blocks.{}",
-    ("img_attn.qkv", QKV, asked("qkv_lora1")),
-    ("txt_attn.qkv", ADDED, asked("qkv_lora2")),
-    ("img_attn.proj", "attn.to_out.0", asked("proj_lora1")),
-    ("txt_attn.proj", "attn.to_add_out", asked("proj_lora2")),
+    ("img_attn.qkv", QKV, adapter_only("qkv_lora1")),
+    ("txt_attn.qkv", ADDED, adapter_only("qkv_lora2")),
+    ("img_attn.proj", "attn.to_out.0", adapter_only("proj_lora1")),
+    ("txt_attn.proj", "attn.to_add_out", adapter_only("proj_lora2")),
 )
 _FLUX1 = (
     *_OUTER,
@@ -42,19 +42,13 @@ _FLUX1 = (
     *below(
         "single_blocks.{}",
         "single_transformer_blocks.{}",
-        ("linear1", SINGLE, asked("qkv_lora", "", shares=(3, 0))),
-        ("linear2", "proj_out", asked("proj_lora")),
+        ("linear1", SINGLE, adapter_only("qkv_lora", "", shares=(3, 0))),
+        ("linear2", "proj_out", adapter_only("proj_lora")),
         ("modulation.lin", "norm.linear"),
     ),
-    *(
-        rule(f"{native}.{side}_layer", f"time_text_embed.{diffusers}.linear_{number}")
-        for native, diffusers in (
-            ("time_in", "timestep_embedder"),
-            ("guidance_in", "guidance_embedder"),
-            ("vector_in", "text_embedder"),
-        )
-        for number, side in ((1, "in"), (2, "out"))
-    ),
+    *embedder("time_in", "time_text_embed.timestep_embedder"),
+    *embedder("guidance_in", "time_text_embed.guidance_embedder"),
+    *embedder("vector_in", "time_text_embed.text_embedder"),
 )
 _CHROMA = (
     *_FLUX1,
@@ -86,11 +80,8 @@ _FLUX2 = (
         rule(f"{name}.lin", f"{name}.linear")
         for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
     ),
-    *(
-        rule(f"{native}.{side}_layer", f"time_guidance_embed.{diffusers}.linear_{number}")
-        for native, diffusers in (("time_in", "timestep_embedder"), ("guidance_in", "guidance_embedder"))
-        for number, side in ((1, "in"), (2, "out"))
-    ),
+    *embedder("time_in", "time_guidance_embed.timestep_embedder"),
+    *embedder("guidance_in", "time_guidance_embed.guidance_embedder"),
 )
 
 FAMILIES = (

@@ -1,4 +1,4 @@
-"""Bases in GGUF files, through the optional package gguf: its reader maps the file, one tensor is unpacked at a time.
+"""Bases in GGUF files, through the optional package gguf: its reader maps the file, tensors are unpacked one by one.
 
 Models for pictures keep their native names there. Language models have names of their own, which are turned into those
 of transformers here; in some of them the rows of q and k are stored in another order, which is undone.
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorashrink.bases.quantised import DecodedStore
 from lorashrink.errors import DamagedFile, InputError
 from lorashrink.files.store import TensorInfo, TensorStore, tensor_info
 
@@ -87,17 +88,17 @@ def open_gguf(path: Path) -> TensorStore:
         raise DamagedFile(f"{path}: no GGUF file, or cut short ({error}). Download or copy it again.") from error
 
 
-class GGUFStore(TensorStore):
+class GGUFStore(DecodedStore):
     """The tensors of a GGUF file under the names that adapters know, unpacked to float32 when they are read."""
 
     def __init__(self, path: Path, reader: Any, header: bytes) -> None:
         super().__init__(path, {}, {}, [path], [header])
         self._reader: Any = reader
         self._architecture = str(self._fact("general.architecture") or "")
-        self._tensors: dict[str, Any] = {self._name(str(each.name)): each for each in reader.tensors}
+        self._tensors: dict[str, Any] = {self._name(str(tensor.name)): tensor for tensor in reader.tensors}
         if len(self._tensors) != len(reader.tensors):
             raise ValueError("several tensors have one name")
-        self.tensors = {name: self._info(each) for name, each in self._tensors.items()}
+        self.tensors = {name: self._info(tensor) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """The tensor `name`, or its rows `[start, stop)` alone. Raises InputError if its type cannot be unpacked."""
@@ -105,18 +106,16 @@ class GGUFStore(TensorStore):
         import torch
         from gguf.quants import dequantize
 
-        found, shape = self._tensors[name], self.tensors[name].shape
-        heads = self._heads(str(found.name))
+        packed, shape = self._tensors[name], self.tensors[name].shape
+        heads, kind = self._heads(str(packed.name)), packed.tensor_type
         # only whole rows of the file can be chosen before they are unpacked
-        early = rows is not None and not heads and shape == _stored_shape(found)
-        data = found.data[rows[0] : rows[1]] if early and rows else found.data
+        early = rows is not None and not heads and shape == _stored_shape(packed)
+        data = packed.data[rows[0] : rows[1]] if early and rows else packed.data
         try:
-            numbers = (
-                data if found.tensor_type.name in (*_WHOLE_NUMBERS, "F64") else dequantize(data, found.tensor_type)
-            )
+            numbers = data if kind.name in (*_WHOLE_NUMBERS, "F64") else dequantize(data, kind)
         except NotImplementedError as error:
             raise InputError(
-                f"{self.path}: {found.name} is packed as {found.tensor_type.name}, which cannot be unpacked. "
+                f"{self.path}: {packed.name} is packed as {kind.name}, which cannot be unpacked. "
                 "Give a file of another type, or the model in bf16."
             ) from error
         # what is not packed is still a part of the mapped file
@@ -130,11 +129,6 @@ class GGUFStore(TensorStore):
         self._tensors, self._reader = {}, None
         super().close()
 
-    def _bytes(self, name: str, start: int, nbytes: int) -> Tensor:
-        import torch
-
-        return self.read(name).contiguous().reshape(-1).view(torch.uint8)[start : start + nbytes].clone()
-
     def _info(self, tensor: Any) -> TensorInfo:
         original = self._fact(_ORIGINAL_SHAPE + str(tensor.name))
         shape = tuple(map(int, original)) if original else _stored_shape(tensor)
@@ -146,26 +140,26 @@ class GGUFStore(TensorStore):
 
     def _name(self, name: str) -> str:
         blocks, inner, outer = _NAMES.get(self._architecture, _NAMES[""])
-        if found := _BLOCK.match(name):
-            number, layer, kind = found.groups()
+        if match := _BLOCK.match(name):
+            number, layer, kind = match.groups()
             return f"{blocks}.{number}.{inner[layer]}.{kind}" if layer in inner else name
         module, _, kind = name.rpartition(".")
         return f"{outer[module]}.{kind}" if module in outer else name
 
     def _heads(self, name: str) -> int:
         """How many heads have their rows in pairs; 0 for any other tensor."""
-        found = _BLOCK.match(name)
-        if self._architecture not in _PAIRED or not found or found[2] not in _HEAD_COUNTS:
+        match = _BLOCK.match(name)
+        if self._architecture not in _PAIRED or not match or match[2] not in _HEAD_COUNTS:
             return 0
-        for fact in _HEAD_COUNTS[found[2]]:
+        for fact in _HEAD_COUNTS[match[2]]:
             count = self._fact(f"{self._architecture}.attention.{fact}")
             if count:
-                return int(count[int(found[1])] if isinstance(count, list) else count)
+                return int(count[int(match[1])] if isinstance(count, list) else count)
         return 0
 
     def _fact(self, name: str) -> Any:
-        found = self._reader.get_field(name)
-        return None if found is None else found.contents()
+        field = self._reader.get_field(name)
+        return None if field is None else field.contents()
 
 
 def _stored_shape(tensor: Any) -> tuple[int, ...]:

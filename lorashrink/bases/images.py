@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from lorashrink.bases.family import ONE_ENCODER, BaseFamily, containers, marks
 from lorashrink.bases.flux import ADDED, QKV
-from lorashrink.bases.rules import Rule, Rules, below, parts, rule, swapped
+from lorashrink.bases.rules import Rules, below, parts, rule, sequential, swapped
 
 _SPLIT = ("to_q", "to_k", "to_v")
 
 
 def _attention(name: str) -> tuple[str, ...]:
-    return tuple(f"{name}.{each}" for each in _SPLIT)
-
-
-def _mlp(native: str, diffusers: str) -> tuple[Rule, ...]:
-    """Two layers with an activation between them, as `nn.Sequential` numbers them."""
-    return tuple(rule(f"{native}.{2 * i}", f"{diffusers}.linear_{i + 1}") for i in range(2))
+    return tuple(f"{name}.{projection}" for projection in _SPLIT)
 
 
 # The last block has no use for some of the text's modulation: two rows per input and not six, in the other order.
@@ -36,8 +31,8 @@ _SD3 = (
         ("context_block.mlp.fc2", "ff_context.net.2"),
         ("context_block.adaLN_modulation.1", swapped("norm1_context.linear")),
     ),
-    *_mlp("t_embedder.mlp", "time_text_embed.timestep_embedder"),
-    *_mlp("y_embedder.mlp", "time_text_embed.text_embedder"),
+    *sequential("t_embedder.mlp", "time_text_embed.timestep_embedder"),
+    *sequential("y_embedder.mlp", "time_text_embed.text_embedder"),
     rule("x_embedder.proj", "pos_embed.proj"),
     rule("pos_embed", "pos_embed.pos_embed"),
     rule("final_layer.linear", "proj_out"),
@@ -71,7 +66,7 @@ _AURAFLOW = (
         ("mlp.c_proj", "ff.out_projection"),
         ("modCX.1", "norm1.linear"),
     ),
-    *_mlp("t_embedder.mlp", "time_step_proj"),
+    *sequential("t_embedder.mlp", "time_step_proj"),
     rule("cond_seq_linear", "context_embedder"),
     rule("init_x_linear", "pos_embed.proj"),
     rule("positional_encoding", "pos_embed.pos_embed"),
@@ -79,12 +74,13 @@ _AURAFLOW = (
     rule("modF.1", swapped("norm_out.linear")),
 )
 
+_REFINED_BLOCKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
 # Lumina 2 has fewer heads for k and v than for q.
 _LUMINA2 = (
     *(
-        each
-        for block in ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
-        for each in below(
+        row
+        for block in _REFINED_BLOCKS
+        for row in below(
             block,
             block,
             ("attention.qkv", parts(*QKV, shares=(1, 0, 0)), _attention("attention")),
@@ -94,15 +90,15 @@ _LUMINA2 = (
         )
     ),
     rule("cap_embedder.{}", "time_caption_embed.caption_embedder.{}"),
-    *_mlp("t_embedder.mlp", "time_caption_embed.timestep_embedder"),
+    *sequential("t_embedder.mlp", "time_caption_embed.timestep_embedder"),
     rule("final_layer.adaLN_modulation.1", "norm_out.linear_1"),
     rule("final_layer.linear", "norm_out.linear_2"),
 )
 _Z_IMAGE = (
     *(
-        each
-        for block in ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
-        for each in below(
+        row
+        for block in _REFINED_BLOCKS
+        for row in below(
             block, block, ("attention.qkv", _attention("attention")), ("attention.out", "attention.to_out.0")
         )
     ),
@@ -134,15 +130,15 @@ _PIXART = (
 _SANA = (
     *_PIXART,
     rule("x_embedder.proj", "patch_embed.proj"),
-    *_mlp("t_embedder.mlp", "time_embed.emb.timestep_embedder"),
+    *sequential("t_embedder.mlp", "time_embed.emb.timestep_embedder"),
     rule("t_block.1", "time_embed.linear"),
 )
 _PIXART_ONLY = (
     *_PIXART,
     rule("x_embedder.proj", "pos_embed.proj"),
-    *_mlp("t_embedder.mlp", "adaln_single.emb.timestep_embedder"),
-    *_mlp("csize_embedder.mlp", "adaln_single.emb.resolution_embedder"),
-    *_mlp("ar_embedder.mlp", "adaln_single.emb.aspect_ratio_embedder"),
+    *sequential("t_embedder.mlp", "adaln_single.emb.timestep_embedder"),
+    *sequential("csize_embedder.mlp", "adaln_single.emb.resolution_embedder"),
+    *sequential("ar_embedder.mlp", "adaln_single.emb.aspect_ratio_embedder"),
     rule("t_block.1", "adaln_single.linear"),
 )
 _HUNYUAN_DIT = (
@@ -159,10 +155,10 @@ _HUNYUAN_DIT = (
         ("default_modulation.1", "norm1.linear"),
     ),
     rule("x_embedder.proj", "pos_embed.proj"),
-    *_mlp("t_embedder.mlp", "time_extra_emb.timestep_embedder"),
-    *_mlp("extra_embedder", "time_extra_emb.extra_embedder"),
+    *sequential("t_embedder.mlp", "time_extra_emb.timestep_embedder"),
+    *sequential("extra_embedder", "time_extra_emb.extra_embedder"),
     rule("pooler.{}", "time_extra_emb.pooler.{}"),
-    *_mlp("mlp_t5", "text_embedder"),
+    *sequential("mlp_t5", "text_embedder"),
     rule("final_layer.linear", "proj_out"),
     rule("final_layer.adaLN_modulation.1", swapped("norm_out.linear")),
 )
@@ -183,16 +179,16 @@ _KREA2_BLOCK = (
 _KREA2 = (
     *below("blocks.{}", "transformer_blocks.{}", *_KREA2_BLOCK),
     *(
-        each
+        row
         for name in ("layerwise_blocks", "refiner_blocks")
-        for each in below(f"txtfusion.{name}.{{}}", f"text_fusion.{name}.{{}}", *_KREA2_BLOCK)
+        for row in below(f"txtfusion.{name}.{{}}", f"text_fusion.{name}.{{}}", *_KREA2_BLOCK)
     ),
     rule("txtfusion.projector", "text_fusion.projector"),
     rule("first", "img_in"),
     rule("last.linear", "final_layer.linear"),
     rule("last.modulation.lin", "final_layer.scale_shift_table"),
     rule("tproj.1", "time_mod_proj"),
-    *_mlp("tmlp", "time_embed"),
+    *sequential("tmlp", "time_embed"),
     rule("txtmlp.1", "txt_in.linear_1"),
     rule("txtmlp.3", "txt_in.linear_2"),
 )

@@ -8,7 +8,7 @@ layers hold as [in, out].
 from __future__ import annotations
 
 from lorashrink.bases.family import BaseFamily, Header, marks
-from lorashrink.bases.rules import Rules, asked, rule, same
+from lorashrink.bases.rules import Rules, adapter_only, rule, same
 
 _ABOVE = ("model.", "model.language_model.", "language_model.", "language_model.model.")
 
@@ -25,12 +25,12 @@ ENCODER = (
 )
 _LANGUAGE = (
     same(*_levels("layers.{}"), "layers.{}"),
-    same(*_levels("embed_tokens"), "embed_tokens", asked("lm_head")),  # a file with a tied head does not hold it
+    same(*_levels("embed_tokens"), "embed_tokens", adapter_only("lm_head")),  # a file with a tied head does not hold it
     same("visual.{}", "model.visual.{}"),
 )
 _GPT2 = (
     same("transformer.h.{}", "h.{}"),
-    same("transformer.wte", "wte", asked("lm_head")),
+    same("transformer.wte", "wte", adapter_only("lm_head")),
     same("transformer.wpe", "wpe"),
 )
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")

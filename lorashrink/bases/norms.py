@@ -12,7 +12,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorashrink.bases import Base, Views, open_base, table_bytes, views_id
 from lorashrink.engine.devices import worker_pool
@@ -20,28 +19,15 @@ from lorashrink.engine.norms import frobenius, spectral
 from lorashrink.errors import NonFinite, NotABase, OutputError
 from lorashrink.files.disk import check_output, write_bytes
 
-if TYPE_CHECKING:
-    from lorashrink.bases import View
-
 log = logging.getLogger(__name__)
 
 # Part of the cache key: change it whenever the numbers may change.
 ALGORITHM = 2
 
 # A file changed this recently could change again within the resolution of its time stamps.
-_SETTLED_SECONDS = 2.0
+SETTLED_SECONDS = 2.0
 
 Norms = dict[str, dict[str, float]]
-
-_COMPUTE: dict[str, Callable[[Base, Views], float]] = {
-    "fro": lambda base, views: math.hypot(*(_frobenius_of(base, view) for view in views)),
-    "spn": lambda base, views: spectral(base.weight(views)),
-}
-
-
-def _frobenius_of(base: Base, view: View) -> float:
-    assert base.store is not None, "norm tables are answered before anything is computed"
-    return frobenius(base.store.read(view.key, view.rows))
 
 
 class BaseNorms:
@@ -49,14 +35,12 @@ class BaseNorms:
 
     def __init__(self, base: Base, *, cache: bool = True) -> None:
         self.base = base
-        self._place = _cache_file(base) if cache and base.store is not None else None
-        self._known: Norms = {key: dict(value) for key, value in base.norms.items()}
-        if self._place:
-            self._known = _load(self._place)
+        self._file = _cache_file(base) if cache and base.store is not None else None
+        self._norms = _load(self._file) if self._file else {key: dict(norms) for key, norms in base.norms.items()}
 
     def look_up(
         self,
-        wanted: Iterable[Views],
+        weights: Iterable[Views],
         names: Collection[str],
         *,
         pool: Executor | None = None,
@@ -66,24 +50,31 @@ class BaseNorms:
 
         Raises NonFinite if a weight holds NaN or infinity.
         """
-        views = {views_id(item): item for item in wanted}
-        missing = [(key, name) for key in views for name in sorted(names) if name not in self._known.get(key, {})]
+        views = {views_id(weight): weight for weight in weights}
+        missing = [(key, name) for key in views for name in sorted(names) if name not in self._norms.get(key, {})]
 
         def compute(job: tuple[str, str]) -> float:
             key, name = job
-            value = _COMPUTE[name](self.base, views[key])
+            value = self._compute(views[key], name)
             if not math.isfinite(value):
                 raise NonFinite(f"{self.base.path}: the weight {key} contains NaN or infinity; use another copy of it.")
             return value
 
         values = map(compute, missing) if pool is None else pool.map(compute, missing)
         for count, ((key, name), value) in enumerate(zip(missing, values, strict=True), 1):
-            self._known.setdefault(key, {})[name] = value
+            self._norms.setdefault(key, {})[name] = value
             if progress:
                 progress(count, len(missing))
-        if missing and self._place:
-            _save(self._place, self.base, self._known)
-        return {key: {name: self._known[key][name] for name in names} for key in views}
+        if missing and self._file:
+            _save(self._file, self.base, self._norms)
+        return {key: {name: self._norms[key][name] for name in names} for key in views}
+
+    def _compute(self, views: Views, name: str) -> float:
+        if name == "spn":
+            return spectral(self.base.weight(views))
+        store = self.base.store
+        assert store is not None, "norm tables are answered before anything is computed"
+        return math.hypot(*(frobenius(store.read(view.key, view.rows)) for view in views))
 
 
 # --- cache --------------------------------------------------------------------------------------
@@ -106,26 +97,26 @@ def _cache_file(base: Base) -> Path:
     return cache_folder() / f"{digest.hexdigest()[:40]}.json"
 
 
-def _load(place: Path) -> Norms:
+def _load(path: Path) -> Norms:
     try:
-        stored = json.loads(place.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
         return {str(key): {str(k): float(v) for k, v in value.items()} for key, value in stored.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, TypeError):
-        log.warning("%s: unreadable, norms are computed anew", place)
+        log.warning("%s: unreadable, norms are computed anew", path)
         return {}
 
 
-def _save(place: Path, base: Base, known: Norms) -> None:
+def _save(path: Path, base: Base, norms: Norms) -> None:
     assert base.store is not None
-    newest = max(max(stat.st_mtime, stat.st_ctime) for stat in (path.stat() for path in base.store.files))
-    if time.time() - newest < _SETTLED_SECONDS or place != _cache_file(base):
+    newest = max(max(stat.st_mtime, stat.st_ctime) for stat in (file.stat() for file in base.store.files))
+    if time.time() - newest < SETTLED_SECONDS or path != _cache_file(base):
         return  # the base is being written: what was read may not be what will stay
-    there = _load(place)  # another process may have added to it
-    merged = {key: {**there.get(key, {}), **known.get(key, {})} for key in {*there, *known}}
+    stored = _load(path)  # another process may have added to it
+    merged = {key: {**stored.get(key, {}), **norms.get(key, {})} for key in {*stored, *norms}}
     try:
-        write_bytes(place, json.dumps(merged, sort_keys=True).encode())
+        write_bytes(path, json.dumps(merged, sort_keys=True).encode())
     except OutputError as error:
         log.warning("norms are not cached: %s", error)
 
@@ -157,15 +148,15 @@ def norms(
     It holds the Frobenius and the spectral norm of every weight that an adapter can change. Raises InputError,
     NotABase, NonFinite, and OutputError if `output` exists and `force` is not set.
     """
-    place = Path(output)
-    if place.suffix != ".json":
+    path = Path(output)
+    if path.suffix != ".json":
         raise OutputError(f"{output}: a norm table is a JSON file; give a name that ends in .json.")
-    check_output(place, force=force, inputs=[Path(base)])
+    check_output(path, force=force, inputs=[Path(base)])
     with open_base(base) as opened, worker_pool(jobs) as pool:
         if opened.store is None:
             raise NotABase(f"{base}: is a norm table already.")
         report = partial(progress, "norms of the base") if progress else None
-        known = BaseNorms(opened).look_up(opened.all_views, ("fro", "spn"), pool=pool, progress=report)
-        data = table_bytes(opened, known)
-        write_bytes(place, data)
-        return NormTable(str(place), str(base), opened.family.name, len(known), len(data))
+        values = BaseNorms(opened).look_up(opened.all_views, ("fro", "spn"), pool=pool, progress=report)
+        data = table_bytes(opened, values)
+        write_bytes(path, data)
+        return NormTable(str(path), str(base), opened.family.name, len(values), len(data))

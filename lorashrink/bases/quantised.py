@@ -1,8 +1,8 @@
 """Quantised bases in safetensors: the weights that packed tensors and their companions stand for.
 
 Formats that are read: 8-bit floats with a scale (ComfyUI, per tensor or per row), and bitsandbytes' int8, nf4 and fp4
-(https://arxiv.org/abs/2208.07339, https://arxiv.org/abs/2305.14314). What else there is, is refused by its name:
-norms of packed numbers would be wrong without a sign of it.
+(https://arxiv.org/abs/2208.07339, https://arxiv.org/abs/2305.14314). All other formats are refused by name: norms of
+packed numbers would be wrong without a sign of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lorashrink.errors import DamagedFile, InputError
 from lorashrink.files.store import FLOATS, TensorInfo, TensorStore, tensor_info
@@ -35,7 +35,7 @@ _COMFY_FORMATS = frozenset({"float8_e4m3fn", "float8_e5m2"})
 _COMFY_QUANT, _COMFY_METADATA = ".comfy_quant", "_quantization_metadata"
 _SCALES = (".weight_scale", ".scale_weight")
 _STATE = ".quant_state.bitsandbytes__"
-# Companions of a module, and of its weight, that are no weights themselves.
+# Companions of a module, and of its weight, which are no weights themselves.
 _OF_MODULE = (*_SCALES, ".input_scale", ".scale_input", _COMFY_QUANT, ".SCB", ".weight_format")
 _OF_WEIGHT = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _ASK = "Give the model in bf16 or fp16."
@@ -48,7 +48,7 @@ class Packed(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
 
     def read(self, store: TensorStore, rows: Rows) -> Tensor:
         """The weight, or some rows of it, in float32."""
@@ -65,12 +65,22 @@ def unpacked(store: TensorStore) -> TensorStore:
     return UnpackedStore(store, packed) if packed else store
 
 
-class UnpackedStore(TensorStore):
+class DecodedStore(TensorStore):
+    """A store whose tensors are made when they are read, so that their bytes are not those of the file."""
+
+    def _bytes(self, name: str, start: int, nbytes: int) -> Tensor:
+        import torch
+
+        flat = self.read(name).contiguous().reshape(-1).view(torch.uint8)
+        return flat[start : start + nbytes].clone()
+
+
+class UnpackedStore(DecodedStore):
     """A store whose packed weights read as float32, and which hides their companions."""
 
     def __init__(self, inner: TensorStore, packed: Mapping[str, Packed]) -> None:
         infos = {name: info for name, info in inner.tensors.items() if not _is_companion(name, inner.tensors)}
-        infos |= {name: tensor_info("F32", each.shape) for name, each in packed.items()}
+        infos |= {name: tensor_info("F32", weight.shape) for name, weight in packed.items()}
         super().__init__(inner.path, infos, inner.metadata, inner.files, inner.headers)
         self._inner, self._packed = inner, packed
 
@@ -83,12 +93,6 @@ class UnpackedStore(TensorStore):
         """Close the files."""
         self._inner.close()
         super().close()
-
-    def _bytes(self, name: str, start: int, nbytes: int) -> Tensor:
-        import torch
-
-        flat = self.read(name).contiguous().reshape(-1).view(torch.uint8)
-        return flat[start : start + nbytes].clone()
 
 
 def _is_companion(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
@@ -120,7 +124,7 @@ def _comfy_formats(store: TensorStore) -> Iterator[tuple[str, str]]:
             yield name, str(_json(store, name).get("format"))
     try:
         layers = json.loads(store.metadata.get(_COMFY_METADATA, "{}")).get("layers", {})
-        yield from ((name, str(each["format"])) for name, each in layers.items())
+        yield from ((name, str(layer["format"])) for name, layer in layers.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedFile(
             f"{store.path}: the header's {_COMFY_METADATA} is broken ({error}). Download it again."
@@ -136,12 +140,12 @@ def _refuse_rest(store: TensorStore, packed: Mapping[str, Packed]) -> None:
             )
 
 
-def _json(store: TensorStore, name: str) -> dict[str, object]:
+def _json(store: TensorStore, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(bytes(store.read(name).tolist()))
-        if not isinstance(found, dict):
+        facts = json.loads(bytes(store.read(name).tolist()))
+        if not isinstance(facts, dict):
             raise TypeError("it is no object")
-        return found
+        return facts
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedFile(f"{store.path}: {name} should be JSON ({error}). Download or copy the file again.") from error
 
@@ -231,27 +235,27 @@ class _FourBits:
 def _four_bits(store: TensorStore, key: str, state: str) -> Packed:
     facts = _json(store, state)
     try:
-        shape = tuple(int(side) for side in facts["shape"])  # type: ignore[attr-defined]
+        shape = tuple(int(side) for side in facts["shape"])
         nested = "nested_blocksize" in facts
-        made = _FourBits(
+        weight = _FourBits(
             key,
             shape,
-            int(facts["blocksize"]),  # type: ignore[call-overload]
-            int(facts["nested_blocksize"]) if nested else 0,  # type: ignore[call-overload]
-            float(facts["nested_offset"]) if nested else 0.0,  # type: ignore[arg-type]
+            int(facts["blocksize"]),
+            int(facts["nested_blocksize"]) if nested else 0,
+            float(facts["nested_offset"]) if nested else 0.0,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFile(f"{store.path}: {state} is broken ({error}). Download or copy the file again.") from error
-    numbers, blocks = math.prod(shape), -(-math.prod(shape) // max(made.block, 1))
-    wanted = {"": -(-numbers // 2), ".absmax": blocks, ".quant_map": 16}
+    numbers, blocks = math.prod(shape), -(-math.prod(shape) // max(weight.block, 1))
+    counts = {"": -(-numbers // 2), ".absmax": blocks, ".quant_map": 16}
     if nested:
-        wanted |= {".nested_absmax": -(-blocks // max(made.nested_block, 1)), ".nested_quant_map": 256}
-    for ending, count in wanted.items():
+        counts |= {".nested_absmax": -(-blocks // max(weight.nested_block, 1)), ".nested_quant_map": 256}
+    for ending, count in counts.items():
         info = store.tensors.get(key + ending)
-        there = math.prod(info.shape) if info else 0
-        if there != count or made.block < 1:
+        stored = math.prod(info.shape) if info else 0
+        if stored != count or weight.block < 1:
             raise DamagedFile(
                 f"{store.path}: {key}{ending} should have {count} numbers for a weight of {list(shape)}, it has "
-                f"{there}. Download or copy the file again."
+                f"{stored}. Download or copy the file again."
             )
-    return made
+    return weight

@@ -1,8 +1,8 @@
 """One weight under the names of several layouts: the mechanism behind the tables of the model families.
 
 A rule is a row of spellings of one weight. A spelling is one module name, or several for a layout that splits the
-weight into modules of their own. `{}` in a name stands for any one segment between dots, and at the end for all that
-is left. Whichever spelling a base uses, the weight is then known under all of them: where the base is fused, parts are
+weight into modules of their own. `{}` in a name stands for any single segment between dots, and at the end for the
+rest of the name. Whichever spelling a base uses, its weight then has all of them: where the base is fused, parts are
 ranges of its rows; where it is split, the fused weight is its parts stacked.
 """
 
@@ -10,28 +10,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 
 from lorashrink.bases.views import Views, cut, stacked, views_shape
 
 LAYOUTS = ("native", "diffusers")
-_DIFFUSERS = 1  # its place among the spellings of a rule
+_DIFFUSERS = 1  # its index among the spellings of a rule
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
     """One spelling: the modules that hold the weight, in row order.
 
-    `shares` gives their rows: n stands for n times the width of the input, 0 for an equal share of what is left.
+    `shares` gives their rows: n stands for n times the width of the input, 0 for an equal share of the remaining ones.
     Rows of a part named "" have no name in this spelling. `swapped` says that a weight of two rows per input has its
-    halves the other way round than natively. `asked` marks names that adapters use and bases do not.
+    halves the other way round than natively. `adapter_only` marks names that adapters use and bases do not.
     """
 
     names: tuple[str, ...]
     shares: tuple[int, ...]
     swapped: bool = False
-    asked: bool = False
+    adapter_only: bool = False
 
     def sizes(self, views: Views) -> list[int] | None:
         """Rows of the parts of this weight; None if it cannot be split so."""
@@ -53,9 +54,9 @@ class Parts:
 Spelling = str | tuple[str, ...] | Parts
 
 
-def parts(*names: str, shares: tuple[int, ...] = (), swapped: bool = False, asked: bool = False) -> Parts:
+def parts(*names: str, shares: tuple[int, ...] = (), swapped: bool = False, adapter_only: bool = False) -> Parts:
     """A spelling of several parts, of equal size unless `shares` says otherwise."""
-    return Parts(names, shares or (0,) * len(names), swapped, asked)
+    return Parts(names, shares or (0,) * len(names), swapped, adapter_only)
 
 
 def swapped(name: str) -> Parts:
@@ -63,9 +64,9 @@ def swapped(name: str) -> Parts:
     return parts(name, swapped=True)
 
 
-def asked(*names: str, shares: tuple[int, ...] = ()) -> Parts:
+def adapter_only(*names: str, shares: tuple[int, ...] = ()) -> Parts:
     """A spelling that only adapters use."""
-    return parts(*names, shares=shares, asked=True)
+    return parts(*names, shares=shares, adapter_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +93,34 @@ _FUSED = {
 def rule(native: Spelling, diffusers: Spelling, *others: Spelling, beside: str = "") -> Rule:
     """A rule from names."""
     spellings = tuple(map(_spelling, (native, diffusers, *others)))
-    where, _, _ = spellings[1].names[0].rpartition(".")
-    fused = _FUSED.get(tuple(name.rpartition(".")[2] for name in spellings[1].names))
-    return Rule((*spellings, asked(f"{where}.{fused}")) if fused else spellings, beside=beside)
+    split = spellings[_DIFFUSERS].names
+    if fused := _FUSED.get(tuple(name.rpartition(".")[2] for name in split)):
+        spellings += (adapter_only(f"{split[0].rpartition('.')[0]}.{fused}"),)
+    return Rule(spellings, beside=beside)
 
 
 def same(*names: Spelling) -> Rule:
-    """Names of one module of which none belongs to a layout."""
+    """A rule from names of one module that belong to no layout."""
     return Rule(tuple(map(_spelling, names)), own=True)
 
 
 def below(native: str, diffusers: str, *rows: tuple[Spelling, ...]) -> tuple[Rule, ...]:
     """Rules for modules of a block: (name in the native block, name in the diffusers block, native names besides)."""
     return tuple(
-        rule(_inside(native, first), _inside(diffusers, second), *(_inside(native, other) for other in others))
-        for first, second, *others in rows
+        rule(_inside(native, first), _inside(diffusers, second), *(_inside(native, name) for name in more))
+        for first, second, *more in rows
     )
+
+
+def sequential(native: str, diffusers: str) -> tuple[Rule, ...]:
+    """Rules for two layers with an activation between them, as `nn.Sequential` numbers them."""
+    return tuple(rule(f"{native}.{2 * index}", f"{diffusers}.linear_{index + 1}") for index in range(2))
+
+
+def embedder(native: str, diffusers: str) -> tuple[Rule, ...]:
+    """Rules for two layers that are called `in_layer` and `out_layer` natively."""
+    sides = enumerate(("in", "out"), 1)
+    return tuple(rule(f"{native}.{side}_layer", f"{diffusers}.linear_{number}") for number, side in sides)
 
 
 def _spelling(spelling: Spelling) -> Parts:
@@ -117,41 +130,41 @@ def _spelling(spelling: Spelling) -> Parts:
 
 
 def _inside(block: str, spelling: Spelling) -> Parts:
-    found = _spelling(spelling)
-    names = tuple(f"{block}.{name}" if name else "" for name in found.names)
-    return Parts(names, found.shares, found.swapped, found.asked)
+    inner = _spelling(spelling)
+    return replace(inner, names=tuple(f"{block}.{name}" if name else "" for name in inner.names))
 
 
 # --- from the names of a base to all others -----------------------------------------------------
 
-# A part of a base that a rule knows: the rule, which spelling, which part of it.
-_Place = tuple[int, int, int]
+# A part of a base that a rule names: index of the rule, of its spelling, and of the part in it.
+Position = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Rules:
-    """Rules with an index; of several that know a module, the first names it."""
+    """Rules with an index; the first that fits a module names it."""
 
     rules: tuple[Rule, ...]
 
-    def find(self, module: str, modules: Mapping[str, Views]) -> tuple[_Place, tuple[str, ...]] | None:
+    def find(self, module: str, modules: Mapping[str, Views]) -> tuple[Position, tuple[str, ...]] | None:
         """Where a module of a base stands in the rules, and what its wildcards stand for."""
-        candidates = [found for head in _heads(module) for found in self._index.get(head, ())]
-        for place, pattern in sorted(candidates, key=lambda each: each[0]):
-            found = pattern.fullmatch(module)
-            if found and (place[1] != _DIFFUSERS or _is_beside(self.rules[place[0]].beside, modules)):
-                return place, found.groups()
+        candidates = [candidate for head in _heads(module) for candidate in self._index.get(head, ())]
+        for position, pattern in sorted(candidates, key=itemgetter(0)):
+            match = pattern.fullmatch(module)
+            if match and (position[1] != _DIFFUSERS or _is_beside(self.rules[position[0]].beside, modules)):
+                return position, match.groups()
         return None
 
     @cached_property
-    def _index(self) -> dict[str, list[tuple[_Place, re.Pattern[str]]]]:
-        index: dict[str, list[tuple[_Place, re.Pattern[str]]]] = {}
-        for number, each in enumerate(self.rules):
-            for spelled, spelling in enumerate(each.spellings):
-                for part, name in enumerate(spelling.names if not spelling.asked else ()):
-                    head = name.partition("{")[0].rpartition(".")
-                    where = name if "{" not in name else head[0] + head[1]
-                    index.setdefault(where, []).append(((number, spelled, part), _pattern(name)))
+    def _index(self) -> dict[str, list[tuple[Position, re.Pattern[str]]]]:
+        """The levels before the first wildcard of a name -> the names that begin so."""
+        index: dict[str, list[tuple[Position, re.Pattern[str]]]] = {}
+        for number, rule in enumerate(self.rules):
+            for spelled, spelling in enumerate(rule.spellings):
+                for part, name in enumerate(spelling.names if not spelling.adapter_only else ()):
+                    level, dot, _ = name.partition("{")[0].rpartition(".")
+                    head = level + dot if "{" in name else name
+                    index.setdefault(head, []).append(((number, spelled, part), _pattern(name)))
         return index
 
 
@@ -160,11 +173,11 @@ def _is_beside(start: str, modules: Mapping[str, Views]) -> bool:
 
 
 def _heads(module: str) -> Iterator[str]:
-    """The starts under which the index may hold a template that fits."""
+    """The keys under which the index may hold a name that fits."""
     yield ""
-    for place, letter in enumerate(module):
+    for index, letter in enumerate(module):
         if letter == ".":
-            yield module[: place + 1]
+            yield module[: index + 1]
     yield module
 
 
@@ -186,38 +199,41 @@ def spell(modules: Mapping[str, Views], rules: Rules) -> Spelled:
     groups: dict[tuple[int, int, tuple[str, ...]], dict[int, str]] = {}
     layouts: dict[str, dict[str, Views]] = {layout: {} for layout in LAYOUTS}
     for module, views in modules.items():
-        if found := rules.find(module, modules):
-            (number, spelled, part), words = found
+        if hit := rules.find(module, modules):
+            (number, spelled, part), words = hit
             groups.setdefault((number, spelled, words), {})[part] = module
         else:
             for names in layouts.values():
                 names[module] = views
     aliases: list[tuple[str, Views]] = []
     for (number, spelled, words), members in groups.items():
-        each = rules.rules[number]
-        here = {part: modules[module] for part, module in members.items()}
-        by_spelling = [dict(_named(each, spelled, to, here)) for to in range(len(each.spellings))]
+        rule = rules.rules[number]
+        stored = {part: modules[module] for part, module in members.items()}
+        source = rule.spellings[spelled]
+        by_spelling = [
+            {filled(name, words): views for name, views in _respelled(source, target, stored)}
+            for target in rule.spellings
+        ]
         for names in by_spelling:
-            aliases += ((filled(name, words), views) for name, views in names.items())
+            aliases += names.items()
         own = {module: modules[module] for module in members.values()}
         for layout, names in zip(LAYOUTS, by_spelling, strict=False):
-            layouts[layout] |= own if each.own or not names else {filled(n, words): v for n, v in names.items()}
+            layouts[layout] |= own if rule.own or not names else names
     return Spelled(tuple(aliases), layouts)
 
 
-def _named(each: Rule, spelled: int, to: int, here: Mapping[int, Views]) -> Iterable[tuple[str, Views]]:
-    """The weight, of which the base has these parts in one spelling, in another spelling."""
-    source, target = each.spellings[spelled], each.spellings[to]
+def _respelled(source: Parts, target: Parts, stored: Mapping[int, Views]) -> Iterable[tuple[str, Views]]:
+    """Names and views of a weight in the spelling `target`; the base has `stored` of its parts in `source`."""
     if (source.shares, source.swapped) == (target.shares, target.swapped):
-        return [(target.names[part], views) for part, views in here.items()]
-    if len(here) < len(source.names):
+        return [(target.names[part], views) for part, views in stored.items()]
+    if len(stored) < len(source.names):
         return []
-    whole = stacked([here[part] for part in sorted(here)])
-    if whole is None:
+    weight = stacked([stored[part] for part in sorted(stored)])
+    if weight is None:
         return []
-    whole = target.turned(source.turned(whole))
-    sizes = target.sizes(whole)
-    pieces = cut(whole, sizes) if sizes else None
+    weight = target.turned(source.turned(weight))
+    sizes = target.sizes(weight)
+    pieces = cut(weight, sizes) if sizes else None
     return [(name, piece) for name, piece in zip(target.names, pieces or (), strict=False) if name]
 
 

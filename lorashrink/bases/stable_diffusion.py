@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorashrink.bases.family import BaseFamily, Header, containers, marks
-from lorashrink.bases.rules import Rules, rule
+from lorashrink.bases.rules import Rules, below
 from lorashrink.bases.unet import RULES
 
 _CLIP_L = ("text_encoder", "clip_l")
@@ -45,7 +45,7 @@ def _is_sdxl(header: Header) -> bool:
 
 
 def _is_refiner(header: Header) -> bool:
-    """Sizes like SDXL, levels like SD, and no attention in the first level like neither of SD."""
+    """Sizes as in SDXL, levels as in SD, and no attention in the first level, which both have."""
     return _is_unet(header) and _has_four_levels(header) and _has_sizes(header) and not _first_projection(header)
 
 
@@ -60,16 +60,13 @@ def _is_sd1(header: Header) -> bool:
 
 # The prior of Stable Cascade; its attention is PyTorch's own, which keeps q, k and v in one matrix.
 _CASCADE = tuple(
-    each
-    for side in ("down_blocks", "up_blocks")
-    for block in [f"{side}.{{}}.{{}}.attention"]
-    for each in (
-        rule(
-            f"{block}.attn.in_proj",
-            tuple(f"{block}.to_{letter}" for letter in "qkv"),
-            tuple(f"{block}.attn.to_{letter}" for letter in "qkv"),
-        ),
-        rule(f"{block}.attn.out_proj", f"{block}.to_out.0"),
+    row
+    for block in ("down_blocks.{}.{}.attention", "up_blocks.{}.{}.attention")
+    for row in below(
+        block,
+        block,
+        ("attn.in_proj", ("to_q", "to_k", "to_v"), ("attn.to_q", "attn.to_k", "attn.to_v")),
+        ("attn.out_proj", "to_out.0"),
     )
 )
 

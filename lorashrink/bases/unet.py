@@ -52,6 +52,6 @@ RULES = Rules(
         *below("middle_block.0", "mid_block.resnets.0", *_RESNET),
         *below("middle_block.2", "mid_block.resnets.1", *_RESNET),
         rule("middle_block.1.{}", "mid_block.attentions.0.{}"),
-        *(each for number in range(_LEVELS) for each in _level(number)),
+        *(row for number in range(_LEVELS) for row in _level(number)),
     )
 )

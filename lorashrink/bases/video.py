@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorashrink.bases.family import ONE_ENCODER, BaseFamily, Header, containers, marks
 from lorashrink.bases.flux import ADDED, QKV, SINGLE
-from lorashrink.bases.rules import Rule, Rules, below, parts, rule, swapped
+from lorashrink.bases.rules import Rule, Rules, below, embedder, parts, rule, sequential, swapped
 
 # --- Hunyuan: the original names (which trainers flatten), diffusers', ComfyUI's; HunyuanImage may be split ---------
 
@@ -66,8 +66,7 @@ _HUNYUAN_VIDEO = (
     *_HUNYUAN,
     *_two_layers("time_in", "time_text_embed.timestep_embedder"),
     *_two_layers("guidance_in", "time_text_embed.guidance_embedder"),
-    rule("vector_in.in_layer", "time_text_embed.text_embedder.linear_1"),
-    rule("vector_in.out_layer", "time_text_embed.text_embedder.linear_2"),
+    *embedder("vector_in", "time_text_embed.text_embedder"),
 )
 _HUNYUAN_IMAGE = (
     *_HUNYUAN,
@@ -118,11 +117,8 @@ _WAN = (
         ("linear1_q", "to_q"),
         ("linear2", "to_out"),
     ),
-    *(
-        rule(f"{native}_embedding.{2 * i}", f"condition_embedder.{native}_embedder.linear_{i + 1}")
-        for native in ("time", "text")
-        for i in range(2)
-    ),
+    *sequential("time_embedding", "condition_embedder.time_embedder"),
+    *sequential("text_embedding", "condition_embedder.text_embedder"),
     rule("time_projection.1", "condition_embedder.time_proj"),
     rule("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
     rule("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),

@@ -1,8 +1,9 @@
-"""A weight as adapters see it: a tensor of the base, some of its rows, or several of them one below the other."""
+"""A weight as adapters see it: a tensor of the base, some of its rows, or several of them stacked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ def views_id(views: Views) -> str:
 
 
 def stacked(parts: list[Views]) -> Views | None:
-    """The parts one below the other; None if their rows differ in length."""
+    """All parts one below the next; None if their rows differ in length."""
     views = tuple(view for part in parts for view in part)
     return views if len({view.shape[1:] for view in views}) == 1 else None
 
@@ -51,25 +52,22 @@ def cut(views: Views, sizes: list[int]) -> list[Views] | None:
         return [views]
     if any(view.transposed for view in views):
         return None
-    ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
+    ends = list(accumulate(sizes))
     return [_rows(views, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def _rows(views: Views, start: int, stop: int) -> Views:
-    found, first = [], 0
+    """Rows [start, stop) of the stacked views."""
+    pieces, first = [], 0
     for view in views:
         low, high = max(start - first, 0), min(stop - first, view.shape[0])
         first += view.shape[0]
+        if low < high and high - low < view.shape[0]:
+            offset = view.rows[0] if view.rows else 0
+            view = replace(view, shape=(high - low, *view.shape[1:]), rows=(offset + low, offset + high))
         if low < high:
-            found.append(_part(view, low, high))
-    return tuple(found)
-
-
-def _part(view: View, low: int, high: int) -> View:
-    if high - low == view.shape[0]:
-        return view
-    offset = view.rows[0] if view.rows else 0
-    return replace(view, shape=(high - low, *view.shape[1:]), rows=(offset + low, offset + high))
+            pieces.append(view)
+    return tuple(pieces)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""From the names and shapes of a base's tensors to every name under which an adapter may speak of its weights."""
+"""Every name under which an adapter may mean a weight of a base, from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -49,32 +49,31 @@ def name_weights(shapes: Shapes, family: BaseFamily) -> Weights:
     """Name all weights of a base of this family."""
     parts: dict[str, dict[str, Views]] = {}
     for key, shape in shapes.items():
-        found = _place(key, family)
-        if found and not key.endswith(_NO_WEIGHTS) and len(shape) >= 2 and min(shape) > 0:
-            part, module = found
-            view = (
-                View(key, shape[::-1], transposed=True) if _transposed(key, module, part, family) else View(key, shape)
-            )
+        located = _locate(key, family)
+        if located and not key.endswith(_NO_WEIGHTS) and len(shape) >= 2 and min(shape) > 0:
+            part, module = located
+            turned = _transposed(key, module, part, family)
+            view = View(key, shape[::-1], transposed=True) if turned else View(key, shape)
             parts.setdefault(part, {}).setdefault(module, (view,))
     by_name: dict[tuple[str, str], Views] = {}
     layouts: dict[str, dict[tuple[str, str], Views]] = {layout: {} for layout in LAYOUTS}
     for part, modules in parts.items():
         spelled = spell(modules, family.rules if part == "unet" else encoders.RULES)
-        table = _table(modules.items(), spelled.aliases)
-        by_name |= {(part, name): views for name, views in table.items()}
-        for layout, names in spelled.layouts.items():
-            layouts[layout] |= {(part, name): views for name, views in names.items()}
+        names = _by_flat_name(modules.items(), spelled.aliases)
+        by_name |= {(part, name): views for name, views in names.items()}
+        for layout, spellings in spelled.layouts.items():
+            layouts[layout] |= {(part, name): views for name, views in spellings.items()}
     return Weights(by_name, layouts)
 
 
-def _place(key: str, family: BaseFamily) -> tuple[str, str] | None:
+def _locate(key: str, family: BaseFamily) -> tuple[str, str] | None:
     """(part, module name) of a tensor, None if it is in none of the family's parts."""
     module = key.removesuffix(".weight").removesuffix("_weight")
     for prefix, part in family.by_length:
         if key.startswith(prefix) and (prefix or not key.startswith("text_encoders.")):
             return part, module[len(prefix) :]
-    found = _ENCODER.match(key)
-    return ("te1", module[found.end() :]) if found and family.encoders == 1 else None
+    match = _ENCODER.match(key)
+    return ("te1", module[match.end() :]) if match and family.encoders == 1 else None
 
 
 def _transposed(key: str, module: str, part: str, family: BaseFamily) -> bool:
@@ -83,17 +82,20 @@ def _transposed(key: str, module: str, part: str, family: BaseFamily) -> bool:
     return module in encoders.TRANSPOSED and not key.endswith(".weight")
 
 
-def _table(own: Collection[tuple[str, Views]], aliases: Collection[tuple[str, Views]]) -> dict[str, Views]:
-    """Flattened name -> views. A name that the base itself uses is no other weight's alias, and one name for two
-    weights is no name at all."""
-    first = _gathered((flat(name), views) for name, views in own)
+def _by_flat_name(own: Collection[tuple[str, Views]], aliases: Collection[tuple[str, Views]]) -> dict[str, Views]:
+    """Flattened name -> views.
+
+    A name that the base itself uses is no other weight's alias, and one name for two weights is no name at all.
+    """
+    own_names = _unique((flat(name), views) for name, views in own)
     more = [(address(name)[1], views) for name, views in own] + [(flat(name), views) for name, views in aliases]
-    second = _gathered((name, views) for name, views in more if name not in first)
-    return {name: views for name, views in {**second, **first}.items() if views}
+    other_names = _unique((name, views) for name, views in more if name not in own_names)
+    return {name: views for name, views in {**other_names, **own_names}.items() if views}
 
 
-def _gathered(pairs: Iterable[tuple[str, Views]]) -> dict[str, Views]:
-    found: dict[str, Views] = {}
+def _unique(pairs: Iterable[tuple[str, Views]]) -> dict[str, Views]:
+    """Name -> views, () where a name means several weights."""
+    by_name: dict[str, Views] = {}
     for name, views in pairs:
-        found[name] = views if found.get(name, views) == views else ()
-    return found
+        by_name[name] = views if by_name.get(name, views) == views else ()
+    return by_name

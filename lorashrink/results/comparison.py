@@ -51,7 +51,7 @@ class LayerDifference:
 
 @dataclass(frozen=True, slots=True)
 class BlockDifference:
-    """Layers together, as if they were one long vector; `left_out` of them have no numbers, and do not count."""
+    """Layers together, as one long vector; `left_out` layers have no numbers and do not count."""
 
     block: str
     layers: int
@@ -66,7 +66,7 @@ class BlockDifference:
 
 @dataclass(frozen=True, slots=True)
 class OtherDifference:
-    """A tensor outside of all ΔW that the other side has not, or has with other numbers."""
+    """A tensor outside of all ΔW that the second side lacks, or has with other numbers."""
 
     a: str | None  # key
     b: str | None
@@ -97,5 +97,5 @@ class Comparison:
     only_a: tuple[LayerDifference, ...]
     only_b: tuple[LayerDifference, ...]
     others: tuple[OtherDifference, ...]
-    others_equal: int  # tensors outside of all ΔW that are the same
+    others_equal: int  # equal tensors outside of all ΔW
     metadata: tuple[MetadataDifference, ...]

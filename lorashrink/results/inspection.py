@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One layer. Values that were not asked for, or cannot be told, are None."""
+    """One layer. Values that were not requested, or are not known, are None."""
 
     name: str
     block: str
@@ -51,7 +51,7 @@ class Finding:
     """Something about a file that its owner should know."""
 
     flag: str
-    layers: int  # how many it is about, 0 for the file as a whole
+    layers: int  # number of layers concerned, 0 for the file as a whole
     text: str
 
 
@@ -83,7 +83,7 @@ class AdapterTable:
     layers: tuple[LayerRow, ...]
     blocks: tuple[BlockRow, ...]
     others: Mapping[str, str]  # keys outside the layers, with the reason
-    recommendations: tuple[Recommendation, ...] | None = None  # None: not asked for
+    recommendations: tuple[Recommendation, ...] | None = None  # None: not requested
 
 
 @dataclass(frozen=True, slots=True)

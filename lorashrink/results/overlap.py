@@ -49,8 +49,8 @@ class LayerOverlap:
     name: str
     block: str
     shape: tuple[int, ...]
-    adapters: tuple[int, ...]  # that change it, counted from 0
-    ranks: tuple[int, ...]  # of these; several layers of one adapter together
+    adapters: tuple[int, ...]  # numbers of the adapters that change it, from 0
+    ranks: tuple[int, ...]  # ranks of these adapters; several layers of one adapter together
     fro: tuple[float, ...]  # ‖ΔW_i‖_F, for every adapter
     spectral: tuple[float, ...]
     cosine: Table
@@ -65,7 +65,7 @@ class LayerOverlap:
 
 @dataclass(frozen=True, slots=True)
 class BlockOverlap:
-    """Layers together; `left_out` of them have no numbers, and do not count."""
+    """The layers of one block together; `left_out` layers have no numbers and do not count."""
 
     block: str
     layers: int
@@ -81,7 +81,7 @@ class BlockOverlap:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two adapters, counted from 0. `kind` is "same", "opposite", "against", "apart" or "some"."""
+    """Two adapters, numbered from 0. `kind` is "same", "opposite", "against", "apart" or "some"."""
 
     a: int
     b: int
@@ -103,8 +103,8 @@ class Stack:
     alone: float | None  # of all layers of all adapters, with their weights
     alone_layer: str | None
     alone_adapter: int | None
-    limit: float | None  # what was asked for, or `alone`
-    factor: float | None  # that brings the strongest layer to the limit; above 1 there is room
+    limit: float | None  # the requested limit, or `alone`
+    factor: float | None  # brings the strongest layer to the limit; above 1 more strength fits
     weights: tuple[float, ...]  # times the factor, if that is below 1
     amplified: int  # layers stronger than in any adapter alone
     spikes: int  # layers whose σ_1 is far above σ_2
@@ -112,16 +112,16 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What to do, or to know, in a sentence."""
+    """One sentence of advice."""
 
     kind: str
-    adapters: tuple[int, ...]  # that it is about; () for all
+    adapters: tuple[int, ...]  # adapters that it concerns; () for all
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """What several adapters have to do with each other; tables are N×N, None where an adapter adds nothing."""
+    """How several adapters relate to each other; tables are N×N, None where an adapter adds nothing."""
 
     version: str
     base: BaseInfo | None
@@ -142,7 +142,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
     """File names without their endings, with as many folders before them as it takes to tell them apart."""
     parts = [Path(path).with_suffix("").parts if Path(path).suffix else Path(path).parts for path in paths]
     for count in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(each[-count:]) for each in parts]
+        names = ["/".join(path_parts[-count:]) for path_parts in parts]
         if len(set(names)) == len(names):
             return names
     return list(paths)

@@ -49,7 +49,7 @@ class WeightedSource:
 
 @dataclass(frozen=True, slots=True)
 class Capped:
-    """A layer whose ΔW was larger than a recipe's limits, as it would be without them and as it is written."""
+    """A layer whose ΔW exceeds a recipe's limits: its norms without the limits and as it is written."""
 
     name: str
     spectral_before: float
@@ -75,16 +75,16 @@ class FileResult:
     removed: tuple[Removed, ...] = ()
     warnings: tuple[str, ...] = ()
     quantiles: Mapping[str, float] = field(default_factory=dict)  # of the score, on request
-    # Bytes with the layers that are no LoRA left as they are ("same") or all written as LoRA ("lora"); {} without such
+    # Bytes if layers that are no LoRA stay as they are ("same") or are all written as LoRA ("lora"); {} without such
     forms: Mapping[str, int] = field(default_factory=dict)
-    skipped: bool = False  # an equal file was already there
-    base: str | None = None  # its own one, where adapters have several
+    skipped: bool = False  # an equal file existed already
+    base: str | None = None  # base of this adapter, if the adapters of the run have several
     sources: tuple[WeightedSource, ...] = ()  # what `source` is a weighted sum of, if it is one
     capped: tuple[Capped, ...] = ()
     kept_energy: float | None = None  # see `energy`; None where it follows from the error, as it does without limits
 
     def brief(self) -> FileResult:
-        """The same without what grows with the number of layers."""
+        """The same result without the fields that grow with the number of layers."""
         return replace(self, layers=(), verbatim=(), removed=(), warnings=(), quantiles={}, forms={}, capped=())
 
     @property
@@ -108,7 +108,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Room on the disk that outputs go to."""
+    """Bytes on the disk that outputs go to."""
 
     needed: int  # bytes
     free: int
@@ -119,10 +119,10 @@ class StackBudget:
     """Adapters that were shrunk together by one recipe."""
 
     recipe: str
-    adapters: int  # that are written, or were there
-    budget: int  # bytes, for all of them
-    bytes: int  # of all of them
-    threshold: float | None  # lowest kept score of all of them, None if everything was kept
+    adapters: int  # adapters that are written, or existed already
+    budget: int  # bytes for all adapters together
+    bytes: int  # bytes of all adapters together
+    threshold: float | None  # lowest kept score in any adapter, None if everything was kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +133,9 @@ class Report:
     base: BaseInfo | None
     results: tuple[FileResult, ...]
     failed: tuple[Failure, ...]
-    bases: tuple[BaseInfo, ...] = ()  # in place of `base`, with a table of them
-    space: Space | None = None  # of a dry run
-    stacks: tuple[StackBudget, ...] = ()  # one for each recipe, of adapters under one budget
+    bases: tuple[BaseInfo, ...] = ()  # used instead of `base` if a table gives several
+    space: Space | None = None  # only with a dry run
+    stacks: tuple[StackBudget, ...] = ()  # one for each recipe if the adapters share a budget
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ class Pictures:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What pictures were drawn with, and the two ends of the scale."""
+    """The settings of the pictures, and the two ends of the scale."""
 
     model: str
     device: str
@@ -49,8 +49,8 @@ class Point:
     relative_error: float  # sqrt(Σ‖lost‖² / Σ‖ΔW‖²)
     energy: float
     mean_rank: float  # over all layers, removed ones count as 0
-    layers: int  # that are left
-    best: bool = False  # no other point is both smaller and closer
+    layers: int  # layers that remain
+    best: bool = False  # no point is both smaller and closer
     pictures: Pictures | None = None
 
 

@@ -49,7 +49,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", fixtures.ADAPTERS)
-def test_every_key_is_part_of_one_layer_or_listed_with_a_reason(name, tmp_path):
+def test_every_key_is_in_one_layer_or_has_a_reason(name, tmp_path):
     with open_adapter(fixtures.write_adapter(tmp_path, name)) as adapter:
         of_layers = [key for layer in adapter for key in layer.keys.values()]
         assert len(of_layers) == len(set(of_layers))
@@ -61,7 +61,7 @@ def test_every_key_is_part_of_one_layer_or_listed_with_a_reason(name, tmp_path):
 
 @pytest.mark.parametrize("key", ["dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.default.weight"])
 @pytest.mark.parametrize("spelling", ["lora_up.weight lora_down.weight", "lora_B.weight lora_A.weight"])
-def test_a_magnitude_is_a_part_of_its_layer_and_not_of_its_delta(key, spelling, tmp_path):
+def test_a_magnitude_belongs_to_its_layer_but_not_to_its_delta(key, spelling, tmp_path):
     up, down = spelling.split()
     tensors = {f"x.{up}": noise(8, 4), f"x.{down}": noise(4, 6), f"x.{key}": noise(8, 1)}
     with open_adapter(write(tmp_path / "a.safetensors", tensors)) as adapter:
@@ -119,7 +119,7 @@ def test_a_layer_of_several_families_stays_together(key, tmp_path):
 
 
 @pytest.mark.parametrize("key", CARRIED)
-def test_what_changes_no_matrix_is_carried_along(key, tmp_path):
+def test_tensors_that_change_no_matrix_are_carried_along(key, tmp_path):
     with open_adapter(write(tmp_path / "a.safetensors", {**factors("x"), key: torch.ones(2)})) as adapter:
         assert [layer.name for layer in adapter] == ["x"]
         assert list(adapter.others) == [key]
@@ -132,7 +132,7 @@ def test_factors_without_their_partners_are_refused(tmp_path):
         open_adapter(write(tmp_path / "a.safetensors", {"x.hada_t2": torch.ones(2, 2, 3, 3)}))
 
 
-def test_what_is_neither_factor_nor_alpha_is_listed(tmp_path):
+def test_other_tensors_are_listed_with_a_reason(tmp_path):
     tensors = {
         **factors(),
         "bundle_emb.word.clip_l": torch.ones(1, 768),
@@ -173,16 +173,16 @@ LISTED = [
 
 
 @pytest.mark.parametrize(("name", "layer", "shape", "rank"), LISTED, ids=[f"{a} {b}" for a, b, _, _ in LISTED])
-def test_shape_and_rank_of_a_layer_come_from_the_header(name, layer, shape, rank, tmp_path):
+def test_the_header_gives_shape_and_rank(name, layer, shape, rank, tmp_path):
     with open_adapter(fixtures.write_adapter(tmp_path, name)) as adapter:
-        found = next(each for each in adapter if each.name == layer)
-        assert (found.shape, found.rank, found.dtype) == (shape, rank, "F16")
+        (row,) = (candidate for candidate in adapter if candidate.name == layer)
+        assert (row.shape, row.rank, row.dtype) == (shape, rank, "F16")
 
 
 # --- what is no adapter, and what is broken -----------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(path.name.partition(".")[0] for path in fixtures.NAMES.glob("*.json.gz")))
+@pytest.mark.parametrize("name", fixtures.LISTED)
 def test_adapters_look_like_adapters_and_bases_do_not(name):
     assert looks_like_adapter(fixtures.shapes(name)) == (not name.startswith("base_"))
 
@@ -228,13 +228,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("shapes", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_layer_that_makes_no_sense_is_refused(shapes, message, tmp_path):
+def test_an_inconsistent_layer_is_refused(shapes, message, tmp_path):
     path = write(tmp_path / "broken.safetensors", {key: torch.ones(shape) for key, shape in shapes.items()})
     with pytest.raises(ShapeError, match=rf"broken\.safetensors: .*{re.escape(message)}"):
         open_adapter(path)
 
 
-def test_a_layer_in_two_spellings_is_refused_and_not_called_incomplete(tmp_path):
+def test_a_layer_in_two_spellings_is_refused_as_such(tmp_path):
     tensors = {**factors("x"), "x.lora_A.weight": noise(4, 6), "x.lora_B.weight": noise(8, 4)}
     with pytest.raises(ShapeError, match=r"layer x ") as error:
         open_adapter(write(tmp_path / "a.safetensors", tensors))
@@ -397,7 +397,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize(("config", "expected"), CONFIGS.values(), ids=CONFIGS)
-def test_without_alphas_the_configuration_in_the_file_sets_the_scale(config, expected, tmp_path):
+def test_without_alphas_the_settings_in_the_file_set_the_scale(config, expected, tmp_path):
     tensors = {
         f"{name}.{key}": value
         for name, rank in (("unet.down.to_k", 4), ("unet.mid.to_k", 8), ("text_encoder.to_k", 2))
@@ -406,8 +406,8 @@ def test_without_alphas_the_configuration_in_the_file_sets_the_scale(config, exp
     entries = None if config is None else {peft.METADATA_KEY: json.dumps(config)}
     with open_adapter(write(tmp_path / "a.safetensors", tensors, entries)) as adapter:
         scales = {layer.name: layer.scale for layer in adapter}
-    wanted = dict(zip(("unet.down.to_k", "unet.mid.to_k", "text_encoder.to_k"), expected, strict=True))
-    assert scales == pytest.approx(wanted)
+    by_name = dict(zip(("unet.down.to_k", "unet.mid.to_k", "text_encoder.to_k"), expected, strict=True))
+    assert scales == pytest.approx(by_name)
 
 
 def test_a_stored_alpha_wins_over_the_configuration(tmp_path):
@@ -418,7 +418,7 @@ def test_a_stored_alpha_wins_over_the_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"unet.lora_alpha"'])
-def test_a_configuration_that_cannot_be_read_counts_as_none(text, tmp_path):
+def test_an_unreadable_configuration_counts_as_none(text, tmp_path):
     tensors = {"unet.x.lora_A.weight": noise(4, 6), "unet.x.lora_B.weight": noise(8, 4)}
     with open_adapter(write(tmp_path / "a.safetensors", tensors, {peft.METADATA_KEY: text})) as adapter:
         assert adapter.layers[0].scale == 1
@@ -449,7 +449,7 @@ LOOKS = {
 
 
 @pytest.mark.parametrize("name", fixtures.ADAPTERS)
-def test_the_family_of_models_is_told_from_names_and_widths(name, tmp_path):
+def test_names_and_widths_tell_the_family_of_models(name, tmp_path):
     with open_adapter(fixtures.write_adapter(tmp_path, name)) as adapter:
         assert adapter_family(adapter) == LOOKS[name]
 

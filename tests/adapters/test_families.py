@@ -58,8 +58,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def infos_of(tensors: Mapping[str, Tensor] | Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
-    told = {role: tuple(each.shape) if isinstance(each, Tensor) else each for role, each in tensors.items()}
-    return {role: TensorInfo("F32", shape, 4 * math.prod(shape)) for role, shape in told.items()}
+    stored = {role: tuple(value.shape) if isinstance(value, Tensor) else value for role, value in tensors.items()}
+    return {role: TensorInfo("F32", shape, 4 * math.prod(shape)) for role, shape in stored.items()}
 
 
 def by_role(family: Family, stored: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
@@ -75,10 +75,12 @@ def by_role(family: Family, stored: Mapping[str, Tensor], layer: str) -> dict[st
 
 def known(infos: Infos, family: Family, shape: tuple[int, ...]) -> bool:
     """Whether what the header tells agrees with the base weight's shape."""
-    told = family.shape(infos)
+    header_shape = family.shape(infos)
     if family.flat(infos):
-        return told == (shape[0], math.prod(shape[1:]))
-    return told == (shape[: len(told)] if family.needs in (Needs.MULTIPLICATION, Needs.SHAPE) else shape)
+        return header_shape == (shape[0], math.prod(shape[1:]))
+    return header_shape == (
+        shape[: len(header_shape)] if family.needs in (Needs.MULTIPLICATION, Needs.SHAPE) else shape
+    )
 
 
 def delta_of(
@@ -105,10 +107,10 @@ def delta_of(
     return delta
 
 
-def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     """Relative to the largest number, in whatever precision."""
-    assert found.shape == expected.shape
-    error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
     assert error < tolerance
 
 
@@ -197,8 +199,8 @@ def test_a_layer_changes_its_outputs_as_lycoris_does(name: str, layer: str, half
         assert_same(before(inputs) - plain, expected - plain)
 
 
-def test_the_forms_are_the_smallest_that_hold_the_layer() -> None:
-    found = {
+def test_delta_has_the_smallest_form_that_holds_it() -> None:
+    forms = {
         (name, layer): type(delta_of(MODULES[name][0], by_role(MODULES[name][0], stored, "layer"), weight))
         for name, layer in [
             ("loha", "linear"),
@@ -211,7 +213,7 @@ def test_the_forms_are_the_smallest_that_hold_the_layer() -> None:
         ]
         for stored, _, _, weight in [lycoris_case(name, layer, half=False)]
     }
-    assert list(found.values()) == [Delta, Dense, Delta, Dense, Kronecker, Delta, Dense]
+    assert list(forms.values()) == [Delta, Dense, Delta, Dense, Kronecker, Delta, Dense]
 
 
 # --- PEFT ---------------------------------------------------------------------------------------
@@ -330,10 +332,10 @@ def test_a_file_by_lycoris(name: str, layer: str, tmp_path: Path) -> None:
     stored, _, _, weight = lycoris_case(name, layer, half=True)
     save_file({key: value.contiguous() for key, value in stored.items()}, tmp_path / "adapter.safetensors")
     with open_adapter(tmp_path / "adapter.safetensors") as adapter:
-        (found,) = adapter.layers
+        (loaded,) = adapter.layers
         assert not adapter.others
-        assert found.family is family
-        delta = found.on(tuple(weight.shape), lambda: weight.float().flatten(1)).delta
+        assert loaded.family is family
+        delta = loaded.on(tuple(weight.shape), lambda: weight.float().flatten(1)).delta
     expected = delta_of(family, by_role(family, stored, "layer"), weight)
     assert_close(delta.dense(), expected.dense(), rtol=0, atol=0)
 
@@ -359,10 +361,10 @@ def test_a_folder_by_peft(name: str, tmp_path: Path) -> None:
 
 def glora_roles(out: int, inner: int, rank: int, kernel: tuple[int, ...] = ()) -> dict[str, Tensor]:
     ones = (1,) * len(kernel)
-    wanted = {"a1": (inner, rank, *ones), "a2": (rank, inner, *ones), "b1": (out, rank, *ones)}
+    expected_shapes = {"a1": (inner, rank, *ones), "a2": (rank, inner, *ones), "b1": (out, rank, *ones)}
     return {
         role: randn(*shape, seed=number)
-        for number, (role, shape) in enumerate({**wanted, "b2": (rank, inner, *kernel)}.items())
+        for number, (role, shape) in enumerate({**expected_shapes, "b2": (rank, inner, *kernel)}.items())
     }
 
 
@@ -375,7 +377,7 @@ def test_glora_in_the_old_order_is_the_same(out: int) -> None:
     assert_close(delta_of(GLORA, old, weight).dense(), new, rtol=0, atol=0)
 
 
-def test_glora_of_a_layer_that_is_narrower_than_its_rank() -> None:
+def test_glora_of_a_layer_narrower_than_its_rank() -> None:
     roles, weight = glora_roles(12, 2, 5, (3, 3)), randn(12, 2, 3, 3, seed=7)
     expected = torch.einsum("or,rikl->oikl", roles["b1"].flatten(1), roles["b2"])
     expected = expected + torch.einsum("oikl,ir,rj->ojkl", weight, roles["a1"].flatten(1), roles["a2"].flatten(1))
@@ -401,11 +403,11 @@ def cayley(skew: Tensor) -> Tensor:
 
 def test_rotations_of_the_parts_of_a_fused_weight() -> None:
     blocks, weight = [randn(2, 3, 3), randn(2, 3, 3, seed=1), randn(2, 5, 5, seed=2)], randn(22, 7, seed=3)
-    roles = {**{f"blocks{part}": each for part, each in enumerate(blocks)}, "alpha": torch.tensor(0.3)}
+    roles = {**{f"blocks{part}": block for part, block in enumerate(blocks)}, "alpha": torch.tensor(0.3)}
     expected, row = [], 0
-    for each in blocks:
-        skew = each - each.mT
-        skew = skew * min(1.0, 0.3 * each.shape[0] * each.shape[1] / float(skew.norm()))
+    for block in blocks:
+        skew = block - block.mT
+        skew = skew * min(1.0, 0.3 * block.shape[0] * block.shape[1] / float(skew.norm()))
         for turn in cayley(skew):
             expected.append(turn.mT @ weight[row : row + len(turn)])
             row += len(turn)
@@ -462,13 +464,13 @@ def test_rotations_by_what_is_no_number() -> None:
 )
 def test_a_base_that_does_not_fit(family: Family, roles: dict, shape: tuple[int, ...]) -> None:
     assert family.check(infos_of(roles)) is None
-    tensors = {role: torch.ones(each) for role, each in roles.items()}
+    tensors = {role: torch.ones(size) for role, size in roles.items()}
     base = torch.ones(shape[0], math.prod(shape[1:]))
     with pytest.raises(ShapeError, match="not fit"):
         family.delta(Stored(tensors, 1.0, shape, base))
 
 
-def test_factors_of_a_square_convolution_are_for_rows_unless_some_are_for_columns() -> None:
+def test_square_convolutions_have_row_factors_unless_some_have_columns() -> None:
     weight, factors = randn(6, 6, 3, 3), randn(1, 6, 1, 1, seed=1)
     delta = delta_of(PEFT_IA3, {"vector": factors}, weight, config={"feedforward_modules": []})
     assert_same(delta.dense(), weight * (factors.transpose(0, 1) - 1))
@@ -477,7 +479,7 @@ def test_factors_of_a_square_convolution_are_for_rows_unless_some_are_for_column
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (6, 1)])
-def test_one_factor_alone(shape: tuple[int, ...]) -> None:
+def test_a_single_ia3_factor(shape: tuple[int, ...]) -> None:
     weight = randn(*shape)
     delta = delta_of(PEFT_IA3, {"vector": torch.full((1, 1), 3.0)}, weight)
     assert_same(delta.dense(), 2 * weight)
@@ -544,8 +546,8 @@ def test_loha_of_any_shape(out: int, inner: int, rank: int, kernel: tuple[int, .
         names = [name.replace("w_", f"w{half}_").replace("t", f"t{half}") for name in shapes_]
         roles |= dict(zip(names, parts, strict=True))
         halves.append(torch.einsum(rule, *parts).reshape(out, inner, *kernel))
-    found = delta_of(LOHA, {**roles, "alpha": torch.tensor(0.5)}, torch.empty(out, inner, *kernel))
-    assert_close(found.dense().double(), 0.5 / rank * halves[0] * halves[1], rtol=1e-5, atol=1e-5)
+    delta = delta_of(LOHA, {**roles, "alpha": torch.tensor(0.5)}, torch.empty(out, inner, *kernel))
+    assert_close(delta.dense().double(), 0.5 / rank * halves[0] * halves[1], rtol=1e-5, atol=1e-5)
 
 
 @st.composite
@@ -578,8 +580,8 @@ def lokr_cases(draw: st.DrawFn) -> tuple[dict[str, Tensor], Tensor]:
 @given(lokr_cases())
 def test_lokr_of_any_shape(case: tuple[dict[str, Tensor], Tensor]) -> None:
     roles, expected = case
-    found = delta_of(LOKR, roles, torch.empty(expected.shape), config_scale=-1.5)
-    assert_close(found.dense().double(), -1.5 * expected, rtol=1e-5, atol=1e-5)
+    delta = delta_of(LOKR, roles, torch.empty(expected.shape), config_scale=-1.5)
+    assert_close(delta.dense().double(), -1.5 * expected, rtol=1e-5, atol=1e-5)
 
 
 # --- damage -------------------------------------------------------------------------------------
@@ -626,17 +628,27 @@ HEALTHY: dict[str, tuple[Family, dict[str, tuple[int, ...]]]] = {
 
 def damaged(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """This shape in all ways in which it can be wrong."""
-    found = [(), (*shape, 2), (2, *shape), (*shape, 1), (1, *shape), shape[::-1], shape[:-1], shape[1:], (*shape, 1, 1)]
-    found += [
-        (*shape[:place], other, *shape[place + 1 :])
-        for place, side in enumerate(shape)
-        for other in (0, 1, side - 1, side + 1, 2 * side, 10**6)
+    wrong = [
+        (),
+        (*shape, 2),
+        (2, *shape),
+        (*shape, 1),
+        (1, *shape),
+        shape[::-1],
+        shape[:-1],
+        shape[1:],
+        (*shape, 1, 1),
     ]
-    return [each for each in dict.fromkeys(found) if each != shape]
+    wrong += [
+        (*shape[:index], length, *shape[index + 1 :])
+        for index, side in enumerate(shape)
+        for length in (0, 1, side - 1, side + 1, 2 * side, 10**6)
+    ]
+    return [candidate for candidate in dict.fromkeys(wrong) if candidate != shape]
 
 
 @pytest.mark.parametrize("name", HEALTHY)
-def test_a_shape_that_passes_makes_a_layer(name: str) -> None:
+def test_a_shape_that_passes_the_check_makes_a_sound_layer(name: str) -> None:
     """Whatever is wrong with a header, the check says it, or the layer is sound with the shape that it has."""
     family, roles = HEALTHY[name]
     assert family.check(infos_of(roles)) is None
@@ -655,12 +667,12 @@ def test_a_shape_that_passes_makes_a_layer(name: str) -> None:
 
 
 def assert_sound(family: Family, infos: Infos) -> None:
-    rank, width, told = family.rank(infos), family.width(infos), family.shape(infos)
+    rank, width, header_shape = family.rank(infos), family.width(infos), family.shape(infos)
     assert rank > 0
     assert width > 0
-    assert all(side > 0 for side in told)
+    assert all(side > 0 for side in header_shape)
     shape = base_for(family, infos)
-    assert math.prod(told) <= math.prod(shape)
+    assert math.prod(header_shape) <= math.prod(shape)
     tensors = {role: torch.ones(info.shape) for role, info in infos.items()}
     base = torch.ones(shape[0], math.prod(shape[1:]))
     delta = family.delta(Stored(tensors, 0.5, shape, base))
@@ -671,11 +683,11 @@ def assert_sound(family: Family, infos: Infos) -> None:
 
 def base_for(family: Family, infos: Infos) -> tuple[int, ...]:
     """The shape of a base weight that such a layer is for."""
-    told = family.shape(infos)
+    header_shape = family.shape(infos)
     if family is VERA:
-        return (*told, infos["A"].shape[1])
+        return (*header_shape, infos["A"].shape[1])
     if family in (OFT, SPLIT_OFT):
-        return (*told, 3)
+        return (*header_shape, 3)
     if family is PEFT_OFT:
         return (3, family.width(infos))
     if family is IA3:  # of columns, for the switch in these tests is 1
@@ -683,7 +695,7 @@ def base_for(family: Family, infos: Infos) -> tuple[int, ...]:
     if family is PEFT_IA3:
         shape = infos["vector"].shape
         return (family.width(infos), 3) if len(shape) > 2 or shape[1] == 1 else (3, family.width(infos))
-    return told
+    return header_shape
 
 
 @pytest.mark.parametrize(
@@ -752,12 +764,12 @@ def base_for(family: Family, infos: Infos) -> tuple[int, ...]:
         ("embedding", {"A": (4, 0)}, "empty"),
     ],
 )
-def test_what_is_wrong_is_said(name: str, roles: dict[str, tuple[int, ...]], reason: str) -> None:
+def test_the_check_names_the_problem(name: str, roles: dict[str, tuple[int, ...]], reason: str) -> None:
     family, healthy = HEALTHY[name]
     assert reason in str(family.check(infos_of({**healthy, **roles})))
 
 
-def test_a_part_is_missing() -> None:
+def test_a_missing_part_of_a_fused_rotation_is_named() -> None:
     assert "missing" in str(SPLIT_OFT.check(infos_of({"blocks0": (3, 4, 4), "blocks2": (3, 4, 4)})))
 
 
@@ -798,16 +810,18 @@ LISTED = {
 
 def layers_of(family: Family, listed: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, TensorInfo]]:
     """Layer -> role -> info of the listed keys that belong to the family."""
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in listed.items():
         for role, suffix in {**SHARED, **family.suffixes}.items():
             if ending := re.search(f"(?:{suffix})$", key):
-                found.setdefault(key[: ending.start()], {})[role] = shape
+                layers.setdefault(key[: ending.start()], {})[role] = shape
     shared = {
         role: shape for role, name in family.common.items() for key, shape in listed.items() if re.fullmatch(name, key)
     }
-    infos = {layer: infos_of({**roles, **shared}) for layer, roles in found.items()}
-    return {name: each for name, each in infos.items() if any(required <= each.keys() for required in family.required)}
+    infos = {layer: infos_of({**roles, **shared}) for layer, roles in layers.items()}
+    return {
+        layer: roles for layer, roles in infos.items() if any(required <= roles.keys() for required in family.required)
+    }
 
 
 @pytest.mark.parametrize("listing", LISTED)

@@ -51,14 +51,14 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return saved(config, tmp_path / "adapter")
 
 
-def saved(config: LoraConfig, place: Path) -> Path:
+def saved(config: LoraConfig, path: Path) -> Path:
     model = get_peft_model(Model(), config)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    model.save_pretrained(place)
-    return place
+    model.save_pretrained(path)
+    return path
 
 
 def output(folder: Path) -> Tensor:
@@ -76,31 +76,29 @@ def merged(folder: Path) -> Tensor:
         return model(INPUTS)
 
 
-def test_a_folder_is_read_at_the_strength_that_peft_gives_it(folder: Path) -> None:
+def test_a_folder_is_read_at_pefts_strength(folder: Path) -> None:
     assert_close(merged(folder), output(folder), rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         assert not torch.allclose(output(folder), Model()(INPUTS), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("given", ["folder", "file"])
-def test_all_of_a_folder_loads_as_before(folder: Path, tmp_path: Path, given: str) -> None:
-    source = folder if given == "folder" else folder / "adapter_model.safetensors"
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_all_of_a_folder_loads_as_before(folder: Path, tmp_path: Path, kind: str) -> None:
+    source = folder if kind == "folder" else folder / "adapter_model.safetensors"
     report = resize(source, recipes="energy=1", dtype="fp32", output=tmp_path / "out")
-    place = Path(report.results[0].output)
-    assert sorted(path.name for path in place.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert_close(output(place), output(folder), rtol=1e-4, atol=1e-4)
+    output_folder = Path(report.results[0].output)
+    assert sorted(path.name for path in output_folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert_close(output(output_folder), output(folder), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["energy=.7", "rank=2", "rank=5,uniform"])
-def test_peft_reads_a_truncated_folder_at_the_strength_that_was_written(
-    folder: Path, tmp_path: Path, recipe: str
-) -> None:
+def test_peft_reads_a_truncated_folder_at_its_written_strength(folder: Path, tmp_path: Path, recipe: str) -> None:
     report = resize(folder, recipes=recipe, dtype="fp32", output=tmp_path)
-    place = Path(report.results[0].output)
+    output_folder = Path(report.results[0].output)
     assert report.results[0].relative_error > 0.01
-    assert_close(output(place), merged(place), rtol=1e-4, atol=1e-4)
-    config = json.loads((place / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == max(each.rank_after for each in report.results[0].layers)
+    assert_close(output(output_folder), merged(output_folder), rtol=1e-4, atol=1e-4)
+    config = json.loads((output_folder / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == max(layer.rank_after for layer in report.results[0].layers)
     assert config["rank_pattern"] == config["alpha_pattern"]
     assert not config["use_rslora"]
     assert config["target_modules"]
@@ -109,10 +107,10 @@ def test_peft_reads_a_truncated_folder_at_the_strength_that_was_written(
 def test_dora_folders_load_as_before(tmp_path: Path) -> None:
     folder = saved(LoraConfig(target_modules=["q_proj", "up_proj"], r=6, lora_alpha=9, use_dora=True), tmp_path / "a")
     report = resize(folder, recipes="energy=1", dtype="fp32", output=tmp_path)
-    place = Path(report.results[0].output)
-    assert_close(output(place), output(folder), rtol=1e-4, atol=1e-4)
-    assert json.loads((place / "adapter_config.json").read_text())["r"] == 6
-    before, after = (load_file(each / "adapter_model.safetensors") for each in (folder, place))
+    output_folder = Path(report.results[0].output)
+    assert_close(output(output_folder), output(folder), rtol=1e-4, atol=1e-4)
+    assert json.loads((output_folder / "adapter_config.json").read_text())["r"] == 6
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (folder, output_folder))
     magnitudes = [key for key in before if "magnitude" in key]
     assert len(magnitudes) == 4
     assert all(torch.equal(before[key], after[key]) for key in magnitudes)
@@ -139,7 +137,7 @@ def test_a_folder_of_folders_is_a_list_of_adapters(tmp_path: Path) -> None:
     shutil.copytree(first, tmp_path / "all" / "two")
     assert find_adapters([tmp_path / "all"], recursive=True) == [first, tmp_path / "all" / "two"]
     report = resize(tmp_path / "all", recipes="rank=1", recursive=True, output=tmp_path / "out")
-    assert [Path(each.output).name for each in report.results] == ["one_rank1", "two_rank1"]
+    assert [Path(result.output).name for result in report.results] == ["one_rank1", "two_rank1"]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +152,7 @@ def test_broken_settings_are_named(tmp_path: Path, text: str, says: str) -> None
     assert says in failure.error
 
 
-def test_the_settings_in_a_header_and_those_in_a_folder_are_one_thing() -> None:
+def test_settings_survive_a_header_and_a_folder() -> None:
     settings = {"unet": {"r": 4, "lora_alpha": 2}, "text_encoder": {"r": 3}}
     assert peft.from_metadata({peft.METADATA_KEY: peft.to_metadata(settings)}) == settings
     assert json.loads(peft.to_file({"": {"r": 4}})) == {"r": 4}

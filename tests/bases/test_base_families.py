@@ -4,8 +4,6 @@ Conversions are followed row by row: a tensor of one column that holds the numbe
 diffusers, and comes out under another name, in parts, or with its halves exchanged.
 """
 
-import gzip
-import json
 from collections import Counter
 from functools import cache
 
@@ -22,11 +20,8 @@ from lorashrink.errors import NotABase, NotAnAdapter
 from lorashrink.linking.matching import fits
 from lorashrink.names import address, flat
 
-LISTED = sorted(path.name.removesuffix(".json.gz") for path in fixtures.NAMES.glob("*.json.gz"))
-BASES = [name for name in LISTED if name.startswith("base_")]
 QUANTISED = ("base_flux_dev_fp8_scaled_new_excerpt", "base_llama32_1b_bnb_nf4_excerpt")  # see test_quantised.py
-READABLE = [name for name in BASES if name not in QUANTISED]
-ADAPTERS = [name for name in LISTED if not name.startswith("base_")]
+READABLE = [name for name in fixtures.ALL_BASES if name not in QUANTISED]
 # What the lists call a family, where the program has another name for it.
 FAMILY_NAMES = {
     "wan21": "wan",
@@ -42,41 +37,33 @@ FAMILY_NAMES = {
 module_names = cache(fixtures.module_names)
 
 
-@cache
-def listed(name):
-    return json.loads(gzip.decompress((fixtures.NAMES / f"{name}.json.gz").read_bytes()))
-
-
 def family_of_list(name):
-    family = listed(name)["family"]
+    family = fixtures.about(name)["family"]
     return FAMILY_NAMES.get(family, family)
 
 
 @pytest.fixture(scope="module")
 def base_of(tmp_path_factory):
-    """Opens bases, headers only, each once: by the name of a list, or of a dictionary of shapes."""
-    folder, opened = tmp_path_factory.mktemp("bases"), {}
+    """Opens bases, headers only: by the name of a list, or under another name with a dictionary of shapes."""
+    folder = tmp_path_factory.mktemp("bases")
 
-    def get(name, shapes=None):
-        if name not in opened:
-            shapes = fixtures.shapes(name) if shapes is None else shapes
-            opened[name] = open_base(fixtures.write_header(folder / f"{name}.safetensors", shapes))
-        return opened[name]
+    def opener(name, shapes=None):
+        shapes = fixtures.shapes(name) if shapes is None else shapes
+        return open_base(fixtures.write_header(folder / f"{name}.safetensors", shapes))
 
-    yield get
-    for each in opened.values():
-        each.close()
+    with fixtures.opened_once(opener) as get:
+        yield get
 
 
 # --- recognition --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", fixtures.ALL_BASES)
 def test_the_family_of_a_listed_base_is_recognised(name):
     assert recognise(fixtures.shapes(name)).name == family_of_list(name)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", fixtures.ALL_ADAPTERS)
 def test_an_adapter_is_no_base(name):
     assert recognise(fixtures.shapes(name)) is None
 
@@ -103,12 +90,12 @@ PLACES = {
 
 @pytest.mark.parametrize(("family", "part"), PLACES)
 def test_a_family_says_where_programs_put_its_parts(family, part):
-    row = next(each for each in FAMILIES if each.name == family)
+    row = next(candidate for candidate in FAMILIES if candidate.name == family)
     assert (row.folder(part), row.in_one_file(part)) == PLACES[family, part]
 
 
 def test_a_family_says_how_kohya_names_its_layers():
-    rows = {each.name: each for each in FAMILIES}
+    rows = {family.name: family for family in FAMILIES}
     assert {name for name, row in rows.items() if row.kohya == "diffusers"} == {"sd15", "sd2", "sdxl-refiner"}
     assert {name for name, row in rows.items() if row.kohya not in LAYOUTS} == set()
     encoders = {name: row.encoders for name, row in rows.items() if row.encoders != 1}
@@ -130,7 +117,7 @@ def test_a_prefix_of_all_names_changes_nothing(base_of, name, prefix):
     assert prefixed.weights.keys() == plain.weights.keys()
 
 
-def test_a_checkpoint_of_an_unknown_family_is_taken_by_its_own_names(base_of):
+def test_an_unknown_family_is_searched_by_its_own_names(base_of):
     shapes = {"stack.0.gate.weight": (8, 4), "stack.0.gate.bias": (8,), "stack.0.conv.weight": (8, 4, 3, 3)}
     base = base_of("unknown", shapes)
     assert (base.family.name, base.family.title) == ("unknown", "an unknown family")
@@ -170,13 +157,15 @@ def layers_of(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", fixtures.ALL_ADAPTERS)
 def test_an_adapter_looks_like_its_family_or_does_not_tell(layers_of, name):
     expected = family_of_list(name)
     with_shapes = family_of((layer.name, layer.shape) for layer in layers_of(name))
     assert with_shapes in (expected, None)
-    assert family_of((each, ()) for each in module_names(name)) in (expected, None)
-    full = (listed(name)["complete"], listed(name)["algo"]) == (True, "lora") and len(layers_of(name)) > 100
+    assert family_of((module, ()) for module in module_names(name)) in (expected, None)
+    full = (fixtures.about(name)["complete"], fixtures.about(name)["algo"]) == (True, "lora") and len(
+        layers_of(name)
+    ) > 100
     assert with_shapes == expected or not full or "te1" in str(expected) or name == "flux_lora_kohya_t5"
 
 
@@ -201,43 +190,46 @@ _OTHER_SIZE = {
 
 
 def fitting_bases(adapter):
-    other = {base for start, bases in _OTHER_SIZE.items() if adapter.startswith(start) for base in bases}
-    family = listed(adapter)["family"]
+    excluded = {base for start, bases in _OTHER_SIZE.items() if adapter.startswith(start) for base in bases}
+    family = fixtures.about(adapter)["family"]
     return [
         name
-        for name in BASES
-        if listed(name)["family"] == family and name not in other and "excerpt" not in name and "original" not in name
+        for name in fixtures.ALL_BASES
+        if fixtures.about(name)["family"] == family
+        and name not in excluded
+        and "excerpt" not in name
+        and "original" not in name
     ]
 
 
-MATCHES = [(adapter, base) for adapter in ADAPTERS for base in fitting_bases(adapter)]
+MATCHES = [(adapter, base) for adapter in fixtures.ALL_ADAPTERS for base in fitting_bases(adapter)]
 # Tensors of layers that are not weights: norms, replaced vectors, and the parts of T-LoRA and VB-LoRA.
 _NOT_WEIGHTS = ("norm", "_layer", "vblora", "vera_", "ln_tuning")
 
 
 @pytest.mark.parametrize(("adapter", "base"), MATCHES, ids=[f"{a} on {b}" for a, b in MATCHES])
 def test_every_layer_changes_one_weight_whatever_the_layout(base_of, layers_of, adapter, base):
-    found = base_of(base)
-    parts = {part for part, _ in found.weights}
+    opened = base_of(base)
+    parts = {part for part, _ in opened.weights}
     names = [name for name in module_names(adapter) if not any(word in name for word in _NOT_WEIGHTS)]
-    names = [name for name in names if name != "base_model" and (address(name)[0] in parts | {""} or found.find(name))]
-    assert [name for name in names if not found.find(name)] == []
-    weights = Counter(views_id(found.find(name)) for name in names)
+    names = [name for name in names if name != "base_model" and (address(name)[0] in parts | {""} or opened.find(name))]
+    assert [name for name in names if not opened.find(name)] == []
+    weights = Counter(views_id(opened.find(name)) for name in names)
     # the head of Llama 3.2 is the embedding itself
     twice = {weight for weight, count in weights.items() if count > 1} - {"model.embed_tokens.weight"}
     assert twice == set()
-    if listed(adapter)["provenance"] == "synthetic":
+    if fixtures.about(adapter)["provenance"] == "synthetic":
         return  # its names are real, its shapes are not
     wrong = {
-        layer.name: (layer.shape, views_shape(found.find(layer.name)))
+        layer.name: (layer.shape, views_shape(opened.find(layer.name)))
         for layer in layers_of(adapter)
-        if found.find(layer.name) and not fits(layer, found.find(layer.name))
+        if opened.find(layer.name) and not fits(layer, opened.find(layer.name))
     }
     # a control adapter doubles the first layer's inputs, and the lists for language models have a small vocabulary
     assert wrong.keys() - {"img_in", "base_model.model.model.embed_tokens", "base_model.model.lm_head"} == set()
 
 
-def test_adapters_and_bases_were_matched():
+def test_enough_pairs_of_adapters_and_bases_are_tested():
     assert len(MATCHES) > 100
     assert len({family_of_list(adapter) for adapter, _ in MATCHES}) == 18
 
@@ -420,7 +412,7 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("name", "base", "weight"), BY_HAND, ids=[f"{name} in {base}" for name, base, _ in BY_HAND])
-def test_a_layer_changes_the_weight_that_was_looked_up_by_hand(base_of, name, base, weight):
+def test_layers_change_the_weights_looked_up_by_hand(base_of, name, base, weight):
     assert views_id(base_of(base).find(name)) == weight
 
 
@@ -458,11 +450,11 @@ def test_names_of_the_first_cosmos_are_known(base_of):
         "norm2.linear_2": "1.adaLN_modulation.2",
         "attn2.to_out.0": "1.block.attn.to_out.0",
     }
-    found = {name: views_id(base.find(f"transformer.transformer_blocks.3.{name}")) for name in expected}
-    assert found == {name: f"net.{block}.{theirs}.weight" for name, theirs in expected.items()}
+    weights = {name: views_id(base.find(f"transformer.transformer_blocks.3.{name}")) for name in expected}
+    assert weights == {name: f"net.{block}.{theirs}.weight" for name, theirs in expected.items()}
 
 
-def test_matrices_of_gpt2_are_seen_the_usual_way_round(base_of):
+def test_matrices_of_gpt2_are_transposed(base_of):
     shapes = {
         name: views_shape(base_of("base_gpt2").find(f"base_model.model.transformer.h.0.{name}"))
         for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -476,7 +468,7 @@ def test_matrices_of_gpt2_are_seen_the_usual_way_round(base_of):
     assert views_shape(base_of("base_gpt2").find("base_model.model.transformer.wte")) == (50257, 768)
 
 
-def test_halves_and_sides_are_turned_when_weights_are_read(tmp_path):
+def test_reading_a_weight_swaps_halves_and_transposes(tmp_path):
     modulation, attention = torch.arange(24.0).reshape(8, 3)[:6], torch.arange(12.0).reshape(2, 6)
     flux = {
         "double_blocks.0.img_attn.qkv.weight": torch.ones(9, 3),
@@ -497,7 +489,7 @@ def test_halves_and_sides_are_turned_when_weights_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_a_flattened_name_means_one_weight_and_the_bases_own_if_it_has_one(base_of, name):
+def test_a_flattened_name_means_one_weight_the_own_one_first(base_of, name):
     """All names of all weights are gathered anew; where two weights share one, none or the base's own stays."""
     base = base_of(name)
     own = {}
@@ -509,7 +501,7 @@ def test_a_flattened_name_means_one_weight_and_the_bases_own_if_it_has_one(base_
         assert flattened not in own or keys <= own[flattened] or not own[flattened] & keys
     for layout in LAYOUTS:
         names = Counter((part, flat(module)) for part, module in base.modules(layout))
-        assert {each for each, count in names.items() if count > 1} == set()
+        assert {name for name, count in names.items() if count > 1} == set()
         wrong = [
             (part, module)
             for (part, module), views in base.modules(layout).items()
@@ -518,14 +510,14 @@ def test_a_flattened_name_means_one_weight_and_the_bases_own_if_it_has_one(base_
         assert wrong == []
 
 
-def test_two_modules_with_one_flattened_name_are_not_mixed_up(base_of):
+def test_a_flattened_name_of_two_modules_is_ambiguous(base_of):
     base = base_of("ambiguous", {"a.b_c.weight": (8, 4), "a_b.c.weight": (8, 4), "a.d.weight": (8, 4)})
     assert base.find("lora_unet_a_b_c") == ()
     assert views_id(base.find("lora_unet_a_d")) == "a.d.weight"
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_each_layout_has_every_row_of_every_weight_once(base_of, name):
+def test_each_layout_names_every_row_once(base_of, name):
     base = base_of(name)
     everything = {
         key: shape for key, shape in base.shapes.items() if len(shape) > 1 and not key.endswith("position_ids")
@@ -580,13 +572,13 @@ def native_names_of(name):
     """The file with native names, biases included, that a listed file with diffusers names would come from."""
 
     def shapes(base_of):
-        found = {}
+        tensors = {}
         for (_, module), views in base_of(name).modules("native").items():
             bare = not views[0].key.endswith(".weight")
-            found[module if bare else f"{module}.weight"] = views_shape(views)
+            tensors[module if bare else f"{module}.weight"] = views_shape(views)
             if not bare:
-                found[f"{module}.bias"] = views_shape(views)[:1]
-        return found
+                tensors[f"{module}.bias"] = views_shape(views)[:1]
+        return tensors
 
     return shapes
 
@@ -732,7 +724,7 @@ def conversion(request, base_of):
     return request.param, shapes, rows, converted, origin
 
 
-def test_a_native_base_has_all_names_and_rows_that_diffusers_gives_it(conversion, base_of):
+def test_a_native_base_has_all_diffusers_names_and_rows(conversion, base_of):
     name, shapes, rows, converted, _ = conversion
     base = base_of(f"{name} native", shapes)
     assert len(converted) >= CONVERSIONS[name][2]
@@ -745,8 +737,8 @@ def test_a_native_base_has_all_names_and_rows_that_diffusers_gives_it(conversion
 
 def test_a_base_with_diffusers_names_has_all_native_names_and_rows(conversion, base_of):
     name, shapes, rows, converted, origin = conversion
-    made = {key: (len(value), *shapes[origin[key]][1:]) for key, value in converted.items()}
-    base = base_of(f"{name} converted", made)
+    converted_shapes = {key: (len(value), *shapes[origin[key]][1:]) for key, value in converted.items()}
+    base = base_of(f"{name} converted", converted_shapes)
     native = sorted(set(origin.values()))
     for key in native:
         module = module_of(key).removesuffix("_weight")
@@ -776,15 +768,15 @@ TWINS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("one", "other"), TWINS, ids=[one for one, _ in TWINS])
-def test_two_layouts_of_a_model_have_the_same_modules_in_each_layout(base_of, one, other, layout):
+@pytest.mark.parametrize(("native", "diffusers"), TWINS, ids=[native for native, _ in TWINS])
+def test_both_lists_of_a_model_have_the_same_modules(base_of, native, diffusers, layout):
     first, second = (
         {
             module: views_shape(views)
             for (part, module), views in base_of(name).modules(layout).items()
             if part == "unet"
         }
-        for name in (one, other)
+        for name in (native, diffusers)
     )
     # what differs is how many positions there are, and which text encoder a list was made for
     free = {"pos_embed", "pos_embed.pos_embed", "positional_encoding", "cap_embedder.1"}
@@ -793,12 +785,12 @@ def test_two_layouts_of_a_model_have_the_same_modules_in_each_layout(base_of, on
     assert {name: shape for name, shape in first.items() if name not in free and second[name] != shape} == {}
 
 
-def test_the_three_spellings_of_hunyuan_video_are_one_model(base_of):
+def test_the_three_spellings_of_hunyuan_video_agree(base_of):
     original = base_of("base_hunyuan_video_original_blocks")
     for layout in LAYOUTS:
         blocks = {name: views_shape(views) for name, views in original.modules(layout).items()}
-        for other in ("base_hunyuan_video_native", "base_hunyuan_video_diffusers"):
-            modules = base_of(other).modules(layout)
+        for listing in ("base_hunyuan_video_native", "base_hunyuan_video_diffusers"):
+            modules = base_of(listing).modules(layout)
             assert {name: views_shape(modules[name]) for name in blocks} == blocks
     assert {module for _, module in original.modules("native")} == {
         module_of(key) for key, shape in original.shapes.items() if len(shape) > 1

@@ -30,32 +30,18 @@ UNET_WEIGHTS = {"sdxl": 794, "sd15": 282, "sd2": 282}
 
 @pytest.fixture(scope="module")
 def base_in(tmp_path_factory):
-    """Opens bases by the name of their layout, each once."""
-    opened = {}
-
-    def get(layout):
-        if layout not in opened:
-            opened[layout] = open_base(fixtures.write_base(tmp_path_factory.mktemp("bases"), layout))
-        return opened[layout]
-
-    yield get
-    for each in opened.values():
-        each.close()
+    """Opens bases by the name of their layout."""
+    folder = tmp_path_factory.mktemp("bases")
+    with fixtures.opened_once(lambda layout: open_base(fixtures.write_base(folder, layout))) as get:
+        yield get
 
 
 @pytest.fixture(scope="module")
 def adapter_of(tmp_path_factory):
-    """Opens listed adapters, each once."""
-    opened = {}
-
-    def get(name):
-        if name not in opened:
-            opened[name] = open_adapter(fixtures.write_adapter(tmp_path_factory.mktemp("adapters"), name))
-        return opened[name]
-
-    yield get
-    for each in opened.values():
-        each.close()
+    """Opens listed adapters."""
+    folder = tmp_path_factory.mktemp("adapters")
+    with fixtures.opened_once(lambda name: open_adapter(fixtures.write_adapter(folder, name))) as get:
+        yield get
 
 
 def family_of(name):
@@ -69,17 +55,17 @@ PAIRS = [(name, layout) for name in fixtures.ADAPTERS for layout in fixtures.LAY
 
 
 @pytest.mark.parametrize(("name", "layout"), PAIRS, ids=[f"{name} on {layout}" for name, layout in PAIRS])
-def test_every_layer_of_an_adapter_changes_one_weight_of_its_base(adapter_of, base_in, name, layout):
+def test_every_adapter_layer_changes_one_weight_of_its_base(adapter_of, base_in, name, layout):
     layers = adapter_of(name).layers
     views = match(adapter_of(name), base_in(layout))
-    assert [layer.name for layer, found in zip(layers, views, strict=True) if not found] == []
+    assert [layer.name for layer, weight in zip(layers, views, strict=True) if not weight] == []
     wrong = [
-        (layer.name, layer.shape, views_shape(found))
-        for layer, found in zip(layers, views, strict=True)
-        if not fits(layer, found)
+        (layer.name, layer.shape, views_shape(weight))
+        for layer, weight in zip(layers, views, strict=True)
+        if not fits(layer, weight)
     ]
     assert wrong == []
-    changed = Counter(views_id(found) for found in views)
+    changed = Counter(views_id(weight) for weight in views)
     assert {weight: count for weight, count in changed.items() if count > 1} == {}
 
 
@@ -91,15 +77,15 @@ def test_norms_of_an_adapter_are_no_weights_of_the_base(base_in):
 
 @pytest.mark.parametrize("layout", fixtures.LAYOUTS["sdxl"])
 def test_the_two_text_encoders_never_mix(base_in, layout):
-    found = base_in(layout)
+    base = base_in(layout)
     keys = {
-        part: {view.key for (p, _), views in found.weights.items() if p == part for view in views}
+        part: {view.key for (p, _), views in base.weights.items() if p == part for view in views}
         for part in ("unet", "te1", "te2")
     }
     assert not keys["te1"] & keys["te2"]
     assert not keys["unet"] & (keys["te1"] | keys["te2"])
     widths = {
-        part: views_shape(found.find(f"lora_{part}_text_model_encoder_layers_0_mlp_fc1")) for part in ("te1", "te2")
+        part: views_shape(base.find(f"lora_{part}_text_model_encoder_layers_0_mlp_fc1")) for part in ("te1", "te2")
     }
     assert widths == {"te1": (3072, 768), "te2": (5120, 1280)}
 
@@ -188,7 +174,7 @@ BY_HAND = [
 @pytest.mark.parametrize(
     ("name", "layout", "weight"), BY_HAND, ids=[f"{name} in {layout}" for name, layout, _ in BY_HAND]
 )
-def test_a_layer_changes_the_weight_that_was_looked_up_by_hand(base_in, name, layout, weight):
+def test_layers_change_the_weights_looked_up_by_hand(base_in, name, layout, weight):
     assert views_id(base_in(layout).find(name)) == weight
 
 
@@ -217,7 +203,7 @@ def test_a_layer_changes_the_weight_that_was_looked_up_by_hand(base_in, name, la
         "other model",
     ],
 )
-def test_a_layer_that_the_base_has_not_is_not_found(base_in, name, layout):
+def test_a_layer_without_a_weight_in_the_base_is_not_found(base_in, name, layout):
     assert base_in(layout).find(name) == ()
 
 
@@ -231,7 +217,7 @@ def converted_unet(shapes, family):
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd15", "sd2"])
-def test_the_layouts_of_a_unet_are_aliases_of_each_other_just_as_diffusers_converts_them(base_in, family):
+def test_unet_layouts_are_aliases_as_diffusers_converts_them(base_in, family):
     file, folder = base_in(f"{family} file"), base_in(f"{family} folder")
     expected = {
         key.removesuffix(".weight"): source
@@ -257,10 +243,10 @@ def flat(name):
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory):
     """One SDXL model with numbers, narrow, as a single file and as the folder that diffusers makes of it."""
-    wanted = {
+    shapes = {
         key: shape for key, shape in fixtures.shapes("base_sdxl_ldm").items() if not key.startswith("first_stage")
     }
-    tensors = fixtures.random_tensors(fixtures.scaled(wanted))
+    tensors = fixtures.random_tensors(fixtures.scaled(shapes))
     projection = "conditioner.embedders.1.model.text_projection"
     # not square, or a missing transposition would go unnoticed
     second = convert_open_clip_checkpoint(SimpleNamespace(), tensors, "conditioner.embedders.1.model.")
@@ -279,12 +265,14 @@ def twins(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["sdxl_lora_kohya_te1_te2", "sdxl_locon_kohya", "sdxl_lora_diffusers_peft"])
-def test_a_layer_finds_the_same_numbers_in_a_file_and_in_the_folder_made_of_it(twins, name):
+def test_a_file_and_its_folder_hold_the_same_numbers(twins, name):
     file, folder = twins
     names = fixtures.module_names(name)
-    assert all(file.find(each) and folder.find(each) for each in names)
+    assert all(file.find(module) and folder.find(module) for module in names)
     different = [
-        each for each in names if not torch.equal(file.weight(file.find(each)), folder.weight(folder.find(each)))
+        module
+        for module in names
+        if not torch.equal(file.weight(file.find(module)), folder.weight(folder.find(module)))
     ]
     assert different == []
 
@@ -300,7 +288,7 @@ def test_a_layer_finds_the_same_numbers_in_a_file_and_in_the_folder_made_of_it(t
         "text_encoder_2.text_model.embeddings.position_embedding",
     ],
 )
-def test_open_clip_weights_are_the_same_numbers_under_every_name(twins, name):
+def test_open_clip_weights_have_the_same_numbers_under_every_name(twins, name):
     file, folder = twins
     assert torch.equal(file.weight(file.find(name)), folder.weight(folder.find(name)))
 
@@ -334,11 +322,11 @@ def test_a_weight_is_read_as_a_matrix_in_float32(twins):
 
 @pytest.mark.parametrize("layout", [*ALL_LAYOUTS, *fixtures.UNET_LAYOUTS])
 def test_every_unet_weight_is_found_by_its_own_flattened_name(base_in, layout):
-    found = base_in(layout)
+    base = base_in(layout)
     start = re.compile(r"^(?:model\.diffusion_model\.|unet\.)?")
     keys = [
         key
-        for key, info in found.store.tensors.items()
+        for key, info in base.store.tensors.items()
         if re.match(
             r"^(?:model\.diffusion_model\.|unet\.|(?:down|mid|up|conv|time|add|input|middle|output|out|label))", key
         )
@@ -348,44 +336,44 @@ def test_every_unet_weight_is_found_by_its_own_flattened_name(base_in, layout):
     assert len(keys) == UNET_WEIGHTS[layout.partition(" ")[0]]
     own = {key: "lora_unet_" + flat(start.sub("", key).removesuffix(".weight")) for key in keys}
     assert len(set(own.values())) == len(keys)
-    assert {key: views_id(found.find(name)) for key, name in own.items()} == {key: key for key in keys}
+    assert {key: views_id(base.find(name)) for key, name in own.items()} == {key: key for key in keys}
 
 
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_views_of_a_weight_cover_it_once(base_in, layout):
     """Thirds meet end to end, and the names of one weight are names of no other."""
-    found = base_in(layout)
-    single = {views for views in found.weights.values() if len(views) == 1}
+    base = base_in(layout)
+    single = {views for views in base.weights.values() if len(views) == 1}
     by_key = {}
     for (view,) in single:
         by_key.setdefault(view.key, set()).add(view)
     assert len(by_key) > 280
     for key, views in by_key.items():
-        rows = found.store.tensors[key].shape[0]
+        rows = base.store.tensors[key].shape[0]
         parts = sorted(view.rows for view in views if view.rows)
         assert parts in ([], [(0, rows // 3), (rows // 3, 2 * rows // 3), (2 * rows // 3, rows)]), key
         sizes = {math.prod(view.shape) for view in views if not view.rows}
-        assert sizes == {math.prod(found.store.tensors[key].shape)}, key
+        assert sizes == {math.prod(base.store.tensors[key].shape)}, key
 
 
 @pytest.mark.parametrize("layout", [*ALL_LAYOUTS, *fixtures.UNET_LAYOUTS])
-def test_parts_that_adapters_never_change_are_left_out(base_in, layout):
-    found = base_in(layout)
-    used = {view.key for views in found.weights.values() for view in views}
+def test_the_vae_and_averaged_weights_are_not_mapped(base_in, layout):
+    base = base_in(layout)
+    used = {view.key for views in base.weights.values() for view in views}
     assert len(used) >= UNET_WEIGHTS[layout.partition(" ")[0]]
     assert not [key for key in used if key.startswith(("first_stage_model.", "vae.", "model_ema."))]
-    assert not [key for key in used if key.endswith("bias") or len(found.store.tensors[key].shape) < 2]
+    assert not [key for key in used if key.endswith("bias") or len(base.store.tensors[key].shape) < 2]
 
 
 @pytest.mark.parametrize("layout", [*ALL_LAYOUTS, *fixtures.UNET_LAYOUTS])
 def test_buffers_of_integers_are_no_weights(base_in, layout):
     """They would be measured for a norm table, and listed in it."""
-    found = base_in(layout)
-    kinds = {view.key: found.store.tensors[view.key].dtype for views in found.weights.values() for view in views}
+    base = base_in(layout)
+    kinds = {view.key: base.store.tensors[view.key].dtype for views in base.weights.values() for view in views}
     assert {key for key, dtype in kinds.items() if dtype != "F16"} == set()
 
 
-def test_listed_single_files_do_hold_a_vae_and_averaged_weights():
+def test_listed_single_files_hold_a_vae_and_averaged_weights():
     assert any(key.startswith("first_stage_model.") for key in fixtures.shapes("base_sdxl_ldm"))
     assert sum(key.startswith("model_ema.") for key in fixtures.shapes("base_sd15_ldm")) > 600
 
@@ -472,7 +460,7 @@ def test_all_four_encoders_of_a_folder_are_found(tmp_path):
         fixtures.write_header(tmp_path / f"text_encoder{folder}" / "model.safetensors", shapes)
     with open_base(tmp_path) as base:
         assert base.family.name == "hidream"
-        found = [
+        folders = [
             views_id(base.find(name)).partition(".")[0]
             for name in (
                 "text_encoder.text_model.encoder.layers.0.mlp.fc1",
@@ -481,7 +469,7 @@ def test_all_four_encoders_of_a_folder_are_found(tmp_path):
                 "text_encoder_4.model.layers.0.self_attn.q_proj",
             )
         ]
-        assert found == ["text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"]
+        assert folders == ["text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"]
 
 
 def write_shards(folder, stem, tensors, index=None):
@@ -497,9 +485,9 @@ def write_shards(folder, stem, tensors, index=None):
 
 
 @pytest.mark.parametrize("index", [None, "diffusion_pytorch_model.safetensors.index.fp16.json"])
-def test_shards_are_one_base_by_their_index_and_by_their_folder(tmp_path, index):
-    place = write_shards(tmp_path / "transformer", "diffusion_pytorch_model", TRANSFORMER, index)
-    with open_base(place) as base:
+def test_shards_open_by_their_index_and_by_their_folder(tmp_path, index):
+    index_file = write_shards(tmp_path / "transformer", "diffusion_pytorch_model", TRANSFORMER, index)
+    with open_base(index_file) as base:
         assert (base.kind, base.family.name) == ("shards", "flux")
     for folder in (tmp_path, tmp_path / "transformer"):
         with open_base(folder) as base:
@@ -528,7 +516,7 @@ def test_a_pickle_among_the_parts_is_refused(tmp_path):
         open_base(tmp_path)
 
 
-def test_a_pickle_that_holds_more_than_tensors_is_refused(tmp_path):
+def test_a_pickle_with_more_than_tensors_is_refused(tmp_path):
     torch.save({"x.weight": torch.ones(2, 2), "run": print}, tmp_path / "pytorch_model.bin")
     with pytest.raises(DamagedFile, match="could run code"):
         open_base(tmp_path)
@@ -540,10 +528,10 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 
 def test_a_shard_that_is_not_there_is_named(tmp_path):
-    place = write_shards(tmp_path / "transformer", "diffusion_pytorch_model", TRANSFORMER)
+    index_file = write_shards(tmp_path / "transformer", "diffusion_pytorch_model", TRANSFORMER)
     (tmp_path / "transformer" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match=r"00002-of-00002\.safetensors: cannot be read"):
-        open_base(place)
+        open_base(index_file)
 
 
 @pytest.mark.parametrize(("version", "message"), [(1, "it has version 1, this program reads 2"), (3, "version 3")])
@@ -566,7 +554,7 @@ def test_a_norm_table_knows_the_modules_of_both_layouts(tmp_path):
         assert len(full.modules("diffusers")) == 4
 
 
-def test_weights_whose_norms_a_table_lacks_are_not_found(tmp_path):
+def test_weights_without_norms_in_a_table_are_not_found(tmp_path):
     """As those of a table that an older version has made, if a later one knows more names."""
     path = fixtures.write_header(tmp_path / "flux.safetensors", TRANSFORMER)
     norms(path, tmp_path / "table.json")
@@ -584,13 +572,13 @@ def test_a_missing_base_is_refused(tmp_path):
         open_base(tmp_path / "absent.safetensors")
 
 
-def test_a_folder_with_the_unet_alone_leaves_the_text_encoders_unmapped(adapter_of, tmp_path):
+def test_a_folder_without_text_encoders_maps_the_unet_alone(adapter_of, tmp_path):
     unet = fixtures.shapes("base_sdxl_diffusers_unet")
     fixtures.write_header(tmp_path / "unet" / fixtures.WEIGHTS["unet"], unet)
-    with open_base(tmp_path) as found:
-        views = match(adapter_of("sdxl_lora_kohya_te1_te2"), found)
+    with open_base(tmp_path) as base:
+        views = match(adapter_of("sdxl_lora_kohya_te1_te2"), base)
     layers = adapter_of("sdxl_lora_kohya_te1_te2").layers
-    unmapped = [address(layer.name)[0] for layer, each in zip(layers, views, strict=True) if not each]
+    unmapped = [address(layer.name)[0] for layer, weight in zip(layers, views, strict=True) if not weight]
     assert Counter(unmapped) == {"te1": 72, "te2": 192}
 
 
@@ -610,7 +598,7 @@ def test_an_adapter_for_another_family_is_refused(adapter_of, base_in, name, lay
         match(adapter_of(name), base_in(layout))
 
 
-def test_an_adapter_of_unknown_family_that_does_not_fit_is_refused_with_both_shapes(base_in, tmp_path):
+def test_a_misfit_of_unknown_family_is_refused_with_both_shapes(base_in, tmp_path):
     name = "lora_unet_input_blocks_1_0_in_layers_2"
     shapes = {f"{name}.lora_up.weight": (384, 4, 1, 1), f"{name}.lora_down.weight": (4, 384, 3, 3)}
     with (

@@ -42,15 +42,15 @@ def weight_of(path, name="lora_unet_x"):
 def check_rows(path, key="x.weight"):
     """Any rows that are read alone are those of the whole."""
     with open_base(path) as base:
-        whole = base.store.read(key)
-        for start, stop in ((0, 1), (1, 3), (2, whole.shape[0]), (0, whole.shape[0])):
-            assert torch.equal(base.store.read(key, (start, stop)), whole[start:stop])
+        weight = base.store.read(key)
+        for start, stop in ((0, 1), (1, 3), (2, weight.shape[0]), (0, weight.shape[0])):
+            assert torch.equal(base.store.read(key, (start, stop)), weight[start:stop])
 
 
 # --- 8-bit floats -------------------------------------------------------------------------------
 
 
-def test_plain_8_bit_floats_are_what_they_are(tmp_path):
+def test_plain_8_bit_floats_are_read_without_a_scale(tmp_path):
     stored = noise(6, 32).to(FP8)
     path = saved(tmp_path, {"x.weight": stored})
     assert torch.equal(weight_of(path), stored.float())
@@ -102,10 +102,10 @@ def test_thirds_of_a_scaled_weight_are_scaled(tmp_path):
     scale = torch.arange(1.0, 25)
     path = tmp_path / "flux.safetensors"
     save_file({**tensors, "double_blocks.0.img_attn.qkv.weight_scale": scale}, path)
-    whole = tensors["double_blocks.0.img_attn.qkv.weight"].float() * scale[:, None]
+    fused = tensors["double_blocks.0.img_attn.qkv.weight"].float() * scale[:, None]
     for number, name in enumerate(("to_q", "to_k", "to_v")):
         weight = weight_of(path, f"transformer.transformer_blocks.0.attn.{name}")
-        assert torch.equal(weight, whole[8 * number : 8 * number + 8])
+        assert torch.equal(weight, fused[8 * number : 8 * number + 8])
 
 
 @pytest.mark.parametrize("rows", [None, (8, 16)])
@@ -118,12 +118,12 @@ def test_norms_are_those_of_the_scaled_weight(tmp_path, rows):
     name = "transformer.transformer_blocks.0.attn.to_k" if rows else "lora_unet_double_blocks_0_img_attn_qkv"
     with open_base(path) as base:
         views = base.find(name)
-        known = BaseNorms(base, cache=False).look_up([views], ("fro", "spn"))[views_id(views)]
-    assert known["fro"] == pytest.approx(float(weight.norm()), rel=1e-6)
-    assert known["spn"] == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)), rel=1e-6)
+        values = BaseNorms(base, cache=False).look_up([views], ("fro", "spn"))[views_id(views)]
+    assert values["fro"] == pytest.approx(float(weight.norm()), rel=1e-6)
+    assert values["spn"] == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)), rel=1e-6)
 
 
-def test_a_norm_table_of_a_quantised_base_is_like_one_of_any_base(tmp_path):
+def test_a_quantised_base_has_a_norm_table(tmp_path):
     path = saved(tmp_path, {"x.weight": noise(6, 32).to(FP8), "x.weight_scale": torch.tensor(0.5)})
     norms.norms(path, tmp_path / "table.json")
     with open_base(path) as full, open_base(tmp_path / "table.json") as table:
@@ -150,7 +150,7 @@ def test_parts_of_a_folder_are_quantised_each_for_itself(tmp_path):
 
 def write_listed(folder, name, texts):
     """A listed file with its own dtypes, full of zeros but for the texts (ending of the key -> JSON)."""
-    listing = fixtures._listing(name)
+    listing = fixtures.about(name)
     infos = {}
     for key, shape in fixtures.shapes(name).items():
         kind = listing.get("dtypes", {}).get(key, listing.get("dtype", "F16"))
@@ -177,7 +177,7 @@ def nf4_facts(shapes):
     return facts
 
 
-def test_listed_files_with_scaled_weights_have_the_names_of_the_model_alone(tmp_path):
+def test_scaled_files_have_only_the_names_of_the_model(tmp_path):
     comfy = {".comfy_quant": lambda key: {"format": "float8_e4m3fn"}}
     for name in ("base_flux_dev_fp8_scaled_old_excerpt", "base_flux_dev_fp8_scaled_new_excerpt"):
         with open_base(write_listed(tmp_path, name, comfy)) as base:
@@ -190,7 +190,7 @@ def test_listed_files_with_scaled_weights_have_the_names_of_the_model_alone(tmp_
         assert len(base.modules("native")) == 17
 
 
-def test_a_listed_file_of_bitsandbytes_has_the_shapes_of_the_model(tmp_path):
+def test_a_bitsandbytes_file_has_the_shapes_of_the_model(tmp_path):
     shapes = {
         "self_attn.q_proj": (2048, 2048),
         "self_attn.k_proj": (512, 2048),
@@ -222,13 +222,13 @@ GOLDEN = (
 
 def four_bits(packed, absmax, shape, kind="nf4", table=NF4, nested=None):
     facts = {"quant_type": kind, "blocksize": 64, "dtype": "float32", "shape": list(shape)}
-    found = {"": packed, ".absmax": absmax, ".quant_map": torch.tensor(table)}
+    parts = {"": packed, ".absmax": absmax, ".quant_map": torch.tensor(table)}
     if nested:
         block, offset, scales, numbers = nested
         facts |= {"nested_blocksize": block, "nested_offset": offset, "nested_dtype": "float32"}
-        found |= {".nested_absmax": scales, ".nested_quant_map": numbers}
-    found |= {f".quant_state.bitsandbytes__{kind}": text(facts)}
-    return {f"x.weight{ending}": tensor for ending, tensor in found.items()}
+        parts |= {".nested_absmax": scales, ".nested_quant_map": numbers}
+    parts |= {f".quant_state.bitsandbytes__{kind}": text(facts)}
+    return {f"x.weight{ending}": tensor for ending, tensor in parts.items()}
 
 
 def test_nf4_is_read_as_bitsandbytes_reads_it(tmp_path):
@@ -259,14 +259,14 @@ def test_four_bits_are_looked_up_and_scaled_per_block(tmp_path, shape, nested):
         codes = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
         outer = torch.rand(-(-blocks // 4), generator=generator)
         inner = torch.linspace(-1, 1, 256)
-        absmax = [float(inner[int(code)] * outer[place // 4]) + 0.75 for place, code in enumerate(codes)]
+        absmax = [float(inner[int(code)] * outer[index // 4]) + 0.75 for index, code in enumerate(codes)]
         tensors = four_bits(packed, codes, shape, "fp4", table, (4, 0.75, outer, inner))
     else:
         scales = torch.rand(blocks, generator=generator)
         absmax = scales.tolist()
         tensors = four_bits(packed, scales, shape, "fp4", table)
     halves = [half for byte in packed.flatten().tolist() for half in (byte // 16, byte % 16)]
-    expected = torch.tensor([table[half] * absmax[place // 64] for place, half in enumerate(halves[:count])])
+    expected = torch.tensor([table[half] * absmax[index // 64] for index, half in enumerate(halves[:count])])
     path = saved(tmp_path, tensors)
     torch.testing.assert_close(weight_of(path), expected.reshape(shape).flatten(1), rtol=1e-6, atol=1e-7)
     check_rows(path)
@@ -310,7 +310,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
-def test_four_bits_that_do_not_fit_together_are_refused(tmp_path, damage, message):
+def test_inconsistent_four_bit_tensors_are_refused(tmp_path, damage, message):
     packed = torch.zeros(128, 1, dtype=torch.uint8)
     tensors = four_bits(packed, torch.ones(4), (4, 64))
     damage(tensors)
@@ -354,7 +354,7 @@ def test_other_quantised_files_are_refused_by_name(tmp_path, tensors, message):
         open_base(saved(tmp_path, tensors))
 
 
-def test_the_headers_word_on_formats_counts(tmp_path):
+def test_formats_named_in_the_header_count(tmp_path):
     entry = json.dumps({"layers": {"x": {"format": "nvfp4"}}})
     with pytest.raises(InputError, match="quantised as nvfp4, which cannot be read \\(x\\)"):
         open_base(saved(tmp_path, {"x.weight": BYTES.float()}, {"_quantization_metadata": entry}))
@@ -377,7 +377,7 @@ def write_gguf(gguf, path, tensors, architecture="flux", kind="F32", numbers=())
     writer = gguf.GGUFWriter(path, architecture)
     for name, value in dict(numbers).items():
         (writer.add_array if isinstance(value, list) else writer.add_uint32)(name, value)
-    wanted = gguf.GGMLQuantizationType[kind]
+    quantisation = gguf.GGMLQuantizationType[kind]
     for name, array in tensors.items():
         array = np.ascontiguousarray(array, dtype=np.float32)
         if kind == "F32" or array.ndim < 2:
@@ -385,7 +385,7 @@ def write_gguf(gguf, path, tensors, architecture="flux", kind="F32", numbers=())
         elif kind == "F16":
             writer.add_tensor(name, array.astype(np.float16))
         else:
-            writer.add_tensor(name, gguf.quants.quantize(array, wanted), raw_dtype=wanted)
+            writer.add_tensor(name, gguf.quants.quantize(array, quantisation), raw_dtype=quantisation)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -407,17 +407,17 @@ def test_a_gguf_file_holds_what_the_package_unpacks(gguf, tmp_path, kind):
     if kind == "TQ1_0":  # its blocks have 256 numbers
         tensors = {key: np.repeat(value, 4, axis=-1) for key, value in tensors.items()}
     path = write_gguf(gguf, tmp_path / "flux.gguf", tensors, kind=kind)
-    wanted = gguf.GGMLQuantizationType[kind]
+    quantisation = gguf.GGMLQuantizationType[kind]
     with open_base(path) as base:
         assert (base.family.name, base.kind) == ("flux", "file")
         for name in ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0"):
             array = tensors[f"{name}.weight"]
-            expected = gguf.quants.dequantize(gguf.quants.quantize(array, wanted), wanted)
+            expected = gguf.quants.dequantize(gguf.quants.quantize(array, quantisation), quantisation)
             weight = base.weight(base.find(f"diffusion_model.{name}"))
             assert torch.equal(weight, torch.tensor(expected))
         third = base.weight(base.find("transformer.transformer_blocks.0.attn.to_k"))
-        whole = base.weight(base.find("diffusion_model.double_blocks.0.img_attn.qkv"))
-        assert torch.equal(third, whole[64:128])
+        fused = base.weight(base.find("diffusion_model.double_blocks.0.img_attn.qkv"))
+        assert torch.equal(third, fused[64:128])
     check_rows(path, "double_blocks.0.img_mlp.0.weight")
 
 
@@ -451,7 +451,7 @@ def paired(array, heads):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_a_language_model_has_the_names_and_the_row_order_of_transformers(gguf, tmp_path, architecture):
+def test_gguf_language_models_have_names_and_rows_of_transformers(gguf, tmp_path, architecture):
     q, k, v = noise(32, 32, seed=1).numpy(), noise(16, 32, seed=2).numpy(), noise(16, 32, seed=3).numpy()
     heads, heads_kv = (4, 2) if architecture == "llama" else (0, 0)
     tensors = {
@@ -513,8 +513,8 @@ def test_other_architectures_have_names_of_their_own(gguf, tmp_path):
 
 def test_a_gguf_base_is_identified_by_its_contents(gguf, tmp_path):
     first = write_gguf(gguf, tmp_path / "a.gguf", block_of_flux())
-    other = write_gguf(gguf, tmp_path / "b.gguf", {**block_of_flux(), "x.weight": noise(2, 2).numpy()})
-    with open_base(first) as a, open_base(other) as b:
+    changed = write_gguf(gguf, tmp_path / "b.gguf", {**block_of_flux(), "x.weight": noise(2, 2).numpy()})
+    with open_base(first) as a, open_base(changed) as b:
         assert a.fingerprint != b.fingerprint
         assert set(BaseNorms(a, cache=False).look_up(a.all_views, ("fro",)))
 
@@ -528,9 +528,9 @@ def test_gguf_needs_its_package_and_says_so(gguf, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("length", [0, 3, 20, 60, 100, 1000, -1, -4096])
 def test_a_gguf_file_that_is_cut_short_is_refused(gguf, tmp_path, length):
-    whole = write_gguf(gguf, tmp_path / "flux.gguf", block_of_flux()).read_bytes()
+    contents = write_gguf(gguf, tmp_path / "flux.gguf", block_of_flux()).read_bytes()
     path = tmp_path / "short.gguf"
-    path.write_bytes(whole[:length])
+    path.write_bytes(contents[:length])
     with pytest.raises(DamagedFile, match=r"short\.gguf: .*Download or copy it again"):
         open_base(path)
 
@@ -548,14 +548,14 @@ def test_heads_that_do_not_divide_the_rows_are_refused(gguf, tmp_path):
         open_base(path)
 
 
-def test_what_is_called_gguf_and_is_not_is_refused(gguf, tmp_path):
+def test_a_file_named_gguf_with_other_contents_is_refused(gguf, tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"something else entirely" * 10)
     with pytest.raises(DamagedFile, match="no GGUF file"):
         open_base(path)
 
 
-def test_a_type_that_cannot_be_unpacked_is_named_when_it_is_read(gguf, tmp_path):
+def test_reading_an_unsupported_gguf_type_names_it(gguf, tmp_path):
     path = tmp_path / "flux.gguf"
     writer = gguf.GGUFWriter(path, "flux")
     kind = gguf.GGMLQuantizationType.Q8_1

@@ -1,9 +1,8 @@
 """Programs load what was shrunk or renamed, at the right strength.
 
-diffusers, PEFT and LyCORIS are asked themselves, with small models of random weights; ComfyUI is not, but its rules.
+diffusers, PEFT and LyCORIS run themselves, with small models of random weights; of ComfyUI only its rules are checked.
 """
 
-import contextlib
 import functools
 import re
 from dataclasses import dataclass
@@ -21,260 +20,40 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     WanPipeline,
     ZImagePipeline,
 )
-from diffusers.training_utils import _collate_lora_metadata
+from loaders import (
+    CHANGED,
+    SAME,
+    added,
+    components,
+    differences,
+    diffusers_file,
+    diffusers_name,
+    factors,
+    folder,
+    kohya,
+    layers_of,
+    ldm_name,
+    loaded,
+    merged,
+    outputs,
+    pipe,
+    text_config,
+)
 from lycoris import create_lycoris, create_lycoris_from_weights
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lorashrink.adapters import open_adapter
-from lorashrink.bases import open_base
 from lorashrink.making.conversion import convert
 from lorashrink.shrinking.run import resize
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-SAME = 1e-4
-CHANGED = 0.02
-
-
-def text_config(width, layers):
-    return CLIPTextConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        vocab_size=99,
-        max_position_embeddings=16,
-        projection_dim=16,
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=2,
-    )
-
-
-def small_sdxl():
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32, 32),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 1),
-        attention_head_dim=(1, 2, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 16,
-        cross_attention_dim=8 + 16,
-        norm_num_groups=8,
-    )
-    return StableDiffusionXLPipeline(
-        vae=None,
-        text_encoder=CLIPTextModel(text_config(8, 2)),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(16, 3)),
-        tokenizer=None,
-        tokenizer_2=None,
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(),
-    )
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return small_sdxl()
-
-
-@pytest.fixture(scope="module")
-def folder(pipe, tmp_path_factory):
-    """The pipeline's weights as a diffusers folder."""
-    path = tmp_path_factory.mktemp("pipeline")
-    for name in COMPONENTS:
-        getattr(pipe, name).save_pretrained(path / name)
-    return path
-
-
-def components(pipe):
-    return [name for name in ("unet", "transformer", *COMPONENTS[1:]) if getattr(pipe, name, None) is not None]
-
-
-@torch.no_grad()
-def outputs(pipe):
-    """What each component makes of fixed inputs."""
-    generator = torch.Generator().manual_seed(7)
-    noise = functools.partial(torch.randn, generator=generator)
-    words = torch.randint(3, 99, (1, 16), generator=generator)
-    words[0, -1] = 2
-    calls = {
-        StableDiffusionXLPipeline: lambda: pipe.unet(
-            noise(1, 4, 8, 8),
-            5,
-            noise(1, 16, 24),
-            added_cond_kwargs={"text_embeds": noise(1, 16), "time_ids": torch.ones(1, 6)},
-        ),
-        StableDiffusionPipeline: lambda: pipe.unet(noise(1, 4, 8, 8), 5, noise(1, 16, 8)),
-        FluxPipeline: lambda: pipe.transformer(
-            noise(1, 9, 4),
-            noise(1, 5, 12),
-            noise(1, 8),
-            torch.tensor([0.3]),
-            img_ids=noise(9, 3).round(),
-            txt_ids=torch.zeros(5, 3),
-            guidance=torch.tensor([3.0]),
-        ),
-        StableDiffusion3Pipeline: lambda: pipe.transformer(
-            noise(1, 4, 4, 4), noise(1, 5, 12), noise(1, 8), torch.tensor([300.0])
-        ),
-    }
-    found = {components(pipe)[0]: calls[type(pipe)]().sample}
-    if getattr(pipe, "text_encoder", None) is not None:
-        found["text_encoder"] = pipe.text_encoder(words).last_hidden_state
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        found["text_encoder_2"] = pipe.text_encoder_2(words).text_embeds
-    return found
-
-
-def loaded(pipe, path):
-    """The outputs with an adapter that diffusers loads, and the number of layers that it put it on."""
-    try:
-        pipe.load_lora_weights(str(path))
-        layers = sum(hasattr(module, "lora_A") for name in components(pipe) for module in getattr(pipe, name).modules())
-        return outputs(pipe), layers
-    finally:
-        pipe.unload_lora_weights()
-
-
-@contextlib.contextmanager
-def added(states):
-    """Weights that are put back as they were."""
-    before = {name: {key: value.clone() for key, value in state.items()} for name, state in states.items()}
-    try:
-        with torch.no_grad():
-            yield states
-    finally:
-        for name, state in before.items():
-            for key, value in state.items():
-                states[name][key].copy_(value)
-
-
-@contextlib.contextmanager
-def merged(pipe, folder, path):
-    """The pipeline with ΔW of every layer added to the weights that `Base.find` names."""
-    states = {name: getattr(pipe, name).state_dict() for name in components(pipe)}
-    with added(states), open_base(folder) as base, open_adapter(path) as adapter:
-        for layer in adapter:
-            delta, place = layer.delta.dense(), 0
-            views = base.find(layer.name)
-            assert views, layer.name
-            for view in views:
-                component, _, key = view.key.partition(".")
-                weight = states[component][key][slice(*(view.rows or (None,)))]
-                weight += delta[place : place + len(weight)].reshape(weight.shape)
-                place += len(weight)
-        yield pipe
-
-
-def differences(a, b):
-    return {name: float((a[name] - b[name]).norm() / b[name].norm()) for name in b}
-
-
-# --- adapters -----------------------------------------------------------------------------------
-
-
-def layers_of(model):
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and name != "text_projection"
-    }
-
-
-def factors(weight, rank, decay, generator):
-    """Random factors of a weight whose singular values fall off, at their own pace in each layer."""
-    out, fan_in, *kernel = weight.shape
-    steps = decay ** torch.arange(rank)
-    up = 0.2 * torch.randn(out, rank, generator=generator) * steps
-    return up.reshape(out, rank, *[1] * len(kernel)), torch.randn(rank, fan_in, *kernel, generator=generator)
-
-
-def kohya(pipe, path, unet_name):
-    generator = torch.Generator().manual_seed(5)
-    tensors = {}
-    for part, component in (("unet", "unet"), ("te1", "text_encoder"), ("te2", "text_encoder_2")):
-        for number, (name, module) in enumerate(layers_of(getattr(pipe, component)).items()):
-            full = unet_name(name) if part == "unet" else f"text_model.{name.removeprefix('text_model.')}"
-            if full is None:
-                continue
-            rank = 3 if isinstance(module, nn.Conv2d) else 5
-            key = f"lora_{part}_{full.replace('.', '_')}"
-            up, down = factors(module.weight, rank, (0.3, 0.6, 0.9)[number % 3], generator)
-            alpha = 2.5 if rank == 5 else 1.0
-            tensors |= {
-                f"{key}.lora_up.weight": up,
-                f"{key}.lora_down.weight": down,
-                f"{key}.alpha": torch.tensor(alpha),
-            }
-    return fixtures.write_tensors(path, tensors)
-
-
-def ldm_name(name):
-    """None outside of the blocks, where trainers put nothing."""
-    if "blocks" not in name and not name.startswith("mid_block"):
-        return None
-    return fixtures.ldm_module(name)
-
-
-def diffusers_name(name):
-    """None for the layers whose flattened names diffusers misreads: it leaves them out without an error."""
-    return None if name.startswith("add_embedding") else name
-
-
-def diffusers_file(pipe, path, *, text_model=False):
-    """A file as diffusers saves it: no alphas, but PEFT's configuration, with several ranks and strengths.
-
-    With transformers >= 5 the first text encoder's names lack the level `text_model`, which older files have.
-    """
-    settings = {
-        "unet": LoraConfig(
-            r=5,
-            lora_alpha=4,
-            target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "conv_shortcut", "time_emb_proj"],
-            rank_pattern={"conv1": 3, "attn2.to_k": 6},
-            alpha_pattern={"conv1": 6, r"mid_block\.resnets\.\d\.time_emb_proj": 1},
-        ),
-        # of kohya's names for q, k and v diffusers 0.42 takes notice only beside those for the output
-        "text_encoder": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "out_proj", "fc1"]),
-        "text_encoder_2": LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "out_proj"], use_rslora=True),
-    }
-    generator = torch.Generator().manual_seed(6)
-    for component, config in settings.items():
-        model = getattr(pipe, component)
-        model.add_adapter(config)
-        wrapped = [module for module in model.modules() if hasattr(module, "lora_A")]
-        for number, module in enumerate(wrapped):
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            up, down = factors(module.get_base_layer().weight, len(a), (0.3, 0.6, 0.9)[number % 3], generator)
-            with torch.no_grad():
-                a.copy_(down)
-                b.copy_(up)
-    states = {name: get_peft_model_state_dict(getattr(pipe, name)) for name in COMPONENTS}
-    if text_model:
-        states["text_encoder"] = {f"text_model.{key}": value for key, value in states["text_encoder"].items()}
-    StableDiffusionXLPipeline.save_lora_weights(
-        path.parent,
-        weight_name=path.name,
-        **{f"{name}_lora_layers": state for name, state in states.items()},
-        **_collate_lora_metadata({name: getattr(pipe, name) for name in COMPONENTS}),
-    )
-    pipe.unload_lora_weights()
-    return path
-
+__all__ = ["folder", "pipe"]  # fixtures
 
 MAKERS = {
     "kohya, LDM names": functools.partial(kohya, unet_name=ldm_name),
@@ -307,7 +86,7 @@ def shrink(path, folder, recipe, output):
     return output, result
 
 
-def test_diffusers_reads_the_adapter_as_it_is_read_here(pipe, folder, original):
+def test_diffusers_adds_the_same_deltas(pipe, folder, original):
     with open_adapter(original.path) as adapter:
         assert len(adapter) == original.layers > 100
     assert min(differences(original.outputs, original.bare).values()) > CHANGED
@@ -319,42 +98,42 @@ def test_diffusers_reads_the_adapter_as_it_is_read_here(pipe, folder, original):
 def test_a_lossless_result_makes_the_same_outputs(pipe, folder, original, tmp_path):
     output, result = shrink(original.path, folder, "energy=1", tmp_path / "out.safetensors")
     assert result.relative_error < 1e-5
-    found, layers = loaded(pipe, output)
+    actual, layers = loaded(pipe, output)
     assert layers == original.layers
-    assert max(differences(found, original.outputs).values()) < SAME
-    assert min(differences(found, original.bare).values()) > CHANGED
+    assert max(differences(actual, original.outputs).values()) < SAME
+    assert min(differences(actual, original.bare).values()) > CHANGED
 
 
 @pytest.mark.parametrize("recipe", ["rank=2", "energy=0.9"])
-def test_a_truncated_result_is_loaded_at_the_strength_that_it_says(pipe, folder, original, tmp_path, recipe):
+def test_a_truncated_result_is_loaded_at_its_strength(pipe, folder, original, tmp_path, recipe):
     output, result = shrink(original.path, folder, recipe, tmp_path / "out.safetensors")
     ranks = {layer.rank_after for layer in result.layers}
     assert ranks == {2} if recipe == "rank=2" else len(ranks) > 2
-    found, layers = loaded(pipe, output)
+    actual, layers = loaded(pipe, output)
     assert layers == original.layers
-    assert min(differences(found, original.outputs).values()) > 10 * SAME
+    assert min(differences(actual, original.outputs).values()) > 10 * SAME
     with merged(pipe, folder, output):
-        assert max(differences(found, outputs(pipe)).values()) < SAME
+        assert max(differences(actual, outputs(pipe)).values()) < SAME
 
 
 @pytest.mark.parametrize("naming", ["kohya", "diffusers"])
 def test_a_renamed_adapter_makes_the_same_outputs(pipe, folder, original, tmp_path, naming):
     (result,) = convert(original.path, base=folder, naming=naming, output=tmp_path).results
     assert result.kept == ()
-    found, layers = loaded(pipe, result.output)
+    actual, layers = loaded(pipe, result.output)
     assert layers == original.layers
-    assert max(differences(found, original.outputs).values()) < SAME
+    assert max(differences(actual, original.outputs).values()) < SAME
 
 
 @pytest.mark.parametrize("naming", ["kohya", "diffusers"])
 def test_an_adapter_is_shrunk_and_renamed_at_once(pipe, folder, original, tmp_path, naming):
     report = resize(original.path, base=folder, recipes="rank=2", naming=naming, dtype="fp32", output=tmp_path)
     (result,) = report.results
-    found, layers = loaded(pipe, result.output)
+    actual, layers = loaded(pipe, result.output)
     assert layers == original.layers
-    assert min(differences(found, original.outputs).values()) > 10 * SAME
+    assert min(differences(actual, original.outputs).values()) > 10 * SAME
     with merged(pipe, folder, result.output):
-        assert max(differences(found, outputs(pipe)).values()) < SAME
+        assert max(differences(actual, outputs(pipe)).values()) < SAME
 
 
 # --- SD 1.5, SD 3 and FLUX ----------------------------------------------------------------------
@@ -461,51 +240,51 @@ class Small:
     namings: tuple[str, ...]
 
 
-def trained(pipe, wanted):
+def trained(pipe, choose):
     """(component, module) -> factors. Ranks differ, but not among the attentions of a UNet.
 
     diffusers 0.42 gives all of these the most frequent alpha of a kohya file.
     """
     generator = torch.Generator().manual_seed(5)
-    found = {}
+    by_module = {}
     for component in components(pipe):
         for number, (name, module) in enumerate(layers_of(getattr(pipe, component)).items()):
-            if wanted(name):
+            if choose(name):
                 lower = number % 4 == 0 if component == "transformer" else isinstance(module, nn.Conv2d)
                 decay, rank = (0.3, 0.6, 0.9)[number % 3], 3 if lower else 5
-                found[component, name] = factors(module.weight, rank, decay, generator)
-    return found
+                by_module[component, name] = factors(module.weight, rank, decay, generator)
+    return by_module
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
 def small(request, tmp_path_factory):
-    make, namings, wanted = PIPELINES[request.param]
+    make, namings, choose = PIPELINES[request.param]
     torch.manual_seed(0)
-    pipe, place = make(), tmp_path_factory.mktemp("small")
+    pipe, directory = make(), tmp_path_factory.mktemp("small")
     for name in components(pipe):
-        getattr(pipe, name).save_pretrained(place / "base" / name)
-    layers, tensors = trained(pipe, wanted), {}
+        getattr(pipe, name).save_pretrained(directory / "base" / name)
+    layers, tensors = trained(pipe, choose), {}
     for (component, name), (up, down) in layers.items():
         level = "" if component in ("unet", "transformer") or name.startswith("text_model.") else "text_model."
         tensors |= {f"{component}.{level}{name}.lora_B.weight": up, f"{component}.{level}{name}.lora_A.weight": down}
-    path = fixtures.write_tensors(place / "lora.safetensors", tensors)
+    path = fixtures.write_tensors(directory / "lora.safetensors", tensors)
     bare, states = outputs(pipe), {name: getattr(pipe, name).state_dict() for name in components(pipe)}
     with added(states):
         for (component, name), (up, down) in layers.items():
             weight = states[component][f"{name}.weight"]
             weight += (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
         expected = outputs(pipe)
-    return Small(pipe, place / "base", path, bare, expected, namings)
+    return Small(pipe, directory / "base", path, bare, expected, namings)
 
 
 def test_diffusers_loads_the_adapter_of_a_small_pipeline(small):
-    found, _ = loaded(small.pipe, small.path)
+    actual, _ = loaded(small.pipe, small.path)
     assert min(differences(small.outputs, small.bare).values()) > CHANGED
-    assert max(differences(found, small.outputs).values()) < SAME
+    assert max(differences(actual, small.outputs).values()) < SAME
     assert max(differences(outputs(small.pipe), small.bare).values()) == 0
 
 
-def test_the_weights_are_found_that_diffusers_means(small):
+def test_the_same_weights_are_found_as_by_diffusers(small):
     with merged(small.pipe, small.folder, small.path):
         assert max(differences(outputs(small.pipe), small.outputs).values()) < SAME
 
@@ -515,8 +294,8 @@ def test_diffusers_reads_every_naming_that_it_knows(small, tmp_path):
         (result,) = convert(small.path, base=small.folder, naming=naming, output=tmp_path).results
         assert result.exact
         assert result.kept == ()
-        found, _ = loaded(small.pipe, result.output)
-        assert max(differences(found, small.outputs).values()) < SAME, naming
+        actual, _ = loaded(small.pipe, result.output)
+        assert max(differences(actual, small.outputs).values()) < SAME, naming
 
 
 def test_comfys_names_mean_the_same_weights(small, tmp_path):
@@ -533,13 +312,13 @@ def test_a_shrunk_adapter_is_loaded_at_its_strength(small, tmp_path, recipe):
             small.path, base=small.folder, recipes=recipe, naming=naming, dtype="fp32", output=tmp_path / f"{naming}"
         )
         (result,) = report.results
-        found, _ = loaded(small.pipe, result.output)
+        actual, _ = loaded(small.pipe, result.output)
         if recipe == "energy=1":
-            assert max(differences(found, small.outputs).values()) < SAME
+            assert max(differences(actual, small.outputs).values()) < SAME
         else:
-            assert max(differences(found, small.outputs).values()) > SAME
+            assert max(differences(actual, small.outputs).values()) > SAME
         with merged(small.pipe, small.folder, result.output):
-            assert max(differences(found, outputs(small.pipe)).values()) < SAME, naming
+            assert max(differences(actual, outputs(small.pipe)).values()) < SAME, naming
 
 
 def test_peft_loads_a_folder_for_the_transformer_of_a_pipeline(tmp_path):
@@ -560,13 +339,13 @@ def test_peft_loads_a_folder_for_the_transformer_of_a_pipeline(tmp_path):
     with merged(pipe, tmp_path / "base", source):
         expected = outputs(pipe)
     assert differences(expected, bare)["transformer"] > CHANGED
-    (there,) = convert(source, base=tmp_path / "base", naming="kohya", output=tmp_path).results
-    for path in (source, there.output):
+    (flattened,) = convert(source, base=tmp_path / "base", naming="kohya", output=tmp_path).results
+    for path in (source, flattened.output):
         (folder,) = convert(path, base=tmp_path / "base", naming="peft", output=tmp_path / "peft", force=True).results
         small = resize(folder.output, recipes="energy=1", dtype="fp32", output=tmp_path / "shrunk", force=True)
-        for place in (folder.output, small.results[0].output):
+        for output in (folder.output, small.results[0].output):
             fresh = FluxTransformer2DModel.from_pretrained(tmp_path / "base" / "transformer")
-            pipe.transformer = PeftModel.from_pretrained(fresh, place)
+            pipe.transformer = PeftModel.from_pretrained(fresh, output)
             assert differences(outputs(pipe), expected)["transformer"] < SAME
 
 
@@ -698,7 +477,7 @@ def lycoris_output(path=None):
 @pytest.fixture(scope="module", params=NETWORKS)
 def network_file(request, tmp_path_factory):
     """A file as LyCORIS saves a network whose alpha is not its rank, and that is not at its start."""
-    model, place = Model(), tmp_path_factory.mktemp("lycoris")
+    model, directory = Model(), tmp_path_factory.mktemp("lycoris")
     network = create_lycoris(
         model, 1.0, linear_dim=3, linear_alpha=2, conv_dim=2, conv_alpha=3, **NETWORKS[request.param]
     )
@@ -706,8 +485,8 @@ def network_file(request, tmp_path_factory):
     generator = torch.Generator().manual_seed(4)
     for parameter in network.parameters():
         parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator)
-    network.save_weights(str(place / "network.safetensors"), torch.float32, {"ss_network_dim": "3"})
-    return place / "network.safetensors"
+    network.save_weights(str(directory / "network.safetensors"), torch.float32, {"ss_network_dim": "3"})
+    return directory / "network.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -768,14 +547,14 @@ def comfy_names(native, diffusers, encoders, prefixes):
     Its denoiser has the native names, with dots behind `diffusion_model.` and without behind `lora_unet_`; those of
     diffusers are known for some families behind other prefixes. Text encoders have Hugging Face's names.
     """
-    found = {f"diffusion_model.{name}" for name in native} | {f"lora_unet_{name.replace('.', '_')}" for name in native}
+    names = {f"diffusion_model.{name}" for name in native} | {f"lora_unet_{name.replace('.', '_')}" for name in native}
     for prefix in prefixes:
-        found |= {prefix + (name.replace(".", "_") if prefix.endswith("_") else name) for name in diffusers}
+        names |= {prefix + (name.replace(".", "_") if prefix.endswith("_") else name) for name in diffusers}
     for name, (depth, numbers) in encoders.items():
-        for module in (COMFY_ENCODER_LAYER.format(i, each) for i in range(depth) for each in COMFY_ENCODER_MODULES):
-            found |= {f"lora_te{number}_{module.replace('.', '_')}" for number in numbers}
-            found.add(f"text_encoders.{name}.transformer.{module}")
-    return found
+        for module in (COMFY_ENCODER_LAYER.format(i, inner) for i in range(depth) for inner in COMFY_ENCODER_MODULES):
+            names |= {f"lora_te{number}_{module.replace('.', '_')}" for number in numbers}
+            names.add(f"text_encoders.{name}.transformer.{module}")
+    return names
 
 
 def modules_of(base, prefix=""):
@@ -862,7 +641,7 @@ def not_read_by_comfy(keys, names):
 
 @pytest.fixture(scope="module")
 def comfy_base(tmp_path_factory):
-    place = tmp_path_factory.mktemp("comfy")
+    directory = tmp_path_factory.mktemp("comfy")
 
     @functools.cache
     def get(family):
@@ -871,7 +650,7 @@ def comfy_base(tmp_path_factory):
             if not any(key.startswith(f"text_encoders.{name}.") for key in shapes):
                 encoder = fixtures.shapes(f"base_{name}_transformers")
                 shapes |= {f"text_encoders.{name}.transformer.{key}": shape for key, shape in encoder.items()}
-        return fixtures.write_header(place / f"{family}.safetensors", shapes)
+        return fixtures.write_header(directory / f"{family}.safetensors", shapes)
 
     return get
 
@@ -894,7 +673,7 @@ def test_comfy_finds_a_module_for_every_key(comfy_base, tmp_path, name, naming):
     assert not_read_by_comfy(load_file(result.output), names) == {}
 
 
-def test_the_rules_of_comfy_are_those_that_its_own_files_follow():
+def test_comfys_own_files_follow_the_rules_of_comfy():
     """Adapters that are out there in its names, and those that it does not read."""
     for name in ("flux_lora_aitoolkit_bfl", "wan21_1_3b_lora_comfy", "sdxl_lora_kohya_te1_te2", "flux_lora_diffusers"):
         native, prefix, theirs, encoders, prefixes = COMFY[name.partition("_")[0].replace("wan21", "wan")]

@@ -13,8 +13,8 @@ import fixtures
 import pytest
 import torch
 from fixtures import WEIGHTS, write_folder, write_tensors
+from loaders import COMPONENTS, differences, loaded, outputs, small_sdxl
 from safetensors.torch import load_file
-from test_loaders import COMPONENTS, differences, loaded, outputs, small_sdxl
 from torch import Tensor
 from typer.testing import CliRunner
 

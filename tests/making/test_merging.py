@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
-from safetensors.torch import load_file
-from test_combining import Q, added, lora, merged, summed, write
-from test_loaders import (
+from loaders import (
     CHANGED,
     SAME,
     differences,
@@ -24,6 +20,10 @@ from test_loaders import (
     outputs,
     pipe,
 )
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_combining import Q, added, lora, merged, summed, write
 from torch import nn
 from typer.testing import CliRunner
 

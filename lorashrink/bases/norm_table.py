@@ -1,4 +1,4 @@
-"""Norm tables: one JSON object that stands in for a base wherever norms are enough.
+"""Norm tables: JSON files that stand in for a base wherever norms are enough.
 
 It holds the names and shapes of the base's tensors, from which the weights are named as for the base itself, and the
 norms of each.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorashrink.bases.families import FAMILIES
+from lorashrink.bases.families import family_named
 from lorashrink.bases.family import BaseFamily
 from lorashrink.errors import InputError, NotABase
 
@@ -42,7 +42,7 @@ def to_bytes(family: BaseFamily, name: str, fingerprint: str, shapes: Mapping[st
         "base": name,
         "fingerprint": fingerprint,
         "tensors": shapes,
-        "norms": {key: {name: each[name] for name in ("fro", "spn")} for key, each in norms.items()},
+        "norms": {key: {name: values[name] for name in ("fro", "spn")} for key, values in norms.items()},
     }
     return (json.dumps(table, separators=(",", ":")) + "\n").encode()
 
@@ -55,15 +55,17 @@ def read(path: Path) -> Table:
             raise KeyError(FORMAT)
         if table["version"] != VERSION:
             raise ValueError(f"it has version {table['version']}, this program reads {VERSION}")
-        norms = {key: {name: float(each[name]) for name in ("fro", "spn")} for key, each in table["norms"].items()}
-        if not all(math.isfinite(value) and value >= 0 for each in norms.values() for value in each.values()):
+        norms = {key: {name: float(values[name]) for name in ("fro", "spn")} for key, values in table["norms"].items()}
+        if not all(math.isfinite(value) and value >= 0 for values in norms.values() for value in values.values()):
             raise ValueError("a norm is not a finite number")
         shapes = {str(key): tuple(map(int, shape)) for key, shape in table["tensors"].items()}
-        family = next(family for family in FAMILIES if family.name == table["family"])
+        family = family_named(table["family"])
+        if family is None:
+            raise ValueError(f"its family, {table['family']}, is unknown")
         return Table(family, str(table["fingerprint"]), shapes, norms)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise NotABase(
             f"{path}: not a norm table of this version ({error}). Make one with: lorashrink norms BASE -o {path.name}"
         ) from error
