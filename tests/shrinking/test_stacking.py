@@ -105,7 +105,9 @@ def test_the_common_threshold_is_the_lowest_that_fits(stack: list[Member], budge
     levels = np.unique(scores[np.isfinite(scores)])
     (threshold,) = {selection.threshold for selection in selections}
     if threshold is None:
-        rest = widths(-math.inf) if any(any(selection.widths) for selection in selections) else widths(math.inf)
+        # Everything is kept, or nothing but what `min_rank` demands.
+        everything = widths(-math.inf)
+        rest = everything if size_of(stack, everything) <= limit else widths(math.inf)
         assert [selection.widths for selection in selections] == rest
         return
     assert threshold in levels
