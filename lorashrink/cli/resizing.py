@@ -9,29 +9,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorashrink.cli.application import exit_with, session, split_base
+from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import (
+    Adapters,
     Base,
     Calibration,
     Csv,
-    Debug,
     Device,
     DryRun,
     Dtype,
     Force,
     Jobs,
-    Json,
     Naming,
     Output,
-    Quiet,
     Recipes,
     Recursive,
-    Verbose,
+    split_base,
 )
-from lorashrink.cli.printing import check_result, new_console, new_table, share_text, size_text
+from lorashrink.cli.printing import check_outputs, new_console, new_table
 from lorashrink.cli.streams import Gathered
 from lorashrink.errors import UsageError
 from lorashrink.files.disk import write_bytes
+from lorashrink.text import count_text, share_text, size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,8 +38,10 @@ if TYPE_CHECKING:
     from lorashrink.results.shrinking import FileResult, Report
 
 
+@command(done=lambda report: bool(report.results))
 def resize(
-    files: Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="Adapters: files, folders or globs.")],
+    terminal: Terminal,
+    files: Adapters,
     recipe: Recipes = None,
     output: Output = None,
     base: Base = None,
@@ -93,24 +94,19 @@ def resize(
         bool,
         typer.Option("--space-check/--no-space-check", help="Begin only if the disk could take even what shrinks not."),
     ] = True,
-    as_json: Json = False,
     as_csv: Csv = None,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+) -> object:
     """Shrink adapters: keep the dimensions that a recipe names, drop the rest.
 
     Example: lorashrink resize -o out -r fro_ckpt=1,thr=-3.55 model.safetensors lora.safetensors
     """
-    gathered = Gathered(as_json=as_json, as_csv=as_csv is not None, everything=verbose > 0)
-    with gathered, session(verbose, quiet, debug, as_json) as progress:
-        from lorashrink.recipes import grammar as recipes
+    with Gathered(as_json=terminal.as_json, as_csv=as_csv is not None, everything=terminal.verbose > 0) as gathered:
+        from lorashrink.recipes import grammar
 
-        check_result(as_csv, files, force)
+        check_outputs(files, force, as_csv)
         base, adapters = split_base(files, base)
-        texts = recipe or [recipes.DEFAULT]
-        recipes.parse_recipes(texts)  # before torch is imported: a typo is answered at once
+        texts = recipe or [grammar.DEFAULT]
+        grammar.parse_recipes(texts)  # before torch is imported: a typo is answered at once
         report = _runner(ray, ray_transfer, gpus_per_task)(
             adapters,
             base=base,
@@ -133,18 +129,18 @@ def resize(
             skip_existing=skip_existing,
             dry_run=dry_run,
             strict=strict,
-            quantiles=verbose > 0,
+            quantiles=terminal.verbose > 0,
             space_check=space_check,
             each=gathered.add,
-            progress=progress,
+            progress=terminal.progress,
         )
         if as_csv:
             write_bytes(as_csv, gathered.csv(report))
-        if as_json:
+        if terminal.as_json:
             gathered.print_json(report)
-        elif not quiet:
-            print_report(report, verbose, dry_run, gathered)
-    exit_with([each.error for each in report.failed], done=bool(report.results))
+        elif not terminal.quiet:
+            print_report(report, terminal, gathered)
+    return report
 
 
 def _runner(ray: str | None, transfer: bool, gpus_per_task: float) -> Callable[..., Report]:
@@ -160,7 +156,7 @@ def _runner(ray: str | None, transfer: bool, gpus_per_task: float) -> Callable[.
     return partial(run_on_cluster, address=ray, transfer=transfer, gpus_per_task=gpus_per_task)
 
 
-def print_report(report: Report, verbose: int, dry_run: bool, gathered: Gathered | None = None) -> None:
+def print_report(report: Report, terminal: Terminal, gathered: Gathered | None = None) -> None:
     """The table of files, and their sum; of many files those that were `gathered` alone."""
     console = new_console()
     listed = list(report.results)
@@ -171,7 +167,7 @@ def print_report(report: Report, verbose: int, dry_run: bool, gathered: Gathered
         "file", "recipe", "before", "after", "saved", "error", "energy", "norm", "layers", "removed", "verbatim"
     )
     for each in listed:
-        _print_details(console, each, verbose)
+        _print_details(console, each, terminal.verbose)
         table.add_row(
             Path(each.output).name,
             each.recipe,
@@ -190,13 +186,13 @@ def print_report(report: Report, verbose: int, dry_run: bool, gathered: Gathered
     console.print(table)
     if more := len(report.results) - len(listed):
         told = f", {gathered.warnings} warnings among them" if gathered and gathered.warnings else ""
-        console.print(f"and {more} more{told}; -v lists them", markup=False)
+        console.print(f"and {more} more{told}; -v lists them")
     before, after = (sum(getattr(each, f"bytes_{when}") for each in report.results) for when in ("before", "after"))
     places = sorted({str(Path(each.output).parent) for each in report.results})
-    done = "would be written" if dry_run else "written"
+    done = "would be written" if terminal.dry_run else "written"
     difference = f"{size_text(abs(before - after))} {'saved' if after <= before else 'more'}"
     console.print(
-        f"{len(report.results)} file{'s' * (len(report.results) != 1)} {done} to {', '.join(places)}: "
+        f"{count_text(len(report.results), 'file')} {done} to {', '.join(places)}: "
         f"{size_text(before)} -> {size_text(after)}, {difference}"
     )
     if there := sum(each.skipped for each in report.results):
@@ -214,14 +210,12 @@ def _print_details(console: Console, each: FileResult, verbose: int) -> None:
         typer.echo(f"{each.output}: {warning}", err=True)
     if each.forms:
         sizes = ", ".join(f"--as {form} {size_text(size)}" for form, size in each.forms.items())
-        console.print(f"{Path(each.output).name} {size_text(each.bytes_after)}; {sizes}", markup=False)
+        console.print(f"{Path(each.output).name} {size_text(each.bytes_after)}; {sizes}")
     if each.capped:
-        count = len(each.capped)
         most = max(each.capped, key=lambda layer: layer.spectral_before / max(layer.spectral_after, 1e-30))
         console.print(
-            f"{Path(each.output).name}: {count} layer{'s' * (count != 1)} limited, most {most.name}: "
+            f"{Path(each.output).name}: {count_text(len(each.capped), 'layer')} limited, most {most.name}: "
             f"σ {most.spectral_before:.4g} -> {most.spectral_after:.4g}",
-            markup=False,
         )
     if verbose and each.quantiles:
         console.print(
@@ -232,16 +226,14 @@ def _print_details(console: Console, each: FileResult, verbose: int) -> None:
             console.print(
                 f"dim: {layer.rank_before:>3} -> {layer.rank_after:<3}  rle_lora {share_text(layer.rle_lora):>7}  "
                 f"rle_ckpt {share_text(layer.rle_ckpt):>7}  {layer.name}",
-                markup=False,
             )
     if verbose:
         for cap in each.capped:
             console.print(
                 f"limited {cap.name}: σ {cap.spectral_before:.4g} -> {cap.spectral_after:.4g}, "
                 f"norm {cap.fro_before:.4g} -> {cap.fro_after:.4g}",
-                markup=False,
             )
         for removed in each.removed:
-            console.print(f"removed {removed.name}: {removed.reason}", markup=False)
+            console.print(f"removed {removed.name}: {removed.reason}")
         for kept in each.verbatim:
-            console.print(f"verbatim {kept.key}: {kept.reason}", markup=False)
+            console.print(f"verbatim {kept.key}: {kept.reason}")
