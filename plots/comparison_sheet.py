@@ -12,7 +12,7 @@ from lorashrink.plots.sheet import fitted, sheet_font, wrapped
 from lorashrink.plots.style import INK, QUIET
 
 if TYPE_CHECKING:
-    from lorashrink.results.sweep import Pictures, Point, Sweep
+    from lorashrink.results.sweep import Drawn, Pictures, Point, Sweep
 
 _MEGA = 1e6
 _MOST_COLUMNS, _MOST_ROWS = 6, 12  # of recipes; of pictures
@@ -35,11 +35,11 @@ def pictures_by_size(sweep: Sweep, *, side: int = 320) -> Image.Image:
                 [f"{point.bytes / _MEGA:.3g} MB", f"{pictures.psnr:.1f} dB", point.recipe.replace("=1,", ",")],
                 pictures.files,
             )
-            for point, pictures in _chosen(sweep)
+            for point, pictures in shown_points(sweep, _MOST_COLUMNS)
         ),
         ([f"{sweep.bytes / _MEGA:.3g} MB", "whole adapter"], drawn.files),
     ]
-    labels = [f"{prompt.prompt} (seed {(prompt.seed or 0) + seed})" for prompt in drawn.prompts for seed in drawn.seeds]
+    labels = picture_labels(drawn)
     cut = f", the first {_MOST_ROWS} of {len(labels)} pictures" if len(labels) > _MOST_ROWS else ""
     return _table(
         f"{Path(sweep.source).name} at {len(columns) - 1} size{'s' * (len(columns) > 2)}{cut}",
@@ -49,13 +49,19 @@ def pictures_by_size(sweep: Sweep, *, side: int = 320) -> Image.Image:
     )
 
 
-def _chosen(sweep: Sweep) -> list[tuple[Point, Pictures]]:
+def shown_points(sweep: Sweep, most: int) -> list[tuple[Point, Pictures]]:
+    """The suggested recipe and recipes that nothing beats, evenly chosen if they are more than `most` together."""
     points = [(point, point.pictures) for point in sweep.points if point.pictures is not None]
     suggested = {sweep.suggestion.recipe} if sweep.suggestion else set()
-    best = [pair for pair in points if pair[0].best and pair[0].recipe not in suggested]
-    count = min(len(best), _MOST_COLUMNS - len(suggested))
-    taken = {best[round(place * (len(best) - 1) / max(count - 1, 1))][0].recipe for place in range(count)}
-    return [pair for pair in points if pair[0].recipe in taken | suggested]
+    best = [point.recipe for point, _ in points if point.best and point.recipe not in suggested]
+    count = min(len(best), most - len(suggested))
+    shown = {best[round(number * (len(best) - 1) / max(count - 1, 1))] for number in range(count)} | suggested
+    return [(point, pictures) for point, pictures in points if point.recipe in shown]
+
+
+def picture_labels(drawn: Drawn) -> list[str]:
+    """The prompt and seed of each picture, in the order of their files."""
+    return [f"{prompt.prompt} (seed {(prompt.seed or 0) + seed})" for prompt in drawn.prompts for seed in drawn.seeds]
 
 
 def _read(path: str, side: int) -> Image.Image:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures import write_tensors
+from markupsafe import escape
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
@@ -27,7 +28,7 @@ from lorashrink.plots.style import INK, ROLES, darken, inline_svg, save
 from lorashrink.reports.findings import Findings
 from lorashrink.reports.page import page
 from lorashrink.reports.report import ReportFile
-from lorashrink.reports.sheet import _data_uri
+from lorashrink.reports.sheet import picture_uri
 from lorashrink.results.inspection import AdapterTable, LayerRow
 
 EVIL = "</script><img src=x onerror=document.title='hacked'>"
@@ -310,8 +311,8 @@ def test_pictures_are_held_in_the_smallest_form(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "speck.png")
     noise = torch.randint(0, 256, (1024, 1024, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(noise.numpy()).save(tmp_path / "large.png")
-    speck, is_speck = _data_uri(tmp_path / "speck.png")
-    large, is_large_speck = _data_uri(tmp_path / "large.png")
+    speck, is_speck = picture_uri(tmp_path / "speck.png")
+    large, is_large_speck = picture_uri(tmp_path / "large.png")
     assert (is_speck, is_large_speck) == (True, False)
     assert speck.startswith("data:image/")
     assert len(speck) < 400
@@ -332,4 +333,4 @@ def test_a_page_is_a_function_of_its_findings(adapter: Path) -> None:
     )
     text = page(findings).decode()
     assert "<img" not in text
-    assert text.count(html.escape(EVIL)) >= 5
+    assert text.count(escape(EVIL)) >= 5
