@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw
 
 from lorashrink.plots.sheet import fitted, sheet_font, wrapped
 from lorashrink.plots.style import INK, QUIET
+from lorashrink.text import count_text, decibel_text, size_text
 
 if TYPE_CHECKING:
     from lorashrink.results.sweep import Drawn, Pictures, Point, Sweep
 
-_MEGA = 1e6
 _MOST_COLUMNS, _MOST_ROWS = 6, 12  # of recipes; of pictures
 _MARGIN, _GAP, _LABEL, _NARROWEST = 24, 10, 180, 160  # pixels
 _TITLE_SIZE, _TEXT_SIZE, _LEADING = 22, 14, 19  # pixels
@@ -29,20 +29,20 @@ def pictures_by_size(sweep: Sweep, *, side: int = 320) -> Image.Image:
     drawn = sweep.drawn
     assert drawn is not None
     columns = [
-        (["no adapter", f"{drawn.none.psnr:.1f} dB"], drawn.none.files),
+        (["no adapter", decibel_text(drawn.none.psnr)], drawn.none.files),
         *(
             (
-                [f"{point.bytes / _MEGA:.3g} MB", f"{pictures.psnr:.1f} dB", point.recipe.replace("=1,", ",")],
+                [size_text(point.bytes), decibel_text(pictures.psnr), point.recipe.replace("=1,", ",")],
                 pictures.files,
             )
             for point, pictures in shown_points(sweep, _MOST_COLUMNS)
         ),
-        ([f"{sweep.bytes / _MEGA:.3g} MB", "whole adapter"], drawn.files),
+        ([size_text(sweep.bytes), "whole adapter"], drawn.files),
     ]
     labels = picture_labels(drawn)
     cut = f", the first {_MOST_ROWS} of {len(labels)} pictures" if len(labels) > _MOST_ROWS else ""
     return _table(
-        f"{Path(sweep.source).name} at {len(columns) - 1} size{'s' * (len(columns) > 2)}{cut}",
+        f"{Path(sweep.source).name} at {count_text(len(columns) - 1, 'size')}{cut}",
         [heads for heads, _ in columns],
         labels[:_MOST_ROWS],
         [[_read(column[row], side) for _, column in columns] for row in range(min(len(labels), _MOST_ROWS))],
@@ -93,8 +93,8 @@ def _table(
             most = _HEAD_LINES - number if number == len(lines) - 1 else 1
             # a recipe has no spaces to break it at
             for more, line in enumerate(wrapped(text.replace(",", ", "), font, width, most)):
-                place = (left + column * (width + _GAP), top + (number + more) * _LEADING)
-                drawing.text(place, line.replace(", ", ","), QUIET if number else INK, font)
+                corner = (left + column * (width + _GAP), top + (number + more) * _LEADING)
+                drawing.text(corner, line.replace(", ", ","), QUIET if number else INK, font)
     for number, (label, row) in enumerate(zip(labels, rows, strict=True)):
         height = below + sum(heights[:number]) + number * _GAP
         for line_number, line in enumerate(wrapped(label, font, _LABEL, _ROW_LINES)):

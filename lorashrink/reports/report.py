@@ -159,10 +159,10 @@ def _hashes(source: Path, base: str | Path | None) -> dict[str, str]:
 
 
 def _commands(
-    source: Path, page: Path, recipes: Sequence[str], options: Mapping[str, object], shrunk: FileResult | None
+    source: Path, output: Path, recipes: Sequence[str], options: Mapping[str, object], shrunk: FileResult | None
 ) -> dict[str, str]:
     """Purpose -> command line, as a shell takes it."""
-    lines = {"This page": _line("report", source, recipes, {**options, "-o": page})}
+    lines = {"This page": _line("report", source, recipes, {**options, "-o": output})}
     if shrunk:
         needed = {name: options[name] for name in ("--base", "--calibration")}
         lines["The smaller adapter"] = _line("resize", source, [shrunk.recipe], needed)

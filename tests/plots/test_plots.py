@@ -39,7 +39,7 @@ def test_bars_show_the_mean_rank_of_each_block_in_the_order_of_the_model() -> No
     before, after = ([bar.get_height() for bar in bars] for bars in axes.containers[:2])
     assert before == [8, 12, 32, 16]
     assert after == [1, 4, 2, 4]
-    assert "2.00 MB → 0.50 MB,  error 12.5 %" in axes.get_title(loc="left")
+    assert "2.0 MB → 500.0 kB,  error 12.50%" in axes.get_title(loc="left")
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
