@@ -1,8 +1,8 @@
-"""`resize` and its kin, which write adapters: `extract`, `convert`, `norms`, `demo`."""
+"""`resize`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +34,7 @@ from lorashrink.text import count_text, share_text, size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from lorashrink.results.shrinking import FileResult, Report
 
@@ -159,44 +160,54 @@ def _runner(ray: str | None, transfer: bool, gpus_per_task: float) -> Callable[.
 def print_report(report: Report, terminal: Terminal, gathered: Gathered | None = None) -> None:
     """The table of files, and their sum; of many files those that were `gathered` alone."""
     console = new_console()
-    listed = list(report.results)
+    results = list(report.results)
     if gathered:
-        order = {each.output: place for place, each in enumerate(report.results)}
-        listed = sorted(gathered.listed, key=lambda each: order[each.output])
+        order = {result.output: position for position, result in enumerate(results)}
+        results = sorted(gathered.listed, key=lambda result: order[result.output])
+    for result in results:
+        _print_details(console, result, terminal.verbose)
+    if not report.results:
+        return
+    console.print(_table(results))
+    if more := len(report.results) - len(results):
+        warnings = f", {gathered.warnings} warnings among them" if gathered and gathered.warnings else ""
+        console.print(f"and {more} more{warnings}; -v lists them")
+    _print_sums(console, report, terminal.dry_run)
+
+
+def _table(results: Sequence[FileResult]) -> Table:
     table = new_table(
         "file", "recipe", "before", "after", "saved", "error", "energy", "norm", "layers", "removed", "verbatim"
     )
-    for each in listed:
-        _print_details(console, each, terminal.verbose)
+    for result in results:
         table.add_row(
-            Path(each.output).name,
-            each.recipe,
-            size_text(each.bytes_before),
-            size_text(each.bytes_after),
-            f"{100 * (1 - each.bytes_after / each.bytes_before):.1f}%",
-            share_text(each.relative_error),
-            share_text(each.energy),
-            share_text(each.norm_ratio),
-            "there" if each.skipped else str(sum(bool(layer.rank_after) for layer in each.layers)),
-            str(len(each.removed)),
-            str(len(each.verbatim)),
+            Path(result.output).name,
+            result.recipe,
+            size_text(result.bytes_before),
+            size_text(result.bytes_after),
+            f"{100 * (1 - result.bytes_after / result.bytes_before):.1f}%",
+            share_text(result.relative_error),
+            share_text(result.energy),
+            share_text(result.norm_ratio),
+            "there" if result.skipped else str(sum(bool(layer.rank_after) for layer in result.layers)),
+            str(len(result.removed)),
+            str(len(result.verbatim)),
         )
-    if not report.results:
-        return
-    console.print(table)
-    if more := len(report.results) - len(listed):
-        told = f", {gathered.warnings} warnings among them" if gathered and gathered.warnings else ""
-        console.print(f"and {more} more{told}; -v lists them")
-    before, after = (sum(getattr(each, f"bytes_{when}") for each in report.results) for when in ("before", "after"))
-    places = sorted({str(Path(each.output).parent) for each in report.results})
-    done = "would be written" if terminal.dry_run else "written"
+    return table
+
+
+def _print_sums(console: Console, report: Report, dry_run: bool) -> None:
+    before = sum(result.bytes_before for result in report.results)
+    after = sum(result.bytes_after for result in report.results)
+    folders = sorted({str(Path(result.output).parent) for result in report.results})
+    verb = "would be written" if dry_run else "written"
     difference = f"{size_text(abs(before - after))} {'saved' if after <= before else 'more'}"
     console.print(
-        f"{count_text(len(report.results), 'file')} {done} to {', '.join(places)}: "
+        f"{count_text(len(report.results), 'file')} {verb} to {', '.join(folders)}: "
         f"{size_text(before)} -> {size_text(after)}, {difference}"
     )
-    if there := sum(each.skipped for each in report.results):
-        console.print(f"{there} of them were there already")
+    if skipped := sum(result.skipped for result in report.results):
+        console.print(f"{skipped} of them were there already")
     for stack in report.stacks:
         threshold = "all is kept" if stack.threshold is None else f"one threshold, {stack.threshold:.3f}"
         size = f"{size_text(stack.bytes)} of {size_text(stack.budget)}"
@@ -205,35 +216,35 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
         console.print(f"needs {size_text(report.space.needed)}; {size_text(report.space.free)} are free")
 
 
-def _print_details(console: Console, each: FileResult, verbose: int) -> None:
-    for warning in each.warnings:
-        typer.echo(f"{each.output}: {warning}", err=True)
-    if each.forms:
-        sizes = ", ".join(f"--as {form} {size_text(size)}" for form, size in each.forms.items())
-        console.print(f"{Path(each.output).name} {size_text(each.bytes_after)}; {sizes}")
-    if each.capped:
-        most = max(each.capped, key=lambda layer: layer.spectral_before / max(layer.spectral_after, 1e-30))
-        console.print(
-            f"{Path(each.output).name}: {count_text(len(each.capped), 'layer')} limited, most {most.name}: "
-            f"σ {most.spectral_before:.4g} -> {most.spectral_after:.4g}",
+def _print_details(console: Console, result: FileResult, verbose: int) -> None:
+    name = Path(result.output).name
+    for warning in result.warnings:
+        typer.echo(f"{result.output}: {warning}", err=True)
+    lines = []
+    if result.forms:
+        sizes = ", ".join(f"--as {form} {size_text(size)}" for form, size in result.forms.items())
+        lines.append(f"{name} {size_text(result.bytes_after)}; {sizes}")
+    if result.capped:
+        most = max(result.capped, key=lambda layer: layer.spectral_before / max(layer.spectral_after, 1e-30))
+        lines.append(
+            f"{name}: {count_text(len(result.capped), 'layer')} limited, most {most.name}: "
+            f"σ {most.spectral_before:.4g} -> {most.spectral_after:.4g}"
         )
-    if verbose and each.quantiles:
-        console.print(
-            "score quantiles  " + "  ".join(f"{place}: {value:.3f}" for place, value in each.quantiles.items())
-        )
+    if verbose and result.quantiles:
+        lines.append("score quantiles  " + "  ".join(f"{at}: {value:.3f}" for at, value in result.quantiles.items()))
     if verbose > 1:
-        for layer in each.layers:
-            console.print(
-                f"dim: {layer.rank_before:>3} -> {layer.rank_after:<3}  rle_lora {share_text(layer.rle_lora):>7}  "
-                f"rle_ckpt {share_text(layer.rle_ckpt):>7}  {layer.name}",
-            )
+        lines += [
+            f"dim: {layer.rank_before:>3} -> {layer.rank_after:<3}  rle_lora {share_text(layer.rle_lora):>7}  "
+            f"rle_ckpt {share_text(layer.rle_ckpt):>7}  {layer.name}"
+            for layer in result.layers
+        ]
     if verbose:
-        for cap in each.capped:
-            console.print(
-                f"limited {cap.name}: σ {cap.spectral_before:.4g} -> {cap.spectral_after:.4g}, "
-                f"norm {cap.fro_before:.4g} -> {cap.fro_after:.4g}",
-            )
-        for removed in each.removed:
-            console.print(f"removed {removed.name}: {removed.reason}")
-        for kept in each.verbatim:
-            console.print(f"verbatim {kept.key}: {kept.reason}")
+        lines += [
+            f"limited {cap.name}: σ {cap.spectral_before:.4g} -> {cap.spectral_after:.4g}, "
+            f"norm {cap.fro_before:.4g} -> {cap.fro_after:.4g}"
+            for cap in result.capped
+        ]
+        lines += [f"removed {removed.name}: {removed.reason}" for removed in result.removed]
+        lines += [f"verbatim {copied.key}: {copied.reason}" for copied in result.verbatim]
+    for line in lines:
+        console.print(line)

@@ -1,6 +1,6 @@
 """Which files are read and what becomes of them: every listed adapter, on every listed base, shrunk for real.
 
-What comes out is the table in `docs/formats.md`; `python tests/test_formats.py` writes it anew.
+What comes out is the table in `docs/formats.md`; `python tests/journeys/test_formats.py` writes it anew.
 """
 
 from __future__ import annotations
@@ -872,7 +872,7 @@ and int8, nf4 and fp4 of bitsandbytes. GPTQ, AWQ, nvfp4, SVDQuant and other pack
 
 {base_table}
 
-This page is written by `python tests/test_formats.py`; a test fails when it no longer holds.
+This page is written by `python tests/journeys/test_formats.py`; a test fails when it no longer holds.
 """
 
 
@@ -895,7 +895,7 @@ def test_every_list_is_in_the_table() -> None:
 
 
 def test_the_table_in_the_documentation_is_up_to_date(page: str) -> None:
-    assert DOCUMENT.read_text(encoding="utf-8") == page, "run: python tests/test_formats.py"
+    assert DOCUMENT.read_text(encoding="utf-8") == page, "run: python tests/journeys/test_formats.py"
 
 
 def main() -> None:
