@@ -33,7 +33,7 @@ RESULT = FileResult(
 )
 
 
-def test_bars_show_the_mean_rank_of_each_block_in_the_order_of_the_model() -> None:
+def test_bars_show_the_mean_rank_of_each_block_in_model_order() -> None:
     (axes,) = rank_per_block(RESULT).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["TE1.00", "IN04", "MID", "OUT03"]
     before, after = ([bar.get_height() for bar in bars] for bars in axes.containers[:2])
@@ -44,6 +44,6 @@ def test_bars_show_the_mean_rank_of_each_block_in_the_order_of_the_model() -> No
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_figures_are_written_as_pictures(tmp_path: Path, suffix: str) -> None:
-    place = tmp_path / f"ranks.{suffix}"
-    rank_per_block(RESULT).savefig(place)
-    assert place.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
+    path = tmp_path / f"ranks.{suffix}"
+    rank_per_block(RESULT).savefig(path)
+    assert path.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
