@@ -39,17 +39,13 @@ class Column:
 
 
 def _numbers(
-    head: str, meaning: str, number: Callable[[Any], float | None], text: Callable[[float | None], str] = number_text
+    head: str, meaning: str, number: Callable[[Any], float | None], text: Callable[[float], str] = number_text
 ) -> Column:
-    return Column(head, meaning, lambda row: text(number(row)), number)
+    def text_of(row: object) -> str:
+        value = number(row)
+        return "–" if value is None else text(value)
 
-
-def _whole_text(value: float | None) -> str:
-    return number_text(value, "d")
-
-
-def _tenths_text(value: float | None) -> str:
-    return number_text(value, ".1f")
+    return Column(head, meaning, text_of, number)
 
 
 # --- recipes ------------------------------------------------------------------------------------
@@ -68,14 +64,14 @@ def point_columns(sweep: Sweep) -> list[Column]:
     measures = [measure for measure in MEASURES if sweep.drawn and measure.name in sweep.drawn.none.values]
     return [
         Column("recipe", "what is kept", lambda row: row.point.recipe, code=True),
-        _numbers("size", "of the file", lambda row: row.point.bytes, lambda size: size_text(size or 0)),
+        _numbers("size", "of the file", lambda row: row.point.bytes, size_text),
         _numbers(
             "of before", "size / size of the whole adapter", lambda row: row.point.bytes / sweep.bytes, share_text
         ),
         _numbers("error", "‖lost‖ / ‖ΔW‖", lambda row: row.point.relative_error, share_text),
         _numbers("energy", "share of Σσ² that is kept", lambda row: row.point.energy, share_text),
         _numbers(
-            "mean rank", "over all layers, removed ones count as 0", lambda row: row.point.mean_rank, _tenths_text
+            "mean rank", "over all layers, removed ones count as 0", lambda row: row.point.mean_rank, "{:.1f}".format
         ),
         Column("best", "no other recipe is both smaller and closer", lambda row: "★" if row.point.best else ""),
         *map(_measure_column, measures),
@@ -88,7 +84,7 @@ def _measure_column(measure: Measure) -> Column:
 
     def text(row: PointRow) -> str:
         if not values(row):
-            return "-"
+            return "–"
         return f"{fmean(values(row)):{measure.form}} ± {pstdev(values(row)):{measure.form}}"
 
     return Column(
@@ -132,16 +128,16 @@ _LAYER_COLUMNS = (
     Column("kind", "of layer", lambda row: row.layer.kind),
     Column("shape", "of ΔW", lambda row: "×".join(map(str, row.layer.shape))),
     Column("algo", "family of the adapter's layer", lambda row: row.layer.algo),
-    _numbers("rank", "in the file", lambda row: row.layer.rank, _whole_text),
-    _numbers("new rank", "by the recipe; 0 is removed", _from_result("rank_after"), _whole_text),
+    _numbers("rank", "in the file", lambda row: row.layer.rank, "{:d}".format),
+    _numbers("new rank", "by the recipe; 0 is removed", _from_result("rank_after"), "{:d}".format),
     _numbers("error", "‖lost‖ / ‖ΔW‖", _from_result("rle_lora"), share_text),
     _numbers("error of base", "‖lost‖ / ‖W‖", _from_result("rle_ckpt"), share_text),
     _numbers("energy", "share of Σσ² that is kept", _from_result("energy"), share_text),
-    _numbers("alpha", "in the file", lambda row: row.layer.alpha, lambda alpha: number_text(alpha, "g")),
+    _numbers("alpha", "in the file", lambda row: row.layer.alpha, "{:g}".format),
     _numbers("‖ΔW‖", "Frobenius norm", lambda row: row.layer.fro),
     _numbers("of base", "‖ΔW‖ / ‖W‖", lambda row: row.layer.fro_ratio, share_text),
     _numbers("σ₁", "spectral norm", lambda row: row.layer.spectral),
-    _numbers("eff. rank", "exp of the entropy of σ²/Σσ²", lambda row: row.layer.effective_rank, _tenths_text),
+    _numbers("eff. rank", "exp of the entropy of σ²/Σσ²", lambda row: row.layer.effective_rank, "{:.1f}".format),
     Column("remarks", "what is unusual", lambda row: " ".join(row.layer.flags)),
 )
 
