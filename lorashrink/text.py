@@ -27,6 +27,11 @@ def percent_text(share: float) -> str:
     return "< 0.0001 %" if 0 < share < 1e-6 else f"{100 * share:.3g} %"
 
 
+def bare_percent_text(percent: float) -> str:
+    """A percentage with two digits and no unit, where there is no room for one: `0.031`, `9.9`, `12`, `0`."""
+    return "0" if percent == 0 else f"{percent:.2g}" if percent < 9.95 else f"{percent:.0f}"
+
+
 def span_text(numbers: Sequence[float]) -> str:
     """The range of the numbers: `4 to 8`, or `4` where all are equal; a dash for none."""
     if not numbers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorashrink.plots.style import GRID
 
@@ -37,7 +37,7 @@ def legend_above(axes: Axes, *entries: Any, columns: int = 1) -> Legend:
     )
 
 
-def grid_below(axes: Axes, axis: str = "both") -> None:
+def grid_below(axes: Axes, axis: Literal["both", "x", "y"] = "both") -> None:
     """Thin lines at the major ticks, below what is drawn."""
     axes.grid(axis=axis, which="major", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -48,5 +48,5 @@ def matrix_frame(axes: Axes, image: AxesImage, **options: Any) -> Colorbar:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = axes.figure.colorbar(image, ax=axes, **options)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return bar

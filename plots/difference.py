@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lorashrink.plots.axes import legend_above, name_ticks, width_of_blocks
 from lorashrink.plots.blocks import order
 from lorashrink.plots.style import AFTER, BEFORE, INK, RC
-from lorashrink.text import percent_text, size_text
+from lorashrink.text import bare_percent_text, percent_text, size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,10 @@ def difference_per_block(comparison: Comparison) -> Figure:
 def _draw_differences(axes: Axes, blocks: Sequence[BlockDifference], total: BlockDifference) -> None:
     shares = [100 * (row.relative_difference or 0.0) for row in blocks]
     bars = axes.bar(range(len(blocks)), shares, width=0.66, color=AFTER)
-    texts = [_bar_text(row.relative_difference) for row in blocks]
+    texts = [
+        "only B" if row.relative_difference is None else bare_percent_text(100 * row.relative_difference)
+        for row in blocks
+    ]
     axes.bar_label(bars, texts, padding=2, fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     axes.set_ylabel("‖A − B‖ / ‖A‖ (%)")
     axes.margins(y=0.14)
@@ -52,10 +55,3 @@ def _draw_differences(axes: Axes, blocks: Sequence[BlockDifference], total: Bloc
         label = f"the whole: {percent_text(total.relative_difference)}"
         axes.axhline(100 * total.relative_difference, color=INK, linewidth=1, linestyle="--", zorder=0.5, label=label)
         legend_above(axes)
-
-
-def _bar_text(share: float | None) -> str:
-    """For the label of a bar, which has no room for a unit."""
-    if share is None:
-        return "only B"
-    return "0" if share == 0 else f"{100 * share:.2g}" if share < 0.0995 else f"{100 * share:.0f}"

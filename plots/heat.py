@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from lorashrink.plots.axes import matrix_frame
 from lorashrink.plots.blocks import grouped
 from lorashrink.plots.style import INK, RC
+from lorashrink.text import bare_percent_text
 
 if TYPE_CHECKING:
     from lorashrink.results.inspection import AdapterTable, LayerRow
@@ -68,7 +69,7 @@ def norms_by_kind(table: AdapterTable) -> Figure:
     for (line, column), value in np.ndenumerate(shares):
         if not math.isnan(value):
             colour = (_LIGHT_TEXT if norm(value) < _DARK else _DARK_TEXT) if value > 0 else INK
-            axes.text(column, line, _cell_text(value), ha="center", va="center", fontsize=8, color=colour)
+            axes.text(column, line, bare_percent_text(value), ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(len(kinds)), [_KINDS[kind] for kind in kinds])
     axes.set_yticks(range(len(groups)), list(groups))
     bar = matrix_frame(axes, image, pad=0.02, aspect=30)
@@ -83,8 +84,3 @@ def _share(rows: Sequence[LayerRow]) -> float:
     if not rows:
         return math.nan
     return 100 * math.hypot(*(row.fro or 0.0 for row in rows)) / math.hypot(*(row.base_fro or 0.0 for row in rows))
-
-
-def _cell_text(percent: float) -> str:
-    """For a cell, which has no room for a unit."""
-    return "0" if percent == 0 else f"{percent:.2g}" if percent < 9.95 else f"{percent:.0f}"

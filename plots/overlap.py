@@ -35,7 +35,13 @@ def overlap_matrices(overlap: Overlap) -> Figure:
     What an adapter has in common with itself is left empty; a pair of which one changes nothing has a dash. The names
     are those of the files, with their weights where not all are 1.
     """
-    names = _labels(overlap)
+    weighted = any(member.weight != 1 for member in overlap.adapters)
+    names = [
+        f"{_shortened(name)} : {member.weight:g}" if weighted else _shortened(name)
+        for name, member in zip(
+            short_names([member.path for member in overlap.adapters]), overlap.adapters, strict=True
+        )
+    ]
     side = max(2.3, 0.44 * len(names))
     figure = Figure(figsize=(2 * side + 4.6, side + 1.9))
     left, right = figure.subplots(1, 2)
@@ -43,13 +49,6 @@ def overlap_matrices(overlap: Overlap) -> Figure:
     _matrix(right, overlap.subspace, names, _SHARE, 0.0, "Overlap of their subspaces")
     right.tick_params(labelleft=False)
     return figure
-
-
-def _labels(overlap: Overlap) -> list[str]:
-    members = overlap.adapters
-    weighted = any(member.weight != 1 for member in members)
-    names = map(_shortened, short_names([member.path for member in members]))
-    return [f"{name} : {member.weight:g}" if weighted else name for name, member in zip(names, members, strict=True)]
 
 
 def _shortened(name: str) -> str:

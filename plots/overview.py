@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -48,7 +48,8 @@ def layer_overview(table: AdapterTable) -> Figure:
     drawn = {dots.get_label(): dots for axes in panels for dots in axes.collections}
     if len(drawn) > 1:
         legend = legend_above(panels[0], drawn.values(), drawn.keys(), columns=2)
-        for handle in legend.legend_handles:
+        handles: Sequence[Any] = legend.legend_handles  # of dots, which have sizes
+        for handle in handles:
             handle.set_sizes([40.0])
     name_ticks(panels[-1], list(groups))
     panels[-1].set_xlim(-0.7, max(1, len(groups)) - 0.3)

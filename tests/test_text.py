@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from lorashrink.text import count_text, decibel_text, number_text, percent_text, share_text, size_text, span_text
+from lorashrink.text import (
+    bare_percent_text,
+    count_text,
+    decibel_text,
+    number_text,
+    percent_text,
+    share_text,
+    size_text,
+    span_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +30,10 @@ def test_shares_have_two_decimals() -> None:
 def test_differences_have_three_digits() -> None:
     texts = [percent_text(share) for share in (0.0, 5e-7, 0.000312, 0.12345)]
     assert texts == ["0 %", "< 0.0001 %", "0.0312 %", "12.3 %"]
+
+
+def test_percentages_without_a_unit_have_two_digits() -> None:
+    assert [bare_percent_text(percent) for percent in (0.0, 0.0312, 9.94, 12.3)] == ["0", "0.031", "9.9", "12"]
 
 
 def test_ranges_of_equal_numbers_are_one_number() -> None:
