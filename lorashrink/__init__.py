@@ -10,29 +10,29 @@ for layer in ls.open_adapter("lora.safetensors"):
 
 from typing import TYPE_CHECKING, Any
 
-from lorashrink._version import __version__
-from lorashrink.errors import LorashrinkError
+from lorashrink._version import __version__ as __version__
+from lorashrink.errors import LorashrinkError as LorashrinkError
 
 if TYPE_CHECKING:
-    from lorashrink.adapters import open_adapter
-    from lorashrink.bases import open_base
-    from lorashrink.bases.norms import norms
-    from lorashrink.calibration.calibrate import calibrate
-    from lorashrink.calibration.refine import refine
-    from lorashrink.demonstration import demo
-    from lorashrink.insight.comparison import compare
-    from lorashrink.insight.inspection import inspect
-    from lorashrink.insight.overlapping import overlap
-    from lorashrink.making.conversion import convert
-    from lorashrink.making.extraction import extract
-    from lorashrink.making.merging import merge
-    from lorashrink.recipes.grammar import Recipe
-    from lorashrink.reports.report import report
-    from lorashrink.shrinking.run import resize
-    from lorashrink.sweeping.sweep import sweep
+    from lorashrink.adapters import open_adapter as open_adapter
+    from lorashrink.bases import open_base as open_base
+    from lorashrink.bases.norms import norms as norms
+    from lorashrink.calibration.calibrate import calibrate as calibrate
+    from lorashrink.calibration.refine import refine as refine
+    from lorashrink.demonstration import demo as demo
+    from lorashrink.insight.comparison import compare as compare
+    from lorashrink.insight.inspection import inspect as inspect
+    from lorashrink.insight.overlapping import overlap as overlap
+    from lorashrink.making.conversion import convert as convert
+    from lorashrink.making.extraction import extract as extract
+    from lorashrink.making.merging import merge as merge
+    from lorashrink.recipes.grammar import Recipe as Recipe
+    from lorashrink.reports.report import report as report
+    from lorashrink.shrinking.run import resize as resize
+    from lorashrink.sweeping.sweep import sweep as sweep
 
-# Imported when first used, because torch takes longer to import than most commands take to run.
-_WHERE = {
+# Public name -> its module, imported when first used: torch takes longer to import than most commands take to run.
+_MODULES = {
     "Recipe": "recipes.grammar",
     "calibrate": "calibration.calibrate",
     "compare": "insight.comparison",
@@ -51,33 +51,14 @@ _WHERE = {
     "sweep": "sweeping.sweep",
 }
 
-__all__ = [
-    "LorashrinkError",
-    "Recipe",
-    "__version__",
-    "calibrate",
-    "compare",
-    "convert",
-    "demo",
-    "extract",
-    "inspect",
-    "merge",
-    "norms",
-    "open_adapter",
-    "open_base",
-    "overlap",
-    "refine",
-    "report",
-    "resize",
-    "sweep",
-]
+__all__ = ["LorashrinkError", "__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'lorashrink' has no attribute '{name}'")
     from importlib import import_module
 
-    value = getattr(import_module(f"lorashrink.{_WHERE[name]}"), name)
+    value = getattr(import_module(f"lorashrink.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

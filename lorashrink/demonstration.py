@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from lorashrink.errors import OutputError
+from lorashrink.errors import OutputError, Progress
 from lorashrink.insight.inspection import inspect
 from lorashrink.pictures.pipelines import PACKAGES
 from lorashrink.recipes.grammar import DEFAULT
@@ -34,7 +34,7 @@ class Demo:
     pictures: tuple[str, ...]  # figures; without a model that draws, of sizes and errors only
 
 
-def demo(output: str | Path = "demo-out", *, progress: Callable[[str, int, int], None] | None = None) -> Demo:
+def demo(output: str | Path = "demo-out", *, progress: Progress | None = None) -> Demo:
     """Inspect a style that was trained on the example model, shrink it as training guides do, and try other recipes.
 
     With the packages of `lorashrink[pictures]` the model draws with every one of them. Writes the adapter, figures and
@@ -77,21 +77,20 @@ def _figures(page: ReportFile, shrunk: Report, folder: Path) -> tuple[str, ...]:
     }
     for name, figure in figures.items():
         style.save(figure, folder / name)
+    names = list(figures)
     if page.sweep.drawn:
         style.save_picture(pictures_by_size(page.sweep), folder / "sheet.png")
-    return tuple(str(folder / name) for name in (*figures, *(["sheet.png"] if page.sweep.drawn else [])))
+        names.append("sheet.png")
+    return tuple(str(folder / name) for name in names)
 
 
 def _commands(folder: Path, drawing: bool) -> tuple[str, ...]:
-    recipes = [part for recipe in _RECIPES for part in ("-r", recipe)]
+    recipes = [word for recipe in _RECIPES for word in ("-r", recipe)]
     images = ["--images", MODEL, "--prompts", EXAMPLE / "prompts.txt", "--images-out", folder / "pictures"]
-    swept = [*recipes, "--sizes", ",".join(map(str, _SIZES)), "--calibration", TABLE, *(images if drawing else ())]
-    return (
-        _command("inspect", MODEL, ADAPTER),
-        _command("resize", "-o", folder, "-r", DEFAULT, MODEL, ADAPTER),
-        _command("report", "-o", folder / "report.html", *swept, MODEL, ADAPTER),
+    options = [*recipes, "--sizes", ",".join(map(str, _SIZES)), "--calibration", TABLE, *(images if drawing else ())]
+    commands: tuple[Sequence[str | Path], ...] = (
+        ["inspect", MODEL, ADAPTER],
+        ["resize", "-o", folder, "-r", DEFAULT, MODEL, ADAPTER],
+        ["report", "-o", folder / "report.html", *options, MODEL, ADAPTER],
     )
-
-
-def _command(*words: str | Path | Sequence[str]) -> str:
-    return shlex.join(["lorashrink", *map(str, words)])
+    return tuple(shlex.join(["lorashrink", *map(str, words)]) for words in commands)

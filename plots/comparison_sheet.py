@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw
 
 from lorashrink.plots.sheet import fitted, sheet_font, wrapped
 from lorashrink.plots.style import INK, QUIET
+from lorashrink.text import count_text, decibel_text, size_text
 
 if TYPE_CHECKING:
-    from lorashrink.results.sweep import Pictures, Point, Sweep
+    from lorashrink.results.sweep import Drawn, Pictures, Point, Sweep
 
-_MEGA = 1e6
 _MOST_COLUMNS, _MOST_ROWS = 6, 12  # of recipes; of pictures
 _MARGIN, _GAP, _LABEL, _NARROWEST = 24, 10, 180, 160  # pixels
 _TITLE_SIZE, _TEXT_SIZE, _LEADING = 22, 14, 19  # pixels
@@ -29,33 +29,39 @@ def pictures_by_size(sweep: Sweep, *, side: int = 320) -> Image.Image:
     drawn = sweep.drawn
     assert drawn is not None
     columns = [
-        (["no adapter", f"{drawn.none.psnr:.1f} dB"], drawn.none.files),
+        (["no adapter", decibel_text(drawn.none.psnr)], drawn.none.files),
         *(
             (
-                [f"{point.bytes / _MEGA:.3g} MB", f"{pictures.psnr:.1f} dB", point.recipe.replace("=1,", ",")],
+                [size_text(point.bytes), decibel_text(pictures.psnr), point.recipe.replace("=1,", ",")],
                 pictures.files,
             )
-            for point, pictures in _chosen(sweep)
+            for point, pictures in shown_points(sweep, _MOST_COLUMNS)
         ),
-        ([f"{sweep.bytes / _MEGA:.3g} MB", "whole adapter"], drawn.files),
+        ([size_text(sweep.bytes), "whole adapter"], drawn.files),
     ]
-    labels = [f"{prompt.prompt} (seed {(prompt.seed or 0) + seed})" for prompt in drawn.prompts for seed in drawn.seeds]
+    labels = picture_labels(drawn)
     cut = f", the first {_MOST_ROWS} of {len(labels)} pictures" if len(labels) > _MOST_ROWS else ""
     return _table(
-        f"{Path(sweep.source).name} at {len(columns) - 1} size{'s' * (len(columns) > 2)}{cut}",
+        f"{Path(sweep.source).name} at {count_text(len(columns) - 1, 'size')}{cut}",
         [heads for heads, _ in columns],
         labels[:_MOST_ROWS],
         [[_read(column[row], side) for _, column in columns] for row in range(min(len(labels), _MOST_ROWS))],
     )
 
 
-def _chosen(sweep: Sweep) -> list[tuple[Point, Pictures]]:
+def shown_points(sweep: Sweep, most: int) -> list[tuple[Point, Pictures]]:
+    """The suggested recipe and recipes that nothing beats, evenly chosen if they are more than `most` together."""
     points = [(point, point.pictures) for point in sweep.points if point.pictures is not None]
     suggested = {sweep.suggestion.recipe} if sweep.suggestion else set()
-    best = [pair for pair in points if pair[0].best and pair[0].recipe not in suggested]
-    count = min(len(best), _MOST_COLUMNS - len(suggested))
-    taken = {best[round(place * (len(best) - 1) / max(count - 1, 1))][0].recipe for place in range(count)}
-    return [pair for pair in points if pair[0].recipe in taken | suggested]
+    best = [point.recipe for point, _ in points if point.best and point.recipe not in suggested]
+    count = min(len(best), most - len(suggested))
+    shown = {best[round(number * (len(best) - 1) / max(count - 1, 1))] for number in range(count)} | suggested
+    return [(point, pictures) for point, pictures in points if point.recipe in shown]
+
+
+def picture_labels(drawn: Drawn) -> list[str]:
+    """The prompt and seed of each picture, in the order of their files."""
+    return [f"{prompt.prompt} (seed {(prompt.seed or 0) + seed})" for prompt in drawn.prompts for seed in drawn.seeds]
 
 
 def _read(path: str, side: int) -> Image.Image:
@@ -87,8 +93,8 @@ def _table(
             most = _HEAD_LINES - number if number == len(lines) - 1 else 1
             # a recipe has no spaces to break it at
             for more, line in enumerate(wrapped(text.replace(",", ", "), font, width, most)):
-                place = (left + column * (width + _GAP), top + (number + more) * _LEADING)
-                drawing.text(place, line.replace(", ", ","), QUIET if number else INK, font)
+                corner = (left + column * (width + _GAP), top + (number + more) * _LEADING)
+                drawing.text(corner, line.replace(", ", ","), QUIET if number else INK, font)
     for number, (label, row) in enumerate(zip(labels, rows, strict=True)):
         height = below + sum(heights[:number]) + number * _GAP
         for line_number, line in enumerate(wrapped(label, font, _LABEL, _ROW_LINES)):

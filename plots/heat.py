@@ -12,8 +12,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from lorashrink.plots.axes import matrix_frame
 from lorashrink.plots.blocks import grouped
 from lorashrink.plots.style import INK, RC
+from lorashrink.text import bare_percent_text
 
 if TYPE_CHECKING:
     from lorashrink.results.inspection import AdapterTable, LayerRow
@@ -36,6 +38,7 @@ _DARK = 0.55  # share of the colour scale below which what is written on it is l
 _LIGHT_TEXT, _DARK_TEXT = "#fefefe", "#010101"
 
 
+@rc_context(RC)
 def norms_by_kind(table: AdapterTable) -> Figure:
     """√(Σ‖ΔW‖² / Σ‖W‖²) in percent of the layers of each kind in each block, as colour and number.
 
@@ -47,46 +50,37 @@ def norms_by_kind(table: AdapterTable) -> Figure:
     kinds = [kind for kind in _KINDS if any(row.kind == kind for row in rows)]
     shares = np.array(
         [
-            [share([row for row in rows if row.block in members and row.kind == kind]) for kind in kinds]
+            [_share([row for row in rows if row.block in members and row.kind == kind]) for kind in kinds]
             for members in groups.values()
         ]
     ).reshape(len(groups), len(kinds))
-    with rc_context(RC):
-        figure = Figure(figsize=(max(5.6, 2.2 + 1.0 * len(kinds)), max(2.4, 1.5 + 0.28 * len(groups))))
-        axes = figure.subplots()
-        axes.set_title("Norm of ΔW in % of the base weight's")
-        if not rows:
-            axes.set_axis_off()
-            axes.text(0.5, 0.5, "no layer changes a weight of this base", ha="center", color=INK)
-            return figure
-        with np.errstate(invalid="ignore"):
-            positive = shares[shares > 0]
-        low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
-        norm = LogNorm(low / 1.001, high * 1.001)
-        image = axes.imshow(np.ma.masked_where(~(shares > 0), shares), cmap=_MAP, norm=norm, aspect="auto")
-        for (line, column), value in np.ndenumerate(shares):
-            if not math.isnan(value):
-                colour = (_LIGHT_TEXT if norm(value) < _DARK else _DARK_TEXT) if value > 0 else INK
-                axes.text(column, line, said(value), ha="center", va="center", fontsize=8, color=colour)
-        axes.set_xticks(range(len(kinds)), [_KINDS[kind] for kind in kinds])
-        axes.set_yticks(range(len(groups)), list(groups))
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
-        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g} %"))
-        bar.ax.yaxis.set_minor_formatter(NullFormatter())
-        bar.outline.set_visible(False)
+    figure = Figure(figsize=(max(5.6, 2.2 + 1.0 * len(kinds)), max(2.4, 1.5 + 0.28 * len(groups))))
+    axes = figure.subplots()
+    axes.set_title("Norm of ΔW in % of the base weight's")
+    if not rows:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no layer changes a weight of this base", ha="center", color=INK)
         return figure
+    with np.errstate(invalid="ignore"):
+        positive = shares[shares > 0]
+    low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
+    norm = LogNorm(low / 1.001, high * 1.001)
+    image = axes.imshow(np.ma.masked_where(~(shares > 0), shares), cmap=_MAP, norm=norm, aspect="auto")
+    for (line, column), value in np.ndenumerate(shares):
+        if not math.isnan(value):
+            colour = (_LIGHT_TEXT if norm(value) < _DARK else _DARK_TEXT) if value > 0 else INK
+            axes.text(column, line, bare_percent_text(value), ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(kinds)), [_KINDS[kind] for kind in kinds])
+    axes.set_yticks(range(len(groups)), list(groups))
+    bar = matrix_frame(axes, image, pad=0.02, aspect=30)
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g} %"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    return figure
 
 
-def share(rows: Sequence[LayerRow]) -> float:
+def _share(rows: Sequence[LayerRow]) -> float:
     """The norm of these layers together, in percent of that of their base weights; NaN without any."""
     if not rows:
         return math.nan
     return 100 * math.hypot(*(row.fro or 0.0 for row in rows)) / math.hypot(*(row.base_fro or 0.0 for row in rows))
-
-
-def said(percent: float) -> str:
-    """For a cell, which has no room for a unit."""
-    return "0" if percent == 0 else f"{percent:.2g}" if percent < 9.95 else f"{percent:.0f}"

@@ -21,6 +21,7 @@ _CURRENT, _AVERAGE, _RATE = "loss/current", "loss/average", "lr/"
 _STYLES = ("-", "--", ":", "-.")
 
 
+@rc_context(RC)
 def loss_curve(scalars: Mapping[str, Points]) -> Figure:
     """The loss of each step, pale, and its average, bold; below it the learning rates if there are any.
 
@@ -30,16 +31,15 @@ def loss_curve(scalars: Mapping[str, Points]) -> Figure:
     if not scalars.get(_AVERAGE):
         raise InputError(f"the log holds no {_AVERAGE}, so no step of training is in it")
     rates = _merged({tag.removeprefix(_RATE): scalars[tag] for tag in sorted(scalars) if tag.startswith(_RATE)})
-    with rc_context(RC):
-        figure = Figure(figsize=(8.0, 5.0 if rates else 3.8))
-        panels = figure.subplots(
-            2 if rates else 1, sharex=True, squeeze=False, height_ratios=[3, 1] if rates else None
-        ).flat
-        _losses(panels[0], scalars)
-        if rates:
-            _rates(panels[1], rates)
-        panels[-1].set_xlabel("optimizer step")
-        return figure
+    figure = Figure(figsize=(8.0, 5.0 if rates else 3.8))
+    panels = figure.subplots(
+        2 if rates else 1, sharex=True, squeeze=False, height_ratios=[3, 1] if rates else None
+    ).flat
+    _losses(panels[0], scalars)
+    if rates:
+        _rates(panels[1], rates)
+    panels[-1].set_xlabel("optimizer step")
+    return figure
 
 
 def _losses(axes: Axes, scalars: Mapping[str, Points]) -> None:

@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
+from lorashrink.plots.axes import matrix_frame, name_ticks
 from lorashrink.plots.style import INK, RC
 from lorashrink.results.overlap import short_names
 
@@ -27,28 +28,27 @@ _LONGEST = 22  # characters of a name
 _FEW = 8  # adapters whose cells have room for three digits
 
 
+@rc_context(RC)
 def overlap_matrices(overlap: Overlap) -> Figure:
     """Cosines of ΔW from -1 to 1, and overlaps of its subspaces from 0 to 1, as colours and numbers.
 
     What an adapter has in common with itself is left empty; a pair of which one changes nothing has a dash. The names
     are those of the files, with their weights where not all are 1.
     """
-    names = _labels(overlap)
+    weighted = any(member.weight != 1 for member in overlap.adapters)
+    names = [
+        f"{_shortened(name)} : {member.weight:g}" if weighted else _shortened(name)
+        for name, member in zip(
+            short_names([member.path for member in overlap.adapters]), overlap.adapters, strict=True
+        )
+    ]
     side = max(2.3, 0.44 * len(names))
-    with rc_context(RC):
-        figure = Figure(figsize=(2 * side + 4.6, side + 1.9))
-        left, right = figure.subplots(1, 2)
-        _matrix(left, overlap.cosine, names, _SIGNED, -1.0, "Cosine of what they add")
-        _matrix(right, overlap.subspace, names, _SHARE, 0.0, "Overlap of their subspaces")
-        right.tick_params(labelleft=False)
-        return figure
-
-
-def _labels(overlap: Overlap) -> list[str]:
-    members = overlap.adapters
-    weighted = any(member.weight != 1 for member in members)
-    names = map(_shortened, short_names([member.path for member in members]))
-    return [f"{name} : {member.weight:g}" if weighted else name for name, member in zip(names, members, strict=True)]
+    figure = Figure(figsize=(2 * side + 4.6, side + 1.9))
+    left, right = figure.subplots(1, 2)
+    _matrix(left, overlap.cosine, names, _SIGNED, -1.0, "Cosine of what they add")
+    _matrix(right, overlap.subspace, names, _SHARE, 0.0, "Overlap of their subspaces")
+    right.tick_params(labelleft=False)
+    return figure
 
 
 def _shortened(name: str) -> str:
@@ -64,22 +64,19 @@ def _matrix(axes: Axes, values: Table, names: Sequence[str], colours: str, low: 
     for (line, column), value in np.ndenumerate(table):
         if line != column:
             axes.text(
-                column, line, _said(value, few), ha="center", va="center", fontsize=9 if few else 7,
+                column, line, _cell_text(value, few), ha="center", va="center", fontsize=9 if few else 7,
                 color="white" if abs(value) > _DARK else INK,
             )  # fmt: skip
     axes.set_title(title)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    name_ticks(axes, names, rotation=45)
     axes.set_yticks(range(len(names)), names)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.03, aspect=24)
+    bar = matrix_frame(axes, image, shrink=0.8, pad=0.03, aspect=24)
     bar.locator = MultipleLocator(0.5)
     bar.update_ticks()
-    bar.outline.set_visible(False)
 
 
-def _said(value: float, few: bool) -> str:
-    """Without the nought before the point where there are many."""
+def _cell_text(value: float, few: bool) -> str:
+    """A cosine or share; without the zero before the point where cells are narrow."""
     if math.isnan(value):
         return "–"
     text = f"{value:.2f}" if few else f"{value:.1f}" if abs(value) >= 0.995 else f"{value:.2f}".replace("0.", ".", 1)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from lorashrink.plots.axes import grid_below, legend_above, name_ticks, width_of_blocks
 from lorashrink.plots.blocks import grouped
-from lorashrink.plots.style import COLOURS, GRID, QUIET, RC
+from lorashrink.plots.style import COLOURS, QUIET, RC
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,30 +32,28 @@ _PANELS: tuple[tuple[str, Callable[[LayerRow], float | None]], ...] = (
 _SERIES = (("convolutions", True, COLOURS[1], 0.17), ("other layers", False, COLOURS[0], -0.17))
 
 
+@rc_context(RC)
 def layer_overview(table: AdapterTable) -> Figure:
     """Rank, alpha and scale over the blocks: a dot for each value, the larger the more layers of the block have it.
 
     Layers whose alpha or scale is not known are not in that panel; a panel without any says so.
     """
     groups = grouped([row.block for row in table.layers], _MOST_BLOCKS)
-    places = {block: place for place, members in enumerate(groups.values()) for block in members}
-    with rc_context(RC):
-        figure = Figure(figsize=(max(6.4, 1.6 + 0.42 * len(groups)), 5.6))
-        panels = figure.subplots(len(_PANELS), sharex=True)
-        for axes, (name, value_of) in zip(panels, _PANELS, strict=True):
-            _panel(axes, name, value_of, table.layers, places)
-        panels[0].set_title("Rank, alpha and scale")
-        drawn = {dots.get_label(): dots for axes in panels for dots in axes.collections}
-        if len(drawn) > 1:
-            legend = panels[0].legend(
-                drawn.values(), drawn.keys(), frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0),
-                borderaxespad=0.1, fontsize=9,
-            )  # fmt: skip
-            for handle in legend.legend_handles:
-                handle.set_sizes([40.0])
-        panels[-1].set_xticks(range(len(groups)), list(groups), rotation=60, ha="right", rotation_mode="anchor")
-        panels[-1].set_xlim(-0.7, max(1, len(groups)) - 0.3)
-        return figure
+    positions = {block: number for number, members in enumerate(groups.values()) for block in members}
+    figure = Figure(figsize=(max(6.4, width_of_blocks(len(groups))), 5.6))
+    panels = figure.subplots(len(_PANELS), sharex=True)
+    for axes, (name, value_of) in zip(panels, _PANELS, strict=True):
+        _panel(axes, name, value_of, table.layers, positions)
+    panels[0].set_title("Rank, alpha and scale")
+    drawn = {dots.get_label(): dots for axes in panels for dots in axes.collections}
+    if len(drawn) > 1:
+        legend = legend_above(panels[0], drawn.values(), drawn.keys(), columns=2)
+        handles: Sequence[Any] = legend.legend_handles  # of dots, which have sizes
+        for handle in handles:
+            handle.set_sizes([40.0])
+    name_ticks(panels[-1], list(groups))
+    panels[-1].set_xlim(-0.7, max(1, len(groups)) - 0.3)
+    return figure
 
 
 def _panel(
@@ -62,31 +61,30 @@ def _panel(
     name: str,
     value_of: Callable[[LayerRow], float | None],
     rows: Sequence[LayerRow],
-    places: Mapping[str, int],
+    positions: Mapping[str, int],
 ) -> None:
     axes.set_ylabel(name)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    known = [(row, value) for row in rows if (value := value_of(row)) is not None and math.isfinite(value)]
-    if not known:
+    grid_below(axes, "y")
+    values = [(row, value) for row in rows if (value := value_of(row)) is not None and math.isfinite(value)]
+    if not values:
         axes.set_yticks([])
         axes.text(0.5, 0.5, f"no layer tells its {name}", transform=axes.transAxes, ha="center", color=QUIET)
         return
     counts = {
-        label: Counter((places[row.block], float(value)) for row, value in known if (row.kind == "conv") == kernels)
+        label: Counter((positions[row.block], float(value)) for row, value in values if (row.kind == "conv") == kernels)
         for label, kernels, _, _ in _SERIES
     }
-    most = max(count for each in counts.values() for count in each.values())
+    most = max(count for counter in counts.values() for count in counter.values())
     for label, _, colour, side in _SERIES:
         dots = sorted(counts[label])
         if dots:
             axes.scatter(
-                [place + side for place, _ in dots],
+                [position + side for position, _ in dots],
                 [value for _, value in dots],
                 [_SMALLEST + (_LARGEST - _SMALLEST) * counts[label][dot] / most for dot in dots],
                 color=colour, edgecolors="white", linewidths=0.5, label=label,
             )  # fmt: skip
-    _scale(axes, [value for _, value in known])
+    _scale(axes, [value for _, value in values])
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:

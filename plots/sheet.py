@@ -44,8 +44,8 @@ def contact_sheet(title: str, cells: Sequence[Cell], *, side: int = 512) -> Imag
     )
     drawing = ImageDraw.Draw(sheet)
     drawing.text((_MARGIN, _MARGIN), title, INK, sheet_font(_TITLE_SIZE))
-    for place, (cell, picture) in enumerate(zip(cells, small, strict=True)):
-        row, column = divmod(place, columns)
+    for number, (cell, picture) in enumerate(zip(cells, small, strict=True)):
+        row, column = divmod(number, columns)
         left = _MARGIN + column * (width + _GAP)
         top = _MARGIN + _TITLE_SIZE + _GAP + sum(heights[:row]) + row * (below + _GAP)
         sheet.paste(picture, (left, top))
@@ -72,9 +72,9 @@ def _write(drawing: ImageDraw.ImageDraw, cell: Cell, left: int, top: int, width:
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
     """The text in at most so many lines, each at most `width` pixels wide; what is cut off becomes an ellipsis."""
     for characters in range(width // 4, 2, -1):
-        made = textwrap.wrap(text, characters, max_lines=lines, placeholder=" …")
-        if all(font.getlength(line) <= width for line in made):
-            return made
+        wrapped_lines = textwrap.wrap(text, characters, max_lines=lines, placeholder=" …")
+        if all(font.getlength(line) <= width for line in wrapped_lines):
+            return wrapped_lines
     return []
 
 

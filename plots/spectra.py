@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from lorashrink.plots.blocks import grouped
 from lorashrink.plots.style import COLOURS, INK, RC
+from lorashrink.text import count_text, size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +28,7 @@ _DECADES = 6  # below the largest value; what is smaller is rounding
 _LINES = (("convolutions", COLOURS[1]), ("other layers", COLOURS[0]))
 
 
+@rc_context(RC)
 def spectra_per_block(table: AdapterTable) -> Figure:
     """σ_i of ΔW over i: the median of a block's layers and the middle half of them, a panel for each block.
 
@@ -37,39 +39,38 @@ def spectra_per_block(table: AdapterTable) -> Figure:
     groups = grouped([row.block for row in rows], _MOST_PANELS)
     columns = min(_COLUMNS, max(1, len(groups)))
     lines = max(1, math.ceil(len(groups) / columns))
-    with rc_context(RC):
-        figure = Figure(figsize=(max(5.0, 1.2 + 1.75 * columns), 1.3 + 1.6 * lines))
-        panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for axes, (label, members) in zip(panels, groups.items(), strict=False):
-            _panel(axes, label, [row for row in rows if row.block in members])
-        for place, axes in enumerate(panels[: len(groups)]):
-            axes.tick_params(labelbottom=place + columns >= len(groups))
-        for axes in panels[max(1, len(groups)) :]:
-            axes.set_visible(False)
-        figure.suptitle(f"Singular values per block, {table.bytes / 1e6:.3g} MB", x=0.01, ha="left", fontsize="large")
-        if not rows:
-            panels[0].set_axis_off()
-            panels[0].text(0.5, 0.5, "no layer has singular values above zero", ha="center", color=INK)
-            return figure
-        _scales(list(panels[: len(groups)]))
-        drawn = {line.get_label(): line for axes in panels for line in axes.get_lines()}
-        figure.legend(
-            drawn.values(),
-            [f"{label if len(drawn) > 1 else 'layers'}: median and middle half" for label in drawn],
-            loc="outside upper right", ncols=2, frameon=False, fontsize=9,
-        )  # fmt: skip
-        figure.supxlabel("dimension of a layer, largest first", fontsize=10)
-        figure.supylabel("singular value of ΔW", fontsize=10)
+    figure = Figure(figsize=(max(5.0, 1.2 + 1.75 * columns), 1.3 + 1.6 * lines))
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (label, members) in zip(panels, groups.items(), strict=False):
+        _panel(axes, label, [row for row in rows if row.block in members])
+    for number, axes in enumerate(panels[: len(groups)]):
+        axes.tick_params(labelbottom=number + columns >= len(groups))
+    for axes in panels[max(1, len(groups)) :]:
+        axes.set_visible(False)
+    figure.suptitle(f"Singular values per block, {size_text(table.bytes)}", x=0.01, ha="left", fontsize="large")
+    if not rows:
+        panels[0].set_axis_off()
+        panels[0].text(0.5, 0.5, "no layer has singular values above zero", ha="center", color=INK)
         return figure
+    _scales(list(panels[: len(groups)]))
+    drawn = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    figure.legend(
+        drawn.values(),
+        [f"{label if len(drawn) > 1 else 'layers'}: median and middle half" for label in drawn],
+        loc="outside upper right", ncols=2, frameon=False, fontsize=9,
+    )  # fmt: skip
+    figure.supxlabel("dimension of a layer, largest first", fontsize=10)
+    figure.supylabel("singular value of ΔW", fontsize=10)
+    return figure
 
 
 def quartiles(rows: Sequence[LayerRow]) -> NDArray[np.float64]:
     """[3, longest] lower quartile, median and upper quartile of σ_i over the layers that have an i-th one above 0."""
     values = [np.asarray(row.singular_values or (), dtype=np.float64) for row in rows]
-    longest = max((len(each) for each in values), default=0)
+    longest = max(map(len, values), default=0)
     table = np.full((len(values), longest), np.nan)
-    for line, each in zip(table, values, strict=True):
-        line[: len(each)] = np.where(each > 0, each, np.nan)
+    for line, sigma in zip(table, values, strict=True):
+        line[: len(sigma)] = np.where(sigma > 0, sigma, np.nan)
     used = ~np.isnan(table).all(axis=0)
     return np.nanpercentile(table[:, used], _QUARTILES, axis=0) if used.any() else np.empty((3, 0))
 
@@ -78,14 +79,13 @@ def _panel(axes: Axes, label: str, rows: Sequence[LayerRow]) -> None:
     for name, colour in _LINES:
         members = [row for row in rows if (row.kind == "conv") == (name == "convolutions")]
         low, middle, high = quartiles(members)
-        places = np.arange(1, len(middle) + 1)
+        dimensions = np.arange(1, len(middle) + 1)
         if members:
-            axes.fill_between(places, low, high, color=colour, alpha=0.25, linewidth=0)
+            axes.fill_between(dimensions, low, high, color=colour, alpha=0.25, linewidth=0)
             # A layer of rank 1 is a point, which a line does not show.
             marker = "o" if len(middle) == 1 else None
-            axes.plot(places, middle, color=colour, linewidth=1.8, marker=marker, markersize=4, label=name)
-    count = f"{len(rows)} layer{'s' * (len(rows) != 1)}"
-    axes.set_title(f"{label}  ·  {count}", fontsize=9)
+            axes.plot(dimensions, middle, color=colour, linewidth=1.8, marker=marker, markersize=4, label=name)
+    axes.set_title(f"{label}  ·  {count_text(len(rows), 'layer')}", fontsize=9)
 
 
 def _scales(panels: Sequence[Axes]) -> None:

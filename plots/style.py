@@ -59,7 +59,7 @@ def check(path: Path) -> str:
     """
     kind = path.suffix.lower().removeprefix(".")
     if kind not in _FORMATS:
-        raise UsageError(f"{path}: figures are written as {' or '.join(f'.{each}' for each in _FORMATS)}.")
+        raise UsageError(f"{path}: figures are written as {' or '.join(f'.{kind}' for kind in _FORMATS)}.")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}.")
     return kind
@@ -87,8 +87,8 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = _drawn(figure, "svg", metadata=nothing, transparent=True).decode()
     text = text[text.index("<svg") :]
     used = set(_REFERENCE.findall(text))
-    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
-    text = _REFERENCE.sub(lambda found: found[0].replace("#", f"#{name}-"), text)
+    text = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
+    text = _REFERENCE.sub(lambda match: match[0].replace("#", f"#{name}-"), text)
     for role, (light, _) in ROLES.items():
         text = text.replace(f": {light}", f": var(--figure-{role}, {light})")
     return text.strip()
@@ -108,14 +108,14 @@ def darken(figure: Figure) -> None:
 
 
 def _recolour(artist: Artist, name: str, dark: dict[str, str]) -> None:
-    ask, tell = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
-    if ask is None or tell is None:
+    getter, setter = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
+    if getter is None or setter is None:
         return
-    old = to_rgba_array(ask())
-    new = to_rgba_array([dark.get(to_hex(each), to_hex(each)) for each in old]) if len(old) else old
+    old = to_rgba_array(getter())
+    new = to_rgba_array([dark.get(to_hex(colour), to_hex(colour)) for colour in old]) if len(old) else old
     if (new[:, :3] != old[:, :3]).any():
         new[:, 3] = old[:, 3]
-        tell(new if len(new) > 1 else tuple(new[0]))
+        setter(new if len(new) > 1 else tuple(new[0]))
 
 
 def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:

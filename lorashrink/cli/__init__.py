@@ -17,21 +17,11 @@ from lorashrink.cli.resizing import resize
 from lorashrink.cli.sweeping import sweep
 from lorashrink.cli.training import OWN_PARSER, train
 
+# In the order of the help.
 COMMANDS = (
-    resize,
-    inspect,
-    compare,
-    overlap,
-    sweep,
-    calibrate,
-    refine,
-    merge,
-    report,
-    extract,
-    convert,
-    norms,
-    demo,
-)  # in the order of the help
+    *(resize, inspect, compare, overlap, sweep, calibrate, refine),
+    *(merge, report, extract, convert, norms, demo),
+)
 
 for _command in COMMANDS:
     app.command()(_command)

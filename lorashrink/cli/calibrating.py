@@ -7,82 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorashrink._version import __version__
-from lorashrink.cli.application import session
-from lorashrink.cli.options import Debug, Device, Force, Json, Quiet, Verbose, numbers_of, whole_number
-from lorashrink.cli.printing import plain, print_json, size_text
+from lorashrink.cli.command import Terminal, command
+from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, Model, seeds_of
 from lorashrink.errors import UsageError
+from lorashrink.text import size_text
 
 if TYPE_CHECKING:
     from lorashrink.calibration.calibrate import Calibrated, Effort
 
 
-def calibrate(
-    files: Annotated[
-        list[str] | None, typer.Argument(metavar="ADAPTER...", help="Adapters: files, folders or globs.")
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option("--model", help="The model that the adapters are for: a folder or a file.")
-    ] = None,
-    base_table: Annotated[
-        Path | None, typer.Option("--base-table", help="In place of adapters: this model, once for all its adapters.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The statistics to write, a .safetensors file.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="What is drawn: .txt, .toml or .json; default are usual pictures.")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option("--text", help="For language models: a file, of which each line is read.")
-    ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="Seeds of each prompt: 0,1,2.")] = "0",
-    steps_used: Annotated[int, typer.Option("--steps-used", min=1, help="Steps of each picture that count.")] = 10,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Columns that a table keeps of each side.")] = 16,
-    loaded: Annotated[
-        bool, typer.Option("--loaded", help="Watch the model with the adapter on it, instead of without.")
-    ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", "-t", help="auto, fp32, bf16 or fp16.")] = "auto",
-    device: Device = "auto",
-    force: Force = False,
-    as_json: Json = False,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Watch a model draw, to learn which dimensions of an adapter its pictures need.
-
-    Example: lorashrink calibrate --model sdxl/ lora.safetensors -o statistics.safetensors
-    Example: lorashrink calibrate --base-table sdxl/ -o sdxl-table.safetensors
-    Then: lorashrink resize -r calib,bytes,size=32 --calibration statistics.safetensors lora.safetensors
-    """
-    with session(verbose, quiet, debug, as_json) as progress:
-        if output is None:
-            raise UsageError("calibrate: name the file to write with -o.")
-        if (model is None) == (base_table is None) or bool(files) != (model is not None):
-            raise UsageError("calibrate: takes adapters and their --model, or a --base-table alone.")
-        from lorashrink.calibration.calibrate import calibrate as run
-
-        result = run(
-            files or (),
-            model=model or base_table or "",
-            output=output,
-            prompts=prompts,
-            text=text,
-            seeds=[whole_number("--seeds", seed) for seed in numbers_of("--seeds", seeds)],
-            steps_used=steps_used,
-            rank=rank,
-            loaded=loaded,
-            device=device,
-            dtype=dtype,
-            force=force,
-            announce=None if quiet else _announce,
-            progress=progress,
-        )
-    if as_json:
-        print_json({"version": __version__, **plain(result)})
-    elif not quiet:
-        _print_calibrated(result)
+def _print_calibrated(result: Calibrated, terminal: Terminal) -> None:
+    adapters = ", ".join(Path(path).name for path in result.adapters) or "every adapter of its model"
+    peak = f", {size_text(result.peak_bytes)} of GPU memory at most" if result.peak_bytes else ""
+    typer.echo(
+        f"{result.path}: statistics of {result.layers} layers for {adapters}, {size_text(result.bytes)}, from "
+        f"{result.passes} passes in {result.seconds:.0f} s{peak}"
+    )
 
 
 def _announce(effort: Effort) -> None:
@@ -96,10 +36,58 @@ def _announce(effort: Effort) -> None:
     )
 
 
-def _print_calibrated(result: Calibrated) -> None:
-    what = ", ".join(Path(each).name for each in result.adapters) or "every adapter of its model"
-    peak = f", {size_text(result.peak_bytes)} of GPU memory at most" if result.peak_bytes else ""
-    typer.echo(
-        f"{result.path}: statistics of {result.layers} layers for {what}, {size_text(result.bytes)}, from "
-        f"{result.passes} passes in {result.seconds:.0f} s{peak}"
+@command(_print_calibrated)
+def calibrate(
+    terminal: Terminal,
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="ADAPTER...", help="Adapters: files, folders or globs.")
+    ] = None,
+    model: Model = None,
+    base_table: Annotated[
+        Path | None, typer.Option("--base-table", help="In place of adapters: this model, once for all its adapters.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The statistics to write, a .safetensors file.")
+    ] = None,
+    prompts: DrawnPrompts = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="For language models: a file, of which each line is read.")
+    ] = None,
+    seeds: DrawnSeeds = "0",
+    steps_used: Annotated[int, typer.Option("--steps-used", min=1, help="Steps of each picture that count.")] = 10,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Columns that a table keeps of each side.")] = 16,
+    loaded: Annotated[
+        bool, typer.Option("--loaded", help="Watch the model with the adapter on it, instead of without.")
+    ] = False,
+    dtype: Annotated[str, typer.Option("--dtype", "-t", help="auto, fp32, bf16 or fp16.")] = "auto",
+    device: Device = "auto",
+    force: Force = False,
+) -> object:
+    """Watch a model draw, to learn which dimensions of an adapter its pictures need.
+
+    Example: lorashrink calibrate --model sdxl/ lora.safetensors -o statistics.safetensors
+    Example: lorashrink calibrate --base-table sdxl/ -o sdxl-table.safetensors
+    Then: lorashrink resize -r calib,bytes,size=32 --calibration statistics.safetensors lora.safetensors
+    """
+    if output is None:
+        raise UsageError("calibrate: name the file to write with -o.")
+    if (model is None) == (base_table is None) or bool(files) != (model is not None):
+        raise UsageError("calibrate: takes adapters and their --model, or a --base-table alone.")
+    from lorashrink.calibration.calibrate import calibrate as run
+
+    return run(
+        files or (),
+        model=model or base_table or "",
+        output=output,
+        prompts=prompts,
+        text=text,
+        seeds=seeds_of(seeds),
+        steps_used=steps_used,
+        rank=rank,
+        loaded=loaded,
+        device=device,
+        dtype=dtype,
+        force=force,
+        announce=None if terminal.quiet else _announce,
+        progress=terminal.progress,
     )

@@ -1,7 +1,8 @@
-"""Options that several commands share."""
+"""Options that several commands share, and how their texts are read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +10,13 @@ import typer
 
 from lorashrink.errors import UsageError
 
+Adapters = Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="Adapters: files, folders or globs.")]
+Adapter = Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="One adapter: a file or PEFT folder.")]
 Recipes = Annotated[
     list[str] | None,
     typer.Option("--recipe", "-r", help="What to keep, e.g. fro_ckpt=1,thr=-3.55; several give several files."),
 ]
+Sizes = Annotated[str | None, typer.Option("--sizes", help="Sizes to try, in MiB: 4,8,16,32.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder, or file name if there is one output.")]
 Dtype = Annotated[str, typer.Option("--dtype", "-t", help="same, fp16, bf16 or fp32 (also 16, 32).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Report what would be written, and write nothing.")]
@@ -26,22 +30,55 @@ Naming = Annotated[
 Recursive = Annotated[bool, typer.Option("--recursive", help="Look for adapters in subfolders too.")]
 Device = Annotated[str, typer.Option("--device", "-d", help="auto, cpu, cuda, cuda:N or mps.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Worker threads; default one per core.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the table of layers to this file.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; -vv lists every layer.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+# Of commands that draw pictures with each recipe.
+ImagesConfig = Annotated[
+    Path | None,
+    typer.Option("--images-config", help="For --images in one file: a model folder with settings and tokenizers."),
+]
+Prompts = Annotated[Path | None, typer.Option("--prompts", help="What to draw: .txt, .toml or .json as for training.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="Seeds of each prompt, on top of its own: 0,1,2.")]
+ImagesOut = Annotated[
+    Path | None, typer.Option("--images-out", help="Folder of the pictures; those there are not drawn again.")
+]
+Clip = Annotated[
+    Path | None, typer.Option("--clip", help="Folder of a CLIP model that compares pictures too; optional.")
+]
+
+# Of commands that watch or train a model while it draws.
+Model = Annotated[Path | None, typer.Option("--model", help="The model that the adapters are for: a folder or a file.")]
+DrawnPrompts = Annotated[
+    Path | None, typer.Option("--prompts", help="What is drawn: .txt, .toml or .json; default are usual pictures.")
+]
+DrawnSeeds = Annotated[str, typer.Option("--seeds", help="Seeds of each prompt: 0,1,2.")]
+
+
+def split_base(files: Sequence[str], base: Path | None) -> tuple[Path | None, list[str]]:
+    """The base and the adapters: the first file is the base if it looks like one and no base is given."""
+    from lorashrink.linking.inputs import looks_like_base
+
+    adapters = list(files)
+    if base is None and looks_like_base(adapters[0]):
+        base = Path(adapters.pop(0))
+    if not adapters:
+        raise UsageError(f"{base}: is a base checkpoint; name the adapters behind it.")
+    return base, adapters
 
 
 def numbers_of(option: str, text: str | None) -> list[float]:
+    """Numbers with commas between them."""
     try:
-        return [float(part) for part in text.split(",")] if text else []
+        return [float(number) for number in text.split(",")] if text else []
     except ValueError:
         raise UsageError(f"{option} {text}: numbers with commas between them, such as 4,8,16.") from None
 
 
-def whole_number(option: str, number: float) -> int:
-    if not 0 <= number < 2**53 or number != int(number):
-        raise UsageError(f"{option} {number:g}: a seed is a whole number of at least 0.")
-    return int(number)
+def seeds_of(text: str) -> list[int]:
+    """The seeds that `--seeds` names."""
+    numbers = numbers_of("--seeds", text)
+    for number in numbers:
+        if not 0 <= number < 2**53 or number != int(number):
+            raise UsageError(f"--seeds {number:g}: a seed is a whole number of at least 0.")
+    return list(map(int, numbers))

@@ -1,4 +1,4 @@
-"""How results become JSON, CSV and text."""
+"""How results become JSON, CSV and tables."""
 
 from __future__ import annotations
 
@@ -20,28 +20,33 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+# Columns of words; all others are numbers and stand to the right.
+_WORDS = frozenset(("layer", "block", "file", "recipe", "algo", "flags", "kind"))
+
 
 def plain(value: Any) -> Any:
     """Dataclasses, mappings and tuples as JSON knows them; numbers that JSON does not know as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
 def print_json(document: object) -> None:
+    """One JSON document on stdout."""
     typer.echo(json.dumps(document, allow_nan=False))
 
 
-def check_result(path: Path | None, inputs: Sequence[str], force: bool) -> None:
+def check_outputs(inputs: Sequence[str], force: bool, *outputs: Path | None) -> None:
+    """Refuse, before any work, outputs that cannot be written or are in the way of something."""
     from lorashrink.files.disk import check_output
 
-    if path is not None:
+    for path in filter(None, outputs):
         try:
             check_output(path, force=force, inputs=list(map(Path, inputs)))
         except LorashrinkError as error:
@@ -49,6 +54,7 @@ def check_result(path: Path | None, inputs: Sequence[str], force: bool) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with equal keys as a table."""
     from lorashrink.files.disk import write_bytes
 
     text = io.StringIO(newline="")
@@ -59,49 +65,34 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a CSV table: lists and objects as JSON."""
     return {key: json.dumps(cell) if isinstance(cell, (list, dict)) else cell for key, cell in row.items()}
 
 
 def new_console() -> Console:
+    """A console that prints texts as they are: names of files and layers may look like markup."""
     from rich.console import Console
 
     # A pipe has no width; lines that are cut there would be cut in the reader's file.
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+    terminal = sys.stdout.isatty()
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=None if terminal else 200)
 
 
 def new_table(*columns: str) -> Table:
+    """An empty table with these columns."""
     from rich.box import SIMPLE
     from rich.table import Table
 
     table = Table(box=SIMPLE, pad_edge=False)
     for name in columns:
-        left = name in ("layer", "block", "file", "recipe", "algo", "flags", "kind")
-        table.add_column(
-            name, justify="left" if left else "right", overflow="fold" if left else "ellipsis", no_wrap=not left
-        )
+        if name in _WORDS:
+            table.add_column(name, justify="left", overflow="fold")
+        else:
+            table.add_column(name, justify="right", overflow="ellipsis", no_wrap=True)
     return table
 
 
-def size_text(count: float) -> str:
-    if count < 1e6:
-        return f"{count / 1e3:.1f} kB"
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
-def number_text(value: float | None, form: str = ".4g") -> str:
-    return "-" if value is None else format(value, form)
-
-
-def share_text(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}%"
-
-
-def percent_text(share: float) -> str:
-    """Three digits, but for what is too small to matter."""
-    return "< 0.0001 %" if 0 < share < 1e-6 else f"{100 * share:.3g} %"
-
-
 def some_names(names: Sequence[str], verbose: int) -> str:
-    """Which, or the first ones and how many there are."""
+    """The names, or the first ones and how many more there are."""
     shown = names if verbose else names[:3]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(shown) < len(names) else "")

@@ -1,4 +1,4 @@
-"""The command `resize`."""
+"""`resize`."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorashrink.cli.application import exit_with, session, split_base
+from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import (
+    Adapters,
     Base,
     Calibration,
     Csv,
-    Debug,
     Device,
     DryRun,
     Dtype,
     Force,
     Jobs,
-    Json,
     Naming,
     Output,
-    Quiet,
     Recipes,
     Recursive,
-    Verbose,
+    split_base,
 )
-from lorashrink.cli.printing import check_result, new_console, new_table, share_text, size_text
+from lorashrink.cli.printing import check_outputs, new_console, new_table
 from lorashrink.cli.streams import Gathered
 from lorashrink.errors import UsageError
 from lorashrink.files.disk import write_bytes
+from lorashrink.text import count_text, share_text, size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,8 +39,10 @@ if TYPE_CHECKING:
     from lorashrink.results.shrinking import FileResult, Report
 
 
+@command(done=lambda report: bool(report.results))
 def resize(
-    files: Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="Adapters: files, folders or globs.")],
+    terminal: Terminal,
+    files: Adapters,
     recipe: Recipes = None,
     output: Output = None,
     base: Base = None,
@@ -94,12 +95,8 @@ def resize(
         bool,
         typer.Option("--space-check/--no-space-check", help="Begin only if the disk could take even what shrinks not."),
     ] = True,
-    as_json: Json = False,
     as_csv: Csv = None,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+) -> object:
     """Shrink adapters: keep the dimensions that a recipe names, drop the rest.
 
     Example: lorashrink resize -o out -r fro_ckpt=1,thr=-3.55 model.safetensors lora.safetensors
@@ -109,22 +106,21 @@ def resize(
 
     # Parameters that bear the name of an option are passed on; `locals()` comes before any of them changes.
     options = {name: value for name, value in locals().items() if name in ResizeKeywords.__annotations__}
-    gathered = Gathered(as_json=as_json, as_csv=as_csv is not None, everything=verbose > 0)
-    with gathered, session(verbose, quiet, debug, as_json) as progress:
-        check_result(as_csv, files, force)
+    with Gathered(as_json=terminal.as_json, as_csv=as_csv is not None, everything=terminal.verbose > 0) as gathered:
+        check_outputs(files, force, as_csv)
         base, adapters = split_base(files, base)
         recipes = recipe or [DEFAULT]
         parse_recipes(recipes)  # before torch is imported: a typo is answered at once
         run = _runner(ray, ray_transfer, gpus_per_task)
-        options |= {"base": base, "recipes": recipes, "quantiles": verbose > 0}
-        report = run(adapters, each=gathered.add, progress=progress, **options)
+        options |= {"base": base, "recipes": recipes, "quantiles": terminal.verbose > 0}
+        report = run(adapters, each=gathered.add, progress=terminal.progress, **options)
         if as_csv:
             write_bytes(as_csv, gathered.csv(report))
-        if as_json:
+        if terminal.as_json:
             gathered.print_json(report)
-        elif not quiet:
-            print_report(report, verbose, dry_run, gathered)
-    exit_with([failure.error for failure in report.failed], done=bool(report.results))
+        elif not terminal.quiet:
+            print_report(report, terminal, gathered)
+    return report
 
 
 def _runner(ray: str | None, transfer: bool, gpus_per_task: float) -> Callable[..., Report]:
@@ -140,7 +136,7 @@ def _runner(ray: str | None, transfer: bool, gpus_per_task: float) -> Callable[.
     return partial(run_on_cluster, address=ray, transfer=transfer, gpus_per_task=gpus_per_task)
 
 
-def print_report(report: Report, verbose: int, dry_run: bool, gathered: Gathered | None = None) -> None:
+def print_report(report: Report, terminal: Terminal, gathered: Gathered | None = None) -> None:
     """The table of files, and their sum; of many files those that were `gathered` alone."""
     console = new_console()
     results = list(report.results)
@@ -148,14 +144,14 @@ def print_report(report: Report, verbose: int, dry_run: bool, gathered: Gathered
         order = {result.output: position for position, result in enumerate(results)}
         results = sorted(gathered.listed, key=lambda result: order[result.output])
     for result in results:
-        _print_details(console, result, verbose)
+        _print_details(console, result, terminal.verbose)
     if not report.results:
         return
     console.print(_table(results))
     if more := len(report.results) - len(results):
         warnings = f", {gathered.warnings} warnings among them" if gathered and gathered.warnings else ""
-        console.print(f"and {more} more{warnings}; -v lists them", markup=False)
-    _print_sums(console, report, dry_run)
+        console.print(f"and {more} more{warnings}; -v lists them")
+    _print_sums(console, report, terminal.dry_run)
 
 
 def _table(results: Sequence[FileResult]) -> Table:
@@ -186,7 +182,7 @@ def _print_sums(console: Console, report: Report, dry_run: bool) -> None:
     verb = "would be written" if dry_run else "written"
     difference = f"{size_text(abs(before - after))} {'saved' if after <= before else 'more'}"
     console.print(
-        f"{len(report.results)} file{'s' * (len(report.results) != 1)} {verb} to {', '.join(folders)}: "
+        f"{count_text(len(report.results), 'file')} {verb} to {', '.join(folders)}: "
         f"{size_text(before)} -> {size_text(after)}, {difference}"
     )
     if skipped := sum(result.skipped for result in report.results):
@@ -208,10 +204,9 @@ def _print_details(console: Console, result: FileResult, verbose: int) -> None:
         sizes = ", ".join(f"--as {form} {size_text(size)}" for form, size in result.forms.items())
         lines.append(f"{name} {size_text(result.bytes_after)}; {sizes}")
     if result.capped:
-        count = len(result.capped)
         most = max(result.capped, key=lambda layer: layer.spectral_before / max(layer.spectral_after, 1e-30))
         lines.append(
-            f"{name}: {count} layer{'s' * (count != 1)} limited, most {most.name}: "
+            f"{name}: {count_text(len(result.capped), 'layer')} limited, most {most.name}: "
             f"σ {most.spectral_before:.4g} -> {most.spectral_after:.4g}"
         )
     if verbose and result.quantiles:
@@ -231,4 +226,4 @@ def _print_details(console: Console, result: FileResult, verbose: int) -> None:
         lines += [f"removed {removed.name}: {removed.reason}" for removed in result.removed]
         lines += [f"verbatim {copied.key}: {copied.reason}" for copied in result.verbatim]
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line)

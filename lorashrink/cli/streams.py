@@ -17,16 +17,16 @@ from lorashrink.cli.printing import cells, plain
 if TYPE_CHECKING:
     from lorashrink.results.shrinking import FileResult, Report
 
-# So many files get a line each in a summary; of more, only with -v.
+# The most files that get a line each in a summary without -v.
 LINES = 40
 
 
 class Gathered:
-    """What `resize` tells of each file, as it comes; memory holds the first files, or all if every one is listed."""
+    """Results of `resize` as they come; memory holds the first ones, or all of them if every file is listed."""
 
     def __init__(self, *, as_json: bool, as_csv: bool, everything: bool) -> None:
         self.listed: list[FileResult] = []
-        self.warnings = 0  # of the others
+        self.warnings = 0  # of files that are not listed
         self._everything = everything
         self._json = _Spool() if as_json else None
         self._csv = _Spool() if as_csv else None
@@ -49,8 +49,8 @@ class Gathered:
             typer.echo(f'{", " if number else "{"}"{field.name}": ', nl=False)
             if field.name == "results":
                 typer.echo("[", nl=False)
-                for place, result in enumerate(report.results):
-                    typer.echo(", " * bool(place) + self._json.get(result.output).decode(), nl=False)
+                for index, result in enumerate(report.results):
+                    typer.echo(", " * bool(index) + self._json.get(result.output).decode(), nl=False)
                 typer.echo("]", nl=False)
             else:
                 typer.echo(json.dumps(plain(getattr(report, field.name)), allow_nan=False), nl=False)
@@ -80,18 +80,18 @@ def _rows(result: FileResult) -> str:
 
 
 class _Spool:
-    """Pieces of text in a file without a name, found again by a key."""
+    """Pieces of text in a file without a name, each with a key."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with what it belongs to
-        self._places: dict[str, tuple[int, int]] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
 
     def put(self, key: str, text: bytes) -> None:
-        self._places[key] = (self._file.seek(0, io.SEEK_END), len(text))
+        self._spans[key] = (self._file.seek(0, io.SEEK_END), len(text))
         self._file.write(text)
 
     def get(self, key: str) -> bytes:
-        start, length = self._places[key]
+        start, length = self._spans[key]
         self._file.seek(start)
         return self._file.read(length)
 

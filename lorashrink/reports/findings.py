@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from lorashrink.bases.views import BaseInfo
 from lorashrink.results.inspection import AdapterTable
 from lorashrink.results.shrinking import FileResult
-from lorashrink.results.sweep import Pictures, Sweep
-
-MEGABYTE = 1e6
-
-MOST_COLUMNS, MOST_ROWS = 8, 12  # of recipes; of pictures
+from lorashrink.results.sweep import Sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +21,4 @@ class Findings:
     unswept: str  # why there is no sweep, else ""
     shrunk: FileResult | None  # what one recipe of the sweep would do to each layer
     hashes: Mapping[str, str]  # file -> what identifies its contents
-    commands: Mapping[str, str]  # what for -> command line
-
-
-def decibel_text(pictures: Pictures) -> str:
-    return f"{pictures.psnr:.1f} dB"
+    commands: Mapping[str, str]  # purpose -> command line

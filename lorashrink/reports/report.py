@@ -69,30 +69,38 @@ def report(
     if len(sources) != 1:
         raise UsageError(f"{adapter}: {len(sources)} adapters; a report is about one.")
     source = sources[0]
-    place = source.with_name(f"{source.stem}_report.html") if output is None else Path(output)
-    if place.suffix.lower() not in _ENDINGS:
-        raise UsageError(f"{place}: a report is a page; give it a name that ends in .html.")
+    path = source.with_name(f"{source.stem}_report.html") if output is None else Path(output)
+    if path.suffix.lower() not in _ENDINGS:
+        raise UsageError(f"{path}: a report is a page; give it a name that ends in .html.")
     inputs = [source, *base_files(base), *([Path(prompts)] if prompts is not None else [])]
-    check_output(place, force=force, inputs=inputs)
-    based: dict[str, Any] = {"base": base, "calibration": calibration, "device": device, "jobs": jobs}
-    drawing: dict[str, Any] = {"images": images, "settings": settings, "prompts": prompts, "pictures": pictures}
-    swept, unswept = None, None
+    check_output(path, force=force, inputs=inputs)
+    shared: dict[str, Any] = {"base": base, "calibration": calibration, "device": device, "jobs": jobs}
+    result, refusal = None, None
     try:
-        swept = sweep(
-            source, recipes=recipes, sizes=sizes, seeds=seeds, clip=clip, progress=progress, **based, **drawing
+        result = sweep(
+            source,
+            recipes=recipes,
+            sizes=sizes,
+            images=images,
+            settings=settings,
+            prompts=prompts,
+            seeds=seeds,
+            pictures=pictures,
+            clip=clip,
+            progress=progress,
+            **shared,
         )
     except InputError as error:
-        unswept = error
+        refusal = error
     inspection = inspect(source, base=base, spectrum=True, device=device, jobs=jobs, progress=progress)
     for message in inspection.failed.values():
-        raise unswept or InputError(message)
+        raise refusal or InputError(message)
     (table,) = inspection.files
-    if unswept and not _unshrinkable(table):
-        raise unswept
+    if refusal and not _explains_itself(table):
+        raise refusal
     if not table.layers:
-        swept = None  # whose recipes all copy what there is
-    shrunk = _shrunk(source, swept, place.parent, based) if swept else None
-    asked = [recipes] if isinstance(recipes, str) else recipes
+        result = None  # whose recipes all copy what there is
+    shrunk = _dry_run(source, result, path.parent, shared) if result else None
     options = {
         "--base": base,
         "--calibration": calibration,
@@ -107,27 +115,27 @@ def report(
     findings = Findings(
         table=table,
         base=_base_info(base),
-        sweep=swept,
-        unswept="" if swept else str(unswept or table.health[0].text),
+        sweep=result,
+        unswept="" if result else str(refusal or table.health[0].text),
         shrunk=shrunk,
         hashes=_hashes(source, base),
-        commands=_commands(source, place, asked, options, shrunk),
+        commands=_commands(source, path, [recipes] if isinstance(recipes, str) else recipes, options, shrunk),
     )
     data = page(findings, progress)
-    write_bytes(place, data)
-    return ReportFile(str(place), len(data), inspection, swept)
+    write_bytes(path, data)
+    return ReportFile(str(path), len(data), inspection, result)
 
 
-def _shrunk(source: Path, swept: Sweep, folder: Path, based: Mapping[str, Any]) -> FileResult:
+def _dry_run(source: Path, result: Sweep, folder: Path, shared: Mapping[str, Any]) -> FileResult:
     """What the suggested recipe would do to each layer, as if it were written into `folder`."""
-    recipe = swept.suggestion.recipe if swept.suggestion else swept.points[0].recipe
-    done = resize(source, recipes=recipe, output=folder, dry_run=True, **based)
-    for failure in done.failed:
+    recipe = result.suggestion.recipe if result.suggestion else result.points[0].recipe
+    report = resize(source, recipes=recipe, output=folder, dry_run=True, **shared)
+    for failure in report.failed:
         raise InputError(failure.error)
-    return done.results[0]
+    return report.results[0]
 
 
-def _unshrinkable(table: AdapterTable) -> bool:
+def _explains_itself(table: AdapterTable) -> bool:
     """Whether an adapter that cannot be swept is worth a page all the same, which says why."""
     return not table.fro or any("nan" in row.flags for row in table.layers)
 
@@ -140,7 +148,7 @@ def _base_info(base: str | Path | None) -> BaseInfo | None:
 
 
 def _hashes(source: Path, base: str | Path | None) -> dict[str, str]:
-    """File -> hash: of the adapter's contents whole, of the base's, which may be huge, by its headers and samples."""
+    """File -> hash: of the adapter's whole contents; of headers and samples of the base, which may be huge."""
     with ExitStack() as stack:
         stored = stack.enter_context(open_adapter(source)).store.files
         hashes = {str(path): f"SHA-256 {sha256_file(path)}" for path in stored}
@@ -151,19 +159,19 @@ def _hashes(source: Path, base: str | Path | None) -> dict[str, str]:
 
 
 def _commands(
-    source: Path, place: Path, asked: Sequence[str], options: Mapping[str, object], shrunk: FileResult | None
+    source: Path, output: Path, recipes: Sequence[str], options: Mapping[str, object], shrunk: FileResult | None
 ) -> dict[str, str]:
-    """What for -> command line, as a shell takes it."""
-    lines = {"This page": _line("report", source, asked, {**options, "-o": place})}
+    """Purpose -> command line, as a shell takes it."""
+    lines = {"This page": _line("report", source, recipes, {**options, "-o": output})}
     if shrunk:
         needed = {name: options[name] for name in ("--base", "--calibration")}
         lines["The smaller adapter"] = _line("resize", source, [shrunk.recipe], needed)
-        lines["The sizes as JSON"] = _line("sweep --json", source, asked, options)
+        lines["The sizes as JSON"] = _line("sweep --json", source, recipes, options)
     lines["What is inside as JSON"] = _line("inspect --json --spectrum", source, (), {"--base": options["--base"]})
     return lines
 
 
 def _line(command: str, source: Path, recipes: Sequence[str], options: Mapping[str, object]) -> str:
-    given = [word for recipe in recipes for word in ("-r", recipe)]
-    given += [word for name, value in options.items() if value is not None for word in (name, str(value))]
-    return shlex.join(["lorashrink", *command.split(), *given, str(source)])
+    words = [word for recipe in recipes for word in ("-r", recipe)]
+    words += [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    return shlex.join(["lorashrink", *command.split(), *words, str(source)])

@@ -5,111 +5,87 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorashrink.reports.findings import MOST_COLUMNS, MOST_ROWS, Findings, decibel_text
-from lorashrink.reports.html import size_text
 from lorashrink.results.sweep import Drawn, Sweep
+from lorashrink.text import decibel_text, size_text
 
 if TYPE_CHECKING:
     from PIL import Image
 
+_MOST_COLUMNS, _MOST_ROWS = 8, 12  # of recipes; of pictures
 _MOST_SIDE = 640  # pixels of a picture on the page
-
 # Pictures of more bytes than this are shown reduced and compressed; a page of sixty stays one that can be mailed.
 _MOST_BYTES = 100_000
-
 _QUALITY = 90  # of WebP
-
 _SPECK = 160  # pixels: smaller pictures are enlarged without smoothing, which would hide differences
-
-# --- pictures -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
+class SheetColumn:
     """The pictures of one recipe, of no adapter, or of the whole one."""
 
     head: str
     recipe: str
-    psnr: str
+    psnr: str  # "" of the whole adapter, which the others are measured against
     files: tuple[str, ...]
 
+    @property
+    def whole(self) -> bool:
+        return not self.psnr
 
-def picture_sheet(findings: Findings) -> str:
-    sweep = findings.sweep
-    if sweep is None or sweep.drawn is None:
-        return ""
+
+@dataclass(frozen=True, slots=True)
+class SheetCell:
+    """A picture of the sheet."""
+
+    column: SheetColumn
+    uri: str
+    speck: bool  # too small to be smoothed
+    first: bool  # the page shows it first
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """Pictures row by row: a row for each prompt and seed, a column for each size."""
+
+    drawn: Drawn
+    columns: list[SheetColumn]
+    rows: list[tuple[str, list[SheetCell]]]  # (label, cells)
+    total: int  # of rows, with those that are left out
+
+
+def picture_sheet(sweep: Sweep) -> Sheet:
+    """Pictures without an adapter, of the best recipes by size, and of the whole adapter, if a sweep drew some."""
+    from lorashrink.plots.comparison_sheet import picture_labels, shown_points
+
     drawn = sweep.drawn
-    columns = _columns(sweep, drawn)
-    suggested = sweep.suggestion.recipe if sweep.suggestion else ""
-    labels = [f"{prompt.prompt} (seed {(prompt.seed or 0) + seed})" for prompt in drawn.prompts for seed in drawn.seeds]
-    heads = "".join(
-        f'<th scope="col"><b>{escape(column.head)}</b>{column.psnr}<br><code>{escape(column.recipe)}</code></th>'
-        for column in columns
-    )
-    rows = []
-    for place, label in enumerate(labels[:MOST_ROWS]):
-        cells = "".join(_picture_cell(column, place, label, suggested) for column in columns)
-        rows.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
-    left_out = f"; the first {MOST_ROWS} of {len(labels)}" if len(labels) > MOST_ROWS else ""
-    return (
-        f"{_COMPARE}"
-        '<div class="scroll" role="region" tabindex="0" aria-labelledby="sheet-caption"><table class="sheet">'
-        f'<caption id="sheet-caption"><span>The same prompts at {len(columns) - 1} sizes{left_out}. '
-        "Choose a picture to lay it over the whole adapter's.</span></caption>"
-        f'<thead><tr><th scope="col">prompt</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        f'<p class="note">Drawn by {escape(drawn.model)} on {escape(drawn.device)} in {escape(drawn.dtype)}. dB is the '
-        "mean PSNR against the whole adapter's pictures, of the files as they were drawn; large ones are shown here "
-        "reduced.</p>"
-    )
-
-
-_COMPARE = """<div class="compare" id="compare" hidden>
-<div class="slider"><img alt=""><img alt=""></div>
-<div><h3>Before and after</h3>
-<p id="compared-prompt"></p>
-<div class="ends" aria-hidden="true"><span>whole adapter</span><span>shrunk</span></div>
-<input type="range" id="divider" min="0" max="100" value="50" aria-label="Divider between the two pictures">
-<p id="compared" role="status" aria-live="polite"></p>
-<label><input type="checkbox" id="difference"> Show the difference, four times as bright</label></div>
-</div>
-"""
-
-
-def _columns(sweep: Sweep, drawn: Drawn) -> list[_Column]:
-    """No adapter, recipes that nothing beats and the suggested one, by size, and the whole adapter."""
-    suggested = sweep.suggestion.recipe if sweep.suggestion else ""
-    points = [(point, point.pictures) for point in sweep.points if point.pictures is not None]
-    best = [point.recipe for point, _ in points if point.best and point.recipe != suggested]
-    most = min(len(best), MOST_COLUMNS - 1)
-    taken = {best[round(place * (len(best) - 1) / max(most - 1, 1))] for place in range(most)} | {suggested}
-    return [
-        _Column("no adapter", "", decibel_text(drawn.none), drawn.none.files),
+    assert drawn is not None
+    columns = [
+        SheetColumn("no adapter", "", decibel_text(drawn.none.psnr), drawn.none.files),
         *(
-            _Column(size_text(point.bytes), point.recipe, decibel_text(pictures), pictures.files)
-            for point, pictures in points
-            if point.recipe in taken
+            SheetColumn(size_text(point.bytes), point.recipe, decibel_text(pictures.psnr), pictures.files)
+            for point, pictures in shown_points(sweep, _MOST_COLUMNS)
         ),
-        _Column(size_text(sweep.bytes), "whole adapter", "", drawn.files),
+        SheetColumn(size_text(sweep.bytes), "whole adapter", "", drawn.files),
     ]
+    suggested = sweep.suggestion.recipe if sweep.suggestion else ""
+    labels = picture_labels(drawn)
+    rows = [
+        (
+            label,
+            [
+                SheetCell(column, *picture_uri(Path(column.files[row])), row == 0 and column.recipe == suggested)
+                for column in columns
+            ],
+        )
+        for row, label in enumerate(labels[:_MOST_ROWS])
+    ]
+    return Sheet(drawn, columns, rows, len(labels))
 
 
-def _picture_cell(column: _Column, place: int, label: str, suggested: str) -> str:
-    uri, speck = _data_uri(Path(column.files[place]))
-    what = f"{label}: {column.recipe or column.head}" + (f", {column.head}" if column.recipe else "")
-    classes = " ".join([*(["whole"] if not column.psnr else []), *(["speck"] if speck else [])])
-    image = f'<img class="{classes}" src="{uri}" alt="{escape(what)}">'
-    if not column.psnr:
-        return f"<td>{image}</td>"
-    said = f"Right of the divider: {column.recipe or column.head}, {column.head}, {column.psnr}."
-    first = " data-first" if column.recipe == suggested and place == 0 else ""
-    return f'<td><button type="button" aria-pressed="false" data-said="{escape(said)}"{first}>{image}</button></td>'
-
-
-def _data_uri(path: Path) -> tuple[str, bool]:
+def picture_uri(path: Path) -> tuple[str, bool]:
     """A picture in the smallest form that shows it, and whether it is so small that it should not be smoothed."""
     from PIL import Image
 

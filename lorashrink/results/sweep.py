@@ -73,3 +73,9 @@ class Sweep:
     points: tuple[Point, ...]
     suggestion: Suggestion | None
     drawn: Drawn | None = None
+
+    @property
+    def suggested(self) -> Point | None:
+        """The point of the suggestion."""
+        recipe = self.suggestion.recipe if self.suggestion else None
+        return next((point for point in self.points if point.recipe == recipe), None)

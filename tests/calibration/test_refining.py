@@ -21,7 +21,7 @@ import lorashrink as ls
 from lorashrink.calibration import refine
 from lorashrink.calibration.refine import Refined
 from lorashrink.cli import app
-from lorashrink.cli.refining import _print_refined
+from lorashrink.cli.refining import print_refined
 from lorashrink.errors import FamilyMismatch, InputError, LorashrinkError, NonFinite, OutputError, UsageError
 from lorashrink.files.disk import sha256_file
 from lorashrink.files.hashes import with_hashes
@@ -212,7 +212,7 @@ def test_the_command_names_what_is_missing(small: Path) -> None:
 
 def test_the_command_says_whether_anything_was_gained(capsys: pytest.CaptureFixture[str]) -> None:
     better = Refined("b.safetensors", "a.safetensors", "l.safetensors", "sdxl", 7, 120, (0.01,), 4.0, 1.0, True, 61.0)
-    _print_refined(better)
+    print_refined(better)
     assert "25% of before" in capsys.readouterr().out
-    _print_refined(replace(better, loss_after=4.0, improved=False))
+    print_refined(replace(better, loss_after=4.0, improved=False))
     assert "its tensors are those of a.safetensors" in capsys.readouterr().out

@@ -22,24 +22,24 @@ COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def run(*arguments: object, status: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == status, result.output
     return result.stdout
 
 
-def test_the_line_of_the_training_guide_works(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_resize_accepts_the_command_of_training_guides(adapter: Path, base: Path, tmp_path: Path) -> None:
     text = run("resize", "-o", tmp_path, "-r", "fro_ckpt=1,thr=-3.55", base, adapter)
     assert (tmp_path / "lora_frockpt1_th-3.55.safetensors").is_file()
     assert "fro_ckpt=1,thr=-3.55" in text
     assert "saved" in text
 
 
-def test_the_guides_recipe_is_the_default(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_resize_defaults_to_the_recipe_of_training_guides(adapter: Path, base: Path, tmp_path: Path) -> None:
     run("resize", "-o", tmp_path, "--base", base, adapter)
     assert [path.name for path in tmp_path.iterdir()] == ["lora_frockpt1_th-3.55.safetensors"]
 
 
-def test_the_json_of_resize_is_the_documented_one(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_resize_json_has_the_documented_fields(adapter: Path, base: Path, tmp_path: Path) -> None:
     document = json.loads(run("resize", "-o", tmp_path, "-r", "fro_ckpt,thr=-1.6", "--json", base, adapter))
     assert document["version"] == __version__
     assert document["base"] == {"path": str(base), "family": "sdxl", "kind": "file"}
@@ -61,9 +61,9 @@ def test_verbose_lists_layers_quantiles_and_reasons(adapter: Path, base: Path, t
 
 
 def test_csv_holds_the_numbers_of_the_json(adapter: Path, tmp_path: Path) -> None:
-    place = tmp_path / "table.csv"
-    document = json.loads(run("inspect", adapter, "--json", "--csv", place))
-    with open(place, newline="") as handle:
+    path = tmp_path / "table.csv"
+    document = json.loads(run("inspect", adapter, "--json", "--csv", path))
+    with open(path, newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert [float(row["fro"]) for row in rows] == [layer["fro"] for layer in document["files"][0]["layers"]]
 
@@ -75,14 +75,14 @@ def test_inspect_prints_layers_blocks_and_a_summary(adapter: Path, base: Path) -
     assert "178 layers of rank 4 to 8" in text
 
 
-def test_inspect_prints_the_metadata_first_and_what_is_unusual_last(adapter: Path) -> None:
+def test_inspect_prints_metadata_first_and_findings_last(adapter: Path) -> None:
     lines = run("inspect", adapter, "--recommend").splitlines()
     assert re.match(r"title +parity$", lines[0])
     assert re.search(r"^ *energy=0\.99 +[\d.]+ kB +[\d.]+% +[\d.]+%", "\n".join(lines), re.MULTILINE)
     assert "mixed_alpha: " in lines[-2]
 
 
-def test_several_files_are_printed_side_by_side(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_inspect_prints_several_files_side_by_side(adapter: Path, base: Path, tmp_path: Path) -> None:
     run("resize", "-r", "rank=2", "-o", tmp_path / "small.safetensors", adapter)
     text = run("inspect", base, adapter, tmp_path / "small.safetensors")
     assert re.search(r"^ *lora\.safetensors +[\d.]+ kB +sdxl +lora +178 +4 to 8 +1 to 8 ", text, re.MULTILINE)
@@ -91,7 +91,7 @@ def test_several_files_are_printed_side_by_side(adapter: Path, base: Path, tmp_p
     assert "lora_unet_" in run("inspect", "-v", adapter, tmp_path / "small.safetensors")
 
 
-def test_inspect_draws_spectra_and_with_a_base_norms(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_inspect_plots_spectra_and_norms(adapter: Path, base: Path, tmp_path: Path) -> None:
     run("inspect", adapter, "--plot", tmp_path / "alone.svg")
     run("inspect", base, adapter, "--plot", tmp_path / "both.png")
     names = {path.name for path in tmp_path.iterdir()}
@@ -106,7 +106,7 @@ def test_inspect_draws_spectra_and_with_a_base_norms(adapter: Path, base: Path, 
         run("inspect", adapter, *arguments, status=2)
 
 
-def test_files_without_layers_are_printed_and_drawn_too(tmp_path: Path, base: Path) -> None:
+def test_inspect_prints_and_plots_files_without_layers(tmp_path: Path, base: Path) -> None:
     path = tmp_path / "norms.safetensors"
     save_file({"lora_unet_out_0.w_norm": torch.ones(8)}, path)
     text = run("inspect", "--recommend", "--plot", tmp_path / "a.png", base, path)
@@ -115,13 +115,21 @@ def test_files_without_layers_are_printed_and_drawn_too(tmp_path: Path, base: Pa
     assert "0 layers, 1 other tensors" in text
 
 
+def test_names_that_look_like_markup_are_printed_as_they_are(adapter: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / f"[bold]{number}:smile:.safetensors" for number in (1, 2)]
+    for path in paths:
+        path.write_bytes(adapter.read_bytes())
+    text = run("inspect", "--header", *paths)
+    assert all(path.name in text for path in paths)
+
+
 def test_norms_writes_a_table_that_resize_takes(adapter: Path, base: Path, tmp_path: Path) -> None:
     run("norms", base, "-o", tmp_path / "table.json")
     run("resize", "-o", tmp_path / "out", "-r", "spn_ckpt,thr=-1", tmp_path / "table.json", adapter)
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
-def test_dtype_aliases_of_resize_lora(adapter: Path, tmp_path: Path) -> None:
+def test_dtype_32_means_float32(adapter: Path, tmp_path: Path) -> None:
     document = json.loads(run("resize", "-r", "rank=2", "-t", "32", "-o", tmp_path, "--json", adapter))
     assert document["results"][0]["bytes_after"] > 2 * 178 * 2 * 24 * 4
 
@@ -158,12 +166,12 @@ def test_every_name_in_the_json_is_documented(adapter: Path, base: Path, tmp_pat
         run("resize", "--json", tmp_path / "missing.safetensors", "-r", "rank=1", status=2),
         run("resize", "--json", "-r", "nonsense", adapter, status=2),
     ]
-    found = set().union(*(names(json.loads(document)) for document in documents))
-    assert len(found) > 40
-    assert {name for name in found if f'"{name}"' not in text} == set()
+    keys = set().union(*(names(json.loads(document)) for document in documents))
+    assert len(keys) > 40
+    assert {name for name in keys if f'"{name}"' not in text} == set()
 
 
-def test_version() -> None:
+def test_version_prints_the_version() -> None:
     assert run("--version").split() == ["lorashrink", __version__]
 
 

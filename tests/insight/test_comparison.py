@@ -24,6 +24,7 @@ from lorashrink.errors import FamilyMismatch, InputError, NotAnAdapter, ShapeErr
 from lorashrink.insight.comparison import compare
 from lorashrink.plots.difference import difference_per_block
 from lorashrink.results.comparison import Comparison, LayerDifference
+from lorashrink.text import size_text
 
 NAME = "lora_unet_input_blocks_4_1_proj_in"
 Tensors = Mapping[str, Tensor]
@@ -515,7 +516,7 @@ def test_bars_are_the_numbers_of_the_blocks(pair: tuple[Path, Path], tmp_path: P
     assert set(line.get_ydata()) == {100 * result.total.relative_difference}
     norms = [[bar.get_height() for bar in bars] for bars in lower.containers]
     assert norms == [[getattr(by_name[name], side) for name in names] for side in ("fro_a", "fro_b")]
-    assert upper.get_title(loc="left") == f"B against A:  {result.a.bytes / 1e6:.2f} MB → {result.b.bytes / 1e6:.2f} MB"
+    assert upper.get_title(loc="left") == f"B against A:  {size_text(result.a.bytes)} → {size_text(result.b.bytes)}"
     run("compare", "--plot", tmp_path / "d.png", *pair)
     assert (tmp_path / "d.png").read_bytes()[:4] == b"\x89PNG"
 

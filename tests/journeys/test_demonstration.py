@@ -16,15 +16,15 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo")
     outcome = CliRunner().invoke(app, ["demo", "-o", str(folder)])
     assert outcome.exit_code == 0, outcome.output
     return folder, outcome.stdout
 
 
-def test_it_tells_the_story_and_leaves_what_it_speaks_of(told: tuple[Path, str]) -> None:
-    folder, text = told
+def test_demo_prints_its_steps_and_leaves_its_files(demo_run: tuple[Path, str]) -> None:
+    folder, text = demo_run
     assert [line.split()[:3] for line in text.splitlines() if line.startswith("$ ")] == [
         ["$", "lorashrink", "inspect"],
         ["$", "lorashrink", "resize"],
@@ -44,8 +44,8 @@ def test_it_tells_the_story_and_leaves_what_it_speaks_of(told: tuple[Path, str])
     assert all(str(folder / name) in text for name in names - {"style_frockpt1_th-3.55.safetensors"})
 
 
-def test_its_commands_do_the_same(told: tuple[Path, str], tmp_path: Path) -> None:
-    folder, text = told
+def test_demo_commands_reproduce_its_files(demo_run: tuple[Path, str], tmp_path: Path) -> None:
+    folder, text = demo_run
     commands = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ ")]
     page, shrunk = (folder / name for name in ("report.html", "style_frockpt1_th-3.55.safetensors"))
     before = page.read_bytes(), shrunk.read_bytes()
@@ -55,7 +55,7 @@ def test_its_commands_do_the_same(told: tuple[Path, str], tmp_path: Path) -> Non
     assert (page.read_bytes(), shrunk.read_bytes()) == before
 
 
-def test_without_the_packages_of_pictures_it_tells_what_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_without_picture_packages_measures_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demonstration, "PACKAGES", ("no_such_package",))
     outcome = CliRunner().invoke(app, ["demo", "-o", str(tmp_path)])
     assert outcome.exit_code == 0, outcome.output
@@ -67,7 +67,7 @@ def test_without_the_packages_of_pictures_it_tells_what_it_can(tmp_path: Path, m
     }
 
 
-def test_its_json_is_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_json_is_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demonstration, "PACKAGES", ("no_such_package",))
     document = json.loads(CliRunner().invoke(app, ["demo", "--json", "-o", str(tmp_path)]).stdout)
     text = (ROOT / "docs" / "programs.md").read_text()

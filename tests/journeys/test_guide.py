@@ -113,14 +113,14 @@ def test_every_command_works_in_the_order_of_the_guide(folder: Path) -> None:
     assert list((folder / "logs").glob("teapot-*/loss.png"))
 
 
-def test_the_main_command_as_it_is_printed_gets_no_warning(folder: Path) -> None:
+def test_main_command_gets_no_warning(folder: Path) -> None:
     options = parse(MAIN)
     assert check(options) == []
     assert parse(small(MAIN)) != options
     assert {flag(word) for word in MAIN} > SMALL.keys() - {"save_every_n_steps", "resume"}
 
 
-def test_the_prompt_file_is_understood(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompt_file_is_read_without_warnings(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     prompts = read_prompts(folder / "prompts.txt")
     assert [prompt.seed for prompt in prompts] == [1, 2, 3]
     assert {(prompt.steps, prompt.scale) for prompt in prompts} == {(30, 6.0)}
@@ -146,7 +146,7 @@ def test_every_flag_of_the_main_command_is_explained() -> None:
         assert f"`{pair.partition('=')[0]}`" in PROSE
 
 
-def test_the_worked_example_is_what_the_program_does() -> None:
+def test_worked_example_has_the_numbers_of_the_program() -> None:
     """24 pictures, shown 10 times."""
     options = parse(MAIN)
     batches = 240 // options.train_batch_size
@@ -163,7 +163,7 @@ def test_the_worked_example_is_what_the_program_does() -> None:
     assert f"`{options.output_name}_{options.sample_every_n_steps:06d}_sheet.png`" in PROSE
 
 
-def test_size_and_memory_are_those_of_the_plan(
+def test_size_and_memory_equal_those_of_the_plan(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of SDXL itself: without a base its own settings are taken."""

@@ -42,12 +42,12 @@ def pipe() -> StableDiffusionXLPipeline:
     return base.load(MODEL)
 
 
-def test_it_is_sdxl_in_form_and_names() -> None:
+def test_example_model_is_recognised_as_sdxl() -> None:
     with open_base(MODEL) as opened:
         assert opened.family.name == "sdxl"
 
 
-def test_its_pictures_show_what_the_prompts_say(pipe: StableDiffusionXLPipeline) -> None:
+def test_example_model_draws_what_prompts_say(pipe: StableDiffusionXLPipeline) -> None:
     scenes = [render.parse(caption) for caption in CAPTIONS]
     pictures = base.paint(pipe, CAPTIONS, 1)
     scores = judge.score(judge.load(), pictures, scenes)
@@ -56,7 +56,7 @@ def test_its_pictures_show_what_the_prompts_say(pipe: StableDiffusionXLPipeline)
     assert scores["sks"] == scores["pts"] == 1
 
 
-def test_its_latents_have_mean_0_and_deviation_1_at_the_scale_of_sdxl(pipe: StableDiffusionXLPipeline) -> None:
+def test_latents_are_standardised_at_the_scale_of_sdxl(pipe: StableDiffusionXLPipeline) -> None:
     pixels = judge.to_tensor(rendered(render.draw_scenes(64, 7, render.SHAPES)))
     latents = vae.encode(pipe.vae, pixels) * 0.13025
     assert latents.shape == (64, 4, 16, 16)
@@ -81,7 +81,7 @@ def rendered(scenes: Sequence[Any]) -> list[np.ndarray]:
     return [render.render(scene, HELD_OUT + place) for place, scene in enumerate(scenes)]
 
 
-def test_the_judge_knows_styles_and_shapes_that_the_base_does_not() -> None:
+def test_judge_knows_styles_and_shapes_beyond_the_base() -> None:
     scenes = render.draw_scenes(128, 9, render.SHAPES, render.STYLES, 0.6)
     scores = judge.score(judge.load(), rendered(scenes), scenes)
     assert min(scores.values()) > 0.95
@@ -117,7 +117,7 @@ def test_captions_are_all_different_and_read_back() -> None:
         assert render.parse(scene.caption) == scene
 
 
-def test_the_trainer_finds_the_captions_of_a_written_folder(tmp_path: Path) -> None:
+def test_trainer_reads_the_captions_of_a_written_folder(tmp_path: Path) -> None:
     scenes = render.draw_scenes(6, 3, styles=["sks"])
     folder = render.write_folder(tmp_path, scenes, 100, repeats=4)
     assert [scene for _, scene in render.read_folder(folder)] == scenes
@@ -134,7 +134,7 @@ def test_the_trainer_finds_the_captions_of_a_written_folder(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "teaches", "least"), [("style", "--style sks", 0.25), ("heart", "--shape heart", 0.9)]
 )
-def test_the_adapters_of_the_package_do_what_they_were_taught(name: str, teaches: str, least: float) -> None:
+def test_example_adapters_do_what_they_were_taught(name: str, teaches: str, least: float) -> None:
     """The judge sees it with the adapter, where it fits into the picture, and never without."""
     adapter = MODEL.parent / "loras" / f"{name}.safetensors"
     drawn, test = gallery.Gallery(MODEL), gallery.Test.of(teaches, 12)
@@ -145,6 +145,6 @@ def test_the_adapters_of_the_package_do_what_they_were_taught(name: str, teaches
     assert without.psnr.mean() < 25
 
 
-def test_the_page_of_evidence_has_the_numbers_that_were_measured() -> None:
+def test_evidence_page_has_the_measured_numbers() -> None:
     results = json.loads(write_up.RESULTS.read_text())
     assert (ROOT / "docs" / "evidence.md").read_text() == write_up.page(results)

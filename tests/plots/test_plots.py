@@ -33,17 +33,17 @@ RESULT = FileResult(
 )
 
 
-def test_bars_show_the_mean_rank_of_each_block_in_the_order_of_the_model() -> None:
+def test_bars_show_the_mean_rank_of_each_block_in_model_order() -> None:
     (axes,) = rank_per_block(RESULT).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["TE1.00", "IN04", "MID", "OUT03"]
     before, after = ([bar.get_height() for bar in bars] for bars in axes.containers[:2])
     assert before == [8, 12, 32, 16]
     assert after == [1, 4, 2, 4]
-    assert "2.00 MB → 0.50 MB,  error 12.5 %" in axes.get_title(loc="left")
+    assert "2.0 MB → 500.0 kB,  error 12.50%" in axes.get_title(loc="left")
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_figures_are_written_as_pictures(tmp_path: Path, suffix: str) -> None:
-    place = tmp_path / f"ranks.{suffix}"
-    rank_per_block(RESULT).savefig(place)
-    assert place.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
+    path = tmp_path / f"ranks.{suffix}"
+    rank_per_block(RESULT).savefig(path)
+    assert path.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")

@@ -31,12 +31,12 @@ def table(*rows: LayerRow) -> AdapterTable:
     )  # fmt: skip
 
 
-def test_blocks_stand_in_the_order_in_which_a_picture_is_made() -> None:
+def test_blocks_are_sorted_in_the_order_of_drawing() -> None:
     blocks = ["other", "OUT00", "MID", "IN10", "IN02", "TE2.00", "TE1.01", "TE1.00"]
     assert sorted(blocks, key=order) == ["TE1.00", "TE1.01", "TE2.00", "IN02", "IN10", "MID", "OUT00", "other"]
 
 
-def test_each_text_encoder_is_one_group_and_neighbours_join_where_there_are_too_many() -> None:
+def test_text_encoders_and_runs_of_blocks_are_grouped() -> None:
     unet = ["TE1.00", "TE1.11", "TE2.00", "IN01", "IN02", "MID"]
     assert list(grouped(unet, 24)) == ["text encoder 1", "text encoder 2", "IN01", "IN02", "MID"]
     flux = [f"D{number:02d}" for number in range(19)] + [f"S{number:02d}" for number in range(38)]
@@ -47,7 +47,7 @@ def test_each_text_encoder_is_one_group_and_neighbours_join_where_there_are_too_
     assert grouped([], 24) == {}
 
 
-def test_quartiles_are_those_of_the_layers_that_have_the_dimension() -> None:
+def test_quartiles_leave_out_layers_without_the_dimension() -> None:
     rows = [row("MID", "attn", 4.0, 2.0), row("MID", "attn", 8.0, 1.0, 0.5), row("MID", "attn", 6.0, 0.0)]
     low, middle, high = quartiles(rows)
     assert middle.tolist() == [6, 1.5, 0.5]
@@ -77,7 +77,7 @@ def test_spectra_show_the_median_and_the_middle_half_of_each_block() -> None:
     assert encoder.get_lines()[0].get_xydata().tolist() == [[1, 0.5]]
 
 
-def test_the_heat_map_holds_the_norm_of_each_kind_in_each_block() -> None:
+def test_heat_map_holds_the_norm_of_each_kind_in_each_block() -> None:
     rows = (
         row("MID", "attn", 3.0, base_fro=30.0),
         row("MID", "attn", 4.0, base_fro=40.0),
@@ -96,21 +96,23 @@ def test_the_heat_map_holds_the_norm_of_each_kind_in_each_block() -> None:
 
 
 def test_figures_show_the_numbers_of_the_table(adapter: Path, base: Path) -> None:
-    (found,) = inspect(adapter, base=base, spectrum=True).files
-    middle = next(each for each in found.blocks if each.block == "MID")
+    (adapter_table,) = inspect(adapter, base=base, spectrum=True).files
+    middle = next(block for block in adapter_table.blocks if block.block == "MID")
     kinds = {"attn", "conv"}
-    alone = replace(found, layers=tuple(each for each in found.layers if each.block == "MID" and each.kind in kinds))
+    alone = replace(
+        adapter_table, layers=tuple(row for row in adapter_table.layers if row.block == "MID" and row.kind in kinds)
+    )
     shown = norms_by_kind(alone).axes[0].get_images()[0].get_array().filled(np.nan)
     for column, kind in enumerate(("attn", "conv")):
-        rows = [each for each in alone.layers if each.kind == kind]
-        expected = math.hypot(*(each.fro for each in rows)) / math.hypot(*(each.base_fro for each in rows))
+        rows = [row for row in alone.layers if row.kind == kind]
+        expected = math.hypot(*(row.fro for row in rows)) / math.hypot(*(row.base_fro for row in rows))
         assert shown[0, column] == pytest.approx(100 * expected)
-    titles = [axes.get_title(loc="left") for axes in spectra_per_block(found).axes]
+    titles = [axes.get_title(loc="left") for axes in spectra_per_block(adapter_table).axes]
     assert f"MID  ·  {middle.layers} layers" in titles
 
 
 @pytest.mark.parametrize("rows", [(), (row("MID", "attn", 0.0, base_fro=1.0),)], ids=["none", "zero"])
 @pytest.mark.parametrize("draw", [spectra_per_block, norms_by_kind])
-def test_adapters_with_nothing_to_show_are_drawn_too(rows: tuple[LayerRow, ...], draw, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_figures_are_drawn_without_layers_or_with_zeros(rows: tuple[LayerRow, ...], draw, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     save(draw(table(*rows)), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000

@@ -43,11 +43,11 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def numbers_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of an adapter and its base, without pictures."""
-    place = tmp_path_factory.mktemp("numbers") / "r.html"
+    path = tmp_path_factory.mktemp("numbers") / "r.html"
     ls.report(
-        PARITY / "lora.safetensors", base=PARITY / "base.safetensors", recipes="fro_ckpt,thr=-3..-2/3", output=place
+        PARITY / "lora.safetensors", base=PARITY / "base.safetensors", recipes="fro_ckpt,thr=-3..-2/3", output=path
     )
-    return place
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +58,21 @@ def pictures_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lora = write_sdxl_adapter(folder / "lora.safetensors", MODEL, modules, strength=0.3)
     prompts = folder / "prompts.txt"
     prompts.write_text(f"a red circle --w 64 --h 64 --s 2\n{EVIL} --w 64 --h 64 --s 2\n")
-    place = folder / "r.html"
-    ls.report(lora, recipes="rank=1..4/3", images=MODEL, prompts=prompts, pictures=folder / "png", output=place)
-    return place
+    path = folder / "r.html"
+    ls.report(lora, recipes="rank=1..4/3", images=MODEL, prompts=prompts, pictures=folder / "png", output=path)
+    return path
 
 
 class Opened:
-    """A page in the browser, with all that it asked for and complained about."""
+    """A page in the browser, with all that it requested and logged."""
 
     def __init__(self, browser: Browser, path: Path, **options: Any) -> None:
         self.page: Page = browser.new_page(**options)
-        self.asked: list[str] = []
-        self.said: list[str] = []
-        self.page.on("request", lambda request: self.asked.append(request.url.partition(":")[0]))
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.requested: list[str] = []
+        self.messages: list[str] = []
+        self.page.on("request", lambda request: self.requested.append(request.url.partition(":")[0]))
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.goto(path.as_uri())
 
     def texts(self, selector: str) -> list[str]:
@@ -94,21 +94,21 @@ def pictures(browser: Browser, pictures_page: Path) -> Iterator[Opened]:
 
 
 @pytest.mark.parametrize("name", ["numbers", "pictures"])
-def test_a_page_asks_for_nothing_and_complains_of_nothing(name: str, request: pytest.FixtureRequest) -> None:
+def test_page_makes_no_requests_and_logs_no_errors(name: str, request: pytest.FixtureRequest) -> None:
     opened: Opened = request.getfixturevalue(name)
     opened.page.wait_for_load_state("networkidle")
-    assert set(opened.asked) <= {"file", "data"}
-    assert opened.said == []
+    assert set(opened.requested) <= {"file", "data"}
+    assert opened.messages == []
     broken = "[...document.images].filter((image) => image.src && image.naturalWidth === 0).length"
     assert opened.page.evaluate(broken) == 0
 
 
-def test_a_column_is_sorted_by_its_numbers_and_back(numbers: Opened) -> None:
+def test_a_column_sorts_by_its_numbers_in_both_directions(numbers: Opened) -> None:
     button = numbers.page.locator("#layer-table th button", has_text="‖ΔW‖")
     header = button.locator("xpath=..")
     expected = sorted(float(row["‖ΔW‖"]) for row in table_rows(numbers.page.content(), "layer-table"))
-    place = header.evaluate("head => head.cellIndex")
-    values = f"[...document.querySelectorAll('#layer-table tbody tr')].map((row) => +row.cells[{place}].dataset.value)"
+    index = header.evaluate("head => head.cellIndex")
+    values = f"[...document.querySelectorAll('#layer-table tbody tr')].map((row) => +row.cells[{index}].dataset.value)"
     for direction, order in (("ascending", expected), ("descending", expected[::-1])):
         button.focus()
         numbers.page.keyboard.press("Enter")
@@ -121,16 +121,16 @@ def test_a_column_is_sorted_by_its_numbers_and_back(numbers: Opened) -> None:
     assert names[0] <= names[-1]
 
 
-def test_cells_without_a_number_stand_last_both_ways(numbers: Opened) -> None:
+def test_cells_without_a_number_sort_last_in_both_directions(numbers: Opened) -> None:
     button = numbers.page.locator("#layer-table th button", has_text="new rank")
-    place = button.evaluate("button => button.parentElement.cellIndex")
+    index = button.evaluate("button => button.parentElement.cellIndex")
     for _ in range(2):
         button.click()
-        column = numbers.texts(f"#layer-table tbody tr > :nth-child({place + 1})")
+        column = numbers.texts(f"#layer-table tbody tr > :nth-child({index + 1})")
         assert column.index("–") == len(column) - column.count("–")
 
 
-def test_layers_are_found_by_words_block_and_kind(numbers: Opened) -> None:
+def test_layers_are_filtered_by_words_block_and_kind(numbers: Opened) -> None:
     page, count = numbers.page, numbers.page.locator("#count")
     shown = page.locator("#layer-table tbody tr:visible")
     every = shown.count()
@@ -150,12 +150,12 @@ def test_layers_are_found_by_words_block_and_kind(numbers: Opened) -> None:
     assert count.inner_text() == f"0 of {every} layers"
 
 
-def test_a_picture_is_laid_over_the_whole_adapters_by_the_keyboard(pictures: Opened) -> None:
+def test_keyboard_lays_a_picture_over_the_whole_adapters_one(pictures: Opened) -> None:
     page = pictures.page
     button = page.locator(".sheet button").nth(2)
     chosen = button.locator("img").get_attribute("src")
-    whole = page.locator(".sheet tbody tr").first.locator("img.whole").get_attribute("src")
-    assert chosen != whole
+    reference = page.locator(".sheet tbody tr").first.locator("img.whole").get_attribute("src")
+    assert chosen != reference
     button.focus()
     page.keyboard.press("Enter")
     divider = page.get_by_label("Divider between the two pictures")
@@ -163,7 +163,7 @@ def test_a_picture_is_laid_over_the_whole_adapters_by_the_keyboard(pictures: Ope
     assert button.get_attribute("aria-pressed") == "true"
     assert page.locator(".sheet button[aria-pressed=true]").count() == 1
     sources = [image.get_attribute("src") for image in page.locator(".slider img").all()]
-    assert sources == [whole, chosen]
+    assert sources == [reference, chosen]
     for _ in range(3):
         page.keyboard.press("ArrowLeft")
     assert divider.input_value() == "47"
@@ -188,7 +188,7 @@ def test_hostile_names_and_metadata_do_nothing(browser: Browser, tmp_path: Path)
     assert (
         opened.page.evaluate("JSON.parse(document.getElementById('numbers').textContent).inspect.notes.title") == EVIL
     )
-    assert opened.said == []
+    assert opened.messages == []
     opened.page.close()
 
 
@@ -199,26 +199,26 @@ def test_a_hostile_prompt_does_nothing(pictures: Opened) -> None:
     assert pictures.page.locator("img[onerror]").count() == 0
 
 
-def test_markup_that_slips_through_is_not_run(browser: Browser, numbers_page: Path, tmp_path: Path) -> None:
-    """The second lock: the page's policy names its one script by its hash."""
+def test_content_policy_blocks_unescaped_scripts(browser: Browser, numbers_page: Path, tmp_path: Path) -> None:
+    """The policy of the page names its one script by its hash."""
     text = numbers_page.read_text().replace(
         "<main>", f'<main><img src=x onerror="{"document.title=1"}"><script>document.title=2</script>'
     )
     (tmp_path / "r.html").write_text(text)
     opened = Opened(browser, tmp_path / "r.html")
     assert opened.page.title().startswith("lora.safetensors")
-    assert len(opened.said) >= 2
+    assert len(opened.messages) >= 2
     assert opened.page.locator("#controls").is_visible()
     opened.page.close()
 
 
-def brightness(png: bytes, place: Path) -> float:
-    place.write_bytes(png)
-    with Image.open(place) as picture:
+def brightness(png: bytes, path: Path) -> float:
+    path.write_bytes(png)
+    with Image.open(path) as picture:
         return float(np.asarray(picture.convert("L"), dtype=np.float64).mean())
 
 
-def test_the_page_is_dark_where_the_reader_likes_it_dark(browser: Browser, numbers_page: Path, tmp_path: Path) -> None:
+def test_page_is_dark_for_readers_who_prefer_dark(browser: Browser, numbers_page: Path, tmp_path: Path) -> None:
     means, inks = [], []
     for scheme in ("light", "dark"):
         opened = Opened(browser, numbers_page, color_scheme=scheme)
@@ -231,7 +231,7 @@ def test_the_page_is_dark_where_the_reader_likes_it_dark(browser: Browser, numbe
     assert inks[1] < 70
 
 
-def test_paper_is_white_and_holds_every_layer(browser: Browser, numbers_page: Path, tmp_path: Path) -> None:
+def test_print_is_white_and_holds_every_layer(browser: Browser, numbers_page: Path, tmp_path: Path) -> None:
     opened = Opened(browser, numbers_page, color_scheme="dark")
     opened.page.emulate_media(media="print")
     assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
@@ -243,16 +243,16 @@ def test_paper_is_white_and_holds_every_layer(browser: Browser, numbers_page: Pa
     opened.page.close()
 
 
-def test_a_phone_shows_all_without_scrolling_the_page_sideways(browser: Browser, pictures_page: Path) -> None:
+def test_narrow_screens_need_no_sideways_scrolling(browser: Browser, pictures_page: Path) -> None:
     opened = Opened(browser, pictures_page, viewport={"width": 390, "height": 844})
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= 390
     opened.page.close()
 
 
-def test_the_page_can_be_read_out(pictures: Opened) -> None:
+def test_page_has_the_labels_that_screen_readers_need(pictures: Opened) -> None:
     """Every control has a name, every picture a text, every table a caption and heads, headings leave no level out."""
     page = pictures.page
-    for selector, told in (
+    for selector, condition in (
         ("img[src]", "each.alt"),
         ("svg", "each.ariaLabelledByElements?.length"),
         ("table", "each.caption?.textContent"),
@@ -261,13 +261,13 @@ def test_the_page_can_be_read_out(pictures: Opened) -> None:
     ):
         every = f"[...document.querySelectorAll('{selector}')]"
         assert page.evaluate(f"{every}.length") > 0
-        assert page.evaluate(f"{every}.filter((each) => !({told})).length") == 0, selector
+        assert page.evaluate(f"{every}.filter((each) => !({condition})).length") == 0, selector
     levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map((each) => +each.tagName[1])")
     assert levels[0] == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
-def test_without_scripts_everything_but_the_controls_is_there(browser: Browser, pictures_page: Path) -> None:
+def test_page_without_scripts_shows_everything_but_controls(browser: Browser, pictures_page: Path) -> None:
     opened = Opened(browser, pictures_page, java_script_enabled=False)
     assert opened.page.locator("#layer-table tbody tr").count() == 3
     assert not opened.page.locator("#controls").is_visible()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures import write_tensors
+from markupsafe import escape
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
@@ -27,49 +28,49 @@ from lorashrink.plots.style import INK, ROLES, darken, inline_svg, save
 from lorashrink.reports.findings import Findings
 from lorashrink.reports.page import page
 from lorashrink.reports.report import ReportFile
-from lorashrink.reports.sheet import _data_uri
+from lorashrink.reports.sheet import picture_uri
 from lorashrink.results.inspection import AdapterTable, LayerRow
 
 EVIL = "</script><img src=x onerror=document.title='hacked'>"
 
 
 def run(*arguments: object, status: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == status, result.output
     return result.stdout if status == 0 else result.stderr
 
 
 def numbers(text: str) -> dict:
     """The numbers that the page holds as JSON."""
-    found = re.search(r'<script type="application/json" id="numbers">(.*?)</script>', text, re.DOTALL)
-    assert found
-    return json.loads(found[1])
+    match = re.search(r'<script type="application/json" id="numbers">(.*?)</script>', text, re.DOTALL)
+    assert match
+    return json.loads(match[1])
 
 
 def table_rows(text: str, name: str) -> list[dict[str, str]]:
     """Column -> what a cell is sorted by or says, of each row of a table of the page."""
     (table,) = re.findall(rf'<table id="{name}">(.*?)</table>', text, re.DOTALL)
-    heads = [html.unescape(each) for each in re.findall(r'<button type="button">(.*?)</button>', table)]
+    heads = [html.unescape(head) for head in re.findall(r'<button type="button">(.*?)</button>', table)]
     rows = []
     for row in re.findall(r"<tr[^>]*>(.*?)</tr>", table.partition("<tbody>")[2]):
         cells = re.findall(r'<t[hd](?: scope="row")?(?: class="[^"]*")?(?: data-value="([^"]*)")?>(.*?)</t[hd]>', row)
-        said = [value or html.unescape(re.sub("<[^>]+>", "", inner)) for value, inner in cells]
-        rows.append(dict(zip(heads, said, strict=True)))
+        texts = [value or html.unescape(re.sub("<[^>]+>", "", inner)) for value, inner in cells]
+        rows.append(dict(zip(heads, texts, strict=True)))
     return rows
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ReportFile]:
     data = Path(__file__).parents[1] / "data" / "parity"
-    place = tmp_path_factory.mktemp("report") / "report.html"
-    result = ls.report(data / "lora.safetensors", base=data / "base.safetensors", output=place)
-    return place.read_text(encoding="utf-8"), result
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    result = ls.report(data / "lora.safetensors", base=data / "base.safetensors", output=path)
+    return path.read_text(encoding="utf-8"), result
 
 
 # --- numbers ---
 
 
-def test_the_numbers_of_the_page_are_those_of_the_commands(
+def test_page_numbers_equal_those_of_the_commands(
     written: tuple[str, ReportFile], adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     text, result = written
@@ -85,24 +86,24 @@ def test_the_numbers_of_the_page_are_those_of_the_commands(
     assert result.sweep == ls.sweep(adapter, base=base)
 
 
-def test_the_cells_of_the_page_are_those_numbers(written: tuple[str, ReportFile]) -> None:
+def test_page_tables_show_the_numbers_in_its_json(written: tuple[str, ReportFile]) -> None:
     text, _ = written
     held = numbers(text)
     rows = table_rows(text, "layer-table")
-    results = {each["name"]: each for each in held["resize"]["layers"]}
-    assert [row["layer"] for row in rows] == [each["name"] for each in held["inspect"]["layers"]]
-    for row, each in zip(rows, held["inspect"]["layers"], strict=True):
-        assert float(row["‖ΔW‖"]) == each["fro"]
-        assert float(row["of base"]) == each["fro_ratio"]
-        assert int(row["rank"]) == each["rank"]
-        if "zero" not in each["flags"]:
-            assert int(row["new rank"]) == results[each["name"]]["rank_after"]
-            assert float(row["error"]) == results[each["name"]]["rle_lora"]
-            assert float(row["error of base"]) == results[each["name"]]["rle_ckpt"]
+    results = {layer["name"]: layer for layer in held["resize"]["layers"]}
+    assert [row["layer"] for row in rows] == [layer["name"] for layer in held["inspect"]["layers"]]
+    for row, layer in zip(rows, held["inspect"]["layers"], strict=True):
+        assert float(row["‖ΔW‖"]) == layer["fro"]
+        assert float(row["of base"]) == layer["fro_ratio"]
+        assert int(row["rank"]) == layer["rank"]
+        if "zero" not in layer["flags"]:
+            assert int(row["new rank"]) == results[layer["name"]]["rank_after"]
+            assert float(row["error"]) == results[layer["name"]]["rle_lora"]
+            assert float(row["error of base"]) == results[layer["name"]]["rle_ckpt"]
     points = table_rows(text, "recipe-table")
-    assert [row["recipe"] for row in points] == [each["recipe"] for each in held["sweep"]["points"]]
-    assert [float(row["error"]) for row in points] == [each["relative_error"] for each in held["sweep"]["points"]]
-    assert [row["best"] == "★" for row in points] == [each["best"] for each in held["sweep"]["points"]]
+    assert [row["recipe"] for row in points] == [point["recipe"] for point in held["sweep"]["points"]]
+    assert [float(row["error"]) for row in points] == [point["relative_error"] for point in held["sweep"]["points"]]
+    assert [row["best"] == "★" for row in points] == [point["best"] for point in held["sweep"]["points"]]
     chosen = re.findall(r'<tr class="chosen"><th [^>]*><code>(.*?)</code>', text)
     assert chosen == [held["sweep"]["suggestion"]["recipe"]]
 
@@ -110,31 +111,31 @@ def test_the_cells_of_the_page_are_those_numbers(written: tuple[str, ReportFile]
 def test_equal_requests_give_equal_bytes(adapter: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         ls.report(adapter, recipes="rank=1..4/3", output=tmp_path / name / "r.html")
-    one, other = ((tmp_path / name / "r.html").read_text() for name in ("a", "b"))
-    assert one.replace(str(tmp_path / "a"), str(tmp_path / "b")) == other
+    first, second = ((tmp_path / name / "r.html").read_text() for name in ("a", "b"))
+    assert first.replace(str(tmp_path / "a"), str(tmp_path / "b")) == second
 
 
-def test_the_commands_of_the_page_make_it_again(adapter: Path, base: Path, tmp_path: Path) -> None:
-    place = tmp_path / "with space" / "r.html"
-    ls.report(adapter, base=base, recipes=["rank=1..4/3", "energy=0.9"], sizes=[0.1, 0.125], output=place)
-    text = place.read_text()
-    commands = [html.unescape(each) for each in re.findall(r"<pre[^>]*><code>(.*?)</code>", text)]
+def test_page_commands_reproduce_the_page(adapter: Path, base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "with space" / "r.html"
+    ls.report(adapter, base=base, recipes=["rank=1..4/3", "energy=0.9"], sizes=[0.1, 0.125], output=path)
+    text = path.read_text()
+    commands = [html.unescape(command) for command in re.findall(r"<pre[^>]*><code>(.*?)</code>", text)]
     assert len(commands) == 4
     for command in commands[:1] + commands[2:]:
         program, *arguments = shlex.split(command)
         assert program == "lorashrink"
         run(*arguments, *(["--force"] if arguments[0] == "report" else []))
-    assert place.read_text() == text
+    assert path.read_text() == text
     assert shlex.split(commands[1])[1:3] == ["resize", "-r"]
 
 
-def test_all_is_inside_the_page(written: tuple[str, ReportFile]) -> None:
+def test_page_loads_nothing_from_outside(written: tuple[str, ReportFile]) -> None:
     text, _ = written
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"|url\((?!#)|@import', text)
     ids = re.findall(r' id="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     references = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)|aria-labelledby="([^"]+)"', text)
-    assert {name for each in references for name in each if name} <= set(ids)
+    assert {name for match in references for name in match if name} <= set(ids)
     assert text.count("<svg ") == 5
 
 
@@ -157,7 +158,7 @@ def test_texts_of_files_are_escaped(tmp_path: Path) -> None:
     assert numbers(text)["inspect"]["metadata"]["modelspec.title"] == EVIL
 
 
-def test_without_a_base_there_is_nothing_about_one(adapter: Path, tmp_path: Path) -> None:
+def test_page_without_a_base_omits_what_needs_one(adapter: Path, tmp_path: Path) -> None:
     ls.report(adapter, recipes="rank=1..8/4", output=tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
     assert "figure-norms" not in text
@@ -182,7 +183,7 @@ def adapter_without_layers(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [adapter_of_zeros, adapter_with_nan, adapter_without_layers])
-def test_adapters_that_cannot_be_shrunk_get_a_page_that_says_why(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_page_says_why_an_adapter_cannot_be_shrunk(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     path = make(tmp_path / "a.safetensors")
     result = ls.report(path, output=tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
@@ -193,7 +194,7 @@ def test_adapters_that_cannot_be_shrunk_get_a_page_that_says_why(make, tmp_path:
     assert numbers(text)["inspect"]["health"]
 
 
-def test_the_page_lies_beside_the_adapter_unless_told_otherwise(adapter: Path, tmp_path: Path) -> None:
+def test_page_lies_beside_the_adapter_by_default(adapter: Path, tmp_path: Path) -> None:
     copy = tmp_path / "style.safetensors"
     copy.write_bytes(adapter.read_bytes())
     text = run("report", "-r", "rank=1..8/4", copy)
@@ -204,7 +205,7 @@ def test_the_page_lies_beside_the_adapter_unless_told_otherwise(adapter: Path, t
     assert Path(document["path"]).stat().st_size == document["bytes"]
 
 
-def test_wrong_requests_are_said_before_anything_is_written(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_wrong_requests_fail_before_anything_is_written(adapter: Path, base: Path, tmp_path: Path) -> None:
     (tmp_path / "there.html").write_text("mine")
     (tmp_path / "file").write_text("")
     wrong: list[tuple[dict, type[LorashrinkError], str]] = [
@@ -217,8 +218,8 @@ def test_wrong_requests_are_said_before_anything_is_written(adapter: Path, base:
         ({"output": tmp_path / "a.html", "images": "model"}, UsageError, "both --images"),
         ({"output": tmp_path / "a.html", "base": tmp_path / "none.safetensors"}, InputError, "none"),
     ]
-    for arguments, error, said in wrong:
-        with pytest.raises(error, match=said):
+    for arguments, error, message in wrong:
+        with pytest.raises(error, match=message):
             ls.report(adapter, **arguments)
     with pytest.raises(InputError, match="missing"):
         ls.report(tmp_path / "missing.safetensors", output=tmp_path / "a.html")
@@ -244,24 +245,24 @@ def table(*rows: LayerRow) -> AdapterTable:
     )  # fmt: skip
 
 
-def test_the_overview_has_a_dot_for_each_value_of_a_block() -> None:
+def test_overview_has_a_dot_for_each_value_of_a_block() -> None:
     rows = [row("MID", "attn", 8, 4.0), row("MID", "attn", 8, 4.0), row("MID", "mlp", 2, 4.0)]
     rows += [row("IN01", "conv", 64, None)]
     figure = layer_overview(table(*rows))
     ranks, alphas, scales = figure.axes
-    dots = {each.get_label(): each for each in ranks.collections}
+    dots = {series.get_label(): series for series in ranks.collections}
     assert [(round(x), y) for x, y in dots["other layers"].get_offsets().tolist()] == [(1, 2), (1, 8)]
     assert [(round(x), y) for x, y in dots["convolutions"].get_offsets().tolist()] == [(0, 64)]
     small, large = dots["other layers"].get_sizes().tolist()
     assert small < large
-    assert [y for each in alphas.collections for _, y in each.get_offsets().tolist()] == [4]
-    assert [y for each in scales.collections for _, y in each.get_offsets().tolist()] == [0.5, 2]
+    assert [y for series in alphas.collections for _, y in series.get_offsets().tolist()] == [4]
+    assert [y for series in scales.collections for _, y in series.get_offsets().tolist()] == [0.5, 2]
     assert [label.get_text() for label in scales.get_xticklabels()] == ["IN01", "MID"]
     assert ranks.get_yscale() == "log"
 
 
 @pytest.mark.parametrize("rows", [(), (row("MID", "attn", 8, None),), (row("MID", "attn", 8, -4.0),)])
-def test_the_overview_of_odd_adapters_is_drawn_too(rows: tuple[LayerRow, ...], tmp_path: Path) -> None:
+def test_overview_is_drawn_without_layers_or_alphas(rows: tuple[LayerRow, ...], tmp_path: Path) -> None:
     figure = layer_overview(table(*rows))
     save(figure, tmp_path / "a.png")
     low, high = figure.axes[1].get_ylim()
@@ -276,7 +277,7 @@ def drawing() -> Figure:
     return figure
 
 
-def test_a_dark_figure_keeps_its_curves_and_changes_paper_and_ink(tmp_path: Path) -> None:
+def test_dark_figures_change_paper_and_ink_but_keep_curves(tmp_path: Path) -> None:
     figure = drawing()
     axes = figure.axes[0]
     before = to_hex(axes.collections[0].get_facecolor()[0])
@@ -291,27 +292,27 @@ def test_a_dark_figure_keeps_its_curves_and_changes_paper_and_ink(tmp_path: Path
     assert corners == [tuple(bytes.fromhex(ROLES["paper"][1][1:])), (255, 255, 255)]
 
 
-def test_an_inline_figure_takes_its_colours_from_the_page() -> None:
-    one, other = (inline_svg(drawing(), name) for name in ("one", "other"))
-    assert one.startswith("<svg ")
-    assert "<?xml" not in one
-    assert f"fill: var(--figure-ink, {INK})" in one
-    assert f": {INK}" not in one
-    ids = [set(re.findall(r' id="([^"]+)"', each)) for each in (one, other)]
+def test_inline_figures_take_their_colours_from_the_page() -> None:
+    first, second = (inline_svg(drawing(), name) for name in ("first", "second"))
+    assert first.startswith("<svg ")
+    assert "<?xml" not in first
+    assert f"fill: var(--figure-ink, {INK})" in first
+    assert f": {INK}" not in first
+    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (first, second)]
     assert ids[0]
     assert not ids[0] & ids[1]
-    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', one)) == ids[0]
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', first)) == ids[0]
 
 
 # --- pictures ---
 
 
-def test_pictures_are_held_in_the_smallest_form(tmp_path: Path) -> None:
+def test_pictures_are_stored_in_their_smallest_form(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "speck.png")
     noise = torch.randint(0, 256, (1024, 1024, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(noise.numpy()).save(tmp_path / "large.png")
-    speck, is_speck = _data_uri(tmp_path / "speck.png")
-    large, is_large_speck = _data_uri(tmp_path / "large.png")
+    speck, is_speck = picture_uri(tmp_path / "speck.png")
+    large, is_large_speck = picture_uri(tmp_path / "large.png")
     assert (is_speck, is_large_speck) == (True, False)
     assert speck.startswith("data:image/")
     assert len(speck) < 400
@@ -319,10 +320,10 @@ def test_pictures_are_held_in_the_smallest_form(tmp_path: Path) -> None:
     assert len(large) < (tmp_path / "large.png").stat().st_size / 2
 
 
-def test_a_page_is_a_function_of_its_findings(adapter: Path) -> None:
-    (found,) = inspect(adapter, spectrum=True).files
+def test_page_escapes_every_text_of_its_findings(adapter: Path) -> None:
+    (adapter_table,) = inspect(adapter, spectrum=True).files
     findings = Findings(
-        table=replace(found, path=f"/x/{EVIL}"),
+        table=replace(adapter_table, path=f"/x/{EVIL}"),
         base=None,
         sweep=None,
         unswept=EVIL,
@@ -332,4 +333,4 @@ def test_a_page_is_a_function_of_its_findings(adapter: Path) -> None:
     )
     text = page(findings).decode()
     assert "<img" not in text
-    assert text.count(html.escape(EVIL)) >= 5
+    assert text.count(escape(EVIL)) >= 5

@@ -7,19 +7,19 @@ function compare(a, b, sign) {
   return sign * (Number.isNaN(x) || Number.isNaN(y) ? a.localeCompare(b, "en", { numeric: true }) : x - y);
 }
 
-function value(row, place) {
-  const cell = row.cells[place];
+function value(row, column) {
+  const cell = row.cells[column];
   return cell.dataset.value ?? cell.textContent;
 }
 
 function sort(header) {
   const table = header.closest("table");
   const falling = header.getAttribute("aria-sort") === "ascending";
-  for (const each of table.tHead.rows[0].cells) each.removeAttribute("aria-sort");
+  for (const head of table.tHead.rows[0].cells) head.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", falling ? "descending" : "ascending");
-  const place = header.cellIndex;
+  const column = header.cellIndex;
   const rows = [...table.tBodies[0].rows];
-  rows.sort((a, b) => compare(value(a, place), value(b, place), falling ? -1 : 1));
+  rows.sort((a, b) => compare(value(a, column), value(b, column), falling ? -1 : 1));
   table.tBodies[0].append(...rows);
 }
 
@@ -33,11 +33,11 @@ if (controls) {
   const inputs = ["words", "block", "kind"].map((name) => document.getElementById(name));
   const [words, block, kind] = inputs;
   const filter = () => {
-    const wanted = words.value.toLowerCase().split(/\s+/);
+    const terms = words.value.toLowerCase().split(/\s+/);
     for (const row of rows) {
       const text = row.textContent.toLowerCase();
       row.hidden =
-        !wanted.every((word) => text.includes(word)) ||
+        !terms.every((term) => text.includes(term)) ||
         (block.value !== "" && row.dataset.block !== block.value) ||
         (kind.value !== "" && row.dataset.kind !== kind.value);
     }
@@ -62,7 +62,7 @@ if (panel) {
     divider.setAttribute("aria-valuetext", `whole adapter up to ${divider.value} % of the width`);
   };
   const choose = (button) => {
-    for (const each of buttons) each.setAttribute("aria-pressed", String(each === button));
+    for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
     const [chosen, whole] = [button.querySelector("img"), button.closest("tr").querySelector("img.whole")];
     [before.src, before.alt] = [whole.src, whole.alt];
     [after.src, after.alt] = [chosen.src, chosen.alt];

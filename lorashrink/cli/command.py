@@ -1,0 +1,124 @@
+"""What all commands share: `--json -q -v --debug`, progress, errors and exit statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from lorashrink._version import __version__
+from lorashrink.cli.printing import plain, print_json
+from lorashrink.cli.progress import progress_bars
+from lorashrink.errors import LorashrinkError, Progress
+
+EXIT_SOME_FAILED, EXIT_NOTHING_DONE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True, slots=True)
+class Terminal:
+    """How a command talks to its user."""
+
+    as_json: bool
+    verbose: int  # how often -v stands in the command line
+    quiet: bool
+    dry_run: bool
+    progress: Progress | None
+
+
+def command(
+    show: Callable[[Any, Terminal], None] | None = None,
+    *,
+    done: Callable[[Any], bool] = lambda result: True,
+    with_version: bool = True,
+    verbose_help: str = "Say more; -vv lists every layer.",
+) -> Callable[[Callable[..., object]], Callable[..., None]]:
+    """Make a command of a function that calls one public function and returns the result.
+
+    The function takes a `Terminal` before its own options; the command has the options of all commands behind these.
+    It prints the result as JSON or by `show`; without `show` the function prints it itself. The exit status
+    follows from the `failed` of the result, and from whether something was `done` in spite of them. Without
+    `with_version` the JSON has no version but the result's own.
+    """
+
+    def decorate(function: Callable[..., object]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*, as_json: bool, verbose: int, quiet: bool, debug: bool, **arguments: Any) -> None:
+            with _session(as_json, verbose, quiet, debug) as progress:
+                terminal = Terminal(as_json, verbose, quiet, arguments.get("dry_run", False), progress)
+                result = function(terminal, **arguments)
+            if show and as_json:
+                print_json({**({"version": __version__} if with_version else {}), **plain(result)})
+            elif show and not quiet:
+                show(result, terminal)
+            failed = getattr(result, "failed", ())
+            errors = failed.values() if isinstance(failed, Mapping) else [failure.error for failure in failed]
+            for error in errors:
+                _print_error(error)
+            if errors:
+                raise typer.Exit(EXIT_SOME_FAILED if done(result) else EXIT_NOTHING_DONE)
+
+        run.__annotations__ = {}  # typer reads the options of a command from its signature
+        run.__signature__ = _signature(function, verbose_help)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _signature(function: Callable[..., object], verbose_help: str) -> inspect.Signature:
+    """The options of the function, and behind them those of all commands; `--csv` stands beside `--json`."""
+    _, *own = inspect.signature(function, eval_str=True).parameters.values()
+    options = {parameter.name: (parameter.annotation, parameter.default) for parameter in own}
+    csv = {"as_csv": options.pop("as_csv")} if "as_csv" in options else {}
+    options |= {
+        "as_json": (Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")], False),
+        **csv,
+        "verbose": (Annotated[int, typer.Option("--verbose", "-v", count=True, help=verbose_help)], 0),
+        "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")], False),
+        "debug": (Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")], False),
+    }
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        [
+            inspect.Parameter(name, keyword, annotation=annotation, default=default)
+            for name, (annotation, default) in options.items()
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _session(as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[Progress | None]:
+    """Progress on stderr, and the only place where errors become exit statuses."""
+    logging.basicConfig(level=logging.DEBUG if debug or verbose > 1 else logging.WARNING, format="%(message)s")
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with progress_bars(quiet) as progress:
+            yield progress
+    except LorashrinkError as error:
+        if debug:
+            raise
+        if as_json:
+            print_json({"version": __version__, "error": str(error)})
+        _fail(str(error), EXIT_NOTHING_DONE)
+    except KeyboardInterrupt:
+        _fail("interrupted; no unfinished file was left", EXIT_INTERRUPTED)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    _print_error(message)
+    raise typer.Exit(status)
+
+
+def _print_error(message: str) -> None:
+    typer.echo(f"lorashrink: {message}", err=True)

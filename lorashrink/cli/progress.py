@@ -1,0 +1,47 @@
+"""Progress bars on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from lorashrink.errors import Progress
+
+
+@contextlib.contextmanager
+def progress_bars(quiet: bool) -> Iterator[Progress | None]:
+    """A function that draws one bar per text on stderr; None if nobody would see it."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+    from rich.text import Text
+
+    class Rate(bars.ProgressColumn):
+        def render(self, task: bars.Task) -> Text:
+            return Text(f"{task.speed:.0f}/s" if task.speed else "")
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        Rate(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as display:
+        tasks: dict[str, Any] = {}
+        lock = threading.Lock()
+
+        def report(text: str, done: int, total: int) -> None:
+            with lock:  # called from several threads
+                if text not in tasks:
+                    tasks[text] = display.add_task(text, total=total)
+                display.update(tasks[text], completed=done)
+                if done >= total:
+                    display.remove_task(tasks.pop(text))
+
+        yield report

@@ -1,0 +1,50 @@
+"""Numbers as text: the same number looks the same in the terminal, in figures and on pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def size_text(count: float) -> str:
+    """A number of bytes in decimal units: `410.2 kB`, `3.7 MB`, `6.94 GB`."""
+    if count < 1e6:
+        return f"{count / 1e3:.1f} kB"
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def number_text(value: float | None, form: str = ".4g") -> str:
+    """The value in the format `form`; a dash for None."""
+    return "-" if value is None else format(value, form)
+
+
+def share_text(share: float | None) -> str:
+    """A share of 1 in percent with two decimals, for columns: `96.55%`; a dash for None."""
+    return "-" if share is None else f"{100 * share:.2f}%"
+
+
+def percent_text(share: float) -> str:
+    """A share of 1 in percent with three digits, for differences of any magnitude: `0.0312 %`."""
+    return "< 0.0001 %" if 0 < share < 1e-6 else f"{100 * share:.3g} %"
+
+
+def bare_percent_text(percent: float) -> str:
+    """A percentage with two digits and no unit, where there is no room for one: `0.031`, `9.9`, `12`, `0`."""
+    return "0" if percent == 0 else f"{percent:.2g}" if percent < 9.95 else f"{percent:.0f}"
+
+
+def span_text(numbers: Sequence[float]) -> str:
+    """The range of the numbers: `4 to 8`, or `4` where all are equal; a dash for none."""
+    if not numbers:
+        return "-"
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def decibel_text(level: float) -> str:
+    """A level in decibels: `31.2 dB`."""
+    return f"{level:.1f} dB"
+
+
+def count_text(count: int, noun: str) -> str:
+    """A number of things: `1 file`, `3 files`."""
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -1,0 +1,49 @@
+"""Numbers as text."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorashrink.text import (
+    bare_percent_text,
+    count_text,
+    decibel_text,
+    number_text,
+    percent_text,
+    share_text,
+    size_text,
+    span_text,
+)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0.0 kB"), (999_949, "999.9 kB"), (3_740_000, "3.7 MB"), (6_938_000_000, "6.94 GB")]
+)
+def test_sizes_are_in_decimal_units(count: float, text: str) -> None:
+    assert size_text(count) == text
+
+
+def test_shares_have_two_decimals() -> None:
+    assert [share_text(share) for share in (0.0, 0.96551, 1.0, None)] == ["0.00%", "96.55%", "100.00%", "-"]
+
+
+def test_differences_have_three_digits() -> None:
+    texts = [percent_text(share) for share in (0.0, 5e-7, 0.000312, 0.12345)]
+    assert texts == ["0 %", "< 0.0001 %", "0.0312 %", "12.3 %"]
+
+
+def test_percentages_without_a_unit_have_two_digits() -> None:
+    assert [bare_percent_text(percent) for percent in (0.0, 0.0312, 9.94, 12.3)] == ["0", "0.031", "9.9", "12"]
+
+
+def test_ranges_of_equal_numbers_are_one_number() -> None:
+    assert [span_text(numbers) for numbers in ([], [4, 4.0], [8, 4.5])] == ["-", "4", "4.5 to 8"]
+
+
+def test_counts_have_plurals() -> None:
+    assert [count_text(count, "file") for count in (0, 1, 3)] == ["0 files", "1 file", "3 files"]
+
+
+def test_numbers_may_be_missing() -> None:
+    assert [number_text(1.23456), number_text(None), number_text(8, "d")] == ["1.235", "-", "8"]
+    assert decibel_text(31.249) == "31.2 dB"
