@@ -39,15 +39,15 @@ from lorashrink.calibration.gathering import calibrate
 from lorashrink.engine.delta import Delta
 from lorashrink.engine.devices import worker_pool
 from lorashrink.engine.spectrum import Item, Spectrum, decompose, truncate
-from lorashrink.train.data import Data, Draw
-from lorashrink.train.loader import Batch
+from lorashrink.train.data.batches import Batch
+from lorashrink.train.data.scanning import Data, Draw
 from lorashrink.train.memory import count_activations, optimizer_bytes, tensor_bytes
-from lorashrink.train.model import Model, set_attention, set_checkpointing, weight_dtype
-from lorashrink.train.network import build_network
-from lorashrink.train.objective import Objective
-from lorashrink.train.optimizers import make_optimizer, make_scheduler
+from lorashrink.train.model.loading import Model, set_attention, set_checkpointing, weight_dtype
+from lorashrink.train.model.network import build_network
 from lorashrink.train.options import Options, parse
-from lorashrink.train.stepping import Stepper
+from lorashrink.train.run.objective import Objective
+from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
+from lorashrink.train.run.stepping import Stepper
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_sdxl

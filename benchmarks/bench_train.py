@@ -23,11 +23,11 @@ from diffusers import UNet2DConditionModel
 from rates import cores
 from torch.nn import functional
 
-from lorashrink.train.loader import Batch, Loader
-from lorashrink.train.loop import Session
-from lorashrink.train.model import LATENT_SCALE, load_model
-from lorashrink.train.network import Network, build_network
-from lorashrink.train.objective import Noised
+from lorashrink.train.data.batches import Batch, Loader
+from lorashrink.train.model.loading import LATENT_SCALE, load_model
+from lorashrink.train.model.network import Network, build_network
+from lorashrink.train.run.loop import Session
+from lorashrink.train.run.objective import Noised
 from lorashrink.train.text import Encoded, encode, tokenize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -16,7 +16,7 @@ from lorashrink.errors import UsageError
 from lorashrink.recipes.grammar import parse_recipes
 from lorashrink.train.network_args import check_network_args
 from lorashrink.train.options import Options
-from lorashrink.train.saving import peek_state
+from lorashrink.train.output.saving import peek_state
 
 LEARNING_RATES = (
     "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr",

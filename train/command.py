@@ -17,7 +17,7 @@ from lorashrink.errors import LorashrinkError, UsageError
 from lorashrink.train.options import Options, parse, write_config
 
 if TYPE_CHECKING:
-    from lorashrink.train.loop import Session
+    from lorashrink.train.run.loop import Session
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str], program: str = "lorashrink train") -> int:
 
 def _prepare(options: Options) -> Session:
     with _installed():
-        from lorashrink.train.preparing import prepare
+        from lorashrink.train.run.preparing import prepare
     return prepare(options)
 
 

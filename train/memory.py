@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from lorashrink.train.buckets import Size
-from lorashrink.train.model import Model, set_checkpointing, vae_stride, weight_dtype
-from lorashrink.train.network import Network
-from lorashrink.train.optimizers import optimizer_name
+from lorashrink.train.data.buckets import Size
+from lorashrink.train.model.loading import Model, set_checkpointing, vae_stride, weight_dtype
+from lorashrink.train.model.network import Network
 from lorashrink.train.options import Options
+from lorashrink.train.run.optimizers import optimizer_name
 from lorashrink.train.text import CHUNK, encode
 
 GIB = 2**30

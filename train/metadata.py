@@ -23,10 +23,10 @@ from lorashrink._version import __version__
 from lorashrink.errors import InputError
 from lorashrink.files.disk import sha256_file
 from lorashrink.train.options import Options
-from lorashrink.train.saving import Length
+from lorashrink.train.output.saving import Length
 
 if TYPE_CHECKING:
-    from lorashrink.train.data import Data, Dataset, Picture, Subset
+    from lorashrink.train.data.scanning import Data, Dataset, Picture, Subset
 
 # `ss_` and the name of the option that is written as it is.
 _AS_GIVEN = (
@@ -161,7 +161,7 @@ def dataset_facts(data: Data) -> tuple[DatasetFacts, ...]:
 
 
 def _dataset(dataset: Dataset) -> DatasetFacts:
-    from lorashrink.train.buckets import bucket_info
+    from lorashrink.train.data.buckets import bucket_info
 
     rules = dataset.buckets
     by_subset: dict[Subset, list[Picture]] = {}
@@ -181,7 +181,7 @@ def _dataset(dataset: Dataset) -> DatasetFacts:
 
 
 def _subset(subset: Subset, pictures: Sequence[Picture]) -> SubsetFacts:
-    from lorashrink.train.captions import tag_counts
+    from lorashrink.train.data.captions import tag_counts
 
     rules = subset.captions
     settings = {

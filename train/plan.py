@@ -16,16 +16,16 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lorashrink.errors import InputError
-from lorashrink.train.buckets import Size
 from lorashrink.train.checks import parse_resolution
-from lorashrink.train.data import Data, Dataset, batch_count, scan
+from lorashrink.train.data.buckets import Size
+from lorashrink.train.data.scanning import Data, Dataset, batch_count, scan
 from lorashrink.train.memory import GIB, Activations, count_activations, optimizer_bytes, tensor_bytes
-from lorashrink.train.model import SETTINGS, Model, quiet_libraries, weight_dtype
-from lorashrink.train.network import CONVOLUTIONS, Network, Part, build_network
+from lorashrink.train.model.loading import SETTINGS, Model, quiet_libraries, weight_dtype
+from lorashrink.train.model.network import CONVOLUTIONS, Network, Part, build_network
 from lorashrink.train.network_args import DEFAULT_DIM, read_network_args
-from lorashrink.train.optimizers import optimizer_name
 from lorashrink.train.options import Options
-from lorashrink.train.saving import Length, run_length
+from lorashrink.train.output.saving import Length, run_length
+from lorashrink.train.run.optimizers import optimizer_name
 
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80)  # GPU memory that is sold, in GiB
 _USABLE = 0.95  # of it; the rest goes to the screen, and to gaps between allocations

@@ -19,7 +19,7 @@ from lorashrink.pictures.prompts import read_prompts
 from lorashrink.train.checks import check
 from lorashrink.train.command import main
 from lorashrink.train.options import Options, parse
-from lorashrink.train.saving import epochs_due, names, run_length
+from lorashrink.train.output.saving import epochs_due, names, run_length
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
 from lorashrink import open_base
-from lorashrink.train import data
+from lorashrink.train.data import scanning as data
 from lorashrink.train.options import parse
 
 ROOT = Path(__file__).parents[2]

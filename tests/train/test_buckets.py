@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lorashrink.errors import InputError, UsageError
-from lorashrink.train.buckets import BucketRules, Fit, Size, bucket_info, bucket_table, fit, prepare, to_pixels
+from lorashrink.train.data.buckets import BucketRules, Fit, Size, bucket_info, bucket_table, fit, prepare, to_pixels
 
 
 def rules(

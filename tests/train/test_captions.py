@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorashrink.errors import InputError
-from lorashrink.train.captions import CaptionRules, draw, read_caption, tag_counts
+from lorashrink.train.data.captions import CaptionRules, draw, read_caption, tag_counts
 
 
 def shown(

@@ -11,8 +11,8 @@ import pytest
 
 from lorashrink.errors import InputError, UsageError
 from lorashrink.train.checks import LEARNING_RATES, check, parse_resolution
-from lorashrink.train.optimizers import make_optimizer, make_scheduler
 from lorashrink.train.options import parse
+from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
 
 
 @pytest.fixture

@@ -19,10 +19,20 @@ from PIL import Image
 from tiny_sdxl import write_pictures
 
 from lorashrink.errors import InputError, UsageError
-from lorashrink.train.buckets import BucketRules, Fit
-from lorashrink.train.captions import CaptionRules
-from lorashrink.train.data import Data, Dataset, Draw, Picture, Subset, batch_count, epoch_batches, read_pixels, scan
-from lorashrink.train.loader import Batch, Loader
+from lorashrink.train.data.batches import Batch, Loader
+from lorashrink.train.data.buckets import BucketRules, Fit
+from lorashrink.train.data.captions import CaptionRules
+from lorashrink.train.data.scanning import (
+    Data,
+    Dataset,
+    Draw,
+    Picture,
+    Subset,
+    batch_count,
+    epoch_batches,
+    read_pixels,
+    scan,
+)
 from lorashrink.train.options import Options
 
 SQUARE, WIDE = (64, 64), (96, 40)

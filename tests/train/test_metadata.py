@@ -14,10 +14,10 @@ from safetensors import safe_open
 
 from lorashrink import __version__
 from lorashrink.errors import InputError
-from lorashrink.train.data import scan
+from lorashrink.train.data.scanning import scan
 from lorashrink.train.metadata import DatasetFacts, Facts, Source, SubsetFacts, dataset_facts, source, training_metadata
 from lorashrink.train.options import Options, parse
-from lorashrink.train.saving import run_length, save_adapter
+from lorashrink.train.output.saving import run_length, save_adapter
 
 # The names that sd-scripts' trainer writes in every run (48d368fa).
 ALWAYS = set(

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lorashrink.errors import DamagedFile, InputError, NotABase, UsageError
-from lorashrink.train import model as model_module
-from lorashrink.train.model import (
+from lorashrink.train.model import loading as model_module
+from lorashrink.train.model.loading import (
     Model,
     encode_pixels,
     load_model,

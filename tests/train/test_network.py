@@ -23,9 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lorashrink.adapters import open_adapter
 from lorashrink.errors import InputError, UsageError
 from lorashrink.making.conversion import convert
-from lorashrink.train.model import Model, load_model
+from lorashrink.train.model.loading import Model, load_model
+from lorashrink.train.model.network import Network, build_network
 from lorashrink.train.names import kohya_names, named_modules
-from lorashrink.train.network import Network, build_network
 from lorashrink.train.network_args import (
     ALGOS,
     KEYS,
@@ -137,7 +137,7 @@ def write(network: Network, path: Path) -> Path:
 @pytest.fixture(scope="module")
 def sdxl() -> Model:
     """SDXL 1.0 in full size, without memory for its weights."""
-    settings = Path(inspect.getfile(Model)).parent / "sdxl"
+    settings = Path(inspect.getfile(Model)).parents[1] / "sdxl"
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(settings / "unet"))
         first = CLIPTextModel(CLIPTextConfig.from_pretrained(settings / "text_encoder"))

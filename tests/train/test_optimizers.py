@@ -15,7 +15,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lorashrink.errors import UsageError
-from lorashrink.train.optimizers import (
+from lorashrink.train.options import Options, parse
+from lorashrink.train.run.optimizers import (
     OPTIMIZERS,
     eval_mode,
     learning_rates,
@@ -23,7 +24,6 @@ from lorashrink.train.optimizers import (
     make_scheduler,
     train_mode,
 )
-from lorashrink.train.options import Options, parse
 
 INSTALLED = [name for name, known in OPTIMIZERS.items() if known.package != "bitsandbytes"]
 MISSING = [name for name, known in OPTIMIZERS.items() if known.package == "bitsandbytes"]

@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from lorashrink.errors import InputError
-from lorashrink.train.data import batch_count, scan
+from lorashrink.train.data.scanning import batch_count, scan
 from lorashrink.train.memory import Activations, count_activations, optimizer_bytes
-from lorashrink.train.model import Model, load_model, set_checkpointing
-from lorashrink.train.network import Network, build_network
-from lorashrink.train.optimizers import OPTIMIZERS, make_optimizer
+from lorashrink.train.model.loading import Model, load_model, set_checkpointing
+from lorashrink.train.model.network import Network, build_network
 from lorashrink.train.options import Options, parse
+from lorashrink.train.output.saving import run_length
 from lorashrink.train.plan import describe, empty_model, plan
-from lorashrink.train.saving import run_length
+from lorashrink.train.run.optimizers import OPTIMIZERS, make_optimizer
 from lorashrink.train.text import encode
 
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ from training import equal, flags
 
 from lorashrink.adapters import open_adapter
 from lorashrink.making.conversion import convert
-from lorashrink.train.model import load_model
-from lorashrink.train.network import build_network
+from lorashrink.train.model.loading import load_model
+from lorashrink.train.model.network import build_network
 from lorashrink.train.options import parse
 
 ROOT = Path(__file__).parents[2]

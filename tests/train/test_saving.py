@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
-from lorashrink.train import saving
-from lorashrink.train.data import scan
+from lorashrink.train.data.scanning import scan
 from lorashrink.train.options import Options, parse
-from lorashrink.train.saving import Length, Names, Position
+from lorashrink.train.output import saving
+from lorashrink.train.output.saving import Length, Names, Position
 
 
 @contextmanager

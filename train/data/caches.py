@@ -27,12 +27,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
-from lorashrink.train import seeds
-from lorashrink.train.buckets import Fit, to_pixels
-from lorashrink.train.captions import draw
-from lorashrink.train.data import Data, Picture, chunks, read_pixels
-from lorashrink.train.loader import ReadAhead, worker_count
-from lorashrink.train.model import Model, encode_pixels, vae_stride
+from lorashrink.train.data import seeds
+from lorashrink.train.data.batches import ReadAhead, worker_count
+from lorashrink.train.data.buckets import Fit, to_pixels
+from lorashrink.train.data.captions import draw
+from lorashrink.train.data.scanning import Data, Picture, chunks, read_pixels
+from lorashrink.train.model.loading import Model, encode_pixels, vae_stride
 from lorashrink.train.options import Options
 from lorashrink.train.text import Encoded, encode, tokenize
 

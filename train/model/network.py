@@ -36,13 +36,13 @@ from lorashrink.errors import InputError, UsageError
 from lorashrink.files.store import pickled_store
 from lorashrink.linking.matching import bind, match
 from lorashrink.linking.renaming import renamed
-from lorashrink.train import seeds
+from lorashrink.train.data import seeds
 from lorashrink.train.names import SDXL, Named, named_modules
 from lorashrink.train.network_args import PRESETS, NetworkArgs, read_network_args
 from lorashrink.train.options import Options, read_toml
 
 if TYPE_CHECKING:
-    from lorashrink.train.model import Model
+    from lorashrink.train.model.loading import Model
 
 # LyCORIS' fused kernels for GPUs know nothing of autocast: they compute and keep in float32 what torch's do in half.
 os.environ.setdefault("LYCORIS_KERNEL_BACKEND", "torch")

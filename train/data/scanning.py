@@ -25,9 +25,9 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lorashrink.errors import InputError, UsageError
-from lorashrink.train import seeds
-from lorashrink.train.buckets import BucketRules, Fit, Size, bucket_table, fit, prepare
-from lorashrink.train.captions import CaptionRules, read_caption
+from lorashrink.train.data import seeds
+from lorashrink.train.data.buckets import BucketRules, Fit, Size, bucket_table, fit, prepare
+from lorashrink.train.data.captions import CaptionRules, read_caption
 from lorashrink.train.options import Options, read_toml
 
 _log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from lorashrink.train.options import Options
 
 LATENT_SCALE = 0.13025  # brings SDXL's latents to about unit variance (vae/config.json of SDXL 1.0)
 
-SETTINGS = Path(__file__).parent / "sdxl"  # the published settings of SDXL 1.0, for files without any
+SETTINGS = Path(__file__).parents[1] / "sdxl"  # the published settings of SDXL 1.0, for files without any
 _DOUBT = "The file is damaged, or of a model with other settings (--model_config gives those of a single file)"
 _EXAMPLE = "stabilityai/stable-diffusion-xl-base-1.0"
 # Folder of a part -> what its tensors begin with in a single file.

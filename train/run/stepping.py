@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lorashrink.train.caches import posterior
-from lorashrink.train.data import Data
-from lorashrink.train.loader import Batch
-from lorashrink.train.model import LATENT_SCALE, Model, encode_pixels, weight_dtype
-from lorashrink.train.network import Network, NormReport
-from lorashrink.train.objective import Objective
+from lorashrink.train.data.batches import Batch
+from lorashrink.train.data.caches import posterior
+from lorashrink.train.data.scanning import Data
+from lorashrink.train.model.loading import LATENT_SCALE, Model, encode_pixels, weight_dtype
+from lorashrink.train.model.network import Network, NormReport
 from lorashrink.train.options import Options
+from lorashrink.train.run.objective import Objective
 from lorashrink.train.text import Encoded, encode, tokenize
 
 # Gradients of several processes are averaged in pieces of about this many numbers.

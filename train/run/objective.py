@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from lorashrink.errors import UsageError
-from lorashrink.train import seeds
+from lorashrink.train.data import seeds
 from lorashrink.train.options import Options
 
 TIMESTEPS = 1000

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from lorashrink.train.data import Data
+    from lorashrink.train.data.scanning import Data
 
 _log = logging.getLogger(__name__)
 

@@ -24,21 +24,22 @@ from tqdm.auto import tqdm
 from lorashrink.errors import LorashrinkError, UsageError
 from lorashrink.pictures.prompts import Prompt, read_prompts
 from lorashrink.pictures.samplers import check_samplers
-from lorashrink.train import logs, samples, saving
-from lorashrink.train.caches import LatentCache, TextCache, cache_latents, cache_texts
-from lorashrink.train.data import Data, batch_count, scan
-from lorashrink.train.loader import Loader
-from lorashrink.train.loop import Session
+from lorashrink.train import logs
+from lorashrink.train.data.batches import Loader
+from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts
+from lorashrink.train.data.scanning import Data, batch_count, scan
 from lorashrink.train.metadata import Facts, dataset_facts, source, training_metadata
-from lorashrink.train.model import Model, load_model, quiet_libraries, set_attention, set_checkpointing
-from lorashrink.train.network import Network, build_network
+from lorashrink.train.model.loading import Model, load_model, quiet_libraries, set_attention, set_checkpointing
+from lorashrink.train.model.network import Network, build_network
 from lorashrink.train.network_args import given_network_args
-from lorashrink.train.objective import Objective
-from lorashrink.train.optimizers import make_optimizer, make_scheduler
 from lorashrink.train.options import Options
+from lorashrink.train.output import samples, saving
+from lorashrink.train.output.saving import Length, Position
 from lorashrink.train.plan import describe
-from lorashrink.train.saving import Length, Position
-from lorashrink.train.stepping import Stepper
+from lorashrink.train.run.loop import Session
+from lorashrink.train.run.objective import Objective
+from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
+from lorashrink.train.run.stepping import Stepper
 from lorashrink.train.text import CHUNK, token_count
 
 _log = logging.getLogger(__name__)

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lorashrink.errors import LorashrinkError
-from lorashrink.train import seeds
-from lorashrink.train.buckets import to_pixels
-from lorashrink.train.captions import draw
-from lorashrink.train.data import Data, Draw, Picture, batch_count, epoch_batches, read_pixels
+from lorashrink.train.data import seeds
+from lorashrink.train.data.buckets import to_pixels
+from lorashrink.train.data.captions import draw
+from lorashrink.train.data.scanning import Data, Draw, Picture, batch_count, epoch_batches, read_pixels
 from lorashrink.train.options import Options
 from lorashrink.train.text import Encoded
 
 if TYPE_CHECKING:
-    from lorashrink.train.caches import LatentCache, TextCache
+    from lorashrink.train.data.caches import LatentCache, TextCache
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")

@@ -18,16 +18,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lorashrink.errors import LorashrinkError, NonFinite
 from lorashrink.pictures.prompts import Prompt
-from lorashrink.train import samples, saving
-from lorashrink.train.data import Data
-from lorashrink.train.loader import Loader
+from lorashrink.train.data.batches import Loader
+from lorashrink.train.data.scanning import Data
 from lorashrink.train.logs import Tag, save_loss_curve
 from lorashrink.train.metadata import Facts, training_metadata
-from lorashrink.train.network import NormReport
-from lorashrink.train.optimizers import eval_mode, learning_rates, train_mode
-from lorashrink.train.saving import Length, Names, Position
-from lorashrink.train.shrinking import shrink
-from lorashrink.train.stepping import Stepper
+from lorashrink.train.model.network import NormReport
+from lorashrink.train.output import samples, saving
+from lorashrink.train.output.saving import Length, Names, Position
+from lorashrink.train.output.shrinking import shrink
+from lorashrink.train.run.optimizers import eval_mode, learning_rates, train_mode
+from lorashrink.train.run.stepping import Stepper
 
 _log = logging.getLogger(__name__)
 
