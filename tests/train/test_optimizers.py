@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lorashrink.errors import UsageError
-from lorashrink.train.options import Options, parse
+from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.run.optimizers import (
     OPTIMIZERS,
     eval_mode,
@@ -137,8 +137,8 @@ def test_an_argument_replaces_what_the_name_implies() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer_args": ("weight_decay",)}, r"--optimizer_args: 'weight_decay' is not key=value"),
-        ({"optimizer_args": ("=1",)}, "is not key=value"),
+        ({"optimizer_args": ("weight_decay",)}, r"--optimizer_args: 'weight_decay' is no key=value pair"),
+        ({"optimizer_args": ("=1",)}, "is no key=value pair"),
         ({"optimizer_args": ("betas=0.9,",)}, "AdamW refuses its settings; check --optimizer_args"),
         ({"optimizer_args": ("betas=(0.9",)}, r"the value in 'betas=\(0.9' is neither a number"),
         ({"optimizer_args": ("amsgrad=true",)}, "the value in 'amsgrad=true' is neither a number, True, False"),
@@ -438,7 +438,10 @@ def test_a_schedule_scales_what_an_optimizer_finds(name: str) -> None:
         ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler piecewise_constant refuses.*step_rules"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "refuses its settings; check --lr_scheduler_args and its other"),
         ({"lr_scheduler": "constant", "lr_scheduler_args": ("gamma=1",)}, "constant refuses.*gamma"),
-        ({"lr_scheduler": "linear", "lr_scheduler_args": ("gamma",)}, "--lr_scheduler_args: 'gamma' is not key=value"),
+        (
+            {"lr_scheduler": "linear", "lr_scheduler_args": ("gamma",)},
+            "--lr_scheduler_args: 'gamma' is no key=value pair",
+        ),
         ({"lr_scheduler_type": "StepLR"}, "--lr_scheduler_type StepLR refuses.*step_size"),
         ({"lr_scheduler_type": "Nothing"}, "--lr_scheduler_type Nothing: torch.optim.lr_scheduler has no Nothing"),
         ({"lr_scheduler_type": "no_such_package.X"}, "--lr_scheduler_type no_such_package.X cannot be imported"),

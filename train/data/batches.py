@@ -21,7 +21,7 @@ from lorashrink.train.data import seeds
 from lorashrink.train.data.buckets import to_pixels
 from lorashrink.train.data.captions import draw
 from lorashrink.train.data.scanning import Data, Draw, Picture, batch_count, epoch_batches, read_pixels
-from lorashrink.train.options import Options
+from lorashrink.train.flags.options import Options
 from lorashrink.train.text import Encoded
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ from lorashrink.train.data.batches import ReadAhead, worker_count
 from lorashrink.train.data.buckets import Fit, to_pixels
 from lorashrink.train.data.captions import draw
 from lorashrink.train.data.scanning import Data, Picture, chunks, read_pixels
+from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Model, encode_pixels, vae_stride
-from lorashrink.train.options import Options
 from lorashrink.train.text import Encoded, encode, tokenize
 
 _log = logging.getLogger(__name__)

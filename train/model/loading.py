@@ -23,7 +23,7 @@ from lorashrink.adapters import looks_like_adapter
 from lorashrink.bases import Base, open_base
 from lorashrink.errors import InputError, NotABase, UsageError
 from lorashrink.files.reading import PICKLE_SUFFIXES, open_tensors
-from lorashrink.train.options import Options
+from lorashrink.train.flags.options import Options
 
 LATENT_SCALE = 0.13025  # brings SDXL's latents to about unit variance (vae/config.json of SDXL 1.0)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorashrink.errors import LorashrinkError
 from lorashrink.shrinking.run import resize
-from lorashrink.train.options import Options
+from lorashrink.train.flags.options import Options
 
 _log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from lorashrink.errors import LorashrinkError, NonFinite
 from lorashrink.pictures.prompts import Prompt
 from lorashrink.train.data.batches import Loader
 from lorashrink.train.data.scanning import Data
-from lorashrink.train.logs import Tag, save_loss_curve
-from lorashrink.train.metadata import Facts, training_metadata
 from lorashrink.train.model.network import NormReport
 from lorashrink.train.output import samples, saving
+from lorashrink.train.output.logs import Tag, save_loss_curve
+from lorashrink.train.output.metadata import Facts, training_metadata
 from lorashrink.train.output.saving import Length, Names, Position
 from lorashrink.train.output.shrinking import shrink
 from lorashrink.train.run.optimizers import eval_mode, learning_rates, train_mode

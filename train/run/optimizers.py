@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,8 +28,8 @@ from transformers.optimization import (
     get_wsd_schedule,
 )
 
-from lorashrink.errors import UsageError
-from lorashrink.train.options import Options
+from lorashrink.errors import UsageError, nearest
+from lorashrink.train.flags.options import Options, key_values
 
 _log = logging.getLogger(__name__)
 
@@ -270,18 +269,16 @@ def _check_adaptive_rates(name: str, rates: set[float]) -> None:
 
 def _pairs(flag: str, words: Iterable[str]) -> dict[str, Any]:
     """The arguments in `key=value` words; values are Python's literals."""
-    found = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not (key and equals):
-            raise UsageError(f"{flag}: {word!r} is not key=value")
+    values = {}
+    for key, text in key_values(flag, words).items():
         try:
-            found[key.strip()] = ast.literal_eval(value.strip())
+            values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError):
             raise UsageError(
-                f"{flag}: the value in {word!r} is neither a number, True, False, None, a list nor a text in quotes"
+                f"{flag}: the value in '{key}={text}' is neither a number, True, False, None, a list nor a text in "
+                "quotes"
             ) from None
-    return found
+    return values
 
 
 def _imported(path: str, flag: str, package: str | None = None) -> Any:
@@ -314,6 +311,6 @@ def _made(
 
 
 def _hint(name: str, names: Iterable[str]) -> str:
-    by_lower = {each.lower(): each for each in names}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[near[0]]}?" if near else f". There are {', '.join(by_lower.values())}"
+    by_lower = {known.lower(): known for known in names}
+    near = nearest(name.lower(), by_lower)
+    return f"; did you mean {by_lower[near]}?" if near else f". There are {', '.join(by_lower.values())}"
