@@ -192,12 +192,12 @@ def _subset(subset: Subset, pictures: Sequence[Picture]) -> SubsetFacts:
         "keep_tokens": rules.keep_tokens,
         "keep_tokens_separator": rules.keep_tokens_separator,
         "secondary_separator": rules.secondary_separator,
-        "enable_wildcard": rules.wildcard,
+        "enable_wildcard": False,
         "caption_prefix": rules.prefix,
         "caption_suffix": rules.suffix,
         "resize_interpolation": subset.interpolation,
     }
-    tags = tag_counts(line for each in pictures for line in each.lines)
+    tags = tag_counts(picture.caption for picture in pictures)
     return SubsetFacts(
         subset.folder.name, subset.class_words, subset.repeats, len(pictures), subset.is_reg, settings, tags
     )

@@ -17,8 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lorashrink.errors import InputError
 from lorashrink.train.checks import parse_resolution
+from lorashrink.train.data.batches import batch_count
 from lorashrink.train.data.buckets import Size
-from lorashrink.train.data.scanning import Data, Dataset, batch_count, scan
+from lorashrink.train.data.scanning import Data, Dataset, scan
 from lorashrink.train.memory import GIB, Activations, count_activations, optimizer_bytes, tensor_bytes
 from lorashrink.train.model.loading import SETTINGS, Model, quiet_libraries, weight_dtype
 from lorashrink.train.model.network import CONVOLUTIONS, Network, Part, build_network
