@@ -16,12 +16,13 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lorashrink.errors import InputError
+from lorashrink.pictures.pipelines import quiet_libraries
 from lorashrink.train.checks import parse_resolution
 from lorashrink.train.data.batches import batch_count
 from lorashrink.train.data.buckets import Size
 from lorashrink.train.data.scanning import Data, Dataset, scan
 from lorashrink.train.memory import GIB, Activations, count_activations, optimizer_bytes, tensor_bytes
-from lorashrink.train.model.loading import SETTINGS, Model, quiet_libraries, weight_dtype
+from lorashrink.train.model.loading import SETTINGS, Model, weight_dtype
 from lorashrink.train.model.network import CONVOLUTIONS, Network, Part, build_network
 from lorashrink.train.network_args import DEFAULT_DIM, read_network_args
 from lorashrink.train.options import Options

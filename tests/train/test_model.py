@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lorashrink.errors import DamagedFile, InputError, NotABase, UsageError
+from lorashrink.pictures.pipelines import quiet_libraries
 from lorashrink.train.model import loading as model_module
 from lorashrink.train.model.loading import (
     Model,
     encode_pixels,
     load_model,
-    quiet_libraries,
     set_attention,
     set_checkpointing,
     weight_dtype,

@@ -213,7 +213,7 @@ def worker_count(options: Options) -> int:
 def read_ahead(
     dataset: Dataset[Any],
     batches: Iterable[Sequence[Any]],
-    collate: Callable[[Sequence[Any]], Any],
+    collate: Callable[[list[Any]], Any],
     workers: int,
     *,
     persistent: bool = False,
@@ -249,7 +249,7 @@ class _Batches(Dataset[Any]):
     """Reads whole batches, in a worker. Errors become batches: DataLoader would put a traceback into their message."""
 
     dataset: Dataset[Any]
-    collate: Callable[[Sequence[Any]], Any]
+    collate: Callable[[list[Any]], Any]
 
     def __getitems__(self, indices: Sequence[Any]) -> Any:  # DataLoader prefers this to __getitem__
         try:

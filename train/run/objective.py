@@ -78,7 +78,7 @@ class Objective:
         """
         options, device = self._options, latents.device
         draws = [self._draw(latents.shape[1:], seed, key) for key in keys]
-        noises, shifts, strengths, coarse_noises, timesteps = zip(*draws, strict=True)
+        noises, shifts, strengths, coarse_noises, steps = zip(*draws, strict=True)
         noise = torch.stack(noises).to(device)
         if options.noise_offset:
             strength = torch.tensor(strengths).view(-1, 1, 1, 1).to(device) * options.noise_offset
@@ -86,7 +86,7 @@ class Objective:
         if options.multires_noise_iterations:
             noise = noise + torch.stack(coarse_noises).to(device)
             noise = noise / noise.std()
-        timesteps = torch.tensor(timesteps, device=device)
+        timesteps = torch.tensor(steps, device=device)
         noisy = self.noise_schedule.add_noise(latents, noise, timesteps)
         if self._options.v_parameterization:
             return Noised(noisy, timesteps, self.noise_schedule.get_velocity(latents, noise, timesteps))

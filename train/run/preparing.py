@@ -28,6 +28,7 @@ from accelerate.utils import (
 from tqdm.auto import tqdm
 
 from lorashrink.errors import LorashrinkError, UsageError
+from lorashrink.pictures.pipelines import quiet_libraries
 from lorashrink.pictures.prompts import Prompt, read_prompts
 from lorashrink.pictures.samplers import check_samplers
 from lorashrink.train import logs
@@ -35,7 +36,7 @@ from lorashrink.train.data.batches import Loader, batch_count
 from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts
 from lorashrink.train.data.scanning import Data, scan
 from lorashrink.train.metadata import Facts, dataset_facts, source, training_metadata
-from lorashrink.train.model.loading import Model, load_model, quiet_libraries, set_attention, set_checkpointing
+from lorashrink.train.model.loading import Model, load_model, set_attention, set_checkpointing
 from lorashrink.train.model.network import build_network
 from lorashrink.train.network_args import given_network_args
 from lorashrink.train.options import Options
@@ -227,9 +228,9 @@ def _in_all(work: Callable[[], _T]) -> _T:
         result = work()
     except LorashrinkError as error:
         stopped = error
-    for error in gather_object([stopped]):
-        if error is not None:
-            raise error
+    for reason in gather_object([stopped]):
+        if reason is not None:
+            raise reason
     return result
 
 
