@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lorashrink.adapters import open_adapter
     from lorashrink.bases import open_base
     from lorashrink.bases.norms import norms
-    from lorashrink.calibration.gathering import calibrate
-    from lorashrink.calibration.refining import refine
+    from lorashrink.calibration.calibrate import calibrate
+    from lorashrink.calibration.refine import refine
     from lorashrink.demonstration import demo
     from lorashrink.insight.comparison import compare
     from lorashrink.insight.inspection import inspect
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Imported when first used, because torch takes longer to import than most commands take to run.
 _WHERE = {
     "Recipe": "recipes.grammar",
-    "calibrate": "calibration.gathering",
+    "calibrate": "calibration.calibrate",
     "compare": "insight.comparison",
     "convert": "making.conversion",
     "demo": "demonstration",
@@ -45,7 +45,7 @@ _WHERE = {
     "open_adapter": "adapters",
     "open_base": "bases",
     "overlap": "insight.overlapping",
-    "refine": "calibration.refining",
+    "refine": "calibration.refine",
     "report": "reports.report",
     "resize": "shrinking.run",
     "sweep": "sweeping.sweep",

@@ -22,7 +22,7 @@ def write_tokenizer(folder: Path, pad: str) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     letters = sorted(ByteLevel.alphabet())
     words = [*letters, *(f"{letter}</w>" for letter in letters), BOS, EOS]
-    (folder / "vocab.json").write_text(json.dumps({word: place for place, word in enumerate(words)}))
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     settings = {
         "tokenizer_class": "CLIPTokenizer",
@@ -36,7 +36,8 @@ def write_tokenizer(folder: Path, pad: str) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _encoder(kind: type, width: int, tokenizer: CLIPTokenizer) -> torch.nn.Module:
+def text_encoder(kind: type, width: int, tokenizer: CLIPTokenizer) -> torch.nn.Module:
+    """A text encoder of two layers."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -57,8 +58,8 @@ def write_model(folder: Path, *, seed: int = 0) -> Path:
     tokenizers = [write_tokenizer(folder / "tokenizer", EOS), write_tokenizer(folder / "tokenizer_2", "!")]
     # The widths differ because diffusers tells the encoders of a single file apart by them.
     encoders = [
-        _encoder(CLIPTextModel, 16, tokenizers[0]),
-        _encoder(CLIPTextModelWithProjection, 24, tokenizers[1]),
+        text_encoder(CLIPTextModel, 16, tokenizers[0]),
+        text_encoder(CLIPTextModelWithProjection, 24, tokenizers[1]),
     ]
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -103,8 +104,8 @@ def write_model(folder: Path, *, seed: int = 0) -> Path:
 def write_pictures(folder: Path, sizes: dict[str, tuple[int, int]], captions: dict[str, str] | None = None) -> Path:
     """Pictures of noise with these names and sizes (width, height), and caption files beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for place, (name, (width, height)) in enumerate(sizes.items()):
-        generator = torch.Generator().manual_seed(place)
+    for index, (name, (width, height)) in enumerate(sizes.items()):
+        generator = torch.Generator().manual_seed(index)
         pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / name)
     for name, caption in (captions or {}).items():

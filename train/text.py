@@ -6,8 +6,7 @@ Captions of more than 75 tokens are cut into chunks as sd-scripts cuts them, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 CHUNK = 75  # tokens of text in the 77 positions of a CLIP encoder; the others are BOS and EOS
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(NamedTuple):
     """Encoded captions; n = 75 k + 2 positions for captions of k chunks."""
 
     hidden1: Tensor  # [b, n, c1], the penultimate layer of the first encoder
@@ -33,8 +31,7 @@ class Encoded:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Encoded:
         """The same on this device, in this dtype."""
-        moved = (tensor.to(device, dtype) for tensor in (self.hidden1, self.hidden2, self.pooled))
-        return Encoded(*moved)
+        return Encoded(*(tensor.to(device, dtype) for tensor in self))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], max_token_length: int | None) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,14 +13,11 @@ from torch import nn
 from lorashrink.bases import Base, View, Views
 from lorashrink.errors import InputError
 
-# --- what is watched ----------------------------------------------------------------------------
-
-
 Modules = Callable[[str, str], nn.Module | None]  # (part, name) -> module
 
 
 def modules_of(pipeline: Any, base: Base) -> Modules:
-    """Where the base's weights are in the pipeline."""
+    """A function that finds the module of a base's weight in the pipeline."""
 
     def find(part: str, name: str) -> nn.Module | None:
         component = getattr(pipeline, base.family.folder(part) or "-", None)
@@ -29,7 +27,7 @@ def modules_of(pipeline: Any, base: Base) -> Modules:
 
 
 def module_at(component: nn.Module, name: str) -> nn.Module | None:
-    """The linear layer or convolution of this name, whatever level above it the library left out or put in."""
+    """The linear layer or convolution of this name, even if the library has a level above it more or less."""
     tails = (name, name.removeprefix("text_model."), name.removeprefix("model."), name.removeprefix("transformer."))
     for tail in dict.fromkeys((*tails, *(f"{head}.{name}" for head, _ in component.named_children()))):
         try:
@@ -41,6 +39,15 @@ def module_at(component: nn.Module, name: str) -> nn.Module | None:
     return None
 
 
+@contextmanager
+def forward_hooks(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """The hook, as for `nn.Module.register_forward_hook`, is on the modules for as long as this lasts."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
 class Watched(NamedTuple):
     """A part of the base's weights, and the module that has it."""
 
@@ -48,21 +55,26 @@ class Watched(NamedTuple):
     module: nn.Module
     start: int  # first row in the module
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First row in the module, and the one behind the last."""
+        return self.start, self.start + self.view.shape[0]
+
 
 def watched(modules: Modules, layout: str, base: Base) -> list[Watched]:
-    """Each part of the base's weights that has a module, in a layout of names. Raises InputError if none has."""
-    found = []
+    """The parts of the base's weights that have a module, in a layout of names. Raises InputError if none has."""
+    parts = []
     for (part, name), views in base.modules(layout).items():
         module = modules(part, name)
         if module is None:
             continue
         start = 0
         for view in views:
-            found.append(Watched(view, module, start))
+            parts.append(Watched(view, module, start))
             start += view.shape[0]
-    if not found:
+    if not parts:
         raise InputError(f"{base.path}: none of its {len(base.all_views)} weights is a layer of the loaded model.")
-    return found
+    return parts
 
 
 def by_weight(modules: Sequence[Watched]) -> dict[str, list[Watched]]:

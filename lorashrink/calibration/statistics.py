@@ -1,4 +1,4 @@
-"""Statistics of activations and sensitivities as files, for calibrated recipes."""
+"""Files of statistics, which calibrated recipes read: how large inputs are, and how much outputs matter."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ FORMAT = "lorashrink-statistics"
 
 VERSION = 1
 
-_HASH_DIGITS = 32  # of an adapter's hash, before the names of its layers
+_HASH_DIGITS = 32  # of an adapter's hash, which stands before the names of its layers
 
+# The statistics of one layer: from its factors to their Gram matrices.
 OfLayer = Callable[[Delta], Grams]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Side:
-    """A covariance D + L·Lᵀ with D diagonal; of a convolution's inputs that of channels ⊗ that of taps."""
+    """A covariance D + L·Lᵀ with D diagonal; for a convolution's inputs (D + L·Lᵀ) ⊗ the covariance of its taps."""
 
     diagonal: Tensor  # [n] float32, not negative
     low: Tensor  # [n, k] float32
@@ -54,8 +55,8 @@ class Side:
             return self._gram(wide)
         values, vectors = torch.linalg.eigh(self.taps.double())
         root = vectors * values.clamp(min=0).sqrt()
-        each = wide.reshape(len(wide), len(self.diagonal), len(root)) @ root  # [r, n, kh·kw]
-        return sum((self._gram(part) for part in each.unbind(2)), torch.zeros(len(wide), len(wide), dtype=each.dtype))
+        mixed = wide.reshape(len(wide), len(self.diagonal), len(root)) @ root  # [r, n, kh·kw]
+        return sum((self._gram(tap) for tap in mixed.unbind(2)), torch.zeros(len(wide), len(wide), dtype=mixed.dtype))
 
     def _gram(self, wide: Tensor) -> Tensor:
         low = wide @ self.low.double()
@@ -79,11 +80,11 @@ class Statistics:
     path: Path
     kind: str  # "adapters" or "base"
     store: TensorStore = field(repr=False)
-    base: Base = field(repr=False)  # names and shapes of the model's weights
+    base: Base = field(repr=False)  # has names and shapes of the model's weights, not the weights
     fingerprint: str  # sha256 of the file
 
     def of_layers(self, adapter: Adapter) -> list[OfLayer | None]:
-        """For each layer what makes the Gram matrices of its factors; None without statistics.
+        """The statistics of each layer; None for a layer that has none.
 
         Raises:
             InputError: the statistics are for other adapters.
@@ -93,44 +94,43 @@ class Statistics:
 
     def _of_adapter(self, adapter: Adapter) -> list[OfLayer | None]:
         prefix = adapter_key(adapter)
-        names = {key for key in self.store.tensors if key.startswith(f"{prefix}/")}
-        if not names:
-            known = ", ".join(json.loads(self.store.metadata["adapters"]).values())
+        stored = {key for key in self.store.tensors if key.startswith(f"{prefix}/")}
+        if not stored:
+            names = ", ".join(json.loads(self.store.metadata["adapters"]).values())
             raise InputError(
-                f"{self.path}: holds statistics of {known}, not of {adapter.path} as it is now. Run calibrate with "
+                f"{self.path}: holds statistics of {names}, not of {adapter.path} as it is now. Run calibrate with "
                 "this adapter, or make a table of its base with calibrate --base-table."
             )
         keys = [f"{prefix}/{layer.name}" for layer in adapter.layers]
-        return [partial(self._stored, key) if f"{key}.down" in names else None for key in keys]
+        return [partial(self._stored_grams, key) if f"{key}.down" in stored else None for key in keys]
 
-    def _stored(self, key: str, delta: Delta) -> Grams:
+    def _stored_grams(self, key: str, delta: Delta) -> Grams:
         down, up = (self.store.read(f"{key}.{side}").double() for side in ("down", "up"))
         if down.shape != (delta.rank, delta.rank) or up.shape != down.shape:
             raise InputError(f"{self.path}: {key} is {list(down.shape)}, and the layer has rank {delta.rank}.")
         return Grams(down, up)
 
     def _of_base(self, adapter: Adapter) -> list[OfLayer | None]:
-        found = [self._cover(views) if views else None for views in match(adapter, self.base)]
-        return [partial(self._projected, pieces) if pieces else None for pieces in found]
+        covers = [self._cover(views) if views else None for views in match(adapter, self.base)]
+        return [partial(self._projected_grams, pieces) if pieces else None for pieces in covers]
 
-    def _projected(self, pieces: Sequence[_Piece], delta: Delta) -> Grams:
-        sides = [self.sides(piece.name) for piece in pieces]
-        down = [each.inputs.gram(delta.down) for each in sides]
-        up = [
-            each.outputs.rows(*piece.stored).gram(delta.up[slice(*piece.rows)].mT)
-            for piece, each in zip(pieces, sides, strict=True)
-        ]
-        return Grams(torch.stack(down).mean(0), torch.stack(up).sum(0))
+    def _projected_grams(self, pieces: Sequence[_Piece], delta: Delta) -> Grams:
+        grams = []
+        for piece in pieces:
+            inputs, outputs = self.sides(piece.name)
+            up = delta.up[slice(*piece.rows)]
+            grams.append(Grams(inputs.gram(delta.down), outputs.rows(*piece.stored).gram(up.mT)))
+        return stacked_grams(grams)
 
     def sides(self, name: str) -> Sides:
         """The statistics of the weight that has this name in the table."""
-        stored = self.store.tensors
-        both = []
-        for side in ("in", "out"):
-            taps = self.store.read(f"{name}|{side}.taps").float() if f"{name}|{side}.taps" in stored else None
-            diagonal, low = (self.store.read(f"{name}|{side}.{part}").float() for part in ("diagonal", "low"))
-            both.append(Side(diagonal, low, taps))
-        return Sides(*both)
+
+        def side(label: str) -> Side:
+            diagonal, low = (self.store.read(f"{name}|{label}.{part}").float() for part in ("diagonal", "low"))
+            taps = f"{name}|{label}.taps"
+            return Side(diagonal, low, self.store.read(taps).float() if taps in self.store.tensors else None)
+
+        return Sides(side("in"), side("out"))
 
     def _cover(self, views: Views) -> list[_Piece] | None:
         """The stored weights that together are these views, None if some rows have no statistics."""
@@ -172,8 +172,14 @@ class _Piece(NamedTuple):
     """Rows of a layer, and where their statistics are."""
 
     name: str
-    stored: tuple[int, int]  # rows of what is stored
+    stored: tuple[int, int]  # rows of the stored statistics
     rows: tuple[int, int]  # of the layer
+
+
+def stacked_grams(pieces: Sequence[Grams]) -> Grams:
+    """The Gram matrices of a layer whose rows lie in several weights with the same inputs."""
+    downs, ups = zip(*pieces, strict=True)
+    return Grams(torch.stack(downs).mean(0), torch.stack(ups).sum(0))
 
 
 def open_statistics(path: str | Path) -> Statistics:
@@ -186,7 +192,7 @@ def open_statistics(path: str | Path) -> Statistics:
             raise InputError(f"{path}: no calibration statistics; make some with: lorashrink calibrate")
         if entries["version"] != str(VERSION):
             raise InputError(f"{path}: has version {entries['version']}, this program reads {VERSION}.")
-        base = base_of(path, json.loads(entries["base"]))
+        base = _base_without_weights(path, json.loads(entries["base"]))
         return Statistics(path, entries["kind"], store, base, sha256_file(path))
     except (KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
         store.close()
@@ -197,12 +203,12 @@ def open_statistics(path: str | Path) -> Statistics:
 
 
 def adapter_key(adapter: Adapter) -> str:
-    """What an adapter's contents are called in a statistics file."""
+    """The name of an adapter in a statistics file: a hash of its contents."""
     return sha256_file(adapter.store.files[0])[:_HASH_DIGITS]
 
 
-def base_entry(base: Base) -> dict[str, Any]:
-    """What a statistics file says of a base: enough to name its weights."""
+def _base_entry(base: Base) -> dict[str, Any]:
+    """The names and shapes of a base's weights, as a statistics file holds them."""
     used = {view.key for views in base.all_views for view in views}
     shapes = {key: shape for key, shape in base.shapes.items() if key in used}
     return {
@@ -214,26 +220,26 @@ def base_entry(base: Base) -> dict[str, Any]:
     }
 
 
-def base_of(path: Path, entry: Mapping[str, Any]) -> Base:
-    """The base that a statistics file speaks of, with names and shapes and without weights."""
+def _base_without_weights(path: Path, entry: Mapping[str, Any]) -> Base:
+    """The base of an entry of `_base_entry`, with names and shapes only."""
     family = next(family for family in FAMILIES if family.name == entry["family"])
     shapes = {str(key): tuple(map(int, shape)) for key, shape in entry["tensors"].items()}
-    named: dict[str, dict[str, float]] = {str(weight): {} for weight in entry["weights"]}
-    return Base(path, "statistics", family, shapes, str(entry["fingerprint"]), norms=named)
+    no_norms: dict[str, dict[str, float]] = {str(weight): {} for weight in entry["weights"]}
+    return Base(path, "statistics", family, shapes, str(entry["fingerprint"]), norms=no_norms)
 
 
 # --- writing ------------------------------------------------------------------------------------
 
 
 def write_adapters(
-    path: Path, found: Mapping[str, Grams], names: Mapping[str, str], base: Base, settings: Mapping[str, Any]
+    path: Path, layers: Mapping[str, Grams], names: Mapping[str, str], base: Base, settings: Mapping[str, Any]
 ) -> int:
-    """Write Gram matrices, `adapter_key/layer` -> [r, r] each; `names` maps adapter keys to file names.
+    """Write the Gram matrices of layers, `adapter_key/layer` -> [r, r] twice; `names` maps adapter keys to file names.
 
     Returns the bytes written. Raises OutputError.
     """
     tensors: dict[str, Tensor] = {}
-    for key, grams in found.items():
+    for key, grams in layers.items():
         tensors |= {f"{key}.down": grams.down.float(), f"{key}.up": grams.up.float()}
     return _write(path, tensors, {"kind": "adapters", "adapters": json.dumps(dict(names))}, base, settings)
 
@@ -261,7 +267,7 @@ def _write(
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "base": json.dumps(base_entry(base)),
+        "base": json.dumps(_base_entry(base)),
         "settings": json.dumps(dict(settings), sort_keys=True),
         **entries,
     }

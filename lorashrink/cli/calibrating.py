@@ -14,7 +14,7 @@ from lorashrink.cli.printing import plain, print_json, size_text
 from lorashrink.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorashrink.calibration.gathering import Calibrated, Effort
+    from lorashrink.calibration.calibrate import Calibrated, Effort
 
 
 def calibrate(
@@ -61,7 +61,7 @@ def calibrate(
             raise UsageError("calibrate: name the file to write with -o.")
         if (model is None) == (base_table is None) or bool(files) != (model is not None):
             raise UsageError("calibrate: takes adapters and their --model, or a --base-table alone.")
-        from lorashrink.calibration.gathering import calibrate as run
+        from lorashrink.calibration.calibrate import calibrate as run
 
         result = run(
             files or (),

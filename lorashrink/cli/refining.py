@@ -14,7 +14,7 @@ from lorashrink.cli.printing import plain, print_json
 from lorashrink.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorashrink.calibration.refining import Refined
+    from lorashrink.calibration.refine import Refined
 
 
 def refine(
@@ -47,7 +47,7 @@ def refine(
     with session(verbose, quiet, debug, as_json) as progress:
         if like is None or model is None or output is None:
             raise UsageError("refine: name the whole adapter with --like, its --model, and the file to write with -o.")
-        from lorashrink.calibration.refining import refine as run
+        from lorashrink.calibration.refine import refine as run
 
         result = run(
             shrunk,

@@ -21,11 +21,10 @@ from lorashrink.engine.devices import pick_device
 from lorashrink.errors import InputError, NonFinite, OutputError
 from lorashrink.files.disk import content_fingerprint, sha256_file, write_bytes
 from lorashrink.files.reading import open_tensors
+from lorashrink.pictures.adapting import adapted, check_adapter
 from lorashrink.pictures.pipelines import (
     KINDS,
     Kind,
-    adapted,
-    check_adapter,
     check_model,
     check_packages,
     companions,
@@ -37,11 +36,8 @@ from lorashrink.pictures.prompts import OWN, Prompt
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
-if TYPE_CHECKING:
     Picture = NDArray[np.uint8]
-
 
 _log = logging.getLogger(__name__)
 
@@ -50,11 +46,11 @@ _ALGORITHM = 1
 
 _KEY = 24  # hexadecimal digits in a file name
 
-_PICTURE = re.compile(rf"_[0-9a-f]{{{_KEY}}}\.png$")
+_FILE_NAME = re.compile(rf"_[0-9a-f]{{{_KEY}}}\.png$")
 
 CACHE_BYTES = 2_000_000_000  # of pictures in the user's cache, about 1,500 of 1024 × 1024
 
-_SMALL = 1 << 24  # bytes: smaller files of a model that are no tensors count with all they hold
+_SMALL = 1 << 24  # bytes: a model's settings and vocabularies are smaller, and their contents are part of its key
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +68,7 @@ class Shot:
 
     @property
     def start(self) -> int:
-        """What the noise is drawn from: the prompt's seed (0 if it has none) and the given one on top."""
+        """Seed of the noise: the prompt's seed (0 if it has none) plus the shot's own."""
         return ((self.prompt.seed or 0) + self.seed) % 2**63
 
 
@@ -82,14 +78,14 @@ def shots_of(prompts: Sequence[Prompt], seeds: Sequence[int]) -> tuple[Shot, ...
 
 
 def default_folder() -> Path:
-    """Where pictures are kept between runs."""
+    """The folder that pictures are kept in between runs."""
     import platformdirs
 
     return platformdirs.user_cache_path("lorashrink", appauthor=False) / "pictures"
 
 
 def read_picture(path: str | Path) -> Picture:
-    """A written picture. Raises InputError if it cannot be read."""
+    """A picture from its file. Raises InputError if it cannot be read."""
     import numpy as np
     from PIL import Image
 
@@ -101,10 +97,10 @@ def read_picture(path: str | Path) -> Picture:
 
 
 class Studio:
-    """A model that draws the same shots with one adapter after the other; pictures that are there are not drawn again.
+    """A model that draws the same shots with one adapter after the other, and keeps the pictures for later runs.
 
     The model is loaded when the first picture is missing. Use it as a context manager: at its end the oldest pictures
-    leave the user's cache if there are too many, but none of its own.
+    leave the user's cache if it is too large, but none that this studio used.
     """
 
     def __init__(
@@ -135,12 +131,12 @@ class Studio:
 
     @property
     def dtype(self) -> str:
-        """What the model works in: "float32" on a CPU, else its half precision, "float16" or "bfloat16"."""
+        """Dtype that the model works in: "float32" on a CPU, else its half precision, "float16" or "bfloat16"."""
         return "float32" if self.device == "cpu" else self.kind.half
 
     @property
     def other_dtype(self) -> str:
-        """What it could work in as well, for a comparison of the two."""
+        """The other dtype that the model can work in, for a comparison of the two."""
         return self.kind.half if self.device == "cpu" else "float32"
 
     def __enter__(self) -> Studio:
@@ -153,7 +149,7 @@ class Studio:
             trim(self.folder, CACHE_BYTES, self._used)
 
     def check(self, adapter: Path) -> None:
-        """That the model can draw with this adapter, and all that the prompts ask of it; the rest is in warnings.
+        """Check that the model can draw with this adapter; warnings say what of it and of the prompts is left out.
 
         Raises:
             InputError: the adapter is for another family of models, or has layers that diffusers does not know.
@@ -170,48 +166,44 @@ class Studio:
         dtype: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Path]:
-        """The picture of every shot with an adapter, or with none; `label` is part of the names of their files.
+        """The picture files of all shots, with an adapter or with none; `label` is part of the names of new ones.
 
         Raises:
             InputError: the adapter cannot be loaded.
-            NonFinite: what becomes of a shot is NaN.
+            NonFinite: a picture is NaN.
             OutputError: a picture cannot be written.
             UsageError: not enough memory.
         """
         dtype = dtype or self.dtype
-        content = _content(adapter) if adapter else ""
-        keys = [self._key(shot, content, dtype) for shot in self.shots]
-        paths = [self._found(key) for key in keys]
+        contents = _adapter_hashes(adapter) if adapter else ""
+        keys = [self._key(shot, contents, dtype) for shot in self.shots]
+        paths = [next(filter(_is_complete, sorted(self.folder.glob(f"*_{key}.png"))), None) for key in keys]
         if None in paths:
             pipeline = self._pipeline(dtype)
             with adapted(pipeline, adapter, self.base):
-                for place, (shot, key) in enumerate(zip(self.shots, keys, strict=True)):
-                    if paths[place] is None:
+                for index, (shot, key) in enumerate(zip(self.shots, keys, strict=True)):
+                    if paths[index] is None:
+                        what = f"{shot.label}: {shot.prompt.width} × {shot.prompt.height} pixels do not fit into memory"
+                        advice = "Give it a smaller --w and --h; pictures that are drawn stay."
+                        with enough_memory(what, self.device, advice):
+                            picture = draw_picture(pipeline, self.kind, shot, self.device, dtype)
                         name = f"{shot.number:02d}_seed{shot.seed}_{label}_{key}.png"
-                        paths[place] = _write_png(self.folder / name, self._drawn(pipeline, shot, dtype))
+                        paths[index] = _write_png(self.folder / name, picture)
                     if progress:
-                        progress(place + 1, len(self.shots))
-        drawn = [path for path in paths if path is not None]
-        self._used.update(drawn)
-        return drawn
+                        progress(index + 1, len(self.shots))
+        complete = [path for path in paths if path is not None]
+        self._used.update(complete)
+        return complete
 
-    def _drawn(self, pipeline: Any, shot: Shot, dtype: str) -> Picture:
-        what = f"{shot.label}: {shot.prompt.width} × {shot.prompt.height} pixels do not fit into memory"
-        with enough_memory(what, self.device, "Give it a smaller --w and --h; pictures that are drawn stay."):
-            return _drawn(pipeline, self.kind, shot, self.device, dtype)
-
-    def _found(self, key: str) -> Path | None:
-        return next(filter(_is_picture, sorted(self.folder.glob(f"*_{key}.png"))), None)
-
-    def _key(self, shot: Shot, content: str, dtype: str) -> str:
-        """Everything that decides a picture."""
+    def _key(self, shot: Shot, contents: str, dtype: str) -> str:
+        """A hash of everything that decides a picture; `contents` are the adapter's hashes, "" without one."""
         import diffusers
         import torch
 
         facts = {
             "algorithm": _ALGORITHM,
             "model": self._model_key,
-            "adapter": content,
+            "adapter": contents,
             "prompt": asdict(shot.prompt),
             "seed": shot.start,
             "device": self.device.partition(":")[0],
@@ -228,8 +220,8 @@ class Studio:
         return self._loaded[1]
 
 
-def _is_picture(path: Path) -> bool:
-    """Whether a file that has the name of a picture is one, and whole."""
+def _is_complete(path: Path) -> bool:
+    """Whether a picture's file can be read to its end; an interrupted run may have cut it short."""
     from PIL import Image
 
     try:
@@ -241,8 +233,8 @@ def _is_picture(path: Path) -> bool:
     return True
 
 
-def _content(adapter: Path) -> str:
-    """The hashes of all that the adapter is made of: a file, or the two of a PEFT folder."""
+def _adapter_hashes(adapter: Path) -> str:
+    """The hashes of an adapter's file, or of the two of a PEFT folder."""
     with open_adapter(adapter) as opened:
         files = opened.store.files
         settings = [files[0].parent / peft.CONFIG_FILE] if opened.as_folder else []
@@ -250,28 +242,28 @@ def _content(adapter: Path) -> str:
 
 
 def trim(folder: Path, limit: int, keep: Collection[Path]) -> None:
-    """Remove the oldest pictures of a folder until those left have `limit` bytes, but none of `keep`."""
-    found = [(path.stat(), path) for path in folder.glob("*.png") if _PICTURE.search(path.name)]
-    total = sum(about.st_size for about, _ in found)
-    for about, path in sorted(found, key=lambda each: each[0].st_mtime_ns):
+    """Remove the oldest pictures of a folder until the rest has `limit` bytes, but none of `keep`."""
+    stats = {path: path.stat() for path in folder.glob("*.png") if _FILE_NAME.search(path.name)}
+    total = sum(stat.st_size for stat in stats.values())
+    for path in sorted(stats, key=lambda path: stats[path].st_mtime_ns):
         if total <= limit:
             return
         if path not in keep:
             path.unlink(missing_ok=True)
-            total -= about.st_size
+            total -= stats[path].st_size
 
 
 def _model_key(model: Path) -> str:
-    """A quick identity of all the model's files: tensors by samples, small files whole."""
+    """A quick identity of all the model's files: samples of their tensors, and small files from end to end."""
     if model.is_file():
         with open_tensors(model) as store:
             return content_fingerprint(store)
     digest = hashlib.sha256()
     for path in sorted(model.rglob("*")):
-        place = path.relative_to(model)
-        if not path.is_file() or any(part.startswith(".") for part in place.parts):
+        relative = path.relative_to(model)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
             continue
-        digest.update(f"{place.as_posix()} {path.stat().st_size} ".encode())
+        digest.update(f"{relative.as_posix()} {path.stat().st_size} ".encode())
         if path.suffix == ".safetensors":
             with open_tensors(path) as store:
                 digest.update(content_fingerprint(store).encode())
@@ -280,12 +272,14 @@ def _model_key(model: Path) -> str:
     return digest.hexdigest()
 
 
-# --- the pictures -------------------------------------------------------------------------------
+# --- one picture --------------------------------------------------------------------------------
 
 
-def _drawn(pipeline: Any, kind: Kind, shot: Shot, device: str, dtype: str) -> Picture:
+def draw_picture(pipeline: Any, kind: Kind, shot: Shot, device: str, dtype: str) -> Picture:
+    """Draw one shot with the pipeline as it is. Raises NonFinite if the picture is NaN."""
     import numpy as np
     import torch
+    from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
     prompt, vae = shot.prompt, pipeline.vae
     stride = pipeline.vae_scale_factor
@@ -294,12 +288,12 @@ def _drawn(pipeline: Any, kind: Kind, shot: Shot, device: str, dtype: str) -> Pi
     # Float32 on the CPU gives the same noise on every machine and in every precision.
     noise = torch.randn((1, vae.config.latent_channels, height // stride, width // stride), generator=generator)
     noise = noise.to(device, getattr(torch, dtype))
-    more = {"negative_prompt": prompt.negative} if kind.negative else {}
+    negative = {"negative_prompt": prompt.negative} if kind.negative else {}
     cuda = [device] if device.startswith("cuda") else []
-    with torch.no_grad(), torch.random.fork_rng(cuda), _sampled(pipeline, prompt.sampler):
+    with torch.no_grad(), torch.random.fork_rng(cuda), _sampled_by(pipeline, prompt.sampler):
         latents = pipeline(
             prompt.prompt,
-            latents=_packed(noise) if kind.packed else noise,
+            latents=pixel_unshuffle(noise, 2).flatten(2).mT if kind.packed else noise,  # [1, h/2 · w/2, 4c] if packed
             generator=generator,
             width=width,
             height=height,
@@ -307,20 +301,21 @@ def _drawn(pipeline: Any, kind: Kind, shot: Shot, device: str, dtype: str) -> Pi
             guidance_scale=prompt.scale,
             output_type="latent",
             return_dict=False,
-            **more,
+            **negative,
         )[0]
-        latents = _unpacked(latents, noise.shape) if kind.packed else latents
+        if kind.packed:
+            latents = pixel_shuffle(latents.mT.reshape(1, -1, noise.shape[2] // 2, noise.shape[3] // 2), 2)
         # Each VAE knows how its latents were scaled; SDXL's overflows in half precision.
         latents = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
         (pixels,) = vae.float().decode(latents, return_dict=False)[0]
     if not pixels.isfinite().all():
         raise NonFinite(f"{shot.label}: becomes no picture in {dtype}, but NaN.")
-    drawn: Picture = np.rint((pixels / 2 + 0.5).clamp(0, 1).cpu().permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-    return drawn
+    picture: Picture = np.rint((pixels / 2 + 0.5).clamp(0, 1).cpu().permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    return picture
 
 
 @contextmanager
-def _sampled(pipeline: Any, sampler: str) -> Iterator[None]:
+def _sampled_by(pipeline: Any, sampler: str) -> Iterator[None]:
     """The pipeline with one of `SAMPLERS`, or with its own, for as long as this lasts."""
     from lorashrink.pictures.samplers import scheduler
 
@@ -334,21 +329,6 @@ def _sampled(pipeline: Any, sampler: str) -> Iterator[None]:
         yield
     finally:
         pipeline.scheduler = own
-
-
-def _packed(latents: Tensor) -> Tensor:
-    """[1, c, h, w] -> [1, h/2 · w/2, 4c]: patches of 2 × 2 as a list."""
-    from torch.nn.functional import pixel_unshuffle
-
-    return pixel_unshuffle(latents, 2).flatten(2).mT
-
-
-def _unpacked(patches: Tensor, shape: Sequence[int]) -> Tensor:
-    """What `_packed` made a list of."""
-    from torch.nn.functional import pixel_shuffle
-
-    _, channels, height, width = shape
-    return pixel_shuffle(patches.mT.reshape(1, 4 * channels, height // 2, width // 2), 2)
 
 
 def _write_png(path: Path, picture: Picture) -> Path:

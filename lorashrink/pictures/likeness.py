@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorashrink.errors import InputError, UsageError
 
@@ -16,10 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-if TYPE_CHECKING:
     Picture = NDArray[np.uint8]
     Compare = Callable[[Picture, Picture], float]
-
 
 # Equal pictures have an infinite PSNR, which neither a mean nor JSON can hold. A single number of a picture of 96 × 96
 # that is off by one gives 92 dB.
@@ -27,13 +24,13 @@ MOST_PSNR = 99.0
 
 _WINDOW = 7  # pixels; where a picture is narrower, the largest odd number that fits
 
-# Of MS-SSIM: from the finest scale to the coarsest, and the window that SSIM was published with.
+# Exponents of MS-SSIM's scales, from the finest to the coarsest, and the window that SSIM was published with.
 _WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 _GAUSSIAN, _SIGMA = 11, 1.5  # pixels
 
-# Of SSIM and MS-SSIM: shares of 255 that keep quotients finite.
-_K1, _K2 = 0.01, 0.03
+# Added to the quotients of MS-SSIM, which keeps them finite: the published shares of 255, squared.
+_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def psnr(a: Picture, b: Picture) -> float:
@@ -41,11 +38,9 @@ def psnr(a: Picture, b: Picture) -> float:
 
     Raises ValueError if the shapes differ.
     """
-    import numpy as np
+    from skimage.metrics import mean_squared_error
 
-    if a.shape != b.shape:
-        raise ValueError(f"pictures of {a.shape} and {b.shape}")
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    error = float(mean_squared_error(a, b))
     return MOST_PSNR if error == 0 else min(MOST_PSNR, 10 * math.log10(255**2 / error))
 
 
@@ -80,35 +75,34 @@ def ms_ssim(a: Picture, b: Picture) -> float:
     if min(a.shape[:2]) < _GAUSSIAN:
         raise ValueError(f"a picture of {a.shape} is too small")
     count = min(len(_WEIGHTS), int(math.log2(min(a.shape[:2]) / _GAUSSIAN)) + 1)
-    total = 1.0 if count == len(_WEIGHTS) else sum(_WEIGHTS[:count])
-    one, other = (torch.tensor(each, dtype=torch.float64).permute(2, 0, 1)[:, None] for each in (a, b))  # [3, 1, h, w]
-    product = torch.ones(len(one), dtype=torch.float64)
+    total = 1.0 if count == len(_WEIGHTS) else sum(_WEIGHTS[:count])  # all five published weights add up to 1
+    x, y = (torch.tensor(picture, dtype=torch.float64).permute(2, 0, 1)[:, None] for picture in (a, b))  # [3, 1, h, w]
+    product = torch.ones(len(x), dtype=torch.float64)
     for scale, weight in enumerate(_WEIGHTS[:count]):
-        luminance, structure = _terms(one, other)
+        luminance, structure = _ssim_terms(x, y)
         term = luminance * structure if scale == count - 1 else structure
         product *= term.mean(dim=(1, 2, 3)).clamp(min=0) ** (weight / total)
-        one, other = avg_pool2d(one, 2), avg_pool2d(other, 2)
+        x, y = avg_pool2d(x, 2), avg_pool2d(y, 2)
     return float(product.mean())
 
 
-def _terms(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Luminance, and contrast times structure, of each window."""
+def _ssim_terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Luminance, and contrast times structure, of each window; scikit-image gives their product only."""
     import torch
     from torch.nn.functional import conv2d
 
-    places = torch.arange(_GAUSSIAN, dtype=torch.float64) - _GAUSSIAN // 2
-    bell = torch.exp(-(places**2) / (2 * _SIGMA**2))
+    distances = torch.arange(_GAUSSIAN, dtype=torch.float64) - _GAUSSIAN // 2
+    bell = torch.exp(-(distances**2) / (2 * _SIGMA**2))
     bell /= bell.sum()
 
     def mean(pixels: Tensor) -> Tensor:
         return conv2d(conv2d(pixels, bell[None, None, :, None]), bell[None, None, None])
 
-    c1, c2 = (_K1 * 255) ** 2, (_K2 * 255) ** 2
-    mean1, mean2 = mean(one), mean(other)
-    variance1, variance2 = mean(one**2) - mean1**2, mean(other**2) - mean2**2
-    covariance = mean(one * other) - mean1 * mean2
-    luminance = (2 * mean1 * mean2 + c1) / (mean1**2 + mean2**2 + c1)
-    return luminance, (2 * covariance + c2) / (variance1 + variance2 + c2)
+    mean_x, mean_y = mean(x), mean(y)
+    variance_x, variance_y = mean(x**2) - mean_x**2, mean(y**2) - mean_y**2
+    covariance = mean(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
+    return luminance, (2 * covariance + _C2) / (variance_x + variance_y + _C2)
 
 
 # --- the table ----------------------------------------------------------------------------------
@@ -139,8 +133,8 @@ MEASURES = (
 
 def comparisons(clip: Path | None, device: str) -> dict[str, Compare]:
     """Name of a measure -> its function, for all that can be had; clip: as for `clip_similarity`."""
-    found = {measure.name: measure.compare for measure in MEASURES if measure.compare}
-    return found | ({"clip": clip_similarity(clip, device)} if clip else {})
+    compares = {measure.name: measure.compare for measure in MEASURES if measure.compare}
+    return compares | ({"clip": clip_similarity(clip, device)} if clip else {})
 
 
 def clip_similarity(folder: Path, device: str) -> Compare:
@@ -156,6 +150,7 @@ def clip_similarity(folder: Path, device: str) -> Compare:
         raise UsageError(
             f"--clip {folder}: no folder of a CLIP model as transformers saves it; config.json is missing."
         )
+    import torch
     from transformers import CLIPImageProcessorPil, CLIPModel
 
     try:
@@ -165,13 +160,12 @@ def clip_similarity(folder: Path, device: str) -> Compare:
         raise InputError(f"--clip {folder}: transformers cannot load it ({str(error).splitlines()[0]}).") from error
     if report["missing_keys"]:
         raise InputError(f"--clip {folder}: is no CLIP model, it lacks {sorted(report['missing_keys'])[0]}.")
-    return partial(_clip, model.eval().to(device), processor)
+    model.eval().to(device)
 
+    def similarity(a: Picture, b: Picture) -> float:
+        with torch.no_grad():
+            pixels = processor(images=[a, b], return_tensors="pt")["pixel_values"].to(model.device)
+            seen_in_a, seen_in_b = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+            return float(torch.cosine_similarity(seen_in_a, seen_in_b, dim=0))
 
-def _clip(model: Any, processor: Any, a: Picture, b: Picture) -> float:
-    import torch
-
-    with torch.no_grad():
-        pixels = processor(images=[a, b], return_tensors="pt")["pixel_values"].to(model.device)
-        one, other = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-        return float(torch.cosine_similarity(one, other, dim=0))
+    return similarity

@@ -1,26 +1,21 @@
-"""A model as one of diffusers' pipelines, and an adapter on it for a while. Nothing is ever downloaded."""
+"""A model, as a folder or a single file, opened as one of diffusers' pipelines. Nothing is ever downloaded."""
 
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorashrink.adapters import Adapter, open_adapter
-from lorashrink.bases import Base, open_base
+from lorashrink.bases import open_base
 from lorashrink.errors import InputError, LorashrinkError, UsageError
-from lorashrink.linking.renaming import renamed
 
 if TYPE_CHECKING:
     import torch
-
-_log = logging.getLogger(__name__)
 
 PACKAGES = ("diffusers", "transformers", "accelerate", "peft", "PIL", "skimage")
 
@@ -70,15 +65,15 @@ KINDS: Mapping[str, Kind] = {
     ),
 }
 
-_DRAWN_WITH = ", ".join(kind.title for kind in KINDS.values())
+_TITLES = ", ".join(kind.title for kind in KINDS.values())
 
 # A file of these keys predicts velocities, or was trained down to a signal of zero; there is no other place to say so.
 _VELOCITY, _ZERO_SIGNAL = "v_pred", "ztsnr"
 
-# Where a CLIP tokenizer may lie: beside a single file, and in the cache of the hub's tools.
-_BESIDE = ("tokenizer",)
-
-_IN_CACHE = (
+# Where a CLIP tokenizer lies in a model's folder, in sd-scripts' cache and in that of the hub's tools.
+_TOKENIZERS = (
+    "tokenizer",
+    "openai_clip-vit-large-patch14",
     "models--openai--clip-vit-large-patch14/snapshots/*",
     "models--*--stable-diffusion-*/snapshots/*/tokenizer",
 )
@@ -96,7 +91,7 @@ def check_packages() -> None:
         )
 
 
-# --- the model ----------------------------------------------------------------------------------
+# --- which pipeline -----------------------------------------------------------------------------
 
 
 def pipeline_kind(model: Path) -> str:
@@ -106,7 +101,15 @@ def pipeline_kind(model: Path) -> str:
     with it, and InputError if a single file cannot be read.
     """
     if model.is_file():
-        return _kind_of_file(model)
+        with open_base(model) as base:
+            family = base.family
+        names = [name for name, kind in KINDS.items() if kind.family == family.name]
+        if not names:
+            raise UsageError(
+                f"{model}: is {family.title} in one file, and pictures are drawn with {_TITLES} only. "
+                "If it is one of them, give the model's folder as diffusers saves it."
+            )
+        return names[0]
     if not model.is_dir():
         raise UsageError(f"{model}: there is no such model, neither a folder nor a file.")
     try:
@@ -114,20 +117,8 @@ def pipeline_kind(model: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{model}: holds no model_index.json that names diffusers' pipeline.") from None
     if name not in KINDS:
-        raise UsageError(f"{model}: is a {name}, and pictures are drawn with {_DRAWN_WITH} only.")
+        raise UsageError(f"{model}: is a {name}, and pictures are drawn with {_TITLES} only.")
     return str(name)
-
-
-def _kind_of_file(model: Path) -> str:
-    with open_base(model) as base:
-        family = base.family
-    name = next((name for name, kind in KINDS.items() if kind.family == family.name), None)
-    if name is None:
-        raise UsageError(
-            f"{model}: is {family.title} in one file, and pictures are drawn with {_DRAWN_WITH} only. "
-            "If it is one of them, give the model's folder as diffusers saves it."
-        )
-    return name
 
 
 def check_model(model: Path, settings: Path | None = None) -> str:
@@ -142,17 +133,33 @@ def check_model(model: Path, settings: Path | None = None) -> str:
     if settings is not None:
         if not settings.is_dir() or pipeline_kind(settings) != name:
             raise UsageError(f"--images-config {settings}: must be a folder of {title}, as {model} is.")
-    elif _published(name) is None:
+    elif _published_settings(name) is None:
         raise UsageError(
             f"{model}: is {title} in one file, which tells neither how the model is built nor how it reads text. Give "
             "the model's folder as diffusers saves it, or besides the file such a folder with --images-config."
         )
-    elif _tokenizer_folder(model) is None:
+    elif _tokenizer_of_file(model) is None:
         raise UsageError(
             f"{model}: a single file holds no tokenizer, and there is none in a folder `tokenizer` beside it. Give "
             f"a folder of any {title} model as diffusers saves it with --images-config; its weights are not read."
         )
     return name
+
+
+def companions(model: Path, settings: Path | None = None) -> tuple[Path, ...]:
+    """The folders that a single file is read together with; none for a folder."""
+    if model.is_dir():
+        return ()
+    folders = (settings,) if settings else (_published_settings(pipeline_kind(model)), _tokenizer_of_file(model))
+    return tuple(folder for folder in folders if folder)
+
+
+def _published_settings(name: str) -> Path | None:
+    location = KINDS[name].settings
+    return Path(str(resources.files(location[0]) / location[1])) if location else None
+
+
+# --- opening it ---------------------------------------------------------------------------------
 
 
 def open_pipeline(model: Path, *, device: str, dtype: str, settings: Path | None = None) -> Any:
@@ -169,23 +176,81 @@ def open_pipeline(model: Path, *, device: str, dtype: str, settings: Path | None
     name = check_model(model, settings)
     import torch
 
-    _quiet()
-    try:
-        with enough_memory(f"{model}: it does not fit into memory", device, "Take --device cpu, or a smaller model."):
-            pipeline = _loaded(model, name, getattr(torch, dtype), settings)
-            pipeline.set_progress_bar_config(disable=True)
-            return pipeline.to(device)
-    except LorashrinkError:
-        raise
-    except NotImplementedError as error:  # that a tensor without data cannot be copied
-        raise InputError(
-            f"{model}: lacks tensors of its family. The file is damaged, or not the whole model."
-        ) from error
-    except Exception as error:  # what diffusers and transformers raise has no common class
-        raise InputError(f"{model}: diffusers cannot load it ({_first_sentence(error)}).") from error
+    number_type = getattr(torch, dtype)
+    quiet_libraries()
+    with (
+        loading(model),
+        enough_memory(f"{model}: it does not fit into memory", device, "Take --device cpu, or a smaller model."),
+    ):
+        if model.is_dir():
+            pipeline = _load_folder(model, name, number_type)
+        elif KINDS[name].denoiser == "transformer" and settings:  # most files of FLUX and SD 3 hold nothing else
+            transformer = _load_transformer(model, settings, number_type)
+            pipeline = _load_folder(settings, name, number_type, transformer=transformer)
+        else:
+            pipeline = _load_file(model, name, number_type, settings)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(device)
 
 
-def _quiet() -> None:
+def _load_folder(model: Path, name: str, dtype: torch.dtype, **parts: Any) -> Any:
+    import diffusers
+
+    kind = KINDS[name]
+    index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
+    # Such as the third text encoder of SD 3, which many leave out; diffusers wants that said.
+    absent = {part: None for part, value in index.items() if value == [None, None]}
+    return getattr(diffusers, name).from_pretrained(
+        model,
+        dtype=dtype,
+        local_files_only=True,
+        variant=weights_variant(model / kind.denoiser),
+        **absent | dict(kind.takes) | parts,
+    )
+
+
+def _load_transformer(model: Path, settings: Path, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    name = json.loads((settings / "transformer" / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    transformer = getattr(diffusers, name).from_single_file(
+        str(model), config=str(settings), subfolder="transformer", torch_dtype=dtype, local_files_only=True
+    )
+    check_filled(model, "transformer", transformer)
+    return transformer
+
+
+def _load_file(model: Path, name: str, dtype: torch.dtype, settings: Path | None) -> Any:
+    import diffusers
+
+    published = _published_settings(name)
+    parts: dict[str, Any] = {}
+    if not settings:  # what a model's folder has itself is not passed: diffusers reads it there
+        folder = _tokenizer_of_file(model)
+        assert folder is not None  # `check_model` has looked
+        assert published is not None
+        tokenizer, second_tokenizer = clip_tokenizers(folder)
+        parts = {"scheduler": scheduler_of_file(model), "tokenizer": tokenizer}
+        if (published / "text_encoder_2").is_dir():
+            parts["tokenizer_2"] = second_tokenizer
+    pipeline = getattr(diffusers, name).from_single_file(
+        str(model),
+        config=str(settings or published),
+        torch_dtype=dtype,
+        local_files_only=True,
+        **KINDS[name].takes,
+        **parts,
+    )
+    for part, module in pipeline.components.items():
+        check_filled(model, part, module)
+    return pipeline
+
+
+# --- the parts of a model, for all that load one ------------------------------------------------
+
+
+def quiet_libraries() -> None:
+    """Silence what diffusers and transformers say, except errors, and their progress bars."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # before diffusers makes it say what else could be installed
@@ -196,67 +261,38 @@ def _quiet() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def _loaded(model: Path, name: str, dtype: torch.dtype, settings: Path | None) -> Any:
-    if model.is_dir():
-        return _of_folder(model, name, dtype)
-    if KINDS[name].denoiser == "transformer" and settings:
-        return _of_folder(settings, name, dtype, transformer=_transformer(model, settings, dtype))
-    return _of_file(model, name, dtype, settings)
+@contextmanager
+def loading(model: Path) -> Iterator[None]:
+    """Raises InputError, which names the model, for whatever diffusers and transformers raise while they load it."""
+    try:
+        yield
+    except LorashrinkError:
+        raise
+    except NotImplementedError as error:  # that a tensor without data cannot be copied
+        raise InputError(
+            f"{model}: lacks tensors of its family. The file is damaged, or not the whole model."
+        ) from error
+    except Exception as error:  # they have no common class
+        raise InputError(f"{model}: diffusers cannot load it ({first_sentence(error)}).") from error
 
 
-def _of_folder(model: Path, name: str, dtype: torch.dtype, **parts: Any) -> Any:
-    import diffusers
-
-    kind = KINDS[name]
-    index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
-    # Such as the third text encoder of SD 3, which many leave out; diffusers wants that said.
-    without = {part: None for part, value in index.items() if value == [None, None]}
-    return getattr(diffusers, name).from_pretrained(
-        model,
-        dtype=dtype,
-        local_files_only=True,
-        variant=_variant(model / kind.denoiser),
-        **without | dict(kind.takes) | parts,
-    )
+def first_sentence(error: Exception) -> str:
+    """The first sentence of what a library says, without its full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
 
 
-def _transformer(model: Path, settings: Path, dtype: torch.dtype) -> Any:
-    """All that most files of FLUX and SD 3 hold."""
-    import diffusers
+def weights_variant(folder: Path, *, half: bool = False) -> str | None:
+    """diffusers' name for the weights to take in a part's folder: "fp16", or None for those without a variant.
 
-    kind = json.loads((settings / "transformer" / "config.json").read_text(encoding="utf-8"))["_class_name"]
-    made = getattr(diffusers, kind).from_single_file(
-        str(model), config=str(settings), subfolder="transformer", torch_dtype=dtype, local_files_only=True
-    )
-    _check_filled(model, "transformer", made)
-    return made
+    "fp16" where the folder has nothing else, and with `half` wherever it has them.
+    """
+    names = [path.name for path in folder.glob("*.safetensors")] or [path.name for path in folder.glob("*.bin")]
+    halves = [name for name in names if ".fp16" in name]
+    return "fp16" if halves and (half or len(halves) == len(names)) else None
 
 
-def _variant(folder: Path) -> str | None:
-    """fp16 where the folder has nothing else."""
-    names = [path.name for path in folder.glob("*.safetensors")]
-    return "fp16" if names and all(".fp16" in name for name in names) else None
-
-
-def _of_file(model: Path, name: str, dtype: torch.dtype, settings: Path | None) -> Any:
-    import diffusers
-
-    # What a model's folder has itself is not passed: diffusers reads it there.
-    parts = {} if settings else {"scheduler": _published_scheduler(model), **_tokenizers(model, name)}
-    pipeline = getattr(diffusers, name).from_single_file(
-        str(model),
-        config=str(settings or _published(name)),
-        torch_dtype=dtype,
-        local_files_only=True,
-        **KINDS[name].takes,
-        **parts,
-    )
-    for part, module in pipeline.components.items():
-        _check_filled(model, part, module)
-    return pipeline
-
-
-def _check_filled(model: Path, part: str, module: Any) -> None:
+def check_filled(model: Path, part: str, module: Any) -> None:
+    """Raises InputError if a part of the loaded model, which need not be a module, has tensors without data."""
     tensors = module.state_dict() if hasattr(module, "state_dict") else {}
     lacking = [key for key, tensor in tensors.items() if tensor.is_meta]
     if lacking:
@@ -265,12 +301,30 @@ def _check_filled(model: Path, part: str, module: Any) -> None:
         )
 
 
-def _published(name: str) -> Path | None:
-    place = KINDS[name].settings
-    return Path(str(resources.files(place[0]) / place[1])) if place else None
+def tokenizer_folder(folders: Iterable[Path]) -> Path | None:
+    """The first CLIP tokenizer that lies in these folders, which may be tokenizers, models or caches."""
+    for folder in folders:
+        for path in (folder, *(match for pattern in _TOKENIZERS for match in sorted(folder.glob(pattern)))):
+            if (path / "merges.txt").is_file() or (path / "tokenizer.json").is_file():
+                return path
+    return None
 
 
-def _published_scheduler(model: Path) -> Any:
+def clip_tokenizers(folder: Path) -> tuple[Any, Any]:
+    """Both tokenizers of SDXL, which have one vocabulary; the first one is that of SD 1.
+
+    They differ in their padding alone. The published tokenizer_2 takes every "!" for its padding; sd-scripts, ComfyUI
+    and A1111 take it for the word that it is, as the first tokenizer does.
+    """
+    from transformers import CLIPTokenizer
+
+    first, second = (CLIPTokenizer.from_pretrained(folder, local_files_only=True) for _ in range(2))
+    second.pad_token_id = 0
+    return first, second
+
+
+def scheduler_of_file(model: Path) -> Any:
+    """The published scheduler of SDXL and SD 1, with the prediction that the keys of a single file speak of."""
     from diffusers import EulerDiscreteScheduler
 
     with open_base(model) as base:
@@ -286,40 +340,10 @@ def _published_scheduler(model: Path) -> Any:
         )
 
 
-def _tokenizers(model: Path, name: str) -> dict[str, Any]:
-    """CLIP's tokenizers; those of SDXL differ in their padding alone."""
-    from transformers import CLIPTokenizer
-
-    folder, settings = _tokenizer_folder(model), _published(name)
-    found = {"tokenizer": CLIPTokenizer.from_pretrained(folder, local_files_only=True)}
-    if settings and (settings / "text_encoder_2").is_dir():
-        found["tokenizer_2"] = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        found["tokenizer_2"].pad_token_id = 0
-    return found
-
-
-def _tokenizer_folder(model: Path) -> Path | None:
+def _tokenizer_of_file(model: Path) -> Path | None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    places = [
-        each
-        for place, names in ((model.parent, _BESIDE), (Path(HF_HUB_CACHE), _IN_CACHE))
-        for name in names
-        for each in sorted(place.glob(name))
-    ]
-    return next((each for each in places if (each / "merges.txt").is_file()), None)
-
-
-def companions(model: Path, settings: Path | None = None) -> tuple[Path, ...]:
-    """The folders that a single file is read together with; none for a folder."""
-    if model.is_dir():
-        return ()
-    found = (settings,) if settings else (_published(pipeline_kind(model)), _tokenizer_folder(model))
-    return tuple(folder for folder in found if folder)
-
-
-def _first_sentence(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
+    return tokenizer_folder((model.parent / "tokenizer", Path(HF_HUB_CACHE)))
 
 
 # What torch says on CPUs and MPS, where it has no class of its own for it.
@@ -335,130 +359,3 @@ def enough_memory(what: str, device: str, advice: str) -> Iterator[None]:
         if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
             raise UsageError(f"{what} (out of memory on {device}). {advice}") from error
         raise
-
-
-# --- the adapter --------------------------------------------------------------------------------
-
-
-@contextmanager
-def adapted(pipeline: Any, adapter: Path | None, base: Base) -> Iterator[None]:
-    """The adapter on the model for as long as this lasts; with None the model stays as it is.
-
-    base: the same model. Afterwards the model is what it was, bit by bit. Raises InputError if the adapter cannot be
-    put on it.
-    """
-    changed: Sequence[Any] = ()
-    try:
-        if adapter is not None:
-            parts = _factors(adapter, pipeline, base)
-            changed = [getattr(pipeline, part) for part in parts]
-            _put_on(adapter, pipeline, parts)
-        yield
-    finally:
-        for module in changed:
-            _take_off(module)
-
-
-def _factors(adapter: Path, pipeline: Any, base: Base) -> dict[str, dict[str, torch.Tensor]]:
-    """Part of the pipeline -> tensors under PEFT's names."""
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    with open_adapter(adapter) as opened:
-        store = in_diffusers_names(opened, base).store
-        for key in store.tensors:
-            part, _, name = key.partition(".")
-            if ".lora_" not in key or part not in pipeline.components:
-                continue
-            # transformers 5 dropped this level of the first text encoder
-            name = name if hasattr(getattr(pipeline, part), "text_model") else name.removeprefix("text_model.")
-            parts.setdefault(part, {})[name] = store.read(key)
-    return parts
-
-
-def _put_on(adapter: Path, pipeline: Any, parts: Mapping[str, dict[str, torch.Tensor]]) -> None:
-    """PEFT's layers around those of the model.
-
-    diffusers' own loader guesses by names: ranks that differ in layers it does not list, and DoRA in kohya's names, are
-    too much for it.
-    """
-    try:
-        for part, state in parts.items():
-            if getattr(pipeline, part) is None:
-                raise ValueError(f"the model comes without its {part}")
-            _inject(getattr(pipeline, part), state)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{adapter}: PEFT cannot put it on the model ({_first_sentence(error)}).") from error
-
-
-def _inject(model: Any, state: dict[str, torch.Tensor]) -> None:
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-    names: dict[int, list[str]] = {}
-    for key, tensor in state.items():
-        if ".lora_A." in key:
-            names.setdefault(len(tensor), []).append(key.partition(".lora_A.")[0])
-    # One pattern for each rank, because PEFT tries all of them on every layer. Scales are inside the factors, so that
-    # alpha is the rank.
-    patterns = {f"^(?:{'|'.join(map(re.escape, each))})$": rank for rank, each in names.items()}
-    config = LoraConfig(
-        # A list would be taken for endings of names, such as the `proj_out` that each block of FLUX has too.
-        target_modules="|".join(re.escape(name) for each in names.values() for name in each),
-        rank_pattern=patterns,
-        alpha_pattern=patterns,
-        use_dora=any(".lora_magnitude_vector" in key for key in state),
-        lora_bias=any(".lora_B.bias" in key for key in state),
-    )
-    inject_adapter_in_model(config, model)
-    result: Any = set_peft_model_state_dict(model, state)
-    missing = [key for key in result.missing_keys if ".lora_" in key]
-    if missing or result.unexpected_keys:
-        raise ValueError(f"no place for {(missing + result.unexpected_keys)[0]}")
-
-
-def _take_off(model: Any) -> None:
-    """The model's own layers in the places of PEFT's, which leave them as they are."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if model is None:
-        return
-    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name, module in wrapped:
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, module.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-
-
-def in_diffusers_names(adapter: Adapter, base: Base) -> Adapter:
-    """The adapter under diffusers' own names, which diffusers reads without guessing.
-
-    Raises:
-        FamilyMismatch, ShapeError: it does not belong to the model.
-        InputError: some of its layers are not LoRA, or it has none.
-    """
-    if not adapter.layers:
-        raise InputError(
-            f"{adapter.path}: has no layers of LoRA, only {len(adapter.others)} other tensors, which all recipes keep."
-        )
-    other = next((layer for layer in adapter.layers if layer.family.name != "lora"), None)
-    if other:
-        raise InputError(
-            f"{adapter.path}: {other.name} is {other.algo}, and pictures are drawn with LoRA only. "
-            "Make one of it with `lorashrink resize --as lora -r energy=1`."
-        )
-    return renamed(adapter, "diffusers", base).adapter
-
-
-def check_adapter(adapter: Path, base: Base) -> None:
-    """That the model of this base can draw with the adapter; tensors that pictures leave out are named in a warning.
-
-    Raises:
-        InputError: it is for another family of models, or has layers that diffusers does not know.
-    """
-    with open_adapter(adapter) as opened:
-        new = in_diffusers_names(opened, base)
-        known = tuple(f"{base.family.folder(part)}." for part in {part for part, _ in base.weights})
-        left = [key for key in new.store.tensors if not (".lora_" in key and key.startswith(known))]
-    if len(left) == len(new.store.tensors):
-        raise InputError(f"{adapter}: changes no weight of {base.path}.")
-    if left:
-        _log.warning("%s: pictures are drawn without %d of its tensors, such as %s", adapter, len(left), left[0])

@@ -99,24 +99,16 @@ def _switches(line: str) -> dict[str, Any]:
 
 
 def _prompt(values: Mapping[str, Any], where: str, sampler: str, scale: float) -> Prompt:
-    made: dict[str, Any] = {"sampler": sampler, "scale": scale}
+    fields: dict[str, Any] = {"sampler": sampler, "scale": scale}
     for key, value in values.items():
         if value is None:
             continue
         try:
             field, read = _KEYS[key]
-            made[field] = read(value)
+            fields[field] = read(value)
         except (KeyError, ValueError, TypeError):
             _log.warning("%s: ignored, because it means nothing here: %s %s", where, key, value)
-    return Prompt(**made)
-
-
-def _side(value: Any) -> int:
-    return max(64, int(value) // 8 * 8)
-
-
-def _steps(value: Any) -> int:
-    return max(1, min(1000, int(value)))
+    return Prompt(**fields)
 
 
 def _seed(value: Any) -> int:
@@ -142,10 +134,10 @@ def _sampler(value: Any) -> str:
 _KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "prompt": ("prompt", str),
     "negative_prompt": ("negative", str),
-    "width": ("width", _side),
-    "height": ("height", _side),
+    "width": ("width", lambda value: max(64, int(value) // 8 * 8)),
+    "height": ("height", lambda value: max(64, int(value) // 8 * 8)),
     "seed": ("seed", _seed),
-    "sample_steps": ("steps", _steps),
+    "sample_steps": ("steps", lambda value: max(1, min(1000, int(value)))),
     "scale": ("scale", _scale),
     "sample_sampler": ("sampler", _sampler),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,29 +55,22 @@ def scheduler(sampler: str, *, v_parameterization: bool) -> Any:
 
 
 def check_samplers(prompts: Sequence[Prompt], *, flow: str = "") -> None:
-    """That every prompt can be drawn with its sampler.
+    """Check that every prompt can be drawn with its sampler.
 
     flow: what to call the model if it is one of flow matching, for which only its own sampler is right.
 
     Raises:
-        UsageError: a sampler's package is missing, it cannot draw in so many steps, or not with this model.
+        UsageError: a sampler cannot draw in so many steps, or not with this model.
     """
     for number, prompt in enumerate(prompts):
         if prompt.sampler == OWN:
             continue
+        what = f"sample {number:02d}: the sampler {prompt.sampler}"
         if flow:
             raise UsageError(
-                f"sample {number:02d}: the sampler {prompt.sampler} is for models that predict noise, and {flow} is "
-                "drawn by flow matching; leave --ss out"
+                f"{what} is for models that predict noise, and {flow} is drawn by flow matching; leave --ss out"
             )
-        _check_sampler(f"sample {number:02d}: the sampler {prompt.sampler}", prompt)
-
-
-def _check_sampler(what: str, prompt: Prompt) -> None:
-    kind = _KINDS[prompt.sampler.removeprefix("k_")][0]
-    if kind is LMSDiscreteScheduler and not importlib.util.find_spec("scipy"):
-        raise UsageError(f"{what} needs scipy: pip install scipy, or choose another")
-    try:
-        scheduler(prompt.sampler, v_parameterization=False).set_timesteps(prompt.steps)
-    except ValueError:
-        raise UsageError(f"{what} cannot draw in {prompt.steps} steps; give it another --s") from None
+        try:
+            scheduler(prompt.sampler, v_parameterization=False).set_timesteps(prompt.steps)
+        except ValueError:
+            raise UsageError(f"{what} cannot draw in {prompt.steps} steps; give it another --s") from None

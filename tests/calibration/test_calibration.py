@@ -1,4 +1,4 @@
-"""Calibrated truncation against the dense formula, statistics files, and recipes with `calib`."""
+"""Calibrated truncation against the dense formula, files of statistics, and recipes with `calib`."""
 
 from __future__ import annotations
 
@@ -62,42 +62,43 @@ def measured(delta: Delta, inputs: Tensor, outputs: Tensor) -> Grams:
     out=st.integers(1, 20),
     fan_in=st.integers(1, 20),
     rank=st.integers(1, 8),
-    known=st.tuples(st.integers(1, 20), st.integers(1, 20)),  # ranks of the statistics, which may be singular
+    ranks=st.tuples(st.integers(1, 20), st.integers(1, 20)),  # of the statistics, which may be singular
     seed=st.integers(0, 2**31),
 )
-def test_singular_values_are_those_of_the_dense_formula_and_truncation_is_no_worse_than_plain(
-    out: int, fan_in: int, rank: int, known: tuple[int, int], seed: int
+def test_calibrated_singular_values_and_truncation_match_dense_math(
+    out: int, fan_in: int, rank: int, ranks: tuple[int, int], seed: int
 ) -> None:
     """SVD(G^½ ΔW C^½), and Eckart and Young's theorem in that norm."""
     generator = torch.Generator().manual_seed(seed)
     delta = random_delta(out, fan_in, rank, generator)
-    inputs, outputs = covariance(fan_in, known[0], generator), covariance(out, known[1], generator)
+    inputs, outputs = covariance(fan_in, ranks[0], generator), covariance(out, ranks[1], generator)
     left, right = root_of(outputs), root_of(inputs)
-    whole = delta.scale * delta.up @ delta.down
-    truth = torch.linalg.svdvals(left @ whole @ right)
-    found = spectrum(delta, measured(delta, inputs, outputs))
+    dense = delta.scale * delta.up @ delta.down
+    truth = torch.linalg.svdvals(left @ dense @ right)
+    calibrated = spectrum(delta, measured(delta, inputs, outputs))
     count = min(len(truth), rank)
-    torch.testing.assert_close(found.sigma[:count], truth[:count], rtol=1e-4, atol=3e-4 * float(truth[0]))
+    torch.testing.assert_close(calibrated.sigma[:count], truth[:count], rtol=1e-4, atol=3e-4 * float(truth[0]))
     plain = spectrum(delta)
     for kept in range(rank + 1):
         errors = []
-        for each in (found, plain):
-            up, down = truncate(delta, each, range(min(kept, each.rank)))
-            rest = whole - up.double() @ down.double()
+        for result in (calibrated, plain):
+            dimensions = range(min(kept, result.rank))
+            up, down = truncate(delta, result, dimensions)
+            rest = dense - up.double() @ down.double()
             errors.append(float((left @ rest @ right).norm()))
-            assert each.lost(range(min(kept, each.rank))) == pytest.approx(
-                float(rest.norm()) if kept < each.rank else 0.0, rel=1e-3, abs=1e-4 * float(whole.norm())
+            assert result.lost(dimensions) == pytest.approx(
+                float(rest.norm()) if kept < result.rank else 0.0, rel=1e-3, abs=1e-4 * float(dense.norm())
             )
         assert errors[0] <= errors[1] * (1 + 1e-4) + 1e-4 * float(truth[0])
         assert errors[0] == pytest.approx(float(truth[kept:].norm()), rel=1e-3, abs=5e-4 * float(truth[0]))
 
 
-def test_what_changes_no_output_has_rank_0() -> None:
+def test_a_change_without_effect_on_outputs_has_rank_0() -> None:
     generator = torch.Generator().manual_seed(1)
     delta = random_delta(6, 5, 3, generator)
-    found = spectrum(delta, measured(delta, covariance(5, 5, generator), torch.zeros(6, 6, dtype=torch.float64)))
-    assert found.rank == 0
-    assert found.total == pytest.approx(float((0.7 * delta.up @ delta.down).norm()) ** 2)
+    result = spectrum(delta, measured(delta, covariance(5, 5, generator), torch.zeros(6, 6, dtype=torch.float64)))
+    assert result.rank == 0
+    assert result.total == pytest.approx(float((0.7 * delta.up @ delta.down).norm()) ** 2)
 
 
 def test_a_matrix_is_calibrated_as_factors() -> None:
@@ -106,14 +107,14 @@ def test_a_matrix_is_calibrated_as_factors() -> None:
         matrix = torch.randn(out, fan_in, generator=generator, dtype=torch.float64)
         dense = Dense(matrix, -0.5, (out, fan_in))
         inputs, outputs = covariance(fan_in, 9, generator), covariance(out, 9, generator)
-        found = spectrum(dense, measured(factored(dense), inputs, outputs))
+        result = spectrum(dense, measured(factored(dense), inputs, outputs))
         truth = torch.linalg.svdvals(root_of(outputs) @ (-0.5 * matrix) @ root_of(inputs))
-        torch.testing.assert_close(found.sigma, truth[: len(found.sigma)], rtol=1e-6, atol=1e-8)
-        up, down = truncate(dense, found, range(4))
+        torch.testing.assert_close(result.sigma, truth[: len(result.sigma)], rtol=1e-6, atol=1e-8)
+        up, down = truncate(dense, result, range(4))
         torch.testing.assert_close(up @ down, -0.5 * matrix, rtol=1e-5, atol=1e-5)
 
 
-def test_a_side_is_a_diagonal_and_columns_and_of_convolutions_times_taps() -> None:
+def test_a_side_is_diagonal_plus_columns_times_a_convolutions_taps() -> None:
     generator = torch.Generator().manual_seed(3)
     side = Side(torch.rand(5, generator=generator), torch.randn(5, 2, generator=generator))
     dense = (torch.diag(side.diagonal) + side.low @ side.low.T).double()
@@ -131,7 +132,7 @@ def test_a_side_is_a_diagonal_and_columns_and_of_convolutions_times_taps() -> No
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made-up statistics of every weight of the example model."""
-    place = tmp_path_factory.mktemp("table") / "table.safetensors"
+    path = tmp_path_factory.mktemp("table") / "table.safetensors"
     generator = torch.Generator().manual_seed(4)
 
     def side(size: int, taps: int = 1) -> Side:
@@ -141,12 +142,12 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with open_base(MODEL) as base:
         views: set[View] = {view for views in base.all_views for view in views}
-        found = {
+        statistics = {
             view: Sides(side(view.shape[1], view.shape[2:].numel() if view.shape[2:] else 1), side(view.shape[0]))
             for view in ((View(view.key, torch.Size(view.shape))) for view in sorted(views, key=str))
         }
-        write_table(place, found, base, {})
-    return place
+        write_table(path, statistics, base, {})
+    return path
 
 
 def test_a_table_gives_every_layer_the_grams_of_its_weight(table: Path) -> None:
@@ -171,13 +172,13 @@ def test_fused_and_split_weights_share_statistics(table: Path, tmp_path: Path) -
         views = tuple(View(f"{name}.{part}_proj.weight", (48, 48)) for part in "qkv")
         pieces = statistics._cover(views)
         assert pieces
-        grams = statistics._projected(pieces, Delta(up, down, 1.0, (3 * 48, 48)))
-        torch.testing.assert_close(grams.down, sum(each.inputs.gram(down) for each in parts) / 3)
-        truth = sum(each.outputs.gram(rows.mT) for each, rows in zip(parts, up.split(48), strict=True))
+        grams = statistics._projected_grams(pieces, Delta(up, down, 1.0, (3 * 48, 48)))
+        torch.testing.assert_close(grams.down, sum(sides.inputs.gram(down) for sides in parts) / 3)
+        truth = sum(sides.outputs.gram(rows.mT) for sides, rows in zip(parts, up.split(48), strict=True))
         torch.testing.assert_close(grams.up, truth)
         some = statistics._cover((View(views[1].key, (20, 48), (10, 30)),))
         assert some
-        grams = statistics._projected(some, Delta(up[:20], down, 1.0, (20, 48)))
+        grams = statistics._projected_grams(some, Delta(up[:20], down, 1.0, (20, 48)))
         torch.testing.assert_close(grams.up, parts[1].outputs.rows(10, 30).gram(up[:20].mT))
 
 
@@ -193,7 +194,7 @@ def test_fused_and_split_weights_share_statistics(table: Path, tmp_path: Path) -
         "calib,rank=4",
     ],
 )
-def test_recipes_keep_what_they_say(table: Path, tmp_path: Path, recipe: str) -> None:
+def test_calibrated_recipes_keep_what_they_ask_for(table: Path, tmp_path: Path, recipe: str) -> None:
     result = ls.resize(STYLE, recipes=recipe, calibration=table, output=tmp_path / "out.safetensors").results[0]
     compared = ls.compare(STYLE, tmp_path / "out.safetensors").total
     assert compared.relative_difference == pytest.approx(result.relative_error, abs=2e-3)
@@ -209,7 +210,7 @@ def test_recipes_keep_what_they_say(table: Path, tmp_path: Path, recipe: str) ->
         assert len(set(ranks) - {0}) <= 2  # layers of fewer dimensions than the widest are filled up with zeros
 
 
-def test_energy_is_that_of_the_whole_file(table: Path, tmp_path: Path) -> None:
+def test_energy_counts_the_squares_of_all_layers_together(table: Path, tmp_path: Path) -> None:
     """Best dimensions first, in whatever layer, until their squares are 90 % of all squares."""
     with open_statistics(table) as statistics, open_adapter(STYLE) as adapter:
         makers = statistics.of_layers(adapter)
@@ -227,17 +228,17 @@ def test_energy_is_that_of_the_whole_file(table: Path, tmp_path: Path) -> None:
 def test_layers_of_every_family_are_calibrated(table: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(6)
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
-    other = name.replace("to_q", "to_k")
+    kronecker = name.replace("to_q", "to_k")
     tensors = {
         f"{name}.hada_w1_a": torch.randn(48, 3, generator=generator),
         f"{name}.hada_w1_b": torch.randn(3, 48, generator=generator),
         f"{name}.hada_w2_a": torch.randn(48, 3, generator=generator),
         f"{name}.hada_w2_b": torch.randn(3, 48, generator=generator),
         f"{name}.alpha": torch.tensor(3.0),
-        f"{other}.lokr_w1": torch.randn(6, 6, generator=generator),
-        f"{other}.lokr_w2": torch.randn(8, 8, generator=generator),
-        f"{other}.alpha": torch.tensor(1.0),
-        f"{other.replace('to_k', 'to_v')}.diff": torch.randn(48, 48, generator=generator),
+        f"{kronecker}.lokr_w1": torch.randn(6, 6, generator=generator),
+        f"{kronecker}.lokr_w2": torch.randn(8, 8, generator=generator),
+        f"{kronecker}.alpha": torch.tensor(1.0),
+        f"{name.replace('to_q', 'to_v')}.diff": torch.randn(48, 48, generator=generator),
     }
     adapter = write_tensors(tmp_path / "mixed.safetensors", tensors)
     report = ls.resize(
@@ -252,22 +253,22 @@ def test_layers_of_every_family_are_calibrated(table: Path, tmp_path: Path) -> N
 def test_weights_without_statistics_stay_and_weights_without_effect_go(tmp_path: Path) -> None:
     with open_base(MODEL) as base, open_adapter(STYLE) as adapter:
         grams = {}
-        for place, layer in enumerate(adapter.layers[:-1]):
+        for index, layer in enumerate(adapter.layers[:-1]):
             up, down = layer.delta.up.double(), layer.delta.down.double()
-            sensitive = up.T @ up * (place > 0)
+            sensitive = up.T @ up * (index > 0)
             grams[f"{adapter_key(adapter)}/{layer.name}"] = Grams(down @ down.T, sensitive)
         write_adapters(tmp_path / "s.safetensors", grams, {adapter_key(adapter): "style"}, base, {})
         names = [layer.name for layer in adapter.layers]
     report = ls.resize(STYLE, recipes="calib,rank=2", calibration=tmp_path / "s.safetensors", output=tmp_path)
     result = report.results[0]
-    assert [(each.name, each.reason) for each in result.removed if each.name == names[0]] == [
+    assert [(layer.name, layer.reason) for layer in result.removed if layer.name == names[0]] == [
         (names[0], "it does not change the model's output")
     ]
-    kept = {each.key.partition(".")[0]: each.reason for each in result.verbatim}
+    kept = {tensor.key.partition(".")[0]: tensor.reason for tensor in result.verbatim}
     assert kept == {names[-1]: "the calibration has no statistics of its weight"}
 
 
-def test_wrong_input_is_refused(table: Path, tmp_path: Path) -> None:
+def test_missing_wrong_and_damaged_statistics_are_refused(table: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="--calibration"):
         ls.resize(STYLE, recipes="calib,rank=2", output=tmp_path)
     with pytest.raises(RecipeError, match="calib stands alone"):
@@ -303,19 +304,19 @@ def test_wrong_input_is_refused(table: Path, tmp_path: Path) -> None:
         open_statistics(broken)
 
 
-def test_a_sweep_and_a_second_run_know_the_statistics(table: Path, tmp_path: Path) -> None:
+def test_sweeps_and_repeated_runs_use_the_statistics(table: Path, tmp_path: Path) -> None:
     points = ls.sweep(STYLE, recipes=["calib,bytes", "rank=2"], sizes=[0.4], calibration=table).points
-    assert {each.curve for each in points} == {"calib=1,bytes=1,size", "rank"}
+    assert {point.curve for point in points} == {"calib=1,bytes=1,size", "rank"}
     command = ["resize", "-r", "calib,rank=2", "--calibration", str(table), "-o", str(tmp_path), str(STYLE), "--json"]
     assert CliRunner().invoke(app, command).exit_code == 0
     again = CliRunner().invoke(app, [*command, "--skip-existing"])
     assert json.loads(again.stdout)["results"][0]["skipped"]
-    other = tmp_path / "other.safetensors"
+    second_table = tmp_path / "second.safetensors"
     with open_base(MODEL) as base, open_adapter(STYLE) as adapter:
         key = adapter_key(adapter)
         grams = {f"{key}/{layer.name}": Grams(torch.eye(layer.rank), torch.eye(layer.rank)) for layer in adapter}
-        write_adapters(other, grams, {key: "style"}, base, {})
-    command[command.index(str(table))] = str(other)
+        write_adapters(second_table, grams, {key: "style"}, base, {})
+    command[command.index(str(table))] = str(second_table)
     refused = CliRunner().invoke(app, [*command, "--skip-existing"])
     assert refused.exit_code == 2
     assert "was made from another" in refused.stderr

@@ -1,4 +1,4 @@
-"""Refining of shrunk adapters: it brings predictions nearer, never further, and changes nothing else of a file."""
+"""`refine` brings predictions nearer, never further, and changes nothing else of a file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from fixtures import write_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_pipelines import write_adapter, write_flux, write_sd1, write_sd3
+from tiny_pipelines import write_adapter, write_flux, write_sd1, write_sd3
 from typer.testing import CliRunner
 
 import lorashrink as ls
-from lorashrink.calibration import refining
-from lorashrink.calibration.refining import Refined
+from lorashrink.calibration import refine
+from lorashrink.calibration.refine import Refined
 from lorashrink.cli import app
 from lorashrink.cli.refining import _print_refined
 from lorashrink.errors import FamilyMismatch, InputError, LorashrinkError, NonFinite, OutputError, UsageError
@@ -37,48 +37,48 @@ LINES = (
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    place.write_text(LINES)
-    return place
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text(LINES)
+    return path
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The style with one rank of each layer."""
-    place = tmp_path_factory.mktemp("small") / "small.safetensors"
-    assert not ls.resize(STYLE, recipes="rank=1", output=place).failed
-    return place
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    assert not ls.resize(STYLE, recipes="rank=1", output=path).failed
+    return path
 
 
 def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as opened:
-        found: dict[str, str] = opened.metadata()
-        return found
+        metadata: dict[str, str] = opened.metadata()
+        return metadata
 
 
 def equal(a: Path, b: Path) -> bool:
-    one, other = load_file(a), load_file(b)
-    return one.keys() == other.keys() and all(
-        torch.equal(tensor.reshape(-1).view(torch.uint8), other[key].reshape(-1).view(torch.uint8))
-        for key, tensor in one.items()
+    first, second = load_file(a), load_file(b)
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor.reshape(-1).view(torch.uint8), second[key].reshape(-1).view(torch.uint8))
+        for key, tensor in first.items()
     )
 
 
 @pytest.fixture(scope="module")
 def refined(prompts: Path, small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the command tells of a few steps."""
+    """The result of a few steps, as the command prints it."""
     output = tmp_path_factory.mktemp("refined") / "better.safetensors"
     command = ["refine", str(small), "--like", str(STYLE), "--model", str(MODEL), "--prompts", str(prompts), "--json"]
     outcome = CliRunner().invoke(app, [*command, "-o", str(output), "--steps", "10", "--batch", "3"])
     assert outcome.exit_code == 0, outcome.stderr
-    found: dict[str, Any] = json.loads(outcome.stdout)
-    return found
+    result: dict[str, Any] = json.loads(outcome.stdout)
+    return result
 
 
 # --- what it gains ------------------------------------------------------------------------------
 
 
-def test_a_few_steps_bring_predictions_nearer_and_keep_the_form(small: Path, refined: dict[str, Any]) -> None:
+def test_a_few_steps_bring_predictions_nearer_and_keep_all_shapes(small: Path, refined: dict[str, Any]) -> None:
     assert refined["improved"]
     assert refined["loss_after"] < 0.9 * refined["loss_before"]
     assert refined["steps"] == 10
@@ -95,7 +95,7 @@ def test_a_few_steps_bring_predictions_nearer_and_keep_the_form(small: Path, ref
 def test_only_hashes_and_the_refinement_are_new_in_the_metadata(small: Path, refined: dict[str, Any]) -> None:
     output = Path(refined["path"])
     old, new = metadata_of(small), metadata_of(output)
-    # the legacy hash reads a place that a file as small as this does not have
+    # the legacy hash reads bytes from 1 MB on, and a file as small as this has none
     hashes = {"sshs_model_hash", "modelspec.hash_sha256"} & old.keys()
     assert {key for key in new if new[key] != old.get(key)} == {"lorashrink.refined", *hashes}
     assert json.loads(new["lorashrink.refined"]) == {"steps": 10, "like_sha256": sha256_file(STYLE)}
@@ -105,7 +105,7 @@ def test_only_hashes_and_the_refinement_are_new_in_the_metadata(small: Path, ref
         assert with_hashes(new, store.tensors, lambda: data) == new
 
 
-def test_what_it_tells_is_what_the_written_file_does(prompts: Path, refined: dict[str, Any], tmp_path: Path) -> None:
+def test_the_reported_loss_is_that_of_the_written_file(prompts: Path, refined: dict[str, Any], tmp_path: Path) -> None:
     """A refined file refined again starts where the first one ended."""
     source = refined["path"]
     again = ls.refine(
@@ -121,8 +121,8 @@ def test_what_it_tells_is_what_the_written_file_does(prompts: Path, refined: dic
 def test_a_rate_that_is_too_high_falls_and_nothing_gets_worse(
     prompts: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refining, "_RATE", 1e3)
-    monkeypatch.setattr(refining, "_ROUND", 1)
+    monkeypatch.setattr(refine, "_RATE", 1e3)
+    monkeypatch.setattr(refine, "_ROUND", 1)
     output = tmp_path / "same.safetensors"
     result = ls.refine(small, like=STYLE, model=MODEL, output=output, prompts=prompts, steps=3, batch=1)
     assert result.rates == (1e3, 5e2, 2.5e2)
@@ -145,17 +145,17 @@ def test_a_perfect_start_stays_bit_by_bit_on_every_kind_of_model(
 ) -> None:
     """The whole adapter through this module's hooks predicts what it predicts through PEFT, fused layers too."""
     model = write(tmp_path / "model")
-    asked = tmp_path / "prompts.txt"
-    asked.write_text("a cat --w 64 --h 64 --s 4 --l 4 --d 1\na dog --w 64 --h 64 --s 4 --l 4 --d 2\n")
-    whole = write_adapter(tmp_path / "lora.safetensors", model, names)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 4 --l 4 --d 1\na dog --w 64 --h 64 --s 4 --l 4 --d 2\n")
+    lora = write_adapter(tmp_path / "lora.safetensors", model, names)
     output = tmp_path / "same.safetensors"
-    result = ls.refine(whole, like=whole, model=model, output=output, prompts=asked, steps=3)
+    result = ls.refine(lora, like=lora, model=model, output=output, prompts=prompts, steps=3)
     assert result.loss_before < 1e-8
     assert (result.improved, result.steps, result.layers) == (False, 0, len(names))
-    assert equal(whole, output)
+    assert equal(lora, output)
 
 
-def test_an_interrupted_one_leaves_nothing(prompts: Path, small: Path, tmp_path: Path) -> None:
+def test_an_interrupted_refinement_leaves_no_file(prompts: Path, small: Path, tmp_path: Path) -> None:
     def stop(text: str, _: int, __: int) -> None:
         if text == "refining":
             raise KeyboardInterrupt
@@ -173,9 +173,9 @@ def test_an_interrupted_one_leaves_nothing(prompts: Path, small: Path, tmp_path:
 def test_wrong_requests_are_refused(prompts: Path, small: Path, tmp_path: Path) -> None:
     output = tmp_path / "a.safetensors"
 
-    def refused(error: type[LorashrinkError], match: str, shrunk: Path = small, **more: object) -> None:
+    def refused(error: type[LorashrinkError], match: str, shrunk: Path = small, **options: object) -> None:
         with pytest.raises(error, match=match):
-            ls.refine(shrunk, **{"like": STYLE, "model": MODEL, "output": output, "prompts": prompts} | more)
+            ls.refine(shrunk, **{"like": STYLE, "model": MODEL, "output": output, "prompts": prompts} | options)
 
     refused(UsageError, r"ends in \.safetensors", output=tmp_path / "a.pt")
     refused(UsageError, "at least 1", steps=0)
@@ -210,7 +210,7 @@ def test_the_command_names_what_is_missing(small: Path) -> None:
     assert "--model" in outcome.stderr
 
 
-def test_the_command_says_what_was_gained_and_when_nothing_was(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_whether_anything_was_gained(capsys: pytest.CaptureFixture[str]) -> None:
     better = Refined("b.safetensors", "a.safetensors", "l.safetensors", "sdxl", 7, 120, (0.01,), 4.0, 1.0, True, 61.0)
     _print_refined(better)
     assert "25% of before" in capsys.readouterr().out

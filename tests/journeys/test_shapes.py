@@ -16,7 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
 from lorashrink import open_base
-from lorashrink.train.data import scanning as data
+from lorashrink.train.data.scanning import scan
 from lorashrink.train.flags.options import parse
 
 ROOT = Path(__file__).parents[2]
@@ -121,9 +121,9 @@ def test_the_trainer_finds_the_captions_of_a_written_folder(tmp_path: Path) -> N
     scenes = render.draw_scenes(6, 3, styles=["sks"])
     folder = render.write_folder(tmp_path, scenes, 100, repeats=4)
     assert [scene for _, scene in render.read_folder(folder)] == scenes
-    found = data.scan(parse([f"--train_data_dir={tmp_path}", "--resolution=64", "--caption_extension=.txt"]))
+    found = scan(parse([f"--train_data_dir={tmp_path}", "--resolution=64", "--caption_extension=.txt"]))
     (dataset,) = found.datasets
-    assert [picture.lines for picture in dataset.pictures] == [(scene.caption,) for scene in scenes]
+    assert [picture.caption for picture in dataset.pictures] == [scene.caption for scene in scenes]
     assert {picture.repeats for picture in dataset.pictures} == {4}
     assert {picture.fit.bucket for picture in dataset.pictures} == {(64, 64)}
 

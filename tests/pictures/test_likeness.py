@@ -1,8 +1,7 @@
-"""PSNR, SSIM and MS-SSIM against their closed forms and another program; what a CLIP model sees."""
+"""PSNR, SSIM and MS-SSIM against their closed forms and another program; similarity by a CLIP model."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -13,30 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from tiny_pipelines import write_clip
+from transformers import CLIPImageProcessorPil, CLIPModel
 
 from lorashrink.errors import InputError, UsageError
 from lorashrink.pictures.likeness import MEASURES, MOST_PSNR, clip_similarity, comparisons, ms_ssim, psnr, ssim
-
-CLIP_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
-
-def write_clip(folder: Path) -> Path:
-    """A CLIP model of random numbers for pictures of 32 × 32."""
-    torch.manual_seed(0)
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    CLIPModel(CLIPConfig(vision_config=CLIP_VISION, text_config=text, projection_dim=8)).save_pretrained(folder)
-    settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return folder
-
 
 PICTURES = arrays(np.uint8, (9, 11, 3))
 
@@ -51,11 +31,11 @@ def test_psnr_of_plain_pictures_is_that_of_their_distance(distance: int) -> None
     assert psnr(plain(distance), plain(0)) == psnr(plain(0), plain(distance))
 
 
-def test_psnr_of_one_number_is_divided_by_all() -> None:
+def test_psnr_of_one_different_number_is_divided_by_all_numbers() -> None:
     side = 8
-    other = plain(100, side)
-    other[3, 4, 1] = 110
-    assert psnr(plain(100, side), other) == pytest.approx(10 * math.log10(255**2 / (100 / (3 * side**2))))
+    picture = plain(100, side)
+    picture[3, 4, 1] = 110
+    assert psnr(plain(100, side), picture) == pytest.approx(10 * math.log10(255**2 / (100 / (3 * side**2))))
 
 
 def test_ssim_of_plain_pictures_is_its_luminance_term() -> None:
@@ -68,9 +48,10 @@ def test_ssim_of_plain_pictures_is_its_luminance_term() -> None:
 def test_ssim_of_an_inverted_pattern_is_negative() -> None:
     """Equal means, equal variances v, covariance −v: (C2 − 2v) / (C2 + 2v), with C2 = (0.03 · 255)²."""
     board = np.indices((8, 8)).sum(0) % 2
-    one = np.repeat((64 * board + 96)[..., None], 3, -1).astype(np.uint8)
-    other = np.repeat((64 * (1 - board) + 96)[..., None], 3, -1).astype(np.uint8)
-    assert ssim(one, other) < -0.9
+    picture, inverted = (
+        np.repeat((64 * cells + 96)[..., None], 3, -1).astype(np.uint8) for cells in (board, 1 - board)
+    )
+    assert ssim(picture, inverted) < -0.9
 
 
 @given(PICTURES)
@@ -80,7 +61,7 @@ def test_equal_pictures_are_as_alike_as_can_be(picture: np.ndarray) -> None:
 
 
 @given(PICTURES, PICTURES)
-def test_both_are_symmetric_and_bounded(a: np.ndarray, b: np.ndarray) -> None:
+def test_psnr_and_ssim_are_symmetric_and_bounded(a: np.ndarray, b: np.ndarray) -> None:
     assert 0 <= psnr(a, b) <= MOST_PSNR
     assert psnr(a, b) == psnr(b, a)
     assert -1 - 1e-9 <= ssim(a, b) <= 1 + 1e-9
@@ -92,7 +73,7 @@ def test_small_pictures_get_smaller_windows(sides: tuple[int, int]) -> None:
     assert ssim(np.zeros((*sides, 3), np.uint8), np.zeros((*sides, 3), np.uint8)) == pytest.approx(1)
 
 
-def test_pictures_of_two_sizes_and_specks_are_refused() -> None:
+def test_different_sizes_and_tiny_pictures_are_refused() -> None:
     for measure in (psnr, ssim):
         with pytest.raises(ValueError, match=r"pictures of|dimensions"):
             measure(plain(0, 8), plain(0, 16))
@@ -111,10 +92,10 @@ WINDOW = (BELL / BELL.sum()).repeat(3, 1, 1, 1)
 def noisy(sides: tuple[int, int], amount: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """A smooth picture, and one with noise on it."""
     rows, columns = np.indices(sides)
-    waves = [128 + 90 * np.sin(rows / (5 + 3 * place) + columns / (9 - 2 * place)) for place in range(3)]
+    waves = [128 + 90 * np.sin(rows / (5 + 3 * band) + columns / (9 - 2 * band)) for band in range(3)]
     clean = np.stack(waves, -1)
-    other = clean + amount * np.random.default_rng(seed).normal(size=clean.shape)
-    return clean.clip(0, 255).astype(np.uint8), other.clip(0, 255).astype(np.uint8)
+    noisy_copy = clean + amount * np.random.default_rng(seed).normal(size=clean.shape)
+    return clean.clip(0, 255).astype(np.uint8), noisy_copy.clip(0, 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize("amount", [2, 25, 120])
@@ -122,18 +103,18 @@ def noisy(sides: tuple[int, int], amount: float, seed: int = 0) -> tuple[np.ndar
 def test_ms_ssim_is_that_of_another_program(sides: tuple[int, int], amount: float) -> None:
     """It takes pictures of 161 pixels and more; at multiples of 16 both halve them alike."""
     a, b = noisy(sides, amount)
-    pair = [torch.tensor(each).permute(2, 0, 1)[None].double() for each in (a, b)]
+    pair = [torch.tensor(picture).permute(2, 0, 1)[None].double() for picture in (a, b)]
     assert ms_ssim(a, b) == pytest.approx(float(pytorch_msssim.ms_ssim(*pair, data_range=255, win=WINDOW)), abs=1e-9)
 
 
-def test_with_one_scale_it_is_ssim_with_a_gaussian_window() -> None:
+def test_ms_ssim_of_one_scale_is_ssim_with_a_gaussian_window() -> None:
     a, b = noisy((16, 20), 25)
-    pair = [torch.tensor(each).permute(2, 0, 1)[None].double() for each in (a, b)]
+    pair = [torch.tensor(picture).permute(2, 0, 1)[None].double() for picture in (a, b)]
     assert ms_ssim(a, b) == pytest.approx(float(pytorch_msssim.ssim(*pair, data_range=255, win=WINDOW)), abs=1e-9)
 
 
 @pytest.mark.parametrize(("side", "share"), [(176, 0.1333), (175, 0.2363 / 0.8668), (11, 1)])
-def test_plain_pictures_differ_in_the_luminance_of_the_coarsest_scale_alone(side: int, share: float) -> None:
+def test_ms_ssim_of_plain_pictures_is_luminance_at_the_coarsest_scale(side: int, share: float) -> None:
     """Its exponent is its weight among the scales that there are: five from 176 pixels on, one below 22."""
     c1 = (0.01 * 255) ** 2
     luminance = (2 * 100 * 150 + c1) / (100**2 + 150**2 + c1)
@@ -147,7 +128,7 @@ def test_ms_ssim_is_symmetric_and_bounded(a: np.ndarray, b: np.ndarray) -> None:
     assert ms_ssim(a, a) == pytest.approx(1)
 
 
-def test_more_noise_is_less_alike_in_every_measure() -> None:
+def test_every_measure_falls_with_more_noise() -> None:
     for measure in MEASURES:
         if measure.compare:
             values = [measure.compare(*noisy((64, 64), amount)) for amount in (0, 5, 20, 80)]
@@ -155,7 +136,7 @@ def test_more_noise_is_less_alike_in_every_measure() -> None:
             assert len(set(values)) == 4
 
 
-def test_ms_ssim_refuses_what_it_cannot_compare() -> None:
+def test_ms_ssim_refuses_different_sizes_and_tiny_pictures() -> None:
     with pytest.raises(ValueError, match="pictures of"):
         ms_ssim(plain(0, 16), plain(0, 32))
     with pytest.raises(ValueError, match="too small"):
@@ -170,25 +151,25 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip"))
 
 
-def test_clip_similarity_is_the_cosine_of_what_transformers_computes(clip: Path) -> None:
+def test_clip_similarity_is_the_cosine_of_transformers_embeddings(clip: Path) -> None:
     a, b = noisy((64, 48), 60)
     model, processor = CLIPModel.from_pretrained(clip), CLIPImageProcessorPil.from_pretrained(clip)
     with torch.no_grad():
         pixels = processor(images=[a, b], return_tensors="pt")["pixel_values"]
-        one, other = model(input_ids=torch.tensor([[0, 1]]), pixel_values=pixels).image_embeds
-    expected = float(one @ other / one.norm() / other.norm())
+        of_a, of_b = model(input_ids=torch.tensor([[0, 1]]), pixel_values=pixels).image_embeds
+    expected = float(of_a @ of_b / of_a.norm() / of_b.norm())
     compare = clip_similarity(clip, "cpu")
     assert compare(a, b) == pytest.approx(expected, abs=1e-5)
     assert compare(a, a) == pytest.approx(1)
     assert compare(a, b) < 0.9999
 
 
-def test_clip_is_there_only_with_a_model(clip: Path) -> None:
+def test_clip_is_compared_only_with_a_model(clip: Path) -> None:
     assert list(comparisons(None, "cpu")) == ["psnr", "ssim", "ms_ssim"]
     assert list(comparisons(clip, "cpu")) == [measure.name for measure in MEASURES]
 
 
-def test_folders_without_a_clip_model_are_named(clip: Path, tmp_path: Path) -> None:
+def test_folders_without_a_clip_model_are_refused(clip: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--clip .*config\.json is missing"):
         clip_similarity(tmp_path, "cpu")
     for name in ("config.json", "preprocessor_config.json"):

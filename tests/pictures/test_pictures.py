@@ -1,4 +1,4 @@
-"""Pictures of a tiny model: what is drawn, kept and compared, and what a sweep makes of it."""
+"""Pictures of a tiny model: drawing, keeping and comparing them, and sweeps with pictures."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ import numpy as np
 import pytest
 import tiny_sdxl
 import torch
-from diffusers import (
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from fixtures import write_tensors
 from PIL import Image
-from test_likeness import write_clip
+from tiny_pipelines import SDXL_MODULES, write_clip, write_sdxl_adapter
 from typer.testing import CliRunner
 
 import lorashrink as ls
@@ -40,38 +37,6 @@ from lorashrink.sweeping.sweep import suggest
 
 SMALL = Prompt("a cat", "bad", width=64, height=64, seed=3, steps=2, scale=4.0, sampler="euler_a")
 LINES = "a cat --n bad --w 64 --h 64 --s 2 --l 4 --ss euler_a --d 3\na dog --w 80 --h 64 --s 2\n"
-MODULES = {
-    "unet": [
-        "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
-        "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_v",
-        "mid_block_attentions_0_transformer_blocks_0_ff_net_2",
-        "up_blocks_0_attentions_1_transformer_blocks_0_attn1_to_out_0",
-        "up_blocks_0_resnets_0_conv1",
-    ],
-    "te1": [f"text_model_encoder_layers_1_self_attn_{name}_proj" for name in ("q", "k", "v", "out")],
-    "te2": ["text_model_encoder_layers_0_mlp_fc1"],
-}
-
-
-def write_adapter(
-    path: Path, model: Path, layers: dict[str, list[str]] = MODULES, *, dora: bool = False, strength: float = 1.0
-) -> Path:
-    """A LoRA of rank 6 in kohya's names whose singular values fall by halves."""
-    generator, tensors = torch.Generator().manual_seed(1), {}
-    with ls.open_base(model) as base:
-        for part, modules in layers.items():
-            for module in modules:
-                name = f"lora_{part}_{module}"
-                (view,) = base.find(name)
-                out, fan_in, *kernel = view.shape
-                up = strength * torch.randn(out, 6, generator=generator) * 0.5 ** torch.arange(6)
-                tensors[f"{name}.lora_up.weight"] = up.reshape(out, 6, *[1] * len(kernel))
-                tensors[f"{name}.lora_down.weight"] = torch.randn(6, fan_in, *kernel, generator=generator)
-                tensors[f"{name}.alpha"] = torch.tensor(3.0)
-                if dora:
-                    norms = base.weight((view,)).norm(dim=1) * 1.2
-                    tensors[f"{name}.dora_scale"] = norms.reshape(out, *[1] * (len(view.shape) - 1))
-    return write_tensors(path, tensors)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_adapter(tmp_path_factory.mktemp("adapter") / "lora.safetensors", model)
+    return write_sdxl_adapter(tmp_path_factory.mktemp("adapter") / "lora.safetensors", model)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +62,8 @@ def studio_shots() -> tuple[Shot, ...]:
 
 @pytest.fixture
 def studio(model: Path, tmp_path: Path) -> Iterator[Studio]:
-    with Studio(model, studio_shots(), folder=tmp_path) as made:
-        yield made
+    with Studio(model, studio_shots(), folder=tmp_path) as studio:
+        yield studio
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -130,9 +95,9 @@ def expected(
     return pictures
 
 
-def farthest(path: Path, other: np.ndarray) -> int:
+def farthest(path: Path, picture: np.ndarray) -> int:
     """The largest difference of two pictures, of 255."""
-    return int(np.abs(read_picture(path).astype(int) - other.astype(int)).max())
+    return int(np.abs(read_picture(path).astype(int) - picture.astype(int)).max())
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -143,7 +108,7 @@ def test_pictures_are_those_of_diffusers(studio: Studio, model: Path, lora: Path
         assert farthest(path, picture) <= 1
 
 
-def test_what_is_there_is_not_drawn_again(studio: Studio, lora: Path, tmp_path: Path) -> None:
+def test_kept_pictures_are_not_drawn_again(studio: Studio, lora: Path, tmp_path: Path) -> None:
     paths = studio.draw(lora, "x")
     before, content = times(tmp_path), paths[1].read_bytes()
     copy = tmp_path / "copy.safetensors"
@@ -157,28 +122,28 @@ def test_what_is_there_is_not_drawn_again(studio: Studio, lora: Path, tmp_path: 
     assert {name for name, when in times(tmp_path).items() if before[name] == when} == {paths[0].name, paths[3].name}
 
 
-def test_a_model_that_draws_nothing_new_is_not_loaded(studio: Studio, model: Path, tmp_path: Path) -> None:
+def test_a_model_with_nothing_new_to_draw_is_not_loaded(studio: Studio, model: Path, tmp_path: Path) -> None:
     studio.draw(None, "none")
     with Studio(model, studio.shots, folder=tmp_path) as again:
         again.draw(None, "none")
         assert again._loaded is None
 
 
-def test_whatever_decides_a_picture_is_in_its_key(studio: Studio, model: Path, lora: Path, tmp_path: Path) -> None:
+def test_a_pictures_key_holds_all_that_decides_it(studio: Studio, model: Path, lora: Path, tmp_path: Path) -> None:
     shot = studio.shots[0]
-    other = tiny_sdxl.write_model(tmp_path / "other", seed=1)
+    second_model = tiny_sdxl.write_model(tmp_path / "second", seed=1)
     keys = [studio._key(shot, "", "float32"), studio._key(shot, "a", "float32"), studio._key(shot, "", "float16")]
     changes = {"prompt": "b", "negative": "b", "width": 72, "height": 72, "seed": 9, "steps": 3, "scale": 1.0}
     for name, value in {**changes, "sampler": "ddim"}.items():
         keys.append(studio._key(replace(shot, prompt=replace(SMALL, **{name: value})), "", "float32"))
-    for folder in (other, model):
-        with Studio(folder, studio.shots) as one:
-            keys.append(one._key(shot, "", "float32"))
+    for folder in (second_model, model):
+        with Studio(folder, studio.shots) as own_studio:
+            keys.append(own_studio._key(shot, "", "float32"))
     assert keys.pop() == keys[0]
     assert len(set(keys)) == len(keys)
 
 
-def test_an_interrupted_run_goes_on_where_it_was(model: Path, lora: Path, prompts: Path, tmp_path: Path) -> None:
+def test_an_interrupted_sweep_goes_on_where_it_was(model: Path, lora: Path, prompts: Path, tmp_path: Path) -> None:
     def sweep(progress: object = None) -> Sweep:
         return ls.sweep(lora, recipes="rank=1", images=model, prompts=prompts, pictures=tmp_path, progress=progress)
 
@@ -205,12 +170,12 @@ def test_pictures_are_kept_in_the_users_cache(model: Path, tmp_path: Path, monke
 
 
 def test_a_peft_folder_is_drawn_and_swept(studio: Studio, model: Path, prompts: Path, tmp_path: Path) -> None:
-    lora = write_adapter(tmp_path / "in" / "unet.safetensors", model, {"unet": MODULES["unet"]})
-    (made,) = ls.convert(lora, base=model, naming="peft", output=tmp_path / "in" / "peft").results
-    folder = Path(made.output)
-    for one, other in zip(studio.draw(folder, "folder"), studio.draw(lora, "file"), strict=True):
-        assert one != other
-        assert farthest(one, read_picture(other)) <= 1
+    lora = write_sdxl_adapter(tmp_path / "in" / "unet.safetensors", model, {"unet": SDXL_MODULES["unet"]})
+    (converted,) = ls.convert(lora, base=model, naming="peft", output=tmp_path / "in" / "peft").results
+    folder = Path(converted.output)
+    for of_folder, of_file in zip(studio.draw(folder, "folder"), studio.draw(lora, "file"), strict=True):
+        assert of_folder != of_file
+        assert farthest(of_folder, read_picture(of_file)) <= 1
     sweeps = [
         ls.sweep(path, recipes=["rank=1", "rank=2"], images=model, prompts=prompts, pictures=tmp_path / "png")
         for path in (folder, lora)
@@ -221,7 +186,9 @@ def test_a_peft_folder_is_drawn_and_swept(studio: Studio, model: Path, prompts: 
 
 def test_dora_is_drawn_as_its_formula_says(studio: Studio, model: Path, tmp_path: Path) -> None:
     """m · (W + ΔW) / ‖W + ΔW‖ per row; diffusers 0.42 reads kohya's DoRA as LoRA, and is no reference."""
-    lora = write_adapter(tmp_path / "in" / "dora.safetensors", model, {"unet": MODULES["unet"][:4]}, dora=True)
+    lora = write_sdxl_adapter(
+        tmp_path / "in" / "dora.safetensors", model, {"unet": SDXL_MODULES["unet"][:4]}, dora=True
+    )
 
     def merge(pipeline: StableDiffusionXLPipeline) -> None:
         weights = pipeline.unet.state_dict()
@@ -236,22 +203,22 @@ def test_dora_is_drawn_as_its_formula_says(studio: Studio, model: Path, tmp_path
         assert farthest(path, picture) <= 1
 
 
-def test_the_users_cache_stays_small_and_keeps_what_was_just_drawn(
+def test_the_users_cache_stays_small_and_keeps_new_pictures(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    place = tmp_path / "lorashrink" / "pictures"
-    place.mkdir(parents=True)
+    cache = tmp_path / "lorashrink" / "pictures"
+    cache.mkdir(parents=True)
     ages = {"old_" + "a" * 24: 3, "new_" + "b" * 24: 1, "older_" + "c" * 24: 5, "holiday": 9}  # days
     for name, days in ages.items():
-        path = place / f"{name}.png"
+        path = cache / f"{name}.png"
         with path.open("wb") as handle:
             handle.truncate(int(0.7 * CACHE_BYTES))  # a hole
         os.utime(path, (days * -86400 + 1e9,) * 2)
     with Studio(model, shots_of([SMALL], [0])) as studio:
         (drawn,) = studio.draw(None, "none")
         os.utime(drawn, (0, 0))
-    assert {path.name for path in place.iterdir()} == {drawn.name, "new_" + "b" * 24 + ".png", "holiday.png"}
+    assert {path.name for path in cache.iterdir()} == {drawn.name, "new_" + "b" * 24 + ".png", "holiday.png"}
 
 
 def test_a_folder_of_the_users_own_is_never_trimmed(model: Path, tmp_path: Path) -> None:
@@ -263,18 +230,18 @@ def test_a_folder_of_the_users_own_is_never_trimmed(model: Path, tmp_path: Path)
     assert path.exists()
 
 
-def test_shrunk_files_lie_on_the_disk_one_at_a_time(
+def test_shrunk_files_are_on_the_disk_one_at_a_time(
     model: Path, lora: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
 
     def count(text: str, done: int, total: int) -> None:
-        found[text] = len(list((tmp_path / "tmp").rglob("*.safetensors")))
+        counts[text] = len(list((tmp_path / "tmp").rglob("*.safetensors")))
 
     ls.sweep(lora, recipes=["rank=1", "rank=2"], images=model, prompts=prompts, pictures=tmp_path / "p", progress=count)
-    drawn = {text: number for text, number in found.items() if text.startswith("pictures: ")}
+    drawn = {text: number for text, number in counts.items() if text.startswith("pictures: ")}
     ones = {"pictures: rank1": 1, "pictures: rank2": 1}
     assert drawn == {"pictures: whole": 0, **ones, "pictures: none": 0, "pictures: float16": 0}
     assert not list((tmp_path / "tmp").iterdir())
@@ -297,38 +264,38 @@ def test_a_clip_model_compares_pictures_too(model: Path, lora: Path, prompts: Pa
 # --- what is refused ---
 
 
-def test_adapters_that_cannot_be_drawn_are_named(studio: Studio, tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_drawn_are_refused(studio: Studio, tmp_path: Path) -> None:
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     flux = "lora_unet_double_blocks_0_img_attn_proj"
     pair = {"lora_up.weight": torch.ones(32, 2), "lora_down.weight": torch.ones(2, 32)}
-    loha = {f"hada_w{place}_{side}": torch.ones(2, 2).repeat(16, 1) for place in "12" for side in "a"}
-    loha |= {f"hada_w{place}_b": torch.ones(2, 32) for place in "12"}
-    for tensors, prefix, error, said in (
+    loha = {f"hada_w{index}_a": torch.ones(32, 2) for index in "12"}
+    loha |= {f"hada_w{index}_b": torch.ones(2, 32) for index in "12"}
+    for tensors, prefix, error, message in (
         (pair, flux, FamilyMismatch, "Give the base"),
         (loha, name, InputError, "resize --as lora"),
     ):
         path = write_tensors(
             tmp_path / "in" / "a.safetensors", {f"{prefix}.{key}": value for key, value in tensors.items()}
         )
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             studio.check(path)
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             studio.draw(path, "x")
 
 
-def test_a_model_that_cannot_draw_is_named(model: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_draw_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "wan").mkdir()
     (tmp_path / "wan" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    for folder, said in (
+    for folder, message in (
         (tmp_path / "none", "no such model"),
         (model / "unet", "no model_index.json"),
         (tmp_path / "wan", "WanPipeline"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             Studio(folder, [])
 
 
-def test_a_damaged_model_is_named(tmp_path: Path) -> None:
+def test_a_damaged_model_is_refused(tmp_path: Path) -> None:
     folder = tiny_sdxl.write_model(tmp_path / "model")
     (folder / "vae" / "config.json").unlink()
     with Studio(folder, shots_of([SMALL], [0]), folder=tmp_path) as studio, pytest.raises(InputError, match="model"):
@@ -336,7 +303,7 @@ def test_a_damaged_model_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "message"),
     [
         ({"images": "model"}, "both --images"),
         ({"prompts": "p.txt"}, "both --images"),
@@ -346,16 +313,16 @@ def test_a_damaged_model_is_named(tmp_path: Path) -> None:
         ({"images": "model", "prompts": "p.txt", "seeds": ()}, "seeds"),
     ],
 )
-def test_wrong_requests_for_pictures_are_said_before_any_work(
-    given: dict[str, object], said: str, model: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_wrong_requests_for_pictures_fail_before_any_work(
+    options: dict[str, object], message: str, model: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(model)
     Path("p.txt").write_text(LINES)
     Path("empty.txt").write_text("# nothing\n")
     Path("pndm.txt").write_text("a cat --ss pndm --s 2\n")
-    with pytest.raises(UsageError, match=said):
-        ls.sweep(lora, recipes="rank=1", **given)
+    with pytest.raises(UsageError, match=message):
+        ls.sweep(lora, recipes="rank=1", **options)
 
 
 BLOCKED = """
@@ -382,44 +349,36 @@ def test_without_the_packages_only_pictures_fail(lora: Path, model: Path, prompt
 
 # --- sweeps with pictures ---
 
-RECIPES = ["-r", "rank=1", "-r", "rank=3", "-r", "rank=6"]
+
+def sweep_words(model: Path, prompts: Path, pictures: Path) -> list[object]:
+    recipes = ["-r", "rank=1", "-r", "rank=3", "-r", "rank=6"]
+    return ["sweep", *recipes, "--images", model, "--prompts", prompts, "--seeds", "0,1", "--images-out", pictures]
 
 
 @pytest.fixture(scope="module")
 def folder(model: Path, lora: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With what one sweep leaves behind."""
-    place = tmp_path_factory.mktemp("sweep")
-    words = [
-        "sweep",
-        *RECIPES,
-        "--images",
-        model,
-        "--prompts",
-        prompts,
-        "--seeds",
-        "0,1",
-        "--images-out",
-        place / "png",
-    ]
-    words += ["--plot", place / "c.svg", "--csv", place / "c.csv", "--json", lora]
+    """The files that one sweep writes."""
+    output = tmp_path_factory.mktemp("sweep")
+    words = [*sweep_words(model, prompts, output / "png"), "--plot", output / "c.svg", "--csv", output / "c.csv"]
+    words += ["--json", lora]
     result = CliRunner().invoke(app, list(map(str, words)))
     assert result.exit_code == 0, result.output
-    (place / "c.json").write_text(result.stdout)
-    return place
+    (output / "c.json").write_text(result.stdout)
+    return output
 
 
-def test_a_sweep_tells_how_pictures_change(folder: Path, model: Path) -> None:
+def test_a_sweep_measures_how_pictures_change(folder: Path, model: Path) -> None:
     document = json.loads((folder / "c.json").read_text())
     drawn, points = document["drawn"], {point["recipe"]: point["pictures"] for point in document["points"]}
-    assert [points[f"rank={rank}"]["psnr"] for rank in (1, 3, 6)] == sorted(each["psnr"] for each in points.values())
-    assert [points[f"rank={rank}"]["ssim"] for rank in (1, 3, 6)] == sorted(each["ssim"] for each in points.values())
+    assert [points[f"rank={rank}"]["psnr"] for rank in (1, 3, 6)] == sorted(point["psnr"] for point in points.values())
+    assert [points[f"rank={rank}"]["ssim"] for rank in (1, 3, 6)] == sorted(point["ssim"] for point in points.values())
     assert drawn["none"]["psnr"] < points["rank=3"]["psnr"] < points["rank=6"]["psnr"]
     assert drawn["floor"]["psnr"] > drawn["none"]["psnr"]
     assert (drawn["model"], drawn["device"], drawn["dtype"], drawn["seeds"]) == (str(model), "cpu", "float32", [0, 1])
     assert [prompt["prompt"] for prompt in drawn["prompts"]] == ["a cat", "a dog"]
     assert len(list((folder / "png").iterdir())) == 4 * 6
     pairs = [tuple(map(read_picture, pair)) for pair in zip(drawn["files"], points["rank=1"]["files"], strict=True)]
-    assert [one.shape for one, _ in pairs] == [(64, 64, 3)] * 2 + [(64, 80, 3)] * 2
+    assert [picture.shape for picture, _ in pairs] == [(64, 64, 3)] * 2 + [(64, 80, 3)] * 2
     for name, measure in (("psnr", psnr), ("ssim", ssim), ("ms_ssim", ms_ssim)):
         values = [measure(*pair) for pair in pairs]
         assert points["rank=1"]["values"][name] == pytest.approx(values)
@@ -427,7 +386,7 @@ def test_a_sweep_tells_how_pictures_change(folder: Path, model: Path) -> None:
         assert points["rank=1"][f"{name}_deviation"] == pytest.approx(np.std(values))
 
 
-def test_the_table_has_a_column_for_each_number(folder: Path) -> None:
+def test_the_csv_has_a_column_for_each_number(folder: Path) -> None:
     header, *rows = [line.split(",") for line in (folder / "c.csv").read_text().splitlines()]
     points = json.loads((folder / "c.json").read_text())["points"]
     assert [float(row[header.index("psnr")]) for row in rows] == [point["pictures"]["psnr"] for point in points]
@@ -439,27 +398,16 @@ def test_every_measure_has_its_fields() -> None:
     assert names == {name for measure in MEASURES for name in (measure.name, f"{measure.name}_deviation")}
 
 
-def test_figures_and_sheet_lie_beside_each_other(folder: Path) -> None:
+def test_figure_and_sheet_are_written_beside_each_other(folder: Path) -> None:
     assert (folder / "c_pictures.svg").read_text().startswith("<?xml")
     with Image.open(folder / "c_sheet.png") as sheet:
         assert sheet.width > 5 * 160
         assert sheet.height > 4 * 64
 
 
-def test_the_text_tells_the_ends_of_the_scale(folder: Path, model: Path, lora: Path, prompts: Path) -> None:
-    words = [
-        "sweep",
-        *RECIPES,
-        "--images",
-        model,
-        "--prompts",
-        prompts,
-        "--seeds",
-        "0,1",
-        "--images-out",
-        folder / "png",
-    ]
-    text = CliRunner().invoke(app, list(map(str, [*words, lora]))).stdout
+def test_the_text_names_both_ends_of_the_scale(folder: Path, model: Path, lora: Path, prompts: Path) -> None:
+    words = [*sweep_words(model, prompts, folder / "png"), lora]
+    text = CliRunner().invoke(app, list(map(str, words))).stdout
     assert re.search(r"without the adapter: PSNR [\d.]+ dB, SSIM 0\.\d{4}, MS-SSIM 0\.\d{4}\n", text)
     assert "the whole adapter in float16: " in text
     assert f"4 pictures each, in {folder / 'png'}" in text
@@ -497,14 +445,14 @@ def pictures(psnr: float, ssim: float, files: tuple[str, ...] = ()) -> Pictures:
     return Pictures(psnr, 1.0, ssim, 0.01, ssim, 0.01, files, values)
 
 
-def made(
+def sweep_of(
     values: list[tuple[float, float]], floor: Pictures | None, files: tuple[tuple[str, ...], ...] | None = None
 ) -> Sweep:
     """Sizes of 1, 2, 4, ... MB, with these PSNR and SSIM."""
     files = files or ((),) * (len(values) + 2)
     points = tuple(
-        Point(f"rank={2**place}", "rank", 2**place * 10**6, 0.5**place, 0.5, 1.0, 1, True, pictures(*value, own))
-        for place, (value, own) in enumerate(zip(values, files[2:], strict=True))
+        Point(f"rank={2**index}", "rank", 2**index * 10**6, 0.5**index, 0.5, 1.0, 1, True, pictures(*value, own))
+        for index, (value, own) in enumerate(zip(values, files[2:], strict=True))
     )
     drawn = Drawn("m", "cpu", "float32", (Prompt("a cat"),), (0,), files[1], pictures(12.0, 0.3, files[0]), floor)
     return Sweep("x.safetensors", 10**8, points, suggest(points, 10**8, drawn), drawn)
@@ -519,17 +467,17 @@ def made(
         ([(20, 0.5), (36, 0.9)], None, "rank=2"),
     ],
 )
-def test_the_smallest_with_the_same_pictures_is_suggested(
+def test_the_smallest_adapter_with_the_same_pictures_is_suggested(
     values: list[tuple[float, float]], floor: tuple[float, float] | None, expected: str
 ) -> None:
-    chosen = made(values, pictures(*floor) if floor else None).suggestion
+    chosen = sweep_of(values, pictures(*floor) if floor else None).suggestion
     assert chosen is not None
     assert chosen.recipe == expected
     assert "pictures are those of the whole adapter" in chosen.reason
 
 
-def test_without_any_the_bend_is_suggested_and_it_is_said() -> None:
-    result = made([(20, 0.5), (21, 0.6), (22, 0.7), (23, 0.75)], pictures(50, 0.99))
+def test_the_bend_is_suggested_if_all_recipes_change_the_pictures() -> None:
+    result = sweep_of([(20, 0.5), (21, 0.6), (22, 0.7), (23, 0.75)], pictures(50, 0.99))
     knee = suggest(result.points, result.bytes)
     assert knee is not None
     assert result.suggestion is not None
@@ -537,16 +485,16 @@ def test_without_any_the_bend_is_suggested_and_it_is_said() -> None:
 
 
 def test_the_figure_shows_both_measures_over_size_and_both_ends() -> None:
-    result = made([(20, 0.5), (36, 0.9), (40, 0.95)], pictures(50, 0.99))
+    result = sweep_of([(20, 0.5), (36, 0.9), (40, 0.95)], pictures(50, 0.99))
     figure = size_and_pictures(result)
     texts = []
     for axes, name in zip(figure.axes, ("psnr", "ms_ssim"), strict=True):
         drawn = [point.pictures for point in result.points if point.pictures]
         curve = axes.containers[0].lines[0]
-        assert np.array_equal(curve.get_data(), [[1, 2, 4], [getattr(each, name) for each in drawn]])
+        assert np.array_equal(curve.get_data(), [[1, 2, 4], [getattr(pictures, name) for pictures in drawn]])
         dots = axes.collections[-1].get_offsets()
         assert [tuple(dot) for dot in dots] == [
-            (size, value) for size, each in zip((1, 2, 4), drawn, strict=True) for value in each.values[name]
+            (size, value) for size, pictures in zip((1, 2, 4), drawn, strict=True) for value in pictures.values[name]
         ]
         texts.append([line.get_label() for line in axes.get_lines() if ":" in str(line.get_label())])
         ring = next(line for line in axes.get_lines() if line.get_markersize() == 11)
@@ -556,29 +504,29 @@ def test_the_figure_shows_both_measures_over_size_and_both_ends() -> None:
     assert texts[1] == ["the whole adapter in float16: 0.9900", "no adapter: 0.3000"]
 
 
-def test_the_sheet_goes_from_none_over_the_sizes_to_the_whole(tmp_path: Path) -> None:
-    colours = ["#ff0000", "#0000ff", *(f"#00{30 * place:02x}00" for place in range(1, 9))]
+def test_the_sheet_goes_from_no_adapter_to_the_full_adapter(tmp_path: Path) -> None:
+    colours = ["#ff0000", "#0000ff", *(f"#00{30 * step:02x}00" for step in range(1, 9))]
     files = []
     for number, colour in enumerate(colours):
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (640, 320), colour).save(path)
         files.append((str(path),))
-    values = [(15.0 + 3 * place, 0.5) for place in range(8)]
-    sheet = pictures_by_size(made(values, pictures(50, 0.99), tuple(files)))
-    places = {colour: left(sheet, colour) for colour in colours}
-    shown = [colour for colour in colours if places[colour] is not None]
+    values = [(15.0 + 3 * step, 0.5) for step in range(8)]
+    sheet = pictures_by_size(sweep_of(values, pictures(50, 0.99), tuple(files)))
+    columns = {colour: first_column(sheet, colour) for colour in colours}
+    shown = [colour for colour in colours if columns[colour] is not None]
     assert len(shown) == 2 + 6
     assert {colours[2], colours[9]} <= set(shown)  # the smallest and the largest
     order = [shown[0], *shown[2:], shown[1]]
-    assert sorted(order, key=lambda colour: places[colour] or 0) == order
+    assert sorted(order, key=lambda colour: columns[colour] or 0) == order
     width, height = 320, 160
     assert sum(count for count, colour in sheet.getcolors(1 << 20) if colour == (255, 0, 0)) == width * height
 
 
-def left(sheet: Image.Image, colour: str) -> int | None:
+def first_column(sheet: Image.Image, colour: str) -> int | None:
     """The leftmost column of a picture in this colour."""
-    wanted = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)])
-    columns = np.flatnonzero((np.asarray(sheet) == wanted).all(-1).sum(0) > 100)
+    rgb = np.array([int(colour[start : start + 2], 16) for start in (1, 3, 5)])
+    columns = np.flatnonzero((np.asarray(sheet) == rgb).all(-1).sum(0) > 100)
     return int(columns[0]) if len(columns) else None
 
 

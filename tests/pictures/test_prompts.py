@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ def written(path: Path, text: str) -> Path:
     return path
 
 
-def test_the_guides_line_is_read(tmp_path: Path) -> None:
+def test_a_line_with_all_switches_is_read(tmp_path: Path) -> None:
     file = written(
         tmp_path / "p.txt", "a cat, masterpiece --n low quality, --x --w 1024 --h 832 --d 1 --l 6.0 --s 40\n"
     )
@@ -57,7 +56,7 @@ def test_a_switch_sets_its_field(tmp_path: Path, switch: str, field: str, value:
 
 
 @pytest.mark.parametrize("switch", ["--g 3.5", "--cn a.png", "--w wide", "--d -1", "--ss ddpm", "--l nan", "--w"])
-def test_what_means_nothing_is_ignored_with_a_warning(
+def test_unknown_switches_and_values_are_ignored_with_a_warning(
     tmp_path: Path, switch: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = written(tmp_path / "p.txt", f"first\na cat {switch} --s 5")
@@ -89,7 +88,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_all_forms_of_prompt_files_say_the_same(tmp_path: Path, name: str) -> None:
+def test_txt_toml_and_json_give_the_same_prompts(tmp_path: Path, name: str) -> None:
     cat = Prompt("a cat", "bad", width=64, steps=3)
     assert read_prompts(written(tmp_path / name, FORMS[name])) == (
         cat,
@@ -111,23 +110,17 @@ def test_all_forms_of_prompt_files_say_the_same(tmp_path: Path, name: str) -> No
         ("p.toml", "[prompt", InputError),
     ],
 )
-def test_a_file_without_prompts_is_named(tmp_path: Path, name: str, text: str, error: type[Exception]) -> None:
+def test_a_file_without_prompts_is_refused(tmp_path: Path, name: str, text: str, error: type[Exception]) -> None:
     with pytest.raises(error, match=name):
         read_prompts(written(tmp_path / name, text))
 
 
-def test_a_missing_file_and_another_encoding_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_and_an_encoding_besides_utf8_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no\.txt: cannot be read"):
         read_prompts(tmp_path / "no.txt")
     (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
     with pytest.raises(InputError, match=r"latin\.txt.*UTF-8"):
         read_prompts(tmp_path / "latin.txt")
-
-
-def test_lms_without_scipy_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(UsageError, match=r"sample 01: .*pip install scipy"):
-        check_samplers([Prompt(sampler="euler"), Prompt(sampler="k_lms")])
 
 
 def test_pndm_needs_four_steps() -> None:

@@ -15,8 +15,8 @@ from fixtures import write_tensors
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from safetensors.torch import load_file, save_file
-from test_pictures import write_adapter
 from test_reporting import EVIL, table_rows
+from tiny_pipelines import write_sdxl_adapter
 
 import lorashrink as ls
 
@@ -55,7 +55,7 @@ def pictures_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with pictures: two prompts, one of them hostile, three recipes."""
     folder = tmp_path_factory.mktemp("pictures")
     modules = {"te1": [f"text_model_encoder_layers_0_self_attn_{name}_proj" for name in ("q", "v", "out")]}
-    lora = write_adapter(folder / "lora.safetensors", MODEL, modules, strength=0.3)
+    lora = write_sdxl_adapter(folder / "lora.safetensors", MODEL, modules, strength=0.3)
     prompts = folder / "prompts.txt"
     prompts.write_text(f"a red circle --w 64 --h 64 --s 2\n{EVIL} --w 64 --h 64 --s 2\n")
     place = folder / "r.html"

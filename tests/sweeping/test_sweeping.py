@@ -1,4 +1,4 @@
-"""Ranges of recipes, the front and the knee by hand, and sweeps against what resize does one by one."""
+"""Ranges of recipes, the front and the knee by hand, and sweeps against `resize`."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ from lorashrink.sweeping.sweep import _with_front, suggest
         ("fro_lora,thr=-1..1/2", ["fro_lora,thr=-1", "fro_lora,thr=1"]),
     ],
 )
-def test_a_range_stands_for_its_recipes(text: str, expected: list[str]) -> None:
+def test_a_range_is_expanded_to_its_recipes(text: str, expected: list[str]) -> None:
     assert expand(text) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["rank=1..4", "rank=1..4/1", "thr=-4..-3/3,rescale=1..2/2", "rank=0..4/3", "thr=a..b/3"]
 )
-def test_a_range_that_means_nothing_is_refused(text: str) -> None:
+def test_a_range_without_meaning_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match=r"range|above 0"):
         expand(text)
 
 
-def test_the_curve_of_a_recipe_is_all_but_the_number_of_its_selection() -> None:
+def test_a_recipes_curve_lacks_the_number_of_its_selection() -> None:
     assert curve("fro_ckpt=1,bytes=1,size=4") == "fro_ckpt=1,bytes=1,size"
     assert curve("rank=4,multiple=8") == "rank,multiple=8"
 
 
-def point(bytes_: int, error: float) -> Point:
+def point_of(bytes_: int, error: float) -> Point:
     return Point(f"rank={bytes_}", "rank", bytes_, error, 1 - error**2, 1.0, 1)
 
 
-def test_the_front_holds_what_nothing_beats() -> None:
-    points = _with_front([point(40, 0.1), point(10, 0.5), point(20, 0.6), point(20, 0.3), point(50, 0.1)])
-    assert [(each.bytes, each.relative_error) for each in points if each.best] == [(10, 0.5), (20, 0.3), (40, 0.1)]
-    assert [each.bytes for each in points] == sorted(each.bytes for each in points)
+def test_no_point_beats_a_point_of_the_front() -> None:
+    points = _with_front([point_of(*pair) for pair in ((40, 0.1), (10, 0.5), (20, 0.6), (20, 0.3), (50, 0.1))])
+    assert [(point.bytes, point.relative_error) for point in points if point.best] == [(10, 0.5), (20, 0.3), (40, 0.1)]
+    assert [point.bytes for point in points] == sorted(point.bytes for point in points)
 
 
 def test_the_knee_is_furthest_below_the_line_between_the_ends() -> None:
     """Sizes 1, 2, 4, 8, 16 are equally far apart; errors of 1, .2, .15, .1, 0 are lowest under the line at 2."""
-    points = _with_front([point(2**place, error) for place, error in enumerate([1, 0.2, 0.15, 0.1, 0])])
+    points = _with_front([point_of(2**index, error) for index, error in enumerate([1, 0.2, 0.15, 0.1, 0])])
     chosen = suggest(points, 16)
     assert chosen is not None
     assert (chosen.bytes, chosen.relative_error) == (2, 0.2)
@@ -68,33 +68,33 @@ def test_the_knee_is_furthest_below_the_line_between_the_ends() -> None:
     assert suggest(points[:2], 16) is None
 
 
-def test_a_sweep_says_what_resize_does(adapter: Path, base: Path, tmp_path: Path) -> None:
+def test_a_sweep_has_the_numbers_of_resize(adapter: Path, base: Path, tmp_path: Path) -> None:
     result = ls.sweep(adapter, base=base, recipes=["fro_ckpt=1,thr=-2..-1.5/2", "rank=2"])
     assert not list(adapter.parent.glob("0.*"))
-    points = {each.recipe: each for each in result.points}
+    points = {point.recipe: point for point in result.points}
     assert len(points) == 3
-    for number, (recipe, each) in enumerate(points.items()):
+    for number, (recipe, point) in enumerate(points.items()):
         (written,) = ls.resize(adapter, base=base, recipes=recipe, output=tmp_path / str(number)).results
-        assert (each.bytes, each.relative_error) == (written.bytes_after, pytest.approx(written.relative_error))
-        assert each.bytes == Path(written.output).stat().st_size
-        assert each.mean_rank == pytest.approx(sum(layer.rank_after for layer in written.layers) / len(written.layers))
+        assert (point.bytes, point.relative_error) == (written.bytes_after, pytest.approx(written.relative_error))
+        assert point.bytes == Path(written.output).stat().st_size
+        assert point.mean_rank == pytest.approx(sum(layer.rank_after for layer in written.layers) / len(written.layers))
 
 
 def test_sizes_are_reached(adapter: Path, base: Path) -> None:
     half = adapter.stat().st_size / 2**21
     result = ls.sweep(adapter, base=base, sizes=[half, 1.5 * half])
-    assert [each.curve for each in result.points] == ["fro_ckpt=1,bytes=1,size"] * 2
-    for each, limit in zip(result.points, (half, 1.5 * half), strict=True):
-        assert 0.9 * limit * 2**20 < each.bytes <= limit * 2**20
+    assert [point.curve for point in result.points] == ["fro_ckpt=1,bytes=1,size"] * 2
+    for point, limit in zip(result.points, (half, 1.5 * half), strict=True):
+        assert 0.9 * limit * 2**20 < point.bytes <= limit * 2**20
 
 
-def test_the_usual_recipes_need_a_base_only_for_what_is_measured_by_it(adapter: Path, base: Path) -> None:
-    without = {each.curve for each in ls.sweep(adapter).points}
+def test_the_usual_recipes_without_a_base_are_some_of_those_with_one(adapter: Path, base: Path) -> None:
+    without = {point.curve for point in ls.sweep(adapter).points}
     assert without == {"energy", "rank"}
-    assert without < {each.curve for each in ls.sweep(adapter, base=base).points}
+    assert without < {point.curve for point in ls.sweep(adapter, base=base).points}
 
 
-def test_wrong_requests_are_said_plainly(adapter: Path, tmp_path: Path) -> None:
+def test_wrong_requests_are_refused(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="needs the base"):
         ls.sweep(adapter, recipes="fro_ckpt,thr=-3")
     for name in ("a", "b"):
@@ -114,15 +114,15 @@ def test_json_csv_and_figure_hold_the_same_numbers(adapter: Path, base: Path, tm
     document = json.loads(run("--json", "--csv", table, "--plot", picture, "-r", "rank=1..4/3", base, adapter))
     assert {"version", "source", "bytes", "points", "suggestion", "drawn"} == set(document)
     rows = [line.split(",") for line in table.read_text().splitlines()]
-    assert [int(row[rows[0].index("bytes")]) for row in rows[1:]] == [each["bytes"] for each in document["points"]]
+    assert [int(row[rows[0].index("bytes")]) for row in rows[1:]] == [point["bytes"] for point in document["points"]]
     assert picture.read_text().startswith("<?xml")
     figure = size_and_error(ls.sweep(adapter, base=base, recipes="rank=1..4/3"))
     line = figure.axes[0].get_lines()[0]
     drawn = [(size * 1e6, error) for size, error in zip(*line.get_data(), strict=True)]
     assert drawn == [
-        (pytest.approx(each["bytes"]), pytest.approx(each["relative_error"]))
-        for each in document["points"]
-        if each["relative_error"] > 0
+        (pytest.approx(point["bytes"]), pytest.approx(point["relative_error"]))
+        for point in document["points"]
+        if point["relative_error"] > 0
     ]
     assert line.get_label() == "rank"
 
@@ -133,23 +133,23 @@ def test_the_text_suggests_a_recipe(adapter: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [(["--sizes", "4;8"], "commas"), (["-r", "rank=1..4"], "range"), (["--plot", "x.jpg"], ".png or .svg")],
 )
-def test_bad_options_end_with_one_line(arguments: list[str], said: str, adapter: Path) -> None:
+def test_bad_options_end_with_one_line(arguments: list[str], message: str, adapter: Path) -> None:
     error = run(*arguments, adapter, status=2)
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
 
 
 def test_recipes_that_keep_nothing_have_no_point(adapter: Path) -> None:
     result = ls.sweep(adapter, recipes=["rank=2", "fro_lora,thr=9"])
-    assert [each.recipe for each in result.points] == ["rank=2"]
+    assert [point.recipe for point in result.points] == ["rank=2"]
     with pytest.raises(InputError, match="keeps nothing"):
         ls.sweep(adapter, recipes="fro_lora,thr=9")
 
 
-def test_an_adapter_of_zeros_is_said_to_be_one(tmp_path: Path) -> None:
+def test_an_adapter_of_zeros_is_refused(tmp_path: Path) -> None:
     zero = {
         "lora_unet_x.lora_down.weight": torch.zeros(2, 8),
         "lora_unet_x.lora_up.weight": torch.zeros(8, 2),

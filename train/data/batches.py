@@ -1,38 +1,95 @@
 """Batches for training: pictures, or what is cached of them, with their captions, sizes and weights.
 
-Files are read ahead in worker processes. What is cached in memory is added by the training process itself: that costs
-less than sending it between processes. Random numbers depend on the picture, its repeat and the epoch alone.
+An epoch is a list of batches of `Draw`, the same for every number of processes, workers and restarts. Random numbers
+depend on the picture, its repeat and the epoch alone.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from random import Random
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+from accelerate import skip_first_batches
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorashrink.errors import LorashrinkError
 from lorashrink.train.data import seeds
-from lorashrink.train.data.buckets import to_pixels
-from lorashrink.train.data.captions import draw
-from lorashrink.train.data.scanning import Data, Draw, Picture, batch_count, epoch_batches, read_pixels
+from lorashrink.train.data.buckets import Size, to_pixels
+from lorashrink.train.data.captions import draw_caption
+from lorashrink.train.data.scanning import Data, Draw, read_pixels
 from lorashrink.train.flags.options import Options
 from lorashrink.train.text import Encoded
 
 if TYPE_CHECKING:
     from lorashrink.train.data.caches import LatentCache, TextCache
 
-_Job = TypeVar("_Job")
-_Result = TypeVar("_Result")
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+# --- the order of an epoch -----------------------------------------------------------------------
+
+
+def chunks(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
+    """The items in their order, `size` at a time; the last chunk may be smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def batch_count(data: Data) -> int:
+    """Batches of one epoch, of all processes together."""
+    counts: Counter[tuple[int, Size]] = Counter()
+    for index, dataset in enumerate(data.datasets):
+        for picture in dataset.pictures:
+            counts[index, picture.fit.bucket] += picture.repeats
+    return sum(math.ceil(count / data.datasets[index].batch_size) for (index, _), count in counts.items())
+
+
+def epoch_batches(data: Data, epoch: int, seed: int, *, world: int = 1) -> list[Sequence[Draw]]:
+    """The batches of an epoch (from 1) for all processes: process r of `world` shows batches r, r + world, ...
+
+    Each bucket's pictures are shuffled and cut into batches, and the batches of all datasets are shuffled. Both depend
+    on seed and epoch alone. So that all processes have as many, the list goes on from its beginning where it is short.
+    """
+    random = seeds.numbers(seed, "order", epoch)
+    batches: list[Sequence[Draw]] = []
+    for index, dataset in enumerate(data.datasets):
+        draws: defaultdict[Size, list[Draw]] = defaultdict(list)
+        for number, picture in enumerate(dataset.pictures):
+            draws[picture.fit.bucket] += [Draw(index, number, repeat, epoch) for repeat in range(picture.repeats)]
+        for bucket in sorted(draws):
+            random.shuffle(draws[bucket])
+            batches += chunks(draws[bucket], dataset.batch_size)
+    random.shuffle(batches)
+    return list(islice(cycle(batches), math.ceil(len(batches) / world) * world))
+
+
+@dataclass(eq=False)
+class _EpochSampler(Sampler[Sequence[Draw]]):
+    """The batches of one process in the epoch that is set."""
+
+    data: Data
+    seed: int
+    rank: int
+    world: int
+    epoch: int = 1
+
+    def __iter__(self) -> Iterator[Sequence[Draw]]:
+        yield from epoch_batches(self.data, self.epoch, self.seed, world=self.world)[self.rank :: self.world]
+
+    def __len__(self) -> int:
+        return math.ceil(batch_count(self.data) / self.world)
+
+
+# --- what is in a batch --------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
     """What one micro-step trains on: b pictures of one bucket, h x w latents each; on the CPU."""
 
     draws: tuple[Draw, ...]
@@ -44,19 +101,62 @@ class Batch:
     pixels: Tensor | None  # [b, 3, H, W] float32 in -1..1, if they are not
     text: Encoded | None  # if it is cached
 
-    def pin_memory(self) -> Batch:
-        """The same in memory from which a GPU copies faster; DataLoader calls it."""
-        text = self.text and Encoded(
-            *(part.pin_memory() for part in (self.text.hidden1, self.text.hidden2, self.text.pooled))
+
+class _Shown(NamedTuple):
+    """One picture as it is shown once: the fields of `Batch`, of one picture."""
+
+    draw: Draw
+    caption: str
+    flipped: bool
+    time_ids: tuple[int, ...]
+    weight: float
+    latents: Tensor | None
+    pixels: Tensor | None
+    text: Encoded | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Showings(Dataset[_Shown]):
+    """Pictures with all that is random about a showing; indexed by `Draw`."""
+
+    data: Data
+    seed: int
+    prior_loss_weight: float
+    latents: LatentCache | None
+    texts: TextCache | None
+
+    def __getitem__(self, draw: Draw) -> _Shown:
+        (picture,) = self.data.pictures_of([draw])
+        key = (*picture.names, draw.repeat, draw.epoch)
+        flipped = picture.subset.flip and seeds.numbers(self.seed, "flip", *key).random() < 0.5
+        random = seeds.numbers(self.seed, "caption", *key)
+        return _Shown(
+            draw,
+            draw_caption(picture.caption, picture.subset.captions, random, epoch=draw.epoch),
+            flipped,
+            picture.fit.time_ids(flipped),
+            self.prior_loss_weight if picture.subset.is_reg else 1.0,
+            self.latents.get(picture, flipped) if self.latents else None,
+            None if self.latents else to_pixels(read_pixels(picture), flipped),
+            self.texts.get(picture) if self.texts else None,
         )
-        return replace(
-            self,
-            time_ids=self.time_ids.pin_memory(),
-            weights=self.weights.pin_memory(),
-            latents=None if self.latents is None else self.latents.pin_memory(),
-            pixels=None if self.pixels is None else self.pixels.pin_memory(),
-            text=text,
-        )
+
+
+def _collate(shown: Sequence[_Shown]) -> Batch:
+    draws, captions, flips, time_ids, weights, latents, pixels, texts = zip(*shown, strict=True)
+    return Batch(
+        draws,
+        captions,
+        flips,
+        torch.tensor(time_ids, dtype=torch.float32),
+        torch.tensor(weights),
+        None if latents[0] is None else torch.stack(latents),
+        None if pixels[0] is None else torch.stack(pixels),
+        None if texts[0] is None else Encoded(*map(torch.cat, zip(*texts, strict=True))),
+    )
+
+
+# --- reading them --------------------------------------------------------------------------------
 
 
 class Loader:
@@ -67,7 +167,6 @@ class Loader:
         seed: of captions, flips and order.
         rank, world: which process of how many.
         latents, texts: caches. Without one, batches have pixels, or no encoded text.
-        total_steps: optimizer steps of the whole training.
     """
 
     def __init__(
@@ -79,29 +178,21 @@ class Loader:
         world: int,
         latents: LatentCache | None,
         texts: TextCache | None,
-        total_steps: int,
     ) -> None:
-        self._data = data
-        self._options = options
-        self._seed = seed
-        self._rank = rank
-        self._world = world
-        self._in_memory = _Cached(
-            data, latents if latents and latents.in_memory else None, texts if texts and texts.in_memory else None
-        )
-        in_files = _Cached(
-            data, None if latents and latents.in_memory else latents, None if texts and texts.in_memory else texts
-        )
-        assemble = _Assembly(data, options.prior_loss_weight, seed, total_steps, in_files, latents is None)
-        reads_files = latents is None or in_files.latents is not None or in_files.texts is not None
-        self._read_ahead = ReadAhead(
-            assemble, worker_count(options) if reads_files else 0, options.persistent_data_loader_workers
+        self._sampler = _EpochSampler(data, seed, rank, world)
+        reads_files = latents is None or not latents.in_memory or (texts is not None and not texts.in_memory)
+        self._batches = read_ahead(
+            _Showings(data, seed, options.prior_loss_weight, latents, texts),
+            self._sampler,
+            _collate,
+            worker_count(options) if reads_files else 0,
+            persistent=options.persistent_data_loader_workers,
         )
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches that each process shows in an epoch; where they do not divide evenly, some are shown twice."""
-        return -(-batch_count(self._data) // self._world)
+        return len(self._sampler)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """This process' batches of an epoch (from 1), from its batch `start` (from 0) on.
@@ -109,94 +200,8 @@ class Loader:
         Raises:
             InputError: a picture or a cache file cannot be read.
         """
-        batches = epoch_batches(
-            self._data,
-            number,
-            self._seed,
-            world=self._world,
-            accumulation=self._options.gradient_accumulation_steps,
-        )
-        for batch in self._read_ahead(batches[self._rank :: self._world][start:]):
-            yield self._in_memory.added(batch)
-
-
-@dataclass(frozen=True, slots=True)
-class _Cached:
-    """Caches of one kind, in memory or in files."""
-
-    data: Data
-    latents: LatentCache | None
-    texts: TextCache | None
-
-    def added(self, batch: Batch) -> Batch:
-        """The batch with what these caches have."""
-        pictures = _pictures(self.data, batch.draws)
-        if self.latents:
-            got = [self.latents.get(picture, side) for picture, side in zip(pictures, batch.flipped, strict=True)]
-            batch = replace(batch, latents=torch.stack(got))
-        if self.texts:
-            batch = replace(batch, text=joined([self.texts.get(picture) for picture in pictures]))
-        return batch
-
-
-def joined(texts: Sequence[Encoded]) -> Encoded:
-    """Encoded captions as one batch."""
-    return Encoded(
-        torch.cat([text.hidden1 for text in texts]),
-        torch.cat([text.hidden2 for text in texts]),
-        torch.cat([text.pooled for text in texts]),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Assembly:
-    """Makes a batch of its draws, in a worker."""
-
-    data: Data
-    prior_loss_weight: float
-    seed: int
-    total_steps: int
-    in_files: _Cached
-    with_pixels: bool
-
-    def __call__(self, draws: Sequence[Draw]) -> Batch:
-        pictures = _pictures(self.data, draws)
-        flipped = tuple(
-            picture.subset.flip and self._random("flip", picture, one).random() < 0.5
-            for picture, one in zip(pictures, draws, strict=True)
-        )
-        sides = list(zip(pictures, flipped, strict=True))
-        batch = Batch(
-            tuple(draws),
-            tuple(self._caption(picture, one) for picture, one in zip(pictures, draws, strict=True)),
-            flipped,
-            torch.tensor([picture.fit.time_ids(side) for picture, side in sides], dtype=torch.float32),
-            torch.tensor([self.prior_loss_weight if picture.subset.is_reg else 1.0 for picture in pictures]),
-            latents=None,
-            pixels=torch.stack([to_pixels(read_pixels(picture), side) for picture, side in sides])
-            if self.with_pixels
-            else None,
-            text=None,
-        )
-        return self.in_files.added(batch)
-
-    def _caption(self, picture: Picture, one: Draw) -> str:
-        random = self._random("caption", picture, one)
-        return draw(
-            picture.lines,
-            picture.subset.captions,
-            random,
-            epoch=one.epoch,
-            step=one.step,
-            total_steps=self.total_steps,
-        )
-
-    def _random(self, purpose: str, picture: Picture, one: Draw) -> Random:
-        return seeds.numbers(self.seed, purpose, *picture.names, one.repeat, one.epoch)
-
-
-def _pictures(data: Data, draws: Sequence[Draw]) -> list[Picture]:
-    return [data.datasets[one.dataset].pictures[one.picture] for one in draws]
+        self._sampler.epoch = number
+        return raising(skip_first_batches(self._batches, start) if start else self._batches)
 
 
 def worker_count(options: Options) -> int:
@@ -205,42 +210,53 @@ def worker_count(options: Options) -> int:
     return min(max(options.max_data_loader_n_workers, 0), usable)
 
 
-class ReadAhead(Generic[_Job, _Result]):
-    """Calls a function on jobs in worker processes, and gives its results in their order.
+def read_ahead(
+    dataset: Dataset[Any],
+    batches: Iterable[Sequence[Any]],
+    collate: Callable[[list[Any]], Any],
+    workers: int,
+    *,
+    persistent: bool = False,
+) -> DataLoader[Any]:
+    """torch's DataLoader, which leaves global random numbers alone; iterate over it with `raising`.
 
-    Without workers the calls are made in this process. Global random numbers are left alone. What lorashrink raises on
-    purpose in a worker is raised here as it was.
+    Args:
+        dataset: read in worker processes, or in this one if there are none.
+        batches: the indices of each batch.
+        collate: makes a batch of the items of `dataset`.
     """
-
-    def __init__(self, read: Callable[[_Job], _Result], workers: int, persistent: bool = False) -> None:
-        # The very list that the DataLoader iterates over: its contents change, and its workers may stay.
-        self._jobs: list[_Job] = []
-        self._results: DataLoader[Any] = DataLoader(
-            _Reads(read),  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=self._jobs,
-            num_workers=workers,
-            persistent_workers=persistent and workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-        )
-
-    def __call__(self, jobs: Sequence[_Job]) -> Iterator[_Result]:
-        self._jobs[:] = jobs
-        for result in self._results:
-            if isinstance(result, LorashrinkError):
-                raise result
-            yield result
+    return DataLoader(
+        _Batches(dataset, collate),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        persistent_workers=persistent and workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _Reads:
-    """What DataLoader takes for a dataset; its indices are the jobs."""
+def raising(batches: Iterable[_T | LorashrinkError]) -> Iterator[_T]:
+    """The batches of `read_ahead`; what lorashrink raises on purpose in a worker is raised here as it was."""
+    for batch in batches:
+        if isinstance(batch, LorashrinkError):
+            raise batch
+        yield batch
 
-    read: Callable[[Any], Any]
 
-    def __getitem__(self, job: Any) -> Any:
+@dataclass(frozen=True)
+class _Batches(Dataset[Any]):
+    """Reads whole batches, in a worker. Errors become batches: DataLoader would put a traceback into their message."""
+
+    dataset: Dataset[Any]
+    collate: Callable[[list[Any]], Any]
+
+    def __getitems__(self, indices: Sequence[Any]) -> Any:  # DataLoader prefers this to __getitem__
         try:
-            return self.read(job)
+            return self.collate([self.dataset[index] for index in indices])
         except LorashrinkError as error:
             return error
+
+
+def _as_it_is(batch: _T) -> _T:
+    return batch

@@ -1,7 +1,6 @@
-"""What is trained on: pictures in folders, with their captions and buckets, and the order in which they are shown.
+"""What is trained on: pictures in folders, with their captions and buckets.
 
-Scanning reads captions and the sizes of pictures only; pixels are read by `read_pixels` when they are needed. An epoch
-is a list of batches of `Draw`, the same for every number of processes, workers and restarts.
+Scanning reads captions and the sizes of pictures only; pixels are read by `read_pixels` when they are needed.
 """
 
 from __future__ import annotations
@@ -9,30 +8,23 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import math
 import typing
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lorashrink.errors import InputError, UsageError, nearest
-from lorashrink.train.data import seeds
 from lorashrink.train.data.buckets import BucketRules, Fit, Size, bucket_table, fit, prepare
 from lorashrink.train.data.captions import CaptionRules, read_caption
 from lorashrink.train.flags.checks import check_sizes, parse_resolution
 from lorashrink.train.flags.options import UNSUPPORTED, Options, read_toml, unsupported
 
 _log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 # What PIL and its plugins raise for files that are damaged, of another kind, or far too large.
 _UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
@@ -68,7 +60,7 @@ class Picture:
     """One picture."""
 
     path: Path
-    lines: tuple[str, ...]  # of its caption
+    caption: str
     subset: Subset
     fit: Fit
     repeats: int  # showings in an epoch, after regularisation pictures were evened out
@@ -97,16 +89,24 @@ class Data:
     subsets: tuple[Subset, ...]
     skipped: tuple[tuple[Path, str], ...]  # unusable pictures, and why
 
+    @property
+    def pictures(self) -> list[Picture]:
+        """The pictures of all datasets."""
+        return [picture for dataset in self.datasets for picture in dataset.pictures]
+
+    def pictures_of(self, draws: Iterable[Draw]) -> list[Picture]:
+        """What is shown in these showings."""
+        return [self.datasets[draw.dataset].pictures[draw.picture] for draw in draws]
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One showing of one picture; the numbers are places in `Data.datasets` and `Dataset.pictures`."""
+    """One showing of one picture; the numbers index `Data.datasets` and `Dataset.pictures`."""
 
     dataset: int
     picture: int
     repeat: int
     epoch: int  # from 1
-    step: int  # optimizer steps done before it
 
 
 def scan(options: Options) -> Data:
@@ -119,53 +119,55 @@ def scan(options: Options) -> Data:
         UsageError: the dataset file has an unknown or unsupported key, or options contradict each other.
     """
     described = _configured(options) if options.dataset_config else [(options, _folders(options))]
-    found = [(settings, _bucket_rules(settings), subsets) for settings, subsets in described]
-    read = [[_read(subset, rules) for subset in subsets] for _, rules, subsets in found]
-    datasets = [
-        Dataset(_evened(subsets), settings.train_batch_size, rules, bucket_table(rules))
-        for (settings, rules, _), subsets in zip(found, read, strict=True)
-    ]
+    datasets: list[Dataset] = []
+    contents: list[_Contents] = []
+    for settings, subsets in described:
+        rules = _bucket_rules(settings)
+        read = [_read(subset, rules) for subset in subsets]
+        pictures = _evened([picture for folder in read for picture in folder.pictures])
+        datasets.append(Dataset(pictures, settings.train_batch_size, rules, bucket_table(rules)))
+        contents += read
     data = Data(
         tuple(dataset for dataset in datasets if dataset.pictures),
-        tuple(one.subset for subsets in read for one in subsets if one.pictures),
-        tuple(skipped for subsets in read for one in subsets for skipped in one.skipped),
+        tuple(folder.subset for folder in contents if folder.pictures),
+        tuple(skipped for folder in contents for skipped in folder.skipped),
     )
-    _report([one for subsets in read for one in subsets], data.skipped)
+    _warn(contents, data.skipped)
     if not data.datasets:
         raise InputError(_nothing_found(options))
     return data
 
 
 @dataclass(slots=True)
-class _Read:
+class _Contents:
     """What one folder holds."""
 
     subset: Subset
-    pictures: list[Picture]
-    bare: list[Picture]  # those of them without a caption file
-    skipped: list[tuple[Path, str]]
+    pictures: list[Picture] = field(default_factory=list)
+    bare: list[Picture] = field(default_factory=list)  # those of them without a caption file
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
     turned: int = 0  # pictures that a note in the file says to turn
 
 
-def _read(subset: Subset, rules: BucketRules) -> _Read:
-    found = _Read(subset, [], [], [])
+def _read(subset: Subset, rules: BucketRules) -> _Contents:
+    contents = _Contents(subset)
     table = bucket_table(rules)
     for path in _picture_files(subset.folder):
         try:
             with Image.open(path) as image:
                 size = image.size
                 # Without such an entry PIL would read the whole picture to look for one.
-                found.turned += "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                contents.turned += "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
             fitted = fit(size, rules, table)
         except (InputError, *_UNREADABLE) as error:
-            found.skipped.append((path, _reason(error)))
+            contents.skipped.append((path, _reason(error)))
             continue
-        lines = read_caption(path, subset.captions)
-        fallback = (subset.class_words,)
-        found.pictures.append(Picture(path, fallback if lines is None else lines, subset, fitted, subset.repeats))
-        if lines is None:
-            found.bare.append(found.pictures[-1])
-    return found
+        caption = read_caption(path, subset.captions)
+        picture = Picture(path, subset.class_words if caption is None else caption, subset, fitted, subset.repeats)
+        contents.pictures.append(picture)
+        if caption is None:
+            contents.bare.append(picture)
+    return contents
 
 
 def _picture_files(folder: Path) -> list[Path]:
@@ -176,20 +178,20 @@ def _reason(error: Exception) -> str:
     return "no picture, or damaged" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
-def _report(read: Sequence[_Read], skipped: Sequence[tuple[Path, str]]) -> None:
+def _warn(contents: Sequence[_Contents], skipped: Sequence[tuple[Path, str]]) -> None:
     """Tell in a line each what the user should know about the folders."""
-    for one in read:
-        if not one.pictures:
-            _log.warning("%s: no pictures found; the folder is ignored", one.subset.folder)
+    for folder in contents:
+        if not folder.pictures:
+            _log.warning("%s: no pictures found; the folder is ignored", folder.subset.folder)
     if skipped:
         names = "; ".join(f"{path}: {reason}" for path, reason in skipped)
         _log.warning("%d pictures cannot be used and are left out: %s", len(skipped), names)
-    if turned := sum(one.turned for one in read):
+    if turned := sum(folder.turned for folder in contents):
         _log.warning(
             "%d pictures are turned only by a note in the file (EXIF), which training does not read; save them upright",
             turned,
         )
-    bare = [picture for one in read for picture in one.bare]
+    bare = [picture for folder in contents for picture in folder.bare]
     named = [picture for picture in bare if picture.subset.class_words]
     empty = [picture for picture in bare if not picture.subset.class_words]
     for pictures, instead in ((named, "the words of its folder are used"), (empty, "its caption is empty")):
@@ -216,30 +218,25 @@ def _nothing_found(options: Options) -> str:
     )
 
 
-def _evened(read: Sequence[_Read]) -> tuple[Picture, ...]:
+def _evened(pictures: Sequence[Picture]) -> tuple[Picture, ...]:
     """The pictures of a dataset, regularisation pictures repeated until they are shown as often as the others."""
-    pictures = [picture for one in read for picture in one.pictures]
     train = [picture for picture in pictures if not picture.subset.is_reg]
     reg = [picture for picture in pictures if picture.subset.is_reg]
-    wanted, given = _showings(train), _showings(reg)
-    if given > wanted:
+    train_showings, reg_showings = (sum(picture.repeats for picture in part) for part in (train, reg))
+    if reg_showings > train_showings:
         _log.warning(
             "there are %d regularisation pictures for %d training pictures (with repeats); only as many are used",
-            given,
-            wanted,
+            reg_showings,
+            train_showings,
         )
-    more, rest = divmod(max(wanted - given, 0), len(reg) or 1)
-    left = wanted
-    for place, picture in enumerate(reg):
-        repeats = min(left, picture.repeats + more + (place < rest))
-        left -= repeats
+    more, rest = divmod(max(train_showings - reg_showings, 0), len(reg) or 1)
+    remaining = train_showings
+    for index, picture in enumerate(reg):
+        repeats = min(remaining, picture.repeats + more + (index < rest))
+        remaining -= repeats
         if repeats:
             train.append(replace(picture, repeats=repeats))
     return tuple(train)
-
-
-def _showings(pictures: Iterable[Picture]) -> int:
-    return sum(picture.repeats for picture in pictures)
 
 
 def _folders(options: Options) -> list[Subset]:
@@ -257,7 +254,7 @@ def _folders(options: Options) -> list[Subset]:
 def _named_folders(parent: Path, is_reg: bool, options: Options) -> Iterator[Subset]:
     if not parent.is_dir():
         raise InputError(f"{parent}: no such folder (--{'reg' if is_reg else 'train'}_data_dir)")
-    found = False
+    named = False
     for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
         repeats, _, words = folder.name.partition("_")
         if not (repeats.isdecimal() and int(repeats) > 0):
@@ -265,12 +262,12 @@ def _named_folders(parent: Path, is_reg: bool, options: Options) -> Iterator[Sub
                 "%s is ignored: its name must begin with how often to show its pictures, as in 10_words", folder
             )
             continue
-        found = True
+        named = True
         yield _subset(options, folder, int(repeats), words, is_reg)
     loose = len(_picture_files(parent))
-    if found and loose:
+    if named and loose:
         _log.warning("%d pictures directly in %s are not used; only those in its folders are", loose, parent)
-    if is_reg and not found:
+    if is_reg and not named:
         raise InputError(f"{parent}: no folders named as in {parent / '1_words'}, of regularisation pictures")
 
 
@@ -441,50 +438,3 @@ def read_pixels(picture: Picture) -> npt.NDArray[np.uint8]:
             return prepare(image, picture.fit, picture.subset.interpolation)
     except _UNREADABLE as error:
         raise InputError(f"{picture.path}: cannot be read ({_reason(error)}); replace or remove it") from None
-
-
-def chunks(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
-    """The items in their order, `size` at a time; the last chunk may be smaller."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def batch_count(data: Data) -> int:
-    """Batches of one epoch, of all processes together."""
-    counts: Counter[tuple[int, Size]] = Counter()
-    for place, dataset in enumerate(data.datasets):
-        for picture in dataset.pictures:
-            counts[place, picture.fit.bucket] += picture.repeats
-    return sum(math.ceil(count / data.datasets[place].batch_size) for (place, _), count in counts.items())
-
-
-def epoch_batches(data: Data, epoch: int, seed: int, *, world: int = 1, accumulation: int = 1) -> list[list[Draw]]:
-    """The batches of an epoch for all processes: process r of `world` shows batches r, r + world, ...
-
-    Each bucket's pictures are shuffled and cut into batches, and the batches of all datasets are shuffled. Both depend
-    on seed and epoch alone. So that all processes have as many, the list goes on from its beginning where it is short.
-
-    Args:
-        epoch: from 1.
-        accumulation: batches of a process per optimizer step. An epoch begins with a new step.
-    """
-    random = seeds.numbers(seed, "order", epoch)
-    batches = [
-        batch for place, dataset in enumerate(data.datasets) for batch in _shuffled_batches(place, dataset, random)
-    ]
-    random.shuffle(batches)
-    rounds = math.ceil(len(batches) / world)
-    first = (epoch - 1) * math.ceil(rounds / accumulation)
-    return [
-        [Draw(*showing, epoch, first + place // world // accumulation) for showing in batch]
-        for place, batch in enumerate(islice(cycle(batches), rounds * world))
-    ]
-
-
-def _shuffled_batches(place: int, dataset: Dataset, random: Random) -> Iterator[Sequence[tuple[int, int, int]]]:
-    """Of one dataset: batches of (dataset, picture, repeat)."""
-    showings: dict[Size, list[tuple[int, int, int]]] = defaultdict(list)
-    for number, picture in enumerate(dataset.pictures):
-        showings[picture.fit.bucket] += [(place, number, repeat) for repeat in range(picture.repeats)]
-    for bucket in sorted(showings):
-        random.shuffle(showings[bucket])
-        yield from chunks(showings[bucket], dataset.batch_size)

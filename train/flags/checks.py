@@ -185,17 +185,17 @@ def check_sizes(options: Options) -> list[str]:
 
 
 def _check_packages(options: Options) -> None:
-    by_path = "." in options.optimizer_type
-    packages = {
+    name = optimizer_name(options)
+    packages: dict[str, object] = {
         "wandb": options.log_with in ("wandb", "all") and f"--log_with={options.log_with}",
         "tensorboard": options.logging_dir and options.log_with != "wandb" and "--logging_dir",
         "xformers": options.xformers and not options.mem_eff_attn and "--xformers",
-        _OPTIMIZERS[_optimizer(options)] if not by_path else "": options.optimizer_type or "this optimizer",
+        optimizer_path(options).partition(".")[0]: "." not in name and name,
     }
     for package, wanted_by in packages.items():
-        if package and wanted_by and not importlib.util.find_spec(package):
-            name = package.replace("_", "-")
-            raise UsageError(f"{wanted_by} needs the package {name}: pip install {name}")
+        if wanted_by and not importlib.util.find_spec(package):
+            on_pypi = package.replace("_", "-")
+            raise UsageError(f"{wanted_by} needs the package {on_pypi}: pip install {on_pypi}")
 
 
 def _check_state(options: Options) -> None:
@@ -237,20 +237,36 @@ def _check_pictures(o: Options) -> Iterator[str]:
         )
 
 
-def _optimizer(o: Options) -> str:
-    """The optimizer's name without its path, in lower case."""
-    name = "AdamW8bit" if o.use_8bit_adam else "Lion" if o.use_lion_optimizer else o.optimizer_type or "AdamW"
-    return name.lower().rpartition(".")[2]
-
-
-# Optimizers that have a name here, in lower case -> the package that has them.
-_OPTIMIZERS = {
-    "adamw": "",
-    "adamw8bit": "bitsandbytes",
-    "lion": "lion_pytorch",
-    "adafactor": "",
-    "prodigy": "prodigyopt",
+# Any other optimizer is given by the dotted path of its class.
+OPTIMIZERS = {
+    "AdamW": "torch.optim.AdamW",
+    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
+    "Lion": "lion_pytorch.Lion",
+    "Adafactor": "transformers.optimization.Adafactor",
+    "Prodigy": "prodigyopt.Prodigy",
 }
+
+
+def optimizer_name(options: Options) -> str:
+    """The optimizer's name, with its aliases resolved."""
+    alias = "AdamW8bit" if options.use_8bit_adam else "Lion" if options.use_lion_optimizer else None
+    return alias or options.optimizer_type or "AdamW"
+
+
+def optimizer_path(options: Options) -> str:
+    """The dotted path of the optimizer's class.
+
+    Raises:
+        UsageError: its name is not among `OPTIMIZERS`.
+    """
+    name = optimizer_name(options)
+    paths = {known.lower(): path for known, path in OPTIMIZERS.items()}
+    if "." not in name and name.lower() not in paths:
+        raise UsageError(
+            f"not supported: --optimizer_type {name}; it is one of {', '.join(OPTIMIZERS)}, or a class by its dotted "
+            "path, such as torch.optim.RMSprop"
+        )
+    return paths.get(name.lower(), name)
 
 
 def _check_optimizer(o: Options) -> None:
@@ -261,21 +277,17 @@ def _check_optimizer(o: Options) -> None:
             f"--optimizer_type={o.optimizer_type} and an older flag name two optimizers; remove --use_8bit_adam and "
             "--use_lion_optimizer"
         )
-    if "." not in o.optimizer_type and _optimizer(o) not in _OPTIMIZERS:
-        raise UsageError(
-            f"not supported: --optimizer_type={o.optimizer_type}; it is one of AdamW, AdamW8bit, Lion, Adafactor, "
-            "Prodigy, or a class by its dotted path, such as torch.optim.RMSprop"
-        )
+    optimizer_path(o)
 
 
 def _check_schedule(o: Options) -> Iterator[str]:
     fixed = bool(o.lr_scheduler_type) or o.lr_scheduler in ("constant", "adafactor")
-    warmup = o.lr_warmup_steps
+    warmup, optimizer = o.lr_warmup_steps, optimizer_path(o).lower()
     if not o.lr_scheduler_type and o.lr_scheduler not in LEARNING_RATES:
         raise UsageError(f"--lr_scheduler={o.lr_scheduler}: must be one of {', '.join(LEARNING_RATES)}")
-    if o.lr_scheduler == "adafactor" and _optimizer(o) != "adafactor":
+    if o.lr_scheduler == "adafactor" and not optimizer.endswith(".adafactor"):
         raise UsageError("--lr_scheduler=adafactor works with --optimizer_type=Adafactor only")
-    if warmup and fixed and not _optimizer(o).endswith("schedulefree"):
+    if warmup and fixed and not optimizer.endswith("schedulefree"):
         raise UsageError(
             "--lr_warmup_steps has no place in this course of the learning rate; remove it, or take "
             "--lr_scheduler=constant_with_warmup"

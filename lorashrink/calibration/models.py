@@ -1,4 +1,4 @@
-"""The model that is observed during calibration: a diffusion pipeline or a language model."""
+"""The models that calibration observes, diffusion pipelines and language models, and what they run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorashrink.pictures.prompts import Prompt, read_prompts
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-# What most pictures are made of. Statistics belong to the model: what is drawn matters little.
+# Usual subjects of pictures. Statistics belong to the model: what is drawn matters little.
 PROMPTS = (
     "a photo of a cat on a wooden chair",
     "a portrait of an old woman, soft light",
@@ -41,19 +41,22 @@ def model_dtype(dtype: str, device: str) -> str:
     return DTYPES["fp32" if device == "cpu" else "bf16"] if dtype == "auto" else DTYPES[dtype]
 
 
-class Subject(NamedTuple):
-    """A loaded model, and what it is made to do."""
+_WINDOW = 512  # tokens of a text
+
+
+class ObservedModel(NamedTuple):
+    """A loaded model, and its runs: pictures that it draws or texts that it reads."""
 
     model: Any
     modules: Modules
-    layout: str  # of the names
-    runs: Sequence[Any]  # JSON, one per picture or text
-    passes: int  # per run
-    forwards: int  # per run
-    watch: Callable[[int, Recorder, Callable[[], None]], None]
+    layout: str  # of the base's names: "native" or "diffusers"
+    runs: Sequence[Any]  # as JSON, one per picture or text
+    passes: int  # forward and backward, per run
+    forwards: int  # without a backward pass, per run
+    watch: Callable[[int, Recorder, Callable[[], None]], None]  # of a run's number; calls back after each pass
 
 
-def open_subject(
+def open_model(
     model: Path,
     base: Base,
     prompts: str | Path | None,
@@ -62,7 +65,11 @@ def open_subject(
     steps_used: int,
     device: str,
     dtype: str,
-) -> Subject:
+) -> ObservedModel:
+    """The model of a calibration, ready to be watched, with the runs that the options ask for.
+
+    steps_used: per picture, and for a text its projections. Raises UsageError or InputError.
+    """
     if model.is_dir() and not (model / "model_index.json").is_file():
         if text is None:
             raise UsageError(f"{model}: is a language model; give a file of texts with --text.")
@@ -71,40 +78,38 @@ def open_subject(
         raise UsageError(f"{model}: draws pictures; give --prompts instead of --text.")
     check_packages()
     kind = KINDS[pipeline_kind(model)]
-    pipeline, shots = open_frozen(model, kind, prompts, seeds, device, dtype)
+    pipeline, shots = open_frozen_pipeline(model, kind, prompts, seeds, device, dtype)
     steps = min(shot.prompt.steps for shot in shots)
     used = min(steps_used, steps)
 
     def watch(number: int, recorder: Recorder, progress: Callable[[], None]) -> None:
-        watch_picture(pipeline, kind.denoiser, recorder, request([shots[number]], kind), used, progress)
+        watch_picture(pipeline, kind.denoiser, recorder, pipeline_arguments([shots[number]], kind), used, progress)
 
     runs = [[asdict(shot.prompt), shot.start] for shot in shots]
-    return Subject(pipeline, modules_of(pipeline, base), "diffusers", runs, used, steps - used, watch)
+    return ObservedModel(pipeline, modules_of(pipeline, base), "diffusers", runs, used, steps - used, watch)
 
 
-def open_frozen(
+def open_frozen_pipeline(
     model: Path, kind: Kind, prompts: str | Path | None, seeds: Sequence[int], device: str, dtype: str
 ) -> tuple[Any, tuple[Shot, ...]]:
-    """A pipeline of which gradients are wanted, but not those of its weights, and what it draws.
+    """A pipeline whose weights take no gradients, and what it draws.
 
     prompts: a file; None stands for `PROMPTS`. Raises as `open_pipeline` and `read_prompts`.
     """
-    asked = None if prompts is None else read_prompts(Path(prompts))
+    drawn = None if prompts is None else read_prompts(Path(prompts))
     pipeline = open_pipeline(model, device=device, dtype=dtype)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
     if device != "cpu":
         getattr(pipeline, kind.denoiser).enable_gradient_checkpointing()
-    return pipeline, shots_of(asked or _usual_prompts(pipeline, kind.scale), seeds)
+    if drawn is None:
+        side = int(pipeline.default_sample_size) * pipeline.vae_scale_factor
+        drawn = tuple(Prompt(text, width=side, height=side, steps=20, scale=kind.scale) for text in PROMPTS)
+    return pipeline, shots_of(drawn, seeds)
 
 
-def _usual_prompts(pipeline: Any, scale: float) -> tuple[Prompt, ...]:
-    side = int(pipeline.default_sample_size) * pipeline.vae_scale_factor
-    return tuple(Prompt(text, width=side, height=side, steps=20, scale=scale) for text in PROMPTS)
-
-
-def request(shots: Sequence[Shot], kind: Kind) -> dict[str, Any]:
+def pipeline_arguments(shots: Sequence[Shot], kind: Kind) -> dict[str, Any]:
     """The arguments of the pipeline for shots of equal size and guidance; the noise is that of the first."""
     prompt = shots[0].prompt
     return {
@@ -118,7 +123,9 @@ def request(shots: Sequence[Shot], kind: Kind) -> dict[str, Any]:
     }
 
 
-def _language_model(model: Path, text: Path, seeds: Sequence[int], probes: int, device: str, dtype: str) -> Subject:
+def _language_model(
+    model: Path, text: Path, seeds: Sequence[int], probes: int, device: str, dtype: str
+) -> ObservedModel:
     try:
         import transformers
     except ImportError:
@@ -126,9 +133,9 @@ def _language_model(model: Path, text: Path, seeds: Sequence[int], probes: int, 
     try:
         lines = [line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        named = " ".join(config.get("architectures") or [])
-        causal = "CausalLM" in named or "LMHead" in named
-        loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        architectures = " ".join(config.get("architectures") or [])
+        writes_words = "CausalLM" in architectures or "LMHead" in architectures
+        loader = transformers.AutoModelForCausalLM if writes_words else transformers.AutoModel
         network = loader.from_pretrained(model, dtype=getattr(torch, dtype), local_files_only=True).to(device).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -143,7 +150,4 @@ def _language_model(model: Path, text: Path, seeds: Sequence[int], probes: int, 
         tokens = tokenizer(line, return_tensors="pt", truncation=True, max_length=_WINDOW).to(device)
         watch_text(network, tokens, recorder, probes, seed * len(lines) + number, progress)
 
-    return Subject(network, lambda _, name: module_at(network, name), "native", runs, probes, 0, watch)
-
-
-_WINDOW = 512  # tokens of a text
+    return ObservedModel(network, lambda _, name: module_at(network, name), "native", runs, probes, 0, watch)

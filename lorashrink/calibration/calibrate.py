@@ -1,8 +1,9 @@
-"""Gathering statistics of a model for calibrated recipes: of given adapters, or of the model for all adapters."""
+"""`calibrate`: gather statistics of a model for calibrated recipes, for some adapters or for all."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections import defaultdict
@@ -17,14 +18,13 @@ from torch import Tensor, nn
 
 from lorashrink._version import __version__
 from lorashrink.adapters import Adapter, open_adapter
-from lorashrink.bases import Base, View, open_base
+from lorashrink.bases import Base, open_base
+from lorashrink.calibration.models import ObservedModel, model_dtype, open_model
 from lorashrink.calibration.sites import Watched, by_weight, pieces, watched
-from lorashrink.calibration.statistics import adapter_key, write_adapters, write_table
-from lorashrink.calibration.subjects import Subject, model_dtype, open_subject
-from lorashrink.calibration.watching import Projected, Recorder, Site, Sketched, Watcher
+from lorashrink.calibration.statistics import adapter_key, stacked_grams, write_adapters, write_table
+from lorashrink.calibration.watching import Projected, Recorder, Sketched, Watcher
 from lorashrink.engine.delta import Delta
 from lorashrink.engine.devices import pick_device
-from lorashrink.engine.gram import Grams
 from lorashrink.errors import InputError, Progress, UsageError
 from lorashrink.files.disk import check_output
 from lorashrink.files.reading import open_tensors
@@ -32,14 +32,14 @@ from lorashrink.files.store import tensor_info
 from lorashrink.files.writing import SafetensorsWriter
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.matching import match
-from lorashrink.pictures.pipelines import adapted
+from lorashrink.pictures.adapting import adapted
 
-_SAVE_SECONDS = 30.0
+_SAVE_SECONDS = 30.0  # between two savings of the sums, from which an interrupted calibration goes on
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """What a calibration is about to take."""
+    """The work that a calibration is about to do."""
 
     model: str
     device: str
@@ -47,7 +47,7 @@ class Effort:
     layers: int
     runs: int  # pictures or texts
     passes: int  # forward and backward through the model
-    forwards: int  # without a way back
+    forwards: int  # through the model without a backward pass
     model_bytes: int
     statistics_bytes: int  # while they are gathered
     done: int  # runs that an interrupted calibration has done already
@@ -88,13 +88,13 @@ def calibrate(
 ) -> Calibrated:
     """Gather statistics of a model for recipes with `calib`, and write them to `output`, a .safetensors file.
 
-    With adapters, those of their layers, exactly; without, a calibration table, which serves every adapter for this
-    model: a diagonal and `rank` columns for each side of every weight.
+    With adapters these are exact statistics of their layers. Without adapters they are a calibration table, which
+    serves every adapter for this model: a diagonal and `rank` columns for each side of every weight.
 
     model: a text-to-image model as for `sweep`, or a folder of a language model as transformers saves it.
     prompts: as in `sweep`; default are general ones. text: for language models, a file whose lines are read.
-    seeds: each prompt is drawn with each of them. steps_used: how many of a picture's steps count, and for a text how
-    many projections. loaded: with the adapter, of which there is one then, on the model.
+    seeds: each prompt is drawn with each of them. steps_used: how many of a picture's steps are watched, and for a text
+    how many projections. loaded: the adapter, which must be the only one, is on the model meanwhile.
     dtype: auto (fp32 on a CPU, else bf16), fp32, bf16 or fp16.
     An interrupted calibration goes on where it was, if it is started again with the same arguments.
 
@@ -105,62 +105,68 @@ def calibrate(
         OutputError: `output` exists and `force` is not set, or cannot be written.
     """
     started = time.perf_counter()
-    place = Path(output)
+    target = Path(output)
     sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters) if adapters else []
-    _check(sources, place, prompts, text, steps_used, rank, loaded)
-    check_output(place, force=force, inputs=[Path(model), *sources])
+    _check_options(sources, target, prompts, text, steps_used, rank, loaded)
+    check_output(target, force=force, inputs=[Path(model), *sources])
     device = pick_device(device)
-    kind = model_dtype(dtype, device)
+    weights_dtype = model_dtype(dtype, device)
     with ExitStack() as stack:
         base = stack.enter_context(open_base(model))
         opened = {path: stack.enter_context(open_adapter(path)) for path in sources}
-        subject = open_subject(Path(model), base, prompts, text, seeds, steps_used, device, kind)
-        plan = _plan(subject, base, opened, rank, device)
-        settings = _settings(subject, base, opened, plan, loaded)
-        partial_file = place.with_name(f".{place.stem}.part.safetensors")
+        observed = open_model(Path(model), base, prompts, text, seeds, steps_used, device, weights_dtype)
+        parts = watched(observed.modules, observed.layout, base)
+        plan = _plan_adapters(parts, base, opened, device) if opened else _plan_table(parts, rank, device)
+        settings = _settings(observed, base, opened, plan, loaded)
+        partial_file = target.with_name(f".{target.stem}.part.safetensors")
         done = _resume(partial_file, plan, settings)
-        runs = len(subject.runs)
+        runs, passes = len(observed.runs), len(observed.runs) * observed.passes
         if announce:
-            announce(_effort(model, subject, plan, done, device, kind))
+            announce(_effort(model, observed, plan, done, device, weights_dtype))
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(device)
         if loaded:
-            stack.enter_context(adapted(subject.model, sources[0], base))
+            stack.enter_context(adapted(observed.model, sources[0], base))
         stack.enter_context(plan.recorder.hooked())
-        report = _Report(progress, runs * subject.passes, done * subject.passes)
+        pass_numbers = itertools.count(done * observed.passes + 1)
+
+        def report() -> None:
+            if progress:
+                progress("calibrating", next(pass_numbers), passes)
+
         saved = time.monotonic()
         for number in range(done, runs):
-            subject.watch(number, plan.recorder, report)
+            observed.watch(number, plan.recorder, report)
             if time.monotonic() - saved > _SAVE_SECONDS and number + 1 < runs:
                 _save(partial_file, plan, settings, number + 1)
                 saved = time.monotonic()
-        written = plan.write(place, runs * subject.passes, base, settings)
+        size = plan.write(target, passes, base, settings)
         partial_file.unlink(missing_ok=True)
     return Calibrated(
-        path=str(place),
+        path=str(target),
         kind="adapters" if sources else "base",
         model=str(model),
         adapters=tuple(map(str, sources)),
         layers=plan.layers,
-        bytes=written,
+        bytes=size,
         runs=runs,
-        passes=runs * subject.passes,
+        passes=passes,
         seconds=time.perf_counter() - started,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None,
     )
 
 
-def _check(
+def _check_options(
     sources: Sequence[Path],
-    place: Path,
+    output: Path,
     prompts: str | Path | None,
     text: str | Path | None,
     steps_used: int,
     rank: int,
     loaded: bool,
 ) -> None:
-    if place.suffix != ".safetensors":
-        raise UsageError(f"{place}: statistics are a safetensors file; give a name that ends in .safetensors.")
+    if output.suffix != ".safetensors":
+        raise UsageError(f"{output}: statistics are a safetensors file; give a name that ends in .safetensors.")
     if prompts is not None and text is not None:
         raise UsageError("prompts are for models of pictures, text for language models; give one of them.")
     if steps_used < 1 or rank < 1:
@@ -169,17 +175,7 @@ def _check(
         raise UsageError(f"one adapter can be on the model while it is watched, and {len(sources)} are given.")
 
 
-class _Report:
-    def __init__(self, progress: Progress | None, total: int, done: int) -> None:
-        self.progress, self.total, self.done = progress, total, done
-
-    def __call__(self) -> None:
-        self.done += 1
-        if self.progress:
-            self.progress("calibrating", self.done, self.total)
-
-
-# --- what is added up ---------------------------------------------------------------------------
+# --- which sums, and how they become a file -----------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,27 +183,33 @@ class _Plan:
     watchers: Mapping[str, Watcher]
     recorder: Recorder
     layers: int
-    write: Callable[[Path, int, Base, Mapping[str, Any]], int]
+    write: Callable[[Path, int, Base, Mapping[str, Any]], int]  # (file, passes, base, settings) -> bytes
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The tensors that are added to, not copies of them."""
+        return {
+            f"{name}|{key}": tensor
+            for name, watcher in self.watchers.items()
+            for key, tensor in watcher.state().items()
+        }
 
 
-def _plan(subject: Subject, base: Base, adapters: Mapping[Path, Adapter], rank: int, device: str) -> _Plan:
-    found = watched(subject.modules, subject.layout, base)
-    return _of_adapters(found, base, adapters, device) if adapters else _of_base(found, rank, device)
+def _plan_table(parts: Sequence[Watched], rank: int, device: str) -> _Plan:
+    """A diagonal and `rank` columns for each side of every weight."""
+    watchers = {part.view: Sketched(part.view.shape, rank, device) for part in parts}
+
+    def write(path: Path, passes: int, base: Base, settings: Mapping[str, Any]) -> int:
+        return write_table(path, {view: watcher.result(passes) for view, watcher in watchers.items()}, base, settings)
+
+    recorder = Recorder([(part, watchers[part.view]) for part in parts])
+    return _Plan({str(view): watcher for view, watcher in watchers.items()}, recorder, len(watchers), write)
 
 
-def _of_base(found: Sequence[Watched], rank: int, device: str) -> _Plan:
-    watchers = {each.view: Sketched(each.view.shape, rank, device) for each in found}
-    sites = [(_site(each, each.view), watchers[each.view]) for each in found]
-
-    def write(place: Path, passes: int, base: Base, settings: Mapping[str, Any]) -> int:
-        return write_table(place, {view: one.result(passes) for view, one in watchers.items()}, base, settings)
-
-    return _Plan({str(view): one for view, one in watchers.items()}, _recorder(sites), len(watchers), write)
-
-
-def _of_adapters(modules: Sequence[Watched], base: Base, adapters: Mapping[Path, Adapter], device: str) -> _Plan:
-    by_key = by_weight(modules)
-    watchers: dict[str, dict[str, Projected]] = defaultdict(dict)  # layer -> its pieces
+def _plan_adapters(parts: Sequence[Watched], base: Base, adapters: Mapping[Path, Adapter], device: str) -> _Plan:
+    """The Gram matrices of every layer of the adapters."""
+    by_key = by_weight(parts)
+    watchers: dict[str, dict[str, Projected]] = defaultdict(dict)  # layer -> first row -> its sums
     sites = []
     for adapter in adapters.values():
         for layer, views in zip(adapter.layers, match(adapter, base), strict=True):
@@ -217,92 +219,65 @@ def _of_adapters(modules: Sequence[Watched], base: Base, adapters: Mapping[Path,
                     f"{adapter.path}: layer {layer.name} is {layer.algo}, which has no two factors to watch. Make a "
                     "table of the model with --base-table instead; it serves every adapter."
                 )
-            for part, rows in pieces(views, by_key):
+            for site, rows in pieces(views, by_key):
                 assert delta is not None
-                site = _site(part, part.view)
-                one = Projected(delta.up[slice(*rows)], delta.down, device)
-                key = f"{adapter_key(adapter)}/{layer.name}"
-                watchers[key][f"{rows[0]}"] = one
-                sites.append((site, one))
+                watcher = Projected(delta.up[slice(*rows)], delta.down, device)
+                watchers[f"{adapter_key(adapter)}/{layer.name}"][f"{rows[0]}"] = watcher
+                sites.append((site, watcher))
 
-    def write(place: Path, passes: int, base: Base, settings: Mapping[str, Any]) -> int:
-        found = {key: _together([one.result(passes) for one in each.values()]) for key, each in watchers.items()}
+    def write(path: Path, passes: int, base: Base, settings: Mapping[str, Any]) -> int:
+        grams = {
+            layer: stacked_grams([watcher.result(passes) for watcher in by_rows.values()])
+            for layer, by_rows in watchers.items()
+        }
         names = {adapter_key(adapter): path.name for path, adapter in adapters.items()}
-        return write_adapters(place, found, names, base, settings)
+        return write_adapters(path, grams, names, base, settings)
 
-    flat = {f"{key}|{rows}": one for key, each in watchers.items() for rows, one in each.items()}
-    return _Plan(flat, _recorder(sites), len(watchers), write)
-
-
-def _together(pieces: Sequence[Grams]) -> Grams:
-    """One layer's, whose rows are in several modules with the same inputs."""
-    return Grams(torch.stack([each.down for each in pieces]).mean(0), torch.stack([each.up for each in pieces]).sum(0))
+    flat = {f"{layer}|{row}": watcher for layer, by_rows in watchers.items() for row, watcher in by_rows.items()}
+    return _Plan(flat, Recorder(sites), len(watchers), write)
 
 
-def _site(each: Watched, view: View) -> Site:
-    return Site(str(view), each.module, (each.start, each.start + view.shape[0]))
-
-
-def _recorder(sites: Sequence[tuple[Site, Watcher]]) -> Recorder:
-    by_module: dict[nn.Module, list[tuple[Site, Watcher]]] = defaultdict(list)
-    for site, watcher in sites:
-        by_module[site.module].append((site, watcher))
-    return Recorder(by_module)
-
-
-def _effort(model: str | Path, subject: Subject, plan: _Plan, done: int, device: str, dtype: str) -> Effort:
-    parts = subject.model.components.values() if hasattr(subject.model, "components") else [subject.model]
-    tensors = [tensor for part in parts if isinstance(part, nn.Module) for tensor in part.parameters()]
-    gathered = [tensor for one in plan.watchers.values() for tensor in one.state().values()]
-    left = len(subject.runs) - done
+def _effort(path: str | Path, model: ObservedModel, plan: _Plan, done: int, device: str, dtype: str) -> Effort:
+    parts = model.model.components.values() if hasattr(model.model, "components") else [model.model]
+    weights = [tensor for part in parts if isinstance(part, nn.Module) for tensor in part.parameters()]
+    remaining = len(model.runs) - done
     return Effort(
-        model=str(model),
+        model=str(path),
         device=device,
         dtype=dtype,
         layers=plan.layers,
-        runs=len(subject.runs),
-        passes=left * subject.passes,
-        forwards=left * subject.forwards,
-        model_bytes=sum(tensor.nbytes for tensor in tensors),
-        statistics_bytes=sum(tensor.nbytes for tensor in gathered),
+        runs=len(model.runs),
+        passes=remaining * model.passes,
+        forwards=remaining * model.forwards,
+        model_bytes=sum(tensor.nbytes for tensor in weights),
+        statistics_bytes=sum(tensor.nbytes for tensor in plan.sums.values()),
         done=done,
     )
 
 
-# --- going on -----------------------------------------------------------------------------------
+# --- going on after an interruption -------------------------------------------------------------
 
 
 def _settings(
-    subject: Subject, base: Base, adapters: Mapping[Path, Adapter], plan: _Plan, loaded: bool
+    model: ObservedModel, base: Base, adapters: Mapping[Path, Adapter], plan: _Plan, loaded: bool
 ) -> dict[str, Any]:
     """Everything that decides the statistics."""
-    runs = json.dumps(subject.runs, sort_keys=True)
+    runs = json.dumps(model.runs, sort_keys=True)
+    shapes = {key: tuple(tensor.shape) for key, tensor in plan.sums.items()}
     return {
-        "runs": len(subject.runs),
+        "runs": len(model.runs),
         "runs_sha256": hashlib.sha256(runs.encode()).hexdigest(),
-        "passes": subject.passes,
+        "passes": model.passes,
         "loaded": loaded,
         "model": base.fingerprint,
         "adapters": sorted(map(adapter_key, adapters.values())),
-        "sums": hashlib.sha256(str(sorted(_shapes(plan).items())).encode()).hexdigest()[:16],
+        "sums": hashlib.sha256(str(sorted(shapes.items())).encode()).hexdigest()[:16],
         "versions": [__version__, torch.__version__],
     }
 
 
-def _shapes(plan: _Plan) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{name}|{key}": tuple(tensor.shape)
-        for name, one in plan.watchers.items()
-        for key, tensor in one.state().items()
-    }
-
-
-def _sums(plan: _Plan) -> dict[str, Tensor]:
-    return {f"{name}|{key}": tensor for name, one in plan.watchers.items() for key, tensor in one.state().items()}
-
-
 def _save(path: Path, plan: _Plan, settings: Mapping[str, Any], done: int) -> None:
-    sums = _sums(plan)
+    sums = plan.sums
     kinds = {torch.float32: "F32", torch.float64: "F64"}
     infos = {key: tensor_info(kinds[tensor.dtype], tuple(tensor.shape)) for key, tensor in sums.items()}
     with SafetensorsWriter(path, infos, {"settings": json.dumps(dict(settings)), "done": str(done)}) as writer:
@@ -312,12 +287,12 @@ def _save(path: Path, plan: _Plan, settings: Mapping[str, Any], done: int) -> No
 
 
 def _resume(path: Path, plan: _Plan, settings: Mapping[str, Any]) -> int:
-    """How many runs an equal calibration has done before, whose sums are taken over."""
+    """Take over the sums of an equal calibration that was interrupted; returns how many runs it has done."""
     if not path.is_file():
         return 0
     with open_tensors(path) as store:
         if store.metadata.get("settings") != json.dumps(dict(settings)):
             return 0
-        for key, tensor in _sums(plan).items():
+        for key, tensor in plan.sums.items():
             tensor.copy_(store.read(key))
         return int(store.metadata["done"])
