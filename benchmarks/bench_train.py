@@ -26,9 +26,9 @@ from torch.nn import functional
 from lorashrink.train.data.batches import Batch, Loader
 from lorashrink.train.model.loading import LATENT_SCALE, load_model
 from lorashrink.train.model.network import Network, build_network
+from lorashrink.train.model.text import Encoded, encode, tokenize
 from lorashrink.train.run.loop import Session
 from lorashrink.train.run.objective import Noised, Objective
-from lorashrink.train.text import Encoded, encode, tokenize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_sdxl

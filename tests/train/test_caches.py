@@ -26,7 +26,7 @@ from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, 
 from lorashrink.train.data.scanning import Data, Picture, scan
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Model, encode_pixels, load_model
-from lorashrink.train.text import Encoded, encode, tokenize
+from lorashrink.train.model.text import Encoded, encode, tokenize
 
 SEED = 3
 SKIP = {"skip_cache_check": True}

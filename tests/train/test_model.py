@@ -27,7 +27,7 @@ from lorashrink.train.model.loading import (
     set_checkpointing,
     weight_dtype,
 )
-from lorashrink.train.text import Encoded, encode, token_count, tokenize
+from lorashrink.train.model.text import Encoded, encode, token_count, tokenize
 
 CPU = torch.device("cpu")
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"

@@ -33,9 +33,9 @@ from lorashrink.train.flags.network_args import (
 )
 from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.model.loading import Model, load_model
+from lorashrink.train.model.names import kohya_names, named_modules
 from lorashrink.train.model.network import Network, build_network
-from lorashrink.train.names import kohya_names, named_modules
-from lorashrink.train.text import encode
+from lorashrink.train.model.text import encode
 
 CPU = torch.device("cpu")
 

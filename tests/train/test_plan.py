@@ -21,8 +21,8 @@ from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.model.loading import load_model
 from lorashrink.train.model.network import build_network
 from lorashrink.train.output.saving import run_length
-from lorashrink.train.plan import STATES, describe, plan
 from lorashrink.train.run.optimizers import make_optimizer
+from lorashrink.train.run.plan import STATES, describe, plan
 
 CPU = torch.device("cpu")
 GIB = 2**30

@@ -25,7 +25,7 @@ from lorashrink.train.data.buckets import Size, to_pixels
 from lorashrink.train.data.captions import draw_caption
 from lorashrink.train.data.scanning import Data, Draw, read_pixels
 from lorashrink.train.flags.options import Options
-from lorashrink.train.text import Encoded
+from lorashrink.train.model.text import Encoded
 
 if TYPE_CHECKING:
     from lorashrink.train.data.caches import LatentCache, TextCache

@@ -25,7 +25,7 @@ from lorashrink.pictures.samplers import scheduler
 from lorashrink.plots.sheet import Cell, contact_sheet
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import LATENT_SCALE, Model, vae_stride, weight_dtype
-from lorashrink.train.text import CHUNK, Encoded, encode, token_count, tokenize
+from lorashrink.train.model.text import CHUNK, Encoded, encode, token_count, tokenize
 
 _log = logging.getLogger(__name__)
 

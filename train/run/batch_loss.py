@@ -11,8 +11,8 @@ from lorashrink.train.data.scanning import Data
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import LATENT_SCALE, Model, encode_pixels, weight_dtype
 from lorashrink.train.model.network import Network
+from lorashrink.train.model.text import Encoded, encode, tokenize
 from lorashrink.train.run.objective import Objective
-from lorashrink.train.text import Encoded, encode, tokenize
 
 
 class BatchLoss(nn.Module):

@@ -38,14 +38,14 @@ from lorashrink.train.flags.network_args import given_network_args
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Model, load_model, set_attention, set_checkpointing
 from lorashrink.train.model.network import build_network
+from lorashrink.train.model.text import CHUNK, token_count
 from lorashrink.train.output import logs, samples, saving
 from lorashrink.train.output.metadata import Facts, picture_entries, source, training_metadata
 from lorashrink.train.output.saving import Length, Position
-from lorashrink.train.plan import describe
 from lorashrink.train.run.batch_loss import BatchLoss
 from lorashrink.train.run.loop import Session
 from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
-from lorashrink.train.text import CHUNK, token_count
+from lorashrink.train.run.plan import describe
 
 _log = logging.getLogger(__name__)
 

@@ -136,12 +136,8 @@ def _several(count: int, singular: str, plural: str = "") -> str:
 # --- the file -----------------------------------------------------------------------------------
 
 
-def _is_half(options: Options) -> bool:
-    return options.save_precision in ("fp16", "bf16")
-
-
 def _megabytes(parameters: int, options: Options) -> str:
-    return f"{parameters * (2 if _is_half(options) else 4) / 1e6:.1f}"
+    return f"{parameters * (2 if options.save_precision in ('fp16', 'bf16') else 4) / 1e6:.1f}"
 
 
 def _total(parts: Sequence[Part]) -> Part:
@@ -150,25 +146,20 @@ def _total(parts: Sequence[Part]) -> Part:
 
 def _size(parts: Sequence[Part], options: Options) -> str:
     total = _total(parts)
+    precision = options.save_precision if options.save_precision in ("fp16", "bf16") else "float32"
     return (
-        f"network: {total.modules} modules, {total.parameters / 1e6:.1f} million parameters; a file has "
-        f"{_megabytes(total.parameters, options)} MB in {options.save_precision if _is_half(options) else 'float32'}"
+        f"network: {total.modules} modules, {total.parameters / 1e6:.1f} million parameters; "
+        f"a file has {_megabytes(total.parameters, options)} MB in {precision}"
     )
 
 
 def _file_table(parts: Sequence[Part], options: Options) -> list[str]:
     total = _total(parts)
-    rows = [
-        (
-            part.name,
-            str(part.modules),
-            f"{part.parameters:,}",
-            _megabytes(part.parameters, options),
-            f"{part.parameters / total.parameters:.0%}",
-        )
-        for part in (*parts, total)
-    ]
-    return _table([("what is trained", "modules", "parameters", "MB", "share"), *rows])
+    rows = [("what is trained", "modules", "parameters", "MB", "share")]
+    for part in (*parts, total):
+        size, share = _megabytes(part.parameters, options), f"{part.parameters / total.parameters:.0%}"
+        rows.append((part.name, str(part.modules), f"{part.parameters:,}", size, share))
+    return _table(rows)
 
 
 def _advice(options: Options, settings: Path, parts: Sequence[Part]) -> Iterator[str]:
@@ -220,32 +211,28 @@ def empty_model(settings: Path, options: Options) -> Model:
         InputError: settings are missing or cannot be read.
     """
     # Bases without a VAE go with --vae, and the VAEs of all SDXL models have one size.
-    vae = settings if (settings / "vae" / "config.json").is_file() else SETTINGS
+    vae_settings = settings if (settings / "vae" / "config.json").is_file() else SETTINGS
     no_tokenizers: Any = (None, None)
     try:
         with torch.device("meta"):
-            model = Model(
-                unet=_of_diffusers(UNet2DConditionModel, settings / "unet"),
-                vae=_of_diffusers(AutoencoderKL, vae / "vae"),
-                encoders=(
-                    CLIPTextModel(CLIPTextConfig.from_pretrained(settings / "text_encoder", local_files_only=True)),
-                    CLIPTextModelWithProjection(
-                        CLIPTextConfig.from_pretrained(settings / "text_encoder_2", local_files_only=True)
-                    ),
+            unet, vae = (
+                kind.from_config(kind.load_config(folder, local_files_only=True))
+                for kind, folder in ((UNet2DConditionModel, settings / "unet"), (AutoencoderKL, vae_settings / "vae"))
+            )
+            encoders = (
+                CLIPTextModel(CLIPTextConfig.from_pretrained(settings / "text_encoder", local_files_only=True)),
+                CLIPTextModelWithProjection(
+                    CLIPTextConfig.from_pretrained(settings / "text_encoder_2", local_files_only=True)
                 ),
-                tokenizers=no_tokenizers,
             )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{settings}: the settings of the base cannot be read: {error}") from error
+    model = Model(unet, vae, encoders, no_tokenizers)
     for module in model.modules:
         module.requires_grad_(False).to(weight_dtype(options))
     if options.no_half_vae:
-        model.vae.float()
+        vae.float()
     return model
-
-
-def _of_diffusers(kind: Any, folder: Path) -> Any:
-    return kind.from_config(kind.load_config(folder, local_files_only=True))
 
 
 def _without_numbers(options: Options) -> Options:

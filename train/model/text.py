@@ -41,12 +41,12 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], max_token_length
     of sd-scripts: a chunk that the text fills ends with EOS, and a chunk without text begins BOS EOS.
     """
     limit = max_token_length or CHUNK
-    given = tokenizer(
+    tokens = tokenizer(
         list(captions), padding="max_length", truncation=True, max_length=limit + 2, return_tensors="pt"
-    ).input_ids
-    parts = given[:, 1:-1].reshape(len(given), -1, CHUNK)
+    ).input_ids  # [b, 75 k + 2]
+    parts = tokens[:, 1:-1].reshape(len(tokens), -1, CHUNK)
     count = parts.shape[1]
-    begin, end = (given[:, place, None, None].expand(-1, count, 1) for place in (0, -1))
+    begin, end = (tokens[:, index, None, None].expand(-1, count, 1) for index in (0, -1))
     chunks = torch.cat([begin, parts, end], dim=2)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if count > 1 and pad != eos:
