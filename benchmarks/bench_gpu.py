@@ -41,10 +41,10 @@ from lorashrink.engine.devices import worker_pool
 from lorashrink.engine.spectrum import Item, Spectrum, decompose, truncate
 from lorashrink.train.data.batches import Batch
 from lorashrink.train.data.scanning import Data, Draw
-from lorashrink.train.memory import count_activations, optimizer_bytes, tensor_bytes
+from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.model.loading import Model, set_attention, set_checkpointing, weight_dtype
 from lorashrink.train.model.network import build_network
-from lorashrink.train.options import Options, parse
+from lorashrink.train.plan import step_memory
 from lorashrink.train.run.batch_loss import BatchLoss
 from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
 
@@ -252,14 +252,10 @@ def random_batch(options: Options, size: Size, step: int) -> Batch:
 
 
 def estimate(options: Options, size: Size) -> float:
-    """The peak that `lorashrink train --plan` would count on, in bytes, without its margin."""
+    """The peak that `lorashrink train --plan` would count on, in bytes."""
     model = random_model(options, size, torch.device("meta"))
-    network = build_network(model, options)
-    frozen = tensor_bytes(each for part in (model.unet, *model.encoders) for each in part.parameters())
-    trained = sum(each.numel() for each in network.parameters())
     pixels = (size.pixels, size.pixels)
-    activations = count_activations(model, network, options, options.train_batch_size, pixels).checkpointed
-    return frozen + trained * (4 + 4 + (optimizer_bytes(options) or 0)) + activations
+    return sum(step_memory(model, build_network(model, options), options, options.train_batch_size, pixels).values())
 
 
 def train(options: Options, size: Size, steps: int) -> float:

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from lorashrink.train.options import parse
+from lorashrink.train.flags.options import parse
 from lorashrink.train.run.loop import Session
 from lorashrink.train.run.preparing import prepare
 

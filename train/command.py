@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lorashrink.errors import LorashrinkError, UsageError
-from lorashrink.train.options import Options, parse, write_config
+from lorashrink.train.flags.options import Options, parse, write_config
 
 if TYPE_CHECKING:
     from lorashrink.train.run.loop import Session
@@ -75,7 +75,7 @@ def _installed() -> Iterator[None]:
 
 
 def _warn(options: Options) -> None:
-    from lorashrink.train.checks import check
+    from lorashrink.train.flags.checks import check
 
     for warning in check(options):
         _log.warning(warning)

@@ -1,12 +1,11 @@
-"""What a run trains, how long it is and what it takes. `plan` says so before anything is loaded."""
+"""What a run trains, how long it is and what it takes. `plan` tells it before anything is loaded."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lorashrink.errors import InputError
 from lorashrink.pictures.pipelines import quiet_libraries
-from lorashrink.train.checks import parse_resolution
 from lorashrink.train.data.batches import batch_count
 from lorashrink.train.data.buckets import Size
-from lorashrink.train.data.scanning import Data, Dataset, scan
-from lorashrink.train.memory import GIB, Activations, count_activations, optimizer_bytes, tensor_bytes
+from lorashrink.train.data.scanning import Data, scan
+from lorashrink.train.flags.checks import parse_resolution
+from lorashrink.train.flags.network_args import DEFAULT_DIM, read_network_args
+from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import SETTINGS, Model, weight_dtype
 from lorashrink.train.model.network import CONVOLUTIONS, Network, Part, build_network
-from lorashrink.train.network_args import DEFAULT_DIM, read_network_args
-from lorashrink.train.options import Options
 from lorashrink.train.output.saving import Length, run_length
 from lorashrink.train.run.optimizers import optimizer_name
 
+GIB = 2**30
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80)  # GPU memory that is sold, in GiB
 _USABLE = 0.95  # of it; the rest goes to the screen, and to gaps between allocations
 _CUDA = GIB  # PyTorch's kernels and the working memory of single operations, about
@@ -37,7 +36,7 @@ _RECIPE = "fro_ckpt=1,thr=-3.55"
 
 def describe(options: Options, data: Data, network: Network, length: Length, processes: int) -> str:
     """A few lines for the start of a run: pictures, network, batches and length."""
-    parts = [f"  {each.name}: {each.modules} modules, {each.parameters:,} parameters" for each in network.summary]
+    parts = [f"  {part.name}: {part.modules} modules, {part.parameters:,} parameters" for part in network.summary]
     return "\n".join(
         [_pictures(data), _size(network.summary, options), *parts, _batch(options, data, processes), _length(length)]
     )
@@ -46,28 +45,38 @@ def describe(options: Options, data: Data, network: Network, length: Length, pro
 def plan(options: Options) -> str:
     """The same before a run, with a table of the file, and an estimate of GPU memory.
 
-    No weights are loaded, and neither they nor pictures need to be there. What is not there is taken to be SDXL 1.0,
-    and pictures of --resolution.
+    Weights are not loaded, and neither they nor pictures need to exist: what is missing is taken to be SDXL 1.0, and
+    pictures of --resolution.
 
     Raises:
         UsageError, InputError: see `scan` and `build_network`; settings of the base that cannot be read.
     """
     quiet_libraries()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    has_pictures = options.dataset_config or (options.train_data_dir and Path(options.train_data_dir).is_dir())
-    data = scan(options) if has_pictures else None
-    if data:
+    if options.dataset_config or (options.train_data_dir and Path(options.train_data_dir).is_dir()):
+        data = scan(options)
+        pictures = _pictures(data)
         batch, size = _largest_batch(data)
         length = _length(run_length(options, -(-batch_count(data) // processes)))
     else:
+        data = None
+        pictures = f"pictures: none in {options.train_data_dir or '--train_data_dir'}"
         batch, size = options.train_batch_size, parse_resolution(options.resolution or "1024")
-        length = f"length: {_steps(options)}; without pictures it is not known how many steps an epoch has"
+        asked = (
+            _several(options.max_train_steps, "step")
+            if options.max_train_epochs is None
+            else _several(options.max_train_epochs, "epoch")
+        )
+        length = f"length: {asked}; without pictures it is not known how many steps an epoch has"
     settings, base = _settings(options)
-    network, memory = _take(options, settings, batch, size)
+    model = empty_model(settings, options)
+    network = build_network(model, _without_numbers(options))
+    memory = step_memory(model, network, options, batch, size)
+    total = sum(memory.values())
     return "\n".join(
         [
             base,
-            _pictures(data) if data else f"pictures: none in {options.train_data_dir or '--train_data_dir'}",
+            pictures,
             _size(network.summary, options),
             _batch(options, data, processes),
             length,
@@ -75,9 +84,9 @@ def plan(options: Options) -> str:
             *_file_table(network.summary, options),
             *_advice(options, settings, network.summary),
             "",
-            f"GPU memory in GiB for {_several(batch, 'picture')} of {size[0]}×{size[1]}, estimated:",
-            *_memory_table(memory, options),
-            *_fit(memory, options),
+            f"GPU memory in GiB for {_several(batch, 'picture')} of {size[0]}×{size[1]}, about:",
+            *_table([(name, f"{taken / GIB:.2f}") for name, taken in [*memory.items(), ("in all", total)]]),
+            *_fit(total, batch, size, options),
         ]
     )
 
@@ -85,31 +94,23 @@ def plan(options: Options) -> str:
 # --- pictures and length ------------------------------------------------------------------------
 
 
-def _showings(dataset: Dataset) -> Counter[Size]:
-    """How many pictures each bucket shows in an epoch."""
-    counts: Counter[Size] = Counter()
-    for picture in dataset.pictures:
-        counts[picture.fit.bucket] += picture.repeats
-    return counts
-
-
 def _pictures(data: Data) -> str:
     pictures = [picture for dataset in data.datasets for picture in dataset.pictures]
     buckets = {picture.fit.bucket for picture in pictures}
     return (
         f"pictures: {len(pictures)} in {_several(len(data.subsets), 'folder')} and {_several(len(buckets), 'bucket')}, "
-        f"{_several(sum(each.repeats for each in pictures), 'showing')} per epoch"
+        f"{_several(sum(picture.repeats for picture in pictures), 'showing')} per epoch"
     )
 
 
 def _largest_batch(data: Data) -> tuple[int, Size]:
     """Pictures and size of the batch with the most pixels."""
-    batches = [
-        (min(count, dataset.batch_size), size)
-        for dataset in data.datasets
-        for size, count in _showings(dataset).items()
-    ]
-    return max(batches, key=lambda each: each[0] * math.prod(each[1]))
+    batches = []
+    for dataset in data.datasets:
+        for bucket in {picture.fit.bucket for picture in dataset.pictures}:
+            shown = sum(picture.repeats for picture in dataset.pictures if picture.fit.bucket == bucket)
+            batches.append((min(shown, dataset.batch_size), bucket))
+    return max(batches, key=lambda batch: batch[0] * math.prod(batch[1]))
 
 
 def _batch(options: Options, data: Data | None, processes: int) -> str:
@@ -129,70 +130,63 @@ def _length(length: Length) -> str:
     )
 
 
-def _steps(options: Options) -> str:
-    if options.max_train_epochs is not None:
-        return _several(options.max_train_epochs, "epoch")
-    return _several(options.max_train_steps, "step")
-
-
-def _several(count: int, one: str, more: str = "") -> str:
-    return f"{count} {one if count == 1 else more or one + 's'}"
+def _several(count: int, singular: str, plural: str = "") -> str:
+    return f"{count} {singular if count == 1 else plural or singular + 's'}"
 
 
 # --- the file -----------------------------------------------------------------------------------
 
 
-def _precision(options: Options) -> tuple[str, int]:
-    """The number format of the file and its bytes per number."""
-    half = options.save_precision in ("fp16", "bf16")
-    return (options.save_precision or "", 2) if half else ("float32", 4)
-
-
-def _total(parts: Sequence[Part]) -> int:
-    return sum(each.parameters for each in parts)
+def _is_half(options: Options) -> bool:
+    return options.save_precision in ("fp16", "bf16")
 
 
 def _megabytes(parameters: int, options: Options) -> str:
-    return f"{parameters * _precision(options)[1] / 1e6:.1f}"
+    return f"{parameters * (2 if _is_half(options) else 4) / 1e6:.1f}"
+
+
+def _total(parts: Sequence[Part]) -> Part:
+    return Part("in all", sum(part.modules for part in parts), sum(part.parameters for part in parts))
 
 
 def _size(parts: Sequence[Part], options: Options) -> str:
+    total = _total(parts)
     return (
-        f"network: {sum(each.modules for each in parts)} modules, {_total(parts) / 1e6:.1f} million parameters; "
-        f"a file has {_megabytes(_total(parts), options)} MB in {_precision(options)[0]}"
+        f"network: {total.modules} modules, {total.parameters / 1e6:.1f} million parameters; a file has "
+        f"{_megabytes(total.parameters, options)} MB in {options.save_precision if _is_half(options) else 'float32'}"
     )
 
 
 def _file_table(parts: Sequence[Part], options: Options) -> list[str]:
-    everything = Part("in all", sum(each.modules for each in parts), _total(parts))
+    total = _total(parts)
     rows = [
         (
-            each.name,
-            str(each.modules),
-            f"{each.parameters:,}",
-            _megabytes(each.parameters, options),
-            f"{each.parameters / everything.parameters:.0%}",
+            part.name,
+            str(part.modules),
+            f"{part.parameters:,}",
+            _megabytes(part.parameters, options),
+            f"{part.parameters / total.parameters:.0%}",
         )
-        for each in (*parts, everything)
+        for part in (*parts, total)
     ]
     return _table([("what is trained", "modules", "parameters", "MB", "share"), *rows])
 
 
 def _advice(options: Options, settings: Path, parts: Sequence[Part]) -> Iterator[str]:
     """A word about convolutions of a higher rank than all else, if they are most of the file."""
-    rank, given = options.network_dim or DEFAULT_DIM, read_network_args(options).values.get("conv_dim")
-    wide = sum(each.parameters for each in parts if each.name == CONVOLUTIONS)
-    if options.dim_from_weights or given is None or int(given) <= rank or 2 * wide <= _total(parts):
+    rank, conv_dim = options.network_dim or DEFAULT_DIM, read_network_args(options).values.get("conv_dim")
+    convolutions = next((part for part in parts if part.name == CONVOLUTIONS), Part(CONVOLUTIONS, 0, 0))
+    share = convolutions.parameters / _total(parts).parameters
+    if options.dim_from_weights or conv_dim is None or int(conv_dim) <= rank or share <= 0.5:
         return
-    count = sum(each.modules for each in parts if each.name == CONVOLUTIONS)
     even = replace(_without_numbers(options), network_args=(*options.network_args, f"conv_dim={rank}"))
-    smaller = build_network(empty_model(settings, options), even).summary
+    smaller = _total(build_network(empty_model(settings, options), even).summary).parameters
     yield (
-        f"{wide / _total(parts):.0%} of the file are {count} convolutions of rank {given} (conv_dim), "
+        f"{share:.0%} of the file are {convolutions.modules} convolutions of rank {conv_dim} (conv_dim), "
         f"while all else has rank {rank} (--network_dim)."
     )
     yield (
-        f"With conv_dim={rank} it would have {_megabytes(_total(smaller), options)} MB; "
+        f"With conv_dim={rank} it would have {_megabytes(smaller, options)} MB; "
         f"--shrink {_RECIPE} writes a smaller one after training."
     )
 
@@ -201,7 +195,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines with the first column on the left and the others on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join([first.ljust(widths[0]), *(each.rjust(width) for each, width in zip(rest, widths[1:], strict=True))])
+        "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))])
         for first, *rest in rows
     ]
 
@@ -226,18 +220,21 @@ def empty_model(settings: Path, options: Options) -> Model:
     Raises:
         InputError: settings are missing or cannot be read.
     """
+    # Bases without a VAE go with --vae, and the VAEs of all SDXL models have one size.
+    vae = settings if (settings / "vae" / "config.json").is_file() else SETTINGS
+    no_tokenizers: Any = (None, None)
     try:
         with torch.device("meta"):
             model = Model(
                 unet=_of_diffusers(UNet2DConditionModel, settings / "unet"),
-                vae=_of_diffusers(AutoencoderKL, _first(settings / "vae", SETTINGS / "vae")),
+                vae=_of_diffusers(AutoencoderKL, vae / "vae"),
                 encoders=(
                     CLIPTextModel(CLIPTextConfig.from_pretrained(settings / "text_encoder", local_files_only=True)),
                     CLIPTextModelWithProjection(
                         CLIPTextConfig.from_pretrained(settings / "text_encoder_2", local_files_only=True)
                     ),
                 ),
-                tokenizers=_NO_TOKENIZERS,
+                tokenizers=no_tokenizers,
             )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{settings}: the settings of the base cannot be read: {error}") from error
@@ -248,44 +245,8 @@ def empty_model(settings: Path, options: Options) -> Model:
     return model
 
 
-_NO_TOKENIZERS: Any = (None, None)
-
-
 def _of_diffusers(kind: Any, folder: Path) -> Any:
     return kind.from_config(kind.load_config(folder, local_files_only=True))
-
-
-def _first(*folders: Path) -> Path:
-    """The first that has settings: bases without a VAE go with --vae, and all of SDXL's have one size."""
-    return next((each for each in folders if (each / "config.json").is_file()), folders[0])
-
-
-# --- GPU memory ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """What a step takes on the GPU, in bytes by part, and the activations, of which it is one or the other number."""
-
-    lasting: tuple[tuple[str, int], ...]
-    activations: Activations
-
-    def activation_bytes(self, checkpointing: bool) -> int:
-        return self.activations.checkpointed if checkpointing else self.activations.full
-
-    def total(self, checkpointing: bool) -> int:
-        return sum(size for _, size in self.lasting) + self.activation_bytes(checkpointing)
-
-
-def _take(options: Options, settings: Path, batch: int, size: Size) -> tuple[Network, _Memory]:
-    """The network that would be trained, and the memory for it."""
-    model = empty_model(settings, options)
-    network = build_network(model, _without_numbers(options))
-    network.groups(options)
-    if options.full_bf16:
-        network.module.to(torch.bfloat16)
-    lasting = _lasting(model, network, options)
-    return network, _Memory(tuple(lasting), count_activations(model, network, options, batch, size))
 
 
 def _without_numbers(options: Options) -> Options:
@@ -294,46 +255,70 @@ def _without_numbers(options: Options) -> Options:
     return replace(options, base_weights=(), base_weights_multiplier=(), network_weights=weights)
 
 
-def _lasting(model: Model, network: Network, options: Options) -> Iterator[tuple[str, int]]:
-    """What lies on the GPU all the time."""
-    yield f"UNet, {_kind(model.unet)}", _bytes(model.unet)
+# --- GPU memory ---------------------------------------------------------------------------------
+
+# What a step of SDXL keeps from the forward to the backward pass: GiB per picture of 1024×1024, counted once from the
+# tensors that autograd keeps of the guide's command. (half precision, checkpointing) -> GiB.
+_ACTIVATIONS = {(True, True): 0.9, (True, False): 8.6, (False, True): 1.4, (False, False): 13.3}
+# Bytes per trained parameter that optimizers keep from step to step; Adafactor keeps at most so many.
+STATES = {"adamw": 8, "adamw8bit": 2, "lion": 4, "prodigy": 16, "adafactor": 4}
+_TWO_FLOATS = 8  # of an optimizer that is not among them
+
+
+def step_memory(model: Model, network: Network, options: Options, batch: int, size: Size) -> Mapping[str, float]:
+    """Bytes that a training step takes on a GPU, by what takes them: counted, but for activations and CUDA's own.
+
+    Samples, and pictures that are encoded before training, take turns with a step and are not in it.
+
+    Args:
+        model: on any device.
+        batch: pictures.
+        size: width and height of the pictures in pixels.
+    """
+    network.groups(options)  # freezes what has a learning rate of 0
+    if options.full_bf16:
+        network.module.to(torch.bfloat16)
+    parts: dict[str, float] = {f"UNet, {_dtype(model.unet)}": _bytes([model.unet])}
     if not options.cache_text_encoder_outputs:
-        yield f"text encoders, {_kind(model.encoders[0])}", sum(map(_bytes, model.encoders))
+        parts[f"text encoders, {_dtype(model.encoders[0])}"] = _bytes(model.encoders)
     if not options.cache_latents:
-        yield f"VAE, {_kind(model.vae)}", _bytes(model.vae)
-    trained = [each for each in network.parameters() if each.requires_grad]
-    yield f"adapter, {_kind(network.module)}", _bytes(network.module)
-    yield "its gradients", sum(each.numel() * each.element_size() for each in trained)
-    known = optimizer_bytes(options)
-    states = f"states of {optimizer_name(options)}" + (", taken for two float32" if known is None else "")
-    yield states, (_TWO_FLOATS if known is None else known) * sum(each.numel() for each in trained)
-    yield "CUDA and working memory, about", _CUDA
+        parts[f"VAE, {_dtype(model.vae)}"] = _bytes([model.vae])
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trained)
+    name = optimizer_name(options)
+    return parts | {
+        f"adapter, {_dtype(network.module)}": _bytes([network.module]),
+        "its gradients": sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        f"states of {name}": STATES.get(name.lower().rpartition(".")[2], _TWO_FLOATS) * count,
+        f"activations, {'with' if options.gradient_checkpointing else 'without'} checkpointing": batch
+        * _activations(options, size),
+        "CUDA and working memory": _CUDA,
+    }
 
 
-_TWO_FLOATS = 8
+def _activations(options: Options, size: Size) -> float:
+    """Bytes of activations per picture."""
+    gib = _ACTIVATIONS[options.mixed_precision != "no", options.gradient_checkpointing]
+    return gib * GIB * math.prod(size) / 1024**2
 
 
-def _bytes(module: nn.Module) -> int:
-    return tensor_bytes([*module.parameters(), *module.buffers()])
+def _bytes(modules: Iterable[nn.Module]) -> int:
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for module in modules
+        for tensor in (*module.parameters(), *module.buffers())
+    )
 
 
-def _kind(module: nn.Module) -> str:
+def _dtype(module: nn.Module) -> str:
     return str(next(module.parameters()).dtype).removeprefix("torch.")
 
 
-def _memory_table(memory: _Memory, options: Options) -> list[str]:
-    with_it = options.gradient_checkpointing
-    activations = f"activations, {'with' if with_it else 'without'} checkpointing"
-    total = memory.total(with_it)
-    rows = [*memory.lasting, (activations, memory.activation_bytes(with_it)), ("in all", total)]
-    return _table([(name, f"{size / GIB:.2f}") for name, size in rows])
-
-
-def _fit(memory: _Memory, options: Options) -> Iterator[str]:
-    """Which GPUs that is enough for, with the chosen setting of checkpointing and with the other."""
-    chosen, other = memory.total(options.gradient_checkpointing), memory.total(not options.gradient_checkpointing)
-    card = _card(chosen)
-    if card:
+def _fit(total: float, batch: int, size: Size, options: Options) -> Iterator[str]:
+    """Which GPU that is enough for, with the chosen setting of checkpointing and with the opposite."""
+    opposite = replace(options, gradient_checkpointing=not options.gradient_checkpointing)
+    other_total = total + batch * (_activations(opposite, size) - _activations(options, size))
+    if card := _card(total):
         yield f"As an estimate, a GPU with {card} GB is enough."
     else:
         yield (
@@ -341,11 +326,11 @@ def _fit(memory: _Memory, options: Options) -> Iterator[str]:
             "--gradient_accumulation_steps can make up for it."
         )
     flag = "Without" if options.gradient_checkpointing else "With"
-    enough = f"a GPU with {_card(other)} GB" if _card(other) else f"more than {_CARDS[-1]} GB"
-    yield f"{flag} --gradient_checkpointing it would be {other / GIB:.1f} GiB, for {enough}."
+    enough = f"a GPU with {card} GB" if (card := _card(other_total)) else f"more than {_CARDS[-1]} GB"
+    yield f"{flag} --gradient_checkpointing it would be about {other_total / GIB:.1f} GiB, for {enough}."
     yield "Not counted: drawing samples, and encoding pictures without --cache_latents, which take turns with a step."
 
 
-def _card(size: int) -> int | None:
+def _card(size: float) -> int | None:
     """The smallest usual GPU for so many bytes, in GB as it is sold."""
-    return next((each for each in _CARDS if size <= _USABLE * each * GIB), None)
+    return next((card for card in _CARDS if size <= _USABLE * card * GIB), None)

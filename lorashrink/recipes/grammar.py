@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorashrink.errors import RecipeError
+from lorashrink.errors import RecipeError, nearest
 from lorashrink.recipes.terms import BYTES, TERMS
 
 DEFAULT = "fro_ckpt=1,thr=-3.55"
@@ -232,8 +231,8 @@ def _split(text: str) -> list[str]:
 def _item(text: str, part: str) -> tuple[str, float]:
     key, equals, number = (piece.strip() for piece in part.partition("="))
     if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, 1)
-        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(KEYS)}."
+        near = nearest(key, KEYS)
+        hint = f"Did you mean {near}?" if near else f"Known keys: {', '.join(KEYS)}."
         raise RecipeError(f"recipe '{text}': unknown key '{key}'. {hint}")
     allowed = SELECTIONS.get(key) or MODIFIERS.get(key, _ANY)
     if not equals and key in _BARE:

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from lorashrink import open_base
 from lorashrink.train.data.scanning import scan
-from lorashrink.train.options import parse
+from lorashrink.train.flags.options import parse
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "lorashrink" / "example" / "model"

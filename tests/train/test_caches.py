@@ -24,8 +24,8 @@ from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
 from lorashrink.train.data.batches import Batch, Loader
 from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts, posterior
 from lorashrink.train.data.scanning import Data, Picture, scan
+from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Model, encode_pixels, load_model
-from lorashrink.train.options import Options
 from lorashrink.train.text import Encoded, encode, tokenize
 
 SEED = 3

@@ -29,7 +29,7 @@ from lorashrink.train.data.scanning import (
     read_pixels,
     scan,
 )
-from lorashrink.train.options import Options
+from lorashrink.train.flags.options import Options
 
 SQUARE, WIDE = (64, 64), (96, 40)
 
@@ -188,13 +188,13 @@ def test_without_words_missing_captions_are_empty_with_one_warning(
     ("resolution", "change", "named"),
     [
         (None, {}, "--resolution is missing"),
-        ("big", {}, "'big'"),
-        ("64,64,64", {}, "'64,64,64'"),
+        ("big", {}, "--resolution=big"),
+        ("64,64,64", {}, "--resolution=64,64,64"),
         ("60", {}, "multiples of 8"),
         ("64", {"train_batch_size": 0}, "batch size"),
         ("64", {"enable_bucket": True, "bucket_reso_steps": 48}, "multiple of 32"),
-        ("64", {"enable_bucket": True, "min_bucket_reso": 128}, "min_bucket_reso 128"),
-        ("2048", {"enable_bucket": True}, "max_bucket_reso 1024"),
+        ("64", {"enable_bucket": True, "min_bucket_reso": 128}, "min_bucket_reso=128"),
+        ("2048", {"enable_bucket": True}, "max_bucket_reso=1024"),
     ],
 )
 def test_contradictory_sizes_are_refused(
@@ -331,6 +331,8 @@ def config(pictures: Path, *, top: str = "", dataset: str = "", subset: str = ""
         ("subset", 'metadata_file = "meta.json"', "not supported: metadata_file"),
         ("subset", 'conditioning_data_dir = "x"', "not supported: conditioning_data_dir"),
         ("top", "[general]\ncolor_aug = true", "not supported: color_aug"),
+        ("subset", "token_warmup_step = 10", "not supported: token_warmup_step"),
+        ("dataset", "enable_wildcard = true", "not supported: enable_wildcard"),
         ("dataset", "validation_split = 0.1", "not supported: validation_split"),
         ("subset", 'num_repeats = "2"', "num_repeats must be a whole number"),
         ("subset", "flip_aug = 1", "flip_aug must be true or false"),
@@ -548,3 +550,12 @@ def test_a_damaged_picture_is_named_in_the_error_of_a_worker(pictures: Path, wor
     with pytest.raises(InputError) as caught:
         list(loader(scan(chosen), chosen).epoch(1))
     assert str(caught.value).startswith(str(path))
+
+
+def test_pictures_that_a_note_turns_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_pictures(tmp_path / "1_x", {"a.png": SQUARE, "b.jpg": SQUARE})
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.open(folder / "b.jpg").save(folder / "b.jpg", exif=exif)
+    scan(options(tmp_path))
+    assert "1 pictures are turned only by a note" in caplog.text

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lorashrink.errors import DamagedFile, InputError, NotABase, UsageError
 from lorashrink.pictures.pipelines import quiet_libraries
+from lorashrink.train.flags.options import Options
 from lorashrink.train.model import loading as model_module
 from lorashrink.train.model.loading import (
     Model,
@@ -26,7 +27,6 @@ from lorashrink.train.model.loading import (
     set_checkpointing,
     weight_dtype,
 )
-from lorashrink.train.options import Options
 from lorashrink.train.text import Encoded, encode, token_count, tokenize
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from lorashrink.errors import UsageError
 from lorashrink.train.data import seeds
-from lorashrink.train.options import Options
+from lorashrink.train.flags.options import Options
 from lorashrink.train.run.objective import Noised, Objective
 
 KEYS = [("a.png", 0, epoch) for epoch in range(8)]

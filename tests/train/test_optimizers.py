@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lorashrink.errors import UsageError
-from lorashrink.train.options import Options, parse
+from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.run.optimizers import (
     eval_mode,
     learning_rates,
@@ -81,12 +81,6 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
         make_optimizer(Options(optimizer_type=name), two_groups())
 
 
-@pytest.mark.parametrize("name", ["PagedAdamW", "SGDNesterov", "DAdaptation", "AdamWScheduleFree", "adam", "Prodgy"])
-def test_other_names_are_refused_with_those_that_there_are(name: str) -> None:
-    with pytest.raises(UsageError, match=f"not supported: --optimizer_type {name}; it is one of AdamW, .* dotted path"):
-        make_optimizer(Options(optimizer_type=name), two_groups())
-
-
 REFERENCES: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
     "": torch.optim.AdamW,
     "AdamW": torch.optim.AdamW,
@@ -131,8 +125,8 @@ def test_arguments_are_pythons_literals() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer_args": ("weight_decay",)}, r"--optimizer_args: 'weight_decay' is not key=value"),
-        ({"optimizer_args": ("=1",)}, "is not key=value"),
+        ({"optimizer_args": ("weight_decay",)}, r"--optimizer_args: 'weight_decay' is no key=value pair"),
+        ({"optimizer_args": ("=1",)}, "is no key=value pair"),
         ({"optimizer_args": ("betas=0.9,",)}, "AdamW refuses its settings; check --optimizer_args"),
         ({"optimizer_args": ("betas=(0.9",)}, r"the value in 'betas=\(0.9' is neither a number"),
         ({"optimizer_args": ("amsgrad=true",)}, "the value in 'amsgrad=true' is neither a number, True, False"),
@@ -227,9 +221,6 @@ class TestAdafactor:
 
     @pytest.mark.parametrize("arguments", [(), ("relative_step=False",)])
     def test_its_schedule_goes_with_nothing_else_and_has_no_warm_up(self, arguments: tuple[str, ...]) -> None:
-        named = Options(optimizer_type="AdamW", lr_scheduler="adafactor")
-        with pytest.raises(UsageError, match="goes only with --optimizer_type Adafactor"):
-            make_scheduler(named, make_optimizer(named, two_groups())[0], 10)
         warmed = Options(
             optimizer_type="Adafactor", optimizer_args=arguments, lr_scheduler="adafactor", lr_warmup_steps=5
         )
@@ -415,16 +406,13 @@ def test_a_schedule_scales_what_an_optimizer_finds(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "--lr_scheduler constant has no warm-up"),
-        (
-            {"lr_scheduler": "piecewise_constant", "lr_warmup_steps": 5},
-            "--lr_scheduler piecewise_constant has no warm-up",
-        ),
-        ({"lr_scheduler_type": "StepLR", "lr_warmup_steps": 5}, "--lr_scheduler_type StepLR has no warm-up"),
         ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler piecewise_constant refuses.*step_rules"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "refuses its settings; check --lr_scheduler_args and its other"),
         ({"lr_scheduler": "constant", "lr_scheduler_args": ("gamma=1",)}, "constant refuses.*gamma"),
-        ({"lr_scheduler": "linear", "lr_scheduler_args": ("gamma",)}, "--lr_scheduler_args: 'gamma' is not key=value"),
+        (
+            {"lr_scheduler": "linear", "lr_scheduler_args": ("gamma",)},
+            "--lr_scheduler_args: 'gamma' is no key=value pair",
+        ),
         ({"lr_scheduler_type": "StepLR"}, "--lr_scheduler_type StepLR refuses.*step_size"),
         ({"lr_scheduler_type": "Nothing"}, "--lr_scheduler_type Nothing: torch.optim.lr_scheduler has no Nothing"),
         ({"lr_scheduler_type": "no_such_package.X"}, "--lr_scheduler_type no_such_package.X cannot be imported"),

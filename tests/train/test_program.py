@@ -24,9 +24,9 @@ from training import equal, flags
 
 from lorashrink.adapters import open_adapter
 from lorashrink.making.conversion import convert
+from lorashrink.train.flags.options import parse
 from lorashrink.train.model.loading import load_model
 from lorashrink.train.model.network import build_network
-from lorashrink.train.options import parse
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
@@ -116,10 +116,10 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HOME": str(folder / "empty")}
 
 
-def start(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in the project's folder, to its end."""
+def start(command: Sequence[str], folder: Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, in the project's folder unless said."""
     return subprocess.run(
-        command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=PATIENCE, check=False
+        command, cwd=cwd, env=environment(folder), capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 
@@ -158,7 +158,7 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "--pretrained_model_name_or_path" in done.stdout
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
-    assert "lorashrink.train.options" in imported
+    assert "lorashrink.train.flags.options" in imported
     assert not imported & {"torch", "numpy", "PIL", "accelerate", "diffusers", "transformers", "matplotlib"}
     assert start([*PROGRAM, "--help"], tmp_path).stdout.startswith("usage: lorashrink train")
 
@@ -170,7 +170,6 @@ def guide(model: Path, data: Path, output: Path) -> list[str]:
     """The guide's command on another model, other pictures and for fewer steps; logged as it says further on."""
     changed = {
         "accelerate": str(PROGRAMS / "accelerate"),
-        "./sdxl_train_network.py": "./train/sdxl_train_network.py",
         "--pretrained_model_name_or_path": f"{model}/",
         "--train_data_dir": data,
         "--resolution": "32,32",
@@ -198,7 +197,7 @@ def guided(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     folder = tmp_path_factory.mktemp("guide")
     data, output = training.write_data(folder / "training_dir"), folder / "output_dir"
     (data / "sample-prompts.txt").write_text(PROMPTS)
-    done = start(guide(model, data, output), folder)
+    done = start(guide(model, data, output), folder, cwd=ROOT / "train")
     assert done.returncode == 0, done.stderr
     return data, output, done.stderr
 

@@ -17,8 +17,8 @@ from lorashrink.pictures.pipelines import quiet_libraries
 from lorashrink.pictures.prompts import SAMPLERS, Prompt
 from lorashrink.pictures.samplers import scheduler
 from lorashrink.plots.sheet import Cell, contact_sheet
+from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Model, load_model
-from lorashrink.train.options import Options
 from lorashrink.train.output.samples import check_prompts, draw, due, write_sheet
 
 CPU = torch.device("cpu")

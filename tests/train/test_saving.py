@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
 from lorashrink.train.data.scanning import scan
-from lorashrink.train.options import Options, parse
+from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.output import saving
 from lorashrink.train.output.saving import Length, Names, Position
 

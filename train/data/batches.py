@@ -24,7 +24,7 @@ from lorashrink.train.data import seeds
 from lorashrink.train.data.buckets import Size, to_pixels
 from lorashrink.train.data.captions import draw_caption
 from lorashrink.train.data.scanning import Data, Draw, read_pixels
-from lorashrink.train.options import Options
+from lorashrink.train.flags.options import Options
 from lorashrink.train.text import Encoded
 
 if TYPE_CHECKING:

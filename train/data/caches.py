@@ -33,8 +33,8 @@ from lorashrink.train.data.batches import chunks, raising, read_ahead, worker_co
 from lorashrink.train.data.buckets import to_pixels
 from lorashrink.train.data.captions import draw_caption
 from lorashrink.train.data.scanning import Data, Picture, read_pixels
+from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Model, encode_pixels, vae_stride
-from lorashrink.train.options import Options
 from lorashrink.train.text import Encoded, encode, tokenize
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ Scanning reads captions and the sizes of pictures only; pixels are read by `read
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import logging
 import typing
@@ -19,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from lorashrink.errors import InputError, UsageError
+from lorashrink.errors import InputError, UsageError, nearest
 from lorashrink.train.data.buckets import BucketRules, Fit, Size, bucket_table, fit, prepare
 from lorashrink.train.data.captions import CaptionRules, read_caption
-from lorashrink.train.options import Options, read_toml
+from lorashrink.train.flags.checks import check_sizes, parse_resolution
+from lorashrink.train.flags.options import UNSUPPORTED, Options, read_toml, unsupported
 
 _log = logging.getLogger(__name__)
 
@@ -289,40 +289,21 @@ def _subset(options: Options, folder: Path, repeats: int, class_words: str, is_r
 
 
 def _bucket_rules(options: Options) -> BucketRules:
-    width, height = _resolution(options.resolution)
+    if options.resolution is None:
+        raise UsageError(
+            "--resolution is missing, such as --resolution 1024,1024 (in a dataset file: resolution = 1024)"
+        )
     if options.train_batch_size < 1:
         raise UsageError(f"the batch size must be at least 1, not {options.train_batch_size}")
-    rules = BucketRules(
-        (width, height),
+    check_sizes(options)
+    return BucketRules(
+        parse_resolution(options.resolution),
         options.enable_bucket,
         options.min_bucket_reso,
         options.max_bucket_reso,
         options.bucket_reso_steps,
         not options.bucket_no_upscale,
     )
-    if not rules.enabled:
-        if width % 8 or height % 8:
-            raise UsageError(f"resolution {width},{height}: without buckets both must be multiples of 8")
-        return rules
-    if rules.step < 1 or rules.step % 32:
-        raise UsageError(f"bucket_reso_steps must be a multiple of 32 for SDXL, not {rules.step}")
-    if rules.upscale and not (rules.minimum <= min(width, height) and max(width, height) <= rules.maximum):
-        raise UsageError(
-            f"resolution {width},{height} must lie between min_bucket_reso {rules.minimum} and "
-            f"max_bucket_reso {rules.maximum}"
-        )
-    return rules
-
-
-def _resolution(text: str | None) -> Size:
-    if text is None:
-        raise UsageError(
-            "--resolution is missing, such as --resolution 1024,1024 (in a dataset file: resolution = 1024)"
-        )
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--resolution must be one number of pixels, or two as in 1024,768; not {text!r}")
-    return int(parts[0]), int(parts[-1])
 
 
 # Dataset files. Keys are options under sd-scripts' names of them there; a section is the options with its keys
@@ -348,20 +329,6 @@ _ALLOWED = {
     "[general]": _INHERITED,
     "[[datasets]]": _INHERITED | {"subsets"},
     "[[datasets.subsets]]": frozenset(_OF_PICTURES) | {"class_tokens", "image_dir", "is_reg"},
-}
-# Keys that are not implemented, with the values that change nothing.
-_REFUSED: Mapping[str, tuple[object, ...]] = {
-    "alpha_mask": (False,),
-    "cache_info": (False,),
-    "color_aug": (False,),
-    "conditioning_data_dir": (),
-    "custom_attributes": ({},),
-    "face_crop_aug_range": (),
-    "metadata_file": (),
-    "network_multiplier": (1.0,),
-    "random_crop": (False,),
-    "validation_seed": (0,),
-    "validation_split": (0.0,),
 }
 
 
@@ -423,9 +390,9 @@ def _section(path: Path, name: str, table: Any) -> dict[str, Any]:
         raise UsageError(f"{path}: {name} must be a section of keys and values")
     checked: dict[str, Any] = {}
     for key, value in table.items():
-        if key in _REFUSED:
-            if value not in _REFUSED[key]:
-                raise UsageError(f"{path}: not supported: {key}")
+        if key in UNSUPPORTED:
+            if refused := unsupported(key, value):
+                raise UsageError(f"{path}: not supported: {refused}")
         elif key not in _ALLOWED[name]:
             raise UsageError(f"{path}: no such key in {name}: {key}{_hint(key, name)}")
         else:
@@ -437,8 +404,8 @@ def _hint(key: str, section: str) -> str:
     homes = [name for name, allowed in _ALLOWED.items() if key in allowed]
     if homes:
         return f"; it belongs in {homes[-1]}"
-    near = difflib.get_close_matches(key, _ALLOWED[section], n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = nearest(key, _ALLOWED[section])
+    return f"; did you mean {near}?" if near else ""
 
 
 def _value(path: Path, key: str, value: Any) -> Any:

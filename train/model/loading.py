@@ -29,7 +29,7 @@ from lorashrink.pictures.pipelines import (
     tokenizer_folder,
     weights_variant,
 )
-from lorashrink.train.options import Options
+from lorashrink.train.flags.options import Options
 
 LATENT_SCALE = 0.13025  # brings SDXL's latents to about unit variance (vae/config.json of SDXL 1.0)
 

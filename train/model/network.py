@@ -37,9 +37,9 @@ from lorashrink.files.store import pickled_store
 from lorashrink.linking.matching import bind, match
 from lorashrink.linking.renaming import renamed
 from lorashrink.train.data import seeds
+from lorashrink.train.flags.network_args import PRESETS, NetworkArgs, read_network_args
+from lorashrink.train.flags.options import Options, read_toml
 from lorashrink.train.names import SDXL, Named, named_modules
-from lorashrink.train.network_args import PRESETS, NetworkArgs, read_network_args
-from lorashrink.train.options import Options, read_toml
 
 if TYPE_CHECKING:
     from lorashrink.train.model.loading import Model

@@ -23,8 +23,8 @@ from lorashrink.files.disk import write_bytes
 from lorashrink.pictures.prompts import Prompt
 from lorashrink.pictures.samplers import scheduler
 from lorashrink.plots.sheet import Cell, contact_sheet
+from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import LATENT_SCALE, Model, vae_stride, weight_dtype
-from lorashrink.train.options import Options
 from lorashrink.train.text import CHUNK, Encoded, encode, token_count, tokenize
 
 _log = logging.getLogger(__name__)

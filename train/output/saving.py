@@ -28,7 +28,7 @@ from lorashrink.files.hashes import LEGACY_HASH, MODEL_HASH, with_hashes, with_p
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import DTYPES, cast, tensor_info
 from lorashrink.files.writing import SafetensorsWriter
-from lorashrink.train.options import Options
+from lorashrink.train.flags.options import Options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from lorashrink.train.data.batches import Batch
 from lorashrink.train.data.caches import posterior
 from lorashrink.train.data.scanning import Data
+from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import LATENT_SCALE, Model, encode_pixels, weight_dtype
 from lorashrink.train.model.network import Network
-from lorashrink.train.options import Options
 from lorashrink.train.run.objective import Objective
 from lorashrink.train.text import Encoded, encode, tokenize
 

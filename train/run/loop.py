@@ -23,12 +23,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lorashrink.errors import LorashrinkError, NonFinite
 from lorashrink.pictures.prompts import Prompt
 from lorashrink.train.data.batches import Loader
-from lorashrink.train.logs import Tag, save_loss_curve
-from lorashrink.train.metadata import Facts, training_metadata
+from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Model
 from lorashrink.train.model.network import Network, NormReport
-from lorashrink.train.options import Options
 from lorashrink.train.output import samples, saving
+from lorashrink.train.output.logs import Tag, save_loss_curve
+from lorashrink.train.output.metadata import Facts, training_metadata
 from lorashrink.train.output.saving import Length, Names, Position
 from lorashrink.train.run.optimizers import eval_mode, learning_rates, train_mode
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lorashrink.errors import UsageError
 from lorashrink.train.data import seeds
-from lorashrink.train.options import Options
+from lorashrink.train.flags.options import Options
 
 TIMESTEPS = 1000
 

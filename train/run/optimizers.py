@@ -15,18 +15,10 @@ from transformers import get_constant_schedule, get_scheduler
 from transformers.optimization import Adafactor, AdafactorSchedule
 
 from lorashrink.errors import UsageError
-from lorashrink.train.options import Options
+from lorashrink.train.flags.checks import OPTIMIZERS
+from lorashrink.train.flags.options import Options, key_values
 
 _log = logging.getLogger(__name__)
-
-# Any other one is given by the dotted path of its class.
-OPTIMIZERS: Mapping[str, str] = {
-    "AdamW": "torch.optim.AdamW",
-    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
-    "Lion": "lion_pytorch.Lion",
-    "Adafactor": "transformers.optimization.Adafactor",
-    "Prodigy": "prodigyopt.Prodigy",
-}
 
 
 @runtime_checkable
@@ -55,13 +47,7 @@ def make_optimizer(options: Options, groups: Sequence[Mapping[str, Any]]) -> tup
     """
     name = optimizer_name(options)
     flag = f"--optimizer_type {name}"
-    paths = {known.lower(): path for known, path in OPTIMIZERS.items()}
-    if "." not in name and name.lower() not in paths:
-        raise UsageError(
-            f"not supported: {flag}; it is one of {', '.join(OPTIMIZERS)}, or a class by its dotted path, such as "
-            "torch.optim.RMSprop"
-        )
-    kind = _imported(paths.get(name.lower(), name), flag)
+    kind = _imported(OPTIMIZERS.get(name.lower(), name), flag)
     arguments = _pairs("--optimizer_args", options.optimizer_args)
     relative = kind is Adafactor and (arguments.get("relative_step", True) or arguments.get("warmup_init", False))
     if relative:
@@ -100,20 +86,16 @@ def make_scheduler(options: Options, optimizer: Optimizer, total_steps: int) -> 
         return cast(LRScheduler, get_constant_schedule(optimizer))
     name, path = options.lr_scheduler, options.lr_scheduler_type
     flag = f"--lr_scheduler_type {path}" if path else f"--lr_scheduler {name}"
-    adapts = isinstance(optimizer, Adafactor) and optimizer.defaults["relative_step"]
-    if options.lr_warmup_steps and (adapts or path or name in ("constant", "piecewise_constant")):
-        schedule = "the schedule of Adafactor" if adapts else flag
-        raise UsageError(f"{schedule} has no warm-up; leave out --lr_warmup_steps, or choose another --lr_scheduler")
-    if adapts:
+    if isinstance(optimizer, Adafactor) and optimizer.defaults["relative_step"]:
+        if options.lr_warmup_steps:
+            raise UsageError("the schedule of Adafactor has no warm-up; leave out --lr_warmup_steps")
         return cast(LRScheduler, AdafactorSchedule(optimizer, options.learning_rate))
     arguments = _pairs("--lr_scheduler_args", options.lr_scheduler_args)
     if path:
         kind = _imported(path if "." in path else f"torch.optim.lr_scheduler.{path}", flag)
         return cast(LRScheduler, _made(kind, optimizer, {}, arguments, flag, "--lr_scheduler_args"))
     if name == "adafactor":
-        raise UsageError(
-            "--lr_scheduler adafactor goes only with --optimizer_type Adafactor and its relative_step=True"
-        )
+        raise UsageError("--lr_scheduler adafactor needs --optimizer_args relative_step=True")
     kinds = {"piecewise_constant": get_piecewise_constant_schedule, "constant": get_constant_schedule}
 
     def scheduled(optimizer: Optimizer, **settings: Any) -> Any:
@@ -193,15 +175,13 @@ def _check_adaptive_rates(name: str, rates: set[float]) -> None:
 def _pairs(flag: str, words: Iterable[str]) -> dict[str, Any]:
     """The arguments in `key=value` words; values are Python's literals."""
     values = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not (key and equals):
-            raise UsageError(f"{flag}: {word!r} is not key=value")
+    for key, text in key_values(flag, words).items():
         try:
-            values[key.strip()] = ast.literal_eval(value.strip())
+            values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError):
             raise UsageError(
-                f"{flag}: the value in {word!r} is neither a number, True, False, None, a list nor a text in quotes"
+                f"{flag}: the value in '{key}={text}' is neither a number, True, False, None, a list nor a text in "
+                "quotes"
             ) from None
     return values
 

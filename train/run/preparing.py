@@ -31,16 +31,15 @@ from lorashrink.errors import LorashrinkError, UsageError
 from lorashrink.pictures.pipelines import quiet_libraries
 from lorashrink.pictures.prompts import Prompt, read_prompts
 from lorashrink.pictures.samplers import check_samplers
-from lorashrink.train import logs
 from lorashrink.train.data.batches import Loader, batch_count
 from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts
 from lorashrink.train.data.scanning import Data, scan
-from lorashrink.train.metadata import Facts, dataset_facts, source, training_metadata
+from lorashrink.train.flags.network_args import given_network_args
+from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Model, load_model, set_attention, set_checkpointing
 from lorashrink.train.model.network import build_network
-from lorashrink.train.network_args import given_network_args
-from lorashrink.train.options import Options
-from lorashrink.train.output import samples, saving
+from lorashrink.train.output import logs, samples, saving
+from lorashrink.train.output.metadata import Facts, picture_entries, source, training_metadata
 from lorashrink.train.output.saving import Length, Position
 from lorashrink.train.plan import describe
 from lorashrink.train.run.batch_loss import BatchLoss
@@ -114,11 +113,10 @@ def prepare(options: Options) -> Session:
         session_id=random.SystemRandom().getrandbits(32),
         started_at=time.time(),
         seed=seed,
-        processes=processes,
         length=length,
         optimizer=description,
         network_args=given_network_args(options),
-        datasets=dataset_facts(data),
+        pictures=picture_entries(data, options, accelerator.num_processes),
         base=source(options.pretrained_model_name_or_path or ""),
         vae=source(options.vae) if options.vae else None,
     )

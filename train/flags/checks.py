@@ -14,8 +14,8 @@ from pathlib import Path
 
 from lorashrink.errors import UsageError
 from lorashrink.recipes.grammar import parse_recipes
-from lorashrink.train.network_args import check_network_args
-from lorashrink.train.options import Options
+from lorashrink.train.flags.network_args import read_network_args
+from lorashrink.train.flags.options import Options
 from lorashrink.train.output.saving import peek_state
 
 LEARNING_RATES = (
@@ -32,6 +32,7 @@ def check(options: Options) -> list[str]:
 
     Raises:
         UsageError: training with these options is impossible, or would not do what one of them asks for.
+        InputError: a file of settings, such as a preset or the state to resume, cannot be read.
     """
     if not options.plan:  # which needs neither base nor pictures
         _check_required(options)
@@ -44,18 +45,94 @@ def check(options: Options) -> list[str]:
     _check_packages(options)
     _check_state(options)
     return [
-        *_check_sizes(options),
+        *check_sizes(options),
         *(message.format(o=options) for applies, message in _NOTED if applies(options)),
-        *check_network_args(options),
+        *(f"--{name} has no effect without --{needed}" for name, needed in _NEEDS.items() if _lacks(options, name)),
+        *read_network_args(options).warnings,
     ]
 
 
-def _check_state(options: Options) -> None:
-    """That there is something left to do after --resume; how long epochs are is not known yet."""
-    if options.resume and not options.plan and options.max_train_epochs is None:
-        step = peek_state(Path(options.resume))["current_step"]
-        if step >= options.max_train_steps:
-            raise UsageError(f"--resume {options.resume}: it stands at step {step}, the last; raise --max_train_steps")
+def _check_required(options: Options) -> None:
+    source = () if options.dataset_config else ("train_data_dir", "resolution")
+    needed = ("pretrained_model_name_or_path", *source, "output_dir", "network_module")
+    missing = " ".join(f"--{name}" for name in needed if not getattr(options, name))
+    if missing:
+        raise UsageError(f"needed but not given: {missing}. `--help` says what they are")
+
+
+_FOLDERS = ("tokenizer_cache_dir", "train_data_dir", "reg_data_dir", "resume", "model_config")
+_FILES = ("dataset_config", "network_weights", "base_weights", "sample_prompts")
+_EITHER = ("pretrained_model_name_or_path", "vae")
+_HUB = ". lorashrink downloads nothing by itself; `hf download MODEL --local-dir FOLDER` fetches one into FOLDER"
+_PATHS: tuple[tuple[tuple[str, ...], str, Callable[[Path], bool], str], ...] = (
+    (_FOLDERS, "folder", Path.is_dir, ""),
+    (_FILES, "file", Path.is_file, ""),
+    (_EITHER, "file or folder on this machine named", Path.exists, _HUB),
+)
+
+
+def _check_paths(options: Options) -> None:
+    for names, kind, exists, hint in _PATHS:
+        for name in names:
+            for path in _values(options, name):
+                if not exists(Path(str(path))):
+                    raise UsageError(f"--{name}: there is no {kind} {path}{hint}")
+    for name in ("output_dir", "logging_dir"):
+        if path := getattr(options, name):
+            _check_writable(name, Path(path))
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to before hours of training, not after them."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--{name}: {existing} is a file; name a folder, which is made if it is not there")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(
+            f"--{name}: nothing can be written in {existing}; choose another folder, or ask for the right to"
+        )
+
+
+def _values(options: Options, name: str) -> tuple[object, ...]:
+    """The values of a flag that may take several, or none."""
+    value = getattr(options, name)
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+_FROM_1 = (
+    "train_batch_size", "min_bucket_reso", "bucket_reso_steps", "vae_batch_size", "text_encoder_batch_size",
+    "lr_scheduler_num_cycles", "lr_scheduler_timescale", "max_train_steps", "max_train_epochs",
+    "gradient_accumulation_steps", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio",
+    "save_last_n_epochs", "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state", "network_dim",
+)  # fmt: skip
+_FROM_0 = (
+    "max_data_loader_n_workers", "prior_loss_weight", "keep_tokens", "caption_dropout_every_n_epochs",
+    "scale_weight_norms", "learning_rate", "unet_lr", "text_encoder_lr", "max_grad_norm", "lr_warmup_steps",
+    "lr_decay_steps", "lr_scheduler_power", "multires_noise_iterations", "multires_noise_discount", "min_snr_gamma",
+    "dataset_repeats", "network_alpha",
+)  # fmt: skip
+_SHARES = ("caption_dropout_rate", "caption_tag_dropout_rate", "lr_scheduler_min_lr_ratio")
+_RANGES: tuple[tuple[tuple[str, ...], float, float], ...] = (
+    (_FROM_1, 1, math.inf),
+    (_FROM_0, 0, math.inf),
+    (_SHARES, 0, 1),
+    (("min_timestep",), 0, 999),
+    (("max_timestep",), 1, 1000),
+    (("seed",), 0, 2**32 - 1),
+)
+
+
+def _check_values(options: Options) -> None:
+    for row in dataclasses.fields(options):
+        for value in _values(options, row.name):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{row.name}={value}: must be a finite number")
+    for names, low, high in _RANGES:
+        allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high}"
+        for name in names:
+            for value in _values(options, name):
+                if not low <= float(str(value)) <= high:
+                    raise UsageError(f"--{name}={value}: must be {allowed}")
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -73,128 +150,98 @@ def parse_resolution(text: str) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
-def _check_required(options: Options) -> None:
-    source = () if options.dataset_config else ("train_data_dir", "resolution")
-    needed = ("pretrained_model_name_or_path", *source, "output_dir", "network_module")
-    missing = " ".join(f"--{name}" for name in needed if not getattr(options, name))
-    if missing:
-        raise UsageError(f"needed but not given: {missing}. `--help` says what they are")
+def check_sizes(options: Options) -> list[str]:
+    """Warnings about --resolution and the buckets; the sections of a --dataset_config are checked one by one.
+
+    Raises:
+        UsageError: sizes that contradict each other.
+    """
+    if options.bucket_reso_steps < 1 or options.bucket_reso_steps % 32:
+        raise UsageError(f"--bucket_reso_steps={options.bucket_reso_steps}: must be a multiple of 32 for SDXL")
+    if options.resolution is None:
+        return []
+    width, height = parse_resolution(options.resolution)
+    if not options.enable_bucket:
+        if width % 8 or height % 8:
+            raise UsageError(f"--resolution={options.resolution}: without --enable_bucket, sides are multiples of 8")
+        return []
+    if options.bucket_no_upscale:
+        return ["--min_bucket_reso and --max_bucket_reso are not used with --bucket_no_upscale"]
+    step = options.bucket_reso_steps
+    low, high = options.min_bucket_reso // step * step, -(-options.max_bucket_reso // step) * step
+    if not 0 < low <= min(width, height):
+        allowed = f"from --bucket_reso_steps={step} to the smaller side of --resolution={options.resolution}"
+        raise UsageError(f"--min_bucket_reso={options.min_bucket_reso}: must be {allowed}")
+    if high < max(width, height):
+        raise UsageError(f"--max_bucket_reso={high} is below --resolution={options.resolution}; make it larger")
+    if high > max(width, height):
+        return []
+    return [
+        f"--max_bucket_reso={high} shrinks pictures that are not square to as little as half of their pixels;"
+        f" --max_bucket_reso={2 * high} keeps nearly all of them"
+    ]
 
 
-_FOLDERS = ("tokenizer_cache_dir", "train_data_dir", "reg_data_dir", "resume", "model_config")
-_FILES = ("dataset_config", "network_weights", "base_weights", "sample_prompts")
-_EITHER = ("pretrained_model_name_or_path", "vae")
-_PATHS: tuple[tuple[tuple[str, ...], str, Callable[[Path], bool]], ...] = (
-    (_FOLDERS, "folder", Path.is_dir),
-    (_FILES, "file", Path.is_file),
-    (_EITHER, "file or folder on this machine named", Path.exists),
-)
+# Optimizers that have a name here, in lower case -> their class.
+OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "lion": "lion_pytorch.Lion",
+    "prodigy": "prodigyopt.Prodigy",
+    "adafactor": "transformers.optimization.Adafactor",
+}
 
 
-_HUB = ". lorashrink downloads nothing by itself; `hf download MODEL --local-dir FOLDER` fetches one into FOLDER"
+def _check_packages(options: Options) -> None:
+    by_path = "." in options.optimizer_type
+    optimizer_package = "" if by_path else OPTIMIZERS[_optimizer(options)].partition(".")[0]
+    packages = {
+        "wandb": options.log_with in ("wandb", "all") and f"--log_with={options.log_with}",
+        "tensorboard": options.logging_dir and options.log_with != "wandb" and "--logging_dir",
+        "xformers": options.xformers and not options.mem_eff_attn and "--xformers",
+        optimizer_package: options.optimizer_type or "this optimizer",
+    }
+    for package, wanted_by in packages.items():
+        if package and wanted_by and not importlib.util.find_spec(package):
+            name = package.replace("_", "-")
+            raise UsageError(f"{wanted_by} needs the package {name}: pip install {name}")
 
 
-def _check_paths(options: Options) -> None:
-    for names, kind, exists in _PATHS:
-        for name in names:
-            for path in _several(getattr(options, name)):
-                if not exists(Path(str(path))):
-                    hint = _HUB if name in _EITHER else ""
-                    raise UsageError(f"--{name}: there is no {kind} {path}{hint}")
-    for name in ("output_dir", "logging_dir"):
-        if path := getattr(options, name):
-            _check_place(name, Path(path))
+def _check_state(options: Options) -> None:
+    """Refuse to resume where nothing is left to do; with --max_train_epochs that is not known yet."""
+    if options.resume and not options.plan and options.max_train_epochs is None:
+        step = peek_state(Path(options.resume))["current_step"]
+        if step >= options.max_train_steps:
+            raise UsageError(f"--resume {options.resume}: it stands at step {step}, the last; raise --max_train_steps")
 
 
-def _check_place(name: str, folder: Path) -> None:
-    """That the folder is there or can be made: known before hours of training, not after them."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise UsageError(f"--{name}: {there} is a file; name a folder, which is made if it is not there")
-    if not os.access(there, os.W_OK):
-        raise UsageError(f"--{name}: nothing can be written in {there}; choose another folder, or ask for the right to")
-
-
-def _several(value: object) -> tuple[object, ...]:
-    return value if isinstance(value, tuple) else () if value is None else (value,)
-
-
-_FROM_1 = (
-    "train_batch_size", "min_bucket_reso", "bucket_reso_steps", "vae_batch_size", "text_encoder_batch_size",
-    "lr_scheduler_num_cycles", "lr_scheduler_timescale", "max_train_steps", "max_train_epochs",
-    "gradient_accumulation_steps", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio",
-    "save_last_n_epochs", "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state",
-)  # fmt: skip
-_FROM_0 = (
-    "max_data_loader_n_workers", "prior_loss_weight", "keep_tokens", "caption_dropout_every_n_epochs",
-    "token_warmup_min", "token_warmup_step", "scale_weight_norms", "learning_rate", "unet_lr",
-    "text_encoder_lr", "max_grad_norm", "lr_warmup_steps", "lr_decay_steps", "lr_scheduler_power",
-    "multires_noise_iterations", "multires_noise_discount", "min_snr_gamma", "dataset_repeats",
-)  # fmt: skip
-_SHARES = ("caption_dropout_rate", "caption_tag_dropout_rate", "lr_scheduler_min_lr_ratio")
-_RANGES: tuple[tuple[tuple[str, ...], float, float], ...] = (
-    (_FROM_1, 1, math.inf),
-    (_FROM_0, 0, math.inf),
-    (_SHARES, 0, 1),
-    (("min_timestep",), 0, 999),
-    (("max_timestep",), 1, 1000),
-    (("seed",), 0, 2**32 - 1),
-)
-
-
-def _check_values(options: Options) -> None:
-    for row in dataclasses.fields(options):
-        for value in _several(getattr(options, row.name)):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"--{row.name}={value}: must be a finite number")
-    for names, low, high in _RANGES:
-        allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high}"
-        for name in names:
-            for value in _several(getattr(options, name)):
-                if not low <= float(str(value)) <= high:
-                    raise UsageError(f"--{name}={value}: must be {allowed}")
-
-
-def _is_share(steps: float) -> bool:
-    return isinstance(steps, float)
-
-
-def _shown_differently(o: Options) -> object:
+def _varies_captions(o: Options) -> object:
     """Whether a caption is not the same each time, which no cache can follow."""
-    return (
-        o.shuffle_caption
-        or o.caption_dropout_rate
-        or o.caption_dropout_every_n_epochs
-        or o.caption_tag_dropout_rate
-        or o.token_warmup_step
-        or o.enable_wildcard
-    )
+    return o.shuffle_caption or o.caption_dropout_rate or o.caption_dropout_every_n_epochs or o.caption_tag_dropout_rate
 
 
 def _optimizer(o: Options) -> str:
-    name = "AdamW8bit" if o.use_8bit_adam else "Lion" if o.use_lion_optimizer else o.optimizer_type
+    """The optimizer's name without its path, in lower case."""
+    name = "AdamW8bit" if o.use_8bit_adam else "Lion" if o.use_lion_optimizer else o.optimizer_type or "AdamW"
     return name.lower().rpartition(".")[2]
 
 
-def _no_warmup(o: Options) -> bool:
+def _has_no_warmup(o: Options) -> bool:
     """Whether the course of the learning rate has no room for a warm-up."""
-    fixed = bool(o.lr_scheduler_type) or o.lr_scheduler in ("constant", "adafactor")
+    fixed = bool(o.lr_scheduler_type) or o.lr_scheduler in ("constant", "piecewise_constant", "adafactor")
     return fixed and not _optimizer(o).endswith("schedulefree")
 
 
 _REFUSED: tuple[_Rule, ...] = (
-    (lambda o: o.v2, "--v2 is for Stable Diffusion 2.x, and this trains SDXL; leave it out"),
-    (lambda o: o.color_aug, "not supported: --color_aug; change colours in copies of the pictures instead"),
-    (lambda o: o.random_crop, "not supported: --random_crop; --enable_bucket uses nearly all of each picture"),
     (
         lambda o: o.cache_text_encoder_outputs and not o.network_train_unet_only,
         "--cache_text_encoder_outputs needs --network_train_unet_only: text encoders that are trained"
         " must run in each step",
     ),
     (
-        lambda o: o.cache_text_encoder_outputs and _shown_differently(o),
-        "--cache_text_encoder_outputs needs captions that stay the same: remove it, or --shuffle_caption,"
-        " --caption_..._dropout_..., --token_warmup_step and --enable_wildcard",
+        lambda o: o.cache_text_encoder_outputs and _varies_captions(o),
+        "--cache_text_encoder_outputs needs captions that stay the same: remove it, or --shuffle_caption"
+        " and --caption_..._dropout_...",
     ),
     (
         lambda o: o.persistent_data_loader_workers and not o.max_data_loader_n_workers,
@@ -211,6 +258,11 @@ _REFUSED: tuple[_Rule, ...] = (
         " remove --use_8bit_adam and --use_lion_optimizer",
     ),
     (
+        lambda o: "." not in o.optimizer_type and _optimizer(o) not in OPTIMIZERS,
+        "not supported: --optimizer_type={o.optimizer_type}; it is one of AdamW, AdamW8bit, Lion, Adafactor, Prodigy,"
+        " or a class by its dotted path, such as torch.optim.RMSprop",
+    ),
+    (
         lambda o: not o.lr_scheduler_type and o.lr_scheduler not in LEARNING_RATES,
         f"--lr_scheduler={{o.lr_scheduler}}: must be one of {', '.join(LEARNING_RATES)}",
     ),
@@ -219,12 +271,12 @@ _REFUSED: tuple[_Rule, ...] = (
         "--lr_scheduler=adafactor works with --optimizer_type=Adafactor only",
     ),
     (
-        lambda o: o.lr_warmup_steps and _no_warmup(o),
+        lambda o: o.lr_warmup_steps and _has_no_warmup(o),
         "--lr_warmup_steps has no place in this course of the learning rate; remove it,"
         " or take --lr_scheduler=constant_with_warmup",
     ),
     (
-        lambda o: any(_is_share(steps) and steps > 1 for steps in (o.lr_warmup_steps, o.lr_decay_steps)),
+        lambda o: any(isinstance(steps, float) and steps > 1 for steps in (o.lr_warmup_steps, o.lr_decay_steps)),
         "--lr_warmup_steps and --lr_decay_steps are whole numbers of steps, or shares up to 1 or 100%",
     ),
     (
@@ -256,72 +308,26 @@ _REFUSED: tuple[_Rule, ...] = (
         "--log_with={o.log_with} needs --logging_dir, the folder for the logs",
     ),
     (
+        lambda o: o.network_dropout is not None and not 0 <= o.network_dropout < 1,
+        "--network_dropout={o.network_dropout}: must be a share, from 0 to below 1",
+    ),
+    (
+        lambda o: o.network_train_unet_only and o.network_train_text_encoder_only,
+        "--network_train_unet_only and --network_train_text_encoder_only: give one of them at most",
+    ),
+    (
+        lambda o: o.dim_from_weights and not o.network_weights,
+        "--dim_from_weights: needs --network_weights, whose ranks it takes",
+    ),
+    (
+        lambda o: len(o.base_weights_multiplier) > len(o.base_weights),
+        "--base_weights_multiplier: more strengths than files of --base_weights",
+    ),
+    (
         lambda o: o.shrink and o.save_model_as != "safetensors",
         "--shrink needs --save_model_as=safetensors",
     ),
 )
-
-_PACKAGES: tuple[tuple[Callable[[Options], object], str, str], ...] = (
-    (lambda o: o.log_with in ("wandb", "all"), "wandb", "--log_with={o.log_with}"),
-    (lambda o: o.logging_dir and o.log_with != "wandb", "tensorboard", "--logging_dir"),
-    (lambda o: o.xformers and not o.mem_eff_attn, "xformers", "--xformers"),
-    (lambda o: _by_name(o).endswith(("8bit", "32bit")), "bitsandbytes", "this optimizer"),
-    (lambda o: _by_name(o) == "lion", "lion_pytorch", "Lion"),
-    (lambda o: _by_name(o) == "prodigy", "prodigyopt", "Prodigy"),
-    (lambda o: _by_name(o).startswith("dadapt"), "dadaptation", "{o.optimizer_type}"),
-    (lambda o: _by_name(o).endswith("schedulefree"), "schedulefree", "{o.optimizer_type}"),
-)
-
-
-def _by_name(o: Options) -> str:
-    """The optimizer in lower case, empty if it is given as the path of a class, whose package is in the path."""
-    return "" if "." in o.optimizer_type else _optimizer(o)
-
-
-def _check_packages(options: Options) -> None:
-    for applies, package, wanted_by in _PACKAGES:
-        if applies(options) and not importlib.util.find_spec(package):
-            name = package.replace("_", "-")
-            raise UsageError(f"{wanted_by.format(o=options)} needs the package {name}: pip install {name}")
-
-
-def _check_sizes(options: Options) -> list[str]:
-    """Warnings about --resolution and the buckets; a --dataset_config may have others, which are not known here."""
-    if options.bucket_reso_steps % 32:
-        raise UsageError(f"--bucket_reso_steps={options.bucket_reso_steps}: must be a multiple of 32 for SDXL")
-    if options.resolution is None:
-        return []
-    width, height = parse_resolution(options.resolution)
-    if not options.enable_bucket:
-        if width % 8 or height % 8:
-            raise UsageError(f"--resolution={options.resolution}: without --enable_bucket, sides are multiples of 8")
-        return []
-    if options.bucket_no_upscale:
-        return ["--min_bucket_reso and --max_bucket_reso are not used with --bucket_no_upscale"]
-    step = options.bucket_reso_steps
-    low, high = options.min_bucket_reso // step * step, -(-options.max_bucket_reso // step) * step
-    if not 0 < low <= min(width, height):
-        allowed = f"from --bucket_reso_steps={step} to the smaller side of --resolution={options.resolution}"
-        raise UsageError(f"--min_bucket_reso={options.min_bucket_reso}: must be {allowed}")
-    if high < max(width, height):
-        raise UsageError(f"--max_bucket_reso={high} is below --resolution={options.resolution}; make it larger")
-    return [_NARROW.format(high=high, better=2 * high)] if high == max(width, height) else []
-
-
-_NARROW = (
-    "--max_bucket_reso={high} shrinks pictures that are not square to as little as half of their pixels;"
-    " --max_bucket_reso={better} keeps nearly all of them"
-)
-
-
-def _without(o: Options, needed: str, *names: str) -> bool:
-    """Whether one of these options is set without the one that it needs."""
-    defaults = Options.__dataclass_fields__
-    return not getattr(o, needed) and any(getattr(o, name) not in (defaults[name].default, 0) for name in names)
-
-
-def _no_effect(name: str, needed: str) -> _Rule:
-    return lambda o: _without(o, needed, name), f"--{name} has no effect without --{needed}"
 
 
 _NOTED: tuple[_Rule, ...] = (
@@ -357,7 +363,9 @@ _NOTED: tuple[_Rule, ...] = (
     ),
     (
         lambda o: (
-            o.max_train_epochs is None and not _is_share(o.lr_warmup_steps) and o.lr_warmup_steps >= o.max_train_steps
+            o.max_train_epochs is None
+            and not isinstance(o.lr_warmup_steps, float)
+            and o.lr_warmup_steps >= o.max_train_steps
         ),
         "--lr_warmup_steps={o.lr_warmup_steps}: the learning rate reaches its full height only when training is over",
     ),
@@ -365,11 +373,6 @@ _NOTED: tuple[_Rule, ...] = (
         lambda o: o.lr_scheduler_num_cycles != 1 and o.lr_scheduler == "cosine",
         "--lr_scheduler_num_cycles has no effect with cosine; --lr_scheduler=cosine_with_restarts uses it",
     ),
-    (
-        lambda o: o.multires_noise_discount != 0.3 and not o.multires_noise_iterations,
-        "--multires_noise_discount has no effect without --multires_noise_iterations",
-    ),
-    _no_effect("noise_offset_random_strength", "noise_offset"),
     (
         lambda o: o.zero_terminal_snr and not o.v_parameterization,
         "--zero_terminal_snr is for bases that predict v; with others (no --v_parameterization) it does harm",
@@ -382,16 +385,10 @@ _NOTED: tuple[_Rule, ...] = (
         lambda o: o.save_last_n_epochs and not (o.save_every_n_epochs or o.save_n_epoch_ratio),
         "--save_last_n_epochs has no effect without --save_every_n_epochs",
     ),
-    _no_effect("save_last_n_steps", "save_every_n_steps"),
-    _no_effect("save_last_n_epochs_state", "save_state"),
-    _no_effect("save_last_n_steps_state", "save_state"),
     (
         lambda o: o.save_model_as != "safetensors",
         "--save_model_as={o.save_model_as}: these files carry no metadata; most programs prefer safetensors",
     ),
-    _no_effect("sample_every_n_steps", "sample_prompts"),
-    _no_effect("sample_every_n_epochs", "sample_prompts"),
-    _no_effect("sample_at_first", "sample_prompts"),
     (
         lambda o: o.sample_prompts and not (o.sample_every_n_steps or o.sample_every_n_epochs or o.sample_at_first),
         "--sample_prompts draws nothing; add --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first",
@@ -405,7 +402,26 @@ _NOTED: tuple[_Rule, ...] = (
         "--sample_every_n_epochs decides; --sample_every_n_steps is not used",
     ),
     (
-        lambda o: _without(o, "logging_dir", "log_prefix", "log_tracker_name", "log_config") and not o.log_with,
+        lambda o: not (o.logging_dir or o.log_with) and (o.log_prefix or o.log_tracker_name or o.log_config),
         "nothing is logged: --log_prefix and its like need --logging_dir, the folder for the logs",
     ),
 )
+
+# Options that do nothing -> without which other one.
+_NEEDS = {
+    "multires_noise_discount": "multires_noise_iterations",
+    "noise_offset_random_strength": "noise_offset",
+    "save_last_n_steps": "save_every_n_steps",
+    "save_last_n_epochs_state": "save_state",
+    "save_last_n_steps_state": "save_state",
+    "sample_every_n_steps": "sample_prompts",
+    "sample_every_n_epochs": "sample_prompts",
+    "sample_at_first": "sample_prompts",
+}
+
+
+def _lacks(options: Options, name: str) -> bool:
+    """Whether an option is set, and the one that it needs is not."""
+    value = getattr(options, name)
+    is_set = value != Options.__dataclass_fields__[name].default and value != 0
+    return is_set and not getattr(options, _NEEDS[name])
