@@ -19,13 +19,12 @@ from lorashrink.pictures.pipelines import quiet_libraries
 from lorashrink.train.data.batches import batch_count
 from lorashrink.train.data.buckets import Size
 from lorashrink.train.data.scanning import Data, scan
-from lorashrink.train.flags.checks import parse_resolution
+from lorashrink.train.flags.checks import optimizer_name, parse_resolution
 from lorashrink.train.flags.network_args import DEFAULT_DIM, read_network_args
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import SETTINGS, Model, weight_dtype
 from lorashrink.train.model.network import CONVOLUTIONS, Network, Part, build_network
 from lorashrink.train.output.saving import Length, run_length
-from lorashrink.train.run.optimizers import optimizer_name
 
 GIB = 2**30
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80)  # GPU memory that is sold, in GiB
@@ -95,11 +94,11 @@ def plan(options: Options) -> str:
 
 
 def _pictures(data: Data) -> str:
-    pictures = [picture for dataset in data.datasets for picture in dataset.pictures]
-    buckets = {picture.fit.bucket for picture in pictures}
+    buckets = len({picture.fit.bucket for picture in data.pictures})
+    showings = sum(picture.repeats for picture in data.pictures)
     return (
-        f"pictures: {len(pictures)} in {_several(len(data.subsets), 'folder')} and {_several(len(buckets), 'bucket')}, "
-        f"{_several(sum(picture.repeats for picture in pictures), 'showing')} per epoch"
+        f"pictures: {len(data.pictures)} in {_several(len(data.subsets), 'folder')} and {_several(buckets, 'bucket')}, "
+        f"{_several(showings, 'showing')} per epoch"
     )
 
 
@@ -277,7 +276,7 @@ def step_memory(model: Model, network: Network, options: Options, batch: int, si
     """
     network.groups(options)  # freezes what has a learning rate of 0
     if options.full_bf16:
-        network.module.to(torch.bfloat16)
+        network.to(torch.bfloat16)
     parts: dict[str, float] = {f"UNet, {_dtype(model.unet)}": _bytes([model.unet])}
     if not options.cache_text_encoder_outputs:
         parts[f"text encoders, {_dtype(model.encoders[0])}"] = _bytes(model.encoders)
@@ -287,7 +286,7 @@ def step_memory(model: Model, network: Network, options: Options, batch: int, si
     count = sum(parameter.numel() for parameter in trained)
     name = optimizer_name(options)
     return parts | {
-        f"adapter, {_dtype(network.module)}": _bytes([network.module]),
+        f"adapter, {_dtype(network)}": _bytes([network]),
         "its gradients": sum(parameter.numel() * parameter.element_size() for parameter in trained),
         f"states of {name}": STATES.get(name.lower().rpartition(".")[2], _TWO_FLOATS) * count,
         f"activations, {'with' if options.gradient_checkpointing else 'without'} checkpointing": batch

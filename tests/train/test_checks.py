@@ -121,7 +121,7 @@ REFUSED = [
     ("--shrink fro_ckp=1,thr=-3.55", "fro_ckpt"),
     ("--shrink fro_ckpt=1", "recipe"),
     ("--network_args algo=ia3", "ia3"),
-    ("--optimizer_type=DAdaptAdam", "not supported: --optimizer_type=DAdaptAdam"),
+    ("--optimizer_type=DAdaptAdam", "not supported: --optimizer_type DAdaptAdam"),
     ("--optimizer_type=SGD", "dotted path"),
     ("--enable_wildcard", "not supported: --enable_wildcard"),
     ("--token_warmup_step=9", "not supported: --token_warmup_step"),

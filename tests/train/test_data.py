@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import showings_of_reg
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_sdxl import write_pictures
@@ -398,7 +398,7 @@ PICTURES = st.lists(st.tuples(st.integers(1, 3), st.sampled_from([64, 128])), mi
 DATA = st.lists(st.tuples(st.integers(1, 4), PICTURES), min_size=1, max_size=2).map(lambda sets: made_of(*sets))
 
 
-@showings_of_reg(DATA, st.integers(1, 4), st.integers(1, 3))
+@given(DATA, st.integers(1, 4), st.integers(1, 3))
 def test_an_epoch_shows_all_repeats_in_batches_of_one_bucket(data: Data, epoch: int, seed: int) -> None:
     batches = epoch_batches(data, epoch, seed)
     assert Counter((draw.dataset, draw.picture, draw.repeat) for batch in batches for draw in batch) == {
@@ -422,7 +422,7 @@ def showings(batches: list[list[Draw]]) -> list[list[tuple[int, int, int]]]:
     return [[(draw.dataset, draw.picture, draw.repeat) for draw in batch] for batch in batches]
 
 
-@showings_of_reg(DATA, st.integers(1, 5))
+@given(DATA, st.integers(1, 5))
 def test_processes_share_the_batches_of_one_process(data: Data, world: int) -> None:
     alone, shared = epoch_batches(data, 2, 7), epoch_batches(data, 2, 7, world=world)
     assert len(shared) % world == 0

@@ -57,7 +57,7 @@ PICTURES = Data(
     (
         Dataset(
             tuple(
-                Picture(Path(f"{folder}/{number}.png"), (caption,), subset, Fit(SIZE, SIZE, SIZE), subset.repeats)
+                Picture(Path(f"{folder}/{number}.png"), caption, subset, Fit(SIZE, SIZE, SIZE), subset.repeats)
                 for folder, captions, subset in (
                     ("10_zoë", ("zoë, hat", "zoë", "Zoë"), Subset(Path("/p/10_zoë"), 10, "zoë", False, False, RULES)),
                     ("1_person", ("person",) * 4, Subset(Path("/p/1_person"), 1, "person", True, False, RULES)),

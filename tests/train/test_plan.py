@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorashrink.errors import InputError
-from lorashrink.train.data.scanning import batch_count, scan
+from lorashrink.train.data.batches import batch_count
+from lorashrink.train.data.scanning import scan
 from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.model.loading import load_model
 from lorashrink.train.model.network import build_network

@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lorashrink.errors import UsageError
@@ -24,8 +24,6 @@ LEARNING_RATES = (
     "adafactor",
 )  # fmt: skip
 
-_Rule = tuple[Callable[[Options], object], str]
-
 
 def check(options: Options) -> list[str]:
     """What the user should know about these options before training starts, one line each.
@@ -38,18 +36,22 @@ def check(options: Options) -> list[str]:
         _check_required(options)
         _check_paths(options)
     _check_values(options)
-    for applies, message in _REFUSED:
-        if applies(options):
-            raise UsageError(message.format(o=options))
+    _check_optimizer(options)
+    warnings = [
+        *check_sizes(options),
+        *_check_pictures(options),
+        *_check_schedule(options),
+        *_check_objective(options),
+        *_check_model(options),
+        *_check_saving(options),
+        *_check_watching(options),
+        *_check_needs(options),
+        *read_network_args(options).warnings,
+    ]
     parse_recipes(options.shrink)
     _check_packages(options)
     _check_state(options)
-    return [
-        *check_sizes(options),
-        *(message.format(o=options) for applies, message in _NOTED if applies(options)),
-        *(f"--{name} has no effect without --{needed}" for name, needed in _NEEDS.items() if _lacks(options, name)),
-        *read_network_args(options).warnings,
-    ]
+    return warnings
 
 
 def _check_required(options: Options) -> None:
@@ -182,29 +184,18 @@ def check_sizes(options: Options) -> list[str]:
     ]
 
 
-# Optimizers that have a name here, in lower case -> their class.
-OPTIMIZERS = {
-    "adamw": "torch.optim.AdamW",
-    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
-    "lion": "lion_pytorch.Lion",
-    "prodigy": "prodigyopt.Prodigy",
-    "adafactor": "transformers.optimization.Adafactor",
-}
-
-
 def _check_packages(options: Options) -> None:
-    by_path = "." in options.optimizer_type
-    optimizer_package = "" if by_path else OPTIMIZERS[_optimizer(options)].partition(".")[0]
-    packages = {
+    name = optimizer_name(options)
+    packages: dict[str, object] = {
         "wandb": options.log_with in ("wandb", "all") and f"--log_with={options.log_with}",
         "tensorboard": options.logging_dir and options.log_with != "wandb" and "--logging_dir",
         "xformers": options.xformers and not options.mem_eff_attn and "--xformers",
-        optimizer_package: options.optimizer_type or "this optimizer",
+        optimizer_path(options).partition(".")[0]: "." not in name and name,
     }
     for package, wanted_by in packages.items():
-        if package and wanted_by and not importlib.util.find_spec(package):
-            name = package.replace("_", "-")
-            raise UsageError(f"{wanted_by} needs the package {name}: pip install {name}")
+        if wanted_by and not importlib.util.find_spec(package):
+            on_pypi = package.replace("_", "-")
+            raise UsageError(f"{wanted_by} needs the package {on_pypi}: pip install {on_pypi}")
 
 
 def _check_state(options: Options) -> None:
@@ -215,199 +206,177 @@ def _check_state(options: Options) -> None:
             raise UsageError(f"--resume {options.resume}: it stands at step {step}, the last; raise --max_train_steps")
 
 
-def _varies_captions(o: Options) -> object:
-    """Whether a caption is not the same each time, which no cache can follow."""
-    return o.shuffle_caption or o.caption_dropout_rate or o.caption_dropout_every_n_epochs or o.caption_tag_dropout_rate
+# --- what goes together: errors are raised, warnings are yielded --------------------------------
 
 
-def _optimizer(o: Options) -> str:
-    """The optimizer's name without its path, in lower case."""
-    name = "AdamW8bit" if o.use_8bit_adam else "Lion" if o.use_lion_optimizer else o.optimizer_type or "AdamW"
-    return name.lower().rpartition(".")[2]
+def _check_pictures(o: Options) -> Iterator[str]:
+    varies = (
+        o.shuffle_caption or o.caption_dropout_rate or o.caption_dropout_every_n_epochs or o.caption_tag_dropout_rate
+    )
+    if o.cache_text_encoder_outputs and not o.network_train_unet_only:
+        raise UsageError(
+            "--cache_text_encoder_outputs needs --network_train_unet_only: text encoders that are trained must run in "
+            "each step"
+        )
+    if o.cache_text_encoder_outputs and varies:
+        raise UsageError(
+            "--cache_text_encoder_outputs needs captions that stay the same: remove it, or --shuffle_caption and "
+            "--caption_..._dropout_..."
+        )
+    if o.persistent_data_loader_workers and not o.max_data_loader_n_workers:
+        raise UsageError(
+            "--persistent_data_loader_workers keeps processes that --max_data_loader_n_workers=0 does not start; "
+            "remove one of the two"
+        )
+    if o.dataset_repeats != 1 and not o.dataset_config:
+        yield "--dataset_repeats has no effect: the numbers at the start of folder names tell the repeats"
+    if not o.caption_extension.startswith("."):
+        yield (
+            f"--caption_extension={o.caption_extension} has no dot: the caption of a.png would be in "
+            f"a{o.caption_extension}"
+        )
 
 
-def _has_no_warmup(o: Options) -> bool:
-    """Whether the course of the learning rate has no room for a warm-up."""
+# Any other optimizer is given by the dotted path of its class.
+OPTIMIZERS = {
+    "AdamW": "torch.optim.AdamW",
+    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
+    "Lion": "lion_pytorch.Lion",
+    "Adafactor": "transformers.optimization.Adafactor",
+    "Prodigy": "prodigyopt.Prodigy",
+}
+
+
+def optimizer_name(options: Options) -> str:
+    """The optimizer's name, with its aliases resolved."""
+    alias = "AdamW8bit" if options.use_8bit_adam else "Lion" if options.use_lion_optimizer else None
+    return alias or options.optimizer_type or "AdamW"
+
+
+def optimizer_path(options: Options) -> str:
+    """The dotted path of the optimizer's class.
+
+    Raises:
+        UsageError: its name is not among `OPTIMIZERS`.
+    """
+    name = optimizer_name(options)
+    paths = {known.lower(): path for known, path in OPTIMIZERS.items()}
+    if "." not in name and name.lower() not in paths:
+        raise UsageError(
+            f"not supported: --optimizer_type {name}; it is one of {', '.join(OPTIMIZERS)}, or a class by its dotted "
+            "path, such as torch.optim.RMSprop"
+        )
+    return paths.get(name.lower(), name)
+
+
+def _check_optimizer(o: Options) -> None:
+    if o.use_8bit_adam and o.use_lion_optimizer:
+        raise UsageError("--use_8bit_adam and --use_lion_optimizer name two optimizers; keep one")
+    if (o.use_8bit_adam or o.use_lion_optimizer) and o.optimizer_type:
+        raise UsageError(
+            f"--optimizer_type={o.optimizer_type} and an older flag name two optimizers; remove --use_8bit_adam and "
+            "--use_lion_optimizer"
+        )
+    optimizer_path(o)
+
+
+def _check_schedule(o: Options) -> Iterator[str]:
     fixed = bool(o.lr_scheduler_type) or o.lr_scheduler in ("constant", "piecewise_constant", "adafactor")
-    return fixed and not _optimizer(o).endswith("schedulefree")
+    warmup, optimizer = o.lr_warmup_steps, optimizer_path(o).lower()
+    if not o.lr_scheduler_type and o.lr_scheduler not in LEARNING_RATES:
+        raise UsageError(f"--lr_scheduler={o.lr_scheduler}: must be one of {', '.join(LEARNING_RATES)}")
+    if o.lr_scheduler == "adafactor" and not optimizer.endswith(".adafactor"):
+        raise UsageError("--lr_scheduler=adafactor works with --optimizer_type=Adafactor only")
+    if warmup and fixed and not optimizer.endswith("schedulefree"):
+        raise UsageError(
+            "--lr_warmup_steps has no place in this course of the learning rate; remove it, or take "
+            "--lr_scheduler=constant_with_warmup"
+        )
+    if any(isinstance(steps, float) and steps > 1 for steps in (warmup, o.lr_decay_steps)):
+        raise UsageError("--lr_warmup_steps and --lr_decay_steps are whole numbers of steps, or shares up to 1 or 100%")
+    if o.max_train_epochs is not None and o.max_train_steps != 1600:
+        yield f"--max_train_epochs={o.max_train_epochs} decides; --max_train_steps={o.max_train_steps} is not used"
+    if o.max_train_epochs is None and not isinstance(warmup, float) and warmup >= o.max_train_steps:
+        yield f"--lr_warmup_steps={warmup}: the learning rate reaches its full height only when training is over"
+    if o.lr_scheduler_num_cycles != 1 and o.lr_scheduler == "cosine":
+        yield "--lr_scheduler_num_cycles has no effect with cosine; --lr_scheduler=cosine_with_restarts uses it"
 
 
-_REFUSED: tuple[_Rule, ...] = (
-    (
-        lambda o: o.cache_text_encoder_outputs and not o.network_train_unet_only,
-        "--cache_text_encoder_outputs needs --network_train_unet_only: text encoders that are trained"
-        " must run in each step",
-    ),
-    (
-        lambda o: o.cache_text_encoder_outputs and _varies_captions(o),
-        "--cache_text_encoder_outputs needs captions that stay the same: remove it, or --shuffle_caption"
-        " and --caption_..._dropout_...",
-    ),
-    (
-        lambda o: o.persistent_data_loader_workers and not o.max_data_loader_n_workers,
-        "--persistent_data_loader_workers keeps processes that --max_data_loader_n_workers=0 does not start;"
-        " remove one of the two",
-    ),
-    (
-        lambda o: o.use_8bit_adam and o.use_lion_optimizer,
-        "--use_8bit_adam and --use_lion_optimizer name two optimizers; keep one",
-    ),
-    (
-        lambda o: (o.use_8bit_adam or o.use_lion_optimizer) and o.optimizer_type,
-        "--optimizer_type={o.optimizer_type} and an older flag name two optimizers;"
-        " remove --use_8bit_adam and --use_lion_optimizer",
-    ),
-    (
-        lambda o: "." not in o.optimizer_type and _optimizer(o) not in OPTIMIZERS,
-        "not supported: --optimizer_type={o.optimizer_type}; it is one of AdamW, AdamW8bit, Lion, Adafactor, Prodigy,"
-        " or a class by its dotted path, such as torch.optim.RMSprop",
-    ),
-    (
-        lambda o: not o.lr_scheduler_type and o.lr_scheduler not in LEARNING_RATES,
-        f"--lr_scheduler={{o.lr_scheduler}}: must be one of {', '.join(LEARNING_RATES)}",
-    ),
-    (
-        lambda o: o.lr_scheduler == "adafactor" and _optimizer(o) != "adafactor",
-        "--lr_scheduler=adafactor works with --optimizer_type=Adafactor only",
-    ),
-    (
-        lambda o: o.lr_warmup_steps and _has_no_warmup(o),
-        "--lr_warmup_steps has no place in this course of the learning rate; remove it,"
-        " or take --lr_scheduler=constant_with_warmup",
-    ),
-    (
-        lambda o: any(isinstance(steps, float) and steps > 1 for steps in (o.lr_warmup_steps, o.lr_decay_steps)),
-        "--lr_warmup_steps and --lr_decay_steps are whole numbers of steps, or shares up to 1 or 100%",
-    ),
-    (
-        lambda o: o.full_bf16 and o.mixed_precision != "bf16",
-        "--full_bf16 needs --mixed_precision=bf16",
-    ),
-    (
-        lambda o: o.adaptive_noise_scale is not None and o.noise_offset is None,
-        "--adaptive_noise_scale adds to --noise_offset, which is not given; give it too, such as --noise_offset=0.05",
-    ),
-    (
-        lambda o: (o.min_timestep or 0) > (o.max_timestep or 1000),
-        "--min_timestep={o.min_timestep} is above --max_timestep={o.max_timestep}",
-    ),
-    (
-        lambda o: o.scale_v_pred_loss_like_noise_pred and not o.v_parameterization,
-        "--scale_v_pred_loss_like_noise_pred is for bases that predict v; remove it, or add --v_parameterization",
-    ),
-    (
-        lambda o: o.v_pred_like_loss and o.v_parameterization,
-        "--v_pred_like_loss is for bases that predict noise; remove it or --v_parameterization",
-    ),
-    (
-        lambda o: o.sample_prompts and Path(o.sample_prompts).suffix.lower() not in (".txt", ".toml", ".json"),
-        "--sample_prompts={o.sample_prompts}: the file's name must end in .txt, .toml or .json",
-    ),
-    (
-        lambda o: o.log_with in ("tensorboard", "all") and not o.logging_dir,
-        "--log_with={o.log_with} needs --logging_dir, the folder for the logs",
-    ),
-    (
-        lambda o: o.network_dropout is not None and not 0 <= o.network_dropout < 1,
-        "--network_dropout={o.network_dropout}: must be a share, from 0 to below 1",
-    ),
-    (
-        lambda o: o.network_train_unet_only and o.network_train_text_encoder_only,
-        "--network_train_unet_only and --network_train_text_encoder_only: give one of them at most",
-    ),
-    (
-        lambda o: o.dim_from_weights and not o.network_weights,
-        "--dim_from_weights: needs --network_weights, whose ranks it takes",
-    ),
-    (
-        lambda o: len(o.base_weights_multiplier) > len(o.base_weights),
-        "--base_weights_multiplier: more strengths than files of --base_weights",
-    ),
-    (
-        lambda o: o.shrink and o.save_model_as != "safetensors",
-        "--shrink needs --save_model_as=safetensors",
-    ),
-)
+def _check_objective(o: Options) -> Iterator[str]:
+    if o.adaptive_noise_scale is not None and o.noise_offset is None:
+        raise UsageError(
+            "--adaptive_noise_scale adds to --noise_offset, which is not given; give it too, such as "
+            "--noise_offset=0.05"
+        )
+    if (o.min_timestep or 0) > (o.max_timestep or 1000):
+        raise UsageError(f"--min_timestep={o.min_timestep} is above --max_timestep={o.max_timestep}")
+    if o.scale_v_pred_loss_like_noise_pred and not o.v_parameterization:
+        raise UsageError(
+            "--scale_v_pred_loss_like_noise_pred is for bases that predict v; remove it, or add --v_parameterization"
+        )
+    if o.v_pred_like_loss and o.v_parameterization:
+        raise UsageError("--v_pred_like_loss is for bases that predict noise; remove it or --v_parameterization")
+    if o.zero_terminal_snr and not o.v_parameterization:
+        yield "--zero_terminal_snr is for bases that predict v; with others (no --v_parameterization) it does harm"
 
 
-_NOTED: tuple[_Rule, ...] = (
-    (
-        lambda o: o.dataset_repeats != 1 and not o.dataset_config,
-        "--dataset_repeats has no effect: the numbers at the start of folder names tell the repeats",
-    ),
-    (
-        lambda o: o.clip_skip is not None,
-        "--clip_skip has no effect: SDXL always takes the last layer but one",
-    ),
-    (lambda o: o.highvram, "--highvram has no effect"),
-    (lambda o: o.disable_mmap_load_safetensors, "--disable_mmap_load_safetensors has no effect"),
-    (
-        lambda o: sum((o.sdpa, o.xformers, o.mem_eff_attn)) > 1,
-        "of several kinds of attention, --mem_eff_attn goes before --xformers and that before --sdpa",
-    ),
-    (
-        lambda o: o.mixed_precision == "fp16" and not o.no_half_vae and not o.vae,
-        "SDXL's own VAE often fails in fp16; --no_half_vae avoids that",
-    ),
-    (
-        lambda o: not o.caption_extension.startswith("."),
-        "--caption_extension={o.caption_extension} has no dot: the caption of a.png would be in a{o.caption_extension}",
-    ),
-    (
-        lambda o: o.base_weights and len(o.base_weights_multiplier) < len(o.base_weights),
-        "--base_weights without a number in --base_weights_multiplier count fully",
-    ),
-    (
-        lambda o: o.max_train_epochs is not None and o.max_train_steps != 1600,
-        "--max_train_epochs={o.max_train_epochs} decides; --max_train_steps={o.max_train_steps} is not used",
-    ),
-    (
-        lambda o: (
-            o.max_train_epochs is None
-            and not isinstance(o.lr_warmup_steps, float)
-            and o.lr_warmup_steps >= o.max_train_steps
-        ),
-        "--lr_warmup_steps={o.lr_warmup_steps}: the learning rate reaches its full height only when training is over",
-    ),
-    (
-        lambda o: o.lr_scheduler_num_cycles != 1 and o.lr_scheduler == "cosine",
-        "--lr_scheduler_num_cycles has no effect with cosine; --lr_scheduler=cosine_with_restarts uses it",
-    ),
-    (
-        lambda o: o.zero_terminal_snr and not o.v_parameterization,
-        "--zero_terminal_snr is for bases that predict v; with others (no --v_parameterization) it does harm",
-    ),
-    (
-        lambda o: o.save_n_epoch_ratio is not None and o.save_every_n_epochs is not None,
-        "--save_n_epoch_ratio decides; --save_every_n_epochs is not used",
-    ),
-    (
-        lambda o: o.save_last_n_epochs and not (o.save_every_n_epochs or o.save_n_epoch_ratio),
-        "--save_last_n_epochs has no effect without --save_every_n_epochs",
-    ),
-    (
-        lambda o: o.save_model_as != "safetensors",
-        "--save_model_as={o.save_model_as}: these files carry no metadata; most programs prefer safetensors",
-    ),
-    (
-        lambda o: o.sample_prompts and not (o.sample_every_n_steps or o.sample_every_n_epochs or o.sample_at_first),
-        "--sample_prompts draws nothing; add --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first",
-    ),
-    (
-        lambda o: any(n is not None and n <= 0 for n in (o.sample_every_n_steps, o.sample_every_n_epochs)),
-        "--sample_every_n_... of 0 or less draws nothing",
-    ),
-    (
-        lambda o: (o.sample_every_n_epochs or 0) > 0 and (o.sample_every_n_steps or 0) > 0,
-        "--sample_every_n_epochs decides; --sample_every_n_steps is not used",
-    ),
-    (
-        lambda o: not (o.logging_dir or o.log_with) and (o.log_prefix or o.log_tracker_name or o.log_config),
-        "nothing is logged: --log_prefix and its like need --logging_dir, the folder for the logs",
-    ),
-)
+def _check_model(o: Options) -> Iterator[str]:
+    if o.full_bf16 and o.mixed_precision != "bf16":
+        raise UsageError("--full_bf16 needs --mixed_precision=bf16")
+    if o.network_dropout is not None and not 0 <= o.network_dropout < 1:
+        raise UsageError(f"--network_dropout={o.network_dropout}: must be a share, from 0 to below 1")
+    if o.network_train_unet_only and o.network_train_text_encoder_only:
+        raise UsageError("--network_train_unet_only and --network_train_text_encoder_only: give one of them at most")
+    if o.dim_from_weights and not o.network_weights:
+        raise UsageError("--dim_from_weights: needs --network_weights, whose ranks it takes")
+    if len(o.base_weights_multiplier) > len(o.base_weights):
+        raise UsageError(
+            f"--base_weights_multiplier: {len(o.base_weights_multiplier)} strengths for {len(o.base_weights)} files of "
+            "--base_weights"
+        )
+    if len(o.base_weights_multiplier) < len(o.base_weights):
+        yield "--base_weights without a number in --base_weights_multiplier count fully"
+    if o.clip_skip is not None:
+        yield "--clip_skip has no effect: SDXL always takes the last layer but one"
+    if o.highvram:
+        yield "--highvram has no effect"
+    if o.disable_mmap_load_safetensors:
+        yield "--disable_mmap_load_safetensors has no effect"
+    if sum((o.sdpa, o.xformers, o.mem_eff_attn)) > 1:
+        yield "of several kinds of attention, --mem_eff_attn goes before --xformers and that before --sdpa"
+    if o.mixed_precision == "fp16" and not o.no_half_vae and not o.vae:
+        yield "SDXL's own VAE often fails in fp16; --no_half_vae avoids that"
 
-# Options that do nothing -> without which other one.
+
+def _check_saving(o: Options) -> Iterator[str]:
+    if o.shrink and o.save_model_as != "safetensors":
+        raise UsageError("--shrink needs --save_model_as=safetensors")
+    if o.save_model_as != "safetensors":
+        yield f"--save_model_as={o.save_model_as}: these files carry no metadata; most programs prefer safetensors"
+    if o.save_n_epoch_ratio is not None and o.save_every_n_epochs is not None:
+        yield "--save_n_epoch_ratio decides; --save_every_n_epochs is not used"
+    if o.save_last_n_epochs and not (o.save_every_n_epochs or o.save_n_epoch_ratio):
+        yield "--save_last_n_epochs has no effect without --save_every_n_epochs"
+
+
+def _check_watching(o: Options) -> Iterator[str]:
+    """Samples and logs."""
+    steps, epochs = o.sample_every_n_steps, o.sample_every_n_epochs
+    if o.sample_prompts and Path(o.sample_prompts).suffix.lower() not in (".txt", ".toml", ".json"):
+        raise UsageError(f"--sample_prompts={o.sample_prompts}: the file's name must end in .txt, .toml or .json")
+    if o.log_with in ("tensorboard", "all") and not o.logging_dir:
+        raise UsageError(f"--log_with={o.log_with} needs --logging_dir, the folder for the logs")
+    if o.sample_prompts and not (steps or epochs or o.sample_at_first):
+        yield "--sample_prompts draws nothing; add --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
+    if any(number is not None and number <= 0 for number in (steps, epochs)):
+        yield "--sample_every_n_... of 0 or less draws nothing"
+    if (epochs or 0) > 0 and (steps or 0) > 0:
+        yield "--sample_every_n_epochs decides; --sample_every_n_steps is not used"
+    if not (o.logging_dir or o.log_with) and (o.log_prefix or o.log_tracker_name or o.log_config):
+        yield "nothing is logged: --log_prefix and its like need --logging_dir, the folder for the logs"
+
+
+# Options that do nothing -> without which other option.
 _NEEDS = {
     "multires_noise_discount": "multires_noise_iterations",
     "noise_offset_random_strength": "noise_offset",
@@ -420,8 +389,8 @@ _NEEDS = {
 }
 
 
-def _lacks(options: Options, name: str) -> bool:
-    """Whether an option is set, and the one that it needs is not."""
-    value = getattr(options, name)
-    is_set = value != Options.__dataclass_fields__[name].default and value != 0
-    return is_set and not getattr(options, _NEEDS[name])
+def _check_needs(options: Options) -> Iterator[str]:
+    for name, needed in _NEEDS.items():
+        is_set = getattr(options, name) not in (Options.__dataclass_fields__[name].default, 0)
+        if is_set and not getattr(options, needed):
+            yield f"--{name} has no effect without --{needed}"

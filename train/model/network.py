@@ -251,7 +251,7 @@ def _building(model: Model, options: Options) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """LyCORIS logs and prints for every layer; what matters of it is said by `check_network_args`."""
+    """LyCORIS logs and prints for every layer; what matters of it is said by `read_network_args`."""
     level = lycoris_log.level
     lycoris_log.setLevel(logging.ERROR)
     try:

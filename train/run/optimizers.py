@@ -15,7 +15,7 @@ from transformers import get_constant_schedule, get_scheduler
 from transformers.optimization import Adafactor, AdafactorSchedule
 
 from lorashrink.errors import UsageError
-from lorashrink.train.flags.checks import OPTIMIZERS
+from lorashrink.train.flags.checks import optimizer_name, optimizer_path
 from lorashrink.train.flags.options import Options, key_values
 
 _log = logging.getLogger(__name__)
@@ -30,12 +30,6 @@ class _ScheduleFree(Protocol):
     def eval(self) -> None: ...
 
 
-def optimizer_name(options: Options) -> str:
-    """The optimizer's name, with its aliases resolved."""
-    alias = "AdamW8bit" if options.use_8bit_adam else "Lion" if options.use_lion_optimizer else None
-    return alias or options.optimizer_type or "AdamW"
-
-
 def make_optimizer(options: Options, groups: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, str]:
     """The optimizer, ready for its first step, and its description for metadata: `module.Class(key=value,...)`.
 
@@ -47,7 +41,7 @@ def make_optimizer(options: Options, groups: Sequence[Mapping[str, Any]]) -> tup
     """
     name = optimizer_name(options)
     flag = f"--optimizer_type {name}"
-    kind = _imported(OPTIMIZERS.get(name.lower(), name), flag)
+    kind = _imported(optimizer_path(options), flag)
     arguments = _pairs("--optimizer_args", options.optimizer_args)
     relative = kind is Adafactor and (arguments.get("relative_step", True) or arguments.get("warmup_init", False))
     if relative:

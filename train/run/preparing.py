@@ -116,7 +116,7 @@ def prepare(options: Options) -> Session:
         length=length,
         optimizer=description,
         network_args=given_network_args(options),
-        pictures=picture_entries(data, options, accelerator.num_processes),
+        pictures=picture_entries(data, options, processes),
         base=source(options.pretrained_model_name_or_path or ""),
         vae=source(options.vae) if options.vae else None,
     )
