@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import bucket_rules
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -189,7 +189,7 @@ def test_a_side_too_short_for_one_step_is_an_input_error(size: Size) -> None:
 SIDES = st.integers(64, 6000)
 
 
-@bucket_rules(
+@given(
     size=st.tuples(SIDES, SIDES),
     resolution=st.tuples(*[st.integers(256, 1024)] * 2),
     step=st.sampled_from([32, 64]),
@@ -207,7 +207,7 @@ def test_every_picture_covers_its_bucket_and_one_side_is_used_whole(
     assert abs(fitted.resized[0] * size[1] - fitted.resized[1] * size[0]) <= max(size)
 
 
-@bucket_rules(size=st.tuples(st.integers(300, 3000), st.integers(300, 3000)), step=st.sampled_from([32, 64]))
+@given(size=st.tuples(st.integers(300, 3000), st.integers(300, 3000)), step=st.sampled_from([32, 64]))
 def test_without_enlarging_no_side_grows_and_less_than_a_step_is_lost(size: Size, step: int) -> None:
     fitted = placed(size, rules(step=step, upscale=False))
     for axis in (0, 1):
@@ -292,7 +292,7 @@ def exact_area(pixels: npt.NDArray[np.uint8], size: Size) -> list[list[Fraction]
     ]
 
 
-@bucket_rules(data=st.data(), old=st.tuples(st.integers(1, 13), st.integers(1, 13)), seed=st.integers(0, 99))
+@given(data=st.data(), old=st.tuples(st.integers(1, 13), st.integers(1, 13)), seed=st.integers(0, 99))
 def test_area_means_are_exact_up_to_rounding(data: st.DataObject, old: Size, seed: int) -> None:
     new = (data.draw(st.integers(1, old[0])), data.draw(st.integers(1, old[1])))
     pixels = np.random.default_rng(seed).integers(0, 256, (old[1], old[0], 3), dtype=np.uint8)

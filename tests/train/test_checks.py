@@ -94,6 +94,7 @@ REFUSED = [
     ("--scale_v_pred_loss_like_noise_pred", "--v_parameterization"),
     ("--v_pred_like_loss=0.1 --v_parameterization", "--v_pred_like_loss"),
     ("--lr_warmup_steps=10", "--lr_warmup_steps"),
+    ("--lr_warmup_steps=10 --lr_scheduler=piecewise_constant", "--lr_warmup_steps"),
     ("--lr_warmup_steps=10% --lr_scheduler_type=torch.optim.lr_scheduler.ConstantLR", "--lr_warmup_steps"),
     ("--lr_warmup_steps=10 --lr_scheduler=adafactor --optimizer_type=Adafactor", "--lr_warmup_steps"),
     ("--lr_scheduler=adafactor", "Adafactor"),

@@ -550,3 +550,12 @@ def test_a_damaged_picture_is_named_in_the_error_of_a_worker(pictures: Path, wor
     with pytest.raises(InputError) as caught:
         list(loader(scan(chosen), chosen).epoch(1))
     assert str(caught.value).startswith(str(path))
+
+
+def test_pictures_that_a_note_turns_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_pictures(tmp_path / "1_x", {"a.png": SQUARE, "b.jpg": SQUARE})
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.open(folder / "b.jpg").save(folder / "b.jpg", exif=exif)
+    scan(options(tmp_path))
+    assert "1 pictures are turned only by a note" in caplog.text

@@ -199,7 +199,7 @@ def test_a_file_without_a_vae_trains_with_another(folder, single, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "place",
+    "path",
     [
         ".",
         "tokenizer",

@@ -568,7 +568,7 @@ def test_a_start_may_be_in_diffusers_names_and_in_any_order(base: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("made", "asked", "message"),
+    ("saved", "changes", "message"),
     [
         ({"network_dim": 3}, {}, "another rank.*--dim_from_weights"),
         ({"network_alpha": 2.0}, {}, "alpha is 2, and 1 in this network.*--network_alpha"),
@@ -580,10 +580,10 @@ def test_a_start_may_be_in_diffusers_names_and_in_any_order(base: Path, tmp_path
     ],
 )
 def test_a_start_that_does_not_fit_is_refused_with_names(
-    base: Path, tmp_path: Path, small: str, made: dict, changes: dict, message: str
+    base: Path, tmp_path: Path, small: str, saved: dict, changes: dict, message: str
 ) -> None:
-    arguments = (small, *made.get("network_args", ()))
-    chosen = options(base, **{**made, "network_args": arguments})
+    arguments = (small, *saved.get("network_args", ()))
+    chosen = options(base, **{**saved, "network_args": arguments})
     path = write(build_network(load(base), chosen), tmp_path / "lora.safetensors")
     with pytest.raises(UsageError, match=message):
         build_network(load(base), options(base, small, network_weights=str(path), **changes))

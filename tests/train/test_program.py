@@ -329,7 +329,7 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ("--spda", "--spda; did you mean --sdpa?"),
         ("--pretrained_model_name_or_path=/no/such/model", "/no/such/model"),

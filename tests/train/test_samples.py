@@ -54,7 +54,7 @@ def test_long_prompts_weights_and_uneven_numbers_are_pointed_out(model: Model) -
 
 
 @pytest.mark.parametrize(
-    ("given", "moments"),
+    ("settings", "moments"),
     [
         ({"sample_every_n_steps": 2}, ["s2", "s4"]),
         ({"sample_every_n_steps": 2, "sample_at_first": True}, ["s0", "s2", "s4"]),

@@ -245,25 +245,25 @@ def _folders(options: Options) -> list[Subset]:
         raise UsageError(
             "--train_data_dir is missing: the folder with the folders of pictures, or use --dataset_config"
         )
-    parents = [(Path(options.train_data_dir), False)]
+    subsets = list(_named_folders(Path(options.train_data_dir), options, is_reg=False))
     if options.reg_data_dir:
-        parents.append((Path(options.reg_data_dir), True))
-    return [subset for parent, is_reg in parents for subset in _named_folders(parent, is_reg, options)]
+        subsets += _named_folders(Path(options.reg_data_dir), options, is_reg=True)
+    return subsets
 
 
-def _named_folders(parent: Path, is_reg: bool, options: Options) -> Iterator[Subset]:
+def _named_folders(parent: Path, options: Options, *, is_reg: bool) -> Iterator[Subset]:
     if not parent.is_dir():
         raise InputError(f"{parent}: no such folder (--{'reg' if is_reg else 'train'}_data_dir)")
     named = False
     for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
         repeats, _, words = folder.name.partition("_")
-        if not (repeats.isdecimal() and int(repeats) > 0):
+        if repeats.isdecimal() and int(repeats) > 0:
+            named = True
+            yield _subset(options, folder, int(repeats), words, is_reg)
+        else:
             _log.warning(
                 "%s is ignored: its name must begin with how often to show its pictures, as in 10_words", folder
             )
-            continue
-        named = True
-        yield _subset(options, folder, int(repeats), words, is_reg)
     loose = len(_picture_files(parent))
     if named and loose:
         _log.warning("%d pictures directly in %s are not used; only those in its folders are", loose, parent)
@@ -308,21 +308,23 @@ def _bucket_rules(options: Options) -> BucketRules:
 
 # Dataset files. Keys are options under sd-scripts' names of them there; a section is the options with its keys
 # replaced, so that what a section leaves out comes from the one around it and at last from the command line.
-_OF_PICTURES = {
+_OF_PICTURES = {"num_repeats": "dataset_repeats"} | {
     name: name
     for name in (
         "caption_dropout_every_n_epochs", "caption_dropout_rate", "caption_extension", "caption_prefix",
         "caption_separator", "caption_suffix", "caption_tag_dropout_rate", "flip_aug", "keep_tokens",
         "keep_tokens_separator", "resize_interpolation", "secondary_separator", "shuffle_caption",
     )
-} | {"num_repeats": "dataset_repeats"}  # fmt: skip
-_OF_BATCHES = {
-    name: name
-    for name in (
-        "bucket_no_upscale", "bucket_reso_steps", "enable_bucket", "max_bucket_reso", "min_bucket_reso", "resolution",
-    )
-} | {"batch_size": "train_batch_size"}  # fmt: skip
-_OPTION_OF = _OF_PICTURES | _OF_BATCHES
+}  # fmt: skip
+_OPTION_OF = _OF_PICTURES | {
+    "batch_size": "train_batch_size",
+    "bucket_no_upscale": "bucket_no_upscale",
+    "bucket_reso_steps": "bucket_reso_steps",
+    "enable_bucket": "enable_bucket",
+    "max_bucket_reso": "max_bucket_reso",
+    "min_bucket_reso": "min_bucket_reso",
+    "resolution": "resolution",
+}
 _ALONE: Mapping[str, type] = {"image_dir": str, "is_reg": bool, "class_tokens": str, "subsets": list}
 _INHERITED = frozenset(_OPTION_OF) | {"class_tokens"}
 _ALLOWED = {
@@ -341,37 +343,33 @@ def _configured(options: Options) -> list[tuple[Options, list[Subset]]]:
     for key in content.keys() - {"general", "datasets"}:
         raise UsageError(f"{path}: no such section: {key}; there are [general] and [[datasets]]")
     general = _section(path, "[general]", content.get("general", {}))
-    return [
-        _configured_dataset(path, options, general, _section(path, "[[datasets]]", table))
-        for table in _tables(path, "datasets", content.get("datasets", []))
-    ]
+    datasets = []
+    for table in _tables(path, "datasets", content.get("datasets", [])):
+        keys = general | _section(path, "[[datasets]]", table)
+        subsets = _configured_subsets(path, options, keys, keys.pop("subsets", []))
+        datasets.append((_with_keys(options, keys), subsets))
+    return datasets
 
 
-def _configured_dataset(
-    path: Path, options: Options, general: Mapping[str, Any], table: Mapping[str, Any]
-) -> tuple[Options, list[Subset]]:
-    outer = {**general, **table}
+def _configured_subsets(path: Path, options: Options, outer: Mapping[str, Any], tables: Any) -> list[Subset]:
+    """The folders of one dataset, in whose section and those around it `outer` stands."""
     subsets: dict[str, Subset] = {}
-    for given in _tables(path, "datasets.subsets", table.get("subsets", [])):
-        keys = {**outer, **_section(path, "[[datasets.subsets]]", given)}
-        if "image_dir" not in given:
+    for table in _tables(path, "datasets.subsets", tables):
+        keys = {**outer, **_section(path, "[[datasets.subsets]]", table)}
+        if "image_dir" not in keys:
             raise UsageError(f"{path}: image_dir is missing in a [[datasets.subsets]]")
         folder, settings = keys["image_dir"], _with_keys(options, keys)
+        repeats = settings.dataset_repeats
         if not Path(folder).is_dir():
             raise InputError(f"{path}: image_dir {folder} is no folder")
-        if settings.dataset_repeats < 1:
-            _log.warning("%s is ignored: it is shown %d times (num_repeats)", folder, settings.dataset_repeats)
+        if repeats < 1:
+            _log.warning("%s is ignored: it is shown %d times (num_repeats)", folder, repeats)
         elif folder in subsets:
             _log.warning("%s: a second [[datasets.subsets]] with image_dir %s is ignored", path, folder)
         else:
-            subsets[folder] = _subset(
-                settings,
-                Path(folder),
-                settings.dataset_repeats,
-                keys.get("class_tokens", ""),
-                keys.get("is_reg", False),
-            )
-    return _with_keys(options, outer), list(subsets.values())
+            words, is_reg = keys.get("class_tokens", ""), keys.get("is_reg", False)
+            subsets[folder] = _subset(settings, Path(folder), repeats, words, is_reg)
+    return list(subsets.values())
 
 
 def _with_keys(options: Options, keys: Mapping[str, Any]) -> Options:

@@ -281,7 +281,7 @@ def _check_optimizer(o: Options) -> None:
 
 
 def _check_schedule(o: Options) -> Iterator[str]:
-    fixed = bool(o.lr_scheduler_type) or o.lr_scheduler in ("constant", "adafactor")
+    fixed = bool(o.lr_scheduler_type) or o.lr_scheduler in ("constant", "piecewise_constant", "adafactor")
     warmup, optimizer = o.lr_warmup_steps, optimizer_path(o).lower()
     if not o.lr_scheduler_type and o.lr_scheduler not in LEARNING_RATES:
         raise UsageError(f"--lr_scheduler={o.lr_scheduler}: must be one of {', '.join(LEARNING_RATES)}")

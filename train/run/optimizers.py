@@ -80,20 +80,16 @@ def make_scheduler(options: Options, optimizer: Optimizer, total_steps: int) -> 
         return cast(LRScheduler, get_constant_schedule(optimizer))
     name, path = options.lr_scheduler, options.lr_scheduler_type
     flag = f"--lr_scheduler_type {path}" if path else f"--lr_scheduler {name}"
-    adapts = isinstance(optimizer, Adafactor) and optimizer.defaults["relative_step"]
-    if options.lr_warmup_steps and (adapts or path or name in ("constant", "piecewise_constant")):
-        schedule = "the schedule of Adafactor" if adapts else flag
-        raise UsageError(f"{schedule} has no warm-up; leave out --lr_warmup_steps, or choose another --lr_scheduler")
-    if adapts:
+    if isinstance(optimizer, Adafactor) and optimizer.defaults["relative_step"]:
+        if options.lr_warmup_steps:
+            raise UsageError("the schedule of Adafactor has no warm-up; leave out --lr_warmup_steps")
         return cast(LRScheduler, AdafactorSchedule(optimizer, options.learning_rate))
     arguments = _pairs("--lr_scheduler_args", options.lr_scheduler_args)
     if path:
         kind = _imported(path if "." in path else f"torch.optim.lr_scheduler.{path}", flag)
         return cast(LRScheduler, _made(kind, optimizer, {}, arguments, flag, "--lr_scheduler_args"))
     if name == "adafactor":
-        raise UsageError(
-            "--lr_scheduler adafactor goes only with --optimizer_type Adafactor and its relative_step=True"
-        )
+        raise UsageError("--lr_scheduler adafactor needs --optimizer_args relative_step=True")
     kinds = {"piecewise_constant": get_piecewise_constant_schedule, "constant": get_constant_schedule}
 
     def scheduled(optimizer: Optimizer, **settings: Any) -> Any:

@@ -8,13 +8,12 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,8 +47,6 @@ from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
 from lorashrink.train.run.plan import describe
 
 _log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 
 def prepare(options: Options) -> Session:
@@ -205,55 +202,45 @@ def _check_remaining(position: Position, length: Length, folder: Path) -> None:
 def _caches(
     data: Data, model: Model, options: Options, accelerator: Accelerator
 ) -> tuple[LatentCache | None, TextCache | None]:
-    """What is encoded once; the parts that encode it are on the device for as long as it takes."""
+    """What is encoded once."""
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     latents: LatentCache | None = None
     texts: TextCache | None = None
     if options.cache_latents:
-        with _on(accelerator, [model.vae]), _progress("latents", accelerator) as progress:
-            seed = options.seed or 0
-            latents = _in_all(partial(cache_latents, data, model.vae, options, seed=seed, progress=progress, **share))
+        with _encoding("latents", [model.vae], accelerator) as progress:
+            latents = cache_latents(data, model.vae, options, seed=options.seed or 0, progress=progress, **share)
     if options.cache_text_encoder_outputs:
-        with _on(accelerator, list(model.encoders)), _progress("captions", accelerator) as progress:
-            texts = _in_all(partial(cache_texts, data, model, options, progress=progress, **share))
+        with _encoding("captions", model.encoders, accelerator) as progress:
+            texts = cache_texts(data, model, options, progress=progress, **share)
     return latents, texts
 
 
-def _in_all(work: Callable[[], _T]) -> _T:
-    """Do the work of this process and wait for the others; what stops one of them is raised in all."""
-    stopped: LorashrinkError | None = None
-    try:
-        result = work()
-    except LorashrinkError as error:
-        stopped = error
-    for reason in gather_object([stopped]):
-        if reason is not None:
-            raise reason
-    return result
-
-
 @contextmanager
-def _on(accelerator: Accelerator, modules: list[torch.nn.Module]) -> Iterator[None]:
-    """On the device for the time being, and on the CPU afterwards."""
+def _encoding(
+    what: str, modules: Sequence[torch.nn.Module], accelerator: Accelerator
+) -> Iterator[Callable[[int, int], None]]:
+    """Modules on the device while each process encodes its share; what stops one process is raised in all of them."""
     for module in modules:
         module.to(accelerator.device)
-    yield
-    for module in modules:
-        module.to("cpu")
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def _progress(what: str, accelerator: Accelerator) -> Iterator[Callable[[int, int], None]]:
+    stopped: LorashrinkError | None = None
     with tqdm(desc=what, disable=not accelerator.is_main_process, leave=False) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        yield show
+        try:
+            yield show
+        except LorashrinkError as error:
+            stopped = error
+    for reason in gather_object([stopped]):
+        if reason is not None:
+            raise reason
+    for module in modules:
+        module.to("cpu")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _start_logging(options: Options, accelerator: Accelerator) -> None:
