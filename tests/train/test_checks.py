@@ -53,7 +53,7 @@ def test_everything_that_is_missing_is_named_at_once() -> None:
 
 
 def test_a_dataset_file_stands_for_folder_and_resolution(good: list[str], tmp_path: Path) -> None:
-    rest = [each for each in good if not each.startswith(("--train_data_dir", "--resolution"))]
+    rest = [word for word in good if not word.startswith(("--train_data_dir", "--resolution"))]
 
     assert check(parse([*rest, f"--dataset_config={tmp_path / 'data.toml'}"])) == []
 

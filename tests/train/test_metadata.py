@@ -222,7 +222,7 @@ def test_the_metadata_of_the_guides_command() -> None:
     }
 
 
-def test_no_metadata_leaves_what_other_programs_need_and_what_the_user_wrote() -> None:
+def test_no_metadata_keeps_what_programs_need_and_what_users_wrote() -> None:
     options = Options(no_metadata=True, network_args=("algo=locon",), network_dim=8, metadata_author="Ann")
     entries = training_metadata(options, facts(options))
     assert names(entries, "ss_") == {
@@ -271,8 +271,8 @@ def test_a_thumbnail_may_be_a_file(tmp_path: Path) -> None:
 def test_a_base_that_is_a_file_has_both_hashes(tmp_path: Path, size: int) -> None:
     data = bytes(number % 251 for number in range(size))
     (tmp_path / "base.safetensors").write_bytes(data)
-    found = source(str(tmp_path / "base.safetensors"))
-    assert found == Source(
+    read = source(str(tmp_path / "base.safetensors"))
+    assert read == Source(
         "base.safetensors",
         hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
         hashlib.sha256(data).hexdigest(),

@@ -230,14 +230,14 @@ def test_every_flag_of_sd_scripts_is_known() -> None:
 
 @pytest.mark.parametrize(("name", "kind", "default"), rows(IMPLEMENTED))
 def test_defaults_are_those_of_sd_scripts(name: str, kind: str, default: Any) -> None:
-    found = getattr(parse([]), name)
+    value = getattr(parse([]), name)
 
-    assert (found, type(found)) == (default, type(default))
+    assert (value, type(value)) == (default, type(default))
 
 
 @pytest.mark.parametrize(("name", "kind", "default"), FREE)
 def test_values_have_the_types_of_sd_scripts(name: str, kind: str, default: Any) -> None:
-    given_ = [f"--{name}"] if kind == "flag" else [f"--{name}", "7", "8"] if "*" in kind else [f"--{name}", "7"]
+    words = [f"--{name}"] if kind == "flag" else [f"--{name}", "7", "8"] if "*" in kind else [f"--{name}", "7"]
     expected: dict[str, Any] = {
         "flag": True,
         "str": "7",
@@ -248,11 +248,11 @@ def test_values_have_the_types_of_sd_scripts(name: str, kind: str, default: Any)
         "float*": (7.0, 8.0),
     }
     if name in ("config_file", "output_config"):
-        given_ = ["--output_config", "--config_file", "7"]
+        words = ["--output_config", "--config_file", "7"]
 
-    found = getattr(parse(given_), name)
+    value = getattr(parse(words), name)
 
-    assert (found, type(found)) == (expected[kind], type(expected[kind]))
+    assert (value, type(value)) == (expected[kind], type(expected[kind]))
 
 
 @pytest.mark.parametrize(("name", "choices"), CHOICES.items())
@@ -273,9 +273,9 @@ def test_the_named_lists_hold_the_choices() -> None:
     ("text", "expected"), [("100", 100), ("0.1", 0.1), ("10%", 0.1), ("100%", 1.0), ("0", 0), ("1e-1", 0.1)]
 )
 def test_warm_up_is_a_number_of_steps_or_a_share(text: str, expected: float) -> None:
-    found = parse(["--lr_warmup_steps", text]).lr_warmup_steps
+    value = parse(["--lr_warmup_steps", text]).lr_warmup_steps
 
-    assert (found, type(found)) == (expected, type(expected))
+    assert (value, type(value)) == (expected, type(expected))
 
 
 @pytest.mark.parametrize(
@@ -373,9 +373,9 @@ def test_a_configuration_file_has_any_sections_and_the_command_line_wins(tmp_pat
         """,
     )
 
-    found = differing(parse(["--config_file", path, "--train_batch_size=3"]))
+    value = differing(parse(["--config_file", path, "--train_batch_size=3"]))
 
-    assert found == {
+    assert value == {
         "config_file": path,
         "seed": 1,
         "pretrained_model_name_or_path": "base",
@@ -407,9 +407,7 @@ def test_a_configuration_file_has_any_sections_and_the_command_line_wins(tmp_pat
         ('loss_type = "huber"', "not supported: --loss_type"),
     ],
 )
-def test_a_mistake_in_a_configuration_file_is_explained_with_the_files_name(
-    line: str, message: str, tmp_path: Path
-) -> None:
+def test_a_mistake_in_a_settings_file_is_explained_with_its_path(line: str, message: str, tmp_path: Path) -> None:
     path = written(tmp_path, line)
 
     with pytest.raises(UsageError) as caught:

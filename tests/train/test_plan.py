@@ -125,8 +125,8 @@ def test_the_opposite_setting_of_checkpointing_is_told(guide: str) -> None:
 
 def of_pictures(base: Path, pictures: Path, **more: object) -> Options:
     buckets = {"enable_bucket": True, "min_bucket_reso": 32, "max_bucket_reso": 128, "bucket_reso_steps": 32}
-    found = {"train_data_dir": str(pictures), "caption_extension": ".txt"}
-    return options(base, **{**found, **buckets, "gradient_accumulation_steps": 4, "max_train_steps": 5, **more})
+    folder = {"train_data_dir": str(pictures), "caption_extension": ".txt"}
+    return options(base, **{**folder, **buckets, "gradient_accumulation_steps": 4, "max_train_steps": 5, **more})
 
 
 PICTURES = "pictures: 3 in 1 folder and 2 buckets, 6 showings per epoch"
@@ -175,8 +175,8 @@ def test_ranks_can_come_from_a_file(base: Path, tmp_path: Path) -> None:
 
 
 def test_parts_that_are_cached_or_not_trained_take_nothing(base: Path) -> None:
-    whole = plan(options(base, mixed_precision="fp16", no_half_vae=True))
-    assert {"VAE, float32", "text encoders, float16", "text encoder 1"} <= rows(whole).keys()
+    everything = plan(options(base, mixed_precision="fp16", no_half_vae=True))
+    assert {"VAE, float32", "text encoders, float16", "text encoder 1"} <= rows(everything).keys()
     unet = plan(options(base, cache_latents=True, cache_text_encoder_outputs=True, network_train_unet_only=True))
     assert not any(name.startswith(("VAE", "text encoder")) for name in rows(unet))
 

@@ -260,7 +260,7 @@ def optimizer_path(options: Options) -> str:
         UsageError: its name is not among `OPTIMIZERS`.
     """
     name = optimizer_name(options)
-    paths = {known.lower(): path for known, path in OPTIMIZERS.items()}
+    paths = {title.lower(): path for title, path in OPTIMIZERS.items()}
     if "." not in name and name.lower() not in paths:
         raise UsageError(
             f"not supported: --optimizer_type {name}; it is one of {', '.join(OPTIMIZERS)}, or a class by its dotted "

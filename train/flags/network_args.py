@@ -59,7 +59,7 @@ def read_network_args(options: Options) -> NetworkArgs:
     """
     pairs = key_values("--network_args", options.network_args)
     if options.network_module == "lycoris.kohya":
-        pairs, warnings = _known(pairs)
+        pairs, warnings = _for_lycoris(pairs)
     elif options.network_module == "networks.lora":
         pairs, warnings = _from_networks_lora(pairs)
     else:
@@ -179,22 +179,22 @@ def _check_value(key: str, text: str) -> None:
         raise UsageError(f"--network_args: {key}={text}: expected {expected}")
 
 
-def _known(pairs: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+def _for_lycoris(pairs: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """The pairs that LyCORIS reads, under the names of today; and a line for every other pair."""
-    known: dict[str, str] = {}
+    usable: dict[str, str] = {}
     warnings = []
     for key, text in pairs.items():
         name = OLD_NAMES.get(key, OPPOSITES.get(key, key))
         if key in OPPOSITES:
             _check_value(name, text)
-            known[name] = str(text.lower() == "false")
+            usable[name] = str(text.lower() == "false")
         elif name in _KEYS:
-            known[name] = text
+            usable[name] = text
         else:
             near = nearest(key, _KEYS, cutoff=0.7)
             instead = _MEANT.get(key) or (f"did you mean {near}?" if near else "it knows no such key")
             warnings.append(f"--network_args: {key} has no effect with LyCORIS: {instead}")
-    return known, warnings
+    return usable, warnings
 
 
 # The keys that networks.lora of sd-scripts reads, and those of them that LyCORIS has no like of.
@@ -218,13 +218,11 @@ def _from_networks_lora(pairs: Mapping[str, str]) -> tuple[dict[str, str], list[
         if key not in _LORA_KEYS
     ]
     convolutions = pairs.get("conv_dim", "0") != "0"
-    known = {"algo": "lora", "preset": "full" if convolutions else "attn-mlp"}
-    if convolutions:
-        known["conv_alpha"] = "1"
-    known |= {
+    preset = {"preset": "full", "conv_alpha": "1"} if convolutions else {"preset": "attn-mlp"}
+    usable = {
         key: text for key, text in pairs.items() if key in _LORA_KEYS and (convolutions or not key.startswith("conv_"))
     }
-    return known, warnings
+    return {"algo": "lora", **preset, **usable}, warnings
 
 
 def _is_on(pairs: Mapping[str, str], key: str) -> bool:

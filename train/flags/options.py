@@ -394,12 +394,10 @@ def parser(program: str = "lorashrink train") -> argparse.ArgumentParser:
 @cache
 def _kinds() -> Mapping[str, tuple[type, bool]]:
     """Flag -> type of its values, and whether it takes several."""
-    return {name: _kind(hint) for name, hint in typing.get_type_hints(Options).items()}
-
-
-def _kind(hint: Any) -> tuple[type, bool]:
-    types = typing.get_args(hint) or (hint,)  # of `tuple[str, ...]`, of `str | None`, or of `str`
-    return types[0], typing.get_origin(hint) is tuple
+    return {
+        name: ((typing.get_args(hint) or (hint,))[0], typing.get_origin(hint) is tuple)  # `str`, `str | None` or tuple
+        for name, hint in typing.get_type_hints(Options).items()
+    }
 
 
 def _help(row: dataclasses.Field[Any]) -> str:

@@ -61,12 +61,12 @@ def plan(options: Options) -> str:
         data = None
         pictures = f"pictures: none in {options.train_data_dir or '--train_data_dir'}"
         batch, size = options.train_batch_size, parse_resolution(options.resolution or "1024")
-        asked = (
+        duration = (
             _several(options.max_train_steps, "step")
             if options.max_train_epochs is None
             else _several(options.max_train_epochs, "epoch")
         )
-        length = f"length: {asked}; without pictures it is not known how many steps an epoch has"
+        length = f"length: {duration}; without pictures it is not known how many steps an epoch has"
     settings, base = _settings(options)
     model = empty_model(settings, options)
     network = build_network(model, _without_numbers(options))
