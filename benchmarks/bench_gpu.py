@@ -16,7 +16,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,15 +39,14 @@ from lorashrink.calibration.calibrate import calibrate
 from lorashrink.engine.delta import Delta
 from lorashrink.engine.devices import worker_pool
 from lorashrink.engine.spectrum import Item, Spectrum, decompose, truncate
-from lorashrink.train.data import Data, Draw
-from lorashrink.train.loader import Batch
-from lorashrink.train.memory import count_activations, optimizer_bytes, tensor_bytes
-from lorashrink.train.model import Model, set_attention, set_checkpointing, weight_dtype
-from lorashrink.train.network import build_network
-from lorashrink.train.objective import Objective
-from lorashrink.train.optimizers import make_optimizer, make_scheduler
-from lorashrink.train.options import Options, parse
-from lorashrink.train.stepping import Stepper
+from lorashrink.train.data.batches import Batch
+from lorashrink.train.data.scanning import Data, Draw
+from lorashrink.train.flags.options import Options, parse
+from lorashrink.train.model.loading import Model, set_attention, set_checkpointing, weight_dtype
+from lorashrink.train.model.network import build_network
+from lorashrink.train.run.batch_loss import BatchLoss
+from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
+from lorashrink.train.run.plan import step_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_sdxl
@@ -209,31 +208,31 @@ def _dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def ready(options: Options, size: Size) -> Stepper:
-    """The trainer's own step on that model."""
+def ready(options: Options, size: Size) -> Callable[[Batch], tuple[torch.Tensor, bool]]:
+    """The trainer's own step on that model: it gives the loss, and whether the parameters were changed."""
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     model = random_model(options, size, accelerator.device)
-    network = build_network(model, options)
-    network.to(accelerator.device)
-    network.train(True)
+    network = build_network(model, options).to(accelerator.device)
     set_attention(model, options)
     set_checkpointing(model, options)
     groups, rates = network.groups(options)
+    trains_text = any("textencoder" in rate for rate in rates)
+    batch_loss = BatchLoss(options, Data((), (), ()), model, network, seed=1, trains_text=trains_text)
     optimizer, _ = make_optimizer(options, groups)
-    optimizer, scheduler = accelerator.prepare(optimizer, make_scheduler(options, optimizer, options.max_train_steps))
-    return Stepper(
-        options=options,
-        accelerator=accelerator,
-        seed=1,
-        data=Data((), (), ()),
-        model=model,
-        network=network,
-        objective=Objective(options),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        parameters=[each for each in network.parameters() if each.requires_grad],
-        trains_text=any("textencoder" in rate for rate in rates),
-    )
+    scheduler = make_scheduler(options, optimizer, options.max_train_steps)
+    batch_loss, optimizer, scheduler = accelerator.prepare(batch_loss, optimizer, scheduler)
+    trained = [parameter for group in groups for parameter in group["params"]]
+
+    def step(batch: Batch) -> tuple[torch.Tensor, bool]:
+        loss = batch_loss(batch)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained, options.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), not accelerator.optimizer_step_was_skipped
+
+    return step
 
 
 def random_batch(options: Options, size: Size, step: int) -> Batch:
@@ -241,7 +240,7 @@ def random_batch(options: Options, size: Size, step: int) -> Batch:
     count, side = options.train_batch_size, size.pixels // 8
     numbers = torch.Generator().manual_seed(step)
     return Batch(
-        draws=tuple(Draw(0, number, step, 1, step) for number in range(count)),
+        draws=tuple(Draw(0, number, step, 1) for number in range(count)),
         captions=("what a picture shows, and how it looks, " * 4,) * count,
         flipped=(False,) * count,
         time_ids=torch.tensor([[size.pixels, size.pixels, 0, 0, size.pixels, size.pixels]] * count).float(),
@@ -253,14 +252,10 @@ def random_batch(options: Options, size: Size, step: int) -> Batch:
 
 
 def estimate(options: Options, size: Size) -> float:
-    """The peak that `lorashrink train --plan` would count on, in bytes, without its margin."""
+    """The peak that `lorashrink train --plan` would count on, in bytes."""
     model = random_model(options, size, torch.device("meta"))
-    network = build_network(model, options)
-    frozen = tensor_bytes(each for part in (model.unet, *model.encoders) for each in part.parameters())
-    trained = sum(each.numel() for each in network.parameters())
     pixels = (size.pixels, size.pixels)
-    activations = count_activations(model, network, options, options.train_batch_size, pixels).checkpointed
-    return frozen + trained * (4 + 4 + (optimizer_bytes(options) or 0)) + activations
+    return sum(step_memory(model, build_network(model, options), options, options.train_batch_size, pixels).values())
 
 
 def train(options: Options, size: Size, steps: int) -> float:
@@ -274,14 +269,13 @@ def train(options: Options, size: Size, steps: int) -> float:
         torch.cuda.reset_peak_memory_stats()
     laps: list[float] = []
     try:
-        stepper = ready(options, size)
+        take_step = ready(options, size)
         for step in range(WARM_UP + steps + MOST_SKIPPED):
             batch = random_batch(options, size, step)
             start = time.perf_counter()
-            loss = stepper.accumulate(batch)
-            stepper.apply()
+            loss, changed = take_step(batch)
             loss.item()  # waits for the GPU
-            if not stepper.accelerator.optimizer_step_was_skipped:
+            if changed:
                 laps.append(time.perf_counter() - start)
             if len(laps) == WARM_UP + steps:
                 return median(laps[WARM_UP:])

@@ -23,12 +23,12 @@ from diffusers import UNet2DConditionModel
 from rates import cores
 from torch.nn import functional
 
-from lorashrink.train.loader import Batch, Loader
-from lorashrink.train.loop import Session
-from lorashrink.train.model import LATENT_SCALE, load_model
-from lorashrink.train.network import Network, build_network
-from lorashrink.train.objective import Noised
-from lorashrink.train.text import Encoded, encode, tokenize
+from lorashrink.train.data.batches import Batch, Loader
+from lorashrink.train.model.loading import LATENT_SCALE, load_model
+from lorashrink.train.model.network import Network, build_network
+from lorashrink.train.model.text import Encoded, encode, tokenize
+from lorashrink.train.run.loop import Session
+from lorashrink.train.run.objective import Noised, Objective
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_sdxl
@@ -116,8 +116,9 @@ class Bare:
     """The same model and network once more, and no more than a step needs: forward, loss, backward, clip, update."""
 
     def __init__(self, session: Session) -> None:
-        self._stepper = session.stepper
-        self._options = session.stepper.options
+        self._options = session.options
+        self._seed = session.position.seed
+        self._objective = Objective(session.options)
         self._model = load_model(self._options, torch.device("cpu"))
         self.network: Network = build_network(self._model, self._options)
         self.network.train(True)
@@ -129,7 +130,7 @@ class Bare:
         """With the noise and the tokens that the trainer makes of it."""
         assert batch.latents is not None
         keys = [(draw.epoch, draw.dataset, draw.picture, draw.repeat) for draw in batch.draws]
-        noised = self._stepper.objective.noised(batch.latents * LATENT_SCALE, keys, self._stepper.seed)
+        noised = self._objective.noised(batch.latents * LATENT_SCALE, keys, self._seed)
         tokens = [tokenize(each, batch.captions, self._options.max_token_length) for each in self._model.tokenizers]
         return Inputs(noised, batch.time_ids, batch.text, tokens)
 
@@ -189,7 +190,7 @@ class Turns:
             begun = Lap.now()
             self.bare.step(inputs)
             self.bare_laps.append(Lap.now() - begun)
-            self.difference = difference(self.session.stepper.network, self.bare.network)
+            self.difference = difference(self.session.network, self.bare.network)
         self._taken.clear()
         if self.profile and len(self.bare_laps) >= WARM_UP:
             self.profile.enable()

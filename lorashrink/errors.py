@@ -15,7 +15,8 @@
 A message says what is wrong, in which file or option, and what to do.
 """
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 
 # How long work reports progress: (what is being done, steps done, steps in all).
 Progress = Callable[[str, int, int], None]
@@ -63,3 +64,10 @@ class NonFinite(InputError):
 
 class OutputError(LorashrinkError):
     """An output file cannot be written, would overwrite something, or did not come out right."""
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The name that was probably meant by one that does not exist, for messages; None if none is like it.
+
+    cutoff: least similarity, from 0 to 1 (`difflib`)."""
+    return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), None)

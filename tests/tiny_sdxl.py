@@ -104,8 +104,8 @@ def write_model(folder: Path, *, seed: int = 0) -> Path:
 def write_pictures(folder: Path, sizes: dict[str, tuple[int, int]], captions: dict[str, str] | None = None) -> Path:
     """Pictures of noise with these names and sizes (width, height), and caption files beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for place, (name, (width, height)) in enumerate(sizes.items()):
-        generator = torch.Generator().manual_seed(place)
+    for index, (name, (width, height)) in enumerate(sizes.items()):
+        generator = torch.Generator().manual_seed(index)
         pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / name)
     for name, caption in (captions or {}).items():

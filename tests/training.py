@@ -11,9 +11,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from lorashrink.train.loop import Session
-from lorashrink.train.options import parse
-from lorashrink.train.preparing import prepare
+from lorashrink.train.flags.options import parse
+from lorashrink.train.run.loop import Session
+from lorashrink.train.run.preparing import prepare
 
 # Two buckets, of two pictures and of one, shown twice each in an epoch.
 SIZES = {"a.png": (64, 64), "b.png": (70, 66), "c.png": (120, 40)}

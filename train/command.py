@@ -11,13 +11,9 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from lorashrink.errors import LorashrinkError, UsageError
-from lorashrink.train.options import Options, parse, write_config
-
-if TYPE_CHECKING:
-    from lorashrink.train.loop import Session
+from lorashrink.train.flags.options import parse, write_config
 
 _log = logging.getLogger(__name__)
 
@@ -26,43 +22,39 @@ DONE, STOPPED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
 
 def main(arguments: Sequence[str], program: str = "lorashrink train") -> int:
     """Run the trainer and return its exit status: 0 done, 1 stopped while training, 2 not started, 130 interrupted."""
-    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, one
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, the first
     _log_to_stderr(speaks)
+    status, debug = NOTHING_DONE, "--debug" in arguments
     try:
         options = parse(arguments, program)
-    except LorashrinkError as error:
-        return _failed(error, NOTHING_DONE, speaks, debug="--debug" in arguments)
-    status = NOTHING_DONE
-    try:
+        debug = options.debug
         if options.output_config:
             _log.info("options written to %s", write_config(options))
             return DONE
-        _warn(options)
+        from lorashrink.train.flags.checks import check
+
+        for warning in check(options):
+            _log.warning(warning)
+        with _installed():
+            from lorashrink.train.run.plan import plan
+            from lorashrink.train.run.preparing import prepare
         if options.plan:
             if speaks:
-                sys.stdout.write(f"{_plan(options)}\n")
+                sys.stdout.write(f"{plan(options)}\n")
             return DONE
-        session = _prepare(options)
+        session = prepare(options)
         status, speaks = STOPPED, True
         session.run()
         return DONE
     except LorashrinkError as error:
-        return _failed(error, status, speaks, options.debug)
+        if speaks:
+            if debug:
+                traceback.print_exc()
+            _log.error("%s", error)
+        return status
     except KeyboardInterrupt:
         _log.error("interrupted; files saved before are complete")
         return INTERRUPTED
-
-
-def _prepare(options: Options) -> Session:
-    with _installed():
-        from lorashrink.train.preparing import prepare
-    return prepare(options)
-
-
-def _plan(options: Options) -> str:
-    with _installed():
-        from lorashrink.train.plan import plan
-    return plan(options)
 
 
 @contextmanager
@@ -72,21 +64,6 @@ def _installed() -> Iterator[None]:
     except ModuleNotFoundError as error:
         missing = f"training needs {error.name}, which is not installed"
         raise UsageError(f"{missing}: pip install 'lorashrink[train]'") from None
-
-
-def _warn(options: Options) -> None:
-    from lorashrink.train.checks import check
-
-    for warning in check(options):
-        _log.warning(warning)
-
-
-def _failed(error: LorashrinkError, status: int, speaks: bool, debug: bool) -> int:
-    if speaks:
-        if debug:
-            traceback.print_exc()
-        _log.error("%s", error)
-    return status
 
 
 class _Plain(logging.Formatter):

@@ -6,7 +6,7 @@ from pathlib import Path
 if __name__ == "__main__":
     # Python puts this folder on the path, where files named like other packages' modules would hide those.
     here = Path(__file__).resolve().parent
-    sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != here]
+    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != here]
 
     from lorashrink.train.command import main
 

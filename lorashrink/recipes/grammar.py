@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorashrink.errors import RecipeError
+from lorashrink.errors import RecipeError, nearest
 from lorashrink.recipes.terms import BYTES, NORMS, TERMS
 
 DEFAULT = "fro_ckpt=1,thr=-3.55"
@@ -257,8 +256,8 @@ def _parse_items(text: str) -> dict[str, float]:
 def _item_value(text: str, key: str, equals: str, number: str) -> float:
     """The number of one item: 1 for `bytes` or `uniform` without one."""
     if key not in keys():
-        near = difflib.get_close_matches(key, keys(), 1)
-        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(keys())}."
+        near = nearest(key, keys())
+        hint = f"Did you mean {near}?" if near else f"Known keys: {', '.join(keys())}."
         raise RecipeError(f"recipe '{text}': unknown key '{key}'. {hint}")
     allowed = SELECTIONS.get(key) or MODIFIERS.get(key, _ANY)
     if not equals and (key in TERMS or key == BYTES or key in _SWITCHES):

@@ -16,8 +16,8 @@ from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
 from lorashrink import open_base
-from lorashrink.train import data
-from lorashrink.train.options import parse
+from lorashrink.train.data.scanning import scan
+from lorashrink.train.flags.options import parse
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "lorashrink" / "example" / "model"
@@ -121,9 +121,9 @@ def test_trainer_reads_the_captions_of_a_written_folder(tmp_path: Path) -> None:
     scenes = render.draw_scenes(6, 3, styles=["sks"])
     folder = render.write_folder(tmp_path, scenes, 100, repeats=4)
     assert [scene for _, scene in render.read_folder(folder)] == scenes
-    found = data.scan(parse([f"--train_data_dir={tmp_path}", "--resolution=64", "--caption_extension=.txt"]))
+    found = scan(parse([f"--train_data_dir={tmp_path}", "--resolution=64", "--caption_extension=.txt"]))
     (dataset,) = found.datasets
-    assert [picture.lines for picture in dataset.pictures] == [(scene.caption,) for scene in scenes]
+    assert [picture.caption for picture in dataset.pictures] == [scene.caption for scene in scenes]
     assert {picture.repeats for picture in dataset.pictures} == {4}
     assert {picture.fit.bucket for picture in dataset.pictures} == {(64, 64)}
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lorashrink.errors import InputError, UsageError
-from lorashrink.train.buckets import BucketRules, Fit, Size, bucket_info, bucket_table, fit, prepare, to_pixels
+from lorashrink.train.data.buckets import BucketRules, Fit, Size, bucket_info, bucket_table, fit, prepare, to_pixels
 
 
 def rules(
@@ -31,8 +31,8 @@ def rules(
     return BucketRules(resolution, enabled, minimum, maximum, step, upscale)
 
 
-def placed(size: Size, given: BucketRules) -> Fit:
-    return fit(size, given, bucket_table(given))
+def placed(size: Size, bucket_rules: BucketRules) -> Fit:
+    return fit(size, bucket_rules, bucket_table(bucket_rules))
 
 
 def pattern(width: int, height: int) -> npt.NDArray[np.uint8]:
@@ -50,7 +50,7 @@ def resized(pixels: npt.NDArray[np.uint8], size: Size, interpolation: str | None
 
 
 @pytest.mark.parametrize(("maximum", "count"), [(1024, 49), (2048, 81)])
-def test_resolution_1024_in_steps_of_32_has_as_many_buckets_as_in_sd_scripts(maximum: int, count: int) -> None:
+def test_there_are_as_many_buckets_as_in_sd_scripts(maximum: int, count: int) -> None:
     table = bucket_table(rules(maximum=maximum))
     assert len(table) == count
     assert table == tuple(sorted(set(table)))
@@ -135,9 +135,9 @@ def test_a_resolution_below_one_step_is_refused(upscale: bool) -> None:
 def test_a_picture_goes_to_the_bucket_of_the_nearest_shape_and_covers_it(
     size: Size, maximum: int, bucket: Size, scaled: Size, crop: Size
 ) -> None:
-    found = placed(size, rules(maximum=maximum))
-    assert found == Fit(size, scaled, bucket)
-    assert found.crop == crop
+    fitted = placed(size, rules(maximum=maximum))
+    assert fitted == Fit(size, scaled, bucket)
+    assert fitted.crop == crop
 
 
 def test_of_two_equally_near_shapes_the_first_wins() -> None:
@@ -151,9 +151,9 @@ def test_a_picture_of_a_bucket_s_own_size_stays_as_it_is() -> None:
 
 def test_without_buckets_a_picture_is_resized_to_cover_the_resolution() -> None:
     # 1500 * 512 / 1000 = 768, of which the middle 512 remain
-    found = placed((1500, 1000), rules((512, 512), enabled=False))
-    assert found == Fit((1500, 1000), (768, 512), (512, 512))
-    assert found.crop == (128, 0)
+    fitted = placed((1500, 1000), rules((512, 512), enabled=False))
+    assert fitted == Fit((1500, 1000), (768, 512), (512, 512))
+    assert fitted.crop == (128, 0)
 
 
 @pytest.mark.parametrize(
@@ -199,21 +199,21 @@ def test_every_picture_covers_its_bucket_and_one_side_is_used_whole(
     size: Size, resolution: Size, step: int, enabled: bool
 ) -> None:
     given_rules = rules(resolution, step=step, enabled=enabled)
-    found = placed(size, given_rules)
-    spare = [found.resized[axis] - found.bucket[axis] for axis in (0, 1)]
-    assert found.bucket in bucket_table(given_rules)
+    fitted = placed(size, given_rules)
+    spare = [fitted.resized[axis] - fitted.bucket[axis] for axis in (0, 1)]
+    assert fitted.bucket in bucket_table(given_rules)
     assert min(spare) == 0
     # The resized picture has the original's shape, up to the rounding of one side.
-    assert abs(found.resized[0] * size[1] - found.resized[1] * size[0]) <= max(size)
+    assert abs(fitted.resized[0] * size[1] - fitted.resized[1] * size[0]) <= max(size)
 
 
 @given(size=st.tuples(st.integers(300, 3000), st.integers(300, 3000)), step=st.sampled_from([32, 64]))
 def test_without_enlarging_no_side_grows_and_less_than_a_step_is_lost(size: Size, step: int) -> None:
-    found = placed(size, rules(step=step, upscale=False))
+    fitted = placed(size, rules(step=step, upscale=False))
     for axis in (0, 1):
-        assert found.resized[axis] <= size[axis]
-        assert 0 <= found.resized[axis] - found.bucket[axis] < step
-        assert found.bucket[axis] % step == 0
+        assert fitted.resized[axis] <= size[axis]
+        assert 0 <= fitted.resized[axis] - fitted.bucket[axis] < step
+        assert fitted.bucket[axis] % step == 0
 
 
 # --- SDXL's size numbers
@@ -236,10 +236,10 @@ def test_without_enlarging_no_side_grows_and_less_than_a_step_is_lost(size: Size
 def test_time_ids_are_those_of_hand_arithmetic(
     size: Size, bucket: Size, plain: tuple[int, ...], mirrored: tuple[int, ...]
 ) -> None:
-    found = Fit(size, bucket, bucket)
-    assert found.time_ids(False) == plain
-    assert found.time_ids(True) == mirrored
-    assert all(type(number) is int for number in (*found.time_ids(False), *found.time_ids(True)))
+    fitted = Fit(size, bucket, bucket)
+    assert fitted.time_ids(False) == plain
+    assert fitted.time_ids(True) == mirrored
+    assert all(type(number) is int for number in (*fitted.time_ids(False), *fitted.time_ids(True)))
 
 
 # --- resizing
@@ -266,17 +266,17 @@ def test_time_ids_are_those_of_hand_arithmetic(
 )
 def test_shrinking_equals_opencv_s_area_within_one_level(size: tuple[int, int, int, int], red: list[list[int]]) -> None:
     width, height, *new = size
-    made = resized(pattern(width, height), (new[0], new[1]))[..., 0].astype(int)
-    assert np.abs(made - np.array(red)).max() <= 1
+    result = resized(pattern(width, height), (new[0], new[1]))[..., 0].astype(int)
+    assert np.abs(result - np.array(red)).max() <= 1
 
 
 def exact_area(pixels: npt.NDArray[np.uint8], size: Size) -> list[list[Fraction]]:
     """The mean of what each new pixel covers of the first channel, in fractions and with no array arithmetic."""
 
-    def shares(old: int, new: int, place: int) -> list[tuple[int, Fraction]]:
-        start, end = Fraction(place * old, new), Fraction((place + 1) * old, new)
-        found = ((source, min(end, source + 1) - max(start, source)) for source in range(old))
-        return [(source, part * new / old) for source, part in found if part > 0]
+    def shares(old: int, new: int, index: int) -> list[tuple[int, Fraction]]:
+        start, end = Fraction(index * old, new), Fraction((index + 1) * old, new)
+        fitted = ((source, min(end, source + 1) - max(start, source)) for source in range(old))
+        return [(source, part * new / old) for source, part in fitted if part > 0]
 
     height, width = pixels.shape[:2]
     return [
@@ -296,11 +296,11 @@ def exact_area(pixels: npt.NDArray[np.uint8], size: Size) -> list[list[Fraction]
 def test_area_means_are_exact_up_to_rounding(data: st.DataObject, old: Size, seed: int) -> None:
     new = (data.draw(st.integers(1, old[0])), data.draw(st.integers(1, old[1])))
     pixels = np.random.default_rng(seed).integers(0, 256, (old[1], old[0], 3), dtype=np.uint8)
-    made = resized(pixels, new, "area")
-    assert made.shape == (new[1], new[0], 3)
+    result = resized(pixels, new, "area")
+    assert result.shape == (new[1], new[0], 3)
     for row, line in enumerate(exact_area(pixels, new)):
         for column, value in enumerate(line):
-            assert abs(int(made[row, column, 0]) - value) <= Fraction(501, 1000)
+            assert abs(int(result[row, column, 0]) - value) <= Fraction(501, 1000)
 
 
 def test_halving_takes_the_mean_of_four_pixels() -> None:
@@ -338,17 +338,17 @@ def test_a_side_that_stays_still_means_area() -> None:
 def test_the_middle_of_a_picture_is_cut_out() -> None:
     image = Image.fromarray(pattern(9, 6))
     # 9 - 4 = 5 to lose in width: 2 on the left; 6 - 3 = 3 in height: 1 at the top
-    made = prepare(image, Fit((9, 6), (9, 6), (4, 3)), None)
-    assert np.array_equal(made, pattern(9, 6)[1:4, 2:6])
-    assert made.dtype == np.uint8
+    result = prepare(image, Fit((9, 6), (9, 6), (4, 3)), None)
+    assert np.array_equal(result, pattern(9, 6)[1:4, 2:6])
+    assert result.dtype == np.uint8
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
 def test_pictures_of_every_mode_become_three_channels(mode: str) -> None:
     image = Image.new("RGB", (8, 6), (255, 255, 255)).convert(mode)
-    made = prepare(image, Fit((8, 6), (4, 3), (4, 2)), None)
-    assert made.shape == (2, 4, 3)
-    assert (made == 255).all()
+    result = prepare(image, Fit((8, 6), (4, 3), (4, 2)), None)
+    assert result.shape == (2, 4, 3)
+    assert (result == 255).all()
 
 
 def test_a_rotation_noted_in_the_file_is_not_applied(tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_a_mirrored_picture_is_reversed_from_left_to_right() -> None:
 # --- the report
 
 
-def test_the_report_counts_repeats_per_bucket_and_averages_differences_of_aspect_over_pictures() -> None:
+def test_the_report_counts_repeats_and_averages_aspect_errors() -> None:
     fits = [
         (Fit((1500, 1000), (1024, 683), (1024, 640)), 10),  # |1.6 - 1.5| = 0.1
         (Fit((1600, 1000), (1024, 640), (1024, 640)), 3),  # 0

@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
-from lorashrink.train.caches import LatentCache, TextCache, cache_latents, cache_texts, posterior
-from lorashrink.train.data import Data, Picture, scan
-from lorashrink.train.loader import Batch, Loader
-from lorashrink.train.model import Model, encode_pixels, load_model
-from lorashrink.train.options import Options
-from lorashrink.train.text import Encoded, encode, tokenize
+from lorashrink.train.data.batches import Batch, Loader
+from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts, posterior
+from lorashrink.train.data.scanning import Data, Picture, scan
+from lorashrink.train.flags.options import Options
+from lorashrink.train.model.loading import Model, encode_pixels, load_model
+from lorashrink.train.model.text import Encoded, encode, tokenize
 
 SEED = 3
 SKIP = {"skip_cache_check": True}
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def one(tmp_path: Path) -> Path:
+def single(tmp_path: Path) -> Path:
     """A folder of one picture of 64x64."""
     return tiny_sdxl.write_pictures(tmp_path / "single" / "1_cat", {"a.png": (64, 64)}, {"a.png": "a cat"})
 
@@ -74,7 +74,7 @@ def options(folder: Path, **change: Any) -> Options:
 
 
 def pictures(data: Data) -> list[Picture]:
-    return [picture for dataset in data.datasets for picture in dataset.pictures]
+    return data.pictures
 
 
 def latents(chosen: Options, vae: torch.nn.Module, **where: Any) -> LatentCache:
@@ -82,7 +82,7 @@ def latents(chosen: Options, vae: torch.nn.Module, **where: Any) -> LatentCache:
 
 
 def texts(chosen: Options, model: Model, **where: Any) -> TextCache:
-    return cache_texts(scan(chosen), model, chosen, **{"seed": SEED, "rank": 0, "world": 1} | where)
+    return cache_texts(scan(chosen), model, chosen, **{"rank": 0, "world": 1} | where)
 
 
 def fresh(chosen: Options, vae: torch.nn.Module) -> list[Tensor]:
@@ -124,14 +124,12 @@ def write(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def batches(chosen: Options, cache: LatentCache | None, captions: TextCache | None = None) -> list[Batch]:
-    return list(Loader(scan(chosen), chosen, SEED, 0, 1, cache, captions, total_steps=10).epoch(1))
+    return list(Loader(scan(chosen), chosen, SEED, 0, 1, cache, captions).epoch(1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("flip", [False, True])
-def test_latents_in_memory_and_in_files_are_those_of_pictures_encoded_in_training(
-    flip: bool, workers: int, folder: Path, model: Model
-) -> None:
+def test_cached_latents_equal_latents_encoded_in_training(flip: bool, workers: int, folder: Path, model: Model) -> None:
     plain = options(folder, flip_aug=flip, train_batch_size=2, dataset_repeats=4)
     working = replace(plain, max_data_loader_n_workers=workers)
     all_pictures = pictures(scan(plain))
@@ -176,7 +174,7 @@ def test_captions_in_memory_and_in_files_are_those_encoded_in_training(folder: P
     ]
     assert [cache.in_memory for cache in cached] == [True, False, False]
     for picture in pictures(scan(chosen)):
-        tokens = [tokenize(tokenizer, picture.lines, None) for tokenizer in model.tokenizers]
+        tokens = [tokenize(tokenizer, [picture.caption], None) for tokenizer in model.tokenizers]
         expected = encode(model.encoders, *tokens)
         for cache in cached:
             assert all_equal(parts(cache.get(picture)), parts(expected))
@@ -195,23 +193,21 @@ def test_batches_join_what_is_cached_of_their_captions(folder: Path, model: Mode
     cache = texts(chosen, model)
     all_pictures = pictures(scan(chosen))
     for batch in batches(chosen, None, cache):
-        each = [cache.get(all_pictures[draw.picture]) for draw in batch.draws]
-        assert all_equal(parts(batch.text), [torch.cat(same) for same in zip(*map(parts, each), strict=True)])
+        entries = [cache.get(all_pictures[draw.picture]) for draw in batch.draws]
+        assert all_equal(parts(batch.text), [torch.cat(same) for same in zip(*map(parts, entries), strict=True)])
 
 
-def test_noise_of_latents_depends_on_names_side_and_seed_but_not_on_where_the_folder_lies(
-    folder: Path, tmp_path: Path
-) -> None:
-    def noise(place: Path, seed: int = SEED, flipped: bool = False) -> list[Tensor]:
-        found = pictures(scan(options(place)))
-        return [torch.randn(4, generator=posterior(seed, picture, flipped)) for picture in found]
+def test_posterior_noise_depends_on_names_side_and_seed_only(folder: Path, tmp_path: Path) -> None:
+    def noise(parent: Path, seed: int = SEED, flipped: bool = False) -> list[Tensor]:
+        scanned = pictures(scan(options(parent)))
+        return [torch.randn(4, generator=posterior(seed, picture, flipped)) for picture in scanned]
 
     here = noise(folder)
     others = [*here, *noise(folder, SEED + 1), *noise(folder, flipped=True)]
     moved = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "far" / folder.name))
     assert all_equal(here, noise(moved))
     others += noise(moved.rename(moved.with_name("2_dog")))
-    assert len({tuple(each.tolist()) for each in others}) == len(others) == 16
+    assert len({tuple(numbers.tolist()) for numbers in others}) == len(others) == 16
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -256,7 +252,7 @@ def test_files_of_latents_have_the_names_and_keys_of_sd_scripts(flip: bool, fold
     assert arrays["crop_ltrb"].tolist() == pytest.approx([0, 10, 64, 10 + 64 / 1.5])
 
 
-def test_files_of_captions_have_the_names_and_keys_of_sd_scripts_and_a_hash(folder: Path, model: Model) -> None:
+def test_caption_files_have_sd_scripts_names_and_keys_and_a_hash(folder: Path, model: Model) -> None:
     texts(options(folder), model)
     assert {name: kinds(folder / name) for name in files(folder)} == {
         f"{stem}_te_outputs.npz": OF_CAPTIONS for stem in "abcd"
@@ -268,14 +264,16 @@ def test_files_of_captions_have_the_names_and_keys_of_sd_scripts_and_a_hash(fold
 
 @pytest.mark.parametrize(("dtype", "stored"), [(torch.float16, "<f2"), (torch.bfloat16, "<f4")])
 def test_half_precision_captions_lose_nothing_in_files(
-    dtype: torch.dtype, stored: str, one: Path, model: Model
+    dtype: torch.dtype, stored: str, single: Path, model: Model
 ) -> None:
     first, second = (copy.deepcopy(encoder).to(dtype) for encoder in model.encoders)
     half = replace(model, encoders=(first, second))
-    [picture] = pictures(scan(options(one)))
-    cache = texts(options(one), half)
-    assert {kinds(one / "a_te_outputs.npz")[key][0] for key in ("hidden_state1", "hidden_state2", "pool2")} == {stored}
-    direct = encode(half.encoders, *(tokenize(tokenizer, picture.lines, None) for tokenizer in model.tokenizers))
+    [picture] = pictures(scan(options(single)))
+    cache = texts(options(single), half)
+    assert {kinds(single / "a_te_outputs.npz")[key][0] for key in ("hidden_state1", "hidden_state2", "pool2")} == {
+        stored
+    }
+    direct = encode(half.encoders, *(tokenize(tokenizer, [picture.caption], None) for tokenizer in model.tokenizers))
     assert direct.hidden1.dtype == dtype
     assert all_equal(parts(cache.get(picture).to("cpu", dtype)), parts(direct))
 
@@ -294,38 +292,38 @@ def of_sd_scripts(size: tuple[int, int] = (64, 64), *, flip: bool = False, value
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("name", ["a_0064x0064_sdxl.npz", "a.npz"])
 def test_latents_of_sd_scripts_are_used(
-    name: str, flip: bool, more: dict[str, Any], one: Path, model: Model, caplog: pytest.LogCaptureFixture
+    name: str, flip: bool, more: dict[str, Any], single: Path, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write(one / name, of_sd_scripts(flip=flip) | {"alpha_mask": np.ones((64, 64), np.float32)})
-    before = files(one)
-    chosen = options(one, flip_aug=flip, **more)
+    write(single / name, of_sd_scripts(flip=flip) | {"alpha_mask": np.ones((64, 64), np.float32)})
+    before = files(single)
+    chosen = options(single, flip_aug=flip, **more)
     cache = latents(chosen, model.vae)
     [picture] = pictures(scan(chosen))
     for flipped in (False, True)[: 1 + flip]:
         assert torch.equal(cache.get(picture, flipped), torch.full((4, 8, 8), 7.0 + flipped))
-    assert files(one) == before
+    assert files(single) == before
     assert caplog.records == []
 
 
 @pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8"])
-def test_latents_in_other_dtypes_are_used_as_float32(dtype: str, one: Path, model: Model) -> None:
+def test_latents_in_other_dtypes_are_used_as_float32(dtype: str, single: Path, model: Model) -> None:
     arrays = of_sd_scripts()
-    write(one / "a.npz", arrays | {"latents": arrays["latents"].astype(dtype)})
-    [found] = got(latents(options(one), model.vae), options(one))
-    assert found.dtype == torch.float32
-    assert torch.equal(found, torch.full((4, 8, 8), 7.0))
+    write(single / "a.npz", arrays | {"latents": arrays["latents"].astype(dtype)})
+    [scanned] = got(latents(options(single), model.vae), options(single))
+    assert scanned.dtype == torch.float32
+    assert torch.equal(scanned, torch.full((4, 8, 8), 7.0))
 
 
 def test_an_old_file_that_does_not_fit_is_left_and_another_one_is_made(
-    one: Path, model: Model, caplog: pytest.LogCaptureFixture
+    single: Path, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chosen = options(one)
-    write(one / "a.npz", of_sd_scripts((32, 32)))
-    before = files(one)
+    chosen = options(single)
+    write(single / "a.npz", of_sd_scripts((32, 32)))
+    before = files(single)
     assert all_equal(got(latents(chosen, model.vae), chosen), fresh(chosen, model.vae))
     assert [record.message.split(" of latents")[0] for record in caplog.records] == ["1 cache files"]
-    assert files(one).items() > before.items()
-    assert set(files(one)) == {"a.npz", "a_0064x0064_sdxl.npz"}
+    assert files(single).items() > before.items()
+    assert set(files(single)) == {"a.npz", "a_0064x0064_sdxl.npz"}
 
 
 # --- files that do not fit ----------------------------------------------------------------------
@@ -387,16 +385,16 @@ DAMAGE: dict[str, Damage] = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_file_of_latents_that_does_not_fit_is_made_anew_and_counted(
-    damage: Damage, one: Path, model: Model, caplog: pytest.LogCaptureFixture
+    damage: Damage, single: Path, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = one / "a_0064x0064_sdxl.npz"
-    chosen = options(one, flip_aug=True)
+    path = single / "a_0064x0064_sdxl.npz"
+    chosen = options(single, flip_aug=True)
     latents(chosen, model.vae)
     good = path.read_bytes()
     damage(path)
     assert path.read_bytes() != good
     latents(chosen, model.vae)
-    assert files(one) == {path.name: good}
+    assert files(single) == {path.name: good}
     assert [(record.levelno, record.message) for record in caplog.records] == [
         (logging.WARNING, "1 cache files of latents were damaged or did not fit, and were made anew")
     ]
@@ -406,20 +404,20 @@ def test_a_file_of_latents_that_does_not_fit_is_made_anew_and_counted(
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_no_damaged_byte_makes_wrong_latents_or_another_error(
-    save: Callable[..., None], one: Path, model: Model
+    save: Callable[..., None], single: Path, model: Model
 ) -> None:
-    chosen = options(one)
+    chosen = options(single)
     cache = latents(chosen, model.vae)
     [picture], [expected] = pictures(scan(chosen)), got(cache, chosen)
-    path = one / "a_0064x0064_sdxl.npz"
+    path = single / "a_0064x0064_sdxl.npz"
     save(path, **read(path))
     good = path.read_bytes()
     refused = harmless = 0
     places = range(0, len(good), 7)
-    for place in places:
-        path.write_bytes(good[:place] + bytes([good[place] ^ (1 << place % 8)]) + good[place + 1 :])
+    for parent in places:
+        path.write_bytes(good[:parent] + bytes([good[parent] ^ (1 << parent % 8)]) + good[parent + 1 :])
         try:
-            assert torch.equal(cache.get(picture, False), expected), place
+            assert torch.equal(cache.get(picture, False), expected), parent
         except InputError as error:
             refused += str(error).startswith(f"{path}: the cache file is missing or does not fit the picture")
         else:
@@ -441,12 +439,14 @@ def test_another_resolution_makes_files_anew_and_says_so_in_one_line(
 
 
 def test_files_of_another_crop_in_the_same_bucket_are_made_anew(
-    one: Path, model: Model, caplog: pytest.LogCaptureFixture
+    single: Path, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tiny_sdxl.write_pictures(one, {"a.png": (70, 66)})
+    tiny_sdxl.write_pictures(single, {"a.png": (70, 66)})
     # Resized to 68x64 and cut, or cut without resizing.
-    resized, cut_only = options(one), options(one, bucket_no_upscale=True, resolution="80")
-    assert [picture.fit.bucket for each in (resized, cut_only) for picture in pictures(scan(each))] == [(64, 64)] * 2
+    resized, cut_only = options(single), options(single, bucket_no_upscale=True, resolution="80")
+    assert [picture.fit.bucket for variant in (resized, cut_only) for picture in pictures(scan(variant))] == [
+        (64, 64)
+    ] * 2
     latents(resized, model.vae)
     assert all_equal(got(latents(cut_only, model.vae), cut_only), fresh(cut_only, model.vae))
     assert not all_equal(fresh(cut_only, model.vae), fresh(resized, model.vae))
@@ -472,12 +472,12 @@ def test_another_vae_and_another_interpolation_make_files_anew(
     folder: Path, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     latents(options(folder), model.vae)
-    other = copy.deepcopy(model.vae)
+    changed = copy.deepcopy(model.vae)
     with torch.no_grad():
-        other.encoder.conv_in.weight *= 1.1
-    assert all_equal(got(latents(options(folder), other), options(folder)), fresh(options(folder), other))
+        changed.encoder.conv_in.weight *= 1.1
+    assert all_equal(got(latents(options(folder), changed), options(folder)), fresh(options(folder), changed))
     nearest = options(folder, resize_interpolation="nearest")
-    assert all_equal(got(latents(nearest, other), nearest), fresh(nearest, other))
+    assert all_equal(got(latents(nearest, changed), nearest), fresh(nearest, changed))
     assert [record.message.split(" of latents")[0] for record in caplog.records] == ["4 cache files"] * 2
 
 
@@ -553,29 +553,29 @@ TEXT_DAMAGE: dict[str, Damage] = {
 
 @pytest.mark.parametrize("damage", TEXT_DAMAGE.values(), ids=TEXT_DAMAGE)
 def test_a_file_of_captions_that_does_not_fit_is_made_anew_and_counted(
-    damage: Damage, one: Path, model: Model, caplog: pytest.LogCaptureFixture
+    damage: Damage, single: Path, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = one / "a_te_outputs.npz"
-    texts(options(one), model)
+    path = single / "a_te_outputs.npz"
+    texts(options(single), model)
     good = path.read_bytes()
     damage(path)
     assert path.read_bytes() != good
-    texts(options(one), model)
-    assert files(one) == {path.name: good}
+    texts(options(single), model)
+    assert files(single) == {path.name: good}
     assert [record.message.split(" of captions")[0] for record in caplog.records] == ["1 cache files"]
 
 
 def test_other_encoders_and_another_longest_caption_make_captions_anew(
-    one: Path, model: Model, caplog: pytest.LogCaptureFixture
+    single: Path, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
-    [picture] = pictures(scan(options(one)))
-    first = texts(options(one), model).get(picture)
-    longer = texts(options(one, max_token_length=150), model).get(picture)
+    [picture] = pictures(scan(options(single)))
+    first = texts(options(single), model).get(picture)
+    longer = texts(options(single, max_token_length=150), model).get(picture)
     assert [part.shape for part in parts(longer)] == [(1, 152, 16), (1, 152, 24), (1, 24)]
-    other = copy.deepcopy(model.encoders[1])
+    changed = copy.deepcopy(model.encoders[1])
     with torch.no_grad():
-        other.text_projection.weight *= 2
-    doubled = texts(options(one), replace(model, encoders=(model.encoders[0], other))).get(picture)
+        changed.text_projection.weight *= 2
+    doubled = texts(options(single), replace(model, encoders=(model.encoders[0], changed))).get(picture)
     torch.testing.assert_close(doubled.pooled, 2 * first.pooled)
     assert len(caplog.records) == 2
 
@@ -591,15 +591,15 @@ class Opened:
 
 
 @pytest.mark.parametrize("name", ["a_0064x0064_sdxl.npz", "a.npz", "a_te_outputs.npz"])
-def test_code_in_a_file_is_never_run(name: str, one: Path, model: Model, tmp_path: Path) -> None:
+def test_code_in_a_file_is_never_run(name: str, single: Path, model: Model, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     evil = np.array([Opened(trace)], dtype=object)
     keys = (*of_sd_scripts(), "resized_size", "source_hash", "hidden_state1", "hidden_state2", "pool2", "caption_hash")
-    write(one / name, dict.fromkeys(keys, evil))
-    shutil.copy(one / name, tmp_path / "copy.npz")
-    [picture] = pictures(scan(options(one)))
+    write(single / name, dict.fromkeys(keys, evil))
+    shutil.copy(single / name, tmp_path / "copy.npz")
+    [picture] = pictures(scan(options(single)))
     for more in (SKIP, {}):
-        chosen = options(one, **more)
+        chosen = options(single, **more)
         with contextlib.suppress(InputError):
             latents(chosen, model.vae).get(picture, False)
         with contextlib.suppress(InputError):
@@ -613,45 +613,48 @@ def test_code_in_a_file_is_never_run(name: str, one: Path, model: Model, tmp_pat
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def test_pictures_whose_files_would_have_one_name_are_refused_on_disk_only(one: Path, model: Model) -> None:
-    tiny_sdxl.write_pictures(one, {"a.jpg": (64, 64), "a.webp": (64, 32)})
+def test_pictures_whose_files_would_have_one_name_are_refused_on_disk_only(single: Path, model: Model) -> None:
+    tiny_sdxl.write_pictures(single, {"a.jpg": (64, 64), "a.webp": (64, 32)})
     with pytest.raises(InputError) as caught:
-        latents(options(one), model.vae)
+        latents(options(single), model.vae)
     text = str(caught.value)
-    assert str(one / "a_0064x0064_sdxl.npz") in text
-    assert str(one / "a.jpg") in text
-    assert str(one / "a.png") in text
+    assert str(single / "a_0064x0064_sdxl.npz") in text
+    assert str(single / "a.jpg") in text
+    assert str(single / "a.png") in text
     assert "_to_disk" in text
-    assert not list(one.glob("*.npz"))
-    in_memory = got(latents(options(one, cache_latents_to_disk=False), model.vae), options(one))
-    assert len({each.sum().item() for each in in_memory}) == 3
+    assert not list(single.glob("*.npz"))
+    in_memory = got(latents(options(single, cache_latents_to_disk=False), model.vae), options(single))
+    assert len({latent.sum().item() for latent in in_memory}) == 3
     # Pictures of different sizes have different names, and pictures with one caption share a file.
-    (one / "a.jpg").unlink()
-    latents(options(one), model.vae)
-    texts(options(one), model)
-    names = {path.name for path in one.glob("*.npz")}
+    (single / "a.jpg").unlink()
+    latents(options(single), model.vae)
+    texts(options(single), model)
+    names = {path.name for path in single.glob("*.npz")}
     assert names == {"a_0064x0064_sdxl.npz", "a_0064x0032_sdxl.npz", "a_te_outputs.npz"}
 
 
-def test_a_folder_used_twice_in_different_ways_is_refused_on_disk_only(one: Path, model: Model, tmp_path: Path) -> None:
+def test_a_folder_used_in_two_ways_is_refused_on_disk_only(single: Path, model: Model, tmp_path: Path) -> None:
     described = tmp_path / "dataset.toml"
     described.write_text(
         "".join(
-            f'[[datasets]]\nresolution = {size}\n[[datasets.subsets]]\nimage_dir = "{one}"\ncaption_prefix = "{size}"\n'
+            f"[[datasets]]\nresolution = {size}\n"
+            f'[[datasets.subsets]]\nimage_dir = "{single}"\ncaption_prefix = "{size}"\n'
             for size in (64, 96)
         )
     )
-    chosen = options(one, train_data_dir=None, dataset_config=str(described))
+    chosen = options(single, train_data_dir=None, dataset_config=str(described))
     for cache in (lambda: latents(chosen, model.vae), lambda: texts(chosen, model)):
         with pytest.raises(InputError, match=r"a\.png and .*a\.png would need this cache file"):
             cache()
     in_memory = replace(chosen, cache_latents_to_disk=False, cache_text_encoder_outputs_to_disk=False)
-    assert [each.shape for each in got(latents(in_memory, model.vae), chosen)] == [(4, 8, 8), (4, 12, 12)]
+    assert [latent.shape for latent in got(latents(in_memory, model.vae), chosen)] == [(4, 8, 8), (4, 12, 12)]
     first, second = (texts(in_memory, model).get(picture) for picture in pictures(scan(chosen)))
     assert not torch.equal(first.hidden1, second.hidden1)
 
 
-@pytest.mark.parametrize("change", [{"shuffle_caption": True}, {"caption_dropout_rate": 0.1}, {"token_warmup_step": 5}])
+@pytest.mark.parametrize(
+    "change", [{"shuffle_caption": True}, {"caption_dropout_rate": 0.1}, {"caption_tag_dropout_rate": 0.1}]
+)
 def test_captions_that_change_cannot_be_cached(change: dict[str, Any], folder: Path, model: Model) -> None:
     with pytest.raises(UsageError, match="2_cat: --cache_text_encoder_outputs needs captions that stay the same"):
         texts(options(folder, **change), model)
@@ -688,11 +691,11 @@ def test_a_vae_that_makes_nan_of_a_picture_names_it_and_says_what_to_do(
     assert len(files(folder)) == 4
 
 
-def test_a_picture_that_vanishes_before_it_is_compared_with_its_file_is_named(one: Path, model: Model) -> None:
-    chosen = options(one)
+def test_a_picture_that_vanishes_before_the_check_is_named(single: Path, model: Model) -> None:
+    chosen = options(single)
     latents(chosen, model.vae)
     data = scan(chosen)
-    (one / "a.png").unlink()
+    (single / "a.png").unlink()
     with pytest.raises(InputError, match=r"a\.png: cannot be read"):
         cache_latents(data, model.vae, chosen, seed=SEED, rank=0, world=1)
 
@@ -709,38 +712,38 @@ def full_after(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("room", [0, 600, 2000])
-def test_a_full_disk_is_reported_and_leaves_no_partial_file(room: int, one: Path, model: Model) -> None:
-    chosen = options(one, flip_aug=True)  # 2 KiB of latents and 12 KiB of caption
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(room: int, single: Path, model: Model) -> None:
+    chosen = options(single, flip_aug=True)  # 2 KiB of latents and 12 KiB of caption
     for name, make in (
         ("a_0064x0064_sdxl.npz", lambda: latents(chosen, model.vae)),
         ("a_te_outputs.npz", lambda: texts(chosen, model)),
     ):
         with full_after(room), pytest.raises(OutputError) as caught:
             make()
-        assert str(caught.value).startswith(f"{one / name}: cannot be written (")
+        assert str(caught.value).startswith(f"{single / name}: cannot be written (")
         assert "_to_disk" in str(caught.value)
-        assert files(one) == {}
+        assert files(single) == {}
 
 
-def test_a_full_disk_leaves_the_file_that_was_to_be_replaced(one: Path, model: Model) -> None:
-    path = one / "a_0064x0064_sdxl.npz"
+def test_a_full_disk_leaves_the_file_that_was_to_be_replaced(single: Path, model: Model) -> None:
+    path = single / "a_0064x0064_sdxl.npz"
     write(path, of_sd_scripts((32, 32)))
-    before = files(one)
+    before = files(single)
     with full_after(1000), pytest.raises(OutputError):
-        latents(options(one), model.vae)
-    assert files(one) == before
+        latents(options(single), model.vae)
+    assert files(single) == before
     # With room there is a new file; whoever still reads the old one is not disturbed.
     with path.open("rb") as reader:
-        latents(options(one), model.vae)
+        latents(options(single), model.vae)
         assert reader.read() == before[path.name] != path.read_bytes()
 
 
-def test_a_name_too_long_for_a_cache_file_is_reported(one: Path, model: Model) -> None:
-    (one / "a.png").rename(one / f"{'x' * 245}.png")
-    for make in (lambda: latents(options(one), model.vae), lambda: texts(options(one), model)):
+def test_a_name_too_long_for_a_cache_file_is_reported(single: Path, model: Model) -> None:
+    (single / "a.png").rename(single / f"{'x' * 245}.png")
+    for make in (lambda: latents(options(single), model.vae), lambda: texts(options(single), model)):
         with pytest.raises(OutputError, match=r"x: cannot be written|npz: cannot be written"):
             make()
-    assert files(one) == {}
+    assert files(single) == {}
 
 
 # --- several processes --------------------------------------------------------------------------
@@ -748,18 +751,21 @@ def test_a_name_too_long_for_a_cache_file_is_reported(one: Path, model: Model) -
 
 def test_processes_encode_different_pictures_which_together_are_all(folder: Path, model: Model, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(folder, tmp_path / "alone" / folder.name))
-    for make in (lambda each, **where: latents(each, model.vae, **where), lambda each, **w: texts(each, model, **w)):
+    for make in (
+        lambda chosen, **where: latents(chosen, model.vae, **where),
+        lambda chosen, **w: texts(chosen, model, **w),
+    ):
         make(options(alone))
-        known: dict[str, bytes] = {}
+        previous: dict[str, bytes] = {}
         for rank in range(3):
             make(options(folder), rank=rank, world=3)
             now = files(folder)
-            added = {name: now[name] for name in now.keys() - known.keys()}
+            added = {name: now[name] for name in now.keys() - previous.keys()}
             assert len(added) == (2, 1, 1)[rank]
             # What another process wrote is neither written again nor counted as not fitting.
-            assert {**known, **added} == now
-            known = now
-        assert known == files(alone)
+            assert {**previous, **added} == now
+            previous = now
+        assert previous == files(alone)
         for path in [*folder.glob("*.npz"), *alone.glob("*.npz")]:
             path.unlink()
 
@@ -772,38 +778,36 @@ def test_in_memory_every_process_has_all(folder: Path, model: Model) -> None:
         assert all(cache.get(picture).pooled.shape == (1, 24) for picture in pictures(scan(chosen)))
 
 
-def test_in_memory_pictures_are_told_apart_by_folder_and_by_how_they_are_used(
-    one: Path, model: Model, tmp_path: Path
-) -> None:
-    other = tiny_sdxl.write_pictures(one.with_name("1_dog"), {"z.png": (64, 64), "a.png": (64, 64)})
+def test_pictures_in_memory_are_distinguished_by_folder_and_use(single: Path, model: Model, tmp_path: Path) -> None:
+    second_folder = tiny_sdxl.write_pictures(single.with_name("1_dog"), {"z.png": (64, 64), "a.png": (64, 64)})
     described = tmp_path / "dataset.toml"
     described.write_text(
         "".join(
             f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{folder}"\nflip_aug = {flip}\n'
-            for folder, flip in ((one, "true"), (one, "false"), (other, "false"))
+            for folder, flip in ((single, "true"), (single, "false"), (second_folder, "false"))
         )
     )
-    chosen = options(one, train_data_dir=None, dataset_config=str(described), cache_latents_to_disk=False)
+    chosen = options(single, train_data_dir=None, dataset_config=str(described), cache_latents_to_disk=False)
     cache = latents(chosen, model.vae)
     first, second, third, _ = pictures(scan(chosen))
-    assert third.path == other / "a.png"
+    assert third.path == second_folder / "a.png"
     assert torch.equal(cache.get(first, False), cache.get(second, False))
     assert not torch.equal(cache.get(first, True), cache.get(second, False))
-    assert torch.equal(cache.get(third, False), fresh(options(other), model.vae)[1])
+    assert torch.equal(cache.get(third, False), fresh(options(second_folder), model.vae)[1])
 
 
 def test_progress_tells_how_many_of_those_that_are_missing_are_done(folder: Path, model: Model) -> None:
-    told: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     chosen = options(folder, vae_batch_size=2, text_encoder_batch_size=3)
-    latents(chosen, model.vae, progress=lambda *each: told.append(each))
-    assert told == [(1, 4), (3, 4), (4, 4)]  # 32x128, and two and one of 64x64
+    latents(chosen, model.vae, progress=lambda *counts: reports.append(counts))
+    assert reports == [(1, 4), (3, 4), (4, 4)]  # 32x128, and two and one of 64x64
     (folder / "c_0032x0120_sdxl.npz").unlink()
-    told.clear()
-    latents(chosen, model.vae, progress=lambda *each: told.append(each))
-    assert told == [(1, 1)]
-    told.clear()
-    texts(chosen, model, progress=lambda *each: told.append(each))
-    assert told == [(3, 4), (4, 4)]
+    reports.clear()
+    latents(chosen, model.vae, progress=lambda *counts: reports.append(counts))
+    assert reports == [(1, 1)]
+    reports.clear()
+    texts(chosen, model, progress=lambda *counts: reports.append(counts))
+    assert reports == [(3, 4), (4, 4)]
 
 
 def test_caching_leaves_global_random_numbers_alone(folder: Path, model: Model) -> None:

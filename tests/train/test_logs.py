@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from lorashrink.errors import InputError, UsageError
+from lorashrink.errors import InputError
 from lorashrink.plots.loss import loss_curve
-from lorashrink.train.logs import TRACKER, Tag, log_folder, read_scalars, save_loss_curve, tracker
-from lorashrink.train.options import Options
+from lorashrink.train.flags.options import Options
+from lorashrink.train.output.logs import TRACKER, Tag, log_folder, read_scalars, save_loss_curve, tracker
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 
@@ -29,17 +28,9 @@ def test_a_prefix_alone_logs_nothing() -> None:
     assert tracker(options) is None
 
 
-@pytest.mark.parametrize("wanted", ["tensorboard", "all", None])
-def test_a_folder_without_a_logger_means_tensorboard(wanted: str | None) -> None:
-    assert tracker(Options(logging_dir="logs", log_with=wanted)) == (wanted or "tensorboard")
-
-
-def test_a_missing_logger_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(UsageError, match="pip install tensorboard"):
-        tracker(Options(logging_dir="logs"))
-    with pytest.raises(UsageError, match="pip install tensorboard"):
-        read_scalars(tmp_path)
+@pytest.mark.parametrize("logger", ["tensorboard", "all", None])
+def test_a_folder_without_a_logger_means_tensorboard(logger: str | None) -> None:
+    assert tracker(Options(logging_dir="logs", log_with=logger)) == (logger or "tensorboard")
 
 
 def test_what_accelerate_logs_is_read_back_and_drawn(tmp_path: Path) -> None:
@@ -104,7 +95,7 @@ def test_equal_learning_rates_are_one_line_with_both_names() -> None:
     assert [line.get_label() for line in rates.lines] == ["textencoder\nunet"]
 
 
-def test_a_log_without_rates_has_one_panel_and_one_without_losses_is_refused() -> None:
+def test_a_log_needs_losses_and_may_lack_rates() -> None:
     (losses,) = loss_curve({tag: SCALARS[tag] for tag in (Tag.LOSS, Tag.AVERAGE_LOSS)}).axes
     assert losses.get_xlabel() == "optimizer step"
     with pytest.raises(InputError, match="loss/average"):

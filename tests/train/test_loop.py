@@ -16,7 +16,7 @@ from training import equal, flags, run
 from lorashrink.adapters import open_adapter
 from lorashrink.errors import NonFinite, OutputError, UsageError
 from lorashrink.train.command import main
-from lorashrink.train.logs import read_scalars
+from lorashrink.train.output.logs import read_scalars
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,10 @@ def size(tensors: dict[str, torch.Tensor]) -> float:
 def test_equal_seeds_give_equal_bits_and_others_do_not(model: Path, data: Path, tmp_path: Path) -> None:
     first = run(flags(model, data, tmp_path / "1"))
     again = run(flags(model, data, tmp_path / "2"))
-    other = run(flags(model, data, tmp_path / "3", "--seed=2"))
+    different = run(flags(model, data, tmp_path / "3", "--seed=2"))
     assert size(first) > 0
     assert equal(first, again)
-    assert not equal(first, other)
+    assert not equal(first, different)
 
 
 def test_global_random_numbers_of_before_do_not_matter(model: Path, data: Path, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_cached_captions_do_not_change_a_bit(cache: str, model: Path, data: Path
         ("--network_args", "preset=attn-mlp", "module_dropout=0.3", "rank_dropout=0.2"),
         ("--mixed_precision=fp16", "--no_half_vae", "--save_precision=fp16"),
         ("--optimizer_type=Prodigy", "--learning_rate=1"),
-        ("--optimizer_type=AdamWScheduleFree",),
+        ("--optimizer_type=schedulefree.AdamWScheduleFree",),
     ],
     ids=lambda more: " ".join(more) or "plain",
 )
@@ -94,19 +94,23 @@ def test_a_resumed_run_ends_with_the_same_bits(more: tuple[str, ...], model: Pat
     """Interrupted within an epoch; six batches of one, two in a step."""
     common = ("--gradient_accumulation_steps=2", "--lr_scheduler=cosine", "--max_train_steps=5", *more)
     if "ScheduleFree" in str(more):
-        common = tuple(each for each in common if "scheduler" not in each)
-    whole = run(flags(model, data, tmp_path / "1", *common, "--save_every_n_steps=2", "--save_state"))
+        common = tuple(flag for flag in common if "scheduler" not in flag)
+    uninterrupted = run(flags(model, data, tmp_path / "1", *common, "--save_every_n_steps=2", "--save_state"))
     state = tmp_path / "1" / "x-step00000002-state"
     resumed = run(flags(model, data, tmp_path / "2", *common, f"--resume={state}"))
-    assert equal(whole, resumed)
+    assert equal(uninterrupted, resumed)
 
 
 def test_the_state_at_the_end_of_an_epoch_goes_on_with_the_next(model: Path, data: Path, tmp_path: Path) -> None:
     common = ("--max_train_epochs=2", "--save_state")
-    whole = run(flags(model, data, tmp_path / "1", *common, "--save_every_n_epochs=1", "--save_every_n_steps=6"))
+    uninterrupted = run(
+        flags(model, data, tmp_path / "1", *common, "--save_every_n_epochs=1", "--save_every_n_steps=6")
+    )
     for name in ("x-000001-state", "x-step00000006-state"):
         assert json.loads((tmp_path / "1" / name / "train_state.json").read_text())["current_step"] == 6
-        assert equal(whole, run(flags(model, data, tmp_path / name, *common, f"--resume={tmp_path / '1' / name}")))
+        assert equal(
+            uninterrupted, run(flags(model, data, tmp_path / name, *common, f"--resume={tmp_path / '1' / name}"))
+        )
 
 
 def test_a_state_at_the_end_is_not_resumed(model: Path, data: Path, tmp_path: Path) -> None:
@@ -117,13 +121,13 @@ def test_a_state_at_the_end_is_not_resumed(model: Path, data: Path, tmp_path: Pa
 
 def test_accumulating_two_batches_of_one_is_a_batch_of_two(model: Path, tmp_path: Path) -> None:
     data = training.write_data(tmp_path / "data", {"a.png": (64, 64), "b.png": (64, 64)})
-    common = ("--max_train_steps=2", "--optimizer_type=SGD", "--learning_rate=0.1")
+    common = ("--max_train_steps=2", "--optimizer_type=torch.optim.SGD", "--learning_rate=0.1")
     (data / "2_cat").rename(data / "1_cat")
-    one = run(flags(model, data, tmp_path / "1", *common, "--gradient_accumulation_steps=2"))
+    accumulated = run(flags(model, data, tmp_path / "1", *common, "--gradient_accumulation_steps=2"))
     two = run(flags(model, data, tmp_path / "2", *common, "--train_batch_size=2"))
     assert size(two) > 1e-6
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-7)
+    for key in accumulated:
+        torch.testing.assert_close(accumulated[key], two[key], rtol=1e-4, atol=1e-7)
 
 
 def test_the_last_batches_of_an_epoch_are_a_step_of_their_own(model: Path, data: Path, tmp_path: Path) -> None:
@@ -147,7 +151,7 @@ def test_half_precision_trains_and_leaves_the_adapter_in_float32(
 def test_the_adapter_itself_can_be_in_bf16(model: Path, data: Path, tmp_path: Path) -> None:
     arguments = flags(model, data, tmp_path / "o", "--mixed_precision=bf16", "--full_bf16", "--no_half_vae")
     with training.session(arguments) as ready:
-        assert {each.dtype for each in ready.stepper.parameters} == {torch.bfloat16}
+        assert {parameter.dtype for parameter in ready.network.parameters()} == {torch.bfloat16}
         assert size(load_file(ready.run())) > 0
 
 
@@ -240,7 +244,7 @@ def test_nothing_to_train_on_is_exit_status_2(model: Path, tmp_path: Path, capfd
 def test_what_a_picture_costs_is_taken_from_its_own_folder(model: Path, data: Path, tmp_path: Path) -> None:
     """Regularisation pictures of weight 0 leave no trace but the order of the others."""
     reg = training.write_data(tmp_path / "reg", {"r.png": (64, 64)})
-    common = ("--optimizer_type=SGD", "--max_train_steps=12", "--max_grad_norm=0", "--learning_rate=0")
+    common = ("--optimizer_type=torch.optim.SGD", "--max_train_steps=12", "--max_grad_norm=0", "--learning_rate=0")
     weighted = flags(model, data, tmp_path / "o", *common, "--unet_lr=0.1", f"--reg_data_dir={reg}")
     nothing = run([*weighted, "--prior_loss_weight=0"])
     something = run([*weighted, "--prior_loss_weight=1", f"--output_dir={tmp_path / 'p'}"])
@@ -260,9 +264,7 @@ def test_metadata_tells_how_it_was_made(model: Path, data: Path, tmp_path: Path)
     assert entries["ss_sd_model_name"] == model.name
 
 
-def test_an_adapter_that_cannot_be_written_is_an_error_and_the_earlier_one_stays(
-    model: Path, data: Path, tmp_path: Path
-) -> None:
+def test_a_failed_write_is_an_error_and_keeps_the_earlier_adapter(model: Path, data: Path, tmp_path: Path) -> None:
     first = run(flags(model, data, tmp_path / "o"))
     with training.session(flags(model, data, tmp_path / "o", "--seed=2")) as ready:
         ready.names = type(ready.names)(Path("/dev/full"), "x", "safetensors")

@@ -14,10 +14,12 @@ from safetensors import safe_open
 
 from lorashrink import __version__
 from lorashrink.errors import InputError
-from lorashrink.train.data import scan
-from lorashrink.train.metadata import DatasetFacts, Facts, Source, SubsetFacts, dataset_facts, source, training_metadata
-from lorashrink.train.options import Options, parse
-from lorashrink.train.saving import run_length, save_adapter
+from lorashrink.train.data.buckets import BucketRules, Fit
+from lorashrink.train.data.captions import CaptionRules
+from lorashrink.train.data.scanning import Data, Dataset, Picture, Subset, scan
+from lorashrink.train.flags.options import Options, parse
+from lorashrink.train.output.metadata import Facts, Source, picture_entries, source, training_metadata
+from lorashrink.train.output.saving import run_length, save_adapter
 
 # The names that sd-scripts' trainer writes in every run (48d368fa).
 ALWAYS = set(
@@ -48,40 +50,45 @@ SPEC = set(
     )
 )
 
-SETTINGS = {"shuffle_caption": True}
-FOLDERS = (
-    DatasetFacts(
-        batch_size=8,
-        resolution=(1024, 1024),
-        enable_bucket=True,
-        bucket_no_upscale=False,
-        min_bucket_reso=256,
-        max_bucket_reso=1024,
-        bucket_info={"buckets": {0: {"resolution": [1024, 1024], "count": 34}}, "mean_img_ar_error": 0.5},
-        subsets=(
-            SubsetFacts("10_zoë", "zoë", 10, 3, False, SETTINGS, {"zoë": 3, "hat": 1}),
-            SubsetFacts("1_person", "person", 1, 4, True, SETTINGS, {"person": 4}),
+SIZE = (1024, 1024)
+RULES = CaptionRules(shuffle=True)
+# Three pictures that are shown ten times, and four for regularisation.
+PICTURES = Data(
+    (
+        Dataset(
+            tuple(
+                Picture(Path(f"{folder}/{number}.png"), caption, subset, Fit(SIZE, SIZE, SIZE), subset.repeats)
+                for folder, captions, subset in (
+                    ("10_zoë", ("zoë, hat", "zoë", "Zoë"), Subset(Path("/p/10_zoë"), 10, "zoë", False, False, RULES)),
+                    ("1_person", ("person",) * 4, Subset(Path("/p/1_person"), 1, "person", True, False, RULES)),
+                )
+                for number, caption in enumerate(captions)
+            ),
+            8,
+            BucketRules(SIZE, True, 256, 1024, 64, True),
+            (SIZE,),
         ),
     ),
+    (),
+    (),
 )
 
 
-def facts(options: Options, **changed: object) -> Facts:
-    made = Facts(
+def facts(options: Options, data: Data = PICTURES, **changed: object) -> Facts:
+    complete = Facts(
         session_id=123,
         started_at=1700000000.25,
         seed=42,
-        processes=2,
         length=run_length(options, 20),
         optimizer="torch.optim.adamw.AdamW(weight_decay=0.1)",
         network_args={"algo": "locon", "conv_dim": "256", "dropout": 0.0},
-        datasets=FOLDERS,
+        pictures=picture_entries(data, options, processes=2),
         base=Source("base-diffusers"),
         steps=100,
         epoch=25,
         finished_at=1700003600.5,
     )
-    return dataclasses.replace(made, **changed)
+    return dataclasses.replace(complete, **changed)
 
 
 def names(metadata: dict[str, str], beginning: str) -> set[str]:
@@ -90,23 +97,23 @@ def names(metadata: dict[str, str], beginning: str) -> set[str]:
 
 def test_the_keys_are_those_of_sd_scripts() -> None:
     options = Options()
-    made = training_metadata(options, facts(options))
-    assert names(made, "ss_") == ALWAYS | OF_FOLDERS
-    assert names(made, "modelspec.") == SPEC
-    assert len(made) == len(ALWAYS | OF_FOLDERS) + len(SPEC)
-    assert {type(value) for value in made.values()} == {str}
+    entries = training_metadata(options, facts(options))
+    assert names(entries, "ss_") == ALWAYS | OF_FOLDERS
+    assert names(entries, "modelspec.") == SPEC
+    assert len(entries) == len(ALWAYS | OF_FOLDERS) + len(SPEC)
+    assert {type(value) for value in entries.values()} == {str}
 
 
 def test_a_dataset_file_a_vae_and_network_arguments_change_the_keys() -> None:
     options = Options(dataset_config="d.toml", network_args=("algo=locon",), vae="v.safetensors")
     vae = Source("v.safetensors", "01234567", "a" * 64)
-    made = training_metadata(options, facts(options, vae=vae, base=Source("b.ckpt", "89abcdef", "b" * 64)))
-    assert names(made, "ss_") == ALWAYS | OF_DATASET_FILES | {
+    entries = training_metadata(options, facts(options, vae=vae, base=Source("b.ckpt", "89abcdef", "b" * 64)))
+    assert names(entries, "ss_") == ALWAYS | OF_DATASET_FILES | {
         "network_args", "sd_model_hash", "new_sd_model_hash", "vae_hash", "new_vae_hash", "vae_name",
     }  # fmt: skip
-    assert made["ss_sd_model_name"] == "b.ckpt"
-    assert made["ss_sd_model_hash"] == "89abcdef"
-    assert made["ss_new_vae_hash"] == "a" * 64
+    assert entries["ss_sd_model_name"] == "b.ckpt"
+    assert entries["ss_sd_model_hash"] == "89abcdef"
+    assert entries["ss_new_vae_hash"] == "a" * 64
 
 
 def test_the_metadata_of_the_guides_command() -> None:
@@ -120,8 +127,8 @@ def test_the_metadata_of_the_guides_command() -> None:
         --multires_noise_discount=0.1 --gradient_accumulation_steps=6 --gradient_checkpointing --train_batch_size=8
         --max_train_steps=400 --shuffle_caption --sdpa --lr_warmup_steps=40""")
     )
-    made = training_metadata(options, facts(options))
-    assert made == {
+    entries = training_metadata(options, facts(options))
+    assert entries == {
         "ss_output_name": "mylora",
         "ss_learning_rate": "0.0001",
         "ss_unet_lr": "0.0001",
@@ -199,7 +206,7 @@ def test_the_metadata_of_the_guides_command() -> None:
         "ss_dataset_dirs": '{"10_zo\\u00eb": {"n_repeats": 10, "img_count": 3}}',
         "ss_reg_dataset_dirs": '{"1_person": {"n_repeats": 1, "img_count": 4}}',
         "ss_tag_frequency": '{"10_zo\\u00eb": {"zo\\u00eb": 3, "hat": 1}, "1_person": {"person": 4}}',
-        "ss_bucket_info": '{"buckets": {"0": {"resolution": [1024, 1024], "count": 34}}, "mean_img_ar_error": 0.5}',
+        "ss_bucket_info": '{"buckets": {"0": {"resolution": [1024, 1024], "count": 34}}, "mean_img_ar_error": 0.0}',
         "ss_sd_model_name": "base-diffusers",
         "ss_training_finished_at": "1700003600.5",
         "ss_steps": "100",
@@ -215,13 +222,13 @@ def test_the_metadata_of_the_guides_command() -> None:
     }
 
 
-def test_no_metadata_leaves_what_other_programs_need_and_what_the_user_wrote() -> None:
+def test_no_metadata_keeps_what_programs_need_and_what_users_wrote() -> None:
     options = Options(no_metadata=True, network_args=("algo=locon",), network_dim=8, metadata_author="Ann")
-    made = training_metadata(options, facts(options))
-    assert names(made, "ss_") == {
+    entries = training_metadata(options, facts(options))
+    assert names(entries, "ss_") == {
         "v2", "base_model_version", "network_module", "network_dim", "network_alpha", "network_args",
     }  # fmt: skip
-    assert names(made, "modelspec.") == SPEC | {"author"}
+    assert names(entries, "modelspec.") == SPEC | {"author"}
     without = dataclasses.replace(options, network_args=())
     assert "ss_network_args" not in training_metadata(without, facts(without))
 
@@ -264,8 +271,8 @@ def test_a_thumbnail_may_be_a_file(tmp_path: Path) -> None:
 def test_a_base_that_is_a_file_has_both_hashes(tmp_path: Path, size: int) -> None:
     data = bytes(number % 251 for number in range(size))
     (tmp_path / "base.safetensors").write_bytes(data)
-    found = source(str(tmp_path / "base.safetensors"))
-    assert found == Source(
+    read = source(str(tmp_path / "base.safetensors"))
+    assert read == Source(
         "base.safetensors",
         hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
         hashlib.sha256(data).hexdigest(),
@@ -313,16 +320,16 @@ def test_pictures_are_counted_with_the_repeats_of_their_folders(tmp_path: Path) 
             "--flip_aug",
         ]
     )
-    made = training_metadata(options, facts(options, datasets=dataset_facts(scan(options))))
+    entries = training_metadata(options, facts(options, scan(options)))
     read = {
-        key: json.loads(made[f"ss_{key}"])
+        key: json.loads(entries[f"ss_{key}"])
         for key in ("dataset_dirs", "reg_dataset_dirs", "tag_frequency", "bucket_info")
     }
-    assert made["ss_num_train_images"] == "10"  # 3 pictures 3 times, 1 once
-    assert made["ss_num_reg_images"] == "4"  # 2 pictures twice, though they are shown 10 times to even out
-    assert made["ss_resolution"] == "(128, 128)"
-    assert made["ss_flip_aug"] == "True"
-    assert (made["ss_min_bucket_reso"], made["ss_max_bucket_reso"]) == ("64", "256")  # multiples of 32
+    assert entries["ss_num_train_images"] == "10"  # 3 pictures 3 times, 1 once
+    assert entries["ss_num_reg_images"] == "4"  # 2 pictures twice, though they are shown 10 times to even out
+    assert entries["ss_resolution"] == "(128, 128)"
+    assert entries["ss_flip_aug"] == "True"
+    assert (entries["ss_min_bucket_reso"], entries["ss_max_bucket_reso"]) == ("64", "256")  # multiples of 32
     assert read["dataset_dirs"] == {
         "1_dog": {"n_repeats": 1, "img_count": 1},
         "3_cat": {"n_repeats": 3, "img_count": 3},
@@ -342,9 +349,9 @@ def test_pictures_are_counted_with_the_repeats_of_their_folders(tmp_path: Path) 
 
 def test_without_buckets_there_is_nothing_to_say_about_them(tmp_path: Path) -> None:
     options = parse(_folders(tmp_path))
-    made = training_metadata(options, facts(options, datasets=dataset_facts(scan(options))))
+    entries = training_metadata(options, facts(options, scan(options)))
     assert {
-        key: made[f"ss_{key}"] for key in ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_info")
+        key: entries[f"ss_{key}"] for key in ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_info")
     } == {
         "enable_bucket": "False",
         "min_bucket_reso": "None",
@@ -382,14 +389,14 @@ def test_a_dataset_file_is_described_dataset_by_dataset(tmp_path: Path) -> None:
         """
     )
     options = parse([f"--dataset_config={tmp_path}/d.toml"])
-    made = training_metadata(options, facts(options, datasets=dataset_facts(scan(options))))
-    first, second = json.loads(made["ss_datasets"])
-    assert made["ss_num_train_images"] == "18"
-    assert json.loads(made["ss_dataset_dirs"]) == {
+    entries = training_metadata(options, facts(options, scan(options)))
+    first, second = json.loads(entries["ss_datasets"])
+    assert entries["ss_num_train_images"] == "18"
+    assert json.loads(entries["ss_dataset_dirs"]) == {
         "3_cat": {"n_repeats": 5, "img_count": 3},
         "3_cat (2)": {"n_repeats": 1, "img_count": 3},
     }
-    assert list(json.loads(made["ss_tag_frequency"])) == ["3_cat", "2_pet"]
+    assert list(json.loads(entries["ss_tag_frequency"])) == ["3_cat", "2_pet"]
     assert first["subsets"][0] == {
         "img_count": 3,
         "num_repeats": 5,
@@ -428,9 +435,9 @@ def test_a_dataset_file_is_described_dataset_by_dataset(tmp_path: Path) -> None:
 
 def test_the_metadata_survives_a_file(tmp_path: Path) -> None:
     options = Options(training_comment='Zoë said "yes"\n\t☃', network_args=("algo=locon",))
-    made = training_metadata(options, facts(options))
-    path = save_adapter(tmp_path / "a.safetensors", {}, made)
+    entries = training_metadata(options, facts(options))
+    path = save_adapter(tmp_path / "a.safetensors", {}, entries)
     with safe_open(path, "pt") as opened:
         read = opened.metadata()
-    assert {key: text for key, text in read.items() if not key.startswith("sshs_")} == made
+    assert {key: text for key, text in read.items() if not key.startswith("sshs_")} == entries
     assert {key for key in read if key.startswith("sshs_")} == {"sshs_model_hash", "sshs_legacy_hash"}

@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lorashrink.errors import DamagedFile, InputError, NotABase, UsageError
-from lorashrink.train import model as model_module
-from lorashrink.train.model import (
+from lorashrink.pictures.pipelines import quiet_libraries
+from lorashrink.train.flags.options import Options
+from lorashrink.train.model import loading as model_module
+from lorashrink.train.model.loading import (
     Model,
     encode_pixels,
     load_model,
-    quiet_libraries,
     set_attention,
     set_checkpointing,
     weight_dtype,
 )
-from lorashrink.train.options import Options
-from lorashrink.train.text import Encoded, encode, token_count, tokenize
+from lorashrink.train.model.text import Encoded, encode, token_count, tokenize
 
 CPU = torch.device("cpu")
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -114,7 +114,7 @@ def test_the_packaged_settings_are_those_of_the_published_file():
     assert parts["vae"].config.scaling_factor == model_module.LATENT_SCALE
 
 
-def test_the_packaged_settings_are_all_that_a_single_file_needs_beside_a_tokenizer(folder, single, loaded, tmp_path):
+def test_a_single_file_needs_only_packaged_settings_and_a_tokenizer(folder, single, loaded, tmp_path):
     settings = shutil.copytree(model_module.SETTINGS, tmp_path / "settings")
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         change_settings(settings / part / "config.json", **json.loads((folder / part / "config.json").read_text()))
@@ -133,9 +133,9 @@ def test_the_fp16_files_are_taken_where_fp16_is_asked_for(copy, loaded):
     tensors = load_file(copy / UNET_FILE)
     half = {name: torch.zeros_like(tensor).half() for name, tensor in tensors.items()}
     save_file(half, copy / "unet/diffusion_pytorch_model.fp16.safetensors", {"format": "pt"})
-    asked = load(copy, mixed_precision="fp16", no_half_vae=True)
-    assert not any(tensor.any() for tensor in asked.unet.state_dict().values())
-    assert asked.vae.dtype == torch.float32
+    chosen = load(copy, mixed_precision="fp16", no_half_vae=True)
+    assert not any(tensor.any() for tensor in chosen.unet.state_dict().values())
+    assert chosen.vae.dtype == torch.float32
     assert_same_weights(load(copy), loaded)
     (copy / UNET_FILE).unlink()
     assert not any(tensor.any() for tensor in load(copy, mixed_precision="bf16").unet.state_dict().values())
@@ -174,14 +174,14 @@ def test_another_vae_takes_the_place_of_the_base_s(folder, loaded, tmp_path, kin
     with torch.no_grad():
         for weight in vae.parameters():
             weight.mul_(2)
-    place = tmp_path / kind
+    path = tmp_path / kind
     if kind.endswith("folder"):
-        vae.save_pretrained(place / "vae" if kind == "model folder" else place)
+        vae.save_pretrained(path / "vae" if kind == "model folder" else path)
     elif kind.startswith("ldm"):
-        tiny_single_file.write_tensors(tiny_single_file.ldm_vae(vae.state_dict()), place)
+        tiny_single_file.write_tensors(tiny_single_file.ldm_vae(vae.state_dict()), path)
     else:
-        tiny_single_file.write_tensors(vae.state_dict(), place)
-    model = load(folder, vae=str(place))
+        tiny_single_file.write_tensors(vae.state_dict(), path)
+    model = load(folder, vae=str(path))
     assert all(torch.equal(tensor, vae.state_dict()[name]) for name, tensor in model.vae.state_dict().items())
     assert torch.equal(model.unet.conv_in.weight, loaded.unet.conv_in.weight)
 
@@ -199,7 +199,7 @@ def test_a_file_without_a_vae_trains_with_another(folder, single, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "place",
+    "path",
     [
         ".",
         "tokenizer",
@@ -208,11 +208,11 @@ def test_a_file_without_a_vae_trains_with_another(folder, single, tmp_path):
     ],
     ids=["itself", "model folder", "sd-scripts", "hub"],
 )
-def test_the_tokenizer_of_a_single_file_comes_from_a_cache_folder(single, copy, tmp_path, place):
+def test_the_tokenizer_of_a_single_file_comes_from_a_cache_folder(single, copy, tmp_path, path):
     shutil.rmtree(copy / "tokenizer")
     with pytest.raises(UsageError, match=r"no tokenizer in .*--tokenizer_cache_dir"):
         load(single, model_config=str(copy))
-    tiny_sdxl.write_tokenizer(tmp_path / "cache" / place, tiny_sdxl.EOS)
+    tiny_sdxl.write_tokenizer(tmp_path / "cache" / path, tiny_sdxl.EOS)
     model = load(single, model_config=str(copy), tokenizer_cache_dir=str(tmp_path / "cache"))
     assert [tokenizer.pad_token_id for tokenizer in model.tokenizers] == [513, 0]
     assert tokenize(model.tokenizers[1], ["a"], None)[0, 0, :4].tolist() == [512, 320, 513, 0]
@@ -388,9 +388,9 @@ def noisy_input():
 
 def test_gradient_checkpointing_leaves_the_gradients_as_they_are(folder):
     gradients = []
-    for wanted in (False, True):
+    for enabled in (False, True):
         model = load(folder)
-        set_checkpointing(model, Options(gradient_checkpointing=wanted))
+        set_checkpointing(model, Options(gradient_checkpointing=enabled))
         trained = [
             model.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q.weight,
             model.unet.up_blocks[0].resnets[1].conv1.weight,
@@ -405,8 +405,8 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(folder):
         checkpointed = [
             any(getattr(each, "gradient_checkpointing", False) for each in part.modules()) for part in model.modules
         ]
-        assert checkpointed == [wanted, False, wanted, wanted]
-        assert [part.training for part in model.modules] == [wanted, False, wanted, wanted]
+        assert checkpointed == [enabled, False, enabled, enabled]
+        assert [part.training for part in model.modules] == [enabled, False, enabled, enabled]
     for without, with_checkpoints in zip(*gradients, strict=True):
         assert without.abs().max() > 0
         assert torch.equal(without, with_checkpoints)
@@ -443,16 +443,16 @@ def test_xformers_that_is_not_there_is_a_matter_of_options(folder):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_latents_are_drawn_from_the_posterior_by_each_picture_s_own_generator(folder, precision):
+def test_each_picture_draws_its_latents_with_its_own_generator(folder, precision):
     vae = load(folder, mixed_precision=precision).vae
     pixels = torch.rand(2, 3, 64, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = encode_pixels(vae, pixels, [torch.Generator().manual_seed(seed) for seed in (5, 6)])
     assert (latents.shape, latents.dtype) == ((2, 4, 8, 4), torch.float32)
     with torch.no_grad():
         posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-    for place, seed in enumerate((5, 6)):
+    for path, seed in enumerate((5, 6)):
         noise = torch.randn(4, 8, 4, generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(latents[place], posterior.mean[place].float() + posterior.std[place].float() * noise)
+        assert torch.equal(latents[path], posterior.mean[path].float() + posterior.std[path].float() * noise)
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -478,7 +478,7 @@ def test_text_is_encoded_as_diffusers_encodes_it(folder, loaded, prompts):
 
 
 @pytest.mark.parametrize("number", [2, 7])
-def test_the_pooled_vector_is_that_at_the_first_eos_whatever_the_settings_say(copy, loaded, prompts, number):
+def test_the_pooled_vector_is_taken_at_the_first_eos(copy, loaded, prompts, number):
     # 2 is what the published settings of the second encoder say; its EOS is 49407.
     change_settings(copy / "text_encoder_2/config.json", eos_token_id=number)
     ours = encode_captions(load(copy), prompts)
@@ -511,8 +511,8 @@ def test_long_captions_are_cut_into_chunks(loaded, number, pad, length):
     tokenizer = loaded.tokenizers[number]
     words = tokenizer("x" * length, add_special_tokens=False).input_ids
     rows = []
-    for place, count in enumerate(LAYOUTS[length]):
-        part = words[75 * place : 75 * place + count]
+    for path, count in enumerate(LAYOUTS[length]):
+        part = words[75 * path : 75 * path + count]
         rows.append([B, *part, E, *[pad] * (75 - count)])
     assert tokenize(tokenizer, ["x" * length], 150)[0].tolist() == rows
 
@@ -527,7 +527,7 @@ def test_every_length_of_caption_has_its_number_of_chunks(loaded, limit, chunks)
     assert encode_captions(loaded, ["x" * 300], limit).context.shape == (1, 75 * chunks + 2, 40)
 
 
-def test_a_word_that_is_also_the_padding_is_treated_as_sd_scripts_treats_it(loaded):
+def test_the_padding_word_is_treated_as_in_sd_scripts(loaded):
     # "!!" is the word 0, which pads the second tokenizer, and the word 256, its form at the end of a word.
     at_end, at_start = tokenize(loaded.tokenizers[1], ["x" * 74 + "!!", "x" * 75 + "!!"], 150)
     assert at_end[0, -2:].tolist() == [0, 0]

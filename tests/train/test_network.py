@@ -23,20 +23,19 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lorashrink.adapters import open_adapter
 from lorashrink.errors import InputError, UsageError
 from lorashrink.making.conversion import convert
-from lorashrink.train.model import Model, load_model
-from lorashrink.train.names import kohya_names, named_modules
-from lorashrink.train.network import Network, build_network
-from lorashrink.train.network_args import (
+from lorashrink.train.flags.network_args import (
     ALGOS,
     KEYS,
     OLD_NAMES,
     OPPOSITES,
     PRESETS,
-    check_network_args,
     read_network_args,
 )
-from lorashrink.train.options import Options, parse
-from lorashrink.train.text import encode
+from lorashrink.train.flags.options import Options, parse
+from lorashrink.train.model.loading import Model, load_model
+from lorashrink.train.model.names import kohya_names, named_modules
+from lorashrink.train.model.network import Network, build_network
+from lorashrink.train.model.text import encode
 
 CPU = torch.device("cpu")
 
@@ -137,7 +136,7 @@ def write(network: Network, path: Path) -> Path:
 @pytest.fixture(scope="module")
 def sdxl() -> Model:
     """SDXL 1.0 in full size, without memory for its weights."""
-    settings = Path(inspect.getfile(Model)).parent / "sdxl"
+    settings = Path(inspect.getfile(Model)).parents[1] / "sdxl"
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(settings / "unet"))
         first = CLIPTextModel(CLIPTextConfig.from_pretrained(settings / "text_encoder"))
@@ -152,16 +151,18 @@ def on_meta(sdxl: Model, *network_args: str, **more: object) -> Network:
     return network
 
 
-def test_every_matrix_of_the_unet_gets_the_name_that_single_files_have_for_it(sdxl: Model) -> None:
+def test_unet_matrices_have_the_names_of_single_files(sdxl: Model) -> None:
     weights = {
         "lora_unet_" + key.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_"): shape
         for key, shape in fixtures.shapes("base_sdxl_ldm").items()
         if key.startswith("model.diffusion_model.") and key.endswith(".weight")
     }
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    found = {e.kohya: tuple(e.module.weight.shape) for e in named_modules(sdxl.unet, ()) if isinstance(e.module, kinds)}
-    assert len(found) == 794  # Linear and Conv2d of SDXL's UNet
-    assert found == {name: shape for name, shape in weights.items() if len(shape) > 1}
+    shapes = {
+        e.kohya: tuple(e.module.weight.shape) for e in named_modules(sdxl.unet, ()) if isinstance(e.module, kinds)
+    }
+    assert len(shapes) == 794  # Linear and Conv2d of SDXL's UNet
+    assert shapes == {name: shape for name, shape in weights.items() if len(shape) > 1}
 
 
 def test_normalisation_layers_have_single_file_names_too(sdxl: Model) -> None:
@@ -169,7 +170,7 @@ def test_normalisation_layers_have_single_file_names_too(sdxl: Model) -> None:
     assert {"lora_unet_input_blocks_1_0_in_layers_0", "lora_unet_out_0"} <= names
 
 
-def test_names_of_text_encoders_have_text_model_in_every_version_of_transformers(sdxl: Model) -> None:
+def test_text_encoder_names_have_text_model_in_all_transformers(sdxl: Model) -> None:
     class Old(torch.nn.Module):
         def __init__(self, inner: torch.nn.Module) -> None:
             super().__init__()
@@ -214,7 +215,7 @@ def test_names_of_a_network_are_those_of_files_that_sd_scripts_wrote(sdxl: Model
 GUIDE = ("preset=full", "conv_dim=256", "conv_alpha=4", "use_tucker=False", "algo=locon", "train_norm=False")
 
 
-def test_the_guides_network_has_its_known_size_and_most_of_it_in_convolutions(sdxl: Model) -> None:
+def test_the_guides_network_is_mostly_convolutions(sdxl: Model) -> None:
     network = on_meta(sdxl, *GUIDE, network_dim=8, network_alpha=4.0)
     sizes = {part.name: part for part in network.summary}
     assert sum(part.parameters for part in sizes.values()) == 120_067_584
@@ -250,13 +251,13 @@ def test_only_one_half_is_trained_when_asked(base: Path) -> None:
 def test_presets_leave_nothing_behind_in_lycoris(base: Path, tmp_path: Path) -> None:
     before = {name: copy.deepcopy(value) for name, value in vars(LycorisNetworkKohya).items() if name.isupper()}
     names = set(PRESET)
-    one = tmp_path / "one.toml"
-    one.write_text(
+    preset_path = tmp_path / "one.toml"
+    preset_path.write_text(
         "unet_target_module = []\ntext_encoder_target_module = []\n"
         'unet_target_name = ["mid_block.attentions.0.proj_in"]\n'
         '[name_algo_map."mid_block.attentions.0.proj_in"]\nalgo = "loha"\ndim = 3\n'
     )
-    network = build_network(load(base), options(base, f"preset={one}"))
+    network = build_network(load(base), options(base, f"preset={preset_path}"))
     assert {key: tuple(value.shape) for key, value in network.state().items() if key.endswith("w1_b")} == {
         "lora_unet_middle_block_1_proj_in.hada_w1_b": (3, 32)
     }
@@ -321,16 +322,16 @@ def test_an_untrained_network_changes_no_bit_of_a_half_precision_base(base: Path
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 
 
-def test_the_seed_decides_the_first_weights_and_leaves_other_random_numbers_alone(base: Path) -> None:
+def test_the_seed_alone_decides_the_first_weights(base: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
     states = [build_network(load(base), options(base, seed=seed)).state() for seed in (1, 1)]
     assert torch.equal(torch.rand(1), expected)
-    other = build_network(load(base), options(base, seed=2)).state()
+    different = build_network(load(base), options(base, seed=2)).state()
     key = "lora_unet_middle_block_1_proj_in.lora_down.weight"
     assert torch.equal(states[0][key], states[1][key])
-    assert not torch.equal(states[0][key], other[key])
+    assert not torch.equal(states[0][key], different[key])
 
 
 def test_loss_falls_on_a_fixed_batch(base: Path) -> None:
@@ -343,9 +344,9 @@ def test_bypass_and_rebuilding_are_the_same_in_float32(base: Path, tmp_path: Pat
     model, network = trained(base)
     path = write(network, tmp_path / "lora.safetensors")
     rebuilt = load(base)
-    other = build_network(rebuilt, options(base, "bypass_mode=False", network_weights=str(path)))
+    different = build_network(rebuilt, options(base, "bypass_mode=False", network_weights=str(path)))
     assert {layer.bypass_mode for layer in network.layers} == {True}
-    assert {layer.bypass_mode for layer in other.layers} == {False}
+    assert {layer.bypass_mode for layer in different.layers} == {False}
     assert distance(output(model), output(load(base))) > 1e-2
     assert distance(output(rebuilt), output(model)) < 1e-5
 
@@ -379,9 +380,9 @@ def rates(network: Network, chosen: Options) -> dict[str, float]:
 def test_learning_rates_go_to_the_parts_they_are_given_for(base: Path) -> None:
     network = build_network(load(base), options(base))
     assert rates(network, options(base, learning_rate=1.0)) == {"textencoder": 1.0, "unet": 1.0}
-    given = options(base, learning_rate=1.0, unet_lr=2.0, text_encoder_lr=(3.0, 4.0))
-    assert rates(network, given) == {"textencoder": 3.0, "unet": 2.0}
-    assert any("text_encoder_lr" in line and "3 is used" in line for line in check_network_args(given))
+    chosen = options(base, learning_rate=1.0, unet_lr=2.0, text_encoder_lr=(3.0, 4.0))
+    assert rates(network, chosen) == {"textencoder": 3.0, "unet": 2.0}
+    assert any("text_encoder_lr" in line and "3 is used" in line for line in read_network_args(chosen).warnings)
 
 
 def test_what_has_a_rate_of_0_is_not_trained_but_written(base: Path) -> None:
@@ -520,18 +521,18 @@ def test_training_goes_on_bit_by_bit_also_after_norms_were_limited(base: Path) -
     model, network = trained(base, "use_scalar=True")
     network.limit_norms(0.01)
     saved = network.raw_state()
-    other = load(base)
-    resumed = build_network(other, chosen)
+    different = load(base)
+    resumed = build_network(different, chosen)
     resumed.load_raw(saved)
     assert all(torch.equal(value, saved[key]) for key, value in resumed.raw_state().items())
-    assert torch.equal(go_on(network, model), go_on(resumed, other))
+    assert torch.equal(go_on(network, model), go_on(resumed, different))
 
 
 def test_a_state_of_another_network_is_refused(base: Path) -> None:
     network = build_network(load(base), options(base))
-    other = build_network(load(base), options(base, network_dim=3))
+    different = build_network(load(base), options(base, network_dim=3))
     with pytest.raises(InputError, match="another network"):
-        network.load_raw(other.raw_state())
+        network.load_raw(different.raw_state())
     with pytest.raises(InputError, match="another network"):
         network.load_raw({})
 
@@ -542,11 +543,11 @@ def test_diffusers_computes_from_the_file_what_was_trained(base: Path, tmp_path:
     path = write(network, tmp_path / "lora.safetensors")
     pipeline = StableDiffusionXLPipeline.from_pretrained(base)
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
-    other = Model(pipeline.unet, pipeline.vae, encoders, (pipeline.tokenizer, pipeline.tokenizer_2))
-    before = output(other)
+    different = Model(pipeline.unet, pipeline.vae, encoders, (pipeline.tokenizer, pipeline.tokenizer_2))
+    before = output(different)
     pipeline.load_lora_weights(path)
-    assert distance(output(other), before) > 1e-2
-    assert distance(output(other), output(model)) < 1e-5
+    assert distance(output(different), before) > 1e-2
+    assert distance(output(different), output(model)) < 1e-5
 
 
 # --- starting from files ------------------------------------------------------------------------
@@ -567,7 +568,7 @@ def test_a_start_may_be_in_diffusers_names_and_in_any_order(base: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("made", "asked", "message"),
+    ("saved", "changes", "message"),
     [
         ({"network_dim": 3}, {}, "another rank.*--dim_from_weights"),
         ({"network_alpha": 2.0}, {}, "alpha is 2, and 1 in this network.*--network_alpha"),
@@ -579,13 +580,13 @@ def test_a_start_may_be_in_diffusers_names_and_in_any_order(base: Path, tmp_path
     ],
 )
 def test_a_start_that_does_not_fit_is_refused_with_names(
-    base: Path, tmp_path: Path, small: str, made: dict, asked: dict, message: str
+    base: Path, tmp_path: Path, small: str, saved: dict, changes: dict, message: str
 ) -> None:
-    arguments = (small, *made.get("network_args", ()))
-    chosen = options(base, **{**made, "network_args": arguments})
+    arguments = (small, *saved.get("network_args", ()))
+    chosen = options(base, **{**saved, "network_args": arguments})
     path = write(build_network(load(base), chosen), tmp_path / "lora.safetensors")
     with pytest.raises(UsageError, match=message):
-        build_network(load(base), options(base, small, network_weights=str(path), **asked))
+        build_network(load(base), options(base, small, network_weights=str(path), **changes))
 
 
 def test_ranks_of_a_file_are_taken_for_each_module_with_dropout_as_asked(base: Path, tmp_path: Path) -> None:
@@ -644,7 +645,9 @@ GUIDE_ARGS = (*GUIDE, "use_scalar=False", "rank_dropout_scale=False", "block_dim
 
 
 def test_the_guides_keys_that_do_nothing_are_named_once_each() -> None:
-    lines = check_network_args(options(None, *GUIDE_ARGS, network_dim=8, network_alpha=4.0, network_dropout=0.0))
+    lines = read_network_args(
+        options(None, *GUIDE_ARGS, network_dim=8, network_alpha=4.0, network_dropout=0.0)
+    ).warnings
     assert [line.split()[1] for line in lines] == ["rank_dropout_scale", "block_dims", "block_alphas"]
     assert "23 values" in lines[1]
 
@@ -668,7 +671,7 @@ def test_the_guides_keys_that_do_nothing_are_named_once_each() -> None:
     ],
 )
 def test_what_does_nothing_or_surprises_is_said_in_one_line(args: tuple, more: dict, expected: str) -> None:
-    (line,) = check_network_args(options(None, *args, **more))
+    (line,) = read_network_args(options(None, *args, **more)).warnings
     assert expected in line
 
 
@@ -692,24 +695,18 @@ def test_what_does_nothing_or_surprises_is_said_in_one_line(args: tuple, more: d
         (("block_dims=8,8",), {"network_module": "networks.lora"}, "not supported"),
         ((), {"network_module": None}, "missing"),
         ((), {"network_module": "networks.oft"}, "trains with lycoris.kohya"),
-        ((), {"network_dim": 0}, "1 or more"),
-        ((), {"network_alpha": -1.0}, "0 or more"),
-        ((), {"network_dropout": 1.0}, "share"),
-        ((), {"dim_from_weights": True}, "--network_weights"),
-        ((), {"base_weights_multiplier": (1.0,)}, "strengths"),
-        ((), {"network_train_unet_only": True, "network_train_text_encoder_only": True}, "one of them"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(args: tuple, more: dict, expected: str) -> None:
     with pytest.raises(UsageError, match=re.escape(expected)):
-        check_network_args(options(None, *args, **more))
+        read_network_args(options(None, *args, **more))
 
 
 def test_algos_inside_a_preset_file_are_checked_too(tmp_path: Path) -> None:
     preset = tmp_path / "preset.toml"
     preset.write_text('[module_algo_map.Attention]\nalgo = "ia3"\n')
     with pytest.raises(UsageError, match="algo=ia3"):
-        check_network_args(options(None, f"preset={preset}"))
+        read_network_args(options(None, f"preset={preset}"))
 
 
 def test_old_names_of_keys_mean_what_they_meant() -> None:
@@ -743,7 +740,7 @@ def test_checks_of_the_command_line_need_no_heavy_imports() -> None:
     import sys
 
     code = (
-        "import sys; import lorashrink.train.network_args; "
+        "import sys; import lorashrink.train.flags.network_args; "
         "sys.exit(bool({'torch', 'lycoris', 'diffusers', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lorashrink.errors import UsageError
-from lorashrink.train import seeds
-from lorashrink.train.objective import Noised, Objective
-from lorashrink.train.options import Options
+from lorashrink.train.data import seeds
+from lorashrink.train.flags.options import Options
+from lorashrink.train.run.objective import Noised, Objective
 
 KEYS = [("a.png", 0, epoch) for epoch in range(8)]
 
@@ -48,30 +48,30 @@ def test_the_noise_schedule_is_that_of_sdxl(zero_terminal: bool) -> None:
     assert_close(schedule.alphas_cumprod[:900].double(), signal(zero_terminal)[:900], rtol=5e-5, atol=0)
 
 
-def test_noise_prediction_mixes_latents_and_noise_by_the_schedule_and_asks_for_the_noise() -> None:
+def test_noise_prediction_targets_the_noise_that_was_mixed_in() -> None:
     latents = randn(8, 4, 6, 5)
-    made = noised(Options(), latents)
-    share = signal()[made.timesteps].view(-1, 1, 1, 1)
-    assert_close(made.noisy.double(), share.sqrt() * latents + (1 - share).sqrt() * made.target, rtol=1e-4, atol=1e-4)
-    assert made.timesteps.dtype == torch.int64
-    assert made.noisy.dtype == made.target.dtype == torch.float32
+    batch = noised(Options(), latents)
+    share = signal()[batch.timesteps].view(-1, 1, 1, 1)
+    assert_close(batch.noisy.double(), share.sqrt() * latents + (1 - share).sqrt() * batch.target, rtol=1e-4, atol=1e-4)
+    assert batch.timesteps.dtype == torch.int64
+    assert batch.noisy.dtype == batch.target.dtype == torch.float32
 
 
 def test_v_prediction_asks_for_v_of_the_same_noise() -> None:
     latents = randn(8, 4, 6, 5)
-    plain, made = noised(Options(), latents), noised(Options(v_parameterization=True), latents)
-    share = signal()[made.timesteps].view(-1, 1, 1, 1)
-    assert torch.equal(made.noisy, plain.noisy)
+    plain, batch = noised(Options(), latents), noised(Options(v_parameterization=True), latents)
+    share = signal()[batch.timesteps].view(-1, 1, 1, 1)
+    assert torch.equal(batch.noisy, plain.noisy)
     # Salimans and Ho 2022: v = alpha * noise - sigma * latents.
     expected = share.sqrt() * plain.target - (1 - share).sqrt() * latents
-    assert_close(made.target.double(), expected, rtol=1e-4, atol=1e-4)
+    assert_close(batch.target.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_with_zero_terminal_snr_the_last_timestep_is_noise_alone() -> None:
     last = {"min_timestep": 999, "max_timestep": 1000}
     latents = randn(2, 4, 6, 5)
-    made = noised(Options(zero_terminal_snr=True, **last), latents)
-    assert torch.equal(made.noisy, made.target)
+    batch = noised(Options(zero_terminal_snr=True, **last), latents)
+    assert torch.equal(batch.noisy, batch.target)
     ordinary = noised(Options(**last), latents)
     assert not torch.equal(ordinary.noisy, ordinary.target)
 
@@ -84,14 +84,14 @@ def test_a_picture_gets_the_same_noise_in_any_batch_at_any_place_of_it(options: 
     latents, objective = randn(4, 4, 6, 5), Objective(options)
     together = objective.noised(latents, KEYS[:4], 5)
     torch.manual_seed(99)
-    for place in (3, 0):
-        alone = objective.noised(latents[place : place + 1], [KEYS[place]], 5)
-        assert torch.equal(alone.noisy[0], together.noisy[place])
-        assert torch.equal(alone.target[0], together.target[place])
-        assert alone.timesteps[0] == together.timesteps[place]
+    for position in (3, 0):
+        alone = objective.noised(latents[position : position + 1], [KEYS[position]], 5)
+        assert torch.equal(alone.noisy[0], together.noisy[position])
+        assert torch.equal(alone.target[0], together.target[position])
+        assert alone.timesteps[0] == together.timesteps[position]
 
 
-def test_multires_noise_of_a_picture_differs_between_batches_by_a_factor_alone() -> None:
+def test_multires_noise_differs_between_batches_by_a_factor() -> None:
     options, latents = Options(multires_noise_iterations=6), randn(4, 4, 16, 16)
     ratio = noise(options, latents[:1])[0] / noise(options, latents)[0]
     assert_close(ratio, ratio[0, 0, 0].expand_as(ratio), rtol=1e-4, atol=0)
@@ -109,11 +109,11 @@ def test_neither_the_global_generator_nor_its_state_plays_a_part() -> None:
 
 def test_every_key_and_every_seed_has_its_own_noise_and_timestep() -> None:
     latents = torch.zeros(8, 4, 6, 5)
-    made = [noised(Options(), latents, seed=seed) for seed in (5, 6)]
-    pictures = torch.cat([each.target for each in made]).flatten(1)
+    batch = [noised(Options(), latents, seed=seed) for seed in (5, 6)]
+    pictures = torch.cat([part.target for part in batch]).flatten(1)
     distances = torch.cdist(pictures, pictures) + 99 * torch.eye(16)
     assert distances.min() > 5
-    assert torch.cat([each.timesteps for each in made]).unique().numel() > 12
+    assert torch.cat([part.timesteps for part in batch]).unique().numel() > 12
 
 
 def test_plain_noise_is_standard_normal() -> None:
@@ -158,7 +158,7 @@ def shift(options: Options, latents: Tensor) -> Tensor:
     return added[..., 0, 0]
 
 
-def test_noise_offset_shifts_each_channel_by_a_normal_number_times_the_offset() -> None:
+def test_noise_offset_shifts_channels_by_scaled_normal_numbers() -> None:
     keys = [("a.png", number) for number in range(500)]
     latents = torch.zeros(500, 4, 1, 1)
     plain = Objective(Options()).noised(latents, keys, 5).target
@@ -172,10 +172,10 @@ def shifts_of(offset: float) -> Tensor:
     return shift(Options(noise_offset=offset), torch.zeros(8, 4, 3, 3))
 
 
-def test_a_random_strength_is_uniform_up_to_the_offset_and_one_number_for_each_picture() -> None:
+def test_random_strength_is_uniform_with_one_number_per_picture() -> None:
     keys = [("a.png", number) for number in range(500)]
     latents = torch.zeros(500, 4, 1, 1)
-    plain, whole, partly = (
+    plain, full, partly = (
         Objective(options).noised(latents, keys, 5).target.flatten(1)
         for options in (
             Options(),
@@ -183,29 +183,29 @@ def test_a_random_strength_is_uniform_up_to_the_offset_and_one_number_for_each_p
             Options(noise_offset=8.0, noise_offset_random_strength=True),
         )
     )
-    strength = ((partly - plain) / (whole - plain)).median(1).values
-    assert_close(partly, plain + strength[:, None] * (whole - plain), rtol=0, atol=1e-4)
+    strength = ((partly - plain) / (full - plain)).median(1).values
+    assert_close(partly, plain + strength[:, None] * (full - plain), rtol=0, atol=1e-4)
     assert 0 <= strength.min() < 0.02
     assert 0.98 < strength.max() <= 1
     assert abs(strength.mean() - 0.5) < 5 / math.sqrt(12 * 500)
 
 
 @pytest.mark.parametrize("adaptive", [0.5, -0.5, -1000.0])
-def test_adaptive_noise_adds_to_the_offset_by_the_mean_of_each_channel_but_not_below_zero(adaptive: float) -> None:
+def test_adaptive_noise_follows_channel_means_down_to_zero(adaptive: float) -> None:
     latents = randn(8, 4, 3, 3)
     strength = (0.3 + adaptive * latents.mean((2, 3)).abs()).clamp(min=0)
-    found = shift(Options(noise_offset=0.3, adaptive_noise_scale=adaptive), latents)
-    assert_close(found, shift(Options(noise_offset=0.3), latents) / 0.3 * strength, rtol=1e-4, atol=2e-6)
+    result = shift(Options(noise_offset=0.3, adaptive_noise_scale=adaptive), latents)
+    assert_close(result, shift(Options(noise_offset=0.3), latents) / 0.3 * strength, rtol=1e-4, atol=2e-6)
 
 
 def enlarging(small: int, large: int) -> Tensor:
     """The matrix of bilinear enlargement whose pixels are areas: pixel i of the large lies at (i + 1/2) s - 1/2."""
     matrix = torch.zeros(large, small, dtype=torch.float64)
     for row in range(large):
-        place = max(0.0, (row + 0.5) * small / large - 0.5)
-        left = int(place)
-        matrix[row, left] += 1 - (place - left)
-        matrix[row, min(left + 1, small - 1)] += place - left
+        position = max(0.0, (row + 0.5) * small / large - 0.5)
+        low = int(position)
+        matrix[row, low] += 1 - (position - low)
+        matrix[row, min(low + 1, small - 1)] += position - low
     return matrix
 
 
@@ -228,28 +228,28 @@ def dense_multires(options: Options, shape: tuple[int, int], key: tuple[str, int
 
 @pytest.mark.parametrize("shape", [(16, 16), (24, 9), (1, 7)])
 @pytest.mark.parametrize(("iterations", "discount", "offset"), [(10, 0.1, None), (3, 0.8, None), (6, 0.3, 0.2)])
-def test_multires_noise_is_the_dense_pyramid_over_the_deviation_of_the_batch(
+def test_multires_noise_is_the_normalised_dense_pyramid(
     shape: tuple[int, int], iterations: int, discount: float, offset: float | None
 ) -> None:
     options = Options(multires_noise_iterations=iterations, multires_noise_discount=discount, noise_offset=offset)
     expected = torch.stack([dense_multires(options, shape, key) for key in KEYS[:3]])
-    found = noise(options, torch.zeros(3, 4, *shape))
-    assert_close(found.double(), expected / expected.std(), rtol=1e-4, atol=1e-5)
+    result = noise(options, torch.zeros(3, 4, *shape))
+    assert_close(result.double(), expected / expected.std(), rtol=1e-4, atol=1e-5)
 
 
-def test_multires_noise_has_deviation_one_and_more_of_the_low_frequencies_than_plain_noise() -> None:
+def test_multires_noise_has_unit_deviation_and_more_low_frequencies() -> None:
     plain, coarse = (
         noise(options, torch.zeros(8, 4, 64, 64))
         for options in (Options(), Options(multires_noise_iterations=10, multires_noise_discount=0.8))
     )
     assert_close(coarse.std(), torch.tensor(1.0))
-    means = [torch.nn.functional.avg_pool2d(each, 16).var() for each in (plain, coarse)]
+    means = [torch.nn.functional.avg_pool2d(part, 16).var() for part in (plain, coarse)]
     # The variance of the mean of 256 independent numbers is 1/256.
     assert means[0] == pytest.approx(1 / 256, rel=0.3)
     assert means[1] > 20 * means[0]
 
 
-def test_the_pyramid_ends_at_one_pixel_however_many_iterations_are_asked_for() -> None:
+def test_the_pyramid_ends_at_one_pixel() -> None:
     latents = torch.zeros(2, 4, 16, 16)
     assert torch.equal(
         noise(Options(multires_noise_iterations=10), latents), noise(Options(multires_noise_iterations=500), latents)
@@ -274,27 +274,27 @@ def case(timesteps: list[int]) -> tuple[Noised, Tensor, Tensor]:
     return Noised(target, torch.tensor(timesteps), target), randn(count, 4, 6, 5, seed=2), torch.rand(count) + 0.5
 
 
-def dense_loss(made: Noised, prediction: Tensor, weights: Tensor, by_timestep: list[float]) -> Tensor:
-    squares = (prediction.double() - made.target.double()) ** 2
-    each = torch.stack([picture.sum() / picture.numel() for picture in squares])
-    return (each * weights.double() * torch.tensor(by_timestep, dtype=torch.float64)).sum() / len(weights)
+def dense_loss(batch: Noised, prediction: Tensor, weights: Tensor, by_timestep: list[float]) -> Tensor:
+    squares = (prediction.double() - batch.target.double()) ** 2
+    part = torch.stack([picture.sum() / picture.numel() for picture in squares])
+    return (part * weights.double() * torch.tensor(by_timestep, dtype=torch.float64)).sum() / len(weights)
 
 
 def test_the_loss_is_the_mean_square_times_the_weight_of_each_picture() -> None:
-    made, prediction, weights = case([0, 400, 999])
-    loss = Objective(Options()).loss(prediction, made, weights)
+    batch, prediction, weights = case([0, 400, 999])
+    loss = Objective(Options()).loss(prediction, batch, weights)
     assert loss.shape == ()
     assert loss.dtype == torch.float32
-    assert_close(loss.double(), dense_loss(made, prediction, weights, [1, 1, 1]), rtol=1e-6, atol=0)
+    assert_close(loss.double(), dense_loss(batch, prediction, weights, [1, 1, 1]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_loss_of_a_half_precision_prediction_is_computed_in_float32(dtype: torch.dtype) -> None:
-    made, prediction, weights = case([0, 400, 999])
+    batch, prediction, weights = case([0, 400, 999])
     half = (100 * prediction).to(dtype)
     assert_close(
-        Objective(Options()).loss(half, made, weights).double(),
-        dense_loss(made, half, weights, [1, 1, 1]),
+        Objective(Options()).loss(half, batch, weights).double(),
+        dense_loss(batch, half, weights, [1, 1, 1]),
         rtol=1e-6,
         atol=0,
     )
@@ -324,16 +324,16 @@ FORMULAS = {
 @pytest.mark.parametrize("name", FORMULAS)
 def test_weights_of_timesteps_are_those_of_their_formulas(name: str) -> None:
     options, formula = FORMULAS[name]
-    made, prediction, weights = case([0, 1, 50, 250, 600, 999])
-    ratios = [float(signal()[t] / (1 - signal()[t])) for t in made.timesteps]
-    expected = dense_loss(made, prediction, weights, [formula(ratio) for ratio in ratios])
-    assert_close(Objective(options).loss(prediction, made, weights).double(), expected, rtol=2e-4, atol=0)
+    batch, prediction, weights = case([0, 1, 50, 250, 600, 999])
+    ratios = [float(signal()[t] / (1 - signal()[t])) for t in batch.timesteps]
+    expected = dense_loss(batch, prediction, weights, [formula(ratio) for ratio in ratios])
+    assert_close(Objective(options).loss(prediction, batch, weights).double(), expected, rtol=2e-4, atol=0)
 
 
 def test_a_few_weights_by_hand() -> None:
     def weight(timestep: int, **options: object) -> float:
-        made = Noised(torch.zeros(1, 1, 1, 1), torch.tensor([timestep]), torch.zeros(1, 1, 1, 1))
-        return float(Objective(Options(**options)).loss(torch.ones(1, 1, 1, 1), made, torch.ones(1)))
+        batch = Noised(torch.zeros(1, 1, 1, 1), torch.tensor([timestep]), torch.zeros(1, 1, 1, 1))
+        return float(Objective(Options(**options)).loss(torch.ones(1, 1, 1, 1), batch, torch.ones(1)))
 
     # The ratio of the first timestep is (1 - 0.00085) / 0.00085 = 1175.47, that of the last 0.004683.
     assert weight(0, min_snr_gamma=5.0) == pytest.approx(5 / 1175.47, rel=1e-4)
@@ -356,9 +356,9 @@ SWITCHES = {
 )
 def test_a_ratio_of_zero_gives_a_finite_loss_and_gradient(switches: tuple[str, ...]) -> None:
     options = Options(zero_terminal_snr=True, **{name: SWITCHES[name] for name in switches})
-    made, prediction, weights = case([998, 999])
+    batch, prediction, weights = case([998, 999])
     prediction.requires_grad_()
-    loss = Objective(options).loss(prediction, made, weights)
+    loss = Objective(options).loss(prediction, batch, weights)
     loss.backward()
     assert loss.isfinite()
     assert prediction.grad is not None
@@ -366,10 +366,10 @@ def test_a_ratio_of_zero_gives_a_finite_loss_and_gradient(switches: tuple[str, .
 
 
 def test_min_snr_counts_pure_noise_fully_and_in_v_prediction_not_at_all() -> None:
-    made, prediction, weights = case([999])
-    plain = Objective(Options()).loss(prediction, made, weights)
+    batch, prediction, weights = case([999])
+    plain = Objective(Options()).loss(prediction, batch, weights)
     assert torch.equal(
-        Objective(Options(zero_terminal_snr=True, min_snr_gamma=5.0)).loss(prediction, made, weights), plain
+        Objective(Options(zero_terminal_snr=True, min_snr_gamma=5.0)).loss(prediction, batch, weights), plain
     )
     v = Options(zero_terminal_snr=True, min_snr_gamma=5.0, v_parameterization=True)
-    assert Objective(v).loss(prediction, made, weights) == 0
+    assert Objective(v).loss(prediction, batch, weights) == 0

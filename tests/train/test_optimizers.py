@@ -15,20 +15,21 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lorashrink.errors import UsageError
-from lorashrink.train.optimizers import (
-    OPTIMIZERS,
+from lorashrink.train.flags.options import Options, parse
+from lorashrink.train.run.optimizers import (
     eval_mode,
     learning_rates,
     make_optimizer,
     make_scheduler,
     train_mode,
 )
-from lorashrink.train.options import Options, parse
 
-INSTALLED = [name for name, known in OPTIMIZERS.items() if known.package != "bitsandbytes"]
-MISSING = [name for name, known in OPTIMIZERS.items() if known.package == "bitsandbytes"]
-FINDS_ITS_RATE = [name for name in INSTALLED if name.startswith(("DAdapt", "Prodigy"))]
-SCHEDULE_FREE = [name for name in INSTALLED if name.endswith("ScheduleFree")]
+RADAM_FREE, ADAMW_FREE, SGD_FREE = (f"schedulefree.{name}ScheduleFree" for name in ("RAdam", "AdamW", "SGD"))
+D_ADAPT = "dadaptation.DAdaptAdam"
+# All that is on this machine; by name, and some by path.
+ORDINARY = ["AdamW", "Lion", "Adafactor", "Prodigy", D_ADAPT]
+FINDS_ITS_RATE = ["Prodigy", D_ADAPT]
+SCHEDULE_FREE = [RADAM_FREE, ADAMW_FREE, SGD_FREE]
 NAMES = ["textencoder", "unet"]
 
 
@@ -55,42 +56,35 @@ def values(groups: list[dict[str, Any]]) -> list[Tensor]:
 
 
 def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
+    return all(torch.equal(first, second) for first, second in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("spelling", [str, str.lower, str.upper])
-@pytest.mark.parametrize("name", INSTALLED)
-def test_every_optimizer_lowers_a_loss(name: str, spelling: Callable[[str], str]) -> None:
-    rate = 1.0 if name in FINDS_ITS_RATE else 0.01
+@pytest.mark.parametrize("name", [*ORDINARY, *SCHEDULE_FREE, "adamw", "PRODIGY", "lion"])
+def test_every_optimizer_lowers_a_loss(name: str) -> None:
+    rate = 1.0 if name in (*FINDS_ITS_RATE, "PRODIGY") else 0.01
     groups = two_groups(rate, rate)
-    optimizer, description = make_optimizer(Options(optimizer_type=spelling(name), learning_rate=rate), groups)
+    optimizer, description = make_optimizer(Options(optimizer_type=name, learning_rate=rate), groups)
     losses = []
     for _ in range(30):
         losses.append(distance(groups).item())
         step(optimizer, groups)
     assert min(losses) < losses[0]
-    known = OPTIMIZERS[name]
-    assert description.split("(")[0].startswith(known.path.split(".")[0])
-    assert description.split("(")[0].endswith(known.path.split(".")[-1])
+    assert description.split("(")[0].lower().endswith(name.rpartition(".")[2].lower())
 
 
-@pytest.mark.parametrize("name", MISSING)
-def test_a_missing_package_is_named_with_the_command_that_installs_it(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"])
+def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # None makes the import fail as if the package were not there, on machines that have it too.
     for module in ("bitsandbytes", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=f"{name} needs a package: pip install bitsandbytes"):
+    with pytest.raises(UsageError, match=f"{name} cannot be imported; .* install its package: .*bitsandbytes"):
         make_optimizer(Options(optimizer_type=name), two_groups())
 
 
 REFERENCES: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
     "": torch.optim.AdamW,
     "AdamW": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
     "torch.optim.Adagrad": torch.optim.Adagrad,
-    "sgdnesterov": lambda groups: torch.optim.SGD(groups, momentum=0.9, nesterov=True),
 }
 
 
@@ -103,7 +97,7 @@ def test_steps_are_those_of_the_class_that_is_named(name: str) -> None:
     assert same(values(ours), values(theirs))
 
 
-def test_groups_keep_their_learning_rates_and_the_given_groups_are_left_alone() -> None:
+def test_groups_keep_their_learning_rates_and_are_not_changed() -> None:
     groups = two_groups(0.25, 0.5)
     optimizer, description = make_optimizer(Options(learning_rate=0.125), groups)
     assert learning_rates(optimizer, NAMES) == {"lr/textencoder": 0.25, "lr/unet": 0.5}
@@ -128,17 +122,11 @@ def test_arguments_are_pythons_literals() -> None:
     assert description == "torch.optim.adamw.AdamW(betas=(0.5, 0.75),weight_decay=0.001,amsgrad=True,foreach=None)"
 
 
-def test_an_argument_replaces_what_the_name_implies() -> None:
-    optimizer, _ = make_optimizer(Options(optimizer_type="SGDNesterov", optimizer_args=("momentum=0.5",)), two_groups())
-    assert optimizer.defaults["momentum"] == 0.5
-    assert optimizer.defaults["nesterov"] is True
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer_args": ("weight_decay",)}, r"--optimizer_args: 'weight_decay' is not key=value"),
-        ({"optimizer_args": ("=1",)}, "is not key=value"),
+        ({"optimizer_args": ("weight_decay",)}, r"--optimizer_args: 'weight_decay' is no key=value pair"),
+        ({"optimizer_args": ("=1",)}, "is no key=value pair"),
         ({"optimizer_args": ("betas=0.9,",)}, "AdamW refuses its settings; check --optimizer_args"),
         ({"optimizer_args": ("betas=(0.9",)}, r"the value in 'betas=\(0.9' is neither a number"),
         ({"optimizer_args": ("amsgrad=true",)}, "the value in 'amsgrad=true' is neither a number, True, False"),
@@ -146,17 +134,13 @@ def test_an_argument_replaces_what_the_name_implies() -> None:
         ({"optimizer_args": ("wd=0.1",)}, "AdamW refuses its settings; check --optimizer_args.*'wd'"),
         ({"optimizer_args": ("lr=0.1",)}, "AdamW refuses its settings.*'lr'"),
         ({"optimizer_args": ("weight_decay=-1",)}, "AdamW refuses its settings.*weight_decay"),
-        ({"optimizer_type": "Prodgy"}, "--optimizer_type Prodgy: there is no such optimizer; did you mean Prodigy"),
-        ({"optimizer_type": "zzzz"}, "there is no such optimizer. There are AdamW, AdamW8bit"),
         ({"optimizer_type": "torch.optim.Nothing"}, "--optimizer_type torch.optim.Nothing: torch.optim has no Nothing"),
         ({"optimizer_type": "no_such_package.Best"}, "cannot be imported; check its spelling.*no_such_package"),
         ({"optimizer_type": ".Best"}, "cannot be imported"),
         ({"optimizer_type": "torch.optim.lr_scheduler"}, "refuses its settings"),
-        ({"use_8bit_adam": True, "use_lion_optimizer": True}, "--use_8bit_adam and --use_lion_optimizer name"),
-        ({"use_8bit_adam": True, "optimizer_type": "Lion"}, "--optimizer_type and --use_8bit_adam name different"),
     ],
 )
-def test_a_wrong_option_says_what_is_wrong(options: dict[str, Any], message: str) -> None:
+def test_wrong_optimizer_options_are_explained(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_optimizer(Options(**options), two_groups())
 
@@ -164,14 +148,12 @@ def test_a_wrong_option_says_what_is_wrong(options: dict[str, Any], message: str
 def test_the_old_names_of_optimizers_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_optimizer(Options(use_lion_optimizer=True), two_groups())[1] == "lion_pytorch.lion_pytorch.Lion"
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(UsageError, match="AdamW8bit needs a package"):
+    with pytest.raises(UsageError, match="AdamW8bit cannot be imported"):
         make_optimizer(Options(use_8bit_adam=True), two_groups())
 
 
 @pytest.mark.parametrize("name", FINDS_ITS_RATE)
-def test_optimizers_that_find_their_rate_take_one_rate_and_want_it_near_one(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_adaptive_optimizers_take_one_rate_near_one(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UsageError, match=f"{name} takes one learning rate.*--unet_lr and --text_encoder_lr"):
         make_optimizer(Options(optimizer_type=name), two_groups(1.0, 0.5))
     make_optimizer(Options(optimizer_type=name, learning_rate=1.0), two_groups(1.0, 1.0))
@@ -216,8 +198,8 @@ class TestAdafactor:
         root_mean_square = [float(value.square().mean().sqrt()) for value in values(two_groups())]
         scheduler.step()
         # Shazeer and Stern 2018: the first relative step is 0.01, times the weights' root mean square.
-        found = list(learning_rates(optimizer, NAMES).values())
-        assert found == pytest.approx([0.01 * size for size in root_mean_square], rel=1e-5)
+        rates = list(learning_rates(optimizer, NAMES).values())
+        assert rates == pytest.approx([0.01 * size for size in root_mean_square], rel=1e-5)
 
     def test_warming_up_implies_relative_steps(self) -> None:
         options = Options(optimizer_type="Adafactor", optimizer_args=("relative_step=False", "warmup_init=True"))
@@ -239,9 +221,6 @@ class TestAdafactor:
 
     @pytest.mark.parametrize("arguments", [(), ("relative_step=False",)])
     def test_its_schedule_goes_with_nothing_else_and_has_no_warm_up(self, arguments: tuple[str, ...]) -> None:
-        named = Options(optimizer_type="AdamW", lr_scheduler="adafactor")
-        with pytest.raises(UsageError, match="goes only with --optimizer_type Adafactor"):
-            make_scheduler(named, make_optimizer(named, two_groups())[0], 10)
         warmed = Options(
             optimizer_type="Adafactor", optimizer_args=arguments, lr_scheduler="adafactor", lr_warmup_steps=5
         )
@@ -267,14 +246,14 @@ class TestScheduleFree:
 
     def test_the_modes_reach_through_the_wrapper_of_accelerate(self) -> None:
         groups = two_groups()
-        optimizer, _ = make_optimizer(Options(optimizer_type="AdamWScheduleFree"), groups)
+        optimizer, _ = make_optimizer(Options(optimizer_type=ADAMW_FREE), groups)
         prepared = Accelerator(cpu=True).prepare(optimizer)
         step(prepared, groups, 8)
         training = values(groups)
         eval_mode(prepared)
         assert not same(training, values(groups))
 
-    @pytest.mark.parametrize("name", [name for name in INSTALLED if name not in SCHEDULE_FREE])
+    @pytest.mark.parametrize("name", ORDINARY)
     def test_other_optimizers_have_no_modes(self, name: str) -> None:
         groups = two_groups(1.0, 1.0)
         optimizer, _ = make_optimizer(Options(optimizer_type=name, learning_rate=1.0), groups)
@@ -287,7 +266,7 @@ class TestScheduleFree:
     def test_the_schedule_changes_nothing_and_says_what_it_leaves_out(self, caplog: pytest.LogCaptureFixture) -> None:
         def run(scheduled: bool) -> list[Tensor]:
             groups = two_groups()
-            options = Options(optimizer_type="SGDScheduleFree")
+            options = Options(optimizer_type=SGD_FREE)
             optimizer, _ = make_optimizer(options, groups)
             scheduler = make_scheduler(options, optimizer, 5) if scheduled else None
             for _ in range(8):
@@ -298,7 +277,7 @@ class TestScheduleFree:
 
         assert same(run(True), run(False))
         assert not caplog.records
-        options = Options(optimizer_type="SGDScheduleFree", lr_scheduler="cosine", lr_warmup_steps=5)
+        options = Options(optimizer_type=SGD_FREE, lr_scheduler="cosine", lr_warmup_steps=5)
         make_scheduler(options, make_optimizer(options, two_groups())[0], 5)
         assert "SGDScheduleFree needs no schedule: --lr_scheduler and --lr_warmup_steps have no effect" in caplog.text
 
@@ -312,12 +291,12 @@ def course(options: Options, total: int = TOTAL) -> list[float]:
     groups = two_groups(RATE, RATE)
     optimizer, _ = make_optimizer(options, groups)
     scheduler = make_scheduler(options, optimizer, total)
-    found = []
+    rates = []
     for _ in range(total + 1):
-        found.append(learning_rates(optimizer, NAMES)["lr/unet"] / RATE)
+        rates.append(learning_rates(optimizer, NAMES)["lr/unet"] / RATE)
         step(optimizer, groups)
         scheduler.step()
-    return found
+    return rates
 
 
 def warmed(after: Callable[[float], float], warmup: int = 4) -> Callable[[int], float]:
@@ -371,15 +350,15 @@ COURSES: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
 @pytest.mark.parametrize("name", COURSES)
 def test_schedules_follow_their_formulas(name: str) -> None:
     settings, formula = COURSES[name]
-    found = course(Options(learning_rate=RATE, lr_scheduler=name.split()[0], **settings))
-    assert found == pytest.approx([formula(step) for step in range(TOTAL + 1)], abs=1e-7)
+    rates = course(Options(learning_rate=RATE, lr_scheduler=name.split()[0], **settings))
+    assert rates == pytest.approx([formula(step) for step in range(TOTAL + 1)], abs=1e-7)
 
 
 @pytest.mark.parametrize("warmup", ["4", "0.2", "20%"])
 def test_warm_up_is_a_number_of_steps_or_a_share_of_all(warmup: str) -> None:
-    found = course(parse(["--lr_scheduler=linear", f"--lr_warmup_steps={warmup}", f"--learning_rate={RATE}"]))
-    assert found == pytest.approx(course(Options(learning_rate=RATE, lr_scheduler="linear", lr_warmup_steps=4)))
-    assert found[:5] == [0, 0.25, 0.5, 0.75, 1]
+    rates = course(parse(["--lr_scheduler=linear", f"--lr_warmup_steps={warmup}", f"--learning_rate={RATE}"]))
+    assert rates == pytest.approx(course(Options(learning_rate=RATE, lr_scheduler="linear", lr_warmup_steps=4)))
+    assert rates[:5] == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_decay_is_a_number_of_steps_or_a_share_of_all() -> None:
@@ -420,31 +399,26 @@ def test_a_schedule_may_be_named_by_its_class(path: str) -> None:
 @pytest.mark.parametrize("name", FINDS_ITS_RATE)
 def test_a_schedule_scales_what_an_optimizer_finds(name: str) -> None:
     options = {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": 0.5}
-    found = course(Options(optimizer_type=name, learning_rate=RATE, **options))
-    assert found == pytest.approx([0.5 + 0.5 * half_cosine(step / TOTAL) for step in range(TOTAL + 1)])
+    rates = course(Options(optimizer_type=name, learning_rate=RATE, **options))
+    assert rates == pytest.approx([0.5 + 0.5 * half_cosine(step / TOTAL) for step in range(TOTAL + 1)])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "--lr_scheduler constant has no warm-up"),
-        (
-            {"lr_scheduler": "piecewise_constant", "lr_warmup_steps": 5},
-            "--lr_scheduler piecewise_constant has no warm-up",
-        ),
-        ({"lr_scheduler_type": "StepLR", "lr_warmup_steps": 5}, "--lr_scheduler_type StepLR has no warm-up"),
-        ({"lr_scheduler": "cosin"}, "--lr_scheduler cosin: there is no such schedule; did you mean cosine"),
-        ({"lr_scheduler": "reduce_lr_on_plateau"}, "there is no such schedule"),
         ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler piecewise_constant refuses.*step_rules"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "refuses its settings; check --lr_scheduler_args and its other"),
         ({"lr_scheduler": "constant", "lr_scheduler_args": ("gamma=1",)}, "constant refuses.*gamma"),
-        ({"lr_scheduler": "linear", "lr_scheduler_args": ("gamma",)}, "--lr_scheduler_args: 'gamma' is not key=value"),
+        (
+            {"lr_scheduler": "linear", "lr_scheduler_args": ("gamma",)},
+            "--lr_scheduler_args: 'gamma' is no key=value pair",
+        ),
         ({"lr_scheduler_type": "StepLR"}, "--lr_scheduler_type StepLR refuses.*step_size"),
         ({"lr_scheduler_type": "Nothing"}, "--lr_scheduler_type Nothing: torch.optim.lr_scheduler has no Nothing"),
         ({"lr_scheduler_type": "no_such_package.X"}, "--lr_scheduler_type no_such_package.X cannot be imported"),
     ],
 )
 def test_a_wrong_schedule_says_what_is_wrong(options: dict[str, Any], message: str) -> None:
-    made = Options(learning_rate=RATE, **options)
+    chosen = Options(learning_rate=RATE, **options)
     with pytest.raises(UsageError, match=message):
-        make_scheduler(made, make_optimizer(made, two_groups())[0], TOTAL)
+        make_scheduler(chosen, make_optimizer(chosen, two_groups())[0], TOTAL)

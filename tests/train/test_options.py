@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from lorashrink.errors import InputError, OutputError, UsageError
 from lorashrink.pictures.prompts import SAMPLERS
-from lorashrink.train.options import INTERPOLATIONS, UNSUPPORTED, Options, parse, parser, write_config
+from lorashrink.train.flags.options import INTERPOLATIONS, UNSUPPORTED, Options, parse, parser, write_config
 
 # (type, default) -> flags; "flag" takes no value, "*" takes several. sd-scripts' Path is a text here, its None of
 # several values an empty tuple.
 IMPLEMENTED: dict[tuple[str, Any], str] = {
     ("flag", False): """
-        v2 v_parameterization shuffle_caption enable_wildcard color_aug flip_aug random_crop cache_latents
-        cache_latents_to_disk skip_cache_check enable_bucket bucket_no_upscale save_state
+        v_parameterization shuffle_caption flip_aug cache_latents cache_latents_to_disk skip_cache_check
+        enable_bucket bucket_no_upscale save_state
         save_state_on_train_end mem_eff_attn xformers sdpa persistent_data_loader_workers
         gradient_checkpointing full_bf16 log_config noise_offset_random_strength zero_terminal_snr lowram
         highvram sample_at_first output_config use_8bit_adam use_lion_optimizer
@@ -55,7 +55,7 @@ IMPLEMENTED: dict[tuple[str, Any], str] = {
     """,
     ("int", 0): "keep_tokens caption_dropout_every_n_epochs",
     ("int", 1): """
-        vae_batch_size token_warmup_min dataset_repeats train_batch_size gradient_accumulation_steps
+        vae_batch_size dataset_repeats train_batch_size gradient_accumulation_steps
         lr_scheduler_num_cycles
     """,
     ("int", 8): "max_data_loader_n_workers",
@@ -68,7 +68,7 @@ IMPLEMENTED: dict[tuple[str, Any], str] = {
         noise_offset adaptive_noise_scale lr_scheduler_min_lr_ratio min_snr_gamma v_pred_like_loss unet_lr
         network_dropout scale_weight_norms
     """,
-    ("float", 0.0): "token_warmup_step caption_dropout_rate caption_tag_dropout_rate",
+    ("float", 0.0): "caption_dropout_rate caption_tag_dropout_rate",
     ("float", 0.3): "multires_noise_discount",
     ("float", 1.0): "prior_loss_weight max_grad_norm lr_scheduler_power network_alpha",
     ("float", 2e-6): "learning_rate",
@@ -81,7 +81,7 @@ KNOWN_ONLY: dict[tuple[str, Any], str] = {
         resume_from_huggingface async_upload torch_compile full_fp16 fp8_base ddp_gradient_as_bucket_view
         ddp_static_graph ip_noise_gamma_random_strength masked_loss deepspeed zero3_init_flag
         zero3_save_16bit_model fp16_master_weights_and_gradients fused_backward_pass weighted_captions
-        cpu_offload_checkpointing fp8_base_unet skip_until_initial_step
+        cpu_offload_checkpointing fp8_base_unet skip_until_initial_step v2 enable_wildcard color_aug random_crop
     """,
     ("str", None): """
         console_log_level console_log_file face_crop_aug_range dataset_class in_json huggingface_repo_id
@@ -96,9 +96,10 @@ KNOWN_ONLY: dict[tuple[str, Any], str] = {
         ddp_timeout initial_epoch initial_step validation_seed validate_every_n_steps
         validate_every_n_epochs max_validation_steps
     """,
+    ("int", 1): "token_warmup_min",
     ("int", 2): "zero_stage",
     ("float", None): "ip_noise_gamma",
-    ("float", 0.0): "validation_split",
+    ("float", 0.0): "token_warmup_step validation_split",
     ("float", 0.1): "huber_c",
     ("float", 1.0): "huber_scale",
 }
@@ -229,14 +230,14 @@ def test_every_flag_of_sd_scripts_is_known() -> None:
 
 @pytest.mark.parametrize(("name", "kind", "default"), rows(IMPLEMENTED))
 def test_defaults_are_those_of_sd_scripts(name: str, kind: str, default: Any) -> None:
-    found = getattr(parse([]), name)
+    value = getattr(parse([]), name)
 
-    assert (found, type(found)) == (default, type(default))
+    assert (value, type(value)) == (default, type(default))
 
 
 @pytest.mark.parametrize(("name", "kind", "default"), FREE)
 def test_values_have_the_types_of_sd_scripts(name: str, kind: str, default: Any) -> None:
-    given_ = [f"--{name}"] if kind == "flag" else [f"--{name}", "7", "8"] if "*" in kind else [f"--{name}", "7"]
+    words = [f"--{name}"] if kind == "flag" else [f"--{name}", "7", "8"] if "*" in kind else [f"--{name}", "7"]
     expected: dict[str, Any] = {
         "flag": True,
         "str": "7",
@@ -247,11 +248,11 @@ def test_values_have_the_types_of_sd_scripts(name: str, kind: str, default: Any)
         "float*": (7.0, 8.0),
     }
     if name in ("config_file", "output_config"):
-        given_ = ["--output_config", "--config_file", "7"]
+        words = ["--output_config", "--config_file", "7"]
 
-    found = getattr(parse(given_), name)
+    value = getattr(parse(words), name)
 
-    assert (found, type(found)) == (expected[kind], type(expected[kind]))
+    assert (value, type(value)) == (expected[kind], type(expected[kind]))
 
 
 @pytest.mark.parametrize(("name", "choices"), CHOICES.items())
@@ -272,9 +273,9 @@ def test_the_named_lists_hold_the_choices() -> None:
     ("text", "expected"), [("100", 100), ("0.1", 0.1), ("10%", 0.1), ("100%", 1.0), ("0", 0), ("1e-1", 0.1)]
 )
 def test_warm_up_is_a_number_of_steps_or_a_share(text: str, expected: float) -> None:
-    found = parse(["--lr_warmup_steps", text]).lr_warmup_steps
+    value = parse(["--lr_warmup_steps", text]).lr_warmup_steps
 
-    assert (found, type(found)) == (expected, type(expected))
+    assert (value, type(value)) == (expected, type(expected))
 
 
 @pytest.mark.parametrize(
@@ -372,9 +373,9 @@ def test_a_configuration_file_has_any_sections_and_the_command_line_wins(tmp_pat
         """,
     )
 
-    found = differing(parse(["--config_file", path, "--train_batch_size=3"]))
+    value = differing(parse(["--config_file", path, "--train_batch_size=3"]))
 
-    assert found == {
+    assert value == {
         "config_file": path,
         "seed": 1,
         "pretrained_model_name_or_path": "base",
@@ -406,9 +407,7 @@ def test_a_configuration_file_has_any_sections_and_the_command_line_wins(tmp_pat
         ('loss_type = "huber"', "not supported: --loss_type"),
     ],
 )
-def test_a_mistake_in_a_configuration_file_is_explained_with_the_files_name(
-    line: str, message: str, tmp_path: Path
-) -> None:
+def test_a_mistake_in_a_settings_file_is_explained_with_its_path(line: str, message: str, tmp_path: Path) -> None:
     path = written(tmp_path, line)
 
     with pytest.raises(UsageError) as caught:

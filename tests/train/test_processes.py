@@ -72,7 +72,7 @@ def two(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         model,
         data,
         folder / "o",
-        *("--optimizer_type=SGD", "--learning_rate=1", f"--logging_dir={folder / 'o' / 'logs'}"),
+        *("--optimizer_type=torch.optim.SGD", "--learning_rate=1", f"--logging_dir={folder / 'o' / 'logs'}"),
         *(f"--sample_prompts={prompts}", "--sample_every_n_steps=4", "--max_train_steps=4"),
     )
     done = start([*LAUNCH, *words], HF_HOME=str(folder / "empty"))
@@ -84,27 +84,27 @@ def test_two_processes_with_a_batch_of_one_are_one_with_a_batch_of_two(
     two: tuple[Path, str], model: Path, data: Path, tmp_path: Path
 ) -> None:
     """But for rounding, and for averaging gradients in another order."""
-    more = ("--optimizer_type=SGD", "--learning_rate=1", "--max_train_steps=4", "--train_batch_size=2")
-    one = training.run(flags(model, data, tmp_path, *more))
+    more = ("--optimizer_type=torch.optim.SGD", "--learning_rate=1", "--max_train_steps=4", "--train_batch_size=2")
+    single = training.run(flags(model, data, tmp_path, *more))
     shared = load_file(two[0] / "x.safetensors")
-    size = max(float(value.abs().max()) for key, value in one.items() if "lora_up" in key)
+    size = max(float(value.abs().max()) for key, value in single.items() if "lora_up" in key)
     assert size > 1e-3
-    assert one.keys() == shared.keys()
-    assert max(float((one[key] - shared[key]).abs().max()) for key in one) < 1e-4 * size
+    assert single.keys() == shared.keys()
+    assert max(float((single[key] - shared[key]).abs().max()) for key in single) < 1e-4 * size
 
 
 def test_one_process_writes_and_speaks_and_both_draw(two: tuple[Path, str]) -> None:
-    folder, said = two
+    folder, messages = two
     assert names(folder) == {"x.safetensors", "sample", "logs"}
     drawn = {re.sub(r"\d{14}", "TIME", name) for name in names(folder / "sample")}
-    assert drawn == {"x_000004_sheet.png", *(f"x_000004_{place:02d}_TIME_{place + 1}.png" for place in range(3))}
+    assert drawn == {"x_000004_sheet.png", *(f"x_000004_{number:02d}_TIME_{number + 1}.png" for number in range(3))}
     (log,) = (folder / "logs").iterdir()
     assert names(log) == {"network_train", "loss.png"}
     assert len(list((log / "network_train").iterdir())) == 1
     for once in ("saved ", "samples: ", "loss curve: ", "warning: "):
-        assert said.count(once) == 1
-    assert "3 sample prompts do not divide evenly among 2 processes" in said
-    assert "Traceback" not in said
+        assert messages.count(once) == 1
+    assert "3 sample prompts do not divide evenly among 2 processes" in messages
+    assert "Traceback" not in messages
 
 
 def test_two_resumed_processes_end_with_the_same_bits(model: Path, data: Path, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_two_resumed_processes_end_with_the_same_bits(model: Path, data: Path, t
     assert equal(load_file(tmp_path / "1" / "x.safetensors"), load_file(tmp_path / "2" / "x.safetensors"))
 
 
-def test_a_process_that_fails_alone_ends_the_run_and_only_the_first_has_written(model: Path, tmp_path: Path) -> None:
+def test_a_failing_process_ends_the_run_and_only_rank_0_writes(model: Path, tmp_path: Path) -> None:
     """One picture is cut off, which is not found out before it is read: with this seed in the third step.
 
     Each process works in a folder of its own, named like its rank, so that what it writes is seen.
@@ -132,7 +132,7 @@ def test_a_process_that_fails_alone_ends_the_run_and_only_the_first_has_written(
     apart = ("--no-python", "sh", "-c", 'mkdir $RANK && cd $RANK && exec "$@"', "sh", sys.executable, *MODULE)
     done = start([*TORCHRUN, *apart, *words], cwd=tmp_path)
     assert done.returncode != 0
-    assert len(told(done, "broken.png: cannot be read")) == 1
+    assert len(errors_with(done, "broken.png: cannot be read")) == 1
     saved = sorted((tmp_path / "0" / "o").iterdir())
     assert saved
     assert all(re.fullmatch(r"x-step\d{8}\.safetensors", path.name) and load_file(path) for path in saved)
@@ -145,25 +145,25 @@ def test_a_process_that_fails_alone_before_training_tells_why(model: Path, data:
     break_picture(data / "1_cat" / "b.png", data / "1_cat" / "b.png")
     done = start([*TORCHRUN, *MODULE, *flags(model, data, tmp_path / "o", "--cache_latents_to_disk")])
     assert done.returncode != 0
-    assert len(told(done, "b.png: cannot be read")) == 1
+    assert len(errors_with(done, "b.png: cannot be read")) == 1
     assert not (tmp_path / "o").exists()
 
 
-def break_picture(whole: Path, broken: Path) -> None:
+def break_picture(source: Path, broken: Path) -> None:
     """Its first half."""
-    contents = whole.read_bytes()
+    contents = source.read_bytes()
     broken.parent.mkdir(exist_ok=True)
     broken.write_bytes(contents[: len(contents) // 2])
 
 
-def told(done: subprocess.CompletedProcess[str], text: str) -> list[str]:
+def errors_with(done: subprocess.CompletedProcess[str], text: str) -> list[str]:
     """The errors with this text."""
     return [line for line in re.split(r"[\r\n]", done.stderr) if "lorashrink: " in line and text in line]
 
 
 def test_two_processes_that_find_no_gpus_do_not_train_the_same_twice(model: Path, data: Path, tmp_path: Path) -> None:
-    command = [each for each in LAUNCH if not each.startswith("--gpu_ids")]
+    command = [word for word in LAUNCH if not word.startswith("--gpu_ids")]
     done = start([*command, *flags(model, data, tmp_path / "o")], gpus=True, CUDA_VISIBLE_DEVICES="")
     assert done.returncode != 0
-    assert len(told(done, "2 processes")) == len(told(done, "GPU")) == 1
+    assert len(errors_with(done, "2 processes")) == len(errors_with(done, "GPU")) == 1
     assert not (tmp_path / "o").exists()

@@ -24,9 +24,9 @@ from training import equal, flags
 
 from lorashrink.adapters import open_adapter
 from lorashrink.making.conversion import convert
-from lorashrink.train.model import load_model
-from lorashrink.train.network import build_network
-from lorashrink.train.options import parse
+from lorashrink.train.flags.options import parse
+from lorashrink.train.model.loading import load_model
+from lorashrink.train.model.network import build_network
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
@@ -116,10 +116,10 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HOME": str(folder / "empty")}
 
 
-def start(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in the project's folder, to its end."""
+def start(command: Sequence[str], folder: Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, in the project's folder unless said."""
     return subprocess.run(
-        command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=PATIENCE, check=False
+        command, cwd=cwd, env=environment(folder), capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 
@@ -143,14 +143,14 @@ def test_all_ways_to_start_are_one_program(model: Path, data: Path, tmp_path: Pa
         "program": PROGRAM,
         "module": MODULE,
     }
-    made = {}
+    results = {}
     for name, way in ways.items():
         done = start([*way, *flags(model, data, tmp_path / name, "--max_train_steps=2")], tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout == ""
-        made[name] = load_file(tmp_path / name / "x.safetensors")
-    assert any(value.any() for key, value in made["path"].items() if "lora_up" in key)
-    assert all(equal(made["path"], other) for other in made.values())
+        results[name] = load_file(tmp_path / name / "x.safetensors")
+    assert any(value.any() for key, value in results["path"].items() if "lora_up" in key)
+    assert all(equal(results["path"], tensors) for tensors in results.values())
 
 
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "--pretrained_model_name_or_path" in done.stdout
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
-    assert "lorashrink.train.options" in imported
+    assert "lorashrink.train.flags.options" in imported
     assert not imported & {"torch", "numpy", "PIL", "accelerate", "diffusers", "transformers", "matplotlib"}
     assert start([*PROGRAM, "--help"], tmp_path).stdout.startswith("usage: lorashrink train")
 
@@ -170,7 +170,6 @@ def guide(model: Path, data: Path, output: Path) -> list[str]:
     """The guide's command on another model, other pictures and for fewer steps; logged as it says further on."""
     changed = {
         "accelerate": str(PROGRAMS / "accelerate"),
-        "./sdxl_train_network.py": "./train/sdxl_train_network.py",
         "--pretrained_model_name_or_path": f"{model}/",
         "--train_data_dir": data,
         "--resolution": "32,32",
@@ -198,7 +197,7 @@ def guided(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     folder = tmp_path_factory.mktemp("guide")
     data, output = training.write_data(folder / "training_dir"), folder / "output_dir"
     (data / "sample-prompts.txt").write_text(PROMPTS)
-    done = start(guide(model, data, output), folder)
+    done = start(guide(model, data, output), folder, cwd=ROOT / "train")
     assert done.returncode == 0, done.stderr
     return data, output, done.stderr
 
@@ -225,19 +224,19 @@ def test_the_guides_command_leaves_what_it_names(guided: tuple[Path, Path, str])
 
 
 def test_the_guides_command_says_what_has_no_effect_and_little_else(guided: tuple[Path, Path, str]) -> None:
-    said = lines(guided[2])
-    warnings = [line for line in said if line.startswith("warning: ")]
+    messages = lines(guided[2])
+    warnings = [line for line in messages if line.startswith("warning: ")]
     for named in ("rank_dropout_scale", "block_dims", "block_alphas", "--dataset_repeats", "--max_bucket_reso"):
         assert sum(named in line for line in warnings) == 1
     assert len(warnings) <= 5
     noise = re.compile(
         r"Warning|WARN|INFO|Traceback|\[transformers\]|deprecat|torchvision|token indices", re.IGNORECASE
     )
-    ours = [line for line in said if not line.startswith(("warning: ", "To avoid this warning pass"))]
+    ours = [line for line in messages if not line.startswith(("warning: ", "To avoid this warning pass"))]
     assert not [line for line in ours if noise.search(line)]
 
 
-def test_programs_compute_from_the_guides_files_what_was_trained_and_what_was_kept(
+def test_other_programs_compute_what_was_trained_from_the_files(
     guided: tuple[Path, Path, str], model: Path, tmp_path: Path
 ) -> None:
     """fp16 keeps 11 bits, and a change is the product of two numbers; the pipeline computes in float32."""
@@ -258,8 +257,8 @@ def test_programs_compute_from_the_guides_files_what_was_trained_and_what_was_ke
         assert done.returncode == 0, done.stderr
         (small,) = folder.iterdir()
         assert small.stat().st_size < file.stat().st_size / 2
-        (told,) = re.findall(r"([\d.]+)%", done.stdout.split(small.name)[1])[1:2]
-        assert left_out(file, small) == pytest.approx(float(told) / 100, abs=1e-3)
+        (percent,) = re.findall(r"([\d.]+)%", done.stdout.split(small.name)[1])[1:2]
+        assert left_out(file, small) == pytest.approx(float(percent) / 100, abs=1e-3)
         kept[base] = computed(in_lycoris(model, small))
         assert 0 < distance(kept[base], plain) < 2 * size
         convert(small, base=base, naming="diffusers", output=folder / "renamed")
@@ -269,10 +268,10 @@ def test_programs_compute_from_the_guides_files_what_was_trained_and_what_was_ke
 
 
 def pipeline(model: Path, *adapters: Path) -> StableDiffusionXLPipeline:
-    made = StableDiffusionXLPipeline.from_pretrained(model)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
     for adapter in adapters:
-        made.load_lora_weights(adapter)
-    return made
+        pipeline.load_lora_weights(adapter)
+    return pipeline
 
 
 def in_lycoris(model: Path, adapter: Path, raw: Path | None = None) -> StableDiffusionXLPipeline:
@@ -284,27 +283,27 @@ def in_lycoris(model: Path, adapter: Path, raw: Path | None = None) -> StableDif
     if raw:
         network.load_raw(load_file(raw))
     network.train(False)
-    made = pipeline(model)
-    made.register_modules(unet=parts.unet, text_encoder=parts.encoders[0], text_encoder_2=parts.encoders[1])
-    return made
+    trained = pipeline(model)
+    trained.register_modules(unet=parts.unet, text_encoder=parts.encoders[0], text_encoder_2=parts.encoders[1])
+    return trained
 
 
 @torch.no_grad()
-def computed(made: StableDiffusionXLPipeline) -> torch.Tensor:
+def computed(pipeline: StableDiffusionXLPipeline) -> torch.Tensor:
     """What the UNet predicts for a prompt."""
-    hidden, _, pooled, _ = made.encode_prompt("a cat, red", do_classifier_free_guidance=False)
+    hidden, _, pooled, _ = pipeline.encode_prompt("a cat, red", do_classifier_free_guidance=False)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
-    return made.unet(noise, 500, hidden, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes})[0]
+    return pipeline.unet(noise, 500, hidden, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes})[0]
 
 
-def distance(left: torch.Tensor, right: torch.Tensor) -> float:
-    return float((left - right).abs().max())
+def distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first - second).abs().max())
 
 
-def left_out(whole: Path, small: Path) -> float:
+def left_out(full: Path, small: Path) -> float:
     """How far the changes of two adapters are apart, relative to those of the first."""
-    with open_adapter(whole) as before, open_adapter(small) as after:
+    with open_adapter(full) as before, open_adapter(small) as after:
         kept = {layer.name: layer.delta.dense() for layer in after}
         changes = {layer.name: layer.delta.dense() for layer in before}
     apart = sum(float((change - kept.get(name, 0)).square().sum()) for name, change in changes.items())
@@ -330,7 +329,7 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ("--spda", "--spda; did you mean --sdpa?"),
         ("--pretrained_model_name_or_path=/no/such/model", "/no/such/model"),
@@ -347,15 +346,17 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--sample_prompts={}/prompts.txt", "no file"),
     ],
 )
-def test_a_mistake_is_told_in_a_line_or_two(more: str, said: str, mistakes: Path, model: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_told_in_a_line_or_two(
+    more: str, message: str, mistakes: Path, model: Path, tmp_path: Path
+) -> None:
     data = training.write_data(tmp_path / "data")
     words = flags(model, data, tmp_path / "o", "--max_train_steps=1", *more.format(mistakes).split())
     done = start([*PROGRAM, *words], tmp_path)
     assert done.returncode == 2, done.stderr
-    told = lines(done.stderr)
-    assert told[-1].startswith("lorashrink: ")
-    assert said in told[-1]
-    assert len(told) <= 2
+    shown_error = lines(done.stderr)
+    assert shown_error[-1].startswith("lorashrink: ")
+    assert message in shown_error[-1]
+    assert len(shown_error) <= 2
     assert done.stdout == ""
     assert not (tmp_path / "o").exists()
 
@@ -364,8 +365,8 @@ def test_a_damaged_picture_is_named_and_left_out(model: Path, data: Path, tmp_pa
     (data / "2_cat" / "broken.png").write_bytes(b"no picture")
     done = start([*MODULE, *flags(model, data, tmp_path / "o", "--max_train_steps=1")], tmp_path)
     assert done.returncode == 0, done.stderr
-    (told,) = [line for line in lines(done.stderr) if line.startswith("warning: ")]
-    assert "broken.png" in told
+    (shown_error,) = [line for line in lines(done.stderr) if line.startswith("warning: ")]
+    assert "broken.png" in shown_error
     assert (tmp_path / "o" / "x.safetensors").exists()
 
 
@@ -389,6 +390,6 @@ def test_an_interrupted_run_leaves_complete_files(model: Path, data: Path, tmp_p
     assert running.returncode == 130, stderr
     assert lines(stderr)[-1].startswith("lorashrink: interrupted")
     assert "Traceback" not in stderr
-    left = sorted((tmp_path / "o").iterdir())
-    assert all(re.fullmatch(r"x-step\d{8}(\.safetensors|-state)", path.name) for path in left)
-    assert all(load_file(path) for path in left if path.is_file())
+    remaining = sorted((tmp_path / "o").iterdir())
+    assert all(re.fullmatch(r"x-step\d{8}(\.safetensors|-state)", path.name) for path in remaining)
+    assert all(load_file(path) for path in remaining if path.is_file())

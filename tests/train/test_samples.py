@@ -13,12 +13,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageChops
 
+from lorashrink.pictures.pipelines import quiet_libraries
 from lorashrink.pictures.prompts import SAMPLERS, Prompt
 from lorashrink.pictures.samplers import scheduler
 from lorashrink.plots.sheet import Cell, contact_sheet
-from lorashrink.train.model import Model, load_model, quiet_libraries
-from lorashrink.train.options import Options
-from lorashrink.train.samples import check_prompts, draw, due, write_sheet
+from lorashrink.train.flags.options import Options
+from lorashrink.train.model.loading import Model, load_model
+from lorashrink.train.output.samples import check_prompts, draw, due, write_sheet
 
 CPU = torch.device("cpu")
 
@@ -53,7 +54,7 @@ def test_long_prompts_weights_and_uneven_numbers_are_pointed_out(model: Model) -
 
 
 @pytest.mark.parametrize(
-    ("given", "moments"),
+    ("settings", "moments"),
     [
         ({"sample_every_n_steps": 2}, ["s2", "s4"]),
         ({"sample_every_n_steps": 2, "sample_at_first": True}, ["s0", "s2", "s4"]),
@@ -64,11 +65,11 @@ def test_long_prompts_weights_and_uneven_numbers_are_pointed_out(model: Model) -
         ({"sample_prompts": None, "sample_every_n_steps": 1, "sample_at_first": True}, []),
     ],
 )
-def test_pictures_are_due_when_sd_scripts_draws(given: dict[str, object], moments: list[str]) -> None:
-    options = Options(**{"sample_prompts": "p.txt"} | given)
-    asked = {f"s{step}": due(options, step=step) for step in range(5)}
-    asked |= {f"e{epoch}": due(options, step=2 * epoch, epoch=epoch) for epoch in (1, 2)}
-    assert [moment for moment, answer in asked.items() if answer] == moments
+def test_pictures_are_due_when_sd_scripts_draws(settings: dict[str, object], moments: list[str]) -> None:
+    options = Options(**{"sample_prompts": "p.txt"} | settings)
+    due_at = {f"s{step}": due(options, step=step) for step in range(5)}
+    due_at |= {f"e{epoch}": due(options, step=2 * epoch, epoch=epoch) for epoch in (1, 2)}
+    assert [moment for moment, answer in due_at.items() if answer] == moments
 
 
 # --- pictures ---
@@ -94,9 +95,9 @@ def paths(
     )
 
 
-def farthest(one: Image.Image, other: Image.Image) -> int:
+def farthest(first: Image.Image, second: Image.Image) -> int:
     """The largest difference of two pictures, of 255."""
-    return max(high for _, high in ImageChops.difference(one, other).getextrema())
+    return max(high for _, high in ImageChops.difference(first, second).getextrema())
 
 
 SMALL = Prompt("a cat", "bad", width=64, height=64, seed=3, steps=2, scale=5.0)
@@ -107,11 +108,11 @@ SMALL = Prompt("a cat", "bad", width=64, height=64, seed=3, steps=2, scale=5.0)
 def test_every_sampler_draws(
     model: Model, tmp_path: Path, sampler: str, prediction: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = scheduler(sampler, v_parameterization=prediction == "v_prediction")
-    assert made.config.prediction_type == prediction
-    assert made.config.beta_schedule == "scaled_linear"
-    assert not made.config.get("clip_sample")
-    assert not made.config.get("use_karras_sigmas")
+    sampler_scheduler = scheduler(sampler, v_parameterization=prediction == "v_prediction")
+    assert sampler_scheduler.config.prediction_type == prediction
+    assert sampler_scheduler.config.beta_schedule == "scaled_linear"
+    assert not sampler_scheduler.config.get("clip_sample")
+    assert not sampler_scheduler.config.get("use_karras_sigmas")
     options = Options(v_parameterization=prediction == "v_prediction")
     (picture,) = drawn(model, [replace(SMALL, sampler=sampler, steps=4)], tmp_path, options)
     assert picture.size == (64, 64)
@@ -134,13 +135,13 @@ def test_the_picture_is_the_one_of_diffusers_own_pipeline(model: Model, folder: 
 
 
 def test_a_seed_repeats_a_picture_and_no_seed_does_not(model: Model, tmp_path: Path) -> None:
-    first, again, other, free, freer = drawn(
+    first, again, second, free, freer = drawn(
         model,
         [replace(SMALL, sampler="euler_a", seed=seed) for seed in (1, 1, 2, None, None)],
         tmp_path,
     )
     assert farthest(first, again) == 0
-    assert farthest(first, other) > 0
+    assert farthest(first, second) > 0
     assert farthest(free, freer) > 0
 
 
@@ -161,15 +162,15 @@ def test_every_part_of_the_prompt_changes_the_picture(model: Model, tmp_path: Pa
         replace(SMALL, scale=1.0),
     ]
     first, *others = drawn(model, variants, tmp_path)
-    assert all(farthest(first, other) > 0 for other in others)
+    assert all(farthest(first, second) > 0 for second in others)
 
 
 def test_tokens_beyond_the_limit_count_once_the_limit_is_raised(model: Model, tmp_path: Path) -> None:
     long = [replace(SMALL, prompt="x" * 80 + end, scale=20.0) for end in "ab"]
-    one, other = drawn(model, long, tmp_path)
-    assert farthest(one, other) == 0
-    one, other = drawn(model, long, tmp_path, Options(max_token_length=150))
-    assert farthest(one, other) > 0
+    first, second = drawn(model, long, tmp_path)
+    assert farthest(first, second) == 0
+    first, second = drawn(model, long, tmp_path, Options(max_token_length=150))
+    assert farthest(first, second) > 0
 
 
 def test_processes_share_the_prompts_and_draw_what_one_would(model: Model, tmp_path: Path) -> None:
@@ -256,6 +257,6 @@ def test_a_sheet_keeps_order_and_shape_and_reduces_what_is_large() -> None:
 def box(sheet: Image.Image, colour: str) -> tuple[int, int, int, int]:
     plain = Image.new("RGB", sheet.size, colour)
     same = ImageChops.difference(sheet, plain).convert("L").point(lambda value: 255 * (value == 0))
-    found = same.getbbox()
-    assert found is not None
-    return found
+    box = same.getbbox()
+    assert box is not None
+    return box

@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
-from lorashrink.train import saving
-from lorashrink.train.data import scan
-from lorashrink.train.options import Options, parse
-from lorashrink.train.saving import Length, Names, Position
+from lorashrink.train.data.scanning import scan
+from lorashrink.train.flags.options import Options, parse
+from lorashrink.train.output import saving
+from lorashrink.train.output.saving import Length, Names, Position
 
 
 @contextmanager
@@ -71,12 +71,12 @@ def test_steps_and_epochs_follow_from_batches_and_accumulation(
 
 
 def test_files_have_the_names_of_sd_scripts() -> None:
-    named = saving.names(Options(output_dir="/out", output_name="mylora", save_model_as="ckpt"))
+    named = saving.run_names(Options(output_dir="/out", output_name="mylora", save_model_as="ckpt"))
     assert [
         str(path)
         for path in (
-            named.epoch_file(50), named.step_file(1200), named.final_file(),
-            named.epoch_state(50), named.step_state(1200), named.final_state(),
+            named.file(epoch=50), named.file(step=1200), named.file(),
+            named.state(epoch=50), named.state(step=1200), named.state(),
         )
     ] == [
         "/out/mylora-000050.ckpt", "/out/mylora-step00001200.ckpt", "/out/mylora.ckpt",
@@ -86,13 +86,13 @@ def test_files_have_the_names_of_sd_scripts() -> None:
 
 @pytest.mark.parametrize("name", [None, ""])
 def test_without_a_name_files_are_called_epoch_at_and_last(name: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    named = saving.names(Options(output_dir="out", output_name=name))
-    assert [path.name for path in (named.epoch_file(2), named.step_file(3), named.final_file())] == [
+    named = saving.run_names(Options(output_dir="out", output_name=name))
+    assert [path.name for path in (named.file(epoch=2), named.file(step=3), named.file())] == [
         "epoch-000002.safetensors",
         "at-step00000003.safetensors",
         "last.safetensors",
     ]
-    assert [path.name for path in (named.epoch_state(2), named.step_state(3), named.final_state())] == [
+    assert [path.name for path in (named.state(epoch=2), named.state(step=3), named.state())] == [
         "epoch-000002-state",
         "at-step00000003-state",
         "last-state",
@@ -103,12 +103,12 @@ def test_without_a_name_files_are_called_epoch_at_and_last(name: str | None, cap
 @pytest.mark.parametrize("name", ["a/b", "../b", "..", ".", "a\\b", "/b"])
 def test_an_output_name_that_is_a_path_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="--output_name"):
-        saving.names(Options(output_dir="out", output_name=name))
+        saving.run_names(Options(output_dir="out", output_name=name))
 
 
 @pytest.mark.parametrize("name", ["my lora", "lora..v2", "Zoë-1.0", ".hidden"])
 def test_other_output_names_are_used_as_they_are(name: str) -> None:
-    assert saving.names(Options(output_name=name)).final_file() == Path(f"{name}.safetensors")
+    assert saving.run_names(Options(output_name=name)).file() == Path(f"{name}.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -180,9 +180,9 @@ def test_a_run_leaves_the_files_and_states_of_the_last_steps(tmp_path: Path) -> 
     options = Options(save_last_n_steps=30, save_last_n_steps_state=10, save_state=True)
     named = Names(tmp_path, "x", "safetensors")
     for step in saving.steps_due(10, 100):
-        named.step_file(step).touch()
-        named.step_state(step).mkdir()
-        (named.step_state(step) / "optimizer.bin").touch()
+        named.file(step=step).touch()
+        named.state(step=step).mkdir()
+        (named.state(step=step) / "optimizer.bin").touch()
         saving.remove(saving.expired_after_step(options, named, step, 10))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "x-step00000070.safetensors",
@@ -222,7 +222,7 @@ def test_a_file_holds_the_tensors_in_the_precision_that_was_asked_for(
         assert torch.equal(read[name], tensor.to(dtype))
 
 
-def test_none_keeps_the_dtype_of_each_tensor_and_numbers_that_are_whole_stay_whole(tmp_path: Path) -> None:
+def test_without_a_precision_each_tensor_keeps_its_dtype(tmp_path: Path) -> None:
     mixed = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2, 3).T, "n": torch.arange(3)}
     kept = load_file(saving.save_adapter(tmp_path / "a.safetensors", mixed, {}))
     assert {name: tensor.dtype for name, tensor in kept.items()} == {name: mixed[name].dtype for name in mixed}
@@ -308,33 +308,33 @@ class Run:
             self.schedule.step()
             self.optimizer.zero_grad()
 
-    def save(self, folder: Path, position: Position, asked: dict[str, str] | None = None) -> None:
-        saving.save_state(folder, self.accelerator, self.layer.state_dict(), position, asked or {})
+    def save(self, folder: Path, position: Position, fingerprint: dict[str, str] | None = None) -> None:
+        saving.save_state(folder, self.accelerator, self.layer.state_dict(), position, fingerprint or {})
 
-    def load(self, folder: Path, asked: dict[str, str] | None = None, seed: int | None = None) -> Position:
-        return saving.load_state(folder, self.accelerator, self.layer.load_state_dict, asked or {}, seed)
+    def load(self, folder: Path, fingerprint: dict[str, str] | None = None, seed: int | None = None) -> Position:
+        return saving.load_state(folder, self.accelerator, self.layer.load_state_dict, fingerprint or {}, seed)
 
 
 HERE = Position(epoch=2, batch=3, step=5, seed=77)
 
 
 def test_a_resumed_run_ends_as_one_that_was_never_interrupted(tmp_path: Path) -> None:
-    whole = Run()
-    whole.train(5)
-    whole.save(tmp_path / "x-state", HERE)
-    whole.train(5)
+    complete = Run()
+    complete.train(5)
+    complete.save(tmp_path / "x-state", HERE)
+    complete.train(5)
     resumed = Run(seed=1)
     assert resumed.load(tmp_path / "x-state") == HERE
     resumed.train(5)
-    assert torch.equal(resumed.layer.weight, whole.layer.weight)
-    assert resumed.schedule.get_last_lr() == whole.schedule.get_last_lr()
+    assert torch.equal(resumed.layer.weight, complete.layer.weight)
+    assert resumed.schedule.get_last_lr() == complete.schedule.get_last_lr()
 
 
 def test_a_state_says_where_the_run_stands(tmp_path: Path) -> None:
     run = Run()
     run.save(tmp_path / "x-state", HERE, {"learning_rate": "0.1"})
-    found = saving.peek_state(tmp_path / "x-state")
-    assert {key: found[key] for key in ("current_epoch", "current_step", "batch", "seed", "options")} == {
+    state = saving.peek_state(tmp_path / "x-state")
+    assert {key: state[key] for key in ("current_epoch", "current_step", "batch", "seed", "options")} == {
         "current_epoch": 2,
         "current_step": 5,
         "batch": 3,
@@ -377,7 +377,7 @@ def test_a_state_with_nan_does_not_replace_the_older(tmp_path: Path) -> None:
     assert Run().load(tmp_path / "x-state") == HERE
 
 
-def test_a_save_that_was_killed_leaves_nothing_to_resume_and_the_next_one_clears_it(tmp_path: Path) -> None:
+def test_a_killed_save_leaves_nothing_to_resume(tmp_path: Path) -> None:
     run = Run()
     run.train(1)
     unfinished = tmp_path / ".x-state.unfinished"
@@ -398,8 +398,8 @@ def test_a_damaged_state_is_refused(tmp_path: Path, file: str) -> None:
     run = Run()
     run.train(1)
     run.save(tmp_path / "x-state", HERE)
-    whole = (tmp_path / "x-state" / file).read_bytes()
-    (tmp_path / "x-state" / file).write_bytes(whole[: len(whole) // 2])
+    complete = (tmp_path / "x-state" / file).read_bytes()
+    (tmp_path / "x-state" / file).write_bytes(complete[: len(complete) // 2])
     with pytest.raises(InputError) as error:
         Run().load(tmp_path / "x-state")
     assert "x-state" in str(error.value)
@@ -429,14 +429,14 @@ def test_a_train_state_of_the_wrong_kind_is_refused(tmp_path: Path, change: dict
 def test_a_state_of_another_optimizer_or_network_is_refused(tmp_path: Path) -> None:
     run = Run()
     run.save(tmp_path / "x-state", HERE)
-    other = Run()
-    other.layer = torch.nn.Linear(300, 8)
+    different = Run()
+    different.layer = torch.nn.Linear(300, 8)
     with pytest.raises(InputError, match="another network or optimizer"):
-        other.load(tmp_path / "x-state")
-    other = Run(torch.optim.SGD)
-    other.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+        different.load(tmp_path / "x-state")
+    different = Run(torch.optim.SGD)
+    different.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
     with pytest.raises(InputError, match="another network or optimizer"):
-        other.load(tmp_path / "x-state")
+        different.load(tmp_path / "x-state")
 
 
 def test_what_changed_is_named_and_the_seed_is_that_of_the_state(
@@ -485,8 +485,8 @@ def test_the_fingerprint_holds_what_changes_the_result_and_nothing_else(
     tmp_path: Path, more: list[str], expected: list[str]
 ) -> None:
     arguments = [f"--train_data_dir={_pictures(tmp_path)}", "--resolution=64", "--caption_extension=.txt"]
-    one, two = parse(arguments), parse([*arguments, *more])
-    first, second = (saving.fingerprint(options, scan(options), 1) for options in (one, two))
+    before, after = parse(arguments), parse([*arguments, *more])
+    first, second = (saving.fingerprint(options, scan(options), 1) for options in (before, after))
     assert sorted(key for key in first if first[key] != second[key]) == sorted(expected)
 
 

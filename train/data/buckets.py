@@ -73,15 +73,19 @@ class Fit:
         the bucket without a cut. That of a mirrored picture is counted from the other side.
         """
         width, height = self.bucket
-        aspect = _aspect(self.original)
-        wider = width / height > aspect
-        inner_width = height * aspect if wider else width
-        inner_height = height if wider else width / aspect
-        left = (width - inner_width) // 2
-        top = (height - inner_height) // 2
+        left, top, right, _ = self.uncut
         if flipped:
-            left = width - (left + inner_width)
+            left = width - right
         return self.original[1], self.original[0], int(top), int(left), height, width
+
+    @property
+    def uncut(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the picture if it lay in the bucket without a cut, as in sd-scripts."""
+        width, height = self.bucket
+        aspect = _aspect(self.original)
+        inner_width, inner_height = (height * aspect, height) if width / height > aspect else (width, width / aspect)
+        left, top = (width - inner_width) // 2, (height - inner_height) // 2
+        return left, top, left + inner_width, top + inner_height
 
 
 @cache
@@ -106,12 +110,12 @@ def bucket_table(rules: BucketRules) -> tuple[Size, ...]:
         return ()
     minimum = max(rules.minimum // rules.step, 1) * rules.step
     maximum = math.ceil(rules.maximum / rules.step) * rules.step
-    for flag, given, used in (
+    for flag, limit, used in (
         ("--min_bucket_reso", rules.minimum, minimum),
         ("--max_bucket_reso", rules.maximum, maximum),
     ):
-        if given != used:
-            _log.warning("%s %d is no multiple of --bucket_reso_steps %d; %d is used", flag, given, rules.step, used)
+        if limit != used:
+            _log.warning("%s %d is no multiple of --bucket_reso_steps %d; %d is used", flag, limit, rules.step, used)
     pairs = [
         (width, min(maximum, _down(area // width, rules.step))) for width in range(minimum, maximum + 1, rules.step)
     ]
@@ -186,17 +190,16 @@ def prepare(image: Image.Image, fit: Fit, interpolation: str | None) -> npt.NDAr
     image = image.convert("RGB")
     left, top = fit.crop
     width, height = fit.bucket
-    return np.ascontiguousarray(_resize(image, fit.resized, interpolation)[top : top + height, left : left + width])
-
-
-def _resize(image: Image.Image, size: Size, interpolation: str | None) -> npt.NDArray[np.uint8]:
-    if image.size == size:
-        return np.asarray(image)
     if interpolation is None:
-        interpolation = "area" if image.width >= size[0] and image.height >= size[1] else "lanczos"
-    if interpolation == "area":
-        return _resize_area(np.asarray(image), size)
-    return np.asarray(image.resize(size, _PIL_FILTERS[interpolation]))
+        shrinks = image.width >= fit.resized[0] and image.height >= fit.resized[1]
+        interpolation = "area" if shrinks else "lanczos"
+    if image.size == fit.resized:
+        pixels = np.asarray(image)
+    elif interpolation == "area":
+        pixels = _resize_area(np.asarray(image), fit.resized)
+    else:
+        pixels = np.asarray(image.resize(fit.resized, _PIL_FILTERS[interpolation]))
+    return np.ascontiguousarray(pixels[top : top + height, left : left + width])
 
 
 def _resize_area(pixels: npt.NDArray[np.uint8], size: Size) -> npt.NDArray[np.uint8]:
@@ -212,14 +215,14 @@ def _mean_rows(pixels: npt.NDArray[Any], new: int) -> npt.NDArray[np.float32]:
     old = len(pixels)
     flat = pixels.reshape(old, -1)
     means = np.empty((new, flat.shape[1]), np.float32)
-    for place in range(new):
+    for row in range(new):
         # In units of 1/new of an old row all edges are whole numbers: this row covers start .. end of new * old.
-        start, end = place * old, (place + 1) * old
+        start, end = row * old, (row + 1) * old
         source = np.arange(start // new, -(-end // new))
         overlap = np.minimum(end, (source + 1) * new) - np.maximum(start, source * new)
         weights = (overlap / old).astype(np.float32)
         # Few rows at a time stay in the processor's cache.
-        np.matmul(weights, flat[source[0] : source[-1] + 1].astype(np.float32), out=means[place])
+        np.matmul(weights, flat[source[0] : source[-1] + 1].astype(np.float32), out=means[row])
     return means.reshape(new, *pixels.shape[1:])
 
 
@@ -237,8 +240,8 @@ def bucket_info(fits: Iterable[tuple[Fit, int]]) -> dict[str, Any]:
     """
     counts: Counter[Size] = Counter()
     errors = []
-    for one, repeats in fits:
-        counts[one.bucket] += repeats
-        errors.append(abs(_aspect(one.bucket) - _aspect(one.original)))
-    buckets = {place: {"resolution": list(size), "count": counts[size]} for place, size in enumerate(sorted(counts))}
+    for picture_fit, repeats in fits:
+        counts[picture_fit.bucket] += repeats
+        errors.append(abs(_aspect(picture_fit.bucket) - _aspect(picture_fit.original)))
+    buckets = {index: {"resolution": list(size), "count": counts[size]} for index, size in enumerate(sorted(counts))}
     return {"buckets": buckets, "mean_img_ar_error": sum(errors) / max(len(errors), 1)}

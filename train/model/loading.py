@@ -11,7 +11,6 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -23,11 +22,19 @@ from lorashrink.adapters import looks_like_adapter
 from lorashrink.bases import Base, open_base
 from lorashrink.errors import InputError, NotABase, UsageError
 from lorashrink.files.reading import PICKLE_SUFFIXES, open_tensors
-from lorashrink.train.options import Options
+from lorashrink.pictures.pipelines import (
+    check_filled,
+    clip_tokenizers,
+    first_sentence,
+    tokenizer_folder,
+    weights_variant,
+)
+from lorashrink.train.flags.options import Options
 
 LATENT_SCALE = 0.13025  # brings SDXL's latents to about unit variance (vae/config.json of SDXL 1.0)
 
-SETTINGS = Path(__file__).parent / "sdxl"  # the published settings of SDXL 1.0, for files without any
+_KINDS = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+SETTINGS = Path(__file__).parents[1] / "sdxl"  # the published settings of SDXL 1.0, for files without any
 _DOUBT = "The file is damaged, or of a model with other settings (--model_config gives those of a single file)"
 _EXAMPLE = "stabilityai/stable-diffusion-xl-base-1.0"
 # Folder of a part -> what its tensors begin with in a single file.
@@ -37,12 +44,6 @@ _PARTS = {
     "text_encoder_2": "conditioner.embedders.1.",
     "vae": "first_stage_model.",
 }
-# Where a tokenizer may lie: in a model folder, as sd-scripts caches it, as the hub's tools cache it.
-_TOKENIZERS = (
-    "tokenizer",
-    "openai_clip-vit-large-patch14",
-    "models--openai--clip-vit-large-patch14/snapshots/*",
-)
 
 
 @dataclass(slots=True)
@@ -58,13 +59,6 @@ class Model:
     def modules(self) -> tuple[nn.Module, ...]:
         """UNet, VAE and both text encoders."""
         return (self.unet, self.vae, *self.encoders)
-
-
-def quiet_libraries() -> None:
-    """Leave only errors of what diffusers and transformers say, and no progress bars of theirs."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
 
 
 def weight_dtype(options: Options) -> torch.dtype:
@@ -85,22 +79,22 @@ def load_model(options: Options, device: torch.device) -> Model:
         InputError: not SDXL, damaged, or a part or a tensor of it is missing.
     """
     path = _existing(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
-    given = _existing(options.model_config, "--model_config") if options.model_config else None
-    settings = given or (path if path.is_dir() else SETTINGS)
+    config = _existing(options.model_config, "--model_config") if options.model_config else None
+    settings = config or (path if path.is_dir() else SETTINGS)
     target = device if options.lowram else torch.device("cpu")
     dtype = weight_dtype(options)
 
     _check_base(path, needs_vae=options.vae is None)
-    tokenizers = _load_tokenizers(
-        [
-            *(each for each in (path, given) if each and each.is_dir()),
-            *([Path(options.tokenizer_cache_dir)] if options.tokenizer_cache_dir else []),
-        ]
-    )
+    folders = [folder for folder in (path, config) if folder and folder.is_dir()]
+    if options.tokenizer_cache_dir:
+        folders.append(Path(options.tokenizer_cache_dir))
+    tokenizers = _load_tokenizers(folders)
     vae_path = _existing(options.vae, "--vae") if options.vae else path
     vae = _load_vae(vae_path, settings, torch.float32 if options.no_half_vae else dtype).to(target)
-    load = _load_folder if path.is_dir() else _load_file
-    unet, *encoders = load(path, settings, dtype, target)
+    if path.is_dir():
+        unet, *encoders = (_load_part(kind, path / part, dtype).to(target) for part, kind in _KINDS.items())
+    else:
+        unet, *encoders = (part.to(target) for part in _load_file(path, settings, dtype))
     model = Model(unet, vae, (encoders[0], encoders[1]), tokenizers)
     _check_fit(path, model)
     # Old settings have a wrong number here, with which the pooled vector would not be that at EOS.
@@ -162,30 +156,19 @@ def _open_base(path: Path) -> Base:
 def _load_tokenizers(folders: Sequence[Path]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """Both tokenizers, from the first of these folders that has one.
 
-    Those of SDXL have one vocabulary and differ in their padding alone. The published tokenizer_2 takes every "!" for
-    its padding; sd-scripts, ComfyUI and A1111 take it for the word that it is, as the first tokenizer does.
-
     Raises:
         UsageError: there is none.
         InputError: it cannot be read.
     """
-    folder = _tokenizer_folder(folders)
+    folder = tokenizer_folder(folders)
+    if folder is None:
+        searched = f"in {' or '.join(map(str, folders))}" if folders else "in a single file"
+        raise UsageError(
+            f"no tokenizer {searched}; give --tokenizer_cache_dir, "
+            "a folder that holds the folder tokenizer of any SDXL model"
+        )
     with _reading(folder, "tokenizer"):
-        first, second = (CLIPTokenizer.from_pretrained(folder, local_files_only=True) for _ in range(2))
-    second.pad_token_id = 0
-    return first, second
-
-
-def _tokenizer_folder(folders: Sequence[Path]) -> Path:
-    for folder in folders:
-        for found in (folder, *(each for place in _TOKENIZERS for each in sorted(folder.glob(place)))):
-            if any((found / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-                return found
-    searched = f"in {' or '.join(map(str, folders))}" if folders else "in a single file"
-    raise UsageError(
-        f"no tokenizer {searched}; give --tokenizer_cache_dir, "
-        "a folder that holds the folder tokenizer of any SDXL model"
-    )
+        return clip_tokenizers(folder)
 
 
 def _load_vae(path: Path, settings: Path, dtype: torch.dtype) -> Any:
@@ -197,37 +180,27 @@ def _load_vae(path: Path, settings: Path, dtype: torch.dtype) -> Any:
         vae = AutoencoderKL.from_single_file(
             str(path), config=str(settings), subfolder="vae", torch_dtype=dtype, local_files_only=True
         )
-    _check_filled(path, "vae", vae)
+    check_filled(path, "vae", vae)
     return vae
-
-
-def _load_folder(path: Path, settings: Path, dtype: torch.dtype, device: torch.device) -> list[Any]:
-    """UNet and text encoders of a diffusers folder."""
-    kinds = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    return [_load_part(kind, path / part, dtype).to(device) for part, kind in kinds.items()]
 
 
 def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     with _reading(folder.parent, folder.name):
         part, info = kind.from_pretrained(
             folder,
-            variant=_variant(folder, dtype),
+            variant=weights_variant(folder, half=dtype == torch.float16),
             local_files_only=True,
             output_loading_info=True,
             **{"torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype},
         )
-    _check_none_missing(folder.parent, folder.name, sorted(info["missing_keys"]))
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{folder.parent}: its {folder.name} lacks {len(missing)} tensors, such as {missing[0]}. {_DOUBT}"
+        )
     return part
 
 
-def _variant(folder: Path, dtype: torch.dtype) -> str | None:
-    """The variant fp16 where it is wanted, or is all there is."""
-    weights = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-    half = [name for name in weights if re.search(r"\.fp16[.-]", name)]
-    return "fp16" if half and (dtype == torch.float16 or len(half) == len(weights)) else None
-
-
-def _load_file(path: Path, settings: Path, dtype: torch.dtype, device: torch.device) -> list[Any]:
+def _load_file(path: Path, settings: Path, dtype: torch.dtype) -> list[Any]:
     """UNet and text encoders of a single file in the original names."""
     # Its import says things that `quiet_libraries` must come before.
     from diffusers.pipelines import StableDiffusionXLPipeline
@@ -241,10 +214,9 @@ def _load_file(path: Path, settings: Path, dtype: torch.dtype, device: torch.dev
             add_watermarker=False,
             **dict.fromkeys(("vae", "tokenizer", "tokenizer_2", "scheduler")),
         )
-    parts = {name: getattr(pipeline, name) for name in _PARTS if name != "vae"}
-    for name, part in parts.items():
-        _check_filled(path, name, part)
-    return [part.to(device) for part in parts.values()]
+    for part in _KINDS:
+        check_filled(path, part, getattr(pipeline, part))
+    return [getattr(pipeline, part) for part in _KINDS]
 
 
 @contextmanager
@@ -256,21 +228,7 @@ def _reading(path: Path, part: str) -> Iterator[None]:
     except NotImplementedError as error:  # that a tensor without data cannot be copied
         raise InputError(f"{path}: its {part} lacks tensors. {_DOUBT}") from error
     except Exception as error:
-        raise InputError(f"{path}: its {part} cannot be loaded: {_reason(error)}. {_DOUBT}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of what a library says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
-
-
-def _check_filled(path: Path, part: str, module: nn.Module) -> None:
-    _check_none_missing(path, part, [name for name, tensor in module.state_dict().items() if tensor.is_meta])
-
-
-def _check_none_missing(path: Path, part: str, missing: Sequence[str]) -> None:
-    if missing:
-        raise InputError(f"{path}: its {part} lacks {len(missing)} tensors, such as {missing[0]}. {_DOUBT}")
+        raise InputError(f"{path}: its {part} cannot be loaded: {first_sentence(error)}. {_DOUBT}") from error
 
 
 def _check_fit(path: Path, model: Model) -> None:
@@ -317,7 +275,7 @@ def set_attention(model: Model, options: Options) -> None:
             model.unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
             raise UsageError(
-                f"--xformers: it does not run here ({_reason(error)}). Install xformers, or give --sdpa instead"
+                f"--xformers: it does not run here ({first_sentence(error)}). Install xformers, or give --sdpa instead"
             ) from error
 
 

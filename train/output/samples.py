@@ -23,9 +23,9 @@ from lorashrink.files.disk import write_bytes
 from lorashrink.pictures.prompts import Prompt
 from lorashrink.pictures.samplers import scheduler
 from lorashrink.plots.sheet import Cell, contact_sheet
-from lorashrink.train.model import LATENT_SCALE, Model, vae_stride, weight_dtype
-from lorashrink.train.options import Options
-from lorashrink.train.text import CHUNK, Encoded, encode, token_count, tokenize
+from lorashrink.train.flags.options import Options
+from lorashrink.train.model.loading import LATENT_SCALE, Model, vae_stride, weight_dtype
+from lorashrink.train.model.text import CHUNK, Encoded, encode, token_count, tokenize
 
 _log = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ def check_prompts(prompts: Sequence[Prompt], tokenizer: CLIPTokenizer, world: in
                     f"sample {number:02d}: the {name} has {count} tokens, {count + 2} with its start and end; what is "
                     f"beyond {limit} ({limit + 2}) is cut off. Shorten it, or raise --max_token_length (up to 225)."
                 )
-            if found := _WEIGHT.search(text):
+            if weight := _WEIGHT.search(text):
                 warnings.append(
-                    f"sample {number:02d}: the {name} has a weight, {found[0]}, which is read as plain text."
+                    f"sample {number:02d}: the {name} has a weight, {weight[0]}, which is read as plain text."
                 )
     if len(prompts) % world:
         warnings.append(
@@ -99,22 +99,26 @@ def draw(
 
     Raises OutputError if a picture cannot be written.
     """
-    mine = list(enumerate(prompts))[rank::world]
+    share = list(enumerate(prompts))[rank::world]
     pipeline = _pipeline(model.unet)
     autocast = torch.autocast(device.type, weight_dtype(options), enabled=options.mixed_precision != "no")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         with autocast, _moved(model.encoders, device):
-            texts = [_encoded(model, prompt, options, device) for _, prompt in mine]
+            texts = [_encoded(model, prompt, options, device) for _, prompt in share]
         with autocast:
             stride = vae_stride(model.vae)
             latents = [
-                _latents(pipeline, prompt, text, options, stride) for (_, prompt), text in zip(mine, texts, strict=True)
+                _latents(pipeline, prompt, text, options, stride)
+                for (_, prompt), text in zip(share, texts, strict=True)
             ]
         with _moved([model.vae], device, torch.float32):
-            return [
-                _write(_picture(model.vae, latent, number), folder, options, step, epoch, number, prompt)
-                for (number, prompt), latent in zip(mine, latents, strict=True)
-            ]
+            pictures = [_decoded(model.vae, latent, number) for (number, _), latent in zip(share, latents, strict=True)]
+    paths = []
+    for (number, prompt), picture in zip(share, pictures, strict=True):
+        seed = "" if prompt.seed is None else f"_{prompt.seed}"
+        name = f"{_moment(options, step, epoch)}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
+        paths.append(_write_png(folder / "sample" / name, picture))
+    return paths
 
 
 @contextlib.contextmanager
@@ -126,8 +130,8 @@ def _moved(modules: Sequence[Any], device: torch.device, dtype: torch.dtype | No
             module.to(device, dtype or module.dtype)
         yield
     finally:
-        for module, (place, kind) in zip(modules, before, strict=True):
-            module.to(place, kind)
+        for module, (old_device, old_dtype) in zip(modules, before, strict=True):
+            module.to(old_device, old_dtype)
 
 
 def _encoded(model: Model, prompt: Prompt, options: Options, device: torch.device) -> Encoded:
@@ -185,7 +189,7 @@ def _pipeline(unet: Any) -> Any:
     return pipeline
 
 
-def _picture(vae: Any, latents: Tensor, number: int) -> Image.Image:
+def _decoded(vae: Any, latents: Tensor, number: int) -> Image.Image:
     (pixels,) = vae.decode(latents / LATENT_SCALE, return_dict=False)
     if not pixels.isfinite().all():
         _log.warning(
@@ -195,14 +199,6 @@ def _picture(vae: Any, latents: Tensor, number: int) -> Image.Image:
     return cast(Image.Image, VaeImageProcessor().postprocess(pixels.nan_to_num(), output_type="pil")[0])
 
 
-def _write(
-    picture: Image.Image, folder: Path, options: Options, step: int, epoch: int | None, number: int, prompt: Prompt
-) -> Path:
-    seed = "" if prompt.seed is None else f"_{prompt.seed}"
-    name = f"{_round(options, step, epoch)}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
-    return _write_png(folder / "sample" / name, picture)
-
-
 def _write_png(path: Path, picture: Image.Image) -> Path:
     data = io.BytesIO()
     picture.save(data, "png")
@@ -210,7 +206,7 @@ def _write_png(path: Path, picture: Image.Image) -> Path:
     return path
 
 
-def _round(options: Options, step: int, epoch: int | None) -> str:
+def _moment(options: Options, step: int, epoch: int | None) -> str:
     """What the names of all pictures of one moment begin with; sd-scripts' form."""
     name = f"{options.output_name}_" if options.output_name else ""
     return f"{name}{step:06d}" if epoch is None else f"{name}e{epoch:06d}"
@@ -223,24 +219,16 @@ def write_sheet(
 
     Raises OutputError if it cannot be written.
     """
-    start = _round(options, step, epoch)
-    drawn = [(_newest(folder / "sample", start, number), number, prompt) for number, prompt in enumerate(prompts)]
-    cells = [_cell(path, number, prompt) for path, number, prompt in drawn if path is not None]
+    start = _moment(options, step, epoch)
+    cells = []
+    for number, prompt in enumerate(prompts):
+        drawn = (folder / "sample").glob(f"{glob.escape(f'{start}_{number:02d}')}_*.png")
+        # An earlier run may have left others; names begin with the time, so they sort.
+        if path := max(drawn, key=lambda path: path.name, default=None):
+            seed = "random seed" if prompt.seed is None else f"seed {prompt.seed}"
+            size = f"{prompt.width} × {prompt.height}"
+            settings = f"{size}, {seed}, {prompt.sampler}, {prompt.steps} steps, scale {prompt.scale:g}"
+            cells.append(Cell(Image.open(path), f"{number:02d}  {prompt.prompt}", settings))
     moment = f"step {step}" if epoch is None else f"epoch {epoch}, step {step}"
     title = f"{options.output_name}, {moment}" if options.output_name else moment
     return _write_png(folder / "sample" / f"{start}_sheet.png", contact_sheet(title, cells))
-
-
-def _newest(folder: Path, start: str, number: int) -> Path | None:
-    """The last picture of this name: an earlier run may have left others. Names begin with the time, so they sort."""
-    found = folder.glob(f"{glob.escape(f'{start}_{number:02d}')}_*.png")
-    return max(found, key=lambda path: path.name, default=None)
-
-
-def _cell(path: Path, number: int, prompt: Prompt) -> Cell:
-    seed = "random seed" if prompt.seed is None else f"seed {prompt.seed}"
-    return Cell(
-        Image.open(path),
-        f"{number:02d}  {prompt.prompt}",
-        f"{prompt.width} × {prompt.height}, {seed}, {prompt.sampler}, {prompt.steps} steps, scale {prompt.scale:g}",
-    )

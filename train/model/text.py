@@ -6,8 +6,7 @@ Captions of more than 75 tokens are cut into chunks as sd-scripts cuts them, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 CHUNK = 75  # tokens of text in the 77 positions of a CLIP encoder; the others are BOS and EOS
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(NamedTuple):
     """Encoded captions; n = 75 k + 2 positions for captions of k chunks."""
 
     hidden1: Tensor  # [b, n, c1], the penultimate layer of the first encoder
@@ -33,8 +31,7 @@ class Encoded:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Encoded:
         """The same on this device, in this dtype."""
-        moved = (tensor.to(device, dtype) for tensor in (self.hidden1, self.hidden2, self.pooled))
-        return Encoded(*moved)
+        return Encoded(*(tensor.to(device, dtype) for tensor in self))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], max_token_length: int | None) -> Tensor:
@@ -44,12 +41,12 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], max_token_length
     of sd-scripts: a chunk that the text fills ends with EOS, and a chunk without text begins BOS EOS.
     """
     limit = max_token_length or CHUNK
-    given = tokenizer(
+    tokens = tokenizer(
         list(captions), padding="max_length", truncation=True, max_length=limit + 2, return_tensors="pt"
-    ).input_ids
-    parts = given[:, 1:-1].reshape(len(given), -1, CHUNK)
+    ).input_ids  # [b, 75 k + 2]
+    parts = tokens[:, 1:-1].reshape(len(tokens), -1, CHUNK)
     count = parts.shape[1]
-    begin, end = (given[:, place, None, None].expand(-1, count, 1) for place in (0, -1))
+    begin, end = (tokens[:, index, None, None].expand(-1, count, 1) for index in (0, -1))
     chunks = torch.cat([begin, parts, end], dim=2)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if count > 1 and pad != eos:

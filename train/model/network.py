@@ -30,19 +30,19 @@ from lycoris.wrapper import network_module_dict
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lorashrink.adapters import Adapter, Layer, layer_name, open_adapter
-from lorashrink.bases import Base, Views
+from lorashrink.adapters import layer_name, open_adapter
+from lorashrink.bases import Base
 from lorashrink.errors import InputError, UsageError
 from lorashrink.files.store import pickled_store
 from lorashrink.linking.matching import bind, match
 from lorashrink.linking.renaming import renamed
-from lorashrink.train import seeds
-from lorashrink.train.names import SDXL, Named, named_modules
-from lorashrink.train.network_args import PRESETS, NetworkArgs, read_network_args
-from lorashrink.train.options import Options, read_toml
+from lorashrink.train.data import seeds
+from lorashrink.train.flags.network_args import PRESETS, NetworkArgs, read_network_args
+from lorashrink.train.flags.options import Options, read_toml
+from lorashrink.train.model.names import SDXL, Named, named_modules
 
 if TYPE_CHECKING:
-    from lorashrink.train.model import Model
+    from lorashrink.train.model.loading import Model
 
 # LyCORIS' fused kernels for GPUs know nothing of autocast: they compute and keep in float32 what torch's do in half.
 os.environ.setdefault("LYCORIS_KERNEL_BACKEND", "torch")
@@ -68,10 +68,11 @@ class Part:
     parameters: int
 
 
-class Network:
-    """LyCORIS' layers, applied to a model: calling the model computes with them."""
+class Network(nn.Module):
+    """LyCORIS' layers, applied to a model: calling the model computes with them. All parameters are float32."""
 
     def __init__(self, module: LycorisNetworkKohya) -> None:
+        super().__init__()
         self.module = module
 
     @property
@@ -84,8 +85,8 @@ class Network:
         """Modules and parameters of each part that is trained."""
         sizes: dict[str, list[int]] = {name: [] for name in _PARTS}
         for layer in self.layers:
-            sizes[_part(layer)].append(sum(each.numel() for each in layer.parameters()))
-        return tuple(Part(name, len(each), sum(each)) for name, each in sizes.items() if each)
+            sizes[_part(layer)].append(sum(parameter.numel() for parameter in layer.parameters()))
+        return tuple(Part(name, len(numbers), sum(numbers)) for name, numbers in sizes.items() if numbers)
 
     def groups(self, options: Options) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups for an optimizer, and their names: "textencoder", "unet", and " plus" for LoRA+.
@@ -104,14 +105,10 @@ class Network:
         groups = [{**group, "params": list(group["params"])} for group in groups]
         if not groups:
             raise UsageError("--learning_rate, --unet_lr, --text_encoder_lr: all of what is trained has a rate of 0")
-        trained = {id(each) for group in groups for each in group["params"]}
-        for each in self.parameters():
-            each.requires_grad_(id(each) in trained)
+        trained = {id(parameter) for group in groups for parameter in group["params"]}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
         return groups, names
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters, float32."""
-        yield from self.module.parameters()
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of an adapter file, float32 copies on the CPU. Scalars are folded into the factors."""
@@ -150,25 +147,17 @@ class Network:
         """
         training = self.module.training
         self.module.eval()  # dropout would shorten what is measured
-        limited = [(layer, norm) for layer in self.layers if (norm := _norm(layer)) is not None]
+        measured = [(layer, norm) for layer in self.layers if (norm := _norm(layer)) is not None]
         self.module.train(training)
-        if not limited:
+        if not measured:
             return NormReport(0, 0.0, 0.0)
-        norms = torch.stack([norm for _, norm in limited])
+        norms = torch.stack([norm for _, norm in measured])
         ratios = (limit / norms).clamp(max=1)
-        for (layer, _), ratio in zip(limited, ratios, strict=True):
-            _strength(layer).mul_(ratio)
+        for (layer, _), ratio in zip(measured, ratios, strict=True):
+            (layer.oft_blocks if isinstance(layer, _ROTATIONS) else layer.scalar).mul_(ratio)
         after = norms * ratios
         scaled, average, largest = torch.stack([(ratios < 1).sum(), after.mean(), after.max()]).tolist()
         return NormReport(int(scaled), average, largest)
-
-    def train(self, mode: bool = True) -> None:
-        """Turn dropout on or off."""
-        self.module.train(mode)
-
-    def to(self, device: torch.device) -> None:
-        """Move all parameters and buffers."""
-        self.module.to(device)
 
 
 # --- parts and norms ----------------------------------------------------------------------------
@@ -203,12 +192,6 @@ def _norm(layer: Any) -> Tensor | None:
     elif isinstance(layer, _ROTATIONS):
         norm = layer.oft_blocks.norm()
     return norm
-
-
-def _strength(layer: Any) -> Tensor:
-    """What is multiplied to make the layer's change weaker."""
-    strength: Tensor = layer.oft_blocks if isinstance(layer, _ROTATIONS) else layer.scalar
-    return strength
 
 
 # --- building -----------------------------------------------------------------------------------
@@ -268,7 +251,7 @@ def _building(model: Model, options: Options) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """LyCORIS logs and prints for every layer; what matters of it is said by `check_network_args`."""
+    """LyCORIS logs and prints for every layer; what matters of it is said by `read_network_args`."""
     level = lycoris_log.level
     lycoris_log.setLevel(logging.ERROR)
     try:
@@ -294,7 +277,7 @@ def _from_options(
 ) -> LycorisNetworkKohya:
     with _preset(arguments.preset) as preset:
         try:
-            module = create_network(
+            network = create_network(
                 1.0,
                 options.network_dim,
                 options.network_alpha,
@@ -307,10 +290,10 @@ def _from_options(
             )
         except (ValueError, AssertionError, TypeError) as error:
             raise UsageError(f"--network_args: LyCORIS cannot build this network: {error}") from error
-    names = {each.lycoris: each.kohya for each in named}
-    for layer in module.loras:
+    names = {module.lycoris: module.kohya for module in named}
+    for layer in network.loras:
         layer.lora_name = names[layer.lora_name]
-    return module
+    return network
 
 
 # --- presets ------------------------------------------------------------------------------------
@@ -350,20 +333,18 @@ def _read_preset(name: str) -> dict[str, Any]:
     """All settings of a preset, so that those of another one do not shine through, with diffusers' class names."""
     # Names of modules in LyCORIS' own presets match none of sd-scripts' UNet, so that they are not trained there.
     own: dict[str, Any] = {"unet_target_name": []}
-    given = PRESET[name] | own if name in PRESETS else _from_toml(Path(name))
     unset = {"module_algo_map": {}, "name_algo_map": {}, "use_fnmatch": False, "exclude_name": []}
-    preset: dict[str, Any] = PRESET["full"] | own | unset | given
-    classes = [_CLASSES.get(each, each) for each in preset["unet_target_module"] if each not in _OTHER_CLASSES]
-    algos = {_CLASSES.get(each, each): algo for each, algo in preset["module_algo_map"].items()}
+    if name in PRESETS:
+        settings = PRESET[name] | own
+    else:
+        try:
+            settings = PresetConfig.from_dict(read_toml(Path(name))).to_dict()
+        except PresetValidationError as error:
+            raise InputError(f"{Path(name)}: no preset of LyCORIS: {error}") from None
+    preset: dict[str, Any] = PRESET["full"] | own | unset | settings
+    classes = [_CLASSES.get(kind, kind) for kind in preset["unet_target_module"] if kind not in _OTHER_CLASSES]
+    algos = {_CLASSES.get(kind, kind): algo for kind, algo in preset["module_algo_map"].items()}
     return preset | {"unet_target_module": classes, "module_algo_map": algos}
-
-
-def _from_toml(path: Path) -> dict[str, Any]:
-    try:
-        preset: dict[str, Any] = PresetConfig.from_dict(read_toml(path)).to_dict()
-    except PresetValidationError as error:
-        raise InputError(f"{path}: no preset of LyCORIS: {error}") from None
-    return preset
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -387,28 +368,21 @@ def _merge(path: Path, strength: float, base: Base, model: Model) -> None:
     """Add an adapter to the weights of the model, in float32, rounded once to their dtype."""
     weights = _weights(model)
     with open_adapter(path) as adapter:
-        found = match(adapter, base)
-        left = len(adapter.others) + sum(
-            not views or "magnitude" in layer.keys for layer, views in _pairs(adapter, found)
+        matched = match(adapter, base)
+        unused = len(adapter.others) + sum(
+            not views or "magnitude" in layer.keys for layer, views in zip(adapter.layers, matched, strict=True)
         )
-        if left:
+        if unused:
             _log.warning(
-                "--base_weights %s: %d parts of it are no change of SDXL's weights and are left out", path, left
+                "--base_weights %s: %d parts of it are no change of SDXL's weights and are left out", path, unused
             )
-        for layer, views in _pairs(bind(adapter, found, base), found):
-            if views:
-                _add(strength * layer.delta.dense().flatten(1), [(weights[view.key], view.rows) for view in views])
-
-
-def _pairs(adapter: Adapter, found: Sequence[Views]) -> Iterator[tuple[Layer, Views]]:
-    return zip(adapter.layers, found, strict=True)
-
-
-def _add(change: Tensor, weights: Sequence[tuple[Tensor, tuple[int, int] | None]]) -> None:
-    """Add a change [out, in·kh·kw] to weights, or the given rows of them, that stand one below the other."""
-    rows = [weight[slice(*span)] if span else weight for weight, span in weights]
-    for row, part in zip(rows, torch.split(change, [len(each) for each in rows]), strict=True):
-        row.copy_(row.float() + part.reshape(row.shape).to(row.device))
+        for layer, views in zip(bind(adapter, matched, base).layers, matched, strict=True):
+            if not views:
+                continue
+            change = strength * layer.delta.dense().flatten(1)  # [out, in·kh·kw]; the views' rows, one below the other
+            rows = [weights[view.key][slice(*view.rows)] if view.rows else weights[view.key] for view in views]
+            for row, part in zip(rows, torch.split(change, [len(row) for row in rows]), strict=True):
+                row.copy_(row.float() + part.reshape(row.shape).to(row.device))
 
 
 def _read_weights(path: Path, base: Base) -> dict[str, Tensor]:
@@ -423,13 +397,13 @@ def _from_weights(
 ) -> LycorisNetworkKohya:
     """A network with the layers, ranks, alphas and numbers of a file."""
     network = LycorisNetworkKohya([], nn.Module(), warn_on_unmatched=False)
-    modules = {each.kohya: each.module for each in named}
+    modules = {module.kohya: module.module for module in named}
     kinds = {name: kind for name in map(layer_name, weights) if (kind := get_module(weights, name)[0])}
     dora = any(key.endswith(".dora_scale") for key in weights)
     if dora != arguments.dora or not set(kinds.values()) <= {network_module_dict[arguments.algo], NormModule}:
-        found = ", ".join(sorted({kind.name for kind in kinds.values()}))
+        algos = ", ".join(sorted({kind.name for kind in kinds.values()}))
         raise UsageError(
-            f"--network_weights {path}: holds {found}{' with DoRA' if dora else ''}, and --network_args asks for "
+            f"--network_weights {path}: holds {algos}{' with DoRA' if dora else ''}, and --network_args asks for "
             f"algo={arguments.algo} dora_wd={arguments.dora}; give the ones of the file"
         )
     for name, kind in kinds.items():
@@ -446,13 +420,12 @@ def _layer_from_weights(
     path: Path, weights: Mapping[str, Tensor], name: str, module: nn.Module, arguments: NetworkArgs
 ) -> Any:
     kind, tensors = get_module(weights, name)
+    values = arguments.values
     # LyCORIS has no place for these when it makes a layer from a file
     settings: dict[str, Any] = {
-        "dropout": float(arguments.values.get("dropout", 0)),
-        "rank_dropout": float(arguments.values.get("rank_dropout", 0)),
-        "module_dropout": float(arguments.values.get("module_dropout", 0)),
-        "wd_on_out": arguments.values.get("wd_on_output", True),
-        "unbalanced_factorization": arguments.values.get("unbalanced_factorization", False),
+        **{name: float(values.get(name, 0)) for name in ("dropout", "rank_dropout", "module_dropout")},
+        "wd_on_out": values.get("wd_on_output", True),
+        "unbalanced_factorization": values.get("unbalanced_factorization", False),
         "bypass_mode": arguments.bypass,
     }
     with_settings = type(kind.__name__, (kind,), {"__init__": partialmethod(kind.__init__, **settings)})

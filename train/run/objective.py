@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from lorashrink.errors import UsageError
-from lorashrink.train import seeds
-from lorashrink.train.options import Options
+from lorashrink.train.data import seeds
+from lorashrink.train.flags.options import Options
 
 TIMESTEPS = 1000
 
@@ -38,17 +38,6 @@ class Noised:
     noisy: Tensor
     timesteps: Tensor
     target: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """The random numbers of one picture, float32 on the CPU."""
-
-    noise: Tensor  # [4, h, w]
-    shift: Tensor  # [4, 1, 1], of unit strength
-    strength: float
-    coarse: Tensor  # [4, h, w], the sum of all coarser noise
-    timestep: int
 
 
 class Objective:
@@ -87,9 +76,17 @@ class Objective:
             keys: what makes each showing of a picture unique, one for each of the batch.
             seed: the seed of the run.
         """
-        drawn = [self._draw(latents.shape[1:], seed, key) for key in keys]
-        timesteps = torch.tensor([each.timestep for each in drawn], device=latents.device)
-        noise = self._noise(drawn, latents)
+        options, device = self._options, latents.device
+        draws = [self._draw(latents.shape[1:], seed, key) for key in keys]
+        noises, shifts, strengths, coarse_noises, steps = zip(*draws, strict=True)
+        noise = torch.stack(noises).to(device)
+        if options.noise_offset:
+            strength = torch.tensor(strengths).view(-1, 1, 1, 1).to(device) * options.noise_offset
+            noise = noise + _offset(strength, options.adaptive_noise_scale, latents) * torch.stack(shifts).to(device)
+        if options.multires_noise_iterations:
+            noise = noise + torch.stack(coarse_noises).to(device)
+            noise = noise / noise.std()
+        timesteps = torch.tensor(steps, device=device)
         noisy = self.noise_schedule.add_noise(latents, noise, timesteps)
         if self._options.v_parameterization:
             return Noised(noisy, timesteps, self.noise_schedule.get_velocity(latents, noise, timesteps))
@@ -110,7 +107,15 @@ class Objective:
         by_timestep = self._weights.to(error.device)[noised.timesteps]
         return (error * weights.to(error.device) * by_timestep).mean()
 
-    def _draw(self, shape: torch.Size, seed: int, key: tuple[str | int, ...]) -> _Drawn:
+    def _draw(
+        self, shape: torch.Size, seed: int, key: tuple[str | int, ...]
+    ) -> tuple[Tensor, Tensor, float, Tensor, int]:
+        """The random numbers of one picture, float32 on the CPU.
+
+        Returns:
+            Noise [4, h, w], what channels are shifted by [4, 1, 1], how strongly, coarser noise [4, h, w], and the
+            timestep.
+        """
         options = self._options
         tensors, numbers = seeds.generator(seed, "noise", *key), seeds.numbers(seed, "noise", *key)
         # The order of these lines is part of what a seed means.
@@ -120,19 +125,7 @@ class Objective:
         levels = options.multires_noise_iterations or 0
         coarse = _coarse_noise(shape, levels, options.multires_noise_discount, tensors, numbers)
         timestep = int(torch.randint(*self._range, (), generator=tensors))
-        return _Drawn(noise, shift, strength, coarse, timestep)
-
-    def _noise(self, drawn: Sequence[_Drawn], latents: Tensor) -> Tensor:
-        options = self._options
-        noise = torch.stack([each.noise for each in drawn]).to(latents.device)
-        if options.noise_offset:
-            strength = torch.tensor([each.strength for each in drawn]).view(-1, 1, 1, 1).to(latents.device)
-            shift = torch.stack([each.shift for each in drawn]).to(latents.device)
-            noise = noise + _offset(strength * options.noise_offset, options.adaptive_noise_scale, latents) * shift
-        if options.multires_noise_iterations:
-            noise = noise + torch.stack([each.coarse for each in drawn]).to(latents.device)
-            noise = noise / noise.std()
-        return noise
+        return noise, shift, strength, coarse, timestep
 
 
 def timestep_weights(options: Options, snr: Tensor) -> Tensor:

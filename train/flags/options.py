@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import tomllib
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lorashrink.errors import InputError, UsageError
+from lorashrink.errors import InputError, UsageError, nearest
 from lorashrink.files.disk import write_bytes
 from lorashrink.pictures.prompts import SAMPLERS
 
@@ -32,10 +32,7 @@ def _row(
     hidden: bool = False,
     group: str = "",
 ) -> Any:
-    """A field with what its flag needs to know.
-
-    `hidden` keeps an alias out of the help; `group` is the heading that starts here.
-    """
+    """A field with what its flag needs to know; `hidden` keeps an alias out of the help, `group` starts a heading."""
     metadata = {"help": text, "choices": choices, "read": read, "hidden": hidden, "group": group}
     return field(default=default, metadata=metadata)
 
@@ -62,7 +59,6 @@ class Options:
     vae: str | None = _row(None, "VAE to use instead of the base's own: a folder or a file")
     tokenizer_cache_dir: str | None = _row(None, "folder with the two tokenizers, for a base that is a single file")
     v_parameterization: bool = _row(False, "for a base that predicts v instead of noise")
-    v2: bool = _row(False, "refused: it is for SD 2.x, not for SDXL")
     clip_skip: int | None = _row(None, "no effect with SDXL")
     lowram: bool = _row(False, "load the model straight to the GPU, for machines with little main memory")
     highvram: bool = _row(False, "accepted, no effect")
@@ -82,8 +78,6 @@ class Options:
     )
     train_batch_size: int = _row(1, "pictures that are trained on at once")
     flip_aug: bool = _row(False, "show pictures mirrored half of the time")
-    color_aug: bool = _row(False, "not supported")
-    random_crop: bool = _row(False, "not supported")
     enable_bucket: bool = _row(
         False, "keep the shapes of pictures: train each at about the same area, in batches of equal shape"
     )
@@ -120,14 +114,11 @@ class Options:
     keep_tokens: int = _row(0, "tags at the start of a caption that stay there when the others are shuffled")
     keep_tokens_separator: str = _row("", "text in captions before which tags stay in place, instead of --keep_tokens")
     secondary_separator: str | None = _row(None, "what separates tags that stay together when shuffled")
-    enable_wildcard: bool = _row(False, "choose among {a|b} and among the lines of a caption file")
     caption_prefix: str | None = _row(None, "text before each caption")
     caption_suffix: str | None = _row(None, "text after each caption")
     caption_dropout_rate: float = _row(0.0, "share of captions that are left empty, 0 to 1")
     caption_dropout_every_n_epochs: int = _row(0, "leave all captions empty in every Nth epoch")
     caption_tag_dropout_rate: float = _row(0.0, "share of tags that are left out, 0 to 1")
-    token_warmup_min: int = _row(1, "tags that are used at the start of the token warm-up")
-    token_warmup_step: float = _row(0.0, "steps, or share of all steps below 1, until all tags are used")
     max_token_length: int | None = _row(
         None, "longest caption in tokens, 75 if not given; what is longer is cut off", choices=(75, 150, 225)
     )
@@ -149,7 +140,7 @@ class Options:
 
     optimizer_type: str = _row(
         "",
-        "AdamW (if not given), AdamW8bit, Lion, Prodigy, Adafactor, ... or a class by its dotted path",
+        "AdamW (if not given), AdamW8bit, Lion, Prodigy, Adafactor, or a class by its dotted path",
         group="Optimizer",
     )
     optimizer_args: tuple[str, ...] = _row((), "key=value pairs for the optimizer, such as weight_decay=0.01")
@@ -289,79 +280,85 @@ class Options:
     debug: bool = _row(False, "show where in the program an error came from")
 
 
-# sd-scripts' flags that are not implemented, with the values that change nothing there: programs that write
-# configuration files write those too.
+# sd-scripts' flags that are not supported, and keys of its dataset files, with the values that change nothing there:
+# programs that write settings files write those too.
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "alpha_mask": (False,),
-    "async_upload": (False,),
-    "blocks_to_swap": (0,),
-    "cache_info": (False,),
-    "conditioning_data_dir": ("",),
-    "console_log_file": ("",),
+    **dict.fromkeys(
+        (
+            "alpha_mask", "async_upload", "cache_info", "color_aug", "console_log_simple", "cpu_offload_checkpointing",
+            "ddp_gradient_as_bucket_view", "ddp_static_graph", "debug_dataset", "deepspeed", "enable_wildcard",
+            "fp16_master_weights_and_gradients", "fp8_base", "fp8_base_unet", "full_fp16", "fused_backward_pass",
+            "ip_noise_gamma_random_strength", "masked_loss", "random_crop", "resume_from_huggingface",
+            "save_state_to_huggingface", "skip_until_initial_step", "torch_compile", "v2", "weighted_captions",
+            "zero3_init_flag", "zero3_save_16bit_model",
+        ),
+        (False,),
+    ),
+    **dict.fromkeys(
+        (
+            "conditioning_data_dir", "console_log_file", "dataset_class", "face_crop_aug_range",
+            "huggingface_path_in_repo", "huggingface_repo_id", "huggingface_repo_type", "huggingface_repo_visibility",
+            "huggingface_token", "in_json", "log_tracker_config", "metadata_file", "offload_optimizer_device",
+            "offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path", "wandb_api_key",
+        ),
+        ("",),
+    ),
+    **dict.fromkeys(
+        (
+            "blocks_to_swap", "ddp_timeout", "initial_step", "ip_noise_gamma", "logit_mean", "max_validation_steps",
+            "token_warmup_step", "validate_every_n_epochs", "validate_every_n_steps", "validation_seed",
+            "validation_split",
+        ),
+        (0.0,),
+    ),
     "console_log_level": ("", "INFO"),
-    "console_log_simple": (False,),
-    "cpu_offload_checkpointing": (False,),
-    "dataset_class": ("",),
-    "ddp_gradient_as_bucket_view": (False,),
-    "ddp_static_graph": (False,),
-    "ddp_timeout": (0,),
-    "debug_dataset": (False,),
-    "deepspeed": (False,),
+    "custom_attributes": ("{}",),
     "dynamo_backend": ("inductor", "no"),
-    "face_crop_aug_range": ("",),
-    "fp16_master_weights_and_gradients": (False,),
-    "fp8_base": (False,),
-    "fp8_base_unet": (False,),
-    "full_fp16": (False,),
-    "fused_backward_pass": (False,),
     "huber_c": (0.1,),
     "huber_scale": (1.0,),
     "huber_schedule": ("snr",),
-    "huggingface_path_in_repo": ("",),
-    "huggingface_repo_id": ("",),
-    "huggingface_repo_type": ("",),
-    "huggingface_repo_visibility": ("",),
-    "huggingface_token": ("",),
-    "in_json": ("",),
     "initial_epoch": (0, 1),
-    "initial_step": (0,),
-    "ip_noise_gamma": (0, 0.0),
-    "ip_noise_gamma_random_strength": (False,),
-    "log_tracker_config": ("",),
-    "logit_mean": (0.0,),
     "logit_std": (1.0,),
     "loss_type": ("l2",),
-    "masked_loss": (False,),
-    "max_validation_steps": (0,),
     "mode_scale": (1.29,),
-    "offload_optimizer_device": ("",),
-    "offload_optimizer_nvme_path": ("",),
-    "offload_param_device": ("",),
-    "offload_param_nvme_path": ("",),
-    "resume_from_huggingface": (False,),
-    "save_state_to_huggingface": (False,),
-    "skip_until_initial_step": (False,),
-    "torch_compile": (False,),
-    "validate_every_n_epochs": (0,),
-    "validate_every_n_steps": (0,),
-    "validation_seed": (0,),
-    "validation_split": (0.0,),
-    "wandb_api_key": ("",),
-    "weighted_captions": (False,),
+    "network_multiplier": (1.0,),
+    "token_warmup_min": (1,),
     "weighting_scheme": ("uniform",),
-    "zero3_init_flag": (False,),
-    "zero3_save_16bit_model": (False,),
     "zero_stage": (2,),
-}
+}  # fmt: skip
+_RESUME = "--resume goes on exactly where a state was saved"
 _INSTEAD = {
-    "in_json": "put the captions into files beside the pictures",
-    "initial_epoch": "--resume goes on exactly where a state was saved",
-    "initial_step": "--resume goes on exactly where a state was saved",
-    "skip_until_initial_step": "--resume goes on exactly where a state was saved",
+    "color_aug": "change colours in copies of the pictures instead",
     "console_log_file": "add 2> log.txt to the end of the command",
+    "enable_wildcard": "write one caption for each picture",
     "full_fp16": "--full_bf16 or --mixed_precision fp16",
+    "in_json": "put the captions into files beside the pictures",
+    "initial_epoch": _RESUME,
+    "initial_step": _RESUME,
+    "random_crop": "--enable_bucket uses nearly all of each picture",
+    "skip_until_initial_step": _RESUME,
+    "token_warmup_min": "--caption_tag_dropout_rate leaves tags out at random",
+    "token_warmup_step": "--caption_tag_dropout_rate leaves tags out at random",
+    "v2": "it is for Stable Diffusion 2.x, and this trains SDXL",
     "wandb_api_key": "set WANDB_API_KEY, which other users of the machine cannot see",
 }
+
+
+def unsupported(name: str, value: object) -> str | None:
+    """The name of a flag or key of `UNSUPPORTED` and what to do instead; None for a value that changes nothing."""
+    if any(_equal(value, neutral) for neutral in UNSUPPORTED[name]):
+        return None
+    return f"{name}; {_INSTEAD[name]}" if name in _INSTEAD else name
+
+
+def _equal(value: Any, neutral: Any) -> bool:
+    try:
+        return bool(type(neutral)(value) == neutral)
+    except (TypeError, ValueError):
+        return False
+
+
+# --- the command line ---------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -369,14 +366,9 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}. `--help` lists all options")
 
 
-def _not_supported(name: str) -> str:
-    instead = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
-    return f"not supported: --{name}{instead}"
-
-
 def parser(program: str = "lorashrink train") -> argparse.ArgumentParser:
     """The parser of all flags, which reads texts. Flags that were not given are absent from what it returns."""
-    made = _Parser(
+    flags = _Parser(
         prog=program,
         usage="%(prog)s --pretrained_model_name_or_path BASE --train_data_dir FOLDER --resolution SIZE"
         " --network_module lycoris.kohya --output_dir FOLDER [more options]",
@@ -384,50 +376,35 @@ def parser(program: str = "lorashrink train") -> argparse.ArgumentParser:
         epilog=f"Example: {program} --config_file settings.toml",
         argument_default=argparse.SUPPRESS,
     )
-    group: argparse._ActionsContainer = made
-    for name, kind in _kinds().items():
+    group: argparse._ActionsContainer = flags
+    for name, (kind, several) in _kinds().items():
         row = Options.__dataclass_fields__[name]
         if row.metadata["group"]:
-            group = made.add_argument_group(row.metadata["group"])
-        text = argparse.SUPPRESS if row.metadata["hidden"] else _help(row)
-        if kind.inner is bool:
-            group.add_argument(f"--{name}", action="store_true", help=text)
+            group = flags.add_argument_group(row.metadata["group"])
+        if kind is bool:
+            group.add_argument(f"--{name}", action="store_true", help=_help(row))
         else:
-            group.add_argument(f"--{name}", nargs="*" if kind.many else None, metavar=_metavar(row, kind), help=text)
+            values = "|".join(map(str, row.metadata["choices"])) or {int: "N", float: "NUMBER", str: "TEXT"}[kind]
+            group.add_argument(f"--{name}", nargs="*" if several else None, metavar=values, help=_help(row))
     for name in UNSUPPORTED:
-        made.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
-    return made
+        flags.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
+    return flags
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """The type of a flag's value, and whether it takes several."""
-
-    inner: type
-    many: bool = False
-
-
-def _kinds() -> dict[str, _Kind]:
-    hints = typing.get_type_hints(Options)
-    return {row.name: _kind(hints[row.name]) for row in dataclasses.fields(Options)}
-
-
-def _kind(hint: Any) -> _Kind:
-    if typing.get_origin(hint) is tuple:
-        return _Kind(typing.get_args(hint)[0], many=True)
-    inner = [each for each in typing.get_args(hint) or (hint,) if each is not type(None)]
-    return _Kind(inner[0])
-
-
-def _metavar(row: dataclasses.Field[Any], kind: _Kind) -> str:
-    choices = "|".join(map(str, row.metadata["choices"]))
-    return choices or {int: "N", float: "NUMBER", str: "TEXT"}[kind.inner]
+@cache
+def _kinds() -> Mapping[str, tuple[type, bool]]:
+    """Flag -> type of its values, and whether it takes several."""
+    return {
+        name: ((typing.get_args(hint) or (hint,))[0], typing.get_origin(hint) is tuple)  # `str`, `str | None` or tuple
+        for name, hint in typing.get_type_hints(Options).items()
+    }
 
 
 def _help(row: dataclasses.Field[Any]) -> str:
-    shown = row.default not in (None, False, "", ())
-    text = f"{row.metadata['help']} (default {row.default})" if shown else str(row.metadata["help"])
-    return text.replace("%", "%%")
+    if row.metadata["hidden"]:
+        return argparse.SUPPRESS
+    default = "" if row.default in (None, False, "", ()) else f" (default {row.default})"
+    return f"{row.metadata['help']}{default}".replace("%", "%%")
 
 
 def parse(arguments: Sequence[str], program: str = "lorashrink train") -> Options:
@@ -439,30 +416,93 @@ def parse(arguments: Sequence[str], program: str = "lorashrink train") -> Option
         UsageError: a flag that does not exist, is not supported, or has a value of the wrong kind.
         InputError: the configuration file cannot be read.
     """
-    given, unknown = parser(program).parse_known_args(list(arguments))
-    if unknown:
-        raise UsageError(_unknown(unknown))
-    texts = {name: _joined(value) if name in UNSUPPORTED else value for name, value in vars(given).items()}
-    values = _read(texts)
+    namespace, rest = parser(program).parse_known_args(list(arguments))
+    if rest:
+        flags = [word.split("=")[0] for word in rest if word.startswith("--")]
+        raise UsageError(
+            _no_such_option(flags[0].removeprefix("--"))
+            if flags
+            else f"unexpected text: {' '.join(rest)}. Values with spaces need quotes"
+        )
+    values = _read(
+        {
+            name: value if name not in UNSUPPORTED else " ".join(value) if value else True
+            for name, value in vars(namespace).items()
+        }
+    )
     if (path := values.get("config_file")) and not values.get("output_config"):
         values = _from_file(_toml(path)) | values
     return _tidy(Options(**values))
 
 
-def _joined(words: Sequence[str]) -> str | bool:
-    return " ".join(words) if words else True
-
-
-def _unknown(words: Sequence[str]) -> str:
-    flags = [word.split("=")[0] for word in words if word.startswith("--")]
-    if flags:
-        return _no_such_option(flags[0].removeprefix("--"))
-    return f"unexpected text: {' '.join(words)}. Values with spaces need quotes"
-
-
 def _no_such_option(name: str) -> str:
-    near = difflib.get_close_matches(name, [*_kinds(), *UNSUPPORTED], n=1)
-    return f"no such option: --{name}; " + (f"did you mean --{near[0]}?" if near else "`--help` lists all")
+    near = nearest(name, [*_kinds(), *UNSUPPORTED])
+    return f"no such option: --{name}; " + (f"did you mean --{near}?" if near else "`--help` lists all")
+
+
+def _read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the right kinds, from texts or TOML values."""
+    kinds = _kinds()
+    for name, value in values.items():
+        if name in UNSUPPORTED:
+            if refused := unsupported(name, value):
+                raise UsageError(f"not supported: --{refused}")
+        elif name not in kinds:
+            raise UsageError(_no_such_option(name))
+    return {name: _converted(name, value, *kinds[name]) for name, value in values.items() if name in kinds}
+
+
+def _converted(name: str, value: Any, kind: type, several: bool) -> Any:
+    if several:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_converted(name, item, kind, False) for item in items if item != "")
+    row = Options.__dataclass_fields__[name]
+    if value == "" and row.default is None:
+        return None
+    try:
+        if not isinstance(value, bool | int | float | str) or isinstance(value, bool) != (kind is bool):
+            raise ValueError("wrong kind")
+        result = value if kind is bool else (row.metadata["read"] or kind)(str(value))
+    except ValueError:
+        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+        raise UsageError(f"--{name} must be {expected}, not {json.dumps(value, default=str)}") from None
+    if row.metadata["choices"] and result not in row.metadata["choices"]:
+        raise UsageError(f"--{name} must be one of {', '.join(map(str, row.metadata['choices']))}, not {result}")
+    return result
+
+
+def _tidy(options: Options) -> Options:
+    """The same with aliases and spellings that mean another option resolved."""
+    change: dict[str, Any] = {}
+    if options.caption_extention is not None:
+        change["caption_extension"] = options.caption_extention
+    if options.save_precision == "fp32":
+        change["save_precision"] = "float"
+    if options.max_token_length == 75:
+        change["max_token_length"] = None
+    if options.cache_latents_to_disk:
+        change["cache_latents"] = True
+    if options.cache_text_encoder_outputs_to_disk:
+        change["cache_text_encoder_outputs"] = True
+    return dataclasses.replace(options, **change)
+
+
+def key_values(flag: str, words: Iterable[str]) -> dict[str, str]:
+    """The `key=value` words of a flag that takes several.
+
+    Raises:
+        UsageError: a word without key, "=" or value.
+    """
+    values = {}
+    for word in words:
+        key, _, value = (part.strip() for part in word.partition("="))
+        if not key or not value:
+            raise UsageError(f"{flag}: '{word}' is no key=value pair, such as weight=8 (no blanks around '=')")
+        values[key] = value
+    return values
+
+
+# --- settings files -----------------------------------------------------------------------------
 
 
 def _toml(path: str | Path) -> Path:
@@ -495,69 +535,8 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _read(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the right kinds, from texts or TOML values."""
-    kinds = _kinds()
-    for name, value in found.items():
-        if name not in kinds and name not in UNSUPPORTED:
-            raise UsageError(_no_such_option(name))
-        if name in UNSUPPORTED and not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
-            raise UsageError(_not_supported(name))
-    return {name: _converted(name, value, kinds[name]) for name, value in found.items() if name in kinds}
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    try:
-        return bool(type(neutral)(value) == neutral)
-    except (TypeError, ValueError):
-        return False
-
-
-def _converted(name: str, value: Any, kind: _Kind) -> Any:
-    if kind.many:
-        several = value if isinstance(value, list) else [value]
-        return tuple(_converted(name, each, _Kind(kind.inner)) for each in several if each != "")
-    row = Options.__dataclass_fields__[name]
-    if value == "" and row.default is None:
-        return None
-    try:
-        made = _made(row, value, kind.inner)
-    except ValueError:
-        raise UsageError(f"--{name} must be {_article(kind.inner)}, not {json.dumps(value, default=str)}") from None
-    if row.metadata["choices"] and made not in row.metadata["choices"]:
-        raise UsageError(f"--{name} must be one of {', '.join(map(str, row.metadata['choices']))}, not {made}")
-    return made
-
-
-def _made(row: dataclasses.Field[Any], value: Any, kind: type) -> Any:
-    """Raises ValueError."""
-    if not isinstance(value, bool | int | float | str) or isinstance(value, bool) != (kind is bool):
-        raise ValueError("wrong kind")
-    return value if kind is bool else (row.metadata["read"] or kind)(str(value))
-
-
-def _article(kind: type) -> str:
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-
-
-def _tidy(options: Options) -> Options:
-    """The same with aliases and spellings that mean another option resolved."""
-    change: dict[str, Any] = {}
-    if options.caption_extention is not None:
-        change["caption_extension"] = options.caption_extention
-    if options.save_precision == "fp32":
-        change["save_precision"] = "float"
-    if options.max_token_length == 75:
-        change["max_token_length"] = None
-    if options.cache_latents_to_disk:
-        change["cache_latents"] = True
-    if options.cache_text_encoder_outputs_to_disk:
-        change["cache_text_encoder_outputs"] = True
-    return dataclasses.replace(options, **change)
-
-
 def write_config(options: Options) -> Path:
-    """Write the options that differ from their defaults to --config_file, as TOML, and say where.
+    """Write the options that differ from their defaults to --config_file, as TOML, and return its path.
 
     Raises:
         UsageError: no --config_file, or it exists.
@@ -568,15 +547,11 @@ def write_config(options: Options) -> Path:
     path = _toml(options.config_file)
     if path.exists():
         raise UsageError(f"{path} exists; give --config_file another name, or delete it")
+    # JSON writes texts, numbers, booleans and lists as TOML does.
     lines = [
-        f"{row.name} = {_toml_value(value)}\n"
+        f"{row.name} = {json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)}\n"
         for row in dataclasses.fields(options)
         if row.name not in ("config_file", "output_config") and (value := getattr(options, row.name)) != row.default
     ]
     write_bytes(path, "".join(lines).encode())
     return path
-
-
-def _toml_value(value: object) -> str:
-    # JSON writes texts, numbers, booleans and lists as TOML does.
-    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

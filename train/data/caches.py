@@ -25,22 +25,28 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
-from lorashrink.train import seeds
-from lorashrink.train.buckets import Fit, to_pixels
-from lorashrink.train.captions import draw
-from lorashrink.train.data import Data, Picture, chunks, read_pixels
-from lorashrink.train.loader import ReadAhead, worker_count
-from lorashrink.train.model import Model, encode_pixels, vae_stride
-from lorashrink.train.options import Options
-from lorashrink.train.text import Encoded, encode, tokenize
+from lorashrink.train.data import seeds
+from lorashrink.train.data.batches import chunks, raising, read_ahead, worker_count
+from lorashrink.train.data.buckets import to_pixels
+from lorashrink.train.data.captions import draw_caption
+from lorashrink.train.data.scanning import Data, Picture, read_pixels
+from lorashrink.train.flags.options import Options
+from lorashrink.train.model.loading import Model, encode_pixels, vae_stride
+from lorashrink.train.model.text import Encoded, encode, tokenize
 
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # done, of how many
 
 _Arrays = Mapping[str, npt.NDArray[Any]]
+
+_NO_CACHE = "the cache file is missing or does not fit the picture; start again, without --skip_cache_check"
+
+
+# --- latents -------------------------------------------------------------------------------------
 
 
 def posterior(seed: int, picture: Picture, flipped: bool) -> torch.Generator:
@@ -76,9 +82,6 @@ class LatentCache:
         raise InputError(f"{_latent_files(picture)[-1]}: {_NO_CACHE}")
 
 
-_NO_CACHE = "the cache file is missing or does not fit the picture; start again, without --skip_cache_check"
-
-
 def cache_latents(
     data: Data,
     vae: AutoencoderKL,
@@ -100,10 +103,10 @@ def cache_latents(
         OutputError: a cache file cannot be written.
     """
     stride = vae_stride(vae)
-    pictures = list({_identity(picture): picture for picture in _all_pictures(data)}.values())
+    pictures = list({_identity(picture): picture for picture in data.pictures}.values())
     if not options.cache_latents_to_disk:
-        every = _encoded(pictures, vae, options, seed, progress)
-        return LatentCache({_identity(picture): latents for picture, latents in every}, stride)
+        encoded = _encoded(pictures, vae, options, seed, progress)
+        return LatentCache({_identity(picture): latents for picture, latents in encoded}, stride)
     _check_distinct((_latent_files(picture)[-1], _identity(picture), picture) for picture in pictures)
     salt = _salt("latents", [vae])
     missing = [picture for picture in pictures[rank::world] if not _has_latents(picture, options, stride, salt)]
@@ -114,10 +117,6 @@ def cache_latents(
     return LatentCache(None, stride)
 
 
-def _all_pictures(data: Data) -> Iterator[Picture]:
-    return (picture for dataset in data.datasets for picture in dataset.pictures)
-
-
 def _identity(picture: Picture) -> Hashable:
     """Equal for pictures with the same latents."""
     return picture.path, picture.fit, picture.subset.flip, picture.subset.interpolation
@@ -125,12 +124,12 @@ def _identity(picture: Picture) -> Hashable:
 
 def _check_distinct(files: Iterable[tuple[Path, Hashable, Picture]]) -> None:
     """Refuse files that would have to hold two things, of which each run would overwrite one."""
-    known: dict[Path, tuple[Hashable, Picture]] = {}
+    contents: dict[Path, tuple[Hashable, Picture]] = {}
     for path, content, picture in files:
-        other_content, other = known.setdefault(path, (content, picture))
-        if other_content != content:
+        first_content, first = contents.setdefault(path, (content, picture))
+        if first_content != content:
             raise InputError(
-                f"{path}: {other.path} and {picture.path} would need this cache file for different contents. Rename "
+                f"{path}: {first.path} and {picture.path} would need this cache file for different contents. Rename "
                 "one, or keep the cache in memory (without _to_disk)"
             )
 
@@ -174,57 +173,48 @@ def _encoded(
     pictures: Sequence[Picture], vae: AutoencoderKL, options: Options, seed: int, progress: Progress | None
 ) -> Iterator[tuple[Picture, Tensor]]:
     """Each picture with its latents [1 or 2, 4, h, w] float32, in the order of buckets."""
-    by_shape = sorted(pictures, key=lambda picture: (picture.fit.bucket, picture.subset.flip))
-    groups = [
-        list(group)
-        for _, same in itertools.groupby(by_shape, key=lambda picture: (picture.fit.bucket, picture.subset.flip))
-        for group in chunks(list(same), max(options.vae_batch_size, 1))
-    ]
-    done = 0
-    read_ahead: ReadAhead[list[Picture], Tensor] = ReadAhead(_pixels, worker_count(options) if groups else 0)
-    for group, pixels in zip(groups, read_ahead(groups), strict=True):
-        sides = [encode_pixels(vae, pixels, [posterior(seed, picture, False) for picture in group])]
-        if group[0].subset.flip:
-            mirrored = [posterior(seed, picture, True) for picture in group]
+
+    def shape(picture: Picture) -> tuple[Any, ...]:
+        return picture.fit.bucket, picture.subset.flip
+
+    ordered = sorted(pictures, key=shape)
+    numbers = itertools.groupby(range(len(ordered)), key=lambda number: shape(ordered[number]))
+    groups = [group for _, same in numbers for group in chunks(list(same), max(options.vae_batch_size, 1))]
+    read = read_ahead(_Pixels(ordered), groups, torch.stack, worker_count(options) if groups else 0)
+    for group, pixels in zip(groups, raising(read), strict=True):
+        members = [ordered[number] for number in group]
+        sides = [encode_pixels(vae, pixels, [posterior(seed, picture, False) for picture in members])]
+        if members[0].subset.flip:
+            mirrored = [posterior(seed, picture, True) for picture in members]
             sides.append(encode_pixels(vae, pixels.flip(-1), mirrored))
-        for picture, latents in zip(group, torch.stack(sides, dim=1), strict=True):
+        for picture, latents in zip(members, torch.stack(sides, dim=1), strict=True):
             if not latents.isfinite().all():
-                raise NonFinite(f"{picture.path}: the VAE makes NaN of this picture; {_against_nan(options)}")
+                damaged = options.no_half_vae or options.mixed_precision == "no"
+                advice = "the VAE may be damaged, give another one with --vae" if damaged else "add --no_half_vae"
+                raise NonFinite(f"{picture.path}: the VAE makes NaN of this picture; {advice}")
             yield picture, latents.contiguous()
-        done += len(group)
         if progress:
-            progress(done, len(pictures))
+            progress(group[-1] + 1, len(pictures))
 
 
-def _pixels(pictures: Sequence[Picture]) -> Tensor:
-    return torch.stack([to_pixels(read_pixels(picture), flipped=False) for picture in pictures])
+@dataclass(frozen=True)
+class _Pixels(Dataset[Tensor]):
+    pictures: Sequence[Picture]
 
-
-def _against_nan(options: Options) -> str:
-    if options.no_half_vae or options.mixed_precision == "no":
-        return "the VAE may be damaged, give another one with --vae"
-    return "add --no_half_vae"
+    def __getitem__(self, index: int) -> Tensor:
+        return to_pixels(read_pixels(self.pictures[index]), flipped=False)
 
 
 def _latent_arrays(picture: Picture, latents: Tensor, source_hash: str) -> dict[str, npt.NDArray[Any]]:
     arrays = {
         "latents": latents[0].numpy(),
         "original_size": np.array(picture.fit.original),
-        "crop_ltrb": np.array(_crop_ltrb(picture.fit)),
+        "crop_ltrb": np.array(picture.fit.uncut),
         # Not in sd-scripts' files: equal buckets may be cut from pictures that were resized differently.
         "resized_size": np.array(picture.fit.resized),
         _SOURCE_KEY: np.array(source_hash),
     }
     return arrays | ({"latents_flipped": latents[1].numpy()} if picture.subset.flip else {})
-
-
-def _crop_ltrb(fit: Fit) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of the whole picture if it lay in the bucket without a cut, as in sd-scripts."""
-    width, height = fit.bucket
-    aspect = fit.original[0] / fit.original[1]
-    inner = (height * aspect, height) if width / height > aspect else (width, width / aspect)
-    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-    return left, top, left + inner[0], top + inner[1]
 
 
 def _fits(arrays: _Arrays, picture: Picture, stride: int) -> bool:
@@ -240,9 +230,15 @@ def _fits(arrays: _Arrays, picture: Picture, stride: int) -> bool:
         all(arrays[side].shape == shape and bool(np.isfinite(arrays[side]).all()) for side in sides)
         and np.array_equal(arrays["original_size"], picture.fit.original)
         and crop.shape == (4,)
-        and bool(np.all(np.abs(crop - _crop_ltrb(picture.fit)) < 1))
+        and bool(np.all(np.abs(crop - picture.fit.uncut) < 1))
         and (resized is None or np.array_equal(resized, picture.fit.resized))
     )
+
+
+# --- captions ------------------------------------------------------------------------------------
+
+_TEXT_KEYS = ("hidden_state1", "hidden_state2", "pool2")
+_HASH_KEY = "caption_hash"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -276,8 +272,8 @@ class TextCache:
         arrays = _read(_text_file(picture))
         if arrays is None or not arrays.keys() >= {*_TEXT_KEYS}:
             return None
-        known = arrays.get(_HASH_KEY)
-        if not (self.trusting if known is None else str(known) == self.hash(_caption(picture))):
+        saved_hash = arrays.get(_HASH_KEY)
+        if not (self.trusting if saved_hash is None else str(saved_hash) == self.hash(_caption(picture))):
             return None
         return Encoded(*(torch.from_numpy(arrays[key])[None] for key in _TEXT_KEYS))
 
@@ -286,16 +282,11 @@ class TextCache:
         return hashlib.blake2b(caption.encode(), key=self.salt, digest_size=16).hexdigest()
 
 
-_TEXT_KEYS = ("hidden_state1", "hidden_state2", "pool2")
-_HASH_KEY = "caption_hash"
-
-
 def cache_texts(
     data: Data,
     model: Model,
     options: Options,
     *,
-    seed: int,
     rank: int,
     world: int,
     progress: Progress | None = None,
@@ -314,21 +305,22 @@ def cache_texts(
         if not subset.captions.fixed:
             raise UsageError(
                 f"{subset.folder}: --cache_text_encoder_outputs needs captions that stay the same; leave out "
-                "shuffle_caption, wildcards, dropout of captions and tags, and token warm-up"
+                "shuffle_caption, and dropout of captions and tags"
             )
     cache = TextCache(_salt(str(options.max_token_length), model.encoders), None, options.skip_cache_check)
-    pictures = list(_all_pictures(data))
+    pictures = data.pictures
     if not options.cache_text_encoder_outputs_to_disk:
         captions = list(dict.fromkeys(map(_caption, pictures)))
-        every = _encoded_captions(captions, model, options, progress)
-        return replace(cache, memory={cache.hash(caption): encoded for caption, encoded in every})
+        pairs = zip(captions, _encoded_captions(captions, model, options, progress), strict=True)
+        return replace(cache, memory={cache.hash(caption): encoded for caption, encoded in pairs})
     _check_distinct((_text_file(picture), _caption(picture), picture) for picture in pictures)
     by_file = list({_text_file(picture): picture for picture in pictures}.values())
     missing = [picture for picture in by_file[rank::world] if not _has_text(picture, cache, options)]
     stale = sum(os.path.exists(_text_file(picture)) for picture in missing)
-    encoded_captions = _encoded_captions([_caption(picture) for picture in missing], model, options, progress)
-    for picture, (caption, encoded) in zip(missing, encoded_captions, strict=True):
-        _write(_text_file(picture), _text_arrays(encoded, cache.hash(caption)))
+    captions = list(map(_caption, missing))
+    for picture, encoded in zip(missing, _encoded_captions(captions, model, options, progress), strict=True):
+        arrays = {key: part[0].numpy() for key, part in zip(_TEXT_KEYS, encoded, strict=True)}
+        _write(_text_file(picture), arrays | {_HASH_KEY: np.array(cache.hash(_caption(picture)))})
     _report_stale("captions", stale)
     return cache
 
@@ -344,7 +336,7 @@ def _salt(settings: str, modules: Iterable[torch.nn.Module]) -> bytes:
 
 def _caption(picture: Picture) -> str:
     """The caption of a picture whose caption never changes."""
-    return draw(picture.lines, picture.subset.captions, seeds.numbers(0, "caption"), epoch=1, step=0, total_steps=1)
+    return draw_caption(picture.caption, picture.subset.captions, seeds.numbers(0, "caption"), epoch=1)
 
 
 def _text_file(picture: Picture) -> Path:
@@ -357,31 +349,23 @@ def _has_text(picture: Picture, cache: TextCache, options: Options) -> bool:
 
 def _encoded_captions(
     captions: Sequence[str], model: Model, options: Options, progress: Progress | None
-) -> Iterator[tuple[str, Encoded]]:
-    """Each caption with its encoding, a batch of 1 on the CPU."""
+) -> Iterator[Encoded]:
+    """The encoding of each caption, a batch of 1 on the CPU."""
     done = 0
     for group in chunks(captions, max(options.text_encoder_batch_size or 1, 1)):
-        first, second = (tokenize(tokenizer, group, options.max_token_length) for tokenizer in model.tokenizers)
+        tokens = [tokenize(tokenizer, group, options.max_token_length) for tokenizer in model.tokenizers]
         with torch.no_grad():
-            encoded = encode(model.encoders, first, second)
-        encoded = encoded.to("cpu", _storable(encoded.hidden1.dtype))
-        parts = (encoded.hidden1, encoded.hidden2, encoded.pooled)
-        for place, caption in enumerate(group):
-            yield caption, Encoded(*(part[place : place + 1].clone() for part in parts))
+            encoded = encode(model.encoders, *tokens)
+        dtype = encoded.hidden1.dtype
+        encoded = encoded.to("cpu", torch.float32 if dtype == torch.bfloat16 else dtype)  # numpy has no bfloat16
+        for index in range(len(group)):
+            yield Encoded(*(part[index : index + 1].clone() for part in encoded))
         done += len(group)
         if progress:
             progress(done, len(captions))
 
 
-def _storable(dtype: torch.dtype) -> torch.dtype:
-    # numpy has no bfloat16.
-    return torch.float32 if dtype == torch.bfloat16 else dtype
-
-
-def _text_arrays(encoded: Encoded, caption_hash: str) -> dict[str, npt.NDArray[Any]]:
-    parts = (encoded.hidden1, encoded.hidden2, encoded.pooled)
-    arrays: dict[str, npt.NDArray[Any]] = {key: part[0].numpy() for key, part in zip(_TEXT_KEYS, parts, strict=True)}
-    return arrays | {_HASH_KEY: np.array(caption_hash)}
+# --- files ---------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> dict[str, npt.NDArray[Any]] | None:

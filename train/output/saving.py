@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorashrink._version import __version__
-from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
+from lorashrink.errors import InputError, LorashrinkError, NonFinite, OutputError, UsageError
 from lorashrink.files.disk import write_bytes
 from lorashrink.files.hashes import LEGACY_HASH, MODEL_HASH
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import cast
 from lorashrink.files.writing import save_tensors
-from lorashrink.train.options import Options
+from lorashrink.train.flags.options import Options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from lorashrink.train.data import Data
+    from lorashrink.train.data.scanning import Data
 
 _log = logging.getLogger(__name__)
 
@@ -76,32 +76,21 @@ class Names:
     name: str | None
     extension: str  # without dot
 
-    def epoch_file(self, epoch: int) -> Path:
-        """The file after this epoch, counted from 1."""
-        return self.folder / f"{self.name or 'epoch'}-{epoch:06d}.{self.extension}"
+    def file(self, *, epoch: int | None = None, step: int | None = None) -> Path:
+        """The file after this epoch, counted from 1, or after this step; without either the final one."""
+        return self.folder / f"{self._stem(epoch, step)}.{self.extension}"
 
-    def step_file(self, step: int) -> Path:
-        """The file after this step."""
-        return self.folder / f"{self.name or 'at'}-step{step:08d}.{self.extension}"
+    def state(self, *, epoch: int | None = None, step: int | None = None) -> Path:
+        """The state folder of the same moment."""
+        return self.folder / f"{self._stem(epoch, step)}-state"
 
-    def final_file(self) -> Path:
-        """The file at the end."""
-        return self.folder / f"{self.name or 'last'}.{self.extension}"
-
-    def epoch_state(self, epoch: int) -> Path:
-        """The state folder after this epoch, counted from 1."""
-        return self.folder / f"{self.name or 'epoch'}-{epoch:06d}-state"
-
-    def step_state(self, step: int) -> Path:
-        """The state folder after this step."""
-        return self.folder / f"{self.name or 'at'}-step{step:08d}-state"
-
-    def final_state(self) -> Path:
-        """The state folder at the end."""
-        return self.folder / f"{self.name or 'last'}-state"
+    def _stem(self, epoch: int | None, step: int | None) -> str:
+        if epoch is not None:
+            return f"{self.name or 'epoch'}-{epoch:06d}"
+        return self.name or "last" if step is None else f"{self.name or 'at'}-step{step:08d}"
 
 
-def names(options: Options) -> Names:
+def run_names(options: Options) -> Names:
     """The names of this run's files.
 
     Raises:
@@ -148,20 +137,24 @@ def expired_step(step: int, every: int, keep: int | None) -> int | None:
     return expired if expired > 0 else None
 
 
-def expired_after_epoch(options: Options, where: Names, epoch: int, every: int) -> list[Path]:
+def expired_after_epoch(options: Options, names: Names, epoch: int, every: int) -> list[Path]:
     """The file and the state folder that go after those of `epoch` were saved."""
-    states = options.save_last_n_epochs_state or options.save_last_n_epochs
     file = expired_epoch(epoch, every, options.save_last_n_epochs)
-    state = expired_epoch(epoch, every, states) if options.save_state else None
-    return [*([where.epoch_file(file)] if file else []), *([where.epoch_state(state)] if state else [])]
+    state = expired_epoch(epoch, every, options.save_last_n_epochs_state or options.save_last_n_epochs)
+    return [
+        *([names.file(epoch=file)] if file else []),
+        *([names.state(epoch=state)] if state and options.save_state else []),
+    ]
 
 
-def expired_after_step(options: Options, where: Names, step: int, every: int) -> list[Path]:
+def expired_after_step(options: Options, names: Names, step: int, every: int) -> list[Path]:
     """The file and the state folder that go after those of `step` were saved."""
-    states = options.save_last_n_steps_state or options.save_last_n_steps
     file = expired_step(step, every, options.save_last_n_steps)
-    state = expired_step(step, every, states) if options.save_state else None
-    return [*([where.step_file(file)] if file else []), *([where.step_state(state)] if state else [])]
+    state = expired_step(step, every, options.save_last_n_steps_state or options.save_last_n_steps)
+    return [
+        *([names.file(step=file)] if file else []),
+        *([names.state(step=state)] if state and options.save_state else []),
+    ]
 
 
 def remove(paths: Sequence[Path]) -> None:
@@ -256,38 +249,52 @@ _HARMLESS = frozenset(
 
 def fingerprint(options: Options, data: Data, processes: int) -> dict[str, str]:
     """What must be equal for a resumed run to be as if it had never been interrupted, as texts to compare and show."""
-    chosen = {
-        row.name: str(getattr(options, row.name))
-        for row in dataclasses.fields(options)
-        if row.name not in _HARMLESS and not row.name.startswith(_HARMLESS_BEGINNINGS)
+    decisive = {
+        field.name: str(getattr(options, field.name))
+        for field in dataclasses.fields(options)
+        if field.name not in _HARMLESS and not field.name.startswith(_HARMLESS_BEGINNINGS)
     }
-    shown = [
-        (each.subset.folder.name, each.path.name, each.lines, each.repeats, each.subset.is_reg, each.fit.bucket)
-        for dataset in data.datasets
-        for each in dataset.pictures
+    pictures = [
+        (
+            *(picture.subset.folder.name, picture.path.name, [picture.caption], picture.repeats),
+            *(picture.subset.is_reg, picture.fit.bucket),
+        )
+        for picture in data.pictures
     ]
-    digest = hashlib.sha256(json.dumps(shown).encode()).hexdigest()
-    return {**chosen, "pictures and captions": f"{len(shown)}, {digest[:8]}", "processes": str(processes)}
+    digest = hashlib.sha256(json.dumps(pictures).encode()).hexdigest()
+    return {**decisive, "pictures and captions": f"{len(pictures)}, {digest[:8]}", "processes": str(processes)}
 
 
 def save_state(
-    folder: Path, accelerator: Accelerator, network: Mapping[str, Tensor], position: Position, asked: Mapping[str, str]
+    folder: Path,
+    accelerator: Accelerator,
+    network: Mapping[str, Tensor],
+    position: Position,
+    fingerprint: Mapping[str, str],
 ) -> None:
     """Write what `load_state` needs to go on exactly. Every process calls this; each writes its random state.
 
     The folder appears when it is complete; an older one of the name stays until then.
 
     Args:
-        accelerator: with optimizer and scheduler prepared, and not the network.
+        accelerator: with optimizer and scheduler prepared; its hooks leave the model out.
         network: its raw parameters and buffers.
-        asked: the `fingerprint` of the run.
+        fingerprint: of the run.
 
     Raises:
         NonFinite: the network has NaN or infinity.
         OutputError: the folder cannot be written.
     """
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished, old = (folder.with_name(f".{folder.name}.{end}") for end in ("unfinished", "old"))
     main = accelerator.is_main_process
+    entries = {
+        "current_epoch": position.epoch,
+        "current_step": position.step,
+        "batch": position.batch,
+        "seed": position.seed,
+        "version": __version__,
+        "options": dict(fingerprint),
+    }
     try:
         if main:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -297,9 +304,15 @@ def save_state(
         if main:
             ready = {name: _in_precision(folder, name, tensor, None) for name, tensor in network.items()}
             save_tensors(unfinished / NETWORK_FILE, ready, {})
-            write_bytes(unfinished / STATE_FILE, _state_text(position, asked).encode())
-            _flush(unfinished)
-            _replace_folder(unfinished, folder)
+            write_bytes(unfinished / STATE_FILE, (json.dumps(entries, indent=2) + "\n").encode())
+            for path in unfinished.iterdir():
+                with open(path, "rb+") as handle:
+                    os.fsync(handle.fileno())
+            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(folder, old)
+            os.replace(unfinished, folder)
+            shutil.rmtree(old, ignore_errors=True)
         accelerator.wait_for_everyone()
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -309,33 +322,6 @@ def save_state(
     finally:
         if main:
             shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _state_text(position: Position, asked: Mapping[str, str]) -> str:
-    entries = {
-        "current_epoch": position.epoch,
-        "current_step": position.step,
-        "batch": position.batch,
-        "seed": position.seed,
-        "version": __version__,
-        "options": dict(asked),
-    }
-    return json.dumps(entries, indent=2) + "\n"
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.iterdir():
-        with open(path, "rb+") as handle:
-            os.fsync(handle.fileno())
-
-
-def _replace_folder(new: Path, place: Path) -> None:
-    old = place.with_name(f".{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(place, old)
-    os.replace(new, place)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def peek_state(folder: Path) -> dict[str, Any]:
@@ -353,22 +339,22 @@ def peek_state(folder: Path) -> dict[str, Any]:
             "lorashrink wrote can be resumed"
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        numbers = [found[key] for key in ("current_epoch", "current_step", "batch", "seed")]
+        state = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [state[key] for key in ("current_epoch", "current_step", "batch", "seed")]
         if not all(isinstance(number, int) and number >= 0 for number in numbers):
             raise ValueError("a number is not one")
-        if not isinstance(found["version"], str) or not isinstance(found["options"], dict):
+        if not isinstance(state["version"], str) or not isinstance(state["options"], dict):
             raise ValueError("an entry has the wrong type")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); resume from another state folder") from None
-    return dict(found)
+    return dict(state)
 
 
 def load_state(
     folder: Path,
     accelerator: Accelerator,
     load_network: Callable[[dict[str, Tensor]], object],
-    asked: Mapping[str, str],
+    fingerprint: Mapping[str, str],
     seed: int | None = None,
 ) -> Position:
     """Go back to a saved state; every process calls this. Options that are not as they were are named in a warning.
@@ -376,7 +362,7 @@ def load_state(
     Args:
         accelerator: as in `save_state`.
         load_network: takes the raw parameters and buffers.
-        asked: the `fingerprint` of this run.
+        fingerprint: of this run.
         seed: --seed; the state's own is used in any case.
 
     Raises:
@@ -384,7 +370,7 @@ def load_state(
     """
     from accelerate.utils import load
 
-    found = peek_state(folder)
+    state = peek_state(folder)
     randomness = folder / f"random_states_{accelerator.process_index}.pkl"
     try:
         with open_tensors(folder / NETWORK_FILE) as store:
@@ -397,17 +383,52 @@ def load_state(
             f"--resume {folder}: cannot be loaded; it is damaged, or from a run with another network or optimizer "
             f"({error})"
         ) from error
-    if changed := changes(found["options"], asked):
+    if changed := changes(state["options"], fingerprint):
         _log.warning(
             "--resume: the run will not be as if it had not been interrupted, because these changed: %s",
             "; ".join(changed),
         )
-    if seed is not None and seed != found["seed"]:
-        _log.warning("--resume: --seed %d is ignored; the run goes on with its own, %d", seed, found["seed"])
-    return Position(found["current_epoch"], found["batch"], found["current_step"], found["seed"])
+    if seed is not None and seed != state["seed"]:
+        _log.warning("--resume: --seed %d is ignored; the run goes on with its own, %d", seed, state["seed"])
+    return Position(state["current_epoch"], state["batch"], state["current_step"], state["seed"])
 
 
 def changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """What differs between the fingerprints of a state and of the run that resumes it."""
     differing = [key for key in dict.fromkeys((*now, *then)) if then.get(key) != now.get(key)]
     return [f"{key} {now.get(key)} (was {then.get(key)})" for key in differing]
+
+
+# --- shrunk files --------------------------------------------------------------------------------
+
+
+def shrink(path: Path, options: Options) -> list[Path]:
+    """Write a saved adapter shrunk by each recipe of --shrink beside it, and return the new files.
+
+    A failure is a warning: training, and the adapter that was saved, must not suffer from it.
+    """
+    if not options.shrink:
+        return []
+    from lorashrink.shrinking.run import resize
+
+    try:
+        # The GPU's memory belongs to training, and two cores do this in seconds.
+        report = resize(
+            path, base=options.pretrained_model_name_or_path, recipes=options.shrink, device="cpu", force=True
+        )
+    except LorashrinkError as error:
+        _log.warning("%s was saved but not shrunk: %s", path.name, error)
+        return []
+    for failure in report.failed:
+        _log.warning("%s was saved but not shrunk: %s", path.name, failure.error)
+    for result in report.results:
+        _log.info(
+            "%s: %.2f MB, shrunk by %s to %.2f MB (error %.2f %%): %s",
+            path.name,
+            result.bytes_before / 1e6,
+            result.recipe,
+            result.bytes_after / 1e6,
+            100 * result.relative_error,
+            Path(result.output).name,
+        )
+    return [Path(result.output) for result in report.results]

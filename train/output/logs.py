@@ -1,18 +1,17 @@
-"""Where a run logs, under which names, and how to read that again."""
+"""Where a run logs and under which names, and the figure of its losses."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections import defaultdict
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
-from lorashrink.errors import InputError, UsageError
+from lorashrink.errors import InputError
 from lorashrink.files.disk import write_bytes
 from lorashrink.plots.loss import loss_curve
-from lorashrink.train.options import Options
+from lorashrink.train.flags.options import Options
 
 TRACKER = "network_train"  # the folder below the run's, if --log_tracker_name gives none
 
@@ -38,46 +37,34 @@ def log_folder(options: Options, now: datetime) -> Path | None:
 
 
 def tracker(options: Options) -> str | None:
-    """What accelerate logs with: --log_with, or tensorboard if there is a folder for it.
-
-    Raises:
-        UsageError: the program that is asked for is not installed.
-    """
-    wanted = options.log_with or ("tensorboard" if options.logging_dir else None)
-    if wanted in ("tensorboard", "wandb") and importlib.util.find_spec(wanted) is None:
-        raise UsageError(f"logging needs {wanted}, which is not installed: pip install {wanted}")
-    return wanted
+    """What accelerate logs with: --log_with, or tensorboard if there is a folder for it."""
+    return options.log_with or ("tensorboard" if options.logging_dir else None)
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What tensorboard logged below a run's folder: for each tag (step, value), in the order of steps.
+    """What tensorboard logged below a run's folder: tag -> (step, value), in the order of steps.
 
     Raises:
-        UsageError: tensorboard is not installed.
-        InputError: there is no log in the folder.
+        InputError: the folder holds no log.
     """
-    if importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("reading a log needs tensorboard, which is not installed: pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    files = sorted(folder.rglob("*.tfevents.*"))
-    if not files:
-        raise InputError(f"{folder}: no log in it; --logging_dir makes one")
-    found: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
-    for file in files:
+    scalars: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+    for file in folder.rglob("*.tfevents.*"):
         log = EventAccumulator(str(file), size_guidance={"scalars": 0})  # 0: all of them, not a sample
         log.Reload()
         for tag in log.Tags()["scalars"]:
-            found[tag] += [(event.step, event.value) for event in log.Scalars(tag)]
-    return {tag: sorted(points, key=lambda point: point[0]) for tag, points in found.items()}
+            scalars[tag] += [(event.step, event.value) for event in log.Scalars(tag)]
+    if not scalars:
+        raise InputError(f"{folder}: no log in it; --logging_dir makes one")
+    return {tag: sorted(points, key=lambda point: point[0]) for tag, points in scalars.items()}
 
 
 def save_loss_curve(folder: Path) -> Path:
     """Draw the losses and learning rates that were logged below a run's folder, as loss.png in it.
 
     Raises:
-        UsageError: tensorboard is not installed.
-        InputError: there are no losses in the folder.
+        InputError: no losses lie in the folder.
         OutputError: the figure cannot be written.
     """
     data = io.BytesIO()

@@ -25,13 +25,13 @@ class Named:
 
 def named_modules(unet: nn.Module, text_encoders: Sequence[nn.Module]) -> tuple[Named, ...]:
     """All modules with weights of a diffusers UNet and of transformers' CLIP encoders, in any version's layout."""
-    parts = {"unet": unet, **{f"te{number}": each for number, each in enumerate(text_encoders, 1)}}
+    parts = {"unet": unet, **{f"te{number}": encoder for number, encoder in enumerate(text_encoders, 1)}}
     return tuple(named for part, model in parts.items() for named in _of_part(part, model))
 
 
 def kohya_names(unet: nn.Module, text_encoders: Sequence[nn.Module]) -> dict[str, str]:
     """LyCORIS' name -> sd-scripts' name of every module with weights."""
-    return {each.lycoris: each.kohya for each in named_modules(unet, text_encoders)}
+    return {named.lycoris: named.kohya for named in named_modules(unet, text_encoders)}
 
 
 def _of_part(part: str, model: nn.Module) -> Iterator[Named]:

@@ -1,38 +1,30 @@
-"""What is trained on: pictures in folders, with their captions and buckets, and the order in which they are shown.
+"""What is trained on: pictures in folders, with their captions and buckets.
 
-Scanning reads captions and the sizes of pictures only; pixels are read by `read_pixels` when they are needed. An epoch
-is a list of batches of `Draw`, the same for every number of processes, workers and restarts.
+Scanning reads captions and the sizes of pictures only; pixels are read by `read_pixels` when they are needed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import logging
-import math
 import typing
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from lorashrink.errors import InputError, UsageError
-from lorashrink.train import seeds
-from lorashrink.train.buckets import BucketRules, Fit, Size, bucket_table, fit, prepare
-from lorashrink.train.captions import CaptionRules, read_caption
-from lorashrink.train.options import Options, read_toml
+from lorashrink.errors import InputError, UsageError, nearest
+from lorashrink.train.data.buckets import BucketRules, Fit, Size, bucket_table, fit, prepare
+from lorashrink.train.data.captions import CaptionRules, read_caption
+from lorashrink.train.flags.checks import check_sizes, parse_resolution
+from lorashrink.train.flags.options import UNSUPPORTED, Options, read_toml, unsupported
 
 _log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 # What PIL and its plugins raise for files that are damaged, of another kind, or far too large.
 _UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
@@ -68,7 +60,7 @@ class Picture:
     """One picture."""
 
     path: Path
-    lines: tuple[str, ...]  # of its caption
+    caption: str
     subset: Subset
     fit: Fit
     repeats: int  # showings in an epoch, after regularisation pictures were evened out
@@ -97,16 +89,24 @@ class Data:
     subsets: tuple[Subset, ...]
     skipped: tuple[tuple[Path, str], ...]  # unusable pictures, and why
 
+    @property
+    def pictures(self) -> list[Picture]:
+        """The pictures of all datasets."""
+        return [picture for dataset in self.datasets for picture in dataset.pictures]
+
+    def pictures_of(self, draws: Iterable[Draw]) -> list[Picture]:
+        """What is shown in these showings."""
+        return [self.datasets[draw.dataset].pictures[draw.picture] for draw in draws]
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One showing of one picture; the numbers are places in `Data.datasets` and `Dataset.pictures`."""
+    """One showing of one picture; the numbers index `Data.datasets` and `Dataset.pictures`."""
 
     dataset: int
     picture: int
     repeat: int
     epoch: int  # from 1
-    step: int  # optimizer steps done before it
 
 
 def scan(options: Options) -> Data:
@@ -119,53 +119,55 @@ def scan(options: Options) -> Data:
         UsageError: the dataset file has an unknown or unsupported key, or options contradict each other.
     """
     described = _configured(options) if options.dataset_config else [(options, _folders(options))]
-    found = [(settings, _bucket_rules(settings), subsets) for settings, subsets in described]
-    read = [[_read(subset, rules) for subset in subsets] for _, rules, subsets in found]
-    datasets = [
-        Dataset(_evened(subsets), settings.train_batch_size, rules, bucket_table(rules))
-        for (settings, rules, _), subsets in zip(found, read, strict=True)
-    ]
+    datasets: list[Dataset] = []
+    contents: list[_Contents] = []
+    for settings, subsets in described:
+        rules = _bucket_rules(settings)
+        read = [_read(subset, rules) for subset in subsets]
+        pictures = _evened([picture for folder in read for picture in folder.pictures])
+        datasets.append(Dataset(pictures, settings.train_batch_size, rules, bucket_table(rules)))
+        contents += read
     data = Data(
         tuple(dataset for dataset in datasets if dataset.pictures),
-        tuple(one.subset for subsets in read for one in subsets if one.pictures),
-        tuple(skipped for subsets in read for one in subsets for skipped in one.skipped),
+        tuple(folder.subset for folder in contents if folder.pictures),
+        tuple(skipped for folder in contents for skipped in folder.skipped),
     )
-    _report([one for subsets in read for one in subsets], data.skipped)
+    _warn(contents, data.skipped)
     if not data.datasets:
         raise InputError(_nothing_found(options))
     return data
 
 
 @dataclass(slots=True)
-class _Read:
+class _Contents:
     """What one folder holds."""
 
     subset: Subset
-    pictures: list[Picture]
-    bare: list[Picture]  # those of them without a caption file
-    skipped: list[tuple[Path, str]]
+    pictures: list[Picture] = field(default_factory=list)
+    bare: list[Picture] = field(default_factory=list)  # those of them without a caption file
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
     turned: int = 0  # pictures that a note in the file says to turn
 
 
-def _read(subset: Subset, rules: BucketRules) -> _Read:
-    found = _Read(subset, [], [], [])
+def _read(subset: Subset, rules: BucketRules) -> _Contents:
+    contents = _Contents(subset)
     table = bucket_table(rules)
     for path in _picture_files(subset.folder):
         try:
             with Image.open(path) as image:
                 size = image.size
                 # Without such an entry PIL would read the whole picture to look for one.
-                found.turned += "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                contents.turned += "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
             fitted = fit(size, rules, table)
         except (InputError, *_UNREADABLE) as error:
-            found.skipped.append((path, _reason(error)))
+            contents.skipped.append((path, _reason(error)))
             continue
-        lines = read_caption(path, subset.captions)
-        fallback = (subset.class_words,)
-        found.pictures.append(Picture(path, fallback if lines is None else lines, subset, fitted, subset.repeats))
-        if lines is None:
-            found.bare.append(found.pictures[-1])
-    return found
+        caption = read_caption(path, subset.captions)
+        picture = Picture(path, subset.class_words if caption is None else caption, subset, fitted, subset.repeats)
+        contents.pictures.append(picture)
+        if caption is None:
+            contents.bare.append(picture)
+    return contents
 
 
 def _picture_files(folder: Path) -> list[Path]:
@@ -176,20 +178,20 @@ def _reason(error: Exception) -> str:
     return "no picture, or damaged" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
-def _report(read: Sequence[_Read], skipped: Sequence[tuple[Path, str]]) -> None:
+def _warn(contents: Sequence[_Contents], skipped: Sequence[tuple[Path, str]]) -> None:
     """Tell in a line each what the user should know about the folders."""
-    for one in read:
-        if not one.pictures:
-            _log.warning("%s: no pictures found; the folder is ignored", one.subset.folder)
+    for folder in contents:
+        if not folder.pictures:
+            _log.warning("%s: no pictures found; the folder is ignored", folder.subset.folder)
     if skipped:
         names = "; ".join(f"{path}: {reason}" for path, reason in skipped)
         _log.warning("%d pictures cannot be used and are left out: %s", len(skipped), names)
-    if turned := sum(one.turned for one in read):
+    if turned := sum(folder.turned for folder in contents):
         _log.warning(
             "%d pictures are turned only by a note in the file (EXIF), which training does not read; save them upright",
             turned,
         )
-    bare = [picture for one in read for picture in one.bare]
+    bare = [picture for folder in contents for picture in folder.bare]
     named = [picture for picture in bare if picture.subset.class_words]
     empty = [picture for picture in bare if not picture.subset.class_words]
     for pictures, instead in ((named, "the words of its folder are used"), (empty, "its caption is empty")):
@@ -216,30 +218,25 @@ def _nothing_found(options: Options) -> str:
     )
 
 
-def _evened(read: Sequence[_Read]) -> tuple[Picture, ...]:
+def _evened(pictures: Sequence[Picture]) -> tuple[Picture, ...]:
     """The pictures of a dataset, regularisation pictures repeated until they are shown as often as the others."""
-    pictures = [picture for one in read for picture in one.pictures]
     train = [picture for picture in pictures if not picture.subset.is_reg]
     reg = [picture for picture in pictures if picture.subset.is_reg]
-    wanted, given = _showings(train), _showings(reg)
-    if given > wanted:
+    train_showings, reg_showings = (sum(picture.repeats for picture in part) for part in (train, reg))
+    if reg_showings > train_showings:
         _log.warning(
             "there are %d regularisation pictures for %d training pictures (with repeats); only as many are used",
-            given,
-            wanted,
+            reg_showings,
+            train_showings,
         )
-    more, rest = divmod(max(wanted - given, 0), len(reg) or 1)
-    left = wanted
-    for place, picture in enumerate(reg):
-        repeats = min(left, picture.repeats + more + (place < rest))
-        left -= repeats
+    more, rest = divmod(max(train_showings - reg_showings, 0), len(reg) or 1)
+    remaining = train_showings
+    for index, picture in enumerate(reg):
+        repeats = min(remaining, picture.repeats + more + (index < rest))
+        remaining -= repeats
         if repeats:
             train.append(replace(picture, repeats=repeats))
     return tuple(train)
-
-
-def _showings(pictures: Iterable[Picture]) -> int:
-    return sum(picture.repeats for picture in pictures)
 
 
 def _folders(options: Options) -> list[Subset]:
@@ -248,29 +245,29 @@ def _folders(options: Options) -> list[Subset]:
         raise UsageError(
             "--train_data_dir is missing: the folder with the folders of pictures, or use --dataset_config"
         )
-    parents = [(Path(options.train_data_dir), False)]
+    subsets = list(_named_folders(Path(options.train_data_dir), options, is_reg=False))
     if options.reg_data_dir:
-        parents.append((Path(options.reg_data_dir), True))
-    return [subset for parent, is_reg in parents for subset in _named_folders(parent, is_reg, options)]
+        subsets += _named_folders(Path(options.reg_data_dir), options, is_reg=True)
+    return subsets
 
 
-def _named_folders(parent: Path, is_reg: bool, options: Options) -> Iterator[Subset]:
+def _named_folders(parent: Path, options: Options, *, is_reg: bool) -> Iterator[Subset]:
     if not parent.is_dir():
         raise InputError(f"{parent}: no such folder (--{'reg' if is_reg else 'train'}_data_dir)")
-    found = False
+    named = False
     for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
         repeats, _, words = folder.name.partition("_")
-        if not (repeats.isdecimal() and int(repeats) > 0):
+        if repeats.isdecimal() and int(repeats) > 0:
+            named = True
+            yield _subset(options, folder, int(repeats), words, is_reg)
+        else:
             _log.warning(
                 "%s is ignored: its name must begin with how often to show its pictures, as in 10_words", folder
             )
-            continue
-        found = True
-        yield _subset(options, folder, int(repeats), words, is_reg)
     loose = len(_picture_files(parent))
-    if found and loose:
+    if named and loose:
         _log.warning("%d pictures directly in %s are not used; only those in its folders are", loose, parent)
-    if is_reg and not found:
+    if is_reg and not named:
         raise InputError(f"{parent}: no folders named as in {parent / '1_words'}, of regularisation pictures")
 
 
@@ -282,93 +279,58 @@ def _subset(options: Options, folder: Path, repeats: int, class_words: str, is_r
         keep_tokens=options.keep_tokens,
         keep_tokens_separator=options.keep_tokens_separator,
         secondary_separator=options.secondary_separator,
-        wildcard=options.enable_wildcard,
         prefix=options.caption_prefix,
         suffix=options.caption_suffix,
         dropout_rate=options.caption_dropout_rate,
         dropout_every_n_epochs=options.caption_dropout_every_n_epochs,
         tag_dropout_rate=options.caption_tag_dropout_rate,
-        token_warmup_min=options.token_warmup_min,
-        token_warmup_step=options.token_warmup_step,
     )
     return Subset(folder, repeats, class_words, is_reg, options.flip_aug, rules, options.resize_interpolation)
 
 
 def _bucket_rules(options: Options) -> BucketRules:
-    width, height = _resolution(options.resolution)
+    if options.resolution is None:
+        raise UsageError(
+            "--resolution is missing, such as --resolution 1024,1024 (in a dataset file: resolution = 1024)"
+        )
     if options.train_batch_size < 1:
         raise UsageError(f"the batch size must be at least 1, not {options.train_batch_size}")
-    rules = BucketRules(
-        (width, height),
+    check_sizes(options)
+    return BucketRules(
+        parse_resolution(options.resolution),
         options.enable_bucket,
         options.min_bucket_reso,
         options.max_bucket_reso,
         options.bucket_reso_steps,
         not options.bucket_no_upscale,
     )
-    if not rules.enabled:
-        if width % 8 or height % 8:
-            raise UsageError(f"resolution {width},{height}: without buckets both must be multiples of 8")
-        return rules
-    if rules.step < 1 or rules.step % 32:
-        raise UsageError(f"bucket_reso_steps must be a multiple of 32 for SDXL, not {rules.step}")
-    if rules.upscale and not (rules.minimum <= min(width, height) and max(width, height) <= rules.maximum):
-        raise UsageError(
-            f"resolution {width},{height} must lie between min_bucket_reso {rules.minimum} and "
-            f"max_bucket_reso {rules.maximum}"
-        )
-    return rules
-
-
-def _resolution(text: str | None) -> Size:
-    if text is None:
-        raise UsageError(
-            "--resolution is missing, such as --resolution 1024,1024 (in a dataset file: resolution = 1024)"
-        )
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--resolution must be one number of pixels, or two as in 1024,768; not {text!r}")
-    return int(parts[0]), int(parts[-1])
 
 
 # Dataset files. Keys are options under sd-scripts' names of them there; a section is the options with its keys
 # replaced, so that what a section leaves out comes from the one around it and at last from the command line.
-_OF_PICTURES = {
+_OF_PICTURES = {"num_repeats": "dataset_repeats"} | {
     name: name
     for name in (
         "caption_dropout_every_n_epochs", "caption_dropout_rate", "caption_extension", "caption_prefix",
-        "caption_separator", "caption_suffix", "caption_tag_dropout_rate", "enable_wildcard", "flip_aug", "keep_tokens",
-        "keep_tokens_separator", "resize_interpolation", "secondary_separator", "shuffle_caption", "token_warmup_min",
-        "token_warmup_step",
+        "caption_separator", "caption_suffix", "caption_tag_dropout_rate", "flip_aug", "keep_tokens",
+        "keep_tokens_separator", "resize_interpolation", "secondary_separator", "shuffle_caption",
     )
-} | {"num_repeats": "dataset_repeats"}  # fmt: skip
-_OF_BATCHES = {
-    name: name
-    for name in (
-        "bucket_no_upscale", "bucket_reso_steps", "enable_bucket", "max_bucket_reso", "min_bucket_reso", "resolution",
-    )
-} | {"batch_size": "train_batch_size"}  # fmt: skip
-_OPTION_OF = _OF_PICTURES | _OF_BATCHES
+}  # fmt: skip
+_OPTION_OF = _OF_PICTURES | {
+    "batch_size": "train_batch_size",
+    "bucket_no_upscale": "bucket_no_upscale",
+    "bucket_reso_steps": "bucket_reso_steps",
+    "enable_bucket": "enable_bucket",
+    "max_bucket_reso": "max_bucket_reso",
+    "min_bucket_reso": "min_bucket_reso",
+    "resolution": "resolution",
+}
 _ALONE: Mapping[str, type] = {"image_dir": str, "is_reg": bool, "class_tokens": str, "subsets": list}
 _INHERITED = frozenset(_OPTION_OF) | {"class_tokens"}
 _ALLOWED = {
     "[general]": _INHERITED,
     "[[datasets]]": _INHERITED | {"subsets"},
     "[[datasets.subsets]]": frozenset(_OF_PICTURES) | {"class_tokens", "image_dir", "is_reg"},
-}
-# Keys that are not implemented, with the values that change nothing.
-_REFUSED: Mapping[str, tuple[object, ...]] = {
-    "alpha_mask": (False,),
-    "cache_info": (False,),
-    "color_aug": (False,),
-    "conditioning_data_dir": (),
-    "custom_attributes": ({},),
-    "face_crop_aug_range": (),
-    "metadata_file": (),
-    "network_multiplier": (1.0,),
-    "random_crop": (False,),
-    "validation_seed": (0,),
-    "validation_split": (0.0,),
 }
 
 
@@ -381,37 +343,33 @@ def _configured(options: Options) -> list[tuple[Options, list[Subset]]]:
     for key in content.keys() - {"general", "datasets"}:
         raise UsageError(f"{path}: no such section: {key}; there are [general] and [[datasets]]")
     general = _section(path, "[general]", content.get("general", {}))
-    return [
-        _configured_dataset(path, options, general, _section(path, "[[datasets]]", table))
-        for table in _tables(path, "datasets", content.get("datasets", []))
-    ]
+    datasets = []
+    for table in _tables(path, "datasets", content.get("datasets", [])):
+        keys = general | _section(path, "[[datasets]]", table)
+        subsets = _configured_subsets(path, options, keys, keys.pop("subsets", []))
+        datasets.append((_with_keys(options, keys), subsets))
+    return datasets
 
 
-def _configured_dataset(
-    path: Path, options: Options, general: Mapping[str, Any], table: Mapping[str, Any]
-) -> tuple[Options, list[Subset]]:
-    outer = {**general, **table}
+def _configured_subsets(path: Path, options: Options, outer: Mapping[str, Any], tables: Any) -> list[Subset]:
+    """The folders of one dataset, in whose section and those around it `outer` stands."""
     subsets: dict[str, Subset] = {}
-    for given in _tables(path, "datasets.subsets", table.get("subsets", [])):
-        keys = {**outer, **_section(path, "[[datasets.subsets]]", given)}
-        if "image_dir" not in given:
+    for table in _tables(path, "datasets.subsets", tables):
+        keys = {**outer, **_section(path, "[[datasets.subsets]]", table)}
+        if "image_dir" not in keys:
             raise UsageError(f"{path}: image_dir is missing in a [[datasets.subsets]]")
         folder, settings = keys["image_dir"], _with_keys(options, keys)
+        repeats = settings.dataset_repeats
         if not Path(folder).is_dir():
             raise InputError(f"{path}: image_dir {folder} is no folder")
-        if settings.dataset_repeats < 1:
-            _log.warning("%s is ignored: it is shown %d times (num_repeats)", folder, settings.dataset_repeats)
+        if repeats < 1:
+            _log.warning("%s is ignored: it is shown %d times (num_repeats)", folder, repeats)
         elif folder in subsets:
             _log.warning("%s: a second [[datasets.subsets]] with image_dir %s is ignored", path, folder)
         else:
-            subsets[folder] = _subset(
-                settings,
-                Path(folder),
-                settings.dataset_repeats,
-                keys.get("class_tokens", ""),
-                keys.get("is_reg", False),
-            )
-    return _with_keys(options, outer), list(subsets.values())
+            words, is_reg = keys.get("class_tokens", ""), keys.get("is_reg", False)
+            subsets[folder] = _subset(settings, Path(folder), repeats, words, is_reg)
+    return list(subsets.values())
 
 
 def _with_keys(options: Options, keys: Mapping[str, Any]) -> Options:
@@ -430,9 +388,9 @@ def _section(path: Path, name: str, table: Any) -> dict[str, Any]:
         raise UsageError(f"{path}: {name} must be a section of keys and values")
     checked: dict[str, Any] = {}
     for key, value in table.items():
-        if key in _REFUSED:
-            if value not in _REFUSED[key]:
-                raise UsageError(f"{path}: not supported: {key}")
+        if key in UNSUPPORTED:
+            if refused := unsupported(key, value):
+                raise UsageError(f"{path}: not supported: {refused}")
         elif key not in _ALLOWED[name]:
             raise UsageError(f"{path}: no such key in {name}: {key}{_hint(key, name)}")
         else:
@@ -444,8 +402,8 @@ def _hint(key: str, section: str) -> str:
     homes = [name for name, allowed in _ALLOWED.items() if key in allowed]
     if homes:
         return f"; it belongs in {homes[-1]}"
-    near = difflib.get_close_matches(key, _ALLOWED[section], n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = nearest(key, _ALLOWED[section])
+    return f"; did you mean {near}?" if near else ""
 
 
 def _value(path: Path, key: str, value: Any) -> Any:
@@ -478,50 +436,3 @@ def read_pixels(picture: Picture) -> npt.NDArray[np.uint8]:
             return prepare(image, picture.fit, picture.subset.interpolation)
     except _UNREADABLE as error:
         raise InputError(f"{picture.path}: cannot be read ({_reason(error)}); replace or remove it") from None
-
-
-def chunks(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
-    """The items in their order, `size` at a time; the last chunk may be smaller."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def batch_count(data: Data) -> int:
-    """Batches of one epoch, of all processes together."""
-    counts: Counter[tuple[int, Size]] = Counter()
-    for place, dataset in enumerate(data.datasets):
-        for picture in dataset.pictures:
-            counts[place, picture.fit.bucket] += picture.repeats
-    return sum(math.ceil(count / data.datasets[place].batch_size) for (place, _), count in counts.items())
-
-
-def epoch_batches(data: Data, epoch: int, seed: int, *, world: int = 1, accumulation: int = 1) -> list[list[Draw]]:
-    """The batches of an epoch for all processes: process r of `world` shows batches r, r + world, ...
-
-    Each bucket's pictures are shuffled and cut into batches, and the batches of all datasets are shuffled. Both depend
-    on seed and epoch alone. So that all processes have as many, the list goes on from its beginning where it is short.
-
-    Args:
-        epoch: from 1.
-        accumulation: batches of a process per optimizer step. An epoch begins with a new step.
-    """
-    random = seeds.numbers(seed, "order", epoch)
-    batches = [
-        batch for place, dataset in enumerate(data.datasets) for batch in _shuffled_batches(place, dataset, random)
-    ]
-    random.shuffle(batches)
-    rounds = math.ceil(len(batches) / world)
-    first = (epoch - 1) * math.ceil(rounds / accumulation)
-    return [
-        [Draw(*showing, epoch, first + place // world // accumulation) for showing in batch]
-        for place, batch in enumerate(islice(cycle(batches), rounds * world))
-    ]
-
-
-def _shuffled_batches(place: int, dataset: Dataset, random: Random) -> Iterator[Sequence[tuple[int, int, int]]]:
-    """Of one dataset: batches of (dataset, picture, repeat)."""
-    showings: dict[Size, list[tuple[int, int, int]]] = defaultdict(list)
-    for number, picture in enumerate(dataset.pictures):
-        showings[picture.fit.bucket] += [(place, number, repeat) for repeat in range(picture.repeats)]
-    for bucket in sorted(showings):
-        random.shuffle(showings[bucket])
-        yield from chunks(showings[bucket], dataset.batch_size)

@@ -1,0 +1,1 @@
+"""Pictures and captions: found, sorted into buckets, cached, and put into batches."""

@@ -1,0 +1,262 @@
+"""Batches for training: pictures, or what is cached of them, with their captions, sizes and weights.
+
+An epoch is a list of batches of `Draw`, the same for every number of processes, workers and restarts. Random numbers
+depend on the picture, its repeat and the epoch alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from accelerate import skip_first_batches
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lorashrink.errors import LorashrinkError
+from lorashrink.train.data import seeds
+from lorashrink.train.data.buckets import Size, to_pixels
+from lorashrink.train.data.captions import draw_caption
+from lorashrink.train.data.scanning import Data, Draw, read_pixels
+from lorashrink.train.flags.options import Options
+from lorashrink.train.model.text import Encoded
+
+if TYPE_CHECKING:
+    from lorashrink.train.data.caches import LatentCache, TextCache
+
+_T = TypeVar("_T")
+
+
+# --- the order of an epoch -----------------------------------------------------------------------
+
+
+def chunks(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
+    """The items in their order, `size` at a time; the last chunk may be smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def batch_count(data: Data) -> int:
+    """Batches of one epoch, of all processes together."""
+    counts: Counter[tuple[int, Size]] = Counter()
+    for index, dataset in enumerate(data.datasets):
+        for picture in dataset.pictures:
+            counts[index, picture.fit.bucket] += picture.repeats
+    return sum(math.ceil(count / data.datasets[index].batch_size) for (index, _), count in counts.items())
+
+
+def epoch_batches(data: Data, epoch: int, seed: int, *, world: int = 1) -> list[Sequence[Draw]]:
+    """The batches of an epoch (from 1) for all processes: process r of `world` shows batches r, r + world, ...
+
+    Each bucket's pictures are shuffled and cut into batches, and the batches of all datasets are shuffled. Both depend
+    on seed and epoch alone. So that all processes have as many, the list goes on from its beginning where it is short.
+    """
+    random = seeds.numbers(seed, "order", epoch)
+    batches: list[Sequence[Draw]] = []
+    for index, dataset in enumerate(data.datasets):
+        draws: defaultdict[Size, list[Draw]] = defaultdict(list)
+        for number, picture in enumerate(dataset.pictures):
+            draws[picture.fit.bucket] += [Draw(index, number, repeat, epoch) for repeat in range(picture.repeats)]
+        for bucket in sorted(draws):
+            random.shuffle(draws[bucket])
+            batches += chunks(draws[bucket], dataset.batch_size)
+    random.shuffle(batches)
+    return list(islice(cycle(batches), math.ceil(len(batches) / world) * world))
+
+
+@dataclass(eq=False)
+class _EpochSampler(Sampler[Sequence[Draw]]):
+    """The batches of one process in the epoch that is set."""
+
+    data: Data
+    seed: int
+    rank: int
+    world: int
+    epoch: int = 1
+
+    def __iter__(self) -> Iterator[Sequence[Draw]]:
+        yield from epoch_batches(self.data, self.epoch, self.seed, world=self.world)[self.rank :: self.world]
+
+    def __len__(self) -> int:
+        return math.ceil(batch_count(self.data) / self.world)
+
+
+# --- what is in a batch --------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What one micro-step trains on: b pictures of one bucket, h x w latents each; on the CPU."""
+
+    draws: tuple[Draw, ...]
+    captions: tuple[str, ...]
+    flipped: tuple[bool, ...]
+    time_ids: Tensor  # [b, 6] float32, SDXL's size numbers
+    weights: Tensor  # [b] float32, of the loss
+    latents: Tensor | None  # [b, 4, h, w] float32, unscaled, if they are cached
+    pixels: Tensor | None  # [b, 3, H, W] float32 in -1..1, if they are not
+    text: Encoded | None  # if it is cached
+
+
+class _Shown(NamedTuple):
+    """One picture as it is shown once: the fields of `Batch`, of one picture."""
+
+    draw: Draw
+    caption: str
+    flipped: bool
+    time_ids: tuple[int, ...]
+    weight: float
+    latents: Tensor | None
+    pixels: Tensor | None
+    text: Encoded | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Showings(Dataset[_Shown]):
+    """Pictures with all that is random about a showing; indexed by `Draw`."""
+
+    data: Data
+    seed: int
+    prior_loss_weight: float
+    latents: LatentCache | None
+    texts: TextCache | None
+
+    def __getitem__(self, draw: Draw) -> _Shown:
+        (picture,) = self.data.pictures_of([draw])
+        key = (*picture.names, draw.repeat, draw.epoch)
+        flipped = picture.subset.flip and seeds.numbers(self.seed, "flip", *key).random() < 0.5
+        random = seeds.numbers(self.seed, "caption", *key)
+        return _Shown(
+            draw,
+            draw_caption(picture.caption, picture.subset.captions, random, epoch=draw.epoch),
+            flipped,
+            picture.fit.time_ids(flipped),
+            self.prior_loss_weight if picture.subset.is_reg else 1.0,
+            self.latents.get(picture, flipped) if self.latents else None,
+            None if self.latents else to_pixels(read_pixels(picture), flipped),
+            self.texts.get(picture) if self.texts else None,
+        )
+
+
+def _collate(shown: Sequence[_Shown]) -> Batch:
+    draws, captions, flips, time_ids, weights, latents, pixels, texts = zip(*shown, strict=True)
+    return Batch(
+        draws,
+        captions,
+        flips,
+        torch.tensor(time_ids, dtype=torch.float32),
+        torch.tensor(weights),
+        None if latents[0] is None else torch.stack(latents),
+        None if pixels[0] is None else torch.stack(pixels),
+        None if texts[0] is None else Encoded(*map(torch.cat, zip(*texts, strict=True))),
+    )
+
+
+# --- reading them --------------------------------------------------------------------------------
+
+
+class Loader:
+    """The batches of one process.
+
+    Args:
+        data: what `scan` found.
+        seed: of captions, flips and order.
+        rank, world: which process of how many.
+        latents, texts: caches. Without one, batches have pixels, or no encoded text.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        options: Options,
+        seed: int,
+        rank: int,
+        world: int,
+        latents: LatentCache | None,
+        texts: TextCache | None,
+    ) -> None:
+        self._sampler = _EpochSampler(data, seed, rank, world)
+        reads_files = latents is None or not latents.in_memory or (texts is not None and not texts.in_memory)
+        self._batches = read_ahead(
+            _Showings(data, seed, options.prior_loss_weight, latents, texts),
+            self._sampler,
+            _collate,
+            worker_count(options) if reads_files else 0,
+            persistent=options.persistent_data_loader_workers,
+        )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that each process shows in an epoch; where they do not divide evenly, some are shown twice."""
+        return len(self._sampler)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """This process' batches of an epoch (from 1), from its batch `start` (from 0) on.
+
+        Raises:
+            InputError: a picture or a cache file cannot be read.
+        """
+        self._sampler.epoch = number
+        return raising(skip_first_batches(self._batches, start) if start else self._batches)
+
+
+def worker_count(options: Options) -> int:
+    """--max_data_loader_n_workers, but no more than the processors that this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(options.max_data_loader_n_workers, 0), usable)
+
+
+def read_ahead(
+    dataset: Dataset[Any],
+    batches: Iterable[Sequence[Any]],
+    collate: Callable[[list[Any]], Any],
+    workers: int,
+    *,
+    persistent: bool = False,
+) -> DataLoader[Any]:
+    """torch's DataLoader, which leaves global random numbers alone; iterate over it with `raising`.
+
+    Args:
+        dataset: read in worker processes, or in this one if there are none.
+        batches: the indices of each batch.
+        collate: makes a batch of the items of `dataset`.
+    """
+    return DataLoader(
+        _Batches(dataset, collate),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        persistent_workers=persistent and workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )
+
+
+def raising(batches: Iterable[_T | LorashrinkError]) -> Iterator[_T]:
+    """The batches of `read_ahead`; what lorashrink raises on purpose in a worker is raised here as it was."""
+    for batch in batches:
+        if isinstance(batch, LorashrinkError):
+            raise batch
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Batches(Dataset[Any]):
+    """Reads whole batches, in a worker. Errors become batches: DataLoader would put a traceback into their message."""
+
+    dataset: Dataset[Any]
+    collate: Callable[[list[Any]], Any]
+
+    def __getitems__(self, indices: Sequence[Any]) -> Any:  # DataLoader prefers this to __getitem__
+        try:
+            return self.collate([self.dataset[index] for index in indices])
+        except LorashrinkError as error:
+            return error
+
+
+def _as_it_is(batch: _T) -> _T:
+    return batch

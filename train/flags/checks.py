@@ -1,0 +1,396 @@
+"""Which options go together, and which values they may have: all that can be known before a model is loaded.
+
+Nothing heavy is imported, so that a mistake on the command line costs no waiting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lorashrink.errors import UsageError
+from lorashrink.recipes.grammar import parse_recipes
+from lorashrink.train.flags.network_args import read_network_args
+from lorashrink.train.flags.options import Options
+from lorashrink.train.output.saving import peek_state
+
+LEARNING_RATES = (
+    "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr", "linear", "polynomial", "inverse_sqrt", "warmup_stable_decay", "piecewise_constant",
+    "adafactor",
+)  # fmt: skip
+
+
+def check(options: Options) -> list[str]:
+    """What the user should know about these options before training starts, one line each.
+
+    Raises:
+        UsageError: training with these options is impossible, or would not do what one of them asks for.
+        InputError: a file of settings, such as a preset or the state to resume, cannot be read.
+    """
+    if not options.plan:  # which needs neither base nor pictures
+        _check_required(options)
+        _check_paths(options)
+    _check_values(options)
+    _check_optimizer(options)
+    warnings = [
+        *check_sizes(options),
+        *_check_pictures(options),
+        *_check_schedule(options),
+        *_check_objective(options),
+        *_check_model(options),
+        *_check_saving(options),
+        *_check_watching(options),
+        *_check_needs(options),
+        *read_network_args(options).warnings,
+    ]
+    parse_recipes(options.shrink)
+    _check_packages(options)
+    _check_state(options)
+    return warnings
+
+
+def _check_required(options: Options) -> None:
+    source = () if options.dataset_config else ("train_data_dir", "resolution")
+    needed = ("pretrained_model_name_or_path", *source, "output_dir", "network_module")
+    missing = " ".join(f"--{name}" for name in needed if not getattr(options, name))
+    if missing:
+        raise UsageError(f"needed but not given: {missing}. `--help` says what they are")
+
+
+_FOLDERS = ("tokenizer_cache_dir", "train_data_dir", "reg_data_dir", "resume", "model_config")
+_FILES = ("dataset_config", "network_weights", "base_weights", "sample_prompts")
+_EITHER = ("pretrained_model_name_or_path", "vae")
+_HUB = ". lorashrink downloads nothing by itself; `hf download MODEL --local-dir FOLDER` fetches one into FOLDER"
+_PATHS: tuple[tuple[tuple[str, ...], str, Callable[[Path], bool], str], ...] = (
+    (_FOLDERS, "folder", Path.is_dir, ""),
+    (_FILES, "file", Path.is_file, ""),
+    (_EITHER, "file or folder on this machine named", Path.exists, _HUB),
+)
+
+
+def _check_paths(options: Options) -> None:
+    for names, kind, exists, hint in _PATHS:
+        for name in names:
+            for path in _values(options, name):
+                if not exists(Path(str(path))):
+                    raise UsageError(f"--{name}: there is no {kind} {path}{hint}")
+    for name in ("output_dir", "logging_dir"):
+        if path := getattr(options, name):
+            _check_writable(name, Path(path))
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to before hours of training, not after them."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--{name}: {existing} is a file; name a folder, which is made if it is not there")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(
+            f"--{name}: nothing can be written in {existing}; choose another folder, or ask for the right to"
+        )
+
+
+def _values(options: Options, name: str) -> tuple[object, ...]:
+    """The values of a flag that may take several, or none."""
+    value = getattr(options, name)
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+_FROM_1 = (
+    "train_batch_size", "min_bucket_reso", "bucket_reso_steps", "vae_batch_size", "text_encoder_batch_size",
+    "lr_scheduler_num_cycles", "lr_scheduler_timescale", "max_train_steps", "max_train_epochs",
+    "gradient_accumulation_steps", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio",
+    "save_last_n_epochs", "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state", "network_dim",
+)  # fmt: skip
+_FROM_0 = (
+    "max_data_loader_n_workers", "prior_loss_weight", "keep_tokens", "caption_dropout_every_n_epochs",
+    "scale_weight_norms", "learning_rate", "unet_lr", "text_encoder_lr", "max_grad_norm", "lr_warmup_steps",
+    "lr_decay_steps", "lr_scheduler_power", "multires_noise_iterations", "multires_noise_discount", "min_snr_gamma",
+    "dataset_repeats", "network_alpha",
+)  # fmt: skip
+_SHARES = ("caption_dropout_rate", "caption_tag_dropout_rate", "lr_scheduler_min_lr_ratio")
+_RANGES: tuple[tuple[tuple[str, ...], float, float], ...] = (
+    (_FROM_1, 1, math.inf),
+    (_FROM_0, 0, math.inf),
+    (_SHARES, 0, 1),
+    (("min_timestep",), 0, 999),
+    (("max_timestep",), 1, 1000),
+    (("seed",), 0, 2**32 - 1),
+)
+
+
+def _check_values(options: Options) -> None:
+    for row in dataclasses.fields(options):
+        for value in _values(options, row.name):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{row.name}={value}: must be a finite number")
+    for names, low, high in _RANGES:
+        allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high}"
+        for name in names:
+            for value in _values(options, name):
+                if not low <= float(str(value)) <= high:
+                    raise UsageError(f"--{name}={value}: must be {allowed}")
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Width and height in pixels, from `1024` or `1024,768`.
+
+    Raises:
+        UsageError: the text is neither.
+    """
+    try:
+        sides = [int(side) for side in text.split(",")]
+    except ValueError:
+        sides = []
+    if not 1 <= len(sides) <= 2 or min(sides) < 1:
+        raise UsageError(f"--resolution={text}: must be one size or width,height in pixels, such as 1024 or 1024,768")
+    return sides[0], sides[-1]
+
+
+def check_sizes(options: Options) -> list[str]:
+    """Warnings about --resolution and the buckets; the sections of a --dataset_config are checked one by one.
+
+    Raises:
+        UsageError: sizes that contradict each other.
+    """
+    if options.bucket_reso_steps < 1 or options.bucket_reso_steps % 32:
+        raise UsageError(f"--bucket_reso_steps={options.bucket_reso_steps}: must be a multiple of 32 for SDXL")
+    if options.resolution is None:
+        return []
+    width, height = parse_resolution(options.resolution)
+    if not options.enable_bucket:
+        if width % 8 or height % 8:
+            raise UsageError(f"--resolution={options.resolution}: without --enable_bucket, sides are multiples of 8")
+        return []
+    if options.bucket_no_upscale:
+        return ["--min_bucket_reso and --max_bucket_reso are not used with --bucket_no_upscale"]
+    step = options.bucket_reso_steps
+    low, high = options.min_bucket_reso // step * step, -(-options.max_bucket_reso // step) * step
+    if not 0 < low <= min(width, height):
+        allowed = f"from --bucket_reso_steps={step} to the smaller side of --resolution={options.resolution}"
+        raise UsageError(f"--min_bucket_reso={options.min_bucket_reso}: must be {allowed}")
+    if high < max(width, height):
+        raise UsageError(f"--max_bucket_reso={high} is below --resolution={options.resolution}; make it larger")
+    if high > max(width, height):
+        return []
+    return [
+        f"--max_bucket_reso={high} shrinks pictures that are not square to as little as half of their pixels;"
+        f" --max_bucket_reso={2 * high} keeps nearly all of them"
+    ]
+
+
+def _check_packages(options: Options) -> None:
+    name = optimizer_name(options)
+    packages: dict[str, object] = {
+        "wandb": options.log_with in ("wandb", "all") and f"--log_with={options.log_with}",
+        "tensorboard": options.logging_dir and options.log_with != "wandb" and "--logging_dir",
+        "xformers": options.xformers and not options.mem_eff_attn and "--xformers",
+        optimizer_path(options).partition(".")[0]: "." not in name and name,
+    }
+    for package, wanted_by in packages.items():
+        if wanted_by and not importlib.util.find_spec(package):
+            on_pypi = package.replace("_", "-")
+            raise UsageError(f"{wanted_by} needs the package {on_pypi}: pip install {on_pypi}")
+
+
+def _check_state(options: Options) -> None:
+    """Refuse to resume where nothing is left to do; with --max_train_epochs that is not known yet."""
+    if options.resume and not options.plan and options.max_train_epochs is None:
+        step = peek_state(Path(options.resume))["current_step"]
+        if step >= options.max_train_steps:
+            raise UsageError(f"--resume {options.resume}: it stands at step {step}, the last; raise --max_train_steps")
+
+
+# --- what goes together: errors are raised, warnings are yielded --------------------------------
+
+
+def _check_pictures(o: Options) -> Iterator[str]:
+    varies = (
+        o.shuffle_caption or o.caption_dropout_rate or o.caption_dropout_every_n_epochs or o.caption_tag_dropout_rate
+    )
+    if o.cache_text_encoder_outputs and not o.network_train_unet_only:
+        raise UsageError(
+            "--cache_text_encoder_outputs needs --network_train_unet_only: text encoders that are trained must run in "
+            "each step"
+        )
+    if o.cache_text_encoder_outputs and varies:
+        raise UsageError(
+            "--cache_text_encoder_outputs needs captions that stay the same: remove it, or --shuffle_caption and "
+            "--caption_..._dropout_..."
+        )
+    if o.persistent_data_loader_workers and not o.max_data_loader_n_workers:
+        raise UsageError(
+            "--persistent_data_loader_workers keeps processes that --max_data_loader_n_workers=0 does not start; "
+            "remove one of the two"
+        )
+    if o.dataset_repeats != 1 and not o.dataset_config:
+        yield "--dataset_repeats has no effect: the numbers at the start of folder names tell the repeats"
+    if not o.caption_extension.startswith("."):
+        yield (
+            f"--caption_extension={o.caption_extension} has no dot: the caption of a.png would be in "
+            f"a{o.caption_extension}"
+        )
+
+
+# Any other optimizer is given by the dotted path of its class.
+OPTIMIZERS = {
+    "AdamW": "torch.optim.AdamW",
+    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
+    "Lion": "lion_pytorch.Lion",
+    "Adafactor": "transformers.optimization.Adafactor",
+    "Prodigy": "prodigyopt.Prodigy",
+}
+
+
+def optimizer_name(options: Options) -> str:
+    """The optimizer's name, with its aliases resolved."""
+    alias = "AdamW8bit" if options.use_8bit_adam else "Lion" if options.use_lion_optimizer else None
+    return alias or options.optimizer_type or "AdamW"
+
+
+def optimizer_path(options: Options) -> str:
+    """The dotted path of the optimizer's class.
+
+    Raises:
+        UsageError: its name is not among `OPTIMIZERS`.
+    """
+    name = optimizer_name(options)
+    paths = {title.lower(): path for title, path in OPTIMIZERS.items()}
+    if "." not in name and name.lower() not in paths:
+        raise UsageError(
+            f"not supported: --optimizer_type {name}; it is one of {', '.join(OPTIMIZERS)}, or a class by its dotted "
+            "path, such as torch.optim.RMSprop"
+        )
+    return paths.get(name.lower(), name)
+
+
+def _check_optimizer(o: Options) -> None:
+    if o.use_8bit_adam and o.use_lion_optimizer:
+        raise UsageError("--use_8bit_adam and --use_lion_optimizer name two optimizers; keep one")
+    if (o.use_8bit_adam or o.use_lion_optimizer) and o.optimizer_type:
+        raise UsageError(
+            f"--optimizer_type={o.optimizer_type} and an older flag name two optimizers; remove --use_8bit_adam and "
+            "--use_lion_optimizer"
+        )
+    optimizer_path(o)
+
+
+def _check_schedule(o: Options) -> Iterator[str]:
+    fixed = bool(o.lr_scheduler_type) or o.lr_scheduler in ("constant", "piecewise_constant", "adafactor")
+    warmup, optimizer = o.lr_warmup_steps, optimizer_path(o).lower()
+    if not o.lr_scheduler_type and o.lr_scheduler not in LEARNING_RATES:
+        raise UsageError(f"--lr_scheduler={o.lr_scheduler}: must be one of {', '.join(LEARNING_RATES)}")
+    if o.lr_scheduler == "adafactor" and not optimizer.endswith(".adafactor"):
+        raise UsageError("--lr_scheduler=adafactor works with --optimizer_type=Adafactor only")
+    if warmup and fixed and not optimizer.endswith("schedulefree"):
+        raise UsageError(
+            "--lr_warmup_steps has no place in this course of the learning rate; remove it, or take "
+            "--lr_scheduler=constant_with_warmup"
+        )
+    if any(isinstance(steps, float) and steps > 1 for steps in (warmup, o.lr_decay_steps)):
+        raise UsageError("--lr_warmup_steps and --lr_decay_steps are whole numbers of steps, or shares up to 1 or 100%")
+    if o.max_train_epochs is not None and o.max_train_steps != 1600:
+        yield f"--max_train_epochs={o.max_train_epochs} decides; --max_train_steps={o.max_train_steps} is not used"
+    if o.max_train_epochs is None and isinstance(warmup, int) and warmup >= o.max_train_steps:
+        yield f"--lr_warmup_steps={warmup}: the learning rate reaches its full height only when training is over"
+    if o.lr_scheduler_num_cycles != 1 and o.lr_scheduler == "cosine":
+        yield "--lr_scheduler_num_cycles has no effect with cosine; --lr_scheduler=cosine_with_restarts uses it"
+
+
+def _check_objective(o: Options) -> Iterator[str]:
+    if o.adaptive_noise_scale is not None and o.noise_offset is None:
+        raise UsageError(
+            "--adaptive_noise_scale adds to --noise_offset, which is not given; give it too, such as "
+            "--noise_offset=0.05"
+        )
+    if (o.min_timestep or 0) > (o.max_timestep or 1000):
+        raise UsageError(f"--min_timestep={o.min_timestep} is above --max_timestep={o.max_timestep}")
+    if o.scale_v_pred_loss_like_noise_pred and not o.v_parameterization:
+        raise UsageError(
+            "--scale_v_pred_loss_like_noise_pred is for bases that predict v; remove it, or add --v_parameterization"
+        )
+    if o.v_pred_like_loss and o.v_parameterization:
+        raise UsageError("--v_pred_like_loss is for bases that predict noise; remove it or --v_parameterization")
+    if o.zero_terminal_snr and not o.v_parameterization:
+        yield "--zero_terminal_snr is for bases that predict v; with others (no --v_parameterization) it does harm"
+
+
+def _check_model(o: Options) -> Iterator[str]:
+    if o.full_bf16 and o.mixed_precision != "bf16":
+        raise UsageError("--full_bf16 needs --mixed_precision=bf16")
+    if o.network_dropout is not None and not 0 <= o.network_dropout < 1:
+        raise UsageError(f"--network_dropout={o.network_dropout}: must be a share, from 0 to below 1")
+    if o.network_train_unet_only and o.network_train_text_encoder_only:
+        raise UsageError("--network_train_unet_only and --network_train_text_encoder_only: give one of them at most")
+    if o.dim_from_weights and not o.network_weights:
+        raise UsageError("--dim_from_weights: needs --network_weights, whose ranks it takes")
+    if len(o.base_weights_multiplier) > len(o.base_weights):
+        raise UsageError(
+            f"--base_weights_multiplier: {len(o.base_weights_multiplier)} strengths for {len(o.base_weights)} files of "
+            "--base_weights"
+        )
+    if len(o.base_weights_multiplier) < len(o.base_weights):
+        yield "--base_weights without a number in --base_weights_multiplier count fully"
+    if o.clip_skip is not None:
+        yield "--clip_skip has no effect: SDXL always takes the last layer but one"
+    if o.highvram:
+        yield "--highvram has no effect"
+    if o.disable_mmap_load_safetensors:
+        yield "--disable_mmap_load_safetensors has no effect"
+    if sum((o.sdpa, o.xformers, o.mem_eff_attn)) > 1:
+        yield "of several kinds of attention, --mem_eff_attn goes before --xformers and that before --sdpa"
+    if o.mixed_precision == "fp16" and not o.no_half_vae and not o.vae:
+        yield "SDXL's own VAE often fails in fp16; --no_half_vae avoids that"
+
+
+def _check_saving(o: Options) -> Iterator[str]:
+    if o.shrink and o.save_model_as != "safetensors":
+        raise UsageError("--shrink needs --save_model_as=safetensors")
+    if o.save_model_as != "safetensors":
+        yield f"--save_model_as={o.save_model_as}: these files carry no metadata; most programs prefer safetensors"
+    if o.save_n_epoch_ratio is not None and o.save_every_n_epochs is not None:
+        yield "--save_n_epoch_ratio decides; --save_every_n_epochs is not used"
+    if o.save_last_n_epochs and not (o.save_every_n_epochs or o.save_n_epoch_ratio):
+        yield "--save_last_n_epochs has no effect without --save_every_n_epochs"
+
+
+def _check_watching(o: Options) -> Iterator[str]:
+    """Samples and logs."""
+    steps, epochs = o.sample_every_n_steps, o.sample_every_n_epochs
+    if o.sample_prompts and Path(o.sample_prompts).suffix.lower() not in (".txt", ".toml", ".json"):
+        raise UsageError(f"--sample_prompts={o.sample_prompts}: the file's name must end in .txt, .toml or .json")
+    if o.log_with in ("tensorboard", "all") and not o.logging_dir:
+        raise UsageError(f"--log_with={o.log_with} needs --logging_dir, the folder for the logs")
+    if o.sample_prompts and not (steps or epochs or o.sample_at_first):
+        yield "--sample_prompts draws nothing; add --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
+    if any(number is not None and number <= 0 for number in (steps, epochs)):
+        yield "--sample_every_n_... of 0 or less draws nothing"
+    if (epochs or 0) > 0 and (steps or 0) > 0:
+        yield "--sample_every_n_epochs decides; --sample_every_n_steps is not used"
+    if not (o.logging_dir or o.log_with) and (o.log_prefix or o.log_tracker_name or o.log_config):
+        yield "nothing is logged: --log_prefix and its like need --logging_dir, the folder for the logs"
+
+
+# Options that do nothing -> without which other option.
+_NEEDS = {
+    "multires_noise_discount": "multires_noise_iterations",
+    "noise_offset_random_strength": "noise_offset",
+    "save_last_n_steps": "save_every_n_steps",
+    "save_last_n_epochs_state": "save_state",
+    "save_last_n_steps_state": "save_state",
+    "sample_every_n_steps": "sample_prompts",
+    "sample_every_n_epochs": "sample_prompts",
+    "sample_at_first": "sample_prompts",
+}
+
+
+def _check_needs(options: Options) -> Iterator[str]:
+    for name, needed in _NEEDS.items():
+        is_set = getattr(options, name) not in (Options.__dataclass_fields__[name].default, 0)
+        if is_set and not getattr(options, needed):
+            yield f"--{name} has no effect without --{needed}"

@@ -1,0 +1,1 @@
+"""The model that is trained on, and the network that is trained."""

@@ -1,0 +1,1 @@
+"""What a run leaves behind: adapters, states, samples, logs and metadata."""

@@ -1,0 +1,317 @@
+"""What a trained file says about itself: sd-scripts' `ss_*` entries and the `modelspec.*` entries of ModelSpec.
+
+The keys and the spelling of values are sd-scripts', which is what other programs read. Hashes of the file's contents
+are added when it is written. ModelSpec: https://github.com/Stability-AI/ModelSpec
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import mimetypes
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lorashrink._version import __version__
+from lorashrink.errors import InputError
+from lorashrink.files.disk import sha256_file
+from lorashrink.train.data.buckets import bucket_info
+from lorashrink.train.data.captions import tag_counts
+from lorashrink.train.data.scanning import Data, Dataset, Picture, Subset
+from lorashrink.train.flags.checks import parse_resolution
+from lorashrink.train.flags.options import Options
+from lorashrink.train.output.saving import Length
+
+# `ss_` and the name of the option that is written as it is.
+_AS_GIVEN = (
+    "output_name", "learning_rate", "unet_lr", "gradient_checkpointing", "gradient_accumulation_steps", "lr_scheduler",
+    "network_module", "network_dim", "network_alpha", "network_dropout", "mixed_precision", "clip_skip",
+    "max_token_length", "cache_latents", "lowram", "noise_offset", "multires_noise_iterations",
+    "multires_noise_discount", "adaptive_noise_scale", "zero_terminal_snr", "training_comment", "max_grad_norm",
+    "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "prior_loss_weight",
+    "min_snr_gamma", "scale_weight_norms", "noise_offset_random_strength", "resize_interpolation",
+)  # fmt: skip
+# What sd-scripts writes for options that are not supported here, and for what does not vary.
+_FIXED: Mapping[str, object] = {
+    "ss_num_validation_images": 0,
+    "ss_full_fp16": False,
+    "ss_v2": False,
+    "ss_base_model_version": "sdxl_base_v1-0",
+    "ss_sd_scripts_commit_hash": "(unknown)",
+    "ss_face_crop_aug_range": None,
+    "ss_ip_noise_gamma": None,
+    "ss_ip_noise_gamma_random_strength": False,
+    "ss_loss_type": "l2",
+    "ss_huber_schedule": "snr",
+    "ss_huber_scale": 1.0,
+    "ss_huber_c": 0.1,
+    "ss_fp8_base": False,
+    "ss_fp8_base_unet": False,
+    "ss_validation_seed": None,
+    "ss_validation_split": 0.0,
+    "ss_max_validation_steps": None,
+    "ss_validate_every_n_epochs": None,
+    "ss_validate_every_n_steps": None,
+}
+# What --no_metadata leaves: without these, other programs cannot use the file.
+_MINIMUM = (
+    "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
+)  # fmt: skip
+_OPTIONAL_SPEC = (
+    "author", "description", "license", "tags", "usage_hint", "thumbnail", "merged_from", "trigger_phrase",
+    "preprocessor", "is_negative_embedding",
+)  # fmt: skip
+# What the old hash reads: 64 KiB at 1 MiB.
+_OLD_HASH_START, _OLD_HASH_LENGTH = 0x100000, 0x10000
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A base or VAE as the metadata names it; only files have hashes."""
+
+    name: str
+    old_hash: str | None = None  # 8 hexadecimal digits
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the metadata says that the options do not know. Times are Unix times in seconds.
+
+    The last three change from file to file: `dataclasses.replace`.
+    """
+
+    session_id: int  # the same in all files of a run
+    started_at: float
+    seed: int
+    length: Length
+    optimizer: str  # module.Class(arguments)
+    network_args: Mapping[str, object]  # what the network was made with; `dropout` is among them
+    pictures: Mapping[str, object]  # entries of `picture_entries`
+    base: Source
+    vae: Source | None = None
+    steps: int = 0
+    epoch: int = 0  # counted from 0 in files of steps, from 1 in others
+    finished_at: float = 0.0
+
+
+def source(text: str) -> Source:
+    """What the metadata says about a file (which is read in full, for its hashes), a folder or a name.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    name = os.path.basename(os.path.abspath(text)) if os.path.exists(text) else text
+    if not os.path.isfile(text):
+        return Source(name)
+    sha256 = sha256_file(Path(text))
+    with open(text, "rb") as handle:
+        handle.seek(_OLD_HASH_START)
+        old = hashlib.sha256(handle.read(_OLD_HASH_LENGTH)).hexdigest()[:8]
+    return Source(name, old, sha256)
+
+
+def training_metadata(options: Options, facts: Facts) -> dict[str, str]:
+    """The entries of one file. Equal arguments give equal entries.
+
+    With --no_metadata, what other programs need to use the file, and what the user wrote for it.
+
+    Raises:
+        InputError: --metadata_thumbnail is a file that cannot be read.
+    """
+    warmup = options.lr_warmup_steps
+    entries = {
+        **{f"ss_{name}": getattr(options, name) for name in _AS_GIVEN},
+        **_FIXED,
+        "ss_session_id": facts.session_id,
+        "ss_training_started_at": facts.started_at,
+        "ss_text_encoder_lr": options.text_encoder_lr[0] if options.text_encoder_lr else None,
+        "ss_num_batches_per_epoch": facts.length.batches_per_epoch,
+        "ss_num_epochs": facts.length.epochs,
+        "ss_max_train_steps": facts.length.steps,
+        "ss_lr_warmup_steps": int(warmup) if warmup == int(warmup) else warmup,
+        "ss_seed": facts.seed,
+        "ss_optimizer": facts.optimizer,
+        "ss_debiased_estimation": options.debiased_estimation_loss,
+        **facts.pictures,
+        **({"ss_network_args": json.dumps(dict(facts.network_args))} if options.network_args else {}),
+        **_source("sd_model", facts.base),
+        **(_source("vae", facts.vae) if facts.vae else {}),
+        "ss_training_finished_at": facts.finished_at,
+        "ss_steps": facts.steps,
+        "ss_epoch": facts.epoch,
+    }
+    if options.no_metadata:
+        entries = {key: entries[key] for key in _MINIMUM if key in entries}
+    entries |= _model_spec(options, facts.finished_at)
+    # File names may hold bytes that are not text.
+    return {key: str(value).encode("utf-8", "replace").decode() for key, value in entries.items()}
+
+
+def _source(kind: str, source: Source) -> dict[str, object]:
+    hashes = {f"ss_{kind}_hash": source.old_hash, f"ss_new_{kind}_hash": source.sha256}
+    return {**{key: value for key, value in hashes.items() if value is not None}, f"ss_{kind}_name": source.name}
+
+
+def _model_spec(options: Options, finished_at: float) -> dict[str, object]:
+    optional = {name: getattr(options, f"metadata_{name}") for name in _OPTIONAL_SPEC}
+    if optional["thumbnail"] is not None:
+        optional["thumbnail"] = data_url(optional["thumbnail"])
+    if options.min_timestep is not None or options.max_timestep is not None:
+        first, end = options.min_timestep, options.max_timestep
+        optional["timestep_range"] = f"{0 if first is None else first},{1000 if end is None else end}"
+    title = options.metadata_title if options.metadata_title is not None else options.output_name
+    width, height = parse_resolution(options.resolution or "1024")
+    entries = {
+        "sai_model_spec": "1.0.1",
+        "architecture": "stable-diffusion-xl-v1-base/lora",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": title or f"LoRA@{finished_at}",
+        "resolution": f"{width}x{height}",
+        "date": datetime.fromtimestamp(int(finished_at), UTC).isoformat(),
+        "implementation_version": f"lorashrink/{__version__}",
+        "prediction_type": "v" if options.v_parameterization else "epsilon",
+        **{name: value for name, value in optional.items() if value is not None},
+    }
+    return {f"modelspec.{name}": value for name, value in entries.items()}
+
+
+def data_url(text: str) -> str:
+    """A picture as text: `text` itself if it is that, else the file that it names.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if text.startswith("data:"):
+        return text
+    try:
+        data = Path(text).read_bytes()
+    except OSError as error:
+        raise InputError(f"--metadata_thumbnail {text}: cannot be read ({error.strerror})") from None
+    kind = mimetypes.guess_type(text)[0] or "application/octet-stream"
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+_Subsets = Sequence[tuple[Subset, Sequence[Picture]]]
+
+
+def picture_entries(data: Data, options: Options, processes: int) -> dict[str, object]:
+    """The entries about the pictures. They name folders without where these lie."""
+    datasets = [(dataset, _by_subset(dataset)) for dataset in data.datasets]
+    subsets = [pair for _, pairs in datasets for pair in pairs]
+    tags: dict[str, dict[str, int]] = {}
+    for _, pairs in datasets:
+        tags = {**_tags(pairs), **tags}
+    entries: dict[str, object] = {
+        "ss_num_train_images": _showings(subsets, is_reg=False),
+        "ss_num_reg_images": _showings(subsets, is_reg=True),
+        "ss_dataset_dirs": json.dumps(_folders(subsets, is_reg=False)),
+        "ss_tag_frequency": json.dumps(tags),
+    }
+    if options.dataset_config:
+        return entries | {"ss_datasets": json.dumps([_dataset(dataset, pairs) for dataset, pairs in datasets])}
+    (dataset,) = data.datasets
+    return entries | {
+        "ss_batch_size_per_device": options.train_batch_size,
+        "ss_total_batch_size": options.train_batch_size * processes * options.gradient_accumulation_steps,
+        "ss_resolution": dataset.buckets.resolution,
+        "ss_color_aug": False,
+        "ss_flip_aug": options.flip_aug,
+        "ss_random_crop": False,
+        "ss_shuffle_caption": options.shuffle_caption,
+        "ss_bucket_no_upscale": dataset.buckets.enabled and not dataset.buckets.upscale,
+        "ss_keep_tokens": options.keep_tokens,
+        **{f"ss_{name}": value for name, value in _bucket_limits(dataset).items()},
+        "ss_reg_dataset_dirs": json.dumps(_folders(subsets, is_reg=True)),
+        "ss_bucket_info": json.dumps(_bucket_info(dataset)),
+    }
+
+
+def _by_subset(dataset: Dataset) -> _Subsets:
+    pictures: defaultdict[Subset, list[Picture]] = defaultdict(list)
+    for picture in dataset.pictures:
+        pictures[picture.subset].append(picture)
+    return list(pictures.items())
+
+
+def _showings(subsets: _Subsets, *, is_reg: bool) -> int:
+    """How many training or regularisation pictures an epoch shows, by the repeats of their folders."""
+    return sum(subset.repeats * len(pictures) for subset, pictures in subsets if subset.is_reg == is_reg)
+
+
+def _folders(subsets: _Subsets, *, is_reg: bool) -> dict[str, dict[str, int]]:
+    """Repeats and number of pictures by folder name; equal names are numbered from the second on."""
+    folders: dict[str, dict[str, int]] = {}
+    seen: Counter[str] = Counter()
+    for subset, pictures in subsets:
+        if subset.is_reg == is_reg:
+            name = subset.folder.name
+            seen[name] += 1
+            key = name if seen[name] == 1 else f"{name} ({seen[name]})"
+            folders[key] = {"n_repeats": subset.repeats, "img_count": len(pictures)}
+    return folders
+
+
+def _tags(subsets: _Subsets) -> dict[str, dict[str, int]]:
+    """How often each tag occurs, by folder name."""
+    tags: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for subset, pictures in subsets:
+        tags[subset.folder.name].update(tag_counts(picture.caption for picture in pictures))
+    return {folder: dict(counts) for folder, counts in tags.items()}
+
+
+def _bucket_limits(dataset: Dataset) -> dict[str, object]:
+    rules = dataset.buckets
+    return {
+        "enable_bucket": rules.enabled,
+        "min_bucket_reso": rules.minimum // rules.step * rules.step if rules.enabled else None,
+        "max_bucket_reso": math.ceil(rules.maximum / rules.step) * rules.step if rules.enabled else None,
+    }
+
+
+def _bucket_info(dataset: Dataset) -> object:
+    fits = ((picture.fit, picture.repeats) for picture in dataset.pictures)
+    return bucket_info(fits) if dataset.buckets.enabled else None
+
+
+def _dataset(dataset: Dataset, subsets: _Subsets) -> dict[str, object]:
+    return {
+        "is_dreambooth": True,
+        "batch_size_per_device": dataset.batch_size,
+        "num_train_images": _showings(subsets, is_reg=False),
+        "num_reg_images": _showings(subsets, is_reg=True),
+        "resolution": dataset.buckets.resolution,
+        **_bucket_limits(dataset),
+        "tag_frequency": _tags(subsets),
+        "bucket_info": _bucket_info(dataset),
+        "resize_interpolation": subsets[0][0].interpolation,
+        "subsets": [
+            {
+                "img_count": len(pictures),
+                "num_repeats": subset.repeats,
+                "color_aug": False,
+                "flip_aug": subset.flip,
+                "random_crop": False,
+                "shuffle_caption": subset.captions.shuffle,
+                "keep_tokens": subset.captions.keep_tokens,
+                "keep_tokens_separator": subset.captions.keep_tokens_separator,
+                "secondary_separator": subset.captions.secondary_separator,
+                "enable_wildcard": False,
+                "caption_prefix": subset.captions.prefix,
+                "caption_suffix": subset.captions.suffix,
+                "resize_interpolation": subset.interpolation,
+                "image_dir": subset.folder.name,
+                "class_tokens": subset.class_words,
+                "is_reg": subset.is_reg,
+            }
+            for subset, pictures in subsets
+        ],
+    }

@@ -1,0 +1,1 @@
+"""A run: everything is prepared, then steps are taken."""

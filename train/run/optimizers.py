@@ -1,0 +1,206 @@
+"""Optimizers and schedules of the learning rate, by sd-scripts' names."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeGuard, cast, runtime_checkable
+
+from diffusers.optimization import get_piecewise_constant_schedule
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_constant_schedule, get_scheduler
+from transformers.optimization import Adafactor, AdafactorSchedule
+
+from lorashrink.errors import UsageError
+from lorashrink.train.flags.checks import optimizer_name, optimizer_path
+from lorashrink.train.flags.options import Options, key_values
+
+_log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class _ScheduleFree(Protocol):
+    """What tells a schedule-free optimizer from others: it keeps two versions of the weights."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+def make_optimizer(options: Options, groups: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, str]:
+    """The optimizer, ready for its first step, and its description for metadata: `module.Class(key=value,...)`.
+
+    Args:
+        groups: parameter groups, with their learning rates. They are not changed.
+
+    Raises:
+        UsageError: no such optimizer, its package is missing, or it refuses its arguments.
+    """
+    name = optimizer_name(options)
+    flag = f"--optimizer_type {name}"
+    kind = _imported(optimizer_path(options), flag)
+    arguments = _pairs("--optimizer_args", options.optimizer_args)
+    relative = kind is Adafactor and (arguments.get("relative_step", True) or arguments.get("warmup_init", False))
+    if relative:
+        arguments["relative_step"] = True
+        _log.warning(
+            "Adafactor sets the learning rate itself: --learning_rate, --unet_lr, --text_encoder_lr and the schedule "
+            "have no effect. With --optimizer_args relative_step=False they have"
+        )
+    own = [{key: value for key, value in group.items() if not (relative and key == "lr")} for group in groups]
+    rate = None if relative else options.learning_rate
+    optimizer: Optimizer = _made(kind, own, {"lr": rate}, arguments, flag, "--optimizer_args")
+    if "d" in optimizer.defaults:
+        _check_adaptive_rates(name, {group["lr"] for group in optimizer.param_groups})
+    train_mode(optimizer)
+    settings = ",".join(f"{key}={value}" for key, value in arguments.items())
+    return optimizer, f"{kind.__module__}.{kind.__name__}" + (f"({settings})" if settings else "")
+
+
+def make_scheduler(options: Options, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """The schedule of the learning rate.
+
+    Args:
+        optimizer: from `make_optimizer`, not yet wrapped by accelerate.
+        total_steps: how often the schedule is stepped; accelerate does so once per process and optimizer step.
+
+    Raises:
+        UsageError: it does not go with the optimizer, or refuses its arguments.
+    """
+    if _is_schedule_free(optimizer):
+        if options.lr_scheduler != "constant" or options.lr_scheduler_type or options.lr_warmup_steps:
+            _log.warning(
+                "%s needs no schedule: --lr_scheduler and --lr_warmup_steps have no effect. "
+                "--optimizer_args warmup_steps=N is its own warm-up",
+                optimizer_name(options),
+            )
+        return cast(LRScheduler, get_constant_schedule(optimizer))
+    name, path = options.lr_scheduler, options.lr_scheduler_type
+    flag = f"--lr_scheduler_type {path}" if path else f"--lr_scheduler {name}"
+    if isinstance(optimizer, Adafactor) and optimizer.defaults["relative_step"]:
+        if options.lr_warmup_steps:
+            raise UsageError("the schedule of Adafactor has no warm-up; leave out --lr_warmup_steps")
+        return cast(LRScheduler, AdafactorSchedule(optimizer, options.learning_rate))
+    arguments = _pairs("--lr_scheduler_args", options.lr_scheduler_args)
+    if path:
+        kind = _imported(path if "." in path else f"torch.optim.lr_scheduler.{path}", flag)
+        return cast(LRScheduler, _made(kind, optimizer, {}, arguments, flag, "--lr_scheduler_args"))
+    if name == "adafactor":
+        raise UsageError("--lr_scheduler adafactor needs --optimizer_args relative_step=True")
+    kinds = {"piecewise_constant": get_piecewise_constant_schedule, "constant": get_constant_schedule}
+
+    def scheduled(optimizer: Optimizer, **settings: Any) -> Any:
+        return get_scheduler(name, optimizer, _steps(options.lr_warmup_steps, total_steps), total_steps, settings)
+
+    settings = _schedule_settings(options, total_steps).get(name, {})
+    where = "--lr_scheduler_args and its other options"
+    return cast(LRScheduler, _made(kinds.get(name, scheduled), optimizer, settings, arguments, flag, where))
+
+
+def _schedule_settings(options: Options, total: int) -> dict[str, dict[str, Any]]:
+    """What schedules take besides the warm-up and the number of steps, by their names."""
+    cycles, lowest = options.lr_scheduler_num_cycles, options.lr_scheduler_min_lr_ratio
+    lowered = {"num_cycles": cycles / 2, "min_lr_rate": lowest}
+    decay = {"num_decay_steps": _steps(options.lr_decay_steps, total), "min_lr_ratio": lowest or 0.0}
+    return {
+        "inverse_sqrt": {"timescale": options.lr_scheduler_timescale},
+        "cosine_with_restarts": {"num_cycles": cycles},
+        "polynomial": {"power": options.lr_scheduler_power},
+        "cosine_with_min_lr": lowered,
+        "cosine_warmup_with_min_lr": lowered,
+        "warmup_stable_decay": {"num_cycles": cycles / 2} | decay,
+    }
+
+
+def _steps(value: float, total: int) -> int:
+    """A number of steps, from that number or from a share of all steps."""
+    return int(value * total) if isinstance(value, float) else value
+
+
+def train_mode(optimizer: Optimizer) -> None:
+    """Put the weights where a schedule-free optimizer trains them. Other optimizers have but one version of them."""
+    if _is_schedule_free(optimizer):
+        optimizer.train()
+
+
+def eval_mode(optimizer: Optimizer) -> None:
+    """Put the weights where a schedule-free optimizer wants them used: before saving and before samples."""
+    if _is_schedule_free(optimizer):
+        optimizer.eval()
+
+
+def _is_schedule_free(optimizer: Optimizer) -> TypeGuard[_ScheduleFree]:
+    # accelerate's wrapper has these methods too, and there they pass the call on, or do nothing.
+    return isinstance(optimizer, _ScheduleFree)
+
+
+def learning_rates(optimizer: Optimizer, names: Sequence[str]) -> dict[str, float]:
+    """What to log: `lr/unet` and the like, and for D-Adaptation and Prodigy, which scale it by d, also `lr/d*lr/unet`.
+
+    Args:
+        names: of the optimizer's groups, in their order.
+    """
+    rates: dict[str, float] = {}
+    for name, group in zip(names, optimizer.param_groups, strict=True):
+        rates[f"lr/{name}"] = float(group["lr"])
+        if "d" in group:
+            rates[f"lr/d*lr/{name}"] = float(group["d"] * group["lr"])
+    return rates
+
+
+def _check_adaptive_rates(name: str, rates: set[float]) -> None:
+    """Prodigy and the D-Adaptation family find one factor for all groups, and multiply it by one learning rate."""
+    if len(rates) > 1:
+        raise UsageError(
+            f"--optimizer_type {name} takes one learning rate for everything; "
+            "give --unet_lr and --text_encoder_lr the same value, or leave both out"
+        )
+    if max(rates) <= 0.1:
+        _log.warning(
+            "%s finds the learning rate itself and multiplies it by the one that it is given, which is %g; 1 is usual",
+            name,
+            max(rates),
+        )
+
+
+def _pairs(flag: str, words: Iterable[str]) -> dict[str, Any]:
+    """The arguments in `key=value` words; values are Python's literals."""
+    values = {}
+    for key, text in key_values(flag, words).items():
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError):
+            raise UsageError(
+                f"{flag}: the value in '{key}={text}' is neither a number, True, False, None, a list nor a text in "
+                "quotes"
+            ) from None
+    return values
+
+
+def _imported(path: str, flag: str) -> Any:
+    """The class at a dotted path."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except AttributeError:
+        raise UsageError(f"{flag}: {module} has no {name}") from None
+    except (ImportError, TypeError, ValueError) as error:
+        raise UsageError(f"{flag} cannot be imported; check its spelling, or install its package: {error}") from None
+
+
+def _made(
+    kind: Callable[..., Any],
+    subject: object,
+    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    flag: str,
+    where: str,
+) -> Any:
+    """Call a class of any package; `settings` are ours, `arguments` the user's, and neither may repeat the other."""
+    try:
+        return kind(subject, **settings, **arguments)
+    except Exception as error:  # each package has its own way to refuse
+        raise UsageError(f"{flag} refuses its settings; check {where}: {error}") from error
