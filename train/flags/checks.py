@@ -296,7 +296,7 @@ def _check_schedule(o: Options) -> Iterator[str]:
         raise UsageError("--lr_warmup_steps and --lr_decay_steps are whole numbers of steps, or shares up to 1 or 100%")
     if o.max_train_epochs is not None and o.max_train_steps != 1600:
         yield f"--max_train_epochs={o.max_train_epochs} decides; --max_train_steps={o.max_train_steps} is not used"
-    if o.max_train_epochs is None and not isinstance(warmup, float) and warmup >= o.max_train_steps:
+    if o.max_train_epochs is None and isinstance(warmup, int) and warmup >= o.max_train_steps:
         yield f"--lr_warmup_steps={warmup}: the learning rate reaches its full height only when training is over"
     if o.lr_scheduler_num_cycles != 1 and o.lr_scheduler == "cosine":
         yield "--lr_scheduler_num_cycles has no effect with cosine; --lr_scheduler=cosine_with_restarts uses it"
