@@ -47,3 +47,9 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> BaseFamily | None:
 def family_named(name: str) -> BaseFamily | None:
     """The family of this name, None if there is none."""
     return next((family for family in FAMILIES if family.name == name), None)
+
+
+def family_title(name: str) -> str:
+    """What people call the family of this name; the name itself where it is not known."""
+    family = family_named(name)
+    return family.title if family else name

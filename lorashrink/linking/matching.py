@@ -9,8 +9,8 @@ from functools import partial
 
 from lorashrink.adapters import Adapter, Layer, adapter_family
 from lorashrink.adapters.family import Needs
-from lorashrink.bases import FAMILIES as BASE_FAMILIES
 from lorashrink.bases import Base, Views, views_id, views_shape
+from lorashrink.bases.families import family_title
 from lorashrink.errors import FamilyMismatch, ShapeError
 from lorashrink.names import kind
 
@@ -34,10 +34,9 @@ def match(adapter: Adapter, base: Base) -> list[Views]:
         for i in variants:
             views[i] = ()
     family = adapter_family(adapter)
-    if (misfits or 2 * sum(map(bool, views)) < len(views)) and family not in (None, base.family.name):
-        titles = {row.name: row.title for row in BASE_FAMILIES}
+    if (misfits or 2 * sum(map(bool, views)) < len(views)) and family and family != base.family.name:
         raise FamilyMismatch(
-            f"{adapter.path}: looks like an adapter for {titles.get(family or '', family)}, but {base.path} is "
+            f"{adapter.path}: looks like an adapter for {family_title(family)}, but {base.path} is "
             f"{base.family.title}. Give the base that it was trained on, or a relative of it."
         )
     if misfits:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lorashrink.adapters import Adapter, Layer, adapter_family
-from lorashrink.bases import FAMILIES, Base, View, Views, views_id
+from lorashrink.bases import Base, View, Views, views_id
+from lorashrink.bases.families import UNKNOWN, family_named, family_title
 from lorashrink.bases.weights import name_weights
 from lorashrink.engine.delta import Delta, fan_in
 from lorashrink.errors import FamilyMismatch, ShapeError, UsageError
@@ -50,7 +51,7 @@ def matched(sides: Sequence[Adapter], base: Base | None) -> tuple[Base | None, l
 def _check_shapes(a: Adapter, b: Adapter) -> None:
     """Raises FamilyMismatch or ShapeError if layers of one name change weights of different shapes."""
     layers_a, layers_b = ({layer.name: layer for layer in side if len(layer.shape) > 1} for side in (a, b))
-    for name in layers_a.keys() & layers_b.keys():
+    for name in (name for name in layers_a if name in layers_b):
         shapes = [layers_a[name].shape, layers_b[name].shape]
         if len({(shape[0], fan_in(shape)) for shape in shapes}) > 1:
             raise _families_differ(a, b) or ShapeError(
@@ -60,13 +61,12 @@ def _check_shapes(a: Adapter, b: Adapter) -> None:
 
 
 def _families_differ(a: Adapter, b: Adapter) -> FamilyMismatch | None:
-    families = adapter_family(a), adapter_family(b)
-    if families[0] == families[1] or None in families:
+    family_a, family_b = adapter_family(a), adapter_family(b)
+    if family_a is None or family_b is None or family_a == family_b:
         return None
-    titles = {family.name: family.title for family in FAMILIES}
-    title_a, title_b = (titles.get(str(family), family) for family in families)
     return FamilyMismatch(
-        f"{a.path} looks like an adapter for {title_a}, {b.path} like one for {title_b}. Take adapters of one model."
+        f"{a.path} looks like an adapter for {family_title(family_a)}, {b.path} like one for "
+        f"{family_title(family_b)}. Take adapters of one model."
     )
 
 
@@ -76,8 +76,7 @@ def _dictionaries(sides: Sequence[Adapter]) -> Iterator[Base | None]:
     Such an adapter is a base of just the weights that it names; names that it has flattened are no way back.
     """
     yield None
-    family_name = next(filter(None, map(adapter_family, sides)), None)
-    family = next((family for family in FAMILIES if family.name == family_name), FAMILIES[-1])
+    family = family_named(next(filter(None, map(adapter_family, sides)), "")) or UNKNOWN
     for side in sides:
         layers = {layer.name.removeprefix("base_model.model."): layer for layer in side}
         if all("." in name for name in layers):

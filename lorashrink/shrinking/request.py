@@ -59,6 +59,8 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     bases = read_table(options.group_by_base) if options.group_by_base is not None else {}
     check_naming(options.naming, next(iter(bases.values()), options.base))
     entries = [adapters] if isinstance(adapters, (str, Path)) else adapters
+    if not entries:
+        raise UsageError("no adapters. Name files, folders or globs.")
     weights = _stack(entries, recipes, options) if options.stack else {}
     inputs = dict.fromkeys(weights) if options.stack else find_inputs(entries, recursive=options.recursive)
     sums = {source: terms for source, terms in inputs.items() if terms}

@@ -12,7 +12,8 @@ from itertools import combinations
 from pathlib import Path
 
 from lorashrink.adapters import Adapter, adapter_family, open_adapter, peft
-from lorashrink.bases import FAMILIES, Base
+from lorashrink.bases import Base
+from lorashrink.bases.families import family_title
 from lorashrink.errors import FamilyMismatch, UsageError
 from lorashrink.files.disk import sha256_file
 from lorashrink.files.store import DTYPES, FACTOR_DTYPES, ComputedStore
@@ -117,13 +118,12 @@ class _Store(ComputedStore):
 
 def _check_families(sides: Sequence[Adapter]) -> None:
     """Raises FamilyMismatch if the adapters were made for different families of models, as far as they tell."""
-    titles = {family.name: family.title for family in FAMILIES}
     families = [(side, family) for side in sides if (family := adapter_family(side))]
     for (a, family_a), (b, family_b) in combinations(families, 2):
         if family_a != family_b:
             raise FamilyMismatch(
-                f"{a.path} is an adapter for {titles.get(family_a, family_a)}, {b.path} is one for "
-                f"{titles.get(family_b, family_b)}. Merge adapters of one model."
+                f"{a.path} is an adapter for {family_title(family_a)}, {b.path} is one for "
+                f"{family_title(family_b)}. Merge adapters of one model."
             )
 
 

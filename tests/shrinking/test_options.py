@@ -10,6 +10,7 @@ import typing
 import pytest
 
 from lorashrink.cli.resizing import resize as command
+from lorashrink.errors import UsageError
 from lorashrink.shrinking.options import ResizeKeywords, ResizeOptions
 from lorashrink.shrinking.run import resize
 
@@ -32,3 +33,8 @@ def test_the_command_has_every_option() -> None:
 def test_an_unknown_keyword_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="colour"):
         resize("lora.safetensors", colour="red")
+
+
+def test_no_adapters_at_all_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="no adapters"):
+        resize([], recipes="rank=1")
