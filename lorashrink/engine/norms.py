@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lorashrink.engine.gram import doubled
+
 # Numbers squared at a time in float64: still in a core's cache when they are summed.
 _FRO_BLOCK = 1 << 16
 
@@ -35,8 +37,7 @@ def frobenius(weight: Tensor) -> float:
     """‖W‖_F of a tensor of any shape and float dtype, summed in float64."""
     total = 0.0
     for block in torch.split(weight.reshape(-1), _FRO_BLOCK):
-        # half precision to float32 is one instruction, to float64 it is not
-        wide = (block.float() if block.element_size() <= 2 else block).double()
+        wide = doubled(block)
         total += float(wide @ wide)
     return math.sqrt(total)
 
@@ -69,7 +70,8 @@ def spectral_norms(weights: Tensor) -> Tensor:
 
 def _of_all_eigenvalues(wide: Tensor) -> Tensor:
     wide = wide.double()
-    return torch.linalg.eigvalsh(wide @ wide.mT)[:, -1].clamp(min=0).sqrt()
+    top: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)[:, -1].clamp(min=0).sqrt()
+    return top
 
 
 # --- block Krylov iteration ---------------------------------------------------------------------
