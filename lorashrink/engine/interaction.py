@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lorashrink.engine.gram import CPU_BLOCK, SIGMA_FLOOR, doubled, solve
+from lorashrink.engine.norms import still_to_come
 
 _ENERGY = 0.9  # share of Σσ² in the dimensions whose subspaces are compared
 _TIE = 1e-6  # singular values this close, relative, are in a subspace together: their vectors are not unique
@@ -34,7 +35,7 @@ _QUARTERS = 4  # strips of a Gram matrix, whose halves above the diagonal are no
 _FULL_RANK = 256
 _START = 12  # columns of the block that the iteration starts from
 _STEPS = 60  # at most
-_CONVERGED = 1e-8  # relative growth of σ² in a step
+_CONVERGED = 1e-8  # growth of σ_1² that is still to come, relative, and of σ_2² as a part of σ_1²
 _EXHAUSTED = 1e-13  # a new direction whose square is below this part of what it was made of is rounding
 
 
@@ -78,7 +79,7 @@ def interaction(
     gram_up, gram_down = _gram(ups.mT, device).mul_(scale).mul_(scale[:, None]), _gram(downs, device)
     # before any sums over blocks, which would carry NaN from one to the next
     squares = gram_up.diagonal() * gram_down.diagonal()
-    if broken := _not_finite([part.sum() for part in squares.split(list(ranks))]):
+    if broken := _not_finite([part.sum() for part in torch.split(squares, list(ranks))]):
         return _broken(broken, count)
     members = _membership(ranks, device)
     products = _products(gram_up, gram_down, members)
@@ -146,7 +147,7 @@ def _blocks(ranks: Sequence[int]) -> list[slice]:
 def _products(gram_up: Tensor, gram_down: Tensor, members: Tensor) -> Tensor:
     """[A, A] <ΔW_i, ΔW_j>: sums over the blocks of gram_up ∘ gram_down, of which no more than a block's rows exist."""
     sizes = members.sum(0).int().tolist()
-    rows = zip(gram_up.split(sizes), gram_down.split(sizes), strict=True)
+    rows = zip(torch.split(gram_up, sizes), torch.split(gram_down, sizes), strict=True)
     return torch.stack([(up * down).sum(0) for up, down in rows]) @ members
 
 
@@ -232,7 +233,7 @@ def _largest(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor)
     # only what is reached of them takes memory
     basis, images = start.new_empty(most, len(length)), start.new_empty(most, len(length))
     projected = start.new_empty(most, most)  # its lower triangle
-    block, size, top = start * length, 0, 0.0
+    block, size, tops = start * length, 0, list[Tensor]()
     for _ in range(_STEPS):
         block, image = _orthonormal(block, basis[:size], images[:size], measure)
         if not len(block):
@@ -242,8 +243,8 @@ def _largest(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor)
         basis[rows], images[rows] = block, image
         block = (image * turns) @ gram_up * turns
         projected[rows, :size] = block @ images[:size].mT
-        before, top = top, float(torch.linalg.eigvalsh(projected[:size, :size])[-1])
-        if top <= before * (1 + _CONVERGED):
+        tops.append(torch.linalg.eigvalsh(projected[:size, :size])[-2:])
+        if len(tops) > 2 and bool((still_to_come(*tops[-3:]) <= _CONVERGED * tops[-1][-1]).all()):
             break
     if not size:
         return 0.0, 0.0, torch.zeros_like(length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -98,7 +98,7 @@ def _of_krylov(wide: Tensor) -> Tensor:
         if (step + 1) % _KRYLOV_CHECK == 0:
             values, vectors = torch.linalg.eigh(projected[:, :stop, :stop])
             tops.append(values[:, -1])
-            if _settled(tops):
+            if len(tops) > 2 and (still_to_come(*tops[-3:]) <= _KRYLOV_TOLERANCE * tops[-1]).all():
                 break
             if stop == size:
                 block = vectors[:, :, -_KRYLOV_BLOCK:].mT.float() @ space
@@ -131,13 +131,11 @@ def _new_directions(block: Tensor, space: Tensor) -> Tensor:
     return block
 
 
-def _settled(tops: Sequence[Tensor]) -> bool:
-    """Whether no σ_1² will grow any more, as a geometric series would."""
-    if len(tops) < 3:
-        return bool((tops[-1] == 0).all())
-    before, growth = tops[-2] - tops[-3], tops[-1] - tops[-2]
+def still_to_come(first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+    """What three values in a row will grow by, if their growth goes on as a geometric series."""
+    before, growth = second - first, third - second
     ratio = torch.where(before > 0, growth / before, 0).clamp(0, _SLOWEST)
-    return bool((growth * ratio / (1 - ratio) <= _KRYLOV_TOLERANCE * tops[-1]).all())
+    return growth * ratio / (1 - ratio)
 
 
 def _lengths(rows: Tensor, wide: Tensor) -> Tensor:
