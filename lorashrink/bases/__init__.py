@@ -7,7 +7,7 @@ Read `family.py` first (the row), `stable_diffusion.py` and its like (the famili
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ __all__ = [
     "View",
     "Views",
     "family_named",
+    "joined",
     "open_base",
     "recognise",
     "table_bytes",
@@ -82,15 +83,14 @@ class Base:
 
     def weight(self, views: Views) -> Tensor:
         """The weight itself, float32 [out, in·kh·kw]. Raises NotABase for a norm table."""
-        import torch
+        return joined(self.parts(views))
 
+    def parts(self, views: Views) -> list[Tensor]:
+        """What the views show of their tensors, as stored, [rows, ...]. Raises NotABase for a norm table."""
         if self.store is None:
             raise NotABase(f"{self.path}: a norm table holds no weights, which this recipe needs. Give the checkpoint.")
-        parts = []
-        for view in views:
-            tensor = self.store.read(view.key, view.rows)
-            parts.append((tensor.T if view.transposed else tensor).float().flatten(1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        tensors = ((self.store.read(view.key, view.rows), view.transposed) for view in views)
+        return [tensor.T if transposed else tensor for tensor, transposed in tensors]
 
     @cached_property
     def all_views(self) -> tuple[Views, ...]:
@@ -116,6 +116,14 @@ class Base:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of a weight as one matrix, float32 [out, in·kh·kw]."""
+    import torch
+
+    matrices = [part.float().flatten(1) for part in parts]
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
 def open_base(path: str | Path) -> Base:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lorashrink.bases import Base, Views, open_base, table_bytes, views_id
+from lorashrink.bases import Base, Views, joined, open_base, table_bytes, views_id
 from lorashrink.engine.devices import worker_pool
 from lorashrink.engine.norms import frobenius, spectral
 from lorashrink.errors import NonFinite, NotABase, OutputError
@@ -22,7 +22,7 @@ from lorashrink.files.disk import check_output, write_bytes
 log = logging.getLogger(__name__)
 
 # Part of the cache key: change it whenever the numbers may change.
-ALGORITHM = 2
+ALGORITHM = 3
 
 # A file changed this recently could change again within the resolution of its time stamps.
 SETTLED_SECONDS = 2.0
@@ -51,30 +51,33 @@ class BaseNorms:
         Raises NonFinite if a weight holds NaN or infinity.
         """
         views = {views_id(weight): weight for weight in weights}
-        missing = [(key, name) for key in views for name in sorted(names) if name not in self._norms.get(key, {})]
+        missing = {key: [name for name in sorted(names) if name not in self._norms.get(key, {})] for key in views}
+        missing = {key: absent for key, absent in missing.items() if absent}
 
-        def compute(job: tuple[str, str]) -> float:
-            key, name = job
-            value = self._compute(views[key], name)
-            if not math.isfinite(value):
+        def compute(key: str) -> dict[str, float]:
+            values = self._compute(views[key], missing[key])
+            if not all(map(math.isfinite, values.values())):
                 raise NonFinite(f"{self.base.path}: the weight {key} contains NaN or infinity; use another copy of it.")
-            return value
+            return values
 
-        values = map(compute, missing) if pool is None else pool.map(compute, missing)
-        for count, ((key, name), value) in enumerate(zip(missing, values, strict=True), 1):
-            self._norms.setdefault(key, {})[name] = value
+        computed = map(compute, missing) if pool is None else pool.map(compute, missing)
+        for count, (key, values) in enumerate(zip(missing, computed, strict=True), 1):
+            self._norms.setdefault(key, {}).update(values)
             if progress:
                 progress(count, len(missing))
         if missing and self._file:
             _save(self._file, self.base, self._norms)
         return {key: {name: self._norms[key][name] for name in names} for key in views}
 
-    def _compute(self, views: Views, name: str) -> float:
-        if name == "spn":
-            return spectral(self.base.weight(views))
-        store = self.base.store
-        assert store is not None, "norm tables are answered before anything is computed"
-        return math.hypot(*(frobenius(store.read(view.key, view.rows)) for view in views))
+    def _compute(self, views: Views, names: Collection[str]) -> dict[str, float]:
+        """The norms of one weight, which is read once."""
+        parts = self.base.parts(views)
+        values = {}
+        if "fro" in names:
+            values["fro"] = math.hypot(*map(frobenius, parts))
+        if "spn" in names:
+            values["spn"] = spectral(joined(parts))
+        return values
 
 
 # --- cache --------------------------------------------------------------------------------------

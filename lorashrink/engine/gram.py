@@ -163,13 +163,17 @@ def factor_gram(factors: Tensor, *, columns: bool) -> Tensor:
     total = torch.zeros(count, rank, rank, dtype=torch.float64, device=factors.device)
     block = max(64, CPU_BLOCK // (count * rank)) if factors.device.type == "cpu" else factors.numel()
     for part in torch.split(factors, block, dim=1 if columns else 2):
-        # half precision to float32 is one instruction, to float64 it is not
-        wide = (part.float() if part.element_size() == 2 else part).double()
+        wide = doubled(part)
         _add_square(total, wide.mT if columns else wide)
     half = rank // 2
     if rank >= _SPLIT_RANK:
         total[:, :half, half:] = total[:, half:, :half].mT
     return total
+
+
+def doubled(tensor: Tensor) -> Tensor:
+    """The same numbers in float64: half precision by float32, which is one instruction where float64 is not."""
+    return (tensor.float() if tensor.element_size() <= 2 else tensor).double()
 
 
 def _add_square(total: Tensor, wide: Tensor) -> None:

@@ -13,14 +13,15 @@ small singular values have few digits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from lorashrink.engine.gram import SIGMA_FLOOR, solve
+from lorashrink.engine.gram import CPU_BLOCK, SIGMA_FLOOR, doubled, solve
+from lorashrink.engine.norms import still_to_come
 
 _ENERGY = 0.9  # share of Σσ² in the dimensions whose subspaces are compared
 _TIE = 1e-6  # singular values this close, relative, are in a subspace together: their vectors are not unique
@@ -29,13 +30,12 @@ _TIE = 1e-6  # singular values this close, relative, are in a subspace together:
 _CANCELLED = 2.0**-20
 
 _QUARTERS = 4  # strips of a Gram matrix, whose halves above the diagonal are not computed
-_BLOCK = 1 << 19  # numbers converted to float64 at a time
 
 # Up to this rank the sum is decomposed as any layer; above, an iteration finds its largest singular values.
 _FULL_RANK = 256
 _START = 12  # columns of the block that the iteration starts from
 _STEPS = 60  # at most
-_CONVERGED = 1e-8  # relative growth of σ² in a step
+_CONVERGED = 1e-8  # growth of σ_1² that is still to come, relative, and of σ_2² as a part of σ_1²
 _EXHAUSTED = 1e-13  # a new direction whose square is below this part of what it was made of is rounding
 
 
@@ -76,13 +76,14 @@ def interaction(
     if rank * (rows + width) > count * rows * width:
         up, down = ups.to(device).double() * scale, downs.to(device).double()
         return _of_matrices(_matrices(up, down, ranks), weight)
-    gram_up, gram_down = _gram(ups.mT, device, scale), _gram(downs, device)
+    gram_up, gram_down = _gram(ups.mT, device).mul_(scale).mul_(scale[:, None]), _gram(downs, device)
     # before any sums over blocks, which would carry NaN from one to the next
     squares = gram_up.diagonal() * gram_down.diagonal()
-    if broken := _not_finite([squares[block].sum() for block in _blocks(ranks)]):
+    if broken := _not_finite([part.sum() for part in torch.split(squares, list(ranks))]):
         return _broken(broken, count)
-    products = _block_sums(gram_up * gram_down, ranks)
-    lengths_up, lengths_down = (gram.diagonal() @ _membership(ranks, device) for gram in (gram_up, gram_down))
+    members = _membership(ranks, device)
+    products = _products(gram_up, gram_down, members)
+    lengths_up, lengths_down = (gram.diagonal() @ members for gram in (gram_up, gram_down))
     bounds = (lengths_up * lengths_down).sqrt()  # no less than the norms of ΔW
     sum_cancels = float(weight @ products @ weight) < _CANCELLED * float(weight.abs() @ bounds) ** 2
     if sum_cancels or (products.diagonal() < _CANCELLED * bounds**2).any():
@@ -93,13 +94,14 @@ def interaction(
     return _of_grams(gram_up, gram_down, products, ranks, weight)
 
 
-def _gram(factor: Tensor, device: torch.device, scale: Tensor | None = None) -> Tensor:
-    """[R, R] float64 of a factor [R, n], whose rows may have a scale; blocks above the diagonal mirror those below."""
+def _gram(factor: Tensor, device: torch.device) -> Tensor:
+    """[R, R] float64 of a factor [R, n]; blocks above the diagonal mirror those below."""
     rank = len(factor)
     total = torch.zeros(rank, rank, dtype=torch.float64, device=device)
     ends = [rank * quarter // _QUARTERS for quarter in range(_QUARTERS + 1)]
-    for columns in torch.split(factor, max(64, _BLOCK // rank), 1):
-        wide = columns.to(device).double() if scale is None else columns.to(device).double() * scale[:, None]
+    block = max(64, CPU_BLOCK // rank) if device.type == "cpu" else factor.shape[1]
+    for columns in torch.split(factor, block, 1):
+        wide = doubled(columns.to(device))
         for low, high in pairwise(ends):
             total[low:high, :high].addmm_(wide[low:high], wide[:high].mT)
     for low, high in pairwise(ends):
@@ -115,10 +117,12 @@ def _of_grams(
 ) -> Interaction:
     blocks = _blocks(ranks)
     spectra = _spectra(gram_up, gram_down, blocks)
-    counts = [_dimensions(sigma) for sigma, _, _ in spectra]
-    halves = [torch.where(sigma > 0, 1 / sigma.sqrt(), 0) for sigma, _, _ in spectra]
-    lefts = [left[:, :k] * half[:k] for (_, left, _), half, k in zip(spectra, halves, counts, strict=True)]
-    rights = [right[:k].mT * half[:k] for (_, _, right), half, k in zip(spectra, halves, counts, strict=True)]
+    counts = _dimensions([sigma for sigma, _, _ in spectra])
+    lefts, rights = [], []
+    for (sigma, left, right), count in zip(spectra, counts, strict=True):
+        inverse = sigma[:count].rsqrt()  # no σ that carries energy is 0
+        lefts.append(left[:, :count] * inverse)
+        rights.append(right[:count].mT * inverse)
     columns = weight.repeat_interleave(torch.tensor(ranks, device=weight.device))
     first, second, top = _top(gram_up, gram_down, columns, _starts(blocks, rights, weight))
     parts = columns * top * (gram_up @ (columns * top))
@@ -140,10 +144,11 @@ def _blocks(ranks: Sequence[int]) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
-def _block_sums(matrix: Tensor, ranks: Sequence[int]) -> Tensor:
-    """[A, A] sums over the blocks of a matrix [R, R]."""
-    membership = _membership(ranks, matrix.device)
-    return membership.mT @ matrix @ membership
+def _products(gram_up: Tensor, gram_down: Tensor, members: Tensor) -> Tensor:
+    """[A, A] <ΔW_i, ΔW_j>: sums over the blocks of gram_up ∘ gram_down, of which no more than a block's rows exist."""
+    sizes = members.sum(0).int().tolist()
+    rows = zip(torch.split(gram_up, sizes), torch.split(gram_down, sizes), strict=True)
+    return torch.stack([(up * down).sum(0) for up, down in rows]) @ members
 
 
 def _membership(ranks: Sequence[int], device: torch.device) -> Tensor:
@@ -162,13 +167,14 @@ def _spectra(gram_up: Tensor, gram_down: Tensor, blocks: Sequence[slice]) -> lis
     return [spectra[index] for index in range(len(blocks))]
 
 
-def _dimensions(sigma: Tensor) -> int:
-    """How many of the largest singular values carry the energy; 0 for a zero matrix."""
-    energies = (sigma**2).cumsum(0)
-    if not energies[-1] > 0:
-        return 0
-    count = min(len(sigma), int((energies < _ENERGY * energies[-1]).sum()) + 1)
-    return int((sigma >= (1 - _TIE) * sigma[count - 1]).sum())
+def _dimensions(spectra: Sequence[Tensor]) -> list[int]:
+    """How many of the largest singular values carry the energy of each spectrum; 0 for a zero matrix."""
+    sigma = torch.nn.utils.rnn.pad_sequence(list(spectra), batch_first=True)
+    energies = (sigma**2).cumsum(1)
+    total = energies[:, -1:]
+    last = (energies < _ENERGY * total).sum(1, keepdim=True).clamp(max=sigma.shape[1] - 1)
+    counts = (sigma >= (1 - _TIE) * sigma.gather(1, last)).sum(1)
+    return torch.where(total[:, 0] > 0, counts, 0).tolist()
 
 
 def _overlaps(gram: Tensor, blocks: Sequence[slice], maps: Sequence[Tensor]) -> Tensor:
@@ -182,7 +188,8 @@ def _mean_squares(cosines: Tensor, counts: Sequence[int]) -> Tensor:
     """[A, A] Σcos² / min(k_i, k_j) over the blocks of Q_iᵀ·Q_j; 0 for an empty block."""
     sizes = torch.tensor(counts, dtype=torch.float64, device=cosines.device)
     smaller = torch.minimum(sizes[:, None], sizes)
-    sums = _block_sums(cosines**2, counts)
+    members = _membership(counts, cosines.device)
+    sums = members.mT @ cosines**2 @ members
     return torch.where(smaller > 0, sums / smaller, 0).clamp(max=1)
 
 
@@ -198,12 +205,12 @@ def _top(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor) -> 
 
 
 def _starts(blocks: Sequence[slice], rights: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """[R, b]: the first right vectors of all matrices, from which an iteration for the sum begins."""
+    """[b, R]: the first right vectors of all matrices, from which an iteration for the sum begins."""
     share = max(1, _START // len(blocks))
-    start = torch.zeros(blocks[-1].stop, _START, dtype=torch.float64, device=weight.device)
+    start = torch.zeros(_START, blocks[-1].stop, dtype=torch.float64, device=weight.device)
     for index, (block, right) in enumerate(zip(blocks, rights, strict=True)):
-        vectors, column = right[:, :share], index * share % _START
-        start[block, column : column + vectors.shape[1]] = vectors * weight[index]
+        vectors, row = right[:, :share].mT, index * share % _START
+        start[row : row + len(vectors), block] = vectors * weight[index]
     return start
 
 
@@ -212,42 +219,55 @@ def _largest(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor)
 
     Block Krylov iteration for the eigenvalues of gram_up · gram_down, which is symmetric in the inner product of
     gram_down, with full orthogonalisation (Golub & Van Loan, Matrix Computations, 10.3.6); to about 1e-8 relative,
-    worst where the largest singular values are nearly equal.
+    worst where the largest singular values are nearly equal. Vectors are rows; `start` are b of them.
     """
     length = gram_down.diagonal().sqrt()
     inverse = torch.where(length > 0, 1 / length, 0)
-    gram_down = gram_down * torch.outer(inverse, inverse)  # all of its diagonal is 1
-    gram_up = gram_up * torch.outer(columns * length, columns * length)
-    basis = images = applied = start.new_empty(len(start), 0)
-    block, values, vectors = start * length[:, None], start.new_zeros(1), start.new_zeros(0, 1)
+    turns = columns * length
+
+    def measure(rows: Tensor) -> Tensor:
+        """Times gram_down, scaled so that all of its diagonal is 1."""
+        return (rows * inverse) @ gram_down * inverse
+
+    most = _START * _STEPS
+    # only what is reached of them takes memory
+    basis, images = start.new_empty(most, len(length)), start.new_empty(most, len(length))
+    projected = start.new_empty(most, most)  # its lower triangle
+    block, size, tops = start * length, 0, list[Tensor]()
     for _ in range(_STEPS):
-        block, image = _orthonormal(block, basis, images, gram_down)
-        if not block.shape[1]:
+        block, image = _orthonormal(block, basis[:size], images[:size], measure)
+        if not len(block):
             break
-        basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
-        block = gram_up @ image
-        applied = torch.cat([applied, block], 1)
-        before = float(values[-1])
-        values, vectors = torch.linalg.eigh(images.mT @ applied)
-        if float(values[-1]) <= before * (1 + _CONVERGED):
+        rows = slice(size, size + len(block))
+        size = rows.stop
+        basis[rows], images[rows] = block, image
+        block = (image * turns) @ gram_up * turns
+        projected[rows, :size] = block @ images[:size].mT
+        tops.append(torch.linalg.eigvalsh(projected[:size, :size])[-2:])
+        if len(tops) > 2 and bool((still_to_come(*tops[-3:]) <= _CONVERGED * tops[-1][-1]).all()):
             break
+    if not size:
+        return 0.0, 0.0, torch.zeros_like(length)
+    values, vectors = torch.linalg.eigh(projected[:size, :size])
     sigma = values.clamp(min=0).sqrt()
     sigma = torch.where(sigma > SIGMA_FLOOR * sigma[-1], sigma, 0)
-    return float(sigma[-1]), float(sigma[-2]) if len(sigma) > 1 else 0.0, length * (images @ vectors[:, -1])
+    return float(sigma[-1]), float(sigma[-2]) if len(sigma) > 1 else 0.0, length * (vectors[:, -1] @ images[:size])
 
 
-def _orthonormal(block: Tensor, basis: Tensor, images: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(new directions in the columns of `block`, orthonormal in the inner product of `gram`; gram · directions)."""
-    size = block.norm(dim=0)
-    block = block[:, size > 0] / size[size > 0]
-    image = gram @ block
+def _orthonormal(
+    block: Tensor, basis: Tensor, images: Tensor, measure: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(new directions in the rows of `block`, orthonormal in the inner product of `measure`; measure(directions))."""
+    size = block.norm(dim=1)
+    block = block[size > 0] / size[size > 0, None]
+    image = measure(block)
     for _ in range(2):  # twice is enough for full precision
-        overlap = images.mT @ block
-        block, image = block - basis @ overlap, image - images @ overlap
-        values, vectors = torch.linalg.eigh(block.mT @ image)
+        overlap = block @ images.mT
+        block, image = block - overlap @ basis, image - overlap @ images
+        values, vectors = torch.linalg.eigh(image @ block.mT)
         new = values > _EXHAUSTED
-        turn = vectors[:, new] / values[new].sqrt()
-        block, image = block @ turn, image @ turn
+        turn = (vectors[:, new] / values[new].sqrt()).mT
+        block, image = turn @ block, turn @ image
     return block, image
 
 
@@ -266,7 +286,7 @@ def _of_matrices(matrices: Tensor, weight: Tensor) -> Interaction:
     if broken := _not_finite(list(products.diagonal())):
         return _broken(broken, len(matrices))
     spectra = [_decomposed(matrix) for matrix in matrices]
-    counts = [_dimensions(sigma) for sigma, _, _ in spectra]
+    counts = _dimensions([sigma for sigma, _, _ in spectra])
     lefts = torch.cat([left[:, :k] for (_, left, _), k in zip(spectra, counts, strict=True)], 1)
     rights = torch.cat([right[:, :k] for (_, _, right), k in zip(spectra, counts, strict=True)], 1)
     total = torch.einsum("a,anm->nm", weight, matrices)

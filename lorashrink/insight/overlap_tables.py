@@ -63,12 +63,13 @@ class OverlapSums:
 
     def tables(self) -> dict[str, Table]:
         """Cosines and overlaps over these layers together; None where one of the two adapters is zero."""
-        fro = self.fro
-        sizes = torch.outer(fro, fro)
-        cosine = (self.products.sum(0) / sizes).clamp(-1, 1)
-        left, right = self.mean(self.left), self.mean(self.right)
-        tables = {"cosine": cosine, "subspace": (left + right) / 2, "left": left, "right": right}
-        return {name: _table(values, sizes > 0) for name, values in tables.items()}
+        sums = self.fro, self.products.sum(0), self.mean(self.left), self.mean(self.right)
+        (tables,) = _tables(*(total[None] for total in sums))
+        return tables
+
+    def tables_by_layer(self) -> list[dict[str, Table]]:
+        """The same of every layer alone."""
+        return _tables(self.squares.sqrt(), self.products, self.left, self.right)
 
     def mean(self, overlaps: Tensor) -> Tensor:
         """[N, N] over these layers, weighted by ‖ΔW_i‖·‖ΔW_j‖; 0 where two adapters have no layer in common."""
@@ -78,20 +79,45 @@ class OverlapSums:
         return torch.where(total > 0, (weights * overlaps).sum(0) / total, 0)
 
 
-def _table(values: Tensor, defined: Tensor) -> Table:
-    return tuple(
-        tuple(value if good else None for value, good in zip(line, mask, strict=True))
-        for line, mask in zip(values.tolist(), defined.tolist(), strict=True)
-    )
+def _tables(fro: Tensor, products: Tensor, left: Tensor, right: Tensor) -> list[dict[str, Table]]:
+    """For each of L sets of layers, from norms [L, N] and the others [L, N, N]."""
+    sizes = fro[:, :, None] * fro[:, None, :]
+    defined = sizes > 0
+    values = {
+        "cosine": (products / sizes).clamp(-1, 1),
+        "subspace": torch.where(defined, (left + right) / 2, 0),
+        "left": torch.where(defined, left, 0),
+        "right": torch.where(defined, right, 0),
+    }
+    columns = [_pages(stack, defined) for stack in values.values()]
+    return [dict(zip(values, pages, strict=True)) for pages in zip(*columns, strict=True)]
+
+
+def _pages(values: Tensor, defined: Tensor) -> list[Table]:
+    """Tables of [L, N, N] numbers, with None where they are not defined."""
+    pages: list[Table] = []
+    for lines, masks, complete in zip(values.tolist(), defined.tolist(), defined.all(2).all(1).tolist(), strict=True):
+        if not complete:
+            lines = [
+                [value if good else None for value, good in zip(line, mask, strict=True)]
+                for line, mask in zip(lines, masks, strict=True)
+            ]
+        pages.append(tuple(map(tuple, lines)))
+    return pages
 
 
 def layer_overlap(
-    unit: Unit, numbers: Interaction | None, sums: OverlapSums, weights: Sequence[float], norms: Mapping[str, float]
+    unit: Unit,
+    numbers: Interaction | None,
+    fro: Sequence[float],
+    tables: Mapping[str, Table],
+    weights: Sequence[float],
+    norms: Mapping[str, float],
 ) -> LayerOverlap:
-    """The row of one weight of the base. `sums` are of this layer alone, `norms` those of the base weight."""
+    """The row of one weight of the base. `fro` and `tables` are of all adapters, `norms` of the base weight."""
     adapters = unit.adapters
     first = min((unit.of(number) for number in adapters), key=len)[0]
-    fro, spectral = tuple(sums.fro.tolist()), [0.0] * len(weights)
+    spectral = [0.0] * len(weights)
     total = None
     if numbers:
         for number, sigma in zip(adapters, numbers.spectral.tolist(), strict=True):
@@ -103,9 +129,9 @@ def layer_overlap(
         shape=(unit.rows, *first.shape[1:]),
         adapters=tuple(adapters),
         ranks=tuple(sum(layer.rank for layer in unit.of(number)) for number in adapters),
-        fro=fro,
+        fro=tuple(fro),
         spectral=tuple(spectral),
-        **sums.tables(),
+        **tables,
         base_fro=norms.get("fro"),
         base_spectral=norms.get("spn"),
         sum=total,

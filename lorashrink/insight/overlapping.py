@@ -191,9 +191,12 @@ class _Measured:
     ) -> Overlap:
         """All tables, and what they mean."""
         sums = OverlapSums.of(self.units, self.interactions, len(self.members))
+        fro, by_layer = sums.squares.sqrt().tolist(), sums.tables_by_layer()
         layers = tuple(
-            layer_overlap(unit, numbers, sums[[index]], self.weights, base_norms)
-            for index, (unit, numbers, base_norms) in enumerate(zip(self.units, self.interactions, norms, strict=True))
+            layer_overlap(unit, numbers, layer_fro, layer_tables, self.weights, base_norms)
+            for unit, numbers, layer_fro, layer_tables, base_norms in zip(
+                self.units, self.interactions, fro, by_layer, norms, strict=True
+            )
         )
         members = tuple(
             StackMember(weight=weight, fro=fro, **summary(adapter))

@@ -31,8 +31,7 @@ def matched(sides: Sequence[Adapter], base: Base | None) -> tuple[Base | None, l
     A layer that is not found stands for a weight of its own name. Raises FamilyMismatch or ShapeError if the adapters
     were made for different models, and UsageError if only a base could tell which layers are the same.
     """
-    for a, b in combinations(sides, 2):
-        _check_shapes(a, b)
+    _check_shapes(sides)
     if base:
         return base, [_or_own(side, match(side, base)) for side in sides]
     tried = []
@@ -48,16 +47,19 @@ def matched(sides: Sequence[Adapter], base: Base | None) -> tuple[Base | None, l
     return names, views
 
 
-def _check_shapes(a: Adapter, b: Adapter) -> None:
+def _check_shapes(sides: Sequence[Adapter]) -> None:
     """Raises FamilyMismatch or ShapeError if layers of one name change weights of different shapes."""
-    layers_a, layers_b = ({layer.name: layer for layer in side if len(layer.shape) > 1} for side in (a, b))
-    for name in (name for name in layers_a if name in layers_b):
-        shapes = [layers_a[name].shape, layers_b[name].shape]
-        if len({(shape[0], fan_in(shape)) for shape in shapes}) > 1:
-            raise _families_differ(a, b) or ShapeError(
-                f"{a.path} and {b.path}: {name} is {list(shapes[0])} in the first and {list(shapes[1])} in the second. "
-                "Take adapters that were made for the same model."
-            )
+    seen: dict[str, tuple[Adapter, tuple[int, ...]]] = {}
+    for side in sides:
+        for layer in side:
+            if len(layer.shape) < 2:
+                continue
+            first_side, shape = seen.setdefault(layer.name, (side, layer.shape))
+            if shape != layer.shape and (shape[0], fan_in(shape)) != (layer.shape[0], fan_in(layer.shape)):
+                raise _families_differ(first_side, side) or ShapeError(
+                    f"{first_side.path} and {side.path}: {layer.name} is {list(shape)} in the first and "
+                    f"{list(layer.shape)} in the second. Take adapters that were made for the same model."
+                )
 
 
 def _families_differ(a: Adapter, b: Adapter) -> FamilyMismatch | None:
@@ -231,6 +233,7 @@ def _groups(intervals: Sequence[Sequence[Rows]]) -> list[list[int]]:
     """The members that change common rows, directly or through others; ascending."""
     groups = [[member] for member in range(len(intervals))]  # of each member; one list for all in a group
     owners = RowMap[int]()
+    spans: set[tuple[str, int, int]] = set()  # rows that are in `owners`: one member of a group stands for all there
     for member, rows in enumerate(intervals):
         for common in owners.common(rows):
             group, joining = groups[member], groups[common.owner]
@@ -238,7 +241,9 @@ def _groups(intervals: Sequence[Sequence[Rows]]) -> list[list[int]]:
                 group.extend(joining)
                 for number in joining:
                     groups[number] = group
-        owners.add(rows, member)
+        new = [row for row in rows if (row.key, row.start, row.stop) not in spans]
+        spans.update((row.key, row.start, row.stop) for row in new)
+        owners.add(new, member)
     return [sorted(group) for group in {id(group): group for group in groups}.values()]
 
 

@@ -17,7 +17,8 @@ import lorashrink
 from lorashrink.bases import norms as norms_module
 from lorashrink.bases import open_base, views_id
 from lorashrink.bases.norms import BaseNorms, cache_folder
-from lorashrink.engine.norms import frobenius, spectral
+from lorashrink.engine import norms as engine_norms
+from lorashrink.engine.norms import frobenius, spectral, spectral_norms
 from lorashrink.errors import NonFinite, NotABase, OutputError
 
 KEY = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
@@ -44,6 +45,55 @@ def test_norms_are_those_of_the_dense_matrix(name: str) -> None:
     matrix = MATRICES[name]
     assert spectral(matrix) == pytest.approx(float(torch.linalg.matrix_norm(matrix.double(), 2)), rel=1e-6)
     assert frobenius(matrix) == pytest.approx(float(matrix.double().norm()), rel=1e-12)
+
+
+def planted(rows: int, columns: int, sigma: Tensor) -> Tensor:
+    """A matrix with these singular values, float64."""
+    generator = torch.Generator().manual_seed(1)
+    sides = (torch.randn(side, len(sigma), generator=generator, dtype=torch.float64) for side in (rows, columns))
+    left, right = (torch.linalg.qr(side).Q for side in sides)
+    return left * sigma @ right.mT
+
+
+SPECTRA = {
+    "ten nearly equal": torch.cat([1 - 1e-5 * torch.arange(10.0).double(), torch.linspace(0.5, 0, 290).double()]),
+    "flat but for the first": torch.cat([torch.tensor([1.001]).double(), torch.ones(299).double()]),
+    "all close": torch.linspace(1, 0.99, 300).double(),
+    "falling": torch.arange(1, 301).double() ** -0.8,
+    "falling fast": 10.0 ** -torch.arange(300).double(),
+    "one": torch.ones(1).double(),
+    "three": torch.tensor([2.0, 2.0, 1e-4]).double(),
+}
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e18])
+@pytest.mark.parametrize("shape", [(300, 300), (700, 310), (310, 700)])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_spectral_norms_of_planted_spectra(name: str, shape: tuple[int, int], size: float) -> None:
+    """Also where squares leave the range of float32."""
+    matrix = (size * planted(*shape, SPECTRA[name])).float()
+    assert spectral(matrix) == pytest.approx(float(torch.linalg.svdvals(matrix.double())[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("side", [200, 300])
+def test_matrices_of_one_shape_are_computed_together(side: int) -> None:
+    """A matrix with NaN among them is NaN alone; zero and huge matrices change nothing."""
+    matrices = torch.stack([gaussian(side, 400, seed=n) for n in range(5)])
+    matrices[1] = 0
+    matrices[2, 3, 4] = torch.nan
+    matrices[3] *= 1e25
+    norms = spectral_norms(matrices)
+    assert norms.isnan().tolist() == [False, False, True, False, False]
+    for index in (0, 1, 3, 4):
+        expected = float(torch.linalg.svdvals(matrices[index].double())[0])
+        assert float(norms[index]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_wide_matrices_need_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_norms, "_SQUARE_SIDE", 256)
+    for name in ("square", "tall", "outlier", "zero"):
+        expected = float(torch.linalg.svdvals(MATRICES[name].double())[0])
+        assert spectral(MATRICES[name]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

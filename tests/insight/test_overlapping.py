@@ -270,11 +270,15 @@ def test_fused_layers_with_split_ones(tmp_path: Path) -> None:
     assert (layer.name, layer.shape, layer.adapters, layer.ranks) == (name, (3 * width, width), (0, 1), (9, 4))
     assert_pairs(layer, [torch.cat(truth), up @ down])
     assert_sum(layer, [torch.cat(truth), up @ down], (1.0, 0.5))
+    # what splits stays beside what fuses where several split alike
+    three = overlapped(tmp_path, split, split, lora(up, down, name=name), base=_table(flux, tmp_path, "more"))
+    assert only(three).adapters == (0, 1, 2)
+    assert_pairs(only(three), [torch.cat(truth), torch.cat(truth), up @ down])
 
 
-def _table(flux: Path, folder: Path) -> Path:
+def _table(flux: Path, folder: Path, name: str = "norms") -> Path:
     """A norm table of a base without numbers: all norms are 0, and no ratio to them is told."""
-    return Path(lorashrink.norms(flux, folder / "norms.json").path)
+    return Path(lorashrink.norms(flux, folder / f"{name}.json").path)
 
 
 def test_layers_of_one_adapter_count_in_the_whole(tmp_path: Path) -> None:
