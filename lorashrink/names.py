@@ -8,6 +8,7 @@ import re
 PREFIXES: tuple[tuple[str, str], ...] = (
     ("base_model.model.", ""),
     ("module.", ""),
+    ("_orig_mod.", ""),
     ("lycoris_", ""),
     ("lora_unet__", "unet"),
     ("lora_unet_", "unet"),
@@ -40,10 +41,11 @@ PREFIXES: tuple[tuple[str, str], ...] = (
 _OTHER_ENCODER = re.compile(r"text_encoders\.[^.]+\.(?:transformer\.)?")
 
 # Old diffusers files name the attention processor instead of the projection, and omit the index
-# of the output projection's only layer. The last is a misspelling in published files.
+# of the output projection's only layer; torch.compile adds a level. The last is a misspelling in published files.
 _ALIASES = (
     (re.compile(r"[._]processor(?=[._])"), ""),
     (re.compile(r"([._])to_out$"), r"\1to_out\g<1>0"),
+    (re.compile(r"(?:(?<=[._])_|^)orig_mod[._]"), ""),  # of torch.compile
     (re.compile(r"^sformer_blocks(?=[._])"), "transformer_blocks"),
 )
 

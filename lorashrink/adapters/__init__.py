@@ -14,6 +14,7 @@ from lorashrink.adapters.families import FAMILIES
 from lorashrink.adapters.layer import Adapter, Layer
 from lorashrink.adapters.lora import lora_form
 from lorashrink.adapters.model_family import family_of
+from lorashrink.adapters.peft_keys import check_keys
 from lorashrink.adapters.sorting import UNKNOWN, layer_name, looks_like_adapter, sort_keys
 from lorashrink.errors import NotAnAdapter
 from lorashrink.files.reading import open_tensors
@@ -36,8 +37,8 @@ __all__ = [
 def open_adapter(path: str | Path) -> Adapter:
     """Open an adapter file or PEFT folder and sort its keys into layers, from the header alone.
 
-    Raises InputError or DamagedFile (unreadable), NotAnAdapter (no key looks like an adapter's), and
-    ShapeError (a factor is missing, or the factors of a layer do not fit each other).
+    Raises InputError or DamagedFile (unreadable, or a setting of unknown meaning), NotAnAdapter (no key looks like an
+    adapter's), and ShapeError (a factor is missing, or the factors of a layer do not fit each other).
     """
     path = Path(path)
     folder = path if peft.is_folder(path) else path.parent
@@ -45,7 +46,7 @@ def open_adapter(path: str | Path) -> Adapter:
     as_folder = peft.is_folder(folder) and path in (folder, *(folder / name for name in peft.WEIGHTS_FILES))
     store = open_tensors(peft.weights_in(folder) if as_folder else path)
     try:
-        settings = peft.from_folder(folder) if as_folder else peft.from_metadata(store.metadata)
+        settings = peft.from_folder(folder) if as_folder else peft.beside(path) or peft.from_metadata(store.metadata)
         return replace(adapter_of(path, store, settings), as_folder=as_folder)
     except BaseException:
         store.close()
@@ -60,6 +61,8 @@ def adapter_of(path: Path, store: TensorStore, settings: peft.Settings) -> Adapt
             f"{path}: no adapter layer found among its {len(store.tensors)} tensors. "
             "If this is the base checkpoint, give it first or with --base."
         )
+    if layers:
+        check_keys(settings, path)
     return Adapter(path, store, layers, others, settings)
 
 

@@ -14,6 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import regex
+
+from lorashrink.adapters.peft_keys import only_in_peft
 from lorashrink.errors import DamagedFile, InputError
 
 METADATA_KEY = "lora_adapter_metadata"  # its keys begin with the component: "unet.r", "text_encoder.lora_alpha"
@@ -63,6 +66,21 @@ def from_folder(folder: Path) -> Settings:
     return {"": config}
 
 
+# mlx-lm keeps the scale of `adapters.safetensors` in a file of PEFT's name, under this key.
+_MLX = "lora_parameters"
+
+
+def beside(path: Path) -> Settings:
+    """The settings that mlx-lm wrote beside a file of its adapters; {} if there are none."""
+    file = path.parent / CONFIG_FILE
+    if not path.name.endswith("adapters.safetensors") or not os.path.isfile(file):
+        return {}
+    config = from_folder(path.parent)[""]
+    if config.get("fine_tune_type") == "dora":
+        raise InputError(f"{path}: is DoRA of mlx-lm, which is not read. Fuse it into its model with mlx_lm.fuse.")
+    return {"": {_MLX: config[_MLX]}} if isinstance(config.get(_MLX), Mapping) else {}
+
+
 def config(settings: Settings, layer: str) -> Mapping[str, Any]:
     """The settings that apply to a layer; {} if there are none."""
     return settings.get(_module(settings, layer)[0], {})
@@ -72,10 +90,12 @@ def scale(settings: Settings, layer: str, rank: int) -> float:
     """alpha/r of a layer, or alpha/√r with rsLoRA; 1 if the settings say nothing.
 
     `rank` is the stored one; what PEFT divides by is another number in families whose tensors have another size.
-    Raises ValueError, TypeError, ZeroDivisionError or re.error if the settings are broken.
+    Raises ValueError, TypeError, ZeroDivisionError, regex.error or TimeoutError if the settings are broken.
     """
     component, module = _module(settings, layer)
     config = settings.get(component, {})
+    if _MLX in config:
+        return float(config[_MLX].get("scale", 1.0))
     alpha = _pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha")))
     if alpha is None:
         return 1.0
@@ -105,18 +125,22 @@ _COMMON = (
 )
 
 
+# Settings of an initialisation, which loading may not repeat at another rank.
+_OF_FIRST_NUMBERS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
+
+
 def as_lora(settings: Settings) -> Settings:
     """The settings of an adapter of another kind whose layers are all written as LoRA."""
     return {
         component: config
-        if config.get("peft_type", "LORA") == "LORA"
+        if config.get("peft_type", "LORA") == "LORA" and _MLX not in config
         else {"peft_type": "LORA", "bias": "none", **_in_common(config)}
         for component, config in settings.items()
     }
 
 
 def _in_common(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: config[key] for key in _COMMON if key in config}
+    return {key: config[key] for key in _COMMON if key in config} | only_in_peft(config)
 
 
 def settings_for(scales: Mapping[str, tuple[int, float]], model: Mapping[str, Any]) -> Settings:
@@ -143,11 +167,28 @@ def settings_for(scales: Mapping[str, tuple[int, float]], model: Mapping[str, An
     }
 
 
+EXPERTS = "target_parameters: the factors of all experts in one tensor, with one rank for all"
+
+
+def experts(settings: Settings, layer: str) -> str | None:
+    """Why the factors of a layer are those of all experts of one parameter, and no matrices; None if they are not."""
+    component, module = _module(settings, layer)
+    if ".base_layer." in f".{module}." or _wraps(settings.get(component, {}).get("target_parameters"), module):
+        return EXPERTS
+    return None
+
+
+def _wraps(parameters: object, module: str) -> bool:
+    """Whether one of these parameters, `experts.down_proj`, belongs to the module."""
+    owners = [str(name).rpartition(".")[0] for name in parameters] if isinstance(parameters, list) else []
+    return any(f".{module}".endswith(f".{owner}") for owner in owners)
+
+
 def with_ranks(settings: Settings, ranks: Mapping[str, int], others: Collection[str]) -> Settings:
     """The settings for layers that now have these ranks, with all scale inside their factors.
 
-    `others` are tensors that stayed as they are. If there are any, the defaults stay valid for them, and every
-    rank becomes a pattern; else the largest rank is the default, for readers that know no patterns.
+    `others` are tensors that stayed as they are. If there are any, the defaults and patterns stay valid for them, and
+    every rank becomes a pattern before these; else the largest rank is the default, for readers that know no patterns.
     """
     new = {component: dict(config) for component, config in settings.items()}
     for component, config in new.items():
@@ -155,17 +196,31 @@ def with_ranks(settings: Settings, ranks: Mapping[str, int], others: Collection[
         stored = {module: rank for owner, module, rank in modules if owner == component}
         if not stored:
             continue
-        alphas: dict[str, float] = dict(stored)
+        _forget_first_numbers(config)
         if others and "r" in config:
-            rank, alpha = config["r"], config.get("lora_alpha")
-            if config.get("use_rslora"):
-                alphas = {module: rank**0.5 for module, rank in stored.items()}
+            alphas = {module: rank**0.5 if config.get("use_rslora") else rank for module, rank in stored.items()}
+            config["rank_pattern"] = _before(stored, config.get("rank_pattern"), config["r"])
+            config["alpha_pattern"] = _before(alphas, config.get("alpha_pattern"), config.get("lora_alpha"))
         else:
-            rank = alpha = max(stored.values())
+            rank = max(stored.values())
             config |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
-        config["rank_pattern"] = _patterns(stored, rank)
-        config["alpha_pattern"] = _patterns(alphas, alpha)
+            config["rank_pattern"] = config["alpha_pattern"] = _patterns(stored, rank)
     return new
+
+
+def _forget_first_numbers(config: dict[str, Any]) -> None:
+    """Make the initialisation the ordinary one: others are slow, not for every rank, or change the base."""
+    if isinstance(config.get("init_lora_weights"), str):
+        config["init_lora_weights"] = True
+        for key in _OF_FIRST_NUMBERS:
+            config.pop(key, None)
+
+
+def _before(values: Mapping[str, float], patterns: object, default: float | None) -> dict[str, float]:
+    """A table with these modules before the patterns of others; PEFT takes the first pattern that fits."""
+    if not isinstance(patterns, Mapping) or not patterns:
+        return _patterns(values, default)
+    return {**_patterns(values, None), **patterns}
 
 
 def _patterns(values: Mapping[str, float], default: float | None) -> dict[str, float]:
@@ -176,18 +231,19 @@ def _patterns(values: Mapping[str, float], default: float | None) -> dict[str, f
 def to_metadata(settings: Settings) -> str:
     """The text of the header's entry."""
     entries = {f"{component}.{name}": value for component, config in settings.items() for name, value in config.items()}
-    return json.dumps(entries, sort_keys=True)
+    return json.dumps(dict(sorted(entries.items())))  # patterns keep their order, in which they are tried
 
 
 def to_file(settings: Settings) -> bytes:
     """The contents of `adapter_config.json`."""
-    return (json.dumps(settings[""], indent=2, sort_keys=True) + "\n").encode()
+    config = dict(sorted(settings[""].items()))  # patterns keep their order, in which they are tried
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _module(settings: Settings, layer: str) -> tuple[str, str]:
     """(component, module name as PEFT's patterns mean it)."""
     if "" in settings:
-        return "", layer.removeprefix("base_model.model.")
+        return "", layer.replace("_orig_mod.", "").removeprefix("base_model.model.")  # of torch.compile
     component, _, module = layer.partition(".")
     return component, module
 
@@ -196,16 +252,27 @@ def _pattern_value(patterns: object, module: str, default: Any) -> Any:
     """The value of the first pattern that fits the module's name, as PEFT looks it up."""
     if isinstance(patterns, Mapping):
         for pattern, value in patterns.items():
-            tail = pattern.rpartition(".")[2]
-            # almost all patterns end in a plain word, which decides at once; thousands of expressions are slow
-            if (not tail.isidentifier() or module.endswith(tail)) and _compiled(pattern).match(module):
+            if _fits(pattern, module):
                 return value
     return default
 
 
+# Words and dots, with a start at most: what almost all patterns are.
+_WORDS = re.compile(r"\^?[\w.]*?(\w+)")
+_SECONDS = 1.0  # for one pattern and one name; an honest pattern takes microseconds
+
+
+def _fits(pattern: str, module: str) -> bool:
+    # the last word decides at once for almost all; thousands of expressions are slow
+    if (words := _WORDS.fullmatch(pattern)) and not module.endswith(words[1]):
+        return False
+    return _compiled(pattern).match(module, timeout=_SECONDS) is not None
+
+
 @cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    # not `re`, which would try for years on patterns that are made for it
+    return regex.compile(rf"(.*\.)?({pattern})$")
 
 
 def _pattern(module: str) -> str:

@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import regex
+
 from lorashrink.adapters import families, peft
+from lorashrink.adapters.changed_base import against_true_base
 from lorashrink.adapters.family import SHARED, Family, Infos
 from lorashrink.adapters.layer import Layer
+from lorashrink.adapters.peft_keys import changes_base
 from lorashrink.errors import ShapeError
 from lorashrink.files.store import FLOATS, TensorStore
 
@@ -157,17 +161,27 @@ def _layer(
         role: key for role, pattern in family.common.items() for key in store.tensors if re.fullmatch(pattern, key)
     }
     infos = {role: store.tensors[key] for role, key in {**keys, **common}.items()}
-    missing = not family.common.keys() <= infos.keys()
-    if reason := "its shared matrices are not in the file" if missing else family.carried(infos):
+    if reason := _reason_to_carry(settings, family, name, infos):
         return None, stay | dict.fromkeys(keys.values(), reason)
     _check(store, name, family, keys, infos)
     try:
         scale = peft.scale(settings, name, family.rank(infos))
-    except (ValueError, TypeError, ZeroDivisionError, re.error) as error:
+    except (ValueError, TypeError, ZeroDivisionError, AttributeError, regex.error, TimeoutError) as error:
         raise ShapeError(
             f"{store.path}: layer {name}: its lora_alpha or a pattern is broken ({error}). Export it again."
         ) from error
-    return Layer(name, family, keys, infos, store, scale, peft.config(settings, name), common), stay
+    config = peft.config(settings, name)
+    if family.name == "lora" and (initialisation := changes_base(config)):
+        family = against_true_base(family, initialisation)
+    return Layer(name, family, keys, infos, store, scale, config, common), stay
+
+
+def _reason_to_carry(settings: peft.Settings, family: Family, name: str, infos: Infos) -> str | None:
+    """Why the tensors of a layer are copied along, None if they make a ΔW."""
+    if not family.common.keys() <= infos.keys():
+        return "its shared matrices are not in the file"
+    in_peft = family.name == "lora" and "lora_A" in family.suffixes["down"]
+    return (peft.experts(settings, name) if in_peft else None) or family.carried(infos)
 
 
 def _check(store: TensorStore, name: str, family: Family, keys: Mapping[str, str], infos: Infos) -> None:

@@ -45,9 +45,16 @@ def check_health(
             text = f"{what} in {len(names)} of {len(layers)} layers (first {names[0]}): {meaning}"
             findings.append(Finding(flag, len(names), text))
     findings += [_conv_rank(layers), _stale_metadata(layers, metadata)]
+    if compiled := [row.name for row in layers if "_orig_mod" in row.name]:
+        findings.append(_of_compile(compiled))
     if naming == "kohya":
         findings.append(_mixed_alpha(layers))
     return tuple(finding for finding in findings if finding)
+
+
+def _of_compile(names: Sequence[str]) -> Finding:
+    text = f"_orig_mod of torch.compile in the names of {len(names)} layers (first {names[0]}): no program finds such "
+    return Finding("compiled", len(names), f"{text}layers in its model; take it out of the names")
 
 
 def _zero(layers: Sequence[LayerRow], family: str | None) -> Finding | None:

@@ -9,9 +9,10 @@ from functools import partial
 
 from lorashrink.adapters import Adapter, Layer, adapter_family
 from lorashrink.adapters.family import Needs
+from lorashrink.adapters.peft_keys import way_out
 from lorashrink.bases import Base, Views, views_id, views_shape
 from lorashrink.bases.families import family_title
-from lorashrink.errors import FamilyMismatch, ShapeError
+from lorashrink.errors import FamilyMismatch, ShapeError, UsageError
 from lorashrink.names import kind
 
 FORMS = ("auto", "lora", "same")
@@ -24,8 +25,14 @@ def match(adapter: Adapter, base: Base) -> list[Views]:
     """For each layer the base weight that it changes, () where the base has none such.
 
     A first layer that was made for another number of inputs changes none. Raises FamilyMismatch or ShapeError if
-    adapter and base do not belong together.
+    adapter and base do not belong together, and UsageError if the adapter is for a model that repeats layers of the
+    base, whose numbers are not the base's.
     """
+    if _repeats_layers(adapter):
+        raise UsageError(
+            f"{adapter.path}: layer_replication is set, so that its layers are numbered as in a model that repeats "
+            "layers of the base. Leave the base out, with a recipe that needs none, such as energy=0.95."
+        )
     views = [base.find(layer.name) for layer in adapter.layers]
     misfits = [i for i, layer in enumerate(adapter.layers) if views[i] and not fits(layer, views[i])]
     variants = [i for i in misfits if _differs_in_inputs(adapter.layers[i].shape, views_shape(views[i]))]
@@ -55,8 +62,14 @@ def match(adapter: Adapter, base: Base) -> list[Views]:
 
 def find_fitting(adapter: Adapter, base: Base) -> list[Views]:
     """For each layer the base weight of its name, () where none such has its shape; nothing is an error."""
+    if _repeats_layers(adapter):
+        return [()] * len(adapter)
     views = [base.find(layer.name) for layer in adapter]
     return [rows if rows and fits(layer, rows) else () for layer, rows in zip(adapter, views, strict=True)]
+
+
+def _repeats_layers(adapter: Adapter) -> bool:
+    return any(config.get("layer_replication") for config in adapter.settings.values())
 
 
 def fits(layer: Layer, views: Views) -> bool:
@@ -95,8 +108,9 @@ def bind(adapter: Adapter, views: Sequence[Views], base: Base | None) -> Adapter
 def part(adapter: Adapter, views: Sequence[Views], form: str) -> tuple[Adapter, list[Views]]:
     """(the adapter with the layers that can be shrunk, their views); the others go to `Adapter.others`.
 
-    `form` is one of `FORMS`.
+    `form` is one of `FORMS`. Raises UsageError if ΔW depends on a base that is not there.
     """
+    check_true_base(adapter)
     others = dict(adapter.others)
     reasons = [_reason_to_stay(layer, form) for layer in adapter.layers]
     if adapter.as_folder and (first := next(filter(None, reasons), None)):
@@ -110,6 +124,13 @@ def part(adapter: Adapter, views: Sequence[Views], form: str) -> tuple[Adapter, 
             layers.append(layer)
             kept_views.append(layer_views)
     return replace(adapter, layers=tuple(layers), others=others), kept_views
+
+
+def check_true_base(adapter: Adapter) -> None:
+    """Raises UsageError if PEFT changes the base of this adapter at load, and there is no base to take it from."""
+    for layer in adapter.layers:
+        if layer.family.changed_base and not layer.bound:
+            raise UsageError(f"{adapter.path}: layer {layer.name}: {way_out(layer.family.changed_base)}")
 
 
 def _reason_to_stay(layer: Layer, form: str) -> str | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lorashrink.adapters import Adapter, Layer, adapter_of, layer_name, peft
 from lorashrink.adapters.family import Shape
+from lorashrink.adapters.peft_keys import refuse_new_names
 from lorashrink.bases import Base, BaseFamily, Views, views_shape
 from lorashrink.errors import NonFinite, ShapeError, UsageError
 from lorashrink.files.store import ComputedStore, TensorInfo, cast, tensor_info
@@ -33,6 +34,20 @@ _FACTORS = {"up", "down", "alpha"}
 LazyTensor = tuple[TensorInfo, Callable[[], "Tensor"]]
 
 
+def _check_meaning(adapter: Adapter, naming: str) -> None:
+    """Raises UsageError if the tensors under other names would be another adapter."""
+    for config in adapter.settings.values():
+        if problem := refuse_new_names(config, naming):
+            raise UsageError(f"{adapter.path}: {problem}")
+    for layer in adapter:
+        if layer.family.changed_base or layer.family.becomes_lora:
+            what = "init_lora_weights is" if layer.family.changed_base else "it is an adapter of"
+            raise UsageError(
+                f"{adapter.path}: {what} {layer.family.name}, which has no other names. "
+                "Make an ordinary LoRA of it first, with: lorashrink resize -r energy=1 --as lora --base BASE"
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class Renamed:
     """An adapter under other names."""
@@ -48,6 +63,7 @@ def renamed(adapter: Adapter, naming: str, base: Base, dtype: str | None = None)
     Raises UsageError (a naming that cannot hold the adapter), ShapeError (layers that overlap, or do not fit
     the base) and FamilyMismatch.
     """
+    _check_meaning(adapter, naming)
     modules = base.modules(layout_of(naming, base))
     targets, unnamed = _targets(adapter, match(adapter, base), modules)
     if naming == "peft":

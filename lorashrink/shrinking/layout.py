@@ -80,7 +80,11 @@ class Layout:
     def stays(self, widths: Sequence[int], form: str | None = None) -> frozenset[int]:
         """Positions of the layers that stay in their own form, because they are larger as LoRA."""
         form = form or self.form
-        candidates = [position for position in self._converted if widths[position]]
+        candidates = [
+            position
+            for position in self._converted
+            if widths[position] and not self.layers[position].family.becomes_lora
+        ]
         if form == "lora":
             return frozenset()
         if form == "same":
@@ -90,7 +94,8 @@ class Layout:
         for position in candidates:
             own[position] = _about_bytes({key: stored[key] for key in self.layers[position].keys.values()})
             lora[position] = _about_bytes(self.forms[position].tensors(widths[position], self.dtypes[position]))
-        if self.adapter.as_folder:  # whose configuration knows one kind of adapter
+        # a folder's configuration knows one kind of adapter, and a changed base is that of all layers
+        if self.adapter.as_folder or any(layer.family.changed_base for layer in self.layers):
             return frozenset(candidates if sum(own.values()) <= sum(lora.values()) else ())
         return frozenset(position for position in candidates if own[position] <= lora[position])
 

@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from lorashrink.adapters import Adapter, adapter_family, open_adapter, peft
+from lorashrink.adapters.peft_keys import only_in_peft, way_out
 from lorashrink.bases import Base
 from lorashrink.bases.families import family_title
 from lorashrink.errors import FamilyMismatch, UsageError
@@ -53,6 +54,8 @@ def combined(
             _check_families(sides)
         dictionary, views = matched(sides, base)
         bound = bind_all(sides, views, base)
+        folder = bound[0].as_folder if naming is None else naming == "peft"
+        _check_settings([side for side, weight in zip(bound, weights, strict=True) if weight], folder)
         _check_layers([side for side, weight in zip(bound, weights, strict=True) if weight], as_base_delta)
         names = Names.of(bound[0], views[0], dictionary, naming)
         slots = output_slots(bound, views, weights, names)
@@ -66,7 +69,6 @@ def combined(
         ]
         store = _Store(terms.path, extras.tensors, metadata.summed(origins), bound)
         layers = tuple(slot.layer(names.spelling, dtype, store) for slot in slots)
-        folder = bound[0].as_folder if naming is None else naming == "peft"
         settings = _settings(bound, layers, folder, naming)
         if settings and not folder:
             store.metadata[peft.METADATA_KEY] = peft.to_metadata(settings)
@@ -127,6 +129,22 @@ def _check_families(sides: Sequence[Adapter]) -> None:
             )
 
 
+def _check_settings(sides: Sequence[Adapter], folder: bool) -> None:
+    """Raises UsageError if a setting gives an adapter a meaning that the sum cannot have."""
+    kept = [[only_in_peft(config) for config in side.settings.values()] for side in sides]
+    for side, entries in zip(sides, kept, strict=True):
+        if peft.EXPERTS in side.others.values():
+            raise UsageError(
+                f"{side.path}: target_parameters is set, and factors of experts are not added. Merge it into its model "
+                "with PEFT instead."
+            )
+        if any(entries) and not (folder and all(others == entries for others in kept)):
+            raise UsageError(
+                f"{side.path}: {next(key for entry in entries for key in entry)} is set, which a sum has only in a "
+                "PEFT folder, and only if all of its adapters have the same. Merge such adapters alone."
+            )
+
+
 def _check_layers(sides: Sequence[Adapter], as_base_delta: bool) -> None:
     """Raises UsageError if what a layer adds cannot be had, or is no sum."""
     for side in sides:
@@ -137,6 +155,8 @@ def _check_layers(sides: Sequence[Adapter], as_base_delta: bool) -> None:
                     f"{side.path}: {layer.name} is DoRA, whose strength is not linear, so that no sum of factors is "
                     "right. With the checkpoint as --base, --as-base-delta merges what it makes of its weights."
                 )
+            if layer.family.changed_base and not layer.bound:
+                raise UsageError(f"{side.path}: layer {layer.name}: {way_out(layer.family.changed_base)}")
             if not layer.bound or (dora and layer.weight is None):
                 why = "DoRA changes the base weight itself" if dora else layer.family.needs.value
                 raise UsageError(
