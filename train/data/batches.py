@@ -1,13 +1,15 @@
 """Batches for training: pictures, or what is cached of them, with their captions, sizes and weights.
 
 An epoch is a list of batches of `Draw`, the same for every number of processes, workers and restarts. Random numbers
-depend on the picture, its repeat and the epoch alone.
+depend on the seed and what they are for alone: here the picture, its repeat and the epoch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,17 +22,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorashrink.errors import LorashrinkError
-from lorashrink.train.data import seeds
 from lorashrink.train.data.buckets import Size, to_pixels
 from lorashrink.train.data.captions import draw_caption
 from lorashrink.train.data.scanning import Data, Draw, read_pixels
 from lorashrink.train.flags.options import Options
-from lorashrink.train.model.text import Encoded
+from lorashrink.train.model.loading import Encoded
 
 if TYPE_CHECKING:
     from lorashrink.train.data.caches import LatentCache, TextCache
 
 _T = TypeVar("_T")
+
+
+def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """Random numbers for one purpose, as tensors on the CPU."""
+    return torch.Generator().manual_seed(_number(seed, purpose))
+
+
+def numbers(seed: int, *purpose: str | int) -> random.Random:
+    """Random numbers for one purpose, as Python's."""
+    return random.Random(_number(seed, purpose))
+
+
+def _number(seed: int, purpose: tuple[str | int, ...]) -> int:
+    text = "\0".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 # --- the order of an epoch -----------------------------------------------------------------------
@@ -56,16 +72,16 @@ def epoch_batches(data: Data, epoch: int, seed: int, *, world: int = 1) -> list[
     Each bucket's pictures are shuffled and cut into batches, and the batches of all datasets are shuffled. Both depend
     on seed and epoch alone. So that all processes have as many, the list goes on from its beginning where it is short.
     """
-    random = seeds.numbers(seed, "order", epoch)
+    chance = numbers(seed, "order", epoch)
     batches: list[Sequence[Draw]] = []
     for index, dataset in enumerate(data.datasets):
         draws: defaultdict[Size, list[Draw]] = defaultdict(list)
         for number, picture in enumerate(dataset.pictures):
             draws[picture.fit.bucket] += [Draw(index, number, repeat, epoch) for repeat in range(picture.repeats)]
         for bucket in sorted(draws):
-            random.shuffle(draws[bucket])
+            chance.shuffle(draws[bucket])
             batches += chunks(draws[bucket], dataset.batch_size)
-    random.shuffle(batches)
+    chance.shuffle(batches)
     return list(islice(cycle(batches), math.ceil(len(batches) / world) * world))
 
 
@@ -102,22 +118,9 @@ class Batch(NamedTuple):
     text: Encoded | None  # if it is cached
 
 
-class _Shown(NamedTuple):
-    """One picture as it is shown once: the fields of `Batch`, of one picture."""
-
-    draw: Draw
-    caption: str
-    flipped: bool
-    time_ids: tuple[int, ...]
-    weight: float
-    latents: Tensor | None
-    pixels: Tensor | None
-    text: Encoded | None
-
-
 @dataclass(frozen=True, eq=False)
-class _Showings(Dataset[_Shown]):
-    """Pictures with all that is random about a showing; indexed by `Draw`."""
+class _Showings(Dataset[tuple[Any, ...]]):
+    """Pictures with all that is random about a showing: by `Draw`, the fields of `Batch` of one picture."""
 
     data: Data
     seed: int
@@ -125,14 +128,14 @@ class _Showings(Dataset[_Shown]):
     latents: LatentCache | None
     texts: TextCache | None
 
-    def __getitem__(self, draw: Draw) -> _Shown:
+    def __getitem__(self, draw: Draw) -> tuple[Any, ...]:
         (picture,) = self.data.pictures_of([draw])
         key = (*picture.names, draw.repeat, draw.epoch)
-        flipped = picture.subset.flip and seeds.numbers(self.seed, "flip", *key).random() < 0.5
-        random = seeds.numbers(self.seed, "caption", *key)
-        return _Shown(
+        options = picture.subset.options
+        flipped = options.flip_aug and numbers(self.seed, "flip", *key).random() < 0.5
+        return (
             draw,
-            draw_caption(picture.caption, picture.subset.captions, random, epoch=draw.epoch),
+            draw_caption(picture.caption, options, numbers(self.seed, "caption", *key), epoch=draw.epoch),
             flipped,
             picture.fit.time_ids(flipped),
             self.prior_loss_weight if picture.subset.is_reg else 1.0,
@@ -142,7 +145,7 @@ class _Showings(Dataset[_Shown]):
         )
 
 
-def _collate(shown: Sequence[_Shown]) -> Batch:
+def _collate(shown: Sequence[tuple[Any, ...]]) -> Batch:
     draws, captions, flips, time_ids, weights, latents, pixels, texts = zip(*shown, strict=True)
     return Batch(
         draws,
@@ -160,13 +163,9 @@ def _collate(shown: Sequence[_Shown]) -> Batch:
 
 
 class Loader:
-    """The batches of one process.
+    """The batches of one process: of the pictures that `scan` found, by the caches where there are any.
 
-    Args:
-        data: what `scan` found.
-        seed: of captions, flips and order.
-        rank, world: which process of how many.
-        latents, texts: caches. Without one, batches have pixels, or no encoded text.
+    Without a cache, batches have pixels, or no encoded text. The seed is that of captions, flips and order.
     """
 
     def __init__(
@@ -180,14 +179,9 @@ class Loader:
         texts: TextCache | None,
     ) -> None:
         self._sampler = _EpochSampler(data, seed, rank, world)
-        reads_files = latents is None or not latents.in_memory or (texts is not None and not texts.in_memory)
-        self._batches = read_ahead(
-            _Showings(data, seed, options.prior_loss_weight, latents, texts),
-            self._sampler,
-            _collate,
-            worker_count(options) if reads_files else 0,
-            persistent=options.persistent_data_loader_workers,
-        )
+        reads_files = latents is None or latents.memory is None or (texts is not None and texts.memory is None)
+        showings = _Showings(data, seed, options.prior_loss_weight, latents, texts)
+        self._batches = read_ahead(showings, self._sampler, _collate, options, in_workers=reads_files)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -195,42 +189,31 @@ class Loader:
         return len(self._sampler)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """This process' batches of an epoch (from 1), from its batch `start` (from 0) on.
-
-        Raises:
-            InputError: a picture or a cache file cannot be read.
-        """
+        """This process' batches of an epoch (from 1), from its batch `start` (from 0) on; or InputError."""
         self._sampler.epoch = number
         return raising(skip_first_batches(self._batches, start) if start else self._batches)
-
-
-def worker_count(options: Options) -> int:
-    """--max_data_loader_n_workers, but no more than the processors that this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(options.max_data_loader_n_workers, 0), usable)
 
 
 def read_ahead(
     dataset: Dataset[Any],
     batches: Iterable[Sequence[Any]],
     collate: Callable[[list[Any]], Any],
-    workers: int,
+    options: Options,
     *,
-    persistent: bool = False,
+    in_workers: bool = True,
 ) -> DataLoader[Any]:
-    """torch's DataLoader, which leaves global random numbers alone; iterate over it with `raising`.
+    """torch's DataLoader over batches of indices, without a draw from global random numbers; see `raising`.
 
-    Args:
-        dataset: read in worker processes, or in this one if there are none.
-        batches: the indices of each batch.
-        collate: makes a batch of the items of `dataset`.
+    It has --max_data_loader_n_workers, but no more than the processors that this process may use.
     """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(max(options.max_data_loader_n_workers, 0), usable) if in_workers else 0
     return DataLoader(
         _Batches(dataset, collate),
         batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=_as_it_is,
         num_workers=workers,
-        persistent_workers=persistent and workers > 0,
+        persistent_workers=options.persistent_data_loader_workers and workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
@@ -246,7 +229,7 @@ def raising(batches: Iterable[_T | LorashrinkError]) -> Iterator[_T]:
 
 @dataclass(frozen=True)
 class _Batches(Dataset[Any]):
-    """Reads whole batches, in a worker. Errors become batches: DataLoader would put a traceback into their message."""
+    """Reads batches, in a worker. Errors become batches: DataLoader would put a traceback into their message."""
 
     dataset: Dataset[Any]
     collate: Callable[[list[Any]], Any]
