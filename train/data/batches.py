@@ -69,8 +69,8 @@ def batch_count(data: Data) -> int:
 def epoch_batches(data: Data, epoch: int, seed: int, *, world: int = 1) -> list[Sequence[Draw]]:
     """The batches of an epoch (from 1) for all processes: process r of `world` shows batches r, r + world, ...
 
-    Each bucket's pictures are shuffled and cut into batches, and the batches of all datasets are shuffled. Both depend
-    on seed and epoch alone. So that all processes have as many, the list goes on from its beginning where it is short.
+    Each bucket's pictures are shuffled and cut into batches, and these are shuffled. So that all processes have as
+    many, the list goes on from its beginning where it is short.
     """
     chance = numbers(seed, "order", epoch)
     batches: list[Sequence[Draw]] = []
@@ -119,8 +119,8 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Showings(Dataset[tuple[Any, ...]]):
-    """Pictures with all that is random about a showing: by `Draw`, the fields of `Batch` of one picture."""
+class _Showings:
+    """Pictures with all that is random about a showing."""
 
     data: Data
     seed: int
@@ -128,7 +128,22 @@ class _Showings(Dataset[tuple[Any, ...]]):
     latents: LatentCache | None
     texts: TextCache | None
 
-    def __getitem__(self, draw: Draw) -> tuple[Any, ...]:
+    def batch(self, draws: Sequence[Draw]) -> Batch:
+        shown = map(self._fields, draws)
+        draws, captions, flips, time_ids, weights, latents, pixels, texts = zip(*shown, strict=True)
+        return Batch(
+            draws,
+            captions,
+            flips,
+            torch.tensor(time_ids, dtype=torch.float32),
+            torch.tensor(weights),
+            None if latents[0] is None else torch.stack(latents),
+            None if pixels[0] is None else torch.stack(pixels),
+            None if texts[0] is None else Encoded(*map(torch.cat, zip(*texts, strict=True))),
+        )
+
+    def _fields(self, draw: Draw) -> tuple[Any, ...]:
+        """The fields of `Batch` of one picture."""
         (picture,) = self.data.pictures_of([draw])
         key = (*picture.names, draw.repeat, draw.epoch)
         options = picture.subset.options
@@ -145,28 +160,11 @@ class _Showings(Dataset[tuple[Any, ...]]):
         )
 
 
-def _collate(shown: Sequence[tuple[Any, ...]]) -> Batch:
-    draws, captions, flips, time_ids, weights, latents, pixels, texts = zip(*shown, strict=True)
-    return Batch(
-        draws,
-        captions,
-        flips,
-        torch.tensor(time_ids, dtype=torch.float32),
-        torch.tensor(weights),
-        None if latents[0] is None else torch.stack(latents),
-        None if pixels[0] is None else torch.stack(pixels),
-        None if texts[0] is None else Encoded(*map(torch.cat, zip(*texts, strict=True))),
-    )
-
-
 # --- reading them --------------------------------------------------------------------------------
 
 
 class Loader:
-    """The batches of one process: of the pictures that `scan` found, by the caches where there are any.
-
-    Without a cache, batches have pixels, or no encoded text. The seed is that of captions, flips and order.
-    """
+    """The batches of one process; without caches they have pixels, and no encoded text."""
 
     def __init__(
         self,
@@ -181,7 +179,7 @@ class Loader:
         self._sampler = _EpochSampler(data, seed, rank, world)
         reads_files = latents is None or latents.memory is None or (texts is not None and texts.memory is None)
         showings = _Showings(data, seed, options.prior_loss_weight, latents, texts)
-        self._batches = read_ahead(showings, self._sampler, _collate, options, in_workers=reads_files)
+        self._batches = read_ahead(showings.batch, self._sampler, options, in_workers=reads_files)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -195,21 +193,16 @@ class Loader:
 
 
 def read_ahead(
-    dataset: Dataset[Any],
-    batches: Iterable[Sequence[Any]],
-    collate: Callable[[list[Any]], Any],
-    options: Options,
-    *,
-    in_workers: bool = True,
+    read: Callable[[Any], Any], batches: Iterable[Sequence[Any]], options: Options, *, in_workers: bool = True
 ) -> DataLoader[Any]:
-    """torch's DataLoader over batches of indices, without a draw from global random numbers; see `raising`.
+    """torch's DataLoader of what `read` makes of each batch, without a draw from global random numbers; see `raising`.
 
     It has --max_data_loader_n_workers, but no more than the processors that this process may use.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(max(options.max_data_loader_n_workers, 0), usable) if in_workers else 0
     return DataLoader(
-        _Batches(dataset, collate),
+        _Reader(read),
         batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=_as_it_is,
         num_workers=workers,
@@ -228,15 +221,14 @@ def raising(batches: Iterable[_T | LorashrinkError]) -> Iterator[_T]:
 
 
 @dataclass(frozen=True)
-class _Batches(Dataset[Any]):
+class _Reader(Dataset[Any]):
     """Reads batches, in a worker. Errors become batches: DataLoader would put a traceback into their message."""
 
-    dataset: Dataset[Any]
-    collate: Callable[[list[Any]], Any]
+    read: Callable[[Any], Any]
 
-    def __getitems__(self, indices: Sequence[Any]) -> Any:  # DataLoader prefers this to __getitem__
+    def __getitems__(self, batch: Sequence[Any]) -> Any:  # DataLoader prefers this to __getitem__
         try:
-            return self.collate([self.dataset[index] for index in indices])
+            return self.read(batch)
         except LorashrinkError as error:
             return error
 

@@ -32,10 +32,9 @@ _ALIASES = {"linear": "bilinear", "cubic": "bicubic"}  # the other names of inte
 
 @dataclass(frozen=True, slots=True)
 class BucketRules:
-    """What buckets there may be; all numbers in pixels.
+    """What buckets there may be, in pixels; without `enabled`, `resolution` is the only one.
 
-    Without `enabled`, `resolution` is the only shape. `minimum` and `maximum` bound the sides of buckets, unless
-    `upscale` is False: then each bucket follows its picture, which is never enlarged.
+    `minimum` and `maximum` bound their sides, unless `upscale` is False: then each follows its picture.
     """
 
     resolution: Size
@@ -62,8 +61,7 @@ class Fit:
     def time_ids(self, flipped: bool) -> tuple[int, ...]:
         """SDXL's six size numbers: original height and width, top and left of the crop, bucket height and width.
 
-        The crop is not that of `crop`: as in sd-scripts, it is where the whole picture would lie if it were fitted into
-        the bucket without a cut. That of a mirrored picture is counted from the other side.
+        As in sd-scripts the crop is that of `uncut`. That of a mirrored picture is counted from the other side.
         """
         width, height = self.bucket
         left, top, right, _ = self.uncut

@@ -25,7 +25,6 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
 from lorashrink.files.disk import write_bytes
@@ -155,7 +154,7 @@ def _encoded(
     ordered = sorted(pictures, key=shape)
     same_shapes = (list(same) for _, same in itertools.groupby(ordered, key=shape))
     groups = [group for same in same_shapes for group in chunks(same, max(options.vae_batch_size, 1))]
-    read = read_ahead(_Pixels(), groups, torch.stack, options, in_workers=bool(groups))
+    read = read_ahead(_pixels, groups, options, in_workers=bool(groups))
     done = 0
     for group, pixels in zip(groups, raising(read), strict=True):
         sides = [
@@ -173,9 +172,8 @@ def _encoded(
             progress(done, len(pictures))
 
 
-class _Pixels(Dataset[Tensor]):
-    def __getitem__(self, picture: Picture) -> Tensor:
-        return to_pixels(read_pixels(picture), flipped=False)
+def _pixels(pictures: Sequence[Picture]) -> Tensor:
+    return torch.stack([to_pixels(read_pixels(picture), flipped=False) for picture in pictures])
 
 
 def _fits(arrays: _Arrays, picture: Picture, stride: int) -> bool:

@@ -330,7 +330,7 @@ def _section(path: Path, name: str, table: Any) -> dict[str, Any]:
                 raise UsageError(f"{path}: {key} must be {expected}, not {value!r}")
             checked[key] = value
         else:
-            option = _OPTION_OF.get(key, key)
+            option = str(_OPTION_OF.get(key, key))
             joined = ",".join(map(str, value)) if key == "resolution" and isinstance(value, list) else value
             try:
                 checked |= read_values({option: joined})

@@ -140,23 +140,20 @@ def _load_vae(path: Path, settings: Path, dtype: torch.dtype) -> Any:
     if path.is_dir():
         return _load_part(AutoencoderKL, path / "vae" if (path / "vae").is_dir() else path, dtype)
     open_tensors(path).close()
+    more = {"config": str(settings), "torch_dtype": dtype, "local_files_only": True}
     with _reading(path, "vae"):
-        vae = AutoencoderKL.from_single_file(
-            str(path), config=str(settings), subfolder="vae", torch_dtype=dtype, local_files_only=True
-        )
+        vae = AutoencoderKL.from_single_file(str(path), subfolder="vae", **more)
     check_filled(path, "vae", vae)
     return vae
 
 
 def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    more = {
+        "variant": weights_variant(folder, half=dtype == torch.float16),
+        "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype,
+    }
     with _reading(folder.parent, folder.name):
-        part, info = kind.from_pretrained(
-            folder,
-            variant=weights_variant(folder, half=dtype == torch.float16),
-            local_files_only=True,
-            output_loading_info=True,
-            **{"torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype},
-        )
+        part, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **more)
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{folder.parent}: its {folder.name} lacks {len(missing)} tensors, such as {missing[0]}. {_DOUBT}"
@@ -169,15 +166,10 @@ def _load_file(path: Path, settings: Path, dtype: torch.dtype) -> list[Any]:
     # Its import says things that `quiet_libraries` must come before.
     from diffusers.pipelines import StableDiffusionXLPipeline
 
+    more = {"config": str(settings), "torch_dtype": dtype, "local_files_only": True, "add_watermarker": False}
+    absent = dict.fromkeys(("vae", "tokenizer", "tokenizer_2", "scheduler"))
     with _reading(path, "model"):
-        pipeline = StableDiffusionXLPipeline.from_single_file(
-            str(path),
-            config=str(settings),
-            torch_dtype=dtype,
-            local_files_only=True,
-            add_watermarker=False,
-            **dict.fromkeys(("vae", "tokenizer", "tokenizer_2", "scheduler")),
-        )
+        pipeline = StableDiffusionXLPipeline.from_single_file(str(path), **more, **absent)
     for part in _KINDS:
         check_filled(path, part, getattr(pipeline, part))
     return [getattr(pipeline, part) for part in _KINDS]
@@ -262,8 +254,7 @@ def vae_stride(vae: AutoencoderKL) -> int:
 def encode_pixels(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Latents drawn from the VAE's posterior: float32 [b, 4, H/8, W/8] on the CPU, not multiplied by LATENT_SCALE.
 
-    8 is SDXL's `vae_stride`. `pixels` are float32 [b, 3, H, W] in -1..1; picture i draws from `generators[i]`, a
-    generator of the CPU.
+    `pixels` are float32 [b, 3, H, W] in -1..1; picture i draws from `generators[i]`, a generator of the CPU.
     """
     with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist

@@ -126,8 +126,8 @@ class Network(nn.Module):
     def limit_norms(self, limit: float) -> NormReport:
         """Scale down each layer whose change, ‖ΔW‖_F with its scale, is longer than the limit.
 
-        For rotations the norm is that of their blocks. Other layers (full differences, GLoRA, normalisation) have no
-        limit in LyCORIS. Norms are LyCORIS' own, but without its wait for the GPU in every layer.
+        As LyCORIS does, which waits for the GPU in every layer: of rotations the blocks, of other layers than these and
+        factors (full differences, GLoRA, normalisation) nothing.
         """
         training = self.module.training
         self.module.eval()  # dropout would shorten what is measured
@@ -261,17 +261,8 @@ def _from_options(model: Model, options: Options, arguments: NetworkArgs) -> Lyc
     kept = {name: value for name, value in vars(LycorisNetworkKohya).items() if name.isupper()}
     PRESET[_OURS] = _read_preset(arguments.preset)
     try:
-        return create_network(
-            1.0,
-            options.network_dim,
-            options.network_alpha,
-            None,
-            list(model.encoders),
-            model.unet,
-            warn_on_unmatched=False,
-            preset=_OURS,
-            **arguments.values,
-        )
+        dims, more = (options.network_dim, options.network_alpha), {"warn_on_unmatched": False, "preset": _OURS}
+        return create_network(1.0, *dims, None, list(model.encoders), model.unet, **more, **arguments.values)
     except (ValueError, AssertionError, TypeError) as error:
         raise UsageError(f"--network_args: LyCORIS cannot build this network: {error}") from error
     finally:
@@ -345,9 +336,8 @@ def _merge(path: Path, strength: float, base: Base, tensors: Mapping[str, Tensor
             not views or "magnitude" in layer.keys for layer, views in zip(adapter.layers, matched, strict=True)
         )
         if unused:
-            _log.warning(
-                "--base_weights %s: %d parts of it are no change of SDXL's weights and are left out", path, unused
-            )
+            note = "--base_weights %s: %d parts of it are no change of SDXL's weights and are left out"
+            _log.warning(note, path, unused)
         for layer, views in zip(bind(adapter, matched, base).layers, matched, strict=True):
             if not views:
                 continue
@@ -406,8 +396,12 @@ def _load(module: LycorisNetworkKohya, weights: Mapping[str, Tensor], path: Path
     # LyCORIS would write the file's alpha and compute with its own; half precision has rounded the file's
     alphas = {key for key in weights if key.endswith(".alpha")}
     for key, value in weights.items():
-        theirs, ours = (tensor.item() if key in alphas else list(tensor.shape) for tensor in (value, own[key]))
-        if not (math.isclose(theirs, ours, rel_tol=0.01) if key in alphas else theirs == ours):
+        if key in alphas:
+            fits = math.isclose(value.item(), own[key].item(), rel_tol=0.01)
+        else:
+            fits = value.shape == own[key].shape
+        if not fits:
+            theirs, ours = (tensor.item() if key in alphas else list(tensor.shape) for tensor in (value, own[key]))
             raise UsageError(
                 f"--network_weights {path}: {key} is {theirs}, and {ours} in this network: another rank or alpha. Give "
                 "--dim_from_weights, or --network_dim, --network_alpha, conv_dim and conv_alpha as in the file"
