@@ -181,11 +181,6 @@ class Loader:
         showings = _Showings(data, seed, options.prior_loss_weight, latents, texts)
         self._batches = read_ahead(showings.batch, self._sampler, options, in_workers=reads_files)
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Batches that each process shows in an epoch; where they do not divide evenly, some are shown twice."""
-        return len(self._sampler)
-
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """This process' batches of an epoch (from 1), from its batch `start` (from 0) on; or InputError."""
         self._sampler.epoch = number

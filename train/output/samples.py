@@ -165,10 +165,7 @@ def _moment(options: Options, step: int, epoch: int | None) -> str:
 def write_sheet(
     prompts: Sequence[Prompt], options: Options, folder: Path, *, step: int, epoch: int | None = None
 ) -> Path:
-    """One page with the pictures that all processes have drawn at this moment; called by one of them, after all drew.
-
-    Raises OutputError if it cannot be written.
-    """
+    """One page with the pictures of this moment; called by one process, after all have drawn."""
     start = _moment(options, step, epoch)
     cells = []
     for number, prompt in enumerate(prompts):
