@@ -24,9 +24,8 @@ from rates import cores
 from torch.nn import functional
 
 from lorashrink.train.data.batches import Batch, Loader
-from lorashrink.train.model.loading import LATENT_SCALE, load_model
+from lorashrink.train.model.loading import LATENT_SCALE, Encoded, encode, load_model, tokenize
 from lorashrink.train.model.network import Network, build_network
-from lorashrink.train.model.text import Encoded, encode, tokenize
 from lorashrink.train.run.loop import Session
 from lorashrink.train.run.objective import Noised, Objective
 

@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -275,8 +275,13 @@ def _model_key(model: Path) -> str:
 # --- one picture --------------------------------------------------------------------------------
 
 
-def draw_picture(pipeline: Any, kind: Kind, shot: Shot, device: str, dtype: str) -> Picture:
-    """Draw one shot with the pipeline as it is. Raises NonFinite if the picture is NaN."""
+def draw_picture(
+    pipeline: Any, kind: Kind, shot: Shot, device: str, dtype: str, encoded: Mapping[str, Any] | None = None
+) -> Picture:
+    """Draw one shot with the pipeline as it is: uint8 [height, width, 3].
+
+    encoded: arguments of the pipeline instead of the prompt's texts. Raises NonFinite if the picture is NaN.
+    """
     import numpy as np
     import torch
     from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -288,11 +293,10 @@ def draw_picture(pipeline: Any, kind: Kind, shot: Shot, device: str, dtype: str)
     # Float32 on the CPU gives the same noise on every machine and in every precision.
     noise = torch.randn((1, vae.config.latent_channels, height // stride, width // stride), generator=generator)
     noise = noise.to(device, getattr(torch, dtype))
-    negative = {"negative_prompt": prompt.negative} if kind.negative else {}
+    texts = {"prompt": prompt.prompt} | ({"negative_prompt": prompt.negative} if kind.negative else {})
     cuda = [device] if device.startswith("cuda") else []
     with torch.no_grad(), torch.random.fork_rng(cuda), _sampled_by(pipeline, prompt.sampler):
         latents = pipeline(
-            prompt.prompt,
             latents=pixel_unshuffle(noise, 2).flatten(2).mT if kind.packed else noise,  # [1, h/2 · w/2, 4c] if packed
             generator=generator,
             width=width,
@@ -301,13 +305,14 @@ def draw_picture(pipeline: Any, kind: Kind, shot: Shot, device: str, dtype: str)
             guidance_scale=prompt.scale,
             output_type="latent",
             return_dict=False,
-            **negative,
+            **texts if encoded is None else encoded,
         )[0]
         if kind.packed:
             latents = pixel_shuffle(latents.mT.reshape(1, -1, noise.shape[2] // 2, noise.shape[3] // 2), 2)
         # Each VAE knows how its latents were scaled; SDXL's overflows in half precision.
         latents = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        (pixels,) = vae.float().decode(latents, return_dict=False)[0]
+        with torch.autocast(device.partition(":")[0], enabled=False):
+            (pixels,) = vae.float().decode(latents, return_dict=False)[0]
     if not pixels.isfinite().all():
         raise NonFinite(f"{shot.label}: becomes no picture in {dtype}, but NaN.")
     picture: Picture = np.rint((pixels / 2 + 0.5).clamp(0, 1).cpu().permute(1, 2, 0).numpy() * 255).astype(np.uint8)

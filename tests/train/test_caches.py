@@ -25,8 +25,7 @@ from lorashrink.train.data.batches import Batch, Loader
 from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts, posterior
 from lorashrink.train.data.scanning import Data, Picture, scan
 from lorashrink.train.flags.options import Options
-from lorashrink.train.model.loading import Model, encode_pixels, load_model
-from lorashrink.train.model.text import Encoded, encode, tokenize
+from lorashrink.train.model.loading import Encoded, Model, encode, encode_pixels, load_model, tokenize
 
 SEED = 3
 SKIP = {"skip_cache_check": True}
@@ -138,7 +137,7 @@ def test_cached_latents_equal_latents_encoded_in_training(flip: bool, workers: i
         latents(working, model.vae),  # writes the files
         latents(working, model.vae),  # finds them
     ]
-    assert [cache.in_memory for cache in cached] == [True, False, False]
+    assert [cache.memory is not None for cache in cached] == [True, False, False]
     uncached = batches(plain, None)
     assert {flipped for batch in uncached for flipped in batch.flipped} == ({False, True} if flip else {False})
     assert {picture.fit.bucket for picture in all_pictures} == {(64, 64), (32, 128)}
@@ -172,7 +171,7 @@ def test_captions_in_memory_and_in_files_are_those_encoded_in_training(folder: P
         texts(chosen, model),
         texts(chosen, model),
     ]
-    assert [cache.in_memory for cache in cached] == [True, False, False]
+    assert [cache.memory is not None for cache in cached] == [True, False, False]
     for picture in pictures(scan(chosen)):
         tokens = [tokenize(tokenizer, [picture.caption], None) for tokenizer in model.tokenizers]
         expected = encode(model.encoders, *tokens)
@@ -396,7 +395,7 @@ def test_a_file_of_latents_that_does_not_fit_is_made_anew_and_counted(
     latents(chosen, model.vae)
     assert files(single) == {path.name: good}
     assert [(record.levelno, record.message) for record in caplog.records] == [
-        (logging.WARNING, "1 cache files of latents were damaged or did not fit, and were made anew")
+        (logging.WARNING, "1 cache files of latents are damaged or do not fit, and are made anew")
     ]
     latents(chosen, model.vae)
     assert len(caplog.records) == 1
@@ -537,7 +536,7 @@ def test_a_caption_that_was_changed_is_encoded_anew(
     after = files(folder)
     assert {name for name in before if before[name] != after[name]} == {"c_te_outputs.npz"}
     assert [(record.levelno, record.message) for record in caplog.records] == [
-        (logging.WARNING, "1 cache files of captions were damaged or did not fit, and were made anew")
+        (logging.WARNING, "1 cache files of captions are damaged or do not fit, and are made anew")
     ]
 
 

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from lorashrink import __version__
 from lorashrink.errors import InputError
 from lorashrink.train.data.buckets import BucketRules, Fit
-from lorashrink.train.data.captions import CaptionRules
 from lorashrink.train.data.scanning import Data, Dataset, Picture, Subset, scan
 from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.output.metadata import Facts, Source, picture_entries, source, training_metadata
@@ -51,7 +50,7 @@ SPEC = set(
 )
 
 SIZE = (1024, 1024)
-RULES = CaptionRules(shuffle=True)
+RULES = Options(shuffle_caption=True)
 # Three pictures that are shown ten times, and four for regularisation.
 PICTURES = Data(
     (
@@ -59,14 +58,13 @@ PICTURES = Data(
             tuple(
                 Picture(Path(f"{folder}/{number}.png"), caption, subset, Fit(SIZE, SIZE, SIZE), subset.repeats)
                 for folder, captions, subset in (
-                    ("10_zoë", ("zoë, hat", "zoë", "Zoë"), Subset(Path("/p/10_zoë"), 10, "zoë", False, False, RULES)),
-                    ("1_person", ("person",) * 4, Subset(Path("/p/1_person"), 1, "person", True, False, RULES)),
+                    ("10_zoë", ("zoë, hat", "zoë", "Zoë"), Subset(Path("/p/10_zoë"), 10, "zoë", False, RULES)),
+                    ("1_person", ("person",) * 4, Subset(Path("/p/1_person"), 1, "person", True, RULES)),
                 )
                 for number, caption in enumerate(captions)
             ),
             8,
             BucketRules(SIZE, True, 256, 1024, 64, True),
-            (SIZE,),
         ),
     ),
     (),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -32,10 +33,8 @@ from lorashrink.train.flags.network_args import (
     read_network_args,
 )
 from lorashrink.train.flags.options import Options, parse
-from lorashrink.train.model.loading import Model, load_model
-from lorashrink.train.model.names import kohya_names, named_modules
-from lorashrink.train.model.network import Network, build_network
-from lorashrink.train.model.text import encode
+from lorashrink.train.model.loading import Model, encode, load_model
+from lorashrink.train.model.network import Network, build_network, named_modules
 
 CPU = torch.device("cpu")
 
@@ -151,6 +150,10 @@ def on_meta(sdxl: Model, *network_args: str, **more: object) -> Network:
     return network
 
 
+def kohya_names(model: Model) -> dict[str, str]:
+    return {module.lycoris: module.kohya for module in named_modules(model)}
+
+
 def test_unet_matrices_have_the_names_of_single_files(sdxl: Model) -> None:
     weights = {
         "lora_unet_" + key.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_"): shape
@@ -159,14 +162,16 @@ def test_unet_matrices_have_the_names_of_single_files(sdxl: Model) -> None:
     }
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     shapes = {
-        e.kohya: tuple(e.module.weight.shape) for e in named_modules(sdxl.unet, ()) if isinstance(e.module, kinds)
+        e.kohya: tuple(e.module.weight.shape)
+        for e in named_modules(sdxl)
+        if isinstance(e.module, kinds) and e.kohya.startswith("lora_unet_")
     }
     assert len(shapes) == 794  # Linear and Conv2d of SDXL's UNet
     assert shapes == {name: shape for name, shape in weights.items() if len(shape) > 1}
 
 
 def test_normalisation_layers_have_single_file_names_too(sdxl: Model) -> None:
-    names = set(kohya_names(sdxl.unet, ()).values())
+    names = set(kohya_names(sdxl).values())
     assert {"lora_unet_input_blocks_1_0_in_layers_0", "lora_unet_out_0"} <= names
 
 
@@ -178,7 +183,7 @@ def test_text_encoder_names_have_text_model_in_all_transformers(sdxl: Model) -> 
 
     first, second = sdxl.encoders
     flat = first if not hasattr(first, "text_model") else first.text_model
-    new, old = kohya_names(sdxl.unet, (flat, second)), kohya_names(sdxl.unet, (Old(flat), second))
+    new, old = (kohya_names(replace(sdxl, encoders=(encoder, second))) for encoder in (flat, Old(flat)))
     assert set(new.values()) == set(old.values())
     assert len(set(new.values())) == len(new)
     assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj" in new.values()
@@ -558,7 +563,7 @@ def test_a_start_may_be_in_diffusers_names_and_in_any_order(base: Path, tmp_path
     path = write(network, tmp_path / "lora.safetensors")
     convert(path, base=base, naming="diffusers", output=tmp_path / "out")
     (diffusers,) = (tmp_path / "out").iterdir()
-    lycoris = {kohya: name for name, kohya in kohya_names(model.unet, model.encoders).items()}
+    lycoris = {kohya: name for name, kohya in kohya_names(model).items()}
     spelled = {lycoris[key.split(".", 1)[0]] + "." + key.split(".", 1)[1]: v for key, v in network.state().items()}
     save_file(dict(reversed(spelled.items())), tmp_path / "lycoris.safetensors")
     for file in (diffusers, tmp_path / "lycoris.safetensors"):
@@ -571,7 +576,7 @@ def test_a_start_may_be_in_diffusers_names_and_in_any_order(base: Path, tmp_path
     ("saved", "changes", "message"),
     [
         ({"network_dim": 3}, {}, "another rank.*--dim_from_weights"),
-        ({"network_alpha": 2.0}, {}, "alpha is 2, and 1 in this network.*--network_alpha"),
+        ({"network_alpha": 2.0}, {}, "alpha is 2.0, and 1.0 in this network.*--network_alpha"),
         ({}, {"network_train_unet_only": True}, "not in the network: lora_te1_text_model"),
         ({"network_train_unet_only": True}, {}, "not in the file: lora_te1_text_model"),
         ({"network_args": ("algo=loha",)}, {}, "not in the network"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lorashrink.errors import UsageError
-from lorashrink.train.data import seeds
+from lorashrink.train.data.batches import generator, numbers
 from lorashrink.train.flags.options import Options
 from lorashrink.train.run.objective import Noised, Objective
 
@@ -211,11 +211,11 @@ def enlarging(small: int, large: int) -> Tensor:
 
 def dense_multires(options: Options, shape: tuple[int, int], key: tuple[str, int, int]) -> Tensor:
     """Multi-resolution noise before its division by the standard deviation, in float64 with dense matrices."""
-    tensors, numbers = seeds.generator(5, "noise", *key), seeds.numbers(5, "noise", *key)
+    tensors, chance = generator(5, "noise", *key), numbers(5, "noise", *key)
     total = torch.randn(4, *shape, generator=tensors).double()
     total += (options.noise_offset or 0) * torch.randn(4, 1, 1, generator=tensors)
     for level in range(options.multires_noise_iterations or 0):
-        shrink = (2 + 2 * numbers.random()) ** level
+        shrink = (2 + 2 * chance.random()) ** level
         height, width = (max(1, int(side / shrink)) for side in shape)
         coarse = torch.randn(1, 4, height, width, generator=tensors)[0].double()
         total += (

@@ -1,13 +1,15 @@
 """Batches for training: pictures, or what is cached of them, with their captions, sizes and weights.
 
 An epoch is a list of batches of `Draw`, the same for every number of processes, workers and restarts. Random numbers
-depend on the picture, its repeat and the epoch alone.
+depend on the seed and what they are for alone: here the picture, its repeat and the epoch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,17 +22,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorashrink.errors import LorashrinkError
-from lorashrink.train.data import seeds
 from lorashrink.train.data.buckets import Size, to_pixels
 from lorashrink.train.data.captions import draw_caption
 from lorashrink.train.data.scanning import Data, Draw, read_pixels
 from lorashrink.train.flags.options import Options
-from lorashrink.train.model.text import Encoded
+from lorashrink.train.model.loading import Encoded
 
 if TYPE_CHECKING:
     from lorashrink.train.data.caches import LatentCache, TextCache
 
 _T = TypeVar("_T")
+
+
+def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """Random numbers for one purpose, as tensors on the CPU."""
+    return torch.Generator().manual_seed(_number(seed, purpose))
+
+
+def numbers(seed: int, *purpose: str | int) -> random.Random:
+    """Random numbers for one purpose, as Python's."""
+    return random.Random(_number(seed, purpose))
+
+
+def _number(seed: int, purpose: tuple[str | int, ...]) -> int:
+    text = "\0".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 # --- the order of an epoch -----------------------------------------------------------------------
@@ -53,19 +69,19 @@ def batch_count(data: Data) -> int:
 def epoch_batches(data: Data, epoch: int, seed: int, *, world: int = 1) -> list[Sequence[Draw]]:
     """The batches of an epoch (from 1) for all processes: process r of `world` shows batches r, r + world, ...
 
-    Each bucket's pictures are shuffled and cut into batches, and the batches of all datasets are shuffled. Both depend
-    on seed and epoch alone. So that all processes have as many, the list goes on from its beginning where it is short.
+    Each bucket's pictures are shuffled and cut into batches, and these are shuffled. So that all processes have as
+    many, the list goes on from its beginning where it is short.
     """
-    random = seeds.numbers(seed, "order", epoch)
+    chance = numbers(seed, "order", epoch)
     batches: list[Sequence[Draw]] = []
     for index, dataset in enumerate(data.datasets):
         draws: defaultdict[Size, list[Draw]] = defaultdict(list)
         for number, picture in enumerate(dataset.pictures):
             draws[picture.fit.bucket] += [Draw(index, number, repeat, epoch) for repeat in range(picture.repeats)]
         for bucket in sorted(draws):
-            random.shuffle(draws[bucket])
+            chance.shuffle(draws[bucket])
             batches += chunks(draws[bucket], dataset.batch_size)
-    random.shuffle(batches)
+    chance.shuffle(batches)
     return list(islice(cycle(batches), math.ceil(len(batches) / world) * world))
 
 
@@ -102,22 +118,9 @@ class Batch(NamedTuple):
     text: Encoded | None  # if it is cached
 
 
-class _Shown(NamedTuple):
-    """One picture as it is shown once: the fields of `Batch`, of one picture."""
-
-    draw: Draw
-    caption: str
-    flipped: bool
-    time_ids: tuple[int, ...]
-    weight: float
-    latents: Tensor | None
-    pixels: Tensor | None
-    text: Encoded | None
-
-
 @dataclass(frozen=True, eq=False)
-class _Showings(Dataset[_Shown]):
-    """Pictures with all that is random about a showing; indexed by `Draw`."""
+class _Showings:
+    """Pictures with all that is random about a showing."""
 
     data: Data
     seed: int
@@ -125,14 +128,29 @@ class _Showings(Dataset[_Shown]):
     latents: LatentCache | None
     texts: TextCache | None
 
-    def __getitem__(self, draw: Draw) -> _Shown:
+    def batch(self, draws: Sequence[Draw]) -> Batch:
+        shown = map(self._fields, draws)
+        draws, captions, flips, time_ids, weights, latents, pixels, texts = zip(*shown, strict=True)
+        return Batch(
+            draws,
+            captions,
+            flips,
+            torch.tensor(time_ids, dtype=torch.float32),
+            torch.tensor(weights),
+            None if latents[0] is None else torch.stack(latents),
+            None if pixels[0] is None else torch.stack(pixels),
+            None if texts[0] is None else Encoded(*map(torch.cat, zip(*texts, strict=True))),
+        )
+
+    def _fields(self, draw: Draw) -> tuple[Any, ...]:
+        """The fields of `Batch` of one picture."""
         (picture,) = self.data.pictures_of([draw])
         key = (*picture.names, draw.repeat, draw.epoch)
-        flipped = picture.subset.flip and seeds.numbers(self.seed, "flip", *key).random() < 0.5
-        random = seeds.numbers(self.seed, "caption", *key)
-        return _Shown(
+        options = picture.subset.options
+        flipped = options.flip_aug and numbers(self.seed, "flip", *key).random() < 0.5
+        return (
             draw,
-            draw_caption(picture.caption, picture.subset.captions, random, epoch=draw.epoch),
+            draw_caption(picture.caption, options, numbers(self.seed, "caption", *key), epoch=draw.epoch),
             flipped,
             picture.fit.time_ids(flipped),
             self.prior_loss_weight if picture.subset.is_reg else 1.0,
@@ -142,32 +160,11 @@ class _Showings(Dataset[_Shown]):
         )
 
 
-def _collate(shown: Sequence[_Shown]) -> Batch:
-    draws, captions, flips, time_ids, weights, latents, pixels, texts = zip(*shown, strict=True)
-    return Batch(
-        draws,
-        captions,
-        flips,
-        torch.tensor(time_ids, dtype=torch.float32),
-        torch.tensor(weights),
-        None if latents[0] is None else torch.stack(latents),
-        None if pixels[0] is None else torch.stack(pixels),
-        None if texts[0] is None else Encoded(*map(torch.cat, zip(*texts, strict=True))),
-    )
-
-
 # --- reading them --------------------------------------------------------------------------------
 
 
 class Loader:
-    """The batches of one process.
-
-    Args:
-        data: what `scan` found.
-        seed: of captions, flips and order.
-        rank, world: which process of how many.
-        latents, texts: caches. Without one, batches have pixels, or no encoded text.
-    """
+    """The batches of one process; without caches they have pixels, and no encoded text."""
 
     def __init__(
         self,
@@ -180,57 +177,31 @@ class Loader:
         texts: TextCache | None,
     ) -> None:
         self._sampler = _EpochSampler(data, seed, rank, world)
-        reads_files = latents is None or not latents.in_memory or (texts is not None and not texts.in_memory)
-        self._batches = read_ahead(
-            _Showings(data, seed, options.prior_loss_weight, latents, texts),
-            self._sampler,
-            _collate,
-            worker_count(options) if reads_files else 0,
-            persistent=options.persistent_data_loader_workers,
-        )
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Batches that each process shows in an epoch; where they do not divide evenly, some are shown twice."""
-        return len(self._sampler)
+        reads_files = latents is None or latents.memory is None or (texts is not None and texts.memory is None)
+        showings = _Showings(data, seed, options.prior_loss_weight, latents, texts)
+        self._batches = read_ahead(showings.batch, self._sampler, options, in_workers=reads_files)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """This process' batches of an epoch (from 1), from its batch `start` (from 0) on.
-
-        Raises:
-            InputError: a picture or a cache file cannot be read.
-        """
+        """This process' batches of an epoch (from 1), from its batch `start` (from 0) on; or InputError."""
         self._sampler.epoch = number
         return raising(skip_first_batches(self._batches, start) if start else self._batches)
 
 
-def worker_count(options: Options) -> int:
-    """--max_data_loader_n_workers, but no more than the processors that this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(options.max_data_loader_n_workers, 0), usable)
-
-
 def read_ahead(
-    dataset: Dataset[Any],
-    batches: Iterable[Sequence[Any]],
-    collate: Callable[[list[Any]], Any],
-    workers: int,
-    *,
-    persistent: bool = False,
+    read: Callable[[Any], Any], batches: Iterable[Sequence[Any]], options: Options, *, in_workers: bool = True
 ) -> DataLoader[Any]:
-    """torch's DataLoader, which leaves global random numbers alone; iterate over it with `raising`.
+    """torch's DataLoader of what `read` makes of each batch, without a draw from global random numbers; see `raising`.
 
-    Args:
-        dataset: read in worker processes, or in this one if there are none.
-        batches: the indices of each batch.
-        collate: makes a batch of the items of `dataset`.
+    It has --max_data_loader_n_workers, but no more than the processors that this process may use.
     """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(max(options.max_data_loader_n_workers, 0), usable) if in_workers else 0
     return DataLoader(
-        _Batches(dataset, collate),
+        _Reader(read),
         batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=_as_it_is,
         num_workers=workers,
-        persistent_workers=persistent and workers > 0,
+        persistent_workers=options.persistent_data_loader_workers and workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
@@ -245,15 +216,14 @@ def raising(batches: Iterable[_T | LorashrinkError]) -> Iterator[_T]:
 
 
 @dataclass(frozen=True)
-class _Batches(Dataset[Any]):
-    """Reads whole batches, in a worker. Errors become batches: DataLoader would put a traceback into their message."""
+class _Reader(Dataset[Any]):
+    """Reads batches, in a worker. Errors become batches: DataLoader would put a traceback into their message."""
 
-    dataset: Dataset[Any]
-    collate: Callable[[list[Any]], Any]
+    read: Callable[[Any], Any]
 
-    def __getitems__(self, indices: Sequence[Any]) -> Any:  # DataLoader prefers this to __getitem__
+    def __getitems__(self, batch: Sequence[Any]) -> Any:  # DataLoader prefers this to __getitem__
         try:
-            return self.collate([self.dataset[index] for index in indices])
+            return self.read(batch)
         except LorashrinkError as error:
             return error
 

@@ -27,22 +27,14 @@ _log = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 
-_PIL_FILTERS = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "linear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "cubic": Image.Resampling.BICUBIC,
-}
+_ALIASES = {"linear": "bilinear", "cubic": "bicubic"}  # the other names of interpolations are PIL's
 
 
 @dataclass(frozen=True, slots=True)
 class BucketRules:
-    """What buckets there may be; all numbers in pixels.
+    """What buckets there may be, in pixels; without `enabled`, `resolution` is the only one.
 
-    Without `enabled`, `resolution` is the only shape. `minimum` and `maximum` bound the sides of buckets, unless
-    `upscale` is False: then each bucket follows its picture, which is never enlarged.
+    `minimum` and `maximum` bound their sides, unless `upscale` is False: then each follows its picture.
     """
 
     resolution: Size
@@ -69,8 +61,7 @@ class Fit:
     def time_ids(self, flipped: bool) -> tuple[int, ...]:
         """SDXL's six size numbers: original height and width, top and left of the crop, bucket height and width.
 
-        The crop is not that of `crop`: as in sd-scripts, it is where the whole picture would lie if it were fitted into
-        the bucket without a cut. That of a mirrored picture is counted from the other side.
+        As in sd-scripts the crop is that of `uncut`. That of a mirrored picture is counted from the other side.
         """
         width, height = self.bucket
         left, top, right, _ = self.uncut
@@ -92,10 +83,8 @@ class Fit:
 def bucket_table(rules: BucketRules) -> tuple[Size, ...]:
     """All buckets that pictures may go to, sorted by width and height; none where buckets follow pictures.
 
-    A minimum and maximum that are no multiples of the step are widened to the next ones, which is logged.
-
-    Raises:
-        UsageError: the area of the resolution is too small for one bucket.
+    A minimum and maximum that are no multiples of the step are widened to the next ones, which is logged. Raises
+    UsageError if the area of the resolution is too small for one bucket.
     """
     if not rules.enabled:
         return (rules.resolution,)
@@ -110,30 +99,29 @@ def bucket_table(rules: BucketRules) -> tuple[Size, ...]:
         return ()
     minimum = max(rules.minimum // rules.step, 1) * rules.step
     maximum = math.ceil(rules.maximum / rules.step) * rules.step
-    for flag, limit, used in (
-        ("--min_bucket_reso", rules.minimum, minimum),
-        ("--max_bucket_reso", rules.maximum, maximum),
-    ):
+    for name, limit, used in (("min", rules.minimum, minimum), ("max", rules.maximum, maximum)):
         if limit != used:
-            _log.warning("%s %d is no multiple of --bucket_reso_steps %d; %d is used", flag, limit, rules.step, used)
-    pairs = [
-        (width, min(maximum, _down(area // width, rules.step))) for width in range(minimum, maximum + 1, rules.step)
-    ]
+            note = "--%s_bucket_reso %d is no multiple of --bucket_reso_steps %d; %d is used"
+            _log.warning(note, name, limit, rules.step, used)
+    widths = range(minimum, maximum + 1, rules.step)
+    pairs = [(width, min(maximum, _down(area // width, rules.step))) for width in widths]
     kept = [(width, height) for width, height in pairs if height >= minimum]
     return tuple(sorted({(square, square), *kept, *((height, width) for width, height in kept)}))
 
 
 def fit(size: Size, rules: BucketRules, table: tuple[Size, ...]) -> Fit:
-    """The bucket of a picture of this size, and the size that it is resized to first.
+    """The bucket of a picture of this size from `bucket_table`, and the size that it is resized to first.
 
-    `table` is that of `bucket_table`.
-
-    Raises:
-        InputError: buckets follow pictures, and this one has a side shorter than the step.
+    Raises InputError if buckets follow pictures, and this one has a side shorter than the step.
     """
     if not table:
         resized = _shrunk(size, rules)
         bucket = _down(resized[0], rules.step), _down(resized[1], rules.step)
+        if not min(bucket):
+            raise InputError(
+                f"a picture of {size[0]}x{size[1]} pixels has a side that is too short for a bucket in steps of "
+                f"{rules.step}; leave it out, or train without --bucket_no_upscale"
+            )
         return Fit(size, resized, bucket)
     bucket = size if size in table else min(table, key=lambda entry: abs(_aspect(entry) - _aspect(size)))
     scale = bucket[1] / size[1] if _aspect(size) > _aspect(bucket) else bucket[0] / size[0]
@@ -141,10 +129,12 @@ def fit(size: Size, rules: BucketRules, table: tuple[Size, ...]) -> Fit:
 
 
 def _shrunk(size: Size, rules: BucketRules) -> Size:
-    """The size of a picture after shrinking it to the area of the resolution, one side a multiple of the step."""
+    """The size of a picture after shrinking it to the area of the resolution, one side a multiple of the step.
+
+    (0, 0) if a side would be shorter than the step.
+    """
     area, aspect, step = rules.resolution[0] * rules.resolution[1], _aspect(size), rules.step
     if size[0] * size[1] <= area:
-        _check_side(size, min(size), step)
         return size
     ideal_width = math.sqrt(area * aspect)
     width = _down(_nearest(ideal_width), step)
@@ -152,18 +142,11 @@ def _shrunk(size: Size, rules: BucketRules) -> Size:
     # What the other side would be in whole steps; the nearer aspect wins.
     height_by_width = _down(_nearest(width / aspect), step)
     width_by_height = _down(_nearest(height * aspect), step)
-    _check_side(size, min(width, height, height_by_width, width_by_height), step)
+    if not min(width, height, height_by_width, width_by_height):
+        return 0, 0
     if abs(width / height_by_width - aspect) < abs(width_by_height / height - aspect):
         return width, _nearest(width / aspect)
     return _nearest(height * aspect), height
-
-
-def _check_side(size: Size, side: int, step: int) -> None:
-    if side < step:
-        raise InputError(
-            f"a picture of {size[0]}x{size[1]} pixels has a side that is too short for a bucket in steps of {step}; "
-            "leave it out, or train without --bucket_no_upscale"
-        )
 
 
 def _aspect(size: Size) -> float:
@@ -181,11 +164,8 @@ def _down(number: int, step: int) -> int:
 def prepare(image: Image.Image, fit: Fit, interpolation: str | None) -> npt.NDArray[np.uint8]:
     """The picture in the shape of its bucket: uint8 [height, width, 3].
 
-    Args:
-        interpolation: one of `options.INTERPOLATIONS`. None: area averages where no side grows, else Lanczos.
-
-    Raises:
-        OSError: the picture's data is damaged.
+    interpolation: one of `options.INTERPOLATIONS`; None: area averages where no side grows, else Lanczos. Raises
+    OSError if the picture's data is damaged.
     """
     image = image.convert("RGB")
     left, top = fit.crop
@@ -198,7 +178,8 @@ def prepare(image: Image.Image, fit: Fit, interpolation: str | None) -> npt.NDAr
     elif interpolation == "area":
         pixels = _resize_area(np.asarray(image), fit.resized)
     else:
-        pixels = np.asarray(image.resize(fit.resized, _PIL_FILTERS[interpolation]))
+        resampling = Image.Resampling[_ALIASES.get(interpolation, interpolation).upper()]
+        pixels = np.asarray(image.resize(fit.resized, resampling))
     return np.ascontiguousarray(pixels[top : top + height, left : left + width])
 
 
@@ -235,8 +216,7 @@ def to_pixels(array: npt.NDArray[np.uint8], flipped: bool) -> Tensor:
 def bucket_info(fits: Iterable[tuple[Fit, int]]) -> dict[str, Any]:
     """The value of `ss_bucket_info`: pictures per bucket, and the mean difference of aspect to the bucket's.
 
-    Args:
-        fits: of each picture, with its repeats. The counts include repeats, the mean does not.
+    fits: of each picture, with its repeats. The counts include repeats, the mean does not.
     """
     counts: Counter[Size] = Counter()
     errors = []

@@ -8,8 +8,8 @@ files are unscaled float32.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
 import itertools
 import logging
 import os
@@ -25,17 +25,15 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
-from lorashrink.train.data import seeds
-from lorashrink.train.data.batches import chunks, raising, read_ahead, worker_count
+from lorashrink.files.disk import write_bytes
+from lorashrink.train.data.batches import chunks, generator, numbers, raising, read_ahead
 from lorashrink.train.data.buckets import to_pixels
-from lorashrink.train.data.captions import draw_caption
+from lorashrink.train.data.captions import draw_caption, varies
 from lorashrink.train.data.scanning import Data, Picture, read_pixels
 from lorashrink.train.flags.options import Options
-from lorashrink.train.model.loading import Model, encode_pixels, vae_stride
-from lorashrink.train.model.text import Encoded, encode, tokenize
+from lorashrink.train.model.loading import Encoded, Model, encode, encode_pixels, tokenize, vae_stride
 
 _log = logging.getLogger(__name__)
 
@@ -48,10 +46,12 @@ _NO_CACHE = "the cache file is missing or does not fit the picture; start again,
 
 # --- latents -------------------------------------------------------------------------------------
 
+_SOURCE_KEY = "source_hash"
+
 
 def posterior(seed: int, picture: Picture, flipped: bool) -> torch.Generator:
     """The random numbers with which a picture's latents are drawn from what the VAE says of it."""
-    return seeds.generator(seed, "posterior", *picture.names, int(flipped))
+    return generator(seed, "posterior", *picture.names, int(flipped))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,22 +61,12 @@ class LatentCache:
     memory: Mapping[Hashable, Tensor] | None
     stride: int  # pixels per latent along each side
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether nothing is read from files."""
-        return self.memory is not None
-
     def get(self, picture: Picture, flipped: bool) -> Tensor:
-        """Unscaled latents [4, h, w] float32.
-
-        Raises:
-            InputError: the cache file is missing, damaged or of another bucket.
-        """
+        """Unscaled latents [4, h, w] float32; InputError if the file is missing, damaged or of another bucket."""
         if self.memory is not None:
             return self.memory[_identity(picture)][int(flipped)]
-        for path in _latent_files(picture):
-            arrays = _read(path)
-            if arrays is not None and _fits(arrays, picture, self.stride):
+        for arrays in map(_read, _latent_files(picture)):
+            if _fits(arrays, picture, self.stride):
                 latents = arrays["latents_flipped" if flipped else "latents"]
                 return torch.from_numpy(latents.astype(np.float32, copy=False))
         raise InputError(f"{_latent_files(picture)[-1]}: {_NO_CACHE}")
@@ -95,12 +85,8 @@ def cache_latents(
     """Encode every picture whose latents are not there yet, on the device of the VAE.
 
     In memory each process encodes all pictures. On disk each encodes its share; let the processes wait for each other
-    before the first `get`.
-
-    Raises:
-        NonFinite: the VAE made NaN or infinity of a picture.
-        InputError: a picture cannot be read, or two pictures would have the same cache file.
-        OutputError: a cache file cannot be written.
+    before the first `get`. Raises NonFinite (the VAE made NaN or infinity of a picture), InputError (a picture cannot
+    be read, or two would have the same cache file) and OutputError.
     """
     stride = vae_stride(vae)
     pictures = list({_identity(picture): picture for picture in data.pictures}.values())
@@ -109,49 +95,40 @@ def cache_latents(
         return LatentCache({_identity(picture): latents for picture, latents in encoded}, stride)
     _check_distinct((_latent_files(picture)[-1], _identity(picture), picture) for picture in pictures)
     salt = _salt("latents", [vae])
-    missing = [picture for picture in pictures[rank::world] if not _has_latents(picture, options, stride, salt)]
-    stale = sum(any(map(os.path.exists, _latent_files(picture))) for picture in missing)
+
+    def is_there(picture: Picture) -> bool:
+        return any(
+            _fits(arrays := _read(path), picture, stride)
+            and (_SOURCE_KEY not in arrays or str(arrays[_SOURCE_KEY]) == _source_hash(picture, salt))
+            for path in _latent_files(picture)
+        )
+
+    share = {picture: _latent_files(picture) for picture in pictures[rank::world]}
+    missing = _missing(share, is_there, options, "latents")
     for picture, latents in _encoded(missing, vae, options, seed, progress):
-        _write(_latent_files(picture)[-1], _latent_arrays(picture, latents, _source_hash(picture, salt)))
-    _report_stale("latents", stale)
+        arrays = {
+            "latents": latents[0].numpy(),
+            "original_size": np.array(picture.fit.original),
+            "crop_ltrb": np.array(picture.fit.uncut),
+            # Not in sd-scripts' files: equal buckets may be cut from pictures that were resized differently.
+            "resized_size": np.array(picture.fit.resized),
+            _SOURCE_KEY: np.array(_source_hash(picture, salt)),
+        }
+        flipped = {"latents_flipped": latents[1].numpy()} if len(latents) > 1 else {}
+        _write(_latent_files(picture)[-1], arrays | flipped)
     return LatentCache(None, stride)
 
 
 def _identity(picture: Picture) -> Hashable:
     """Equal for pictures with the same latents."""
-    return picture.path, picture.fit, picture.subset.flip, picture.subset.interpolation
-
-
-def _check_distinct(files: Iterable[tuple[Path, Hashable, Picture]]) -> None:
-    """Refuse files that would have to hold two things, of which each run would overwrite one."""
-    contents: dict[Path, tuple[Hashable, Picture]] = {}
-    for path, content, picture in files:
-        first_content, first = contents.setdefault(path, (content, picture))
-        if first_content != content:
-            raise InputError(
-                f"{path}: {first.path} and {picture.path} would need this cache file for different contents. Rename "
-                "one, or keep the cache in memory (without _to_disk)"
-            )
-
-
-def _has_latents(picture: Picture, options: Options, stride: int, salt: bytes) -> bool:
-    files = _latent_files(picture)
-    if options.skip_cache_check:
-        return any(map(os.path.exists, files))
-    return any(
-        (arrays := _read(path)) is not None
-        and _fits(arrays, picture, stride)
-        and (_SOURCE_KEY not in arrays or str(arrays[_SOURCE_KEY]) == _source_hash(picture, salt))
-        for path in files
-    )
-
-
-_SOURCE_KEY = "source_hash"
+    options = picture.subset.options
+    return picture.path, picture.fit, options.flip_aug, options.resize_interpolation
 
 
 def _source_hash(picture: Picture, salt: bytes) -> str:
     """A hash of what latents are made from: the picture's file, how it is resized, and the VAE."""
-    digest = hashlib.blake2b(str(picture.subset.interpolation).encode(), key=salt, digest_size=16)
+    how = str(picture.subset.options.resize_interpolation).encode()
+    digest = hashlib.blake2b(how, key=salt, digest_size=16)
     try:
         with picture.path.open("rb") as file:
             return hashlib.file_digest(file, lambda: digest).hexdigest()
@@ -159,14 +136,11 @@ def _source_hash(picture: Picture, salt: bytes) -> str:
         raise InputError(f"{picture.path}: cannot be read ({error.strerror or error}); replace or remove it") from None
 
 
-def _latent_files(picture: Picture) -> tuple[Path, Path]:
+def _latent_files(picture: Picture) -> tuple[Path, ...]:
     """Where latents may be: under sd-scripts' old name, and under its present one, which is written."""
     width, height = picture.fit.original
     stem = picture.path.stem
-    return (
-        picture.path.with_name(f"{stem}.npz"),
-        picture.path.with_name(f"{stem}_{width:04d}x{height:04d}_sdxl.npz"),
-    )
+    return tuple(picture.path.with_name(f"{stem}{end}.npz") for end in ("", f"_{width:04d}x{height:04d}_sdxl"))
 
 
 def _encoded(
@@ -175,53 +149,38 @@ def _encoded(
     """Each picture with its latents [1 or 2, 4, h, w] float32, in the order of buckets."""
 
     def shape(picture: Picture) -> tuple[Any, ...]:
-        return picture.fit.bucket, picture.subset.flip
+        return picture.fit.bucket, picture.subset.options.flip_aug
 
     ordered = sorted(pictures, key=shape)
-    numbers = itertools.groupby(range(len(ordered)), key=lambda number: shape(ordered[number]))
-    groups = [group for _, same in numbers for group in chunks(list(same), max(options.vae_batch_size, 1))]
-    read = read_ahead(_Pixels(ordered), groups, torch.stack, worker_count(options) if groups else 0)
+    same_shapes = (list(same) for _, same in itertools.groupby(ordered, key=shape))
+    groups = [group for same in same_shapes for group in chunks(same, max(options.vae_batch_size, 1))]
+    read = read_ahead(_pixels, groups, options, in_workers=bool(groups))
+    done = 0
     for group, pixels in zip(groups, raising(read), strict=True):
-        members = [ordered[number] for number in group]
-        sides = [encode_pixels(vae, pixels, [posterior(seed, picture, False) for picture in members])]
-        if members[0].subset.flip:
-            mirrored = [posterior(seed, picture, True) for picture in members]
-            sides.append(encode_pixels(vae, pixels.flip(-1), mirrored))
-        for picture, latents in zip(members, torch.stack(sides, dim=1), strict=True):
+        sides = [
+            encode_pixels(vae, pixels.flip(-1) if flipped else pixels, [posterior(seed, p, flipped) for p in group])
+            for flipped in ((False, True) if group[0].subset.options.flip_aug else (False,))
+        ]
+        for picture, latents in zip(group, torch.stack(sides, dim=1), strict=True):
             if not latents.isfinite().all():
                 damaged = options.no_half_vae or options.mixed_precision == "no"
                 advice = "the VAE may be damaged, give another one with --vae" if damaged else "add --no_half_vae"
                 raise NonFinite(f"{picture.path}: the VAE makes NaN of this picture; {advice}")
             yield picture, latents.contiguous()
+        done += len(group)
         if progress:
-            progress(group[-1] + 1, len(pictures))
+            progress(done, len(pictures))
 
 
-@dataclass(frozen=True)
-class _Pixels(Dataset[Tensor]):
-    pictures: Sequence[Picture]
-
-    def __getitem__(self, index: int) -> Tensor:
-        return to_pixels(read_pixels(self.pictures[index]), flipped=False)
-
-
-def _latent_arrays(picture: Picture, latents: Tensor, source_hash: str) -> dict[str, npt.NDArray[Any]]:
-    arrays = {
-        "latents": latents[0].numpy(),
-        "original_size": np.array(picture.fit.original),
-        "crop_ltrb": np.array(picture.fit.uncut),
-        # Not in sd-scripts' files: equal buckets may be cut from pictures that were resized differently.
-        "resized_size": np.array(picture.fit.resized),
-        _SOURCE_KEY: np.array(source_hash),
-    }
-    return arrays | ({"latents_flipped": latents[1].numpy()} if picture.subset.flip else {})
+def _pixels(pictures: Sequence[Picture]) -> Tensor:
+    return torch.stack([to_pixels(read_pixels(picture), flipped=False) for picture in pictures])
 
 
 def _fits(arrays: _Arrays, picture: Picture, stride: int) -> bool:
     """Whether these are finite latents of the picture's sizes and crop, mirrored ones too where they are needed."""
     width, height = picture.fit.bucket
     shape = (4, height // stride, width // stride)
-    sides = ("latents", "latents_flipped") if picture.subset.flip else ("latents",)
+    sides = ("latents", "latents_flipped") if picture.subset.options.flip_aug else ("latents",)
     needed = {"original_size", "crop_ltrb", *sides}
     if not needed <= arrays.keys() or any(arrays[key].dtype.kind not in "iuf" for key in needed):
         return False
@@ -249,31 +208,19 @@ class TextCache:
     memory: Mapping[str, Encoded] | None
     trusting: bool  # files without a hash are taken to fit
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether nothing is read from files."""
-        return self.memory is not None
-
     def get(self, picture: Picture) -> Encoded:
-        """The picture's caption, encoded; a batch of 1.
-
-        Raises:
-            InputError: the cache file is missing, damaged or of another caption.
-        """
+        """The picture's caption, encoded, a batch of 1; InputError if the file is missing, damaged or of another."""
         if self.memory is not None:
             return self.memory[self.hash(_caption(picture))]
-        encoded = self.read(picture)
-        if encoded is None:
-            raise InputError(f"{_text_file(picture)}: {_NO_CACHE}")
-        return encoded
+        if encoded := self.read(picture):
+            return encoded
+        raise InputError(f"{_text_file(picture)}: {_NO_CACHE}")
 
     def read(self, picture: Picture) -> Encoded | None:
         """The same from its file, or None where that does not fit."""
         arrays = _read(_text_file(picture))
-        if arrays is None or not arrays.keys() >= {*_TEXT_KEYS}:
-            return None
-        saved_hash = arrays.get(_HASH_KEY)
-        if not (self.trusting if saved_hash is None else str(saved_hash) == self.hash(_caption(picture))):
+        fits = str(arrays[_HASH_KEY]) == self.hash(_caption(picture)) if _HASH_KEY in arrays else self.trusting
+        if not fits or not arrays.keys() >= {*_TEXT_KEYS}:
             return None
         return Encoded(*(torch.from_numpy(arrays[key])[None] for key in _TEXT_KEYS))
 
@@ -283,26 +230,14 @@ class TextCache:
 
 
 def cache_texts(
-    data: Data,
-    model: Model,
-    options: Options,
-    *,
-    rank: int,
-    world: int,
-    progress: Progress | None = None,
+    data: Data, model: Model, options: Options, *, rank: int, world: int, progress: Progress | None = None
 ) -> TextCache:
-    """Encode every caption that is not there yet, on the device of the text encoders.
+    """Encode every caption that is not there yet, on the device of the text encoders; see `cache_latents`.
 
-    In memory each process encodes all captions. On disk each encodes its share; let the processes wait for each other
-    before the first `get`.
-
-    Raises:
-        UsageError: captions change from one showing to the next.
-        InputError: two pictures with different captions would have the same cache file.
-        OutputError: a cache file cannot be written.
+    Raises UsageError also if captions change from one showing to the next.
     """
     for subset in data.subsets:
-        if not subset.captions.fixed:
+        if varies(subset.options):
             raise UsageError(
                 f"{subset.folder}: --cache_text_encoder_outputs needs captions that stay the same; leave out "
                 "shuffle_caption, and dropout of captions and tags"
@@ -315,36 +250,22 @@ def cache_texts(
         return replace(cache, memory={cache.hash(caption): encoded for caption, encoded in pairs})
     _check_distinct((_text_file(picture), _caption(picture), picture) for picture in pictures)
     by_file = list({_text_file(picture): picture for picture in pictures}.values())
-    missing = [picture for picture in by_file[rank::world] if not _has_text(picture, cache, options)]
-    stale = sum(os.path.exists(_text_file(picture)) for picture in missing)
+    share = {picture: (_text_file(picture),) for picture in by_file[rank::world]}
+    missing = _missing(share, lambda picture: cache.read(picture) is not None, options, "captions")
     captions = list(map(_caption, missing))
     for picture, encoded in zip(missing, _encoded_captions(captions, model, options, progress), strict=True):
         arrays = {key: part[0].numpy() for key, part in zip(_TEXT_KEYS, encoded, strict=True)}
         _write(_text_file(picture), arrays | {_HASH_KEY: np.array(cache.hash(_caption(picture)))})
-    _report_stale("captions", stale)
     return cache
-
-
-def _salt(settings: str, modules: Iterable[torch.nn.Module]) -> bytes:
-    """A hash of settings, and of a little of every weight of what encodes: other bases have others."""
-    digest = hashlib.blake2b(settings.encode(), digest_size=16)
-    for module in modules:
-        for weight in module.parameters():
-            digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.digest()
 
 
 def _caption(picture: Picture) -> str:
     """The caption of a picture whose caption never changes."""
-    return draw_caption(picture.caption, picture.subset.captions, seeds.numbers(0, "caption"), epoch=1)
+    return draw_caption(picture.caption, picture.subset.options, numbers(0, "caption"), epoch=1)
 
 
 def _text_file(picture: Picture) -> Path:
     return picture.path.with_name(f"{picture.path.stem}_te_outputs.npz")
-
-
-def _has_text(picture: Picture, cache: TextCache, options: Options) -> bool:
-    return os.path.exists(_text_file(picture)) if options.skip_cache_check else cache.read(picture) is not None
 
 
 def _encoded_captions(
@@ -368,33 +289,56 @@ def _encoded_captions(
 # --- files ---------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> dict[str, npt.NDArray[Any]] | None:
-    """The arrays of a .npz file; None where there is none, or it is damaged."""
+def _salt(settings: str, modules: Iterable[torch.nn.Module]) -> bytes:
+    """A hash of settings, and of a little of every weight of what encodes: other bases have others."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    for module in modules:
+        for weight in module.parameters():
+            digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def _check_distinct(files: Iterable[tuple[Path, Hashable, Picture]]) -> None:
+    """Refuse files that would have to hold two things, of which each run would overwrite one."""
+    contents: dict[Path, tuple[Hashable, Picture]] = {}
+    for path, content, picture in files:
+        first_content, first = contents.setdefault(path, (content, picture))
+        if first_content != content:
+            raise InputError(
+                f"{path}: {first.path} and {picture.path} would need this cache file for different contents. Rename "
+                "one, or keep the cache in memory (without _to_disk)"
+            )
+
+
+def _missing(
+    files: Mapping[Picture, Iterable[Path]], is_there: Callable[[Picture], bool], options: Options, what: str
+) -> list[Picture]:
+    """Those that must be encoded; with --skip_cache_check every file is taken to fit."""
+    missing, stale = [], 0
+    for picture, paths in files.items():
+        has_file = any(map(os.path.exists, paths))
+        if not (has_file and (options.skip_cache_check or is_there(picture))):
+            missing.append(picture)
+            stale += has_file
+    if stale:
+        _log.warning("%d cache files of %s are damaged or do not fit, and are made anew", stale, what)
+    return missing
+
+
+def _read(path: Path) -> _Arrays:
+    """The arrays of a .npz file; none where there is no such file, or it is damaged."""
     try:
         # np.load would not close a damaged file that it opened itself.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
-        return None  # RuntimeError: damage that looks like a password, or like a later version of the format
+        return {}  # RuntimeError: damage that looks like a password, or like a later version of the format
 
 
 def _write(path: Path, arrays: _Arrays) -> None:
-    """Write a .npz file; it appears complete under its name, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = io.BytesIO()
+    np.savez(data, **arrays)  # type: ignore[arg-type]
     try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}). Make room, or keep the cache in memory: leave out "
-            "the options that end in _to_disk"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _report_stale(what: str, count: int) -> None:
-    if count:
-        _log.warning("%d cache files of %s were damaged or did not fit, and were made anew", count, what)
+        write_bytes(path, data.getvalue())
+    except OutputError as error:
+        raise OutputError(f"{error} Or keep the cache in memory: leave out the options that end in _to_disk") from error

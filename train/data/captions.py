@@ -1,53 +1,36 @@
 """Captions: what a caption file says, and what of it a picture is shown with this time.
 
-The rules are sd-scripts'. All chance comes from the generator that is given, so that a showing can be repeated.
+The rules are sd-scripts' caption options. All chance comes from the generator that is given, so that a showing can be
+repeated.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from lorashrink.errors import InputError
+from lorashrink.train.flags.options import Options
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CaptionRules:
-    """How captions are read and varied; the fields are sd-scripts' caption options."""
-
-    extension: str = ".caption"
-    separator: str = ","
-    shuffle: bool = False
-    keep_tokens: int = 0
-    keep_tokens_separator: str = ""
-    secondary_separator: str | None = None
-    prefix: str | None = None
-    suffix: str | None = None
-    dropout_rate: float = 0.0
-    dropout_every_n_epochs: int = 0
-    tag_dropout_rate: float = 0.0
-
-    @property
-    def fixed(self) -> bool:
-        """Whether a picture has the same caption each time it is shown."""
-        return not (self.splits or self.dropout_rate > 0 or self.dropout_every_n_epochs > 0)
-
-    @property
-    def splits(self) -> bool:
-        """Whether captions are taken apart into tags. If not, they are used as they were written."""
-        return self.shuffle or self.tag_dropout_rate > 0
+def varies(options: Options) -> bool:
+    """Whether a picture may have different captions from one showing to the next."""
+    return _splits(options) or options.caption_dropout_rate > 0 or options.caption_dropout_every_n_epochs > 0
 
 
-def read_caption(picture: Path, rules: CaptionRules) -> str | None:
+def _splits(options: Options) -> bool:
+    """Whether captions are taken apart into tags. If not, they are used as they were written."""
+    return options.shuffle_caption or options.caption_tag_dropout_rate > 0
+
+
+def read_caption(picture: Path, options: Options) -> str | None:
     """The first line of a picture's caption file, stripped; None where there is no such file.
 
-    Raises:
-        InputError: the file is empty, or no UTF-8 text, or cannot be read.
+    Raises InputError if the file is empty, or no UTF-8 text, or cannot be read.
     """
-    path = picture.with_name(picture.stem + rules.extension)
+    path = picture.with_name(picture.stem + options.caption_extension)
     if not path.is_file():
         return None
     try:
@@ -61,34 +44,34 @@ def read_caption(picture: Path, rules: CaptionRules) -> str | None:
     return text.split("\n")[0].strip()
 
 
-def draw_caption(caption: str, rules: CaptionRules, random: Random, *, epoch: int) -> str:
+def draw_caption(caption: str, options: Options, random: Random, *, epoch: int) -> str:
     """The caption for one showing of a picture in this epoch, counted from 1."""
-    if rules.dropout_rate > 0 and random.random() < rules.dropout_rate:
+    if options.caption_dropout_rate > 0 and random.random() < options.caption_dropout_rate:
         return ""
-    if rules.dropout_every_n_epochs > 0 and epoch % rules.dropout_every_n_epochs == 0:
+    if options.caption_dropout_every_n_epochs > 0 and epoch % options.caption_dropout_every_n_epochs == 0:
         return ""
-    caption = " ".join(filter(None, (rules.prefix, caption, rules.suffix)))
-    if rules.splits:
-        head, tags, tail = _parts(caption, rules)
-        if rules.shuffle:
+    caption = " ".join(filter(None, (options.caption_prefix, caption, options.caption_suffix)))
+    if _splits(options):
+        head, tags, tail = _parts(caption, options)
+        if options.shuffle_caption:
             random.shuffle(tags)
-        if rules.tag_dropout_rate > 0:
-            tags = [tag for tag in tags if random.random() >= rules.tag_dropout_rate]
+        if options.caption_tag_dropout_rate > 0:
+            tags = [tag for tag in tags if random.random() >= options.caption_tag_dropout_rate]
         caption = ", ".join(head + tags + tail)
-    if rules.secondary_separator:
-        caption = caption.replace(rules.secondary_separator, rules.separator)
+    if options.secondary_separator:
+        caption = caption.replace(options.secondary_separator, options.caption_separator)
     return caption
 
 
-def _parts(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
+def _parts(caption: str, options: Options) -> tuple[list[str], list[str], list[str]]:
     """The tags that stay in front, those that vary, and those that stay at the end."""
-    mark = rules.keep_tokens_separator
+    mark, separator = options.keep_tokens_separator, options.caption_separator
     if mark and mark in caption:
         # Between the marks blank tags vanish; without a mark they are tags like others.
-        head, tags, *tail = [list(filter(None, _tags(part, rules.separator))) for part in caption.split(mark, 2)]
+        head, tags, *tail = [list(filter(None, _tags(part, separator))) for part in caption.split(mark, 2)]
         return head, tags, tail[0] if tail else []
-    tags = _tags(caption, rules.separator)
-    kept = max(rules.keep_tokens, 0)
+    tags = _tags(caption, separator)
+    kept = max(options.keep_tokens, 0)
     return tags[:kept], tags[kept:], []
 
 

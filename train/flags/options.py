@@ -424,7 +424,7 @@ def parse(arguments: Sequence[str], program: str = "lorashrink train") -> Option
             if flags
             else f"unexpected text: {' '.join(rest)}. Values with spaces need quotes"
         )
-    values = _read(
+    values = read_values(
         {
             name: value if name not in UNSUPPORTED else " ".join(value) if value else True
             for name, value in vars(namespace).items()
@@ -440,8 +440,8 @@ def _no_such_option(name: str) -> str:
     return f"no such option: --{name}; " + (f"did you mean --{near}?" if near else "`--help` lists all")
 
 
-def _read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the right kinds, from texts or TOML values."""
+def read_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the right kinds, from texts or TOML values; raises UsageError."""
     kinds = _kinds()
     for name, value in values.items():
         if name in UNSUPPORTED:
@@ -530,7 +530,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     for key, value in read_toml(path).items():
         flat |= value if isinstance(value, dict) else {key: value}
     try:
-        return _read(flat)
+        return read_values(flat)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 

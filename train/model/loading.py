@@ -1,13 +1,15 @@
-"""SDXL's parts, loaded from a folder or a single file, frozen, and set up for training. Nothing is ever downloaded."""
+"""SDXL's parts: loaded from a folder or a single file, frozen, and set up for training. Nothing is ever downloaded.
+
+Captions and pictures are encoded as SDXL does it, long captions in sd-scripts' chunks of tokens.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -19,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lorashrink.adapters import looks_like_adapter
-from lorashrink.bases import Base, open_base
+from lorashrink.bases import open_base
 from lorashrink.errors import InputError, NotABase, UsageError
 from lorashrink.files.reading import PICKLE_SUFFIXES, open_tensors
 from lorashrink.pictures.pipelines import (
@@ -32,11 +34,11 @@ from lorashrink.pictures.pipelines import (
 from lorashrink.train.flags.options import Options
 
 LATENT_SCALE = 0.13025  # brings SDXL's latents to about unit variance (vae/config.json of SDXL 1.0)
+CHUNK = 75  # tokens of text in the 77 positions of a CLIP encoder; the others are BOS and EOS
+SETTINGS = Path(__file__).parents[1] / "sdxl"  # the published settings of SDXL 1.0, for files without any
 
 _KINDS = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-SETTINGS = Path(__file__).parents[1] / "sdxl"  # the published settings of SDXL 1.0, for files without any
 _DOUBT = "The file is damaged, or of a model with other settings (--model_config gives those of a single file)"
-_EXAMPLE = "stabilityai/stable-diffusion-xl-base-1.0"
 # Folder of a part -> what its tensors begin with in a single file.
 _PARTS = {
     "unet": "model.diffusion_model.",
@@ -72,30 +74,31 @@ def weight_dtype(options: Options) -> torch.dtype:
 def load_model(options: Options, device: torch.device) -> Model:
     """The base, frozen, in `weight_dtype` (the VAE in float32 with --no_half_vae).
 
-    It stays on the CPU, except with --lowram, which puts each part on the device as soon as it is read.
-
-    Raises:
-        UsageError: no such file or folder, or no tokenizers.
-        InputError: not SDXL, damaged, or a part or a tensor of it is missing.
+    It stays on the CPU, except with --lowram, which puts each part on the device as soon as it is read. Raises
+    UsageError (no tokenizers) and InputError (not SDXL, damaged, or a part or a tensor of it is missing).
     """
-    path = _existing(options.pretrained_model_name_or_path, "--pretrained_model_name_or_path")
-    config = _existing(options.model_config, "--model_config") if options.model_config else None
+    path = Path(options.pretrained_model_name_or_path or "")
+    config = Path(options.model_config) if options.model_config else None
     settings = config or (path if path.is_dir() else SETTINGS)
     target = device if options.lowram else torch.device("cpu")
     dtype = weight_dtype(options)
-
     _check_base(path, needs_vae=options.vae is None)
-    folders = [folder for folder in (path, config) if folder and folder.is_dir()]
-    if options.tokenizer_cache_dir:
-        folders.append(Path(options.tokenizer_cache_dir))
-    tokenizers = _load_tokenizers(folders)
-    vae_path = _existing(options.vae, "--vae") if options.vae else path
-    vae = _load_vae(vae_path, settings, torch.float32 if options.no_half_vae else dtype).to(target)
+    places = [place for place in (path, config) if place and place.is_dir()]
+    places += [Path(options.tokenizer_cache_dir)] if options.tokenizer_cache_dir else []
+    folder = tokenizer_folder(places)
+    if folder is None:
+        raise UsageError(
+            f"no tokenizer in {' or '.join(map(str, places)) or 'a single file'}; give --tokenizer_cache_dir, "
+            "a folder that holds the folder tokenizer of any SDXL model"
+        )
+    with _reading(folder, "tokenizer"):
+        tokenizers = clip_tokenizers(folder)
+    vae = _load_vae(Path(options.vae or path), settings, torch.float32 if options.no_half_vae else dtype).to(target)
     if path.is_dir():
-        unet, *encoders = (_load_part(kind, path / part, dtype).to(target) for part, kind in _KINDS.items())
+        unet, first, second = (_load_part(kind, path / part, dtype).to(target) for part, kind in _KINDS.items())
     else:
-        unet, *encoders = (part.to(target) for part in _load_file(path, settings, dtype))
-    model = Model(unet, vae, (encoders[0], encoders[1]), tokenizers)
+        unet, first, second = (part.to(target) for part in _load_file(path, settings, dtype))
+    model = Model(unet, vae, (first, second), tokenizers)
     _check_fit(path, model)
     # Old settings have a wrong number here, with which the pooled vector would not be that at EOS.
     model.encoders[1].text_model.eos_token_id = tokenizers[1].eos_token_id
@@ -104,71 +107,32 @@ def load_model(options: Options, device: torch.device) -> Model:
     return model
 
 
-def _existing(name: str | None, flag: str) -> Path:
-    if not name:
-        raise UsageError(f"{flag} is missing: a diffusers folder, a .safetensors or a .ckpt file")
-    path = Path(name)
-    if path.exists():
-        return path
-    repository = name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else _EXAMPLE
-    raise UsageError(
-        f"{flag} {name}: no such file or folder, and lorashrink downloads nothing by itself. "
-        f"`hf download {repository} --local-dir FOLDER` gets a model; then give FOLDER here"
-    )
-
-
 def _check_base(path: Path, *, needs_vae: bool) -> None:
-    """That this is SDXL with all its parts, as far as headers tell.
-
-    Raises:
-        InputError: it is not.
-    """
+    """That this is SDXL with all its parts, as far as headers tell."""
+    advice = "Give a diffusers folder, .safetensors or .ckpt"
     if path.is_file() and path.suffix.lower() not in {".safetensors", *PICKLE_SUFFIXES}:
-        raise NotABase(f"{path}: not a model that can be trained on; give a diffusers folder, .safetensors or .ckpt")
-    with _open_base(path) as base:
+        raise NotABase(f"{path}: not a model that can be trained on. {advice}")
+    try:
+        base = open_base(path)
+    except NotABase:
+        if path.is_file():
+            with open_tensors(path) as store:
+                if looks_like_adapter(store.tensors):
+                    advice = "Give the model here, and the adapter to --network_weights or --base_weights"
+                    raise NotABase(f"{path}: this is an adapter, not a base. {advice}") from None
+        raise NotABase(f"{path}: no SDXL model was found in it. {advice}") from None
+    with base:
         if base.family.name != "sdxl":
             raise NotABase(f"{path}: this is {base.family.title}, and lorashrink trains on SDXL only")
         parts = [part for part in _PARTS if part != "vae" or needs_vae]
         if path.is_dir():
             missing = [part for part in parts if not (path / part / "config.json").is_file()]
         else:
-            assert base.store is not None
-            missing = [part for part in parts if not any(name.startswith(_PARTS[part]) for name in base.store.tensors)]
+            names = base.store.tensors if base.store else ()
+            missing = [part for part in parts if not any(name.startswith(_PARTS[part]) for name in names)]
     if missing:
         hint = "--vae can give another one" if missing == ["vae"] else "give the whole model"
         raise InputError(f"{path}: holds no {' and no '.join(missing)}; {hint}")
-
-
-def _open_base(path: Path) -> Base:
-    try:
-        return open_base(path)
-    except NotABase:
-        if path.is_file():
-            with open_tensors(path) as store:
-                if looks_like_adapter(store.tensors):
-                    raise NotABase(
-                        f"{path}: this is an adapter, not a base. "
-                        "Give the model here, and the adapter to --network_weights or --base_weights"
-                    ) from None
-        raise NotABase(f"{path}: no SDXL model was found in it. Give a diffusers folder or one file") from None
-
-
-def _load_tokenizers(folders: Sequence[Path]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """Both tokenizers, from the first of these folders that has one.
-
-    Raises:
-        UsageError: there is none.
-        InputError: it cannot be read.
-    """
-    folder = tokenizer_folder(folders)
-    if folder is None:
-        searched = f"in {' or '.join(map(str, folders))}" if folders else "in a single file"
-        raise UsageError(
-            f"no tokenizer {searched}; give --tokenizer_cache_dir, "
-            "a folder that holds the folder tokenizer of any SDXL model"
-        )
-    with _reading(folder, "tokenizer"):
-        return clip_tokenizers(folder)
 
 
 def _load_vae(path: Path, settings: Path, dtype: torch.dtype) -> Any:
@@ -176,23 +140,20 @@ def _load_vae(path: Path, settings: Path, dtype: torch.dtype) -> Any:
     if path.is_dir():
         return _load_part(AutoencoderKL, path / "vae" if (path / "vae").is_dir() else path, dtype)
     open_tensors(path).close()
+    more = {"config": str(settings), "torch_dtype": dtype, "local_files_only": True}
     with _reading(path, "vae"):
-        vae = AutoencoderKL.from_single_file(
-            str(path), config=str(settings), subfolder="vae", torch_dtype=dtype, local_files_only=True
-        )
+        vae = AutoencoderKL.from_single_file(str(path), subfolder="vae", **more)
     check_filled(path, "vae", vae)
     return vae
 
 
 def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    more = {
+        "variant": weights_variant(folder, half=dtype == torch.float16),
+        "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype,
+    }
     with _reading(folder.parent, folder.name):
-        part, info = kind.from_pretrained(
-            folder,
-            variant=weights_variant(folder, half=dtype == torch.float16),
-            local_files_only=True,
-            output_loading_info=True,
-            **{"torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype},
-        )
+        part, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **more)
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{folder.parent}: its {folder.name} lacks {len(missing)} tensors, such as {missing[0]}. {_DOUBT}"
@@ -205,15 +166,10 @@ def _load_file(path: Path, settings: Path, dtype: torch.dtype) -> list[Any]:
     # Its import says things that `quiet_libraries` must come before.
     from diffusers.pipelines import StableDiffusionXLPipeline
 
+    more = {"config": str(settings), "torch_dtype": dtype, "local_files_only": True, "add_watermarker": False}
+    absent = dict.fromkeys(("vae", "tokenizer", "tokenizer_2", "scheduler"))
     with _reading(path, "model"):
-        pipeline = StableDiffusionXLPipeline.from_single_file(
-            str(path),
-            config=str(settings),
-            torch_dtype=dtype,
-            local_files_only=True,
-            add_watermarker=False,
-            **dict.fromkeys(("vae", "tokenizer", "tokenizer_2", "scheduler")),
-        )
+        pipeline = StableDiffusionXLPipeline.from_single_file(str(path), **more, **absent)
     for part in _KINDS:
         check_filled(path, part, getattr(pipeline, part))
     return [getattr(pipeline, part) for part in _KINDS]
@@ -232,21 +188,19 @@ def _reading(path: Path, part: str) -> Iterator[None]:
 
 
 def _check_fit(path: Path, model: Model) -> None:
-    unet, vae = model.unet.config, model.vae.config
-    if unet["in_channels"] != vae["latent_channels"]:
-        raise InputError(
-            f"{path}: its UNet takes {unet['in_channels']} channels, and its VAE makes {vae['latent_channels']}. "
-            "Models for inpainting or editing cannot be trained on; give the plain model"
-        )
+    takes, width = (model.unet.config[key] for key in ("in_channels", "cross_attention_dim"))
+    channels = model.vae.config["latent_channels"]
     widths = [encoder.config.hidden_size for encoder in model.encoders]
-    if unet["cross_attention_dim"] != sum(widths):
-        raise InputError(
-            f"{path}: its UNet takes text of width {unet['cross_attention_dim']}, and its text encoders make "
-            f"{' + '.join(map(str, widths))}. These parts are not of one model"
-        )
     words = len(model.tokenizers[0])
-    if any(encoder.config.vocab_size < words for encoder in model.encoders):
-        raise InputError(f"{path}: its text encoders know fewer than the {words} words of its tokenizer")
+    wrong = ""
+    if takes != channels:  # models for inpainting or editing
+        wrong = f"UNet takes {takes} channels, and its VAE makes {channels}"
+    elif width != sum(widths):
+        wrong = f"UNet takes text of width {width}, and its text encoders make {' + '.join(map(str, widths))}"
+    elif any(encoder.config.vocab_size < words for encoder in model.encoders):
+        wrong = f"text encoders know fewer than the {words} words of its tokenizer"
+    if wrong:
+        raise InputError(f"{path}: its {wrong}. Give the whole plain model, whose parts belong together")
 
 
 # --- setting up ---------------------------------------------------------------------------------
@@ -261,13 +215,7 @@ class _MemoryEfficient(AttnProcessor2_0):  # type: ignore[misc]
 
 
 def set_attention(model: Model, options: Options) -> None:
-    """Choose the kernel of the UNet's attention; the result differs by rounding only.
-
-    torch's own choice is the default, so that --sdpa changes nothing. --mem_eff_attn wins over --xformers.
-
-    Raises:
-        UsageError: xformers is not installed, or does not run here.
-    """
+    """Choose the kernel of the UNet's attention: --mem_eff_attn, --xformers, or torch's own choice (--sdpa)."""
     if options.mem_eff_attn:
         model.unet.set_attn_processor(_MemoryEfficient())
     elif options.xformers:
@@ -295,6 +243,9 @@ def set_checkpointing(model: Model, options: Options) -> None:
         encoder.train()
 
 
+# --- pictures to latents ------------------------------------------------------------------------
+
+
 def vae_stride(vae: AutoencoderKL) -> int:
     """Pixels per latent along each side; 8 for SDXL."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
@@ -303,8 +254,7 @@ def vae_stride(vae: AutoencoderKL) -> int:
 def encode_pixels(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Latents drawn from the VAE's posterior: float32 [b, 4, H/8, W/8] on the CPU, not multiplied by LATENT_SCALE.
 
-    8 is SDXL's `vae_stride`. `pixels` are float32 [b, 3, H, W] in -1..1; picture i draws from `generators[i]`, a
-    generator of the CPU.
+    `pixels` are float32 [b, 3, H, W] in -1..1; picture i draws from `generators[i]`, a generator of the CPU.
     """
     with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
@@ -312,3 +262,69 @@ def encode_pixels(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[torch
     noise = [torch.randn(mean.shape[1:], generator=generator) for generator in generators]
     latents: Tensor = mean + deviation * torch.stack(noise)
     return latents
+
+
+# --- captions to what the UNet is conditioned on --------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    """Encoded captions; n = 75 k + 2 positions for captions of k chunks."""
+
+    hidden1: Tensor  # [b, n, c1], the penultimate layer of the first encoder
+    hidden2: Tensor  # [b, n, c2], that of the second
+    pooled: Tensor  # [b, c2], the projection at the first EOS of the first chunk
+
+    @property
+    def context(self) -> Tensor:
+        """What cross attention attends to: [b, n, c1 + c2]."""
+        return torch.cat([self.hidden1, self.hidden2], dim=-1)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Encoded:
+        """The same on this device, in this dtype."""
+        return Encoded(*(tensor.to(device, dtype) for tensor in self))
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], max_token_length: int | None) -> Tensor:
+    """int64 [b, k, 77]; longer captions are cut off after max_token_length (75, if None) = 75 k tokens.
+
+    Each chunk begins with BOS. The first EOS of a chunk is behind its text, and the rest is padding. The layout is that
+    of sd-scripts: a chunk that the text fills ends with EOS, and a chunk without text begins BOS EOS.
+    """
+    limit = max_token_length or CHUNK
+    tokens = tokenizer(
+        list(captions), padding="max_length", truncation=True, max_length=limit + 2, return_tensors="pt"
+    ).input_ids  # [b, 75 k + 2]
+    parts = tokens[:, 1:-1].reshape(len(tokens), -1, CHUNK)
+    count = parts.shape[1]
+    begin, end = (tokens[:, index, None, None].expand(-1, count, 1) for index in (0, -1))
+    chunks = torch.cat([begin, parts, end], dim=2)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if count > 1 and pad != eos:
+        chunks[..., -1][(parts[..., -1] != eos) & (parts[..., -1] != pad)] = eos
+        chunks[..., 1][parts[..., 0] == pad] = eos
+    return chunks
+
+
+def token_count(tokenizer: CLIPTokenizer, text: str) -> int:
+    """How many tokens a text has, without BOS and EOS and however long it is."""
+    return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def encode(encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection], tokens1: Tensor, tokens2: Tensor) -> Encoded:
+    """Tokens [b, k, 77] of both tokenizers through both encoders; gradients flow where they are enabled.
+
+    The hidden states are those of the penultimate layer, without the final normalisation (SDXL, Podell et al. 2023,
+    section 2.1); the pooled vector is of the last layer, as in OpenCLIP.
+    """
+
+    def joined(hidden: Tensor) -> Tensor:
+        """[b·k, 77, c] -> [b, 75 k + 2, c]: the text of all chunks between the first BOS and the last position."""
+        chunks = hidden.reshape(len(tokens1), -1, *hidden.shape[1:])
+        return torch.cat([chunks[:, 0, :1], chunks[:, :, 1:-1].flatten(1, 2), chunks[:, -1, -1:]], dim=1)
+
+    first, second = (
+        encoder(tokens.flatten(0, 1).to(encoder.device), output_hidden_states=True)
+        for encoder, tokens in zip(encoders, (tokens1, tokens2), strict=True)
+    )
+    pooled = second.text_embeds[:: tokens2.shape[1]]
+    return Encoded(joined(first.hidden_states[-2]), joined(second.hidden_states[-2]), pooled)

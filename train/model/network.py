@@ -6,12 +6,11 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -31,18 +30,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lorashrink.adapters import layer_name, open_adapter
-from lorashrink.bases import Base
+from lorashrink.bases import FAMILIES, Base, View, encoders
+from lorashrink.bases.rules import spell
 from lorashrink.errors import InputError, UsageError
 from lorashrink.files.store import pickled_store
 from lorashrink.linking.matching import bind, match
-from lorashrink.linking.renaming import renamed
-from lorashrink.train.data import seeds
+from lorashrink.linking.renaming import layer_name_in, renamed
+from lorashrink.train.data.batches import generator
 from lorashrink.train.flags.network_args import PRESETS, NetworkArgs, read_network_args
 from lorashrink.train.flags.options import Options, read_toml
-from lorashrink.train.model.names import SDXL, Named, named_modules
-
-if TYPE_CHECKING:
-    from lorashrink.train.model.loading import Model
+from lorashrink.train.model.loading import Model
 
 # LyCORIS' fused kernels for GPUs know nothing of autocast: they compute and keep in float32 what torch's do in half.
 os.environ.setdefault("LYCORIS_KERNEL_BACKEND", "torch")
@@ -50,8 +47,7 @@ os.environ.setdefault("LYCORIS_KERNEL_BACKEND", "torch")
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class NormReport:
+class NormReport(NamedTuple):
     """What limiting norms did; norms are those after it."""
 
     scaled: int  # layers that were over the limit
@@ -59,8 +55,7 @@ class NormReport:
     largest: float
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A part of the network and its size."""
 
     name: str
@@ -91,17 +86,11 @@ class Network(nn.Module):
     def groups(self, options: Options) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups for an optimizer, and their names: "textencoder", "unet", and " plus" for LoRA+.
 
-        A group whose learning rate is 0 is left out, and its parameters get no gradients.
-
-        Raises:
-            UsageError: all learning rates are 0.
+        A group whose learning rate is 0 is left out, and its parameters get no gradients; if all are, UsageError.
         """
+        text_rate = options.text_encoder_lr[0] if options.text_encoder_lr else None
         with _quiet():
-            groups, names = self.module.prepare_optimizer_params(
-                options.text_encoder_lr[0] if options.text_encoder_lr else None,
-                options.unet_lr,
-                options.learning_rate,
-            )
+            groups, names = self.module.prepare_optimizer_params(text_rate, options.unet_lr, options.learning_rate)
         groups = [{**group, "params": list(group["params"])} for group in groups]
         if not groups:
             raise UsageError("--learning_rate, --unet_lr, --text_encoder_lr: all of what is trained has a rate of 0")
@@ -119,21 +108,16 @@ class Network(nn.Module):
         """All parameters and buffers as they are, also what `state` folds: training goes on from it bit by bit."""
         return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in self._raw().items()}
 
+    @torch.no_grad()
     def load_raw(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `raw_state` gave.
-
-        Raises:
-            InputError: it is of another network.
-        """
+        """Take over what `raw_state` gave; InputError if it is of another network."""
         own = self._raw()
-        wrong = own.keys() ^ state.keys() or {key for key in own if own[key].shape != state[key].shape}
-        if wrong:
+        if wrong := own.keys() ^ state.keys() or {key for key in own if own[key].shape != state[key].shape}:
             raise InputError(
                 f"the saved state is of another network: {_some(wrong)}. Resume with the network options of that run"
             )
-        with torch.no_grad():
-            for key, value in own.items():
-                value.copy_(state[key])
+        for key, value in own.items():
+            value.copy_(state[key])
 
     def _raw(self) -> dict[str, Tensor]:
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
@@ -142,8 +126,8 @@ class Network(nn.Module):
     def limit_norms(self, limit: float) -> NormReport:
         """Scale down each layer whose change, ‖ΔW‖_F with its scale, is longer than the limit.
 
-        For rotations the norm is that of their blocks. Other layers (full differences, GLoRA, normalisation) have no
-        limit in LyCORIS. Norms are LyCORIS' own, but without its wait for the GPU in every layer.
+        As LyCORIS does, which waits for the GPU in every layer: of rotations the blocks, of other layers than these and
+        factors (full differences, GLoRA, normalisation) nothing.
         """
         training = self.module.training
         self.module.eval()  # dropout would shorten what is measured
@@ -166,15 +150,14 @@ CONVOLUTIONS = "UNet convolutions"
 _LINEAR = "UNet linear and 1×1"
 _NORMALISATION = "normalisation"
 _ENCODERS = {"lora_te1": "text encoder 1", "lora_te2": "text encoder 2"}
-_ROTATIONS = (DiagOFTModule, ButterflyOFTModule)
 _PARTS = (_LINEAR, CONVOLUTIONS, *_ENCODERS.values(), _NORMALISATION)
+_ROTATIONS = (DiagOFTModule, ButterflyOFTModule)
 
 
 def _part(layer: Any) -> str:
     if isinstance(layer, NormModule):
         return _NORMALISATION
-    wide = math.prod(layer.shape[2:]) > 1
-    return _ENCODERS.get(layer.lora_name[:8], CONVOLUTIONS if wide else _LINEAR)
+    return _ENCODERS.get(layer.lora_name[:8], CONVOLUTIONS if math.prod(layer.shape[2:]) > 1 else _LINEAR)
 
 
 def _norm(layer: Any) -> Tensor | None:
@@ -200,38 +183,42 @@ def _norm(layer: Any) -> Tensor | None:
 def build_network(model: Model, options: Options) -> Network:
     """The network that the options describe, applied to the model; --base_weights are in the model then.
 
-    The model may be on the meta device, and the network is there then too, for its shapes alone.
-
-    Raises:
-        UsageError: options that LyCORIS cannot carry out, that match no module, or do not fit --network_weights.
-        InputError: a file that cannot be read, or that does not belong to SDXL.
+    The model may be on the meta device, and the network is there then too, for its shapes alone. Raises UsageError
+    (LyCORIS cannot carry out the options, they match no module or do not fit --network_weights) and InputError.
     """
     arguments = read_network_args(options)
-    named = named_modules(model.unet, model.encoders)
-    base = _as_base(model, options)
+    named = named_modules(model)
+    parts = {"unet": model.unet, "text_encoder": model.encoders[0], "text_encoder_2": model.encoders[1]}
+    tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    floats = {key: value for key, value in tensors.items() if value.is_floating_point()}
+    shapes = {key: tuple(value.shape) for key, value in floats.items()}
+    # As lorashrink sees a diffusers folder with this model, so that adapters of all namings find their weights.
+    file = Path(options.pretrained_model_name_or_path or "the base")
+    base = Base(file, "folder", _SDXL, shapes, "", pickled_store(file, floats))
     strengths = (*options.base_weights_multiplier, *[1.0] * len(options.base_weights))
-    for file, strength in zip(options.base_weights, strengths, strict=False):
-        _merge(Path(file), strength, base, model)
+    for name, strength in zip(options.base_weights, strengths, strict=False):
+        _merge(Path(name), strength, base, tensors)
     path = Path(options.network_weights) if options.network_weights else None
-    weights = _read_weights(path, base) if path else {}
+    weights: dict[str, Tensor] = {}
+    if path:
+        with open_adapter(path) as adapter:
+            store = renamed(adapter, "kohya", base).adapter.store
+            weights = {key: store.read(key).float() for key in store.tensors}
     with _building(model, options):
         if path and options.dim_from_weights:
-            module = _from_weights(path, weights, named, arguments)
+            module = _from_weights(path, weights, {names.kohya: names.module for names in named}, arguments)
         else:
-            module = _from_options(model, options, arguments, named)
-        module.apply_to(
-            list(model.encoders),
-            model.unet,
-            not options.network_train_unet_only,
-            not options.network_train_text_encoder_only,
-        )
+            module = _from_options(model, options, arguments)
+            kohya = {names.lycoris: names.kohya for names in named}
+            for layer in module.loras:
+                layer.lora_name = kohya[layer.lora_name]
+        trains_text, trains_unet = not options.network_train_unet_only, not options.network_train_text_encoder_only
+        module.apply_to(list(model.encoders), model.unet, trains_text, trains_unet)
         if not module.loras:
             raise UsageError(f"--network_args: preset={arguments.preset} matches no module that is to be trained")
         module.float()  # full differences begin in the base's dtype
         if path:
-            _check_keys(module, weights, path)
-            if not options.dim_from_weights:
-                _load(module, weights, path)
+            _load(module, weights, path, options)
     return Network(module)
 
 
@@ -242,7 +229,7 @@ def _building(model: Model, options: Options) -> Iterator[None]:
         stack.enter_context(_quiet())
         if options.seed is not None:
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            torch.manual_seed(seeds.generator(options.seed, "network").initial_seed())
+            torch.manual_seed(generator(options.seed, "network").initial_seed())
         if next(model.unet.parameters()).is_meta:
             stack.enter_context(init_empty_weights(include_buffers=False))
             stack.enter_context(_StayOnMeta())
@@ -264,51 +251,29 @@ def _quiet() -> Iterator[None]:
 class _StayOnMeta(TorchFunctionMode):
     """Some layers of LyCORIS copy their base weight to the CPU, which a tensor without numbers refuses."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.Tensor.cpu and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        stays = func is torch.Tensor.cpu and args[0].is_meta
+        return args[0] if stays else func(*args, **(kwargs or {}))
 
 
-def _from_options(
-    model: Model, options: Options, arguments: NetworkArgs, named: Sequence[Named]
-) -> LycorisNetworkKohya:
-    with _preset(arguments.preset) as preset:
-        try:
-            network = create_network(
-                1.0,
-                options.network_dim,
-                options.network_alpha,
-                None,
-                list(model.encoders),
-                model.unet,
-                warn_on_unmatched=False,
-                preset=preset,
-                **arguments.values,
-            )
-        except (ValueError, AssertionError, TypeError) as error:
-            raise UsageError(f"--network_args: LyCORIS cannot build this network: {error}") from error
-    names = {module.lycoris: module.kohya for module in named}
-    for layer in network.loras:
-        layer.lora_name = names[layer.lora_name]
-    return network
+def _from_options(model: Model, options: Options, arguments: NetworkArgs) -> LycorisNetworkKohya:
+    # LyCORIS keeps the settings of a preset in its class for good.
+    kept = {name: value for name, value in vars(LycorisNetworkKohya).items() if name.isupper()}
+    PRESET[_OURS] = _read_preset(arguments.preset)
+    try:
+        dims, more = (options.network_dim, options.network_alpha), {"warn_on_unmatched": False, "preset": _OURS}
+        return create_network(1.0, *dims, None, list(model.encoders), model.unet, **more, **arguments.values)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UsageError(f"--network_args: LyCORIS cannot build this network: {error}") from error
+    finally:
+        del PRESET[_OURS]
+        for name, value in kept.items():
+            setattr(LycorisNetworkKohya, name, value)
 
 
-# --- presets ------------------------------------------------------------------------------------
+# --- names and presets --------------------------------------------------------------------------
 
-_SETTINGS = (
-    "ENABLE_CONV",
-    "UNET_TARGET_REPLACE_MODULE",
-    "UNET_TARGET_REPLACE_NAME",
-    "TEXT_ENCODER_TARGET_REPLACE_MODULE",
-    "TEXT_ENCODER_TARGET_REPLACE_NAME",
-    "MODULE_ALGO_MAP",
-    "NAME_ALGO_MAP",
-    "USE_FNMATCH",
-    "TARGET_EXCLUDE_NAME",
-)
+_SDXL = next(family for family in FAMILIES if family.name == "sdxl")
 # sd-scripts' name of a class -> diffusers' name
 _CLASSES = {"CrossAttention": "Attention", "SelfAttention": "Attention"}
 # Of another model's; what it holds in SDXL has other names in sd-scripts, and is never trained there.
@@ -316,17 +281,30 @@ _OTHER_CLASSES = frozenset({"TimestepEmbedding"})
 _OURS = "lorashrink"
 
 
-@contextmanager
-def _preset(name: str) -> Iterator[str]:
-    """LyCORIS' name for a preset while networks are built. LyCORIS keeps settings of presets in its class for good."""
-    kept = {setting: getattr(LycorisNetworkKohya, setting) for setting in _SETTINGS}
-    PRESET[_OURS] = _read_preset(name)
-    try:
-        yield _OURS
-    finally:
-        del PRESET[_OURS]
-        for setting, value in kept.items():
-            setattr(LycorisNetworkKohya, setting, value)
+class Named(NamedTuple):
+    """A module that holds weights, and its names."""
+
+    lycoris: str  # what LyCORIS makes of its path in a diffusers model
+    kohya: str  # sd-scripts' name
+    module: nn.Module
+
+
+def named_modules(model: Model) -> list[Named]:
+    """All modules with weights of the UNet and the text encoders, in the layout of any version of transformers."""
+    named = []
+    for part, inner in {"unet": model.unet, "te1": model.encoders[0], "te2": model.encoders[1]}.items():
+        modules = {
+            path: module
+            for path, module in inner.named_modules()
+            if isinstance(getattr(module, "weight", None), nn.Parameter)
+        }
+        # The rules look at shapes only where they split or fuse weights, which these two layouts do not.
+        weights = {path: (View(path, (1, 1)),) for path in modules}
+        layouts = spell(weights, _SDXL.rules if part == "unet" else encoders.RULES).layouts
+        for name, (view,) in layouts["native"].items():
+            lycoris = f"lora_{part}_{view.key}".replace(".", "_")
+            named.append(Named(lycoris, layer_name_in("kohya", _SDXL, part, name), modules[view.key]))
+    return named
 
 
 def _read_preset(name: str) -> dict[str, Any]:
@@ -350,54 +328,30 @@ def _read_preset(name: str) -> dict[str, Any]:
 # --- files --------------------------------------------------------------------------------------
 
 
-def _weights(model: Model) -> dict[str, Tensor]:
-    """All tensors of the UNet and the text encoders, named as in a diffusers folder."""
-    parts = {"unet": model.unet, "text_encoder": model.encoders[0], "text_encoder_2": model.encoders[1]}
-    return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
-
-
-def _as_base(model: Model, options: Options) -> Base:
-    """The model as lorashrink sees a folder with it, so that adapters of all namings find their weights."""
-    weights = {key: value for key, value in _weights(model).items() if value.is_floating_point()}
-    path = Path(options.pretrained_model_name_or_path or "the base")
-    shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    return Base(path, "folder", SDXL, shapes, "", pickled_store(path, weights))
-
-
-def _merge(path: Path, strength: float, base: Base, model: Model) -> None:
-    """Add an adapter to the weights of the model, in float32, rounded once to their dtype."""
-    weights = _weights(model)
+def _merge(path: Path, strength: float, base: Base, tensors: Mapping[str, Tensor]) -> None:
+    """Add an adapter to the tensors of the model, in float32, rounded once to their dtype."""
     with open_adapter(path) as adapter:
         matched = match(adapter, base)
         unused = len(adapter.others) + sum(
             not views or "magnitude" in layer.keys for layer, views in zip(adapter.layers, matched, strict=True)
         )
         if unused:
-            _log.warning(
-                "--base_weights %s: %d parts of it are no change of SDXL's weights and are left out", path, unused
-            )
+            note = "--base_weights %s: %d parts of it are no change of SDXL's weights and are left out"
+            _log.warning(note, path, unused)
         for layer, views in zip(bind(adapter, matched, base).layers, matched, strict=True):
             if not views:
                 continue
             change = strength * layer.delta.dense().flatten(1)  # [out, in·kh·kw]; the views' rows, one below the other
-            rows = [weights[view.key][slice(*view.rows)] if view.rows else weights[view.key] for view in views]
+            rows = [tensors[view.key][slice(*view.rows)] if view.rows else tensors[view.key] for view in views]
             for row, part in zip(rows, torch.split(change, [len(row) for row in rows]), strict=True):
                 row.copy_(row.float() + part.reshape(row.shape).to(row.device))
 
 
-def _read_weights(path: Path, base: Base) -> dict[str, Tensor]:
-    """The tensors of an adapter, float32, under sd-scripts' names whatever they are called in the file."""
-    with open_adapter(path) as adapter:
-        store = renamed(adapter, "kohya", base).adapter.store
-        return {key: store.read(key).float() for key in store.tensors}
-
-
 def _from_weights(
-    path: Path, weights: Mapping[str, Tensor], named: Sequence[Named], arguments: NetworkArgs
+    path: Path, weights: Mapping[str, Tensor], modules: Mapping[str, nn.Module], arguments: NetworkArgs
 ) -> LycorisNetworkKohya:
     """A network with the layers, ranks, alphas and numbers of a file."""
     network = LycorisNetworkKohya([], nn.Module(), warn_on_unmatched=False)
-    modules = {module.kohya: module.module for module in named}
     kinds = {name: kind for name in map(layer_name, weights) if (kind := get_module(weights, name)[0])}
     dora = any(key.endswith(".dora_scale") for key in weights)
     if dora != arguments.dora or not set(kinds.values()) <= {network_module_dict[arguments.algo], NormModule}:
@@ -406,20 +360,6 @@ def _from_weights(
             f"--network_weights {path}: holds {algos}{' with DoRA' if dora else ''}, and --network_args asks for "
             f"algo={arguments.algo} dora_wd={arguments.dora}; give the ones of the file"
         )
-    for name, kind in kinds.items():
-        if "alpha" in kind.weight_list and f"{name}.alpha" not in weights:
-            raise InputError(f"--network_weights {path}: {name} has no alpha. Export the file again.")
-        if name in modules:
-            layer = _layer_from_weights(path, weights, name, modules[name], arguments)
-            (network.unet_loras if name.startswith("lora_unet_") else network.text_encoder_loras).append(layer)
-    network.loras = network.text_encoder_loras + network.unet_loras
-    return network
-
-
-def _layer_from_weights(
-    path: Path, weights: Mapping[str, Tensor], name: str, module: nn.Module, arguments: NetworkArgs
-) -> Any:
-    kind, tensors = get_module(weights, name)
     values = arguments.values
     # LyCORIS has no place for these when it makes a layer from a file
     settings: dict[str, Any] = {
@@ -428,19 +368,22 @@ def _layer_from_weights(
         "unbalanced_factorization": values.get("unbalanced_factorization", False),
         "bypass_mode": arguments.bypass,
     }
-    with_settings = type(kind.__name__, (kind,), {"__init__": partialmethod(kind.__init__, **settings)})
-    try:
-        return make_module(with_settings, tensors, name, module)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"--network_weights {path}: LyCORIS cannot make a layer of {name}: {error}") from error
+    for name, kind in kinds.items():
+        if "alpha" in kind.weight_list and f"{name}.alpha" not in weights:
+            raise InputError(f"--network_weights {path}: {name} has no alpha. Export the file again.")
+        if name in modules:
+            with_settings = type(kind.__name__, (kind,), {"__init__": partialmethod(kind.__init__, **settings)})
+            try:
+                layer = make_module(with_settings, get_module(weights, name)[1], name, modules[name])
+            except (RuntimeError, ValueError) as error:
+                raise InputError(f"--network_weights {path}: LyCORIS cannot make a layer of {name}: {error}") from error
+            (network.unet_loras if name.startswith("lora_unet_") else network.text_encoder_loras).append(layer)
+    network.loras = network.text_encoder_loras + network.unet_loras
+    return network
 
 
-def _check_keys(module: LycorisNetworkKohya, weights: Mapping[str, Tensor], path: Path) -> None:
-    """That a file has the tensors of the network, no more and no fewer.
-
-    Raises:
-        UsageError: it has not.
-    """
+def _load(module: LycorisNetworkKohya, weights: Mapping[str, Tensor], path: Path, options: Options) -> None:
+    """Take over the numbers of a file with the tensors of the network, no more and no fewer."""
     own: Mapping[str, Tensor] = module.state_dict()
     if own.keys() != weights.keys():
         raise UsageError(
@@ -448,29 +391,22 @@ def _check_keys(module: LycorisNetworkKohya, weights: Mapping[str, Tensor], path
             f"{_some(weights.keys() - own.keys())}; not in the file: {_some(own.keys() - weights.keys())}. "
             "--dim_from_weights takes the layers of the file"
         )
-
-
-def _load(module: LycorisNetworkKohya, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Take over the numbers of a file with the network's tensors.
-
-    Raises:
-        UsageError: they are of another rank or alpha.
-    """
-    own: Mapping[str, Tensor] = module.state_dict()
+    if options.dim_from_weights:
+        return  # the network was made of them
+    # LyCORIS would write the file's alpha and compute with its own; half precision has rounded the file's
+    alphas = {key for key in weights if key.endswith(".alpha")}
     for key, value in weights.items():
-        if key.endswith(".alpha"):
-            # LyCORIS would write the file's alpha and compute with its own; half precision has rounded the file's
-            if not math.isclose(value.item(), own[key].item(), rel_tol=0.01):
-                raise UsageError(
-                    f"--network_weights {path}: {key} is {value.item():g}, and {own[key].item():g} in this network. "
-                    "Give --dim_from_weights, or --network_alpha and conv_alpha as they are in the file"
-                )
-        elif value.shape != own[key].shape:
+        if key in alphas:
+            fits = math.isclose(value.item(), own[key].item(), rel_tol=0.01)
+        else:
+            fits = value.shape == own[key].shape
+        if not fits:
+            theirs, ours = (tensor.item() if key in alphas else list(tensor.shape) for tensor in (value, own[key]))
             raise UsageError(
-                f"--network_weights {path}: {key} is {list(value.shape)}, and {list(own[key].shape)} in this network: "
-                "another rank. Give --dim_from_weights, or --network_dim and conv_dim as they are in the file"
+                f"--network_weights {path}: {key} is {theirs}, and {ours} in this network: another rank or alpha. Give "
+                "--dim_from_weights, or --network_dim, --network_alpha, conv_dim and conv_alpha as in the file"
             )
-    numbers = {key: value.to(own[key].device) for key, value in weights.items() if not key.endswith(".alpha")}
+    numbers = {key: value.to(own[key].device) for key, value in weights.items() if key not in alphas}
     module.load_state_dict(numbers, strict=False)
 
 
@@ -478,4 +414,4 @@ def _some(names: set[str]) -> str:
     """A few of the names, and how many there are."""
     few = sorted(names)[:3]
     rest = len(names) - len(few)
-    return (", ".join(few) + (f" and {rest} more" if rest else "")) if few else "nothing"
+    return ", ".join(few) + (f" and {rest} more" if rest else "") or "nothing"

@@ -9,9 +9,8 @@ from lorashrink.train.data.batches import Batch
 from lorashrink.train.data.caches import posterior
 from lorashrink.train.data.scanning import Data
 from lorashrink.train.flags.options import Options
-from lorashrink.train.model.loading import LATENT_SCALE, Model, encode_pixels, weight_dtype
+from lorashrink.train.model.loading import LATENT_SCALE, Encoded, Model, encode, encode_pixels, tokenize, weight_dtype
 from lorashrink.train.model.network import Network
-from lorashrink.train.model.text import Encoded, encode, tokenize
 from lorashrink.train.run.objective import Objective
 
 

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from lorashrink.errors import UsageError
-from lorashrink.train.data import seeds
+from lorashrink.train.data.batches import generator, numbers
 from lorashrink.train.flags.options import Options
 
 TIMESTEPS = 1000
@@ -117,13 +117,13 @@ class Objective:
             timestep.
         """
         options = self._options
-        tensors, numbers = seeds.generator(seed, "noise", *key), seeds.numbers(seed, "noise", *key)
+        tensors, chance = generator(seed, "noise", *key), numbers(seed, "noise", *key)
         # The order of these lines is part of what a seed means.
         noise = torch.randn(shape, generator=tensors)
         shift = torch.randn((shape[0], 1, 1), generator=tensors)
         strength = float(torch.rand((), generator=tensors)) if options.noise_offset_random_strength else 1.0
         levels = options.multires_noise_iterations or 0
-        coarse = _coarse_noise(shape, levels, options.multires_noise_discount, tensors, numbers)
+        coarse = _coarse_noise(shape, levels, options.multires_noise_discount, tensors, chance)
         timestep = int(torch.randint(*self._range, (), generator=tensors))
         return noise, shift, strength, coarse, timestep
 
@@ -178,14 +178,12 @@ def _offset(strength: Tensor, adaptive: float | None, latents: Tensor) -> Tensor
     return (strength + adaptive * latents.mean((2, 3), keepdim=True).abs()).clamp(min=0)
 
 
-def _coarse_noise(
-    shape: torch.Size, levels: int, discount: float, tensors: Generator, numbers: random.Random
-) -> Tensor:
+def _coarse_noise(shape: torch.Size, levels: int, discount: float, tensors: Generator, chance: random.Random) -> Tensor:
     """The noise of ever lower resolutions, enlarged and summed: multi-resolution noise (Whitaker 2023), [4, h, w]."""
     channels, height, width = shape
     total = torch.zeros(shape)
     for level in range(levels):
-        shrink = numbers.uniform(2, 4) ** level
+        shrink = chance.uniform(2, 4) ** level
         size = max(1, int(height / shrink)), max(1, int(width / shrink))
         coarse = torch.randn((1, channels, *size), generator=tensors)
         total += functional.interpolate(coarse, (height, width), mode="bilinear")[0] * discount**level

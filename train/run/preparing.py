@@ -35,9 +35,8 @@ from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, 
 from lorashrink.train.data.scanning import Data, scan
 from lorashrink.train.flags.network_args import given_network_args
 from lorashrink.train.flags.options import Options
-from lorashrink.train.model.loading import Model, load_model, set_attention, set_checkpointing
+from lorashrink.train.model.loading import CHUNK, Model, load_model, set_attention, set_checkpointing, token_count
 from lorashrink.train.model.network import build_network
-from lorashrink.train.model.text import CHUNK, token_count
 from lorashrink.train.output import logs, samples, saving
 from lorashrink.train.output.metadata import Facts, picture_entries, source, training_metadata
 from lorashrink.train.output.saving import Length, Position
