@@ -16,7 +16,6 @@ from lorashrink.errors import UsageError
 from lorashrink.recipes.grammar import parse_recipes
 from lorashrink.train.flags.network_args import read_network_args
 from lorashrink.train.flags.options import Options
-from lorashrink.train.output.saving import peek_state
 
 LEARNING_RATES = (
     "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
@@ -50,7 +49,6 @@ def check(options: Options) -> list[str]:
     ]
     parse_recipes(options.shrink)
     _check_packages(options)
-    _check_state(options)
     return warnings
 
 
@@ -196,14 +194,6 @@ def _check_packages(options: Options) -> None:
         if wanted_by and not importlib.util.find_spec(package):
             on_pypi = package.replace("_", "-")
             raise UsageError(f"{wanted_by} needs the package {on_pypi}: pip install {on_pypi}")
-
-
-def _check_state(options: Options) -> None:
-    """Refuse to resume where nothing is left to do; with --max_train_epochs that is not known yet."""
-    if options.resume and not options.plan and options.max_train_epochs is None:
-        step = peek_state(Path(options.resume))["current_step"]
-        if step >= options.max_train_steps:
-            raise UsageError(f"--resume {options.resume}: it stands at step {step}, the last; raise --max_train_steps")
 
 
 # --- what goes together: errors are raised, warnings are yielded --------------------------------

@@ -1,14 +1,17 @@
-"""The training loop: steps are taken, and files saved and samples drawn between them."""
+"""The training loop: steps are taken and logged, and files saved and samples drawn between them."""
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +23,35 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lorashrink.errors import LorashrinkError, NonFinite
+from lorashrink.errors import InputError, LorashrinkError, NonFinite
+from lorashrink.files.disk import write_bytes
 from lorashrink.pictures.prompts import Prompt
+from lorashrink.plots.loss import loss_curve
 from lorashrink.train.data.batches import Loader
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Model
 from lorashrink.train.model.network import Network, NormReport
 from lorashrink.train.output import samples, saving
-from lorashrink.train.output.logs import Tag, save_loss_curve
 from lorashrink.train.output.metadata import Facts, training_metadata
 from lorashrink.train.output.saving import Length, Names, Position
 from lorashrink.train.run.optimizers import eval_mode, learning_rates, train_mode
 
 _log = logging.getLogger(__name__)
+
+TRACKER = "network_train"  # the folder below the run's, if --log_tracker_name gives none
+
+
+class Tag(StrEnum):
+    """What is logged, under sd-scripts' names; the step is the optimizer step, for EPOCH_LOSS the epoch."""
+
+    LOSS = "loss/current"
+    AVERAGE_LOSS = "loss/average"
+    EPOCH_LOSS = "loss/epoch_average"
+    TEXT_ENCODER_RATE = "lr/textencoder"  # for optimizers that adapt it, what they make of it
+    UNET_RATE = "lr/unet"
+    SCALED_LAYERS = "max_norm/keys_scaled"
+    AVERAGE_NORM = "norm/avg_key_norm"
+    LARGEST_NORM = "max_norm/max_key_norm"
 
 
 @dataclass(slots=True)
@@ -238,3 +257,51 @@ class Session:
     def _log(self, values: dict[str, float], step: int) -> None:
         if self.accelerator.trackers:
             self.accelerator.log({str(tag): value for tag, value in values.items()}, step=step)
+
+
+# --- logs ---------------------------------------------------------------------------------------
+
+
+def log_folder_of(options: Options, now: datetime) -> Path | None:
+    """The folder of a run that starts now; None if nothing is logged to a folder."""
+    if options.logging_dir is None:
+        return None
+    return Path(options.logging_dir) / f"{options.log_prefix or ''}{now:%Y%m%d%H%M%S}"
+
+
+def tracker_of(options: Options) -> str | None:
+    """What accelerate logs with: --log_with, or tensorboard if there is a folder for it."""
+    return options.log_with or ("tensorboard" if options.logging_dir else None)
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What tensorboard logged below a run's folder: tag -> (step, value), in the order of steps.
+
+    Raises:
+        InputError: the folder holds no log.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+    for file in folder.rglob("*.tfevents.*"):
+        log = EventAccumulator(str(file), size_guidance={"scalars": 0})  # 0: all of them, not a sample
+        log.Reload()
+        for tag in log.Tags()["scalars"]:
+            scalars[tag] += [(event.step, event.value) for event in log.Scalars(tag)]
+    if not scalars:
+        raise InputError(f"{folder}: no log in it; --logging_dir makes one")
+    return {tag: sorted(points, key=lambda point: point[0]) for tag, points in scalars.items()}
+
+
+def save_loss_curve(folder: Path) -> Path:
+    """Draw the losses and learning rates that were logged below a run's folder, as loss.png in it.
+
+    Raises:
+        InputError: no losses lie in the folder.
+        OutputError: the figure cannot be written.
+    """
+    data = io.BytesIO()
+    loss_curve(read_scalars(folder)).savefig(data, format="png")
+    path = folder / "loss.png"
+    write_bytes(path, data.getvalue())
+    return path

@@ -1,4 +1,4 @@
-"""What training minimises: noise on latents, the target of the prediction, and the loss.
+"""What training minimises: a batch goes in, noise is added to its latents, and the loss comes out.
 
 The noise schedule is SDXL's. Names of options and what they do are those of sd-scripts.
 """
@@ -12,12 +12,18 @@ from dataclasses import dataclass
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from lorashrink.errors import UsageError
 from lorashrink.train.data import seeds
+from lorashrink.train.data.batches import Batch
+from lorashrink.train.data.caches import posterior
+from lorashrink.train.data.scanning import Data
 from lorashrink.train.flags.options import Options
+from lorashrink.train.model.loading import LATENT_SCALE, Model, encode_pixels, weight_dtype
+from lorashrink.train.model.network import Network
+from lorashrink.train.model.text import Encoded, encode, tokenize
 
 TIMESTEPS = 1000
 
@@ -25,19 +31,70 @@ TIMESTEPS = 1000
 _LARGEST_SNR = 1000.0
 
 
-@dataclass(frozen=True, slots=True)
-class Noised:
-    """One batch for the UNet; all on the device of the latents.
+class BatchLoss(nn.Module):
+    """The loss of a batch as a module, for accelerate to wrap.
 
-    Attributes:
-        noisy: [b, 4, h, w] float32, latents with noise.
-        timesteps: [b] int64, 0 to 999.
-        target: [b, 4, h, w] float32, what the UNet should predict: the noise, or v.
+    Only the network is a child: what is frozen is neither copied to other processes nor saved with the state of a run.
+
+    Args:
+        network: applied to `model`.
+        trains_text: whether gradients flow into the text encoders.
     """
 
-    noisy: Tensor
-    timesteps: Tensor
-    target: Tensor
+    def __init__(
+        self, options: Options, data: Data, model: Model, network: Network, *, seed: int, trains_text: bool
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.objective = Objective(options)
+        self._options, self._data, self._model = options, data, model
+        self._seed, self._trains_text = seed, trains_text
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean loss of the batch: float32, 0-dim."""
+        unet, dtype = self._model.unet, weight_dtype(self._options)
+        text = self._text(batch)
+        keys = [(draw.epoch, draw.dataset, draw.picture, draw.repeat) for draw in batch.draws]
+        noised = self.objective.noised(self._latents(batch).to(unet.device) * LATENT_SCALE, keys, self._seed)
+        time_ids = batch.time_ids.to(unet.device)
+        prediction = unet(
+            noised.noisy.to(dtype),
+            noised.timesteps,
+            text.context.to(dtype),
+            added_cond_kwargs={"text_embeds": text.pooled.to(dtype), "time_ids": time_ids},
+            return_dict=False,
+        )[0]
+        return self.objective.loss(prediction, noised, batch.weights)
+
+    def _latents(self, batch: Batch) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents
+        assert batch.pixels is not None
+        pictures = self._data.pictures_of(batch.draws)
+        generators = [
+            posterior(self._seed, picture, flipped) for picture, flipped in zip(pictures, batch.flipped, strict=True)
+        ]
+        size = max(self._options.vae_batch_size, 1)
+        chunks = (slice(start, start + size) for start in range(0, len(generators), size))
+        return torch.cat([encode_pixels(self._model.vae, batch.pixels[chunk], generators[chunk]) for chunk in chunks])
+
+    def _text(self, batch: Batch) -> Encoded:
+        if batch.text is not None:
+            return batch.text.to(self._model.unet.device, weight_dtype(self._options))
+        tokens = [
+            tokenize(tokenizer, batch.captions, self._options.max_token_length) for tokenizer in self._model.tokenizers
+        ]
+        with torch.set_grad_enabled(self._trains_text):
+            return encode(self._model.encoders, *tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Noised:
+    """One batch for the UNet; all on the device of the latents."""
+
+    noisy: Tensor  # [b, 4, h, w] float32, latents with noise
+    timesteps: Tensor  # [b] int64, 0 to 999
+    target: Tensor  # [b, 4, h, w] float32, what the UNet should predict: the noise, or v
 
 
 class Objective:
@@ -80,17 +137,18 @@ class Objective:
         draws = [self._draw(latents.shape[1:], seed, key) for key in keys]
         noises, shifts, strengths, coarse_noises, steps = zip(*draws, strict=True)
         noise = torch.stack(noises).to(device)
-        if options.noise_offset:
-            strength = torch.tensor(strengths).view(-1, 1, 1, 1).to(device) * options.noise_offset
-            noise = noise + _offset(strength, options.adaptive_noise_scale, latents) * torch.stack(shifts).to(device)
+        if options.noise_offset:  # crosslabs.org, 2023
+            offset = torch.tensor(strengths).view(-1, 1, 1, 1).to(device) * options.noise_offset
+            if (adaptive := options.adaptive_noise_scale) is not None:
+                offset = (offset + adaptive * latents.mean((2, 3), keepdim=True).abs()).clamp(min=0)
+            noise = noise + offset * torch.stack(shifts).to(device)
         if options.multires_noise_iterations:
             noise = noise + torch.stack(coarse_noises).to(device)
             noise = noise / noise.std()
         timesteps = torch.tensor(steps, device=device)
         noisy = self.noise_schedule.add_noise(latents, noise, timesteps)
-        if self._options.v_parameterization:
-            return Noised(noisy, timesteps, self.noise_schedule.get_velocity(latents, noise, timesteps))
-        return Noised(noisy, timesteps, noise)
+        v = options.v_parameterization
+        return Noised(noisy, timesteps, self.noise_schedule.get_velocity(latents, noise, timesteps) if v else noise)
 
     def loss(self, prediction: Tensor, noised: Noised, weights: Tensor) -> Tensor:
         """The mean over the batch of each picture's mean squared error, times its weights.
@@ -169,13 +227,6 @@ def _timestep_range(options: Options) -> tuple[int, int]:
             f"they must be 0 to {TIMESTEPS - 1} and 1 to {TIMESTEPS}, the first below the second"
         )
     return first, max(end, first + 1)
-
-
-def _offset(strength: Tensor, adaptive: float | None, latents: Tensor) -> Tensor:
-    """How much each channel is shifted, [b, 4 or 1, 1, 1]: noise offset (crosslabs.org, 2023), adaptive or not."""
-    if adaptive is None:
-        return strength
-    return (strength + adaptive * latents.mean((2, 3), keepdim=True).abs()).clamp(min=0)
 
 
 def _coarse_noise(
