@@ -156,7 +156,7 @@ class Session:
         options, step = self.options, self.position.step
         if step in saving.steps_due(options.save_every_n_steps, self.length.steps):
             self._save(options.save_state, step=step)
-            self._remove(saving.expired_after_step(options, self.names, step, options.save_every_n_steps or 1))
+            self._remove(saving.expired(options, self.names, options.save_every_n_steps or 1, step=step))
         self._sample()
 
     def _after_epoch(self, epoch: int) -> None:
@@ -164,7 +164,7 @@ class Session:
         every = saving.epochs_between_saves(options, self.length.epochs)
         if epoch in saving.epochs_due(every, self.length.epochs):
             self._save(options.save_state, epoch=epoch)
-            self._remove(saving.expired_after_epoch(options, self.names, epoch, every or 1))
+            self._remove(saving.expired(options, self.names, every or 1, epoch=epoch))
         self._sample(epoch)
 
     def _finish(self) -> Path:
