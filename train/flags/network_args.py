@@ -57,7 +57,7 @@ def read_network_args(options: Options) -> NetworkArgs:
     else:
         module = options.network_module or "missing"
         raise UsageError(
-            f"--network_module: {module}; lorashrink trains with lycoris.kohya (also networks.lora's LoRA)"
+            f"--network_module: {module}; lorashrink trains with lycoris.kohya, or as networks.lora"
         )
     if options.network_dropout is not None:
         pairs.setdefault("dropout", str(options.network_dropout))
