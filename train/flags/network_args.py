@@ -56,9 +56,7 @@ def read_network_args(options: Options) -> NetworkArgs:
         pairs, warnings = _from_networks_lora(pairs)
     else:
         module = options.network_module or "missing"
-        raise UsageError(
-            f"--network_module: {module}; lorashrink trains with lycoris.kohya, or as networks.lora"
-        )
+        raise UsageError(f"--network_module: {module}; lorashrink trains with lycoris.kohya, or as networks.lora")
     if options.network_dropout is not None:
         pairs.setdefault("dropout", str(options.network_dropout))
     for key, text in pairs.items():

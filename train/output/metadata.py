@@ -101,13 +101,7 @@ def source(text: str) -> Source:
 
 
 def training_metadata(options: Options, facts: Facts) -> dict[str, str]:
-    """The entries of one file. Equal arguments give equal entries.
-
-    With --no_metadata, what other programs need to use the file, and what the user wrote for it.
-
-    Raises:
-        InputError: --metadata_thumbnail is a file that cannot be read.
-    """
+    """The entries of one file; with --no_metadata only what other programs need, and what the user wrote for it."""
     warmup = options.lr_warmup_steps
     entries = {
         **{f"ss_{name}": getattr(options, name) for name in _AS_GIVEN},

@@ -244,10 +244,6 @@ def save_state(
 
     The folder appears when it is complete; an older one of the name stays until then. The hooks of `accelerator` leave
     the model out; `network` has its raw parameters and buffers.
-
-    Raises:
-        NonFinite: the network has NaN or infinity.
-        OutputError: the folder cannot be written.
     """
     unfinished, old = (folder.with_name(f".{folder.name}.{end}") for end in ("unfinished", "old"))
     main = accelerator.is_main_process
@@ -317,8 +313,6 @@ def load_state(
 
     `load_network` takes the raw parameters and buffers. The state's seed is used, not `seed`, which is --seed.
 
-    Raises:
-        InputError: the folder is missing or damaged, or belongs to another network or optimizer.
     """
     from accelerate.utils import load
 

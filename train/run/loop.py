@@ -78,17 +78,10 @@ class Session:
     _shrunk: dict[Path, list[Path]] = field(default_factory=dict)
 
     def run(self) -> Path:
-        """Train to the end; the path of the final file.
-
-        Raises:
-            NonFinite: the loss or the adapter became NaN. Files saved before are complete.
-            InputError: a picture or a cache file cannot be read.
-            OutputError: a file cannot be written.
-        """
+        """Train to the end; the path of the final file. When it raises, files saved before are complete."""
         self._recent = deque(maxlen=self.length.steps_per_epoch)
-        bar = tqdm(
-            total=self.length.steps, initial=self.position.step, desc="steps", disable=not self._is_main, unit="step"
-        )
+        total, done = self.length.steps, self.position.step
+        bar = tqdm(total=total, initial=done, desc="steps", disable=not self._is_main, unit="step")
         with logging_redirect_tqdm([logging.getLogger("lorashrink")]), bar:
             if self.position.step == 0:
                 self._sample()
@@ -126,10 +119,8 @@ class Session:
         """The mean loss of a step, over its batches and all processes."""
         mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         if not math.isfinite(mean):
-            raise NonFinite(
-                f"step {self.position.step + 1}: the loss is NaN. Files saved before are good; use a lower "
-                "--learning_rate, or --mixed_precision bf16"
-            )
+            hint = "use a lower --learning_rate, or --mixed_precision bf16"
+            raise NonFinite(f"step {self.position.step + 1}: the loss is NaN. Files saved before are good; {hint}")
         return float(mean)
 
     def _update(self) -> NormReport | None:
@@ -245,11 +236,8 @@ class Session:
         values: dict[str, float] = {Tag.LOSS: loss, Tag.AVERAGE_LOSS: average}
         values |= learning_rates(self.optimizer, self.rates)
         if norms:
-            values |= {
-                Tag.SCALED_LAYERS: norms.scaled,
-                Tag.AVERAGE_NORM: norms.average,
-                Tag.LARGEST_NORM: norms.largest,
-            }
+            values |= {Tag.SCALED_LAYERS: norms.scaled, Tag.AVERAGE_NORM: norms.average}
+            values[Tag.LARGEST_NORM] = norms.largest
         self._log(values, self.position.step)
         bar.set_postfix(loss=f"{loss:.4f}", average=f"{average:.4f}", refresh=False)
         bar.update()
@@ -275,11 +263,7 @@ def tracker_of(options: Options) -> str | None:
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What tensorboard logged below a run's folder: tag -> (step, value), in the order of steps.
-
-    Raises:
-        InputError: the folder holds no log.
-    """
+    """What tensorboard logged below a run's folder: tag -> (step, value), in the order of steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     scalars: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
@@ -294,12 +278,7 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def save_loss_curve(folder: Path) -> Path:
-    """Draw the losses and learning rates that were logged below a run's folder, as loss.png in it.
-
-    Raises:
-        InputError: no losses lie in the folder.
-        OutputError: the figure cannot be written.
-    """
+    """Draw the losses and learning rates that were logged below a run's folder, as loss.png in it."""
     data = io.BytesIO()
     loss_curve(read_scalars(folder)).savefig(data, format="png")
     path = folder / "loss.png"

@@ -32,13 +32,9 @@ _LARGEST_SNR = 1000.0
 
 
 class BatchLoss(nn.Module):
-    """The loss of a batch as a module, for accelerate to wrap.
+    """The loss of a batch as a module, for accelerate to wrap; `network` has been applied to `model`.
 
     Only the network is a child: what is frozen is neither copied to other processes nor saved with the state of a run.
-
-    Args:
-        network: applied to `model`.
-        trains_text: whether gradients flow into the text encoders.
     """
 
     def __init__(
@@ -100,12 +96,7 @@ class Noised:
 class Objective:
     """The noise schedule and the loss that the options ask for.
 
-    Attributes:
-        noise_schedule: 1000 timesteps, betas scaled_linear from 0.00085 to 0.012; with --zero_terminal_snr rescaled
-            so that the last one is pure noise (Lin et al. 2023, algorithm 1).
-
-    Raises:
-        UsageError: no timestep between --min_timestep and --max_timestep.
+    With --zero_terminal_snr the schedule ends in pure noise (Lin et al. 2023, algorithm 1).
     """
 
     def __init__(self, options: Options) -> None:
@@ -122,16 +113,10 @@ class Objective:
         self._weights = timestep_weights(options, compute_snr(self.noise_schedule, torch.arange(TIMESTEPS)))
 
     def noised(self, latents: Tensor, keys: Sequence[tuple[str | int, ...]], seed: int) -> Noised:
-        """Add noise to latents.
+        """Add noise to scaled latents, [b, 4, h, w] float32; `keys` are unique for each showing of a picture.
 
         Every random number of a picture comes from a generator of its own, so batches, processes and resuming do not
-        change it. What a picture shares with its batch is the division by the standard deviation that follows
-        multi-resolution noise.
-
-        Args:
-            latents: [b, 4, h, w] float32, scaled.
-            keys: what makes each showing of a picture unique, one for each of the batch.
-            seed: the seed of the run.
+        change it. It shares with its batch only the standard deviation that follows multi-resolution noise.
         """
         options, device = self._options, latents.device
         draws = [self._draw(latents.shape[1:], seed, key) for key in keys]
@@ -151,15 +136,9 @@ class Objective:
         return Noised(noisy, timesteps, self.noise_schedule.get_velocity(latents, noise, timesteps) if v else noise)
 
     def loss(self, prediction: Tensor, noised: Noised, weights: Tensor) -> Tensor:
-        """The mean over the batch of each picture's mean squared error, times its weights.
+        """The mean over the batch of each picture's mean squared error times its weight: float32, 0-dim.
 
-        Args:
-            prediction: [b, 4, h, w], any floating dtype.
-            noised: what the prediction was made from.
-            weights: [b] float32, such as the prior loss weight of regularisation pictures.
-
-        Returns:
-            float32, 0-dim.
+        `prediction` is [b, 4, h, w] of any floating dtype; `weights`, [b] float32, hold --prior_loss_weight.
         """
         error = functional.mse_loss(prediction.float(), noised.target.float(), reduction="none").mean((1, 2, 3))
         by_timestep = self._weights.to(error.device)[noised.timesteps]
@@ -168,12 +147,7 @@ class Objective:
     def _draw(
         self, shape: torch.Size, seed: int, key: tuple[str | int, ...]
     ) -> tuple[Tensor, Tensor, float, Tensor, int]:
-        """The random numbers of one picture, float32 on the CPU.
-
-        Returns:
-            Noise [4, h, w], what channels are shifted by [4, 1, 1], how strongly, coarser noise [4, h, w], and the
-            timestep.
-        """
+        """Noise [4, h, w], shifts of channels [4, 1, 1], their strength, coarser noise [4, h, w], and the timestep."""
         options = self._options
         tensors, numbers = seeds.generator(seed, "noise", *key), seeds.numbers(seed, "noise", *key)
         # The order of these lines is part of what a seed means.
@@ -192,14 +166,8 @@ def timestep_weights(options: Options, snr: Tensor) -> Tensor:
     With S the signal-to-noise ratio of a timestep and g = --min_snr_gamma, the product of those that are asked for:
     min(S, g) / S, with v prediction min(S, g) / (S + 1) (Hang et al. 2023); S / (S + 1) to scale v prediction as noise
     prediction; 1 + w (S + 1) / S for --v_pred_like_loss w; 1 / sqrt(S), with v prediction 1 / (S + 1), for
-    --debiased_estimation_loss. All but the first count an S above 1000 as 1000, as sd-scripts does.
-
-    Args:
-        snr: the signal-to-noise ratio of each timestep, float, 1-dim; it may end in 0, which all but the first count as
-            the smallest ratio that is not 0, because half of them divide by it.
-
-    Returns:
-        As `snr`; finite.
+    --debiased_estimation_loss. All but the first count an S above 1000 as 1000, as sd-scripts does, and 0 as the
+    smallest that is not 0, because half of them divide by it.
     """
     v = options.v_parameterization
     bounded = snr.clamp(float(snr[snr > 0].min()), _LARGEST_SNR)
@@ -222,10 +190,7 @@ def _timestep_range(options: Options) -> tuple[int, int]:
     first = 0 if options.min_timestep is None else options.min_timestep
     end = TIMESTEPS if options.max_timestep is None else options.max_timestep
     if not 0 <= first <= end <= TIMESTEPS or first == TIMESTEPS:
-        raise UsageError(
-            f"--min_timestep {first} and --max_timestep {end} leave no timestep to train; "
-            f"they must be 0 to {TIMESTEPS - 1} and 1 to {TIMESTEPS}, the first below the second"
-        )
+        raise UsageError(f"--min_timestep {first} and --max_timestep {end} leave no timestep to train")
     return first, max(end, first + 1)
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -55,11 +56,7 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(options: Options) -> Session:
-    """Load, check and cache everything that the run needs.
-
-    Raises:
-        UsageError, InputError, NonFinite, OutputError: see `scan`, `load_model`, `cache_latents`, `build_network`, ...
-    """
+    """Load, check and cache everything that the run needs; each part raises its own errors."""
     quiet_libraries()
     names = saving.run_names(options)
     prompts: tuple[Prompt, ...] = ()
@@ -79,10 +76,8 @@ def prepare(options: Options) -> Session:
     data = scan(options)
     length = run_length(options, -(-batch_count(data) // processes))
     if resumed and resumed["current_step"] >= length.steps:
-        raise UsageError(
-            f"--resume {options.resume}: it stands at step {resumed['current_step']}, and training ends at step "
-            f"{length.steps}; raise --max_train_steps or --max_train_epochs"
-        )
+        end = f"it stands at step {resumed['current_step']}, and training ends at step {length.steps}"
+        raise UsageError(f"--resume {options.resume}: {end}; raise --max_train_steps or --max_train_epochs")
     model = load_model(options, accelerator.device)
     for warning in samples.check_prompts(prompts, model.tokenizers[0], processes, options):
         _log.warning(warning)
@@ -179,10 +174,8 @@ def _accelerator(options: Options, log_folder: Path | None) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         # Each would train alone, and all would write the same files.
-        raise UsageError(
-            f"{started} processes were started for GPUs that torch does not find; leave out --multi_gpu and --gpu_ids, "
-            "or install the torch that fits your GPUs"
-        )
+        hint = "leave out --multi_gpu and --gpu_ids, or install the torch that fits your GPUs"
+        raise UsageError(f"{started} processes were started for GPUs that torch does not find; {hint}")
     return accelerator
 
 
@@ -284,9 +277,6 @@ def plan(options: Options) -> str:
 
     Weights are not loaded, and neither they nor pictures need to exist: what is missing is taken to be SDXL 1.0, and
     pictures of --resolution.
-
-    Raises:
-        UsageError, InputError: see `scan` and `build_network`; settings of the base that cannot be read.
     """
     quiet_libraries()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -326,9 +316,10 @@ def _largest_batch(data: Data) -> tuple[int, Size]:
     """Pictures and size of the batch with the most pixels."""
     batches = []
     for dataset in data.datasets:
-        for bucket in {picture.fit.bucket for picture in dataset.pictures}:
-            shown = sum(picture.repeats for picture in dataset.pictures if picture.fit.bucket == bucket)
-            batches.append((min(shown, dataset.batch_size), bucket))
+        shown: Counter[Size] = Counter()
+        for picture in dataset.pictures:
+            shown[picture.fit.bucket] += picture.repeats
+        batches += [(min(count, dataset.batch_size), bucket) for bucket, count in shown.items()]
     return max(batches, key=lambda batch: batch[0] * math.prod(batch[1]))
 
 
