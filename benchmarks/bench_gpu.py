@@ -44,9 +44,9 @@ from lorashrink.train.data.scanning import Data, Draw
 from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.model.loading import Model, set_attention, set_checkpointing, weight_dtype
 from lorashrink.train.model.network import build_network
-from lorashrink.train.run.batch_loss import BatchLoss
+from lorashrink.train.run.objective import BatchLoss
 from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
-from lorashrink.train.run.plan import step_memory
+from lorashrink.train.run.preparing import step_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_sdxl

@@ -36,8 +36,7 @@ def main(arguments: Sequence[str], program: str = "lorashrink train") -> int:
         for warning in check(options):
             _log.warning(warning)
         with _installed():
-            from lorashrink.train.run.plan import plan
-            from lorashrink.train.run.preparing import prepare
+            from lorashrink.train.run.preparing import plan, prepare
         if options.plan:
             if speaks:
                 sys.stdout.write(f"{plan(options)}\n")

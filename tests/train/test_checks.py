@@ -102,8 +102,8 @@ REFUSED = [
     ("--log_with=all", "--logging_dir"),
     ("--full_bf16", "--mixed_precision=bf16"),
     ("--full_bf16 --mixed_precision=fp16", "--mixed_precision=bf16"),
-    ("--use_8bit_adam --use_lion_optimizer", "two optimizers"),
-    ("--use_8bit_adam --optimizer_type=AdamW", "two optimizers"),
+    ("--use_8bit_adam --use_lion_optimizer", "--use_lion_optimizer"),
+    ("--use_8bit_adam --optimizer_type=AdamW", "--optimizer_type"),
     ("--min_timestep=500 --max_timestep=400", "--max_timestep=400"),
     ("--network_module=networks.oft", "--network_module"),
     ("--sample_prompts={tmp}/prompts.yaml", ".toml"),
@@ -203,7 +203,7 @@ def test_values_out_of_range_are_refused_by_name(name: str, bad: str, fine: str,
 
 
 NOTED = [
-    ("--dataset_repeats=0", "--dataset_repeats"),
+    ("--dataset_repeats=3", "--dataset_repeats"),
     ("--clip_skip=2", "--clip_skip"),
     ("--highvram", "--highvram"),
     ("--disable_mmap_load_safetensors", "--disable_mmap_load_safetensors"),

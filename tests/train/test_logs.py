@@ -12,29 +12,29 @@ from accelerate import Accelerator
 from lorashrink.errors import InputError
 from lorashrink.plots.loss import loss_curve
 from lorashrink.train.flags.options import Options
-from lorashrink.train.output.logs import TRACKER, Tag, log_folder, read_scalars, save_loss_curve, tracker
+from lorashrink.train.run.loop import TRACKER, Tag, log_folder_of, read_scalars, save_loss_curve, tracker_of
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 
 
 @pytest.mark.parametrize(("prefix", "name"), [("xl-locon", "xl-locon20260102030405"), (None, "20260102030405")])
 def test_the_folder_of_a_run_is_named_by_prefix_and_time(prefix: str | None, name: str) -> None:
-    assert log_folder(Options(logging_dir="logs", log_prefix=prefix), NOW) == Path("logs") / name
+    assert log_folder_of(Options(logging_dir="logs", log_prefix=prefix), NOW) == Path("logs") / name
 
 
 def test_a_prefix_alone_logs_nothing() -> None:
     options = Options(log_prefix="xl-locon")
-    assert log_folder(options, NOW) is None
-    assert tracker(options) is None
+    assert log_folder_of(options, NOW) is None
+    assert tracker_of(options) is None
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "all", None])
 def test_a_folder_without_a_logger_means_tensorboard(logger: str | None) -> None:
-    assert tracker(Options(logging_dir="logs", log_with=logger)) == (logger or "tensorboard")
+    assert tracker_of(Options(logging_dir="logs", log_with=logger)) == (logger or "tensorboard")
 
 
 def test_what_accelerate_logs_is_read_back_and_drawn(tmp_path: Path) -> None:
-    folder = log_folder(Options(logging_dir=str(tmp_path), log_prefix="x"), NOW)
+    folder = log_folder_of(Options(logging_dir=str(tmp_path), log_prefix="x"), NOW)
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=folder)
     accelerator.init_trackers(TRACKER, config={"seed": 1})
     count = 1200  # more than tensorboard keeps unless told

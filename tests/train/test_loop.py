@@ -16,7 +16,7 @@ from training import equal, flags, run
 from lorashrink.adapters import open_adapter
 from lorashrink.errors import NonFinite, OutputError, UsageError
 from lorashrink.train.command import main
-from lorashrink.train.output.logs import read_scalars
+from lorashrink.train.run.loop import read_scalars
 
 
 @pytest.fixture(scope="module")

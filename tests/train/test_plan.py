@@ -22,7 +22,7 @@ from lorashrink.train.model.loading import load_model
 from lorashrink.train.model.network import build_network
 from lorashrink.train.output.saving import run_length
 from lorashrink.train.run.optimizers import make_optimizer
-from lorashrink.train.run.plan import STATES, describe, plan
+from lorashrink.train.run.preparing import STATES, describe, plan
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -62,8 +62,8 @@ def options(base: Path, **more: object) -> Options:
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """The lines of both tables, by what stands on their left; columns are two spaces apart or more."""
-    cells = (re.split(r" {2,}", line) for line in text.splitlines())
+    """The lines of the table, by what stands on their left; columns are two spaces apart or more."""
+    cells = (re.split(r" {2,}", line.strip()) for line in text.splitlines())
     return {first: rest for first, *rest in cells if rest}
 
 
@@ -71,24 +71,17 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def test_the_guides_run_has_the_modules_and_parameters_of_its_command(guide: str) -> None:
-    # Counted on real SDXL: 788 + 264 modules, 120.1 million parameters, 229 MiB in fp16, 76 % of it in the convolutions
-    table = rows(guide)
-    assert table["UNet linear and 1×1"] == ["750", "21,747,200", "43.5", "18%"]
-    assert table["UNet convolutions"] == ["38", "91,095,040", "182.2", "76%"]
-    assert table["text encoder 1"] == ["72", "1,327,104", "2.7", "1%"]
-    assert table["text encoder 2"] == ["192", "5,898,240", "11.8", "5%"]
+    # Counted on real SDXL: 788 + 264 modules, 120.1 million parameters, 229 MiB in fp16
+    assert "  UNet linear and 1×1: 750 modules, 21,747,200 parameters" in guide
+    assert "  UNet convolutions: 38 modules, 91,095,040 parameters" in guide
+    assert "  text encoder 1: 72 modules, 1,327,104 parameters" in guide
+    assert "  text encoder 2: 192 modules, 5,898,240 parameters" in guide
     assert "network: 1052 modules, 120.1 million parameters; a file has 240.1 MB in fp16" in guide
     assert round(240.1e6 / 2**20) == 229
 
 
 def test_a_step_of_the_guides_run_sees_48_pictures(guide: str) -> None:
     assert "batch: 8 × 6 accumulated × 1 process = 48 pictures per step" in guide
-
-
-def test_convolutions_of_a_rank_out_of_proportion_are_pointed_out(guide: str) -> None:
-    assert "76% of the file are 38 convolutions of rank 256 (conv_dim), while all else has rank 8" in guide
-    # (120,067,584 - 91,095,040 · 248 / 256) · 2 bytes
-    assert "With conv_dim=8 it would have 63.6 MB" in guide
 
 
 def test_what_is_not_there_is_said_and_planned_for_sdxl(guide: str) -> None:
@@ -108,16 +101,11 @@ def test_lasting_memory_is_bytes_of_weights_adapter_gradients_and_states(guide: 
     assert not any(name.startswith("VAE") for name in table)  # latents are cached
 
 
-def test_the_total_is_that_of_the_rows_and_names_a_gpu(guide: str) -> None:
+def test_the_total_is_that_of_the_rows(guide: str) -> None:
     memory = rows(guide[guide.index("GPU memory") :])
     *parts, total = (float(cells[-1]) for cells in memory.values())
     assert total == pytest.approx(sum(parts), abs=0.05)
     assert 16 < total < 24 * 0.95
-    assert "As an estimate, a GPU with 24 GB is enough." in guide
-
-
-def test_the_opposite_setting_of_checkpointing_is_told(guide: str) -> None:
-    assert "Without --gradient_checkpointing it would be about 77.9 GiB, for more than 80 GB." in guide
 
 
 # --- pictures, batches, length ------------------------------------------------------------------
@@ -163,8 +151,7 @@ def test_a_run_begins_with_the_same_numbers(base: Path, pictures: Path) -> None:
     # Four projections of rank 2 and two layers of double width, in each of two layers of width 16, or 24
     assert f"  text encoder 1: 12 modules, {2 * (4 * 2 * (16 + 16) + 2 * 2 * (16 + 32))} parameters" in lines
     assert f"  text encoder 2: 12 modules, {2 * (4 * 2 * (24 + 24) + 2 * 2 * (24 + 48)):,} parameters" in lines
-    planned = plan(chosen).splitlines()
-    assert set(lines) - set(planned) == {line for line in lines if line.startswith("  ")}
+    assert set(lines) <= set(plan(chosen).splitlines())
 
 
 def test_ranks_can_come_from_a_file(base: Path, tmp_path: Path) -> None:
@@ -176,9 +163,11 @@ def test_ranks_can_come_from_a_file(base: Path, tmp_path: Path) -> None:
 
 def test_parts_that_are_cached_or_not_trained_take_nothing(base: Path) -> None:
     everything = plan(options(base, mixed_precision="fp16", no_half_vae=True))
-    assert {"VAE, float32", "text encoders, float16", "text encoder 1"} <= rows(everything).keys()
+    assert {"VAE, float32", "text encoders, float16"} <= rows(everything).keys()
+    assert "text encoder 1: " in everything
     unet = plan(options(base, cache_latents=True, cache_text_encoder_outputs=True, network_train_unet_only=True))
-    assert not any(name.startswith(("VAE", "text encoder")) for name in rows(unet))
+    assert "VAE" not in unet
+    assert "text encoder" not in unet
 
 
 def test_an_unknown_optimizer_is_planned_like_adam(base: Path) -> None:

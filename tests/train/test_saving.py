@@ -145,7 +145,8 @@ def test_the_epoch_ratio_sets_how_often_epochs_are_saved(options: Options, epoch
     [(6, 2, None, None), (6, 2, 1, 4), (6, 2, 2, 2), (6, 2, 3, None), (6, 2, 0, 4), (100, 50, 1, 50)],
 )
 def test_the_last_epoch_files_are_counted_in_files(epoch: int, every: int, keep: int | None, gone: int | None) -> None:
-    assert saving.expired_epoch(epoch, every, keep) == gone
+    named, options = Names(Path("o"), "x", "pt"), Options(save_last_n_epochs=keep)
+    assert saving.expired(options, named, every, epoch=epoch) == ([named.file(epoch=gone)] if gone else [])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,8 @@ def test_the_last_epoch_files_are_counted_in_files(epoch: int, every: int, keep:
     [(50, 10, None, None), (50, 10, 30, 10), (40, 10, 30, None), (50, 10, 35, 10), (60, 10, 0, 50), (60, 10, 9, 50)],
 )
 def test_the_last_step_files_are_counted_in_steps(step: int, every: int, keep: int | None, gone: int | None) -> None:
-    assert saving.expired_step(step, every, keep) == gone
+    named, options = Names(Path("o"), "x", "pt"), Options(save_last_n_steps=keep)
+    assert saving.expired(options, named, every, step=step) == ([named.file(step=gone)] if gone else [])
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_the_last_step_files_are_counted_in_steps(step: int, every: int, keep: i
 )
 def test_state_folders_have_their_own_number_or_that_of_the_files(options: Options, gone: list[str]) -> None:
     named = Names(Path("o"), "x", "safetensors")
-    assert [path.name for path in saving.expired_after_epoch(options, named, 5, 1)] == gone
+    assert [path.name for path in saving.expired(options, named, 1, epoch=5)] == gone
 
 
 def test_a_run_leaves_the_files_and_states_of_the_last_steps(tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_a_run_leaves_the_files_and_states_of_the_last_steps(tmp_path: Path) -> 
         named.file(step=step).touch()
         named.state(step=step).mkdir()
         (named.state(step=step) / "optimizer.bin").touch()
-        saving.remove(saving.expired_after_step(options, named, step, 10))
+        saving.remove(saving.expired(options, named, 10, step=step))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "x-step00000070.safetensors",
         "x-step00000080.safetensors",

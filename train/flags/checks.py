@@ -16,7 +16,6 @@ from lorashrink.errors import UsageError
 from lorashrink.recipes.grammar import parse_recipes
 from lorashrink.train.flags.network_args import read_network_args
 from lorashrink.train.flags.options import Options
-from lorashrink.train.output.saving import peek_state
 
 LEARNING_RATES = (
     "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
@@ -30,27 +29,23 @@ def check(options: Options) -> list[str]:
 
     Raises:
         UsageError: training with these options is impossible, or would not do what one of them asks for.
-        InputError: a file of settings, such as a preset or the state to resume, cannot be read.
+        InputError: a file of settings, such as a preset, cannot be read.
     """
     if not options.plan:  # which needs neither base nor pictures
         _check_required(options)
         _check_paths(options)
     _check_values(options)
-    _check_optimizer(options)
+    _check_pairs(options)
+    optimizer_path(options)
     warnings = [
         *check_sizes(options),
-        *_check_pictures(options),
         *_check_schedule(options),
-        *_check_objective(options),
-        *_check_model(options),
-        *_check_saving(options),
-        *_check_watching(options),
-        *_check_needs(options),
+        *_check_others(options),
+        *_without_effect(options),
         *read_network_args(options).warnings,
     ]
     parse_recipes(options.shrink)
     _check_packages(options)
-    _check_state(options)
     return warnings
 
 
@@ -81,18 +76,12 @@ def _check_paths(options: Options) -> None:
                     raise UsageError(f"--{name}: there is no {kind} {path}{hint}")
     for name in ("output_dir", "logging_dir"):
         if path := getattr(options, name):
-            _check_writable(name, Path(path))
-
-
-def _check_writable(name: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to before hours of training, not after them."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UsageError(f"--{name}: {existing} is a file; name a folder, which is made if it is not there")
-    if not os.access(existing, os.W_OK):
-        raise UsageError(
-            f"--{name}: nothing can be written in {existing}; choose another folder, or ask for the right to"
-        )
+            folder = Path(path).absolute()
+            existing = next(path for path in (folder, *folder.parents) if path.exists())
+            if not existing.is_dir():
+                raise UsageError(f"--{name}: {existing} is a file; name a folder, which is made if it is not there")
+            if not os.access(existing, os.W_OK):
+                raise UsageError(f"--{name}: nothing can be written in {existing}; choose another folder")
 
 
 def _values(options: Options, name: str) -> tuple[object, ...]:
@@ -138,11 +127,7 @@ def _check_values(options: Options) -> None:
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
-    """Width and height in pixels, from `1024` or `1024,768`.
-
-    Raises:
-        UsageError: the text is neither.
-    """
+    """Width and height in pixels, from `1024` or `1024,768`."""
     try:
         sides = [int(side) for side in text.split(",")]
     except ValueError:
@@ -198,43 +183,71 @@ def _check_packages(options: Options) -> None:
             raise UsageError(f"{wanted_by} needs the package {on_pypi}: pip install {on_pypi}")
 
 
-def _check_state(options: Options) -> None:
-    """Refuse to resume where nothing is left to do; with --max_train_epochs that is not known yet."""
-    if options.resume and not options.plan and options.max_train_epochs is None:
-        step = peek_state(Path(options.resume))["current_step"]
-        if step >= options.max_train_steps:
-            raise UsageError(f"--resume {options.resume}: it stands at step {step}, the last; raise --max_train_steps")
-
-
 # --- what goes together: errors are raised, warnings are yielded --------------------------------
 
+# An option -> the one without which it cannot do what it asks for.
+_NEEDS = {
+    "adaptive_noise_scale": "noise_offset",
+    "cache_text_encoder_outputs": "network_train_unet_only",  # text encoders that are trained run in each step
+    "dim_from_weights": "network_weights",
+    "persistent_data_loader_workers": "max_data_loader_n_workers",
+    "scale_v_pred_loss_like_noise_pred": "v_parameterization",
+}
+# Two that contradict each other: the first decides what the second would.
+_EXCLUDE = (
+    ("cache_text_encoder_outputs", "shuffle_caption"),
+    ("cache_text_encoder_outputs", "caption_dropout_rate"),
+    ("cache_text_encoder_outputs", "caption_dropout_every_n_epochs"),
+    ("cache_text_encoder_outputs", "caption_tag_dropout_rate"),
+    ("network_train_unet_only", "network_train_text_encoder_only"),
+    ("use_8bit_adam", "use_lion_optimizer"),
+    ("use_8bit_adam", "optimizer_type"),
+    ("use_lion_optimizer", "optimizer_type"),
+    ("v_pred_like_loss", "v_parameterization"),
+)
+# An option -> the one without which it does nothing.
+_IDLE_WITHOUT = {
+    "multires_noise_discount": "multires_noise_iterations",
+    "noise_offset_random_strength": "noise_offset",
+    "dataset_repeats": "dataset_config",
+    "save_last_n_steps": "save_every_n_steps",
+    "save_last_n_epochs_state": "save_state",
+    "save_last_n_steps_state": "save_state",
+    "sample_every_n_steps": "sample_prompts",
+    "sample_every_n_epochs": "sample_prompts",
+    "sample_at_first": "sample_prompts",
+}
+# Of two that are given, the first decides, and the second does nothing.
+_DECIDES = {
+    "max_train_epochs": "max_train_steps",
+    "save_n_epoch_ratio": "save_every_n_epochs",
+}
+_IDLE = ("clip_skip", "highvram", "disable_mmap_load_safetensors")
 
-def _check_pictures(o: Options) -> Iterator[str]:
-    varies = (
-        o.shuffle_caption or o.caption_dropout_rate or o.caption_dropout_every_n_epochs or o.caption_tag_dropout_rate
-    )
-    if o.cache_text_encoder_outputs and not o.network_train_unet_only:
-        raise UsageError(
-            "--cache_text_encoder_outputs needs --network_train_unet_only: text encoders that are trained must run in "
-            "each step"
-        )
-    if o.cache_text_encoder_outputs and varies:
-        raise UsageError(
-            "--cache_text_encoder_outputs needs captions that stay the same: remove it, or --shuffle_caption and "
-            "--caption_..._dropout_..."
-        )
-    if o.persistent_data_loader_workers and not o.max_data_loader_n_workers:
-        raise UsageError(
-            "--persistent_data_loader_workers keeps processes that --max_data_loader_n_workers=0 does not start; "
-            "remove one of the two"
-        )
-    if o.dataset_repeats != 1 and not o.dataset_config:
-        yield "--dataset_repeats has no effect: the numbers at the start of folder names tell the repeats"
-    if not o.caption_extension.startswith("."):
-        yield (
-            f"--caption_extension={o.caption_extension} has no dot: the caption of a.png would be in "
-            f"a{o.caption_extension}"
-        )
+
+def _is_set(options: Options, name: str) -> bool:
+    return getattr(options, name) not in (Options.__dataclass_fields__[name].default, 0)
+
+
+def _check_pairs(options: Options) -> None:
+    for name, needed in _NEEDS.items():
+        if _is_set(options, name) and not getattr(options, needed):
+            raise UsageError(f"--{name} needs --{needed}; give it too, or leave --{name} out")
+    for name, excluded in _EXCLUDE:
+        if _is_set(options, name) and _is_set(options, excluded):
+            raise UsageError(f"--{name} and --{excluded} exclude each other; leave one of them out")
+
+
+def _without_effect(options: Options) -> Iterator[str]:
+    for name in _IDLE:
+        if _is_set(options, name):
+            yield f"--{name} has no effect with SDXL here"
+    for name, needed in _IDLE_WITHOUT.items():
+        if _is_set(options, name) and not getattr(options, needed):
+            yield f"--{name} has no effect without --{needed}"
+    for name, unused in _DECIDES.items():
+        if _is_set(options, name) and _is_set(options, unused):
+            yield f"--{name} decides; --{unused}={getattr(options, unused)} is not used"
 
 
 # Any other optimizer is given by the dotted path of its class.
@@ -254,11 +267,7 @@ def optimizer_name(options: Options) -> str:
 
 
 def optimizer_path(options: Options) -> str:
-    """The dotted path of the optimizer's class.
-
-    Raises:
-        UsageError: its name is not among `OPTIMIZERS`.
-    """
+    """The dotted path of the optimizer's class. Raises a UsageError if its name is not among `OPTIMIZERS`."""
     name = optimizer_name(options)
     paths = {title.lower(): path for title, path in OPTIMIZERS.items()}
     if "." not in name and name.lower() not in paths:
@@ -267,17 +276,6 @@ def optimizer_path(options: Options) -> str:
             "path, such as torch.optim.RMSprop"
         )
     return paths.get(name.lower(), name)
-
-
-def _check_optimizer(o: Options) -> None:
-    if o.use_8bit_adam and o.use_lion_optimizer:
-        raise UsageError("--use_8bit_adam and --use_lion_optimizer name two optimizers; keep one")
-    if (o.use_8bit_adam or o.use_lion_optimizer) and o.optimizer_type:
-        raise UsageError(
-            f"--optimizer_type={o.optimizer_type} and an older flag name two optimizers; remove --use_8bit_adam and "
-            "--use_lion_optimizer"
-        )
-    optimizer_path(o)
 
 
 def _check_schedule(o: Options) -> Iterator[str]:
@@ -294,78 +292,45 @@ def _check_schedule(o: Options) -> Iterator[str]:
         )
     if any(isinstance(steps, float) and steps > 1 for steps in (warmup, o.lr_decay_steps)):
         raise UsageError("--lr_warmup_steps and --lr_decay_steps are whole numbers of steps, or shares up to 1 or 100%")
-    if o.max_train_epochs is not None and o.max_train_steps != 1600:
-        yield f"--max_train_epochs={o.max_train_epochs} decides; --max_train_steps={o.max_train_steps} is not used"
     if o.max_train_epochs is None and isinstance(warmup, int) and warmup >= o.max_train_steps:
         yield f"--lr_warmup_steps={warmup}: the learning rate reaches its full height only when training is over"
     if o.lr_scheduler_num_cycles != 1 and o.lr_scheduler == "cosine":
         yield "--lr_scheduler_num_cycles has no effect with cosine; --lr_scheduler=cosine_with_restarts uses it"
 
 
-def _check_objective(o: Options) -> Iterator[str]:
-    if o.adaptive_noise_scale is not None and o.noise_offset is None:
-        raise UsageError(
-            "--adaptive_noise_scale adds to --noise_offset, which is not given; give it too, such as "
-            "--noise_offset=0.05"
-        )
-    if (o.min_timestep or 0) > (o.max_timestep or 1000):
-        raise UsageError(f"--min_timestep={o.min_timestep} is above --max_timestep={o.max_timestep}")
-    if o.scale_v_pred_loss_like_noise_pred and not o.v_parameterization:
-        raise UsageError(
-            "--scale_v_pred_loss_like_noise_pred is for bases that predict v; remove it, or add --v_parameterization"
-        )
-    if o.v_pred_like_loss and o.v_parameterization:
-        raise UsageError("--v_pred_like_loss is for bases that predict noise; remove it or --v_parameterization")
-    if o.zero_terminal_snr and not o.v_parameterization:
-        yield "--zero_terminal_snr is for bases that predict v; with others (no --v_parameterization) it does harm"
-
-
-def _check_model(o: Options) -> Iterator[str]:
+def _check_others(o: Options) -> Iterator[str]:
+    """What no table holds, because a value matters and not only whether it is there."""
+    steps, epochs = o.sample_every_n_steps, o.sample_every_n_epochs
+    strengths, bases = len(o.base_weights_multiplier), len(o.base_weights)
     if o.full_bf16 and o.mixed_precision != "bf16":
         raise UsageError("--full_bf16 needs --mixed_precision=bf16")
+    if o.log_with in ("tensorboard", "all") and not o.logging_dir:
+        raise UsageError(f"--log_with={o.log_with} needs --logging_dir, the folder for the logs")
+    if o.shrink and o.save_model_as != "safetensors":
+        raise UsageError("--shrink needs --save_model_as=safetensors")
+    if o.sample_prompts and Path(o.sample_prompts).suffix.lower() not in (".txt", ".toml", ".json"):
+        raise UsageError(f"--sample_prompts={o.sample_prompts}: the file's name must end in .txt, .toml or .json")
     if o.network_dropout is not None and not 0 <= o.network_dropout < 1:
         raise UsageError(f"--network_dropout={o.network_dropout}: must be a share, from 0 to below 1")
-    if o.network_train_unet_only and o.network_train_text_encoder_only:
-        raise UsageError("--network_train_unet_only and --network_train_text_encoder_only: give one of them at most")
-    if o.dim_from_weights and not o.network_weights:
-        raise UsageError("--dim_from_weights: needs --network_weights, whose ranks it takes")
-    if len(o.base_weights_multiplier) > len(o.base_weights):
-        raise UsageError(
-            f"--base_weights_multiplier: {len(o.base_weights_multiplier)} strengths for {len(o.base_weights)} files of "
-            "--base_weights"
-        )
-    if len(o.base_weights_multiplier) < len(o.base_weights):
+    if (o.min_timestep or 0) > (o.max_timestep or 1000):
+        raise UsageError(f"--min_timestep={o.min_timestep} is above --max_timestep={o.max_timestep}")
+    if strengths > bases:
+        raise UsageError(f"--base_weights_multiplier: {strengths} strengths for {bases} files of --base_weights")
+    if strengths < bases:
         yield "--base_weights without a number in --base_weights_multiplier count fully"
-    if o.clip_skip is not None:
-        yield "--clip_skip has no effect: SDXL always takes the last layer but one"
-    if o.highvram:
-        yield "--highvram has no effect"
-    if o.disable_mmap_load_safetensors:
-        yield "--disable_mmap_load_safetensors has no effect"
+    if not o.caption_extension.startswith("."):
+        ending = o.caption_extension
+        yield f"--caption_extension={ending} has no dot: the caption of a.png would be in a{ending}"
+    if o.zero_terminal_snr and not o.v_parameterization:
+        yield "--zero_terminal_snr is for bases that predict v; with others (no --v_parameterization) it does harm"
     if sum((o.sdpa, o.xformers, o.mem_eff_attn)) > 1:
         yield "of several kinds of attention, --mem_eff_attn goes before --xformers and that before --sdpa"
     if o.mixed_precision == "fp16" and not o.no_half_vae and not o.vae:
         yield "SDXL's own VAE often fails in fp16; --no_half_vae avoids that"
-
-
-def _check_saving(o: Options) -> Iterator[str]:
-    if o.shrink and o.save_model_as != "safetensors":
-        raise UsageError("--shrink needs --save_model_as=safetensors")
     if o.save_model_as != "safetensors":
         yield f"--save_model_as={o.save_model_as}: these files carry no metadata; most programs prefer safetensors"
-    if o.save_n_epoch_ratio is not None and o.save_every_n_epochs is not None:
-        yield "--save_n_epoch_ratio decides; --save_every_n_epochs is not used"
     if o.save_last_n_epochs and not (o.save_every_n_epochs or o.save_n_epoch_ratio):
         yield "--save_last_n_epochs has no effect without --save_every_n_epochs"
-
-
-def _check_watching(o: Options) -> Iterator[str]:
-    """Samples and logs."""
-    steps, epochs = o.sample_every_n_steps, o.sample_every_n_epochs
-    if o.sample_prompts and Path(o.sample_prompts).suffix.lower() not in (".txt", ".toml", ".json"):
-        raise UsageError(f"--sample_prompts={o.sample_prompts}: the file's name must end in .txt, .toml or .json")
-    if o.log_with in ("tensorboard", "all") and not o.logging_dir:
-        raise UsageError(f"--log_with={o.log_with} needs --logging_dir, the folder for the logs")
     if o.sample_prompts and not (steps or epochs or o.sample_at_first):
         yield "--sample_prompts draws nothing; add --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
     if any(number is not None and number <= 0 for number in (steps, epochs)):
@@ -374,23 +339,3 @@ def _check_watching(o: Options) -> Iterator[str]:
         yield "--sample_every_n_epochs decides; --sample_every_n_steps is not used"
     if not (o.logging_dir or o.log_with) and (o.log_prefix or o.log_tracker_name or o.log_config):
         yield "nothing is logged: --log_prefix and its like need --logging_dir, the folder for the logs"
-
-
-# Options that do nothing -> without which other option.
-_NEEDS = {
-    "multires_noise_discount": "multires_noise_iterations",
-    "noise_offset_random_strength": "noise_offset",
-    "save_last_n_steps": "save_every_n_steps",
-    "save_last_n_epochs_state": "save_state",
-    "save_last_n_steps_state": "save_state",
-    "sample_every_n_steps": "sample_prompts",
-    "sample_every_n_epochs": "sample_prompts",
-    "sample_at_first": "sample_prompts",
-}
-
-
-def _check_needs(options: Options) -> Iterator[str]:
-    for name, needed in _NEEDS.items():
-        is_set = getattr(options, name) not in (Options.__dataclass_fields__[name].default, 0)
-        if is_set and not getattr(options, needed):
-            yield f"--{name} has no effect without --{needed}"

@@ -5,7 +5,9 @@ LyCORIS accepts any key silently and reads some values otherwise than they look,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +18,9 @@ DEFAULT_DIM = 4  # sd-scripts'
 
 # Names of LyCORIS' presets -> whether convolutions wider than 1×1 are in them.
 PRESETS: Mapping[str, bool] = {
-    "full": True,
-    "full-lin": False,
-    "attn-mlp": False,
-    "attn-only": False,
-    "unet-only": True,
-    "unet-transformer-only": False,
-    "unet-convblock-only": True,
-}
+    "full": True, "full-lin": False, "attn-mlp": False, "attn-only": False, "unet-only": True,
+    "unet-transformer-only": False, "unet-convblock-only": True,
+}  # fmt: skip
 
 _LORA = frozenset({"lora", "locon"})
 _FACTORS = _LORA | {"loha", "lokr"}
@@ -51,22 +48,15 @@ class NetworkArgs:
 
 
 def read_network_args(options: Options) -> NetworkArgs:
-    """The options of the network, with what the user should know of them, one line each.
-
-    Raises:
-        UsageError: options that do not parse, exclude each other, or ask for what cannot be trained.
-        InputError: a preset's file that cannot be read.
-    """
+    """The options of the network, with what the user should know of them, one line each."""
     pairs = key_values("--network_args", options.network_args)
     if options.network_module == "lycoris.kohya":
         pairs, warnings = _for_lycoris(pairs)
     elif options.network_module == "networks.lora":
         pairs, warnings = _from_networks_lora(pairs)
     else:
-        raise UsageError(
-            f"--network_module: {options.network_module or 'missing'}; lorashrink trains with lycoris.kohya "
-            "(networks.lora is understood as LyCORIS' lora)"
-        )
+        module = options.network_module or "missing"
+        raise UsageError(f"--network_module: {module}; lorashrink trains with lycoris.kohya, or as networks.lora")
     if options.network_dropout is not None:
         pairs.setdefault("dropout", str(options.network_dropout))
     for key, text in pairs.items():
@@ -74,17 +64,15 @@ def read_network_args(options: Options) -> NetworkArgs:
     algo, preset = pairs.get("algo", "lora").lower(), pairs.get("preset", "full")
     _check_algo(algo)
     _check_preset(preset)
-    dora = _is_on(pairs, "dora_wd") and algo in _FACTORS
+    dora = pairs.get("dora_wd", "").lower() == "true" and algo in _FACTORS
     # Half-precision weights round small changes away unless the change is applied beside them.
-    bypass = _is_on(pairs, "bypass_mode") if "bypass_mode" in pairs else algo in _LORA and not dora
+    bypass = pairs["bypass_mode"].lower() == "true" if "bypass_mode" in pairs else algo in _LORA and not dora
     if bypass and algo == "full":
         raise UsageError("--network_args: algo=full has no bypass_mode; leave it out")
     if bypass and dora:
         raise UsageError("--network_args: bypass_mode=True would leave DoRA's magnitudes out; give it or dora_wd=True")
-    warnings += [
-        *_without_effect(pairs, algo, preset, bypass=bypass),
-        *_surprises(options, pairs, algo, bypass=bypass, dora=dora),
-    ]
+    warnings += _without_effect(pairs, algo, preset, bypass=bypass)
+    warnings += _surprises(options, pairs, algo, bypass=bypass, dora=dora)
     # LyCORIS takes a number 0 for "not given", and some booleans in quotes for true.
     values: dict[str, str | bool] = {
         key: text.lower() == "true" if _KEYS[key][0] == _BOOLEAN else text
@@ -101,24 +89,30 @@ def given_network_args(options: Options) -> dict[str, object]:
 
 # --- keys and values ----------------------------------------------------------------------------
 
+# What a value must be -> whether a text is that.
 _TEXT = "text"
 _BOOLEAN = "True or False (LyCORIS takes anything but False for True)"
 _NUMBER = "a number, 0 or more"
 _SHARE = "a share, from 0 to below 1"
+_WHOLE, _FROM_1, _FACTOR = (f"a whole number, {least} or more" for least in (0, 1, -1))
+_FITS: Mapping[str, Callable[[str], bool]] = {
+    _TEXT: lambda text: True,
+    _BOOLEAN: lambda text: text.lower() in ("true", "false"),
+    _NUMBER: lambda text: 0 <= float(text) < math.inf,
+    _SHARE: lambda text: 0 <= float(text) < 1,
+    _WHOLE: lambda text: int(text) >= 0,
+    _FROM_1: lambda text: int(text) >= 1,
+    _FACTOR: lambda text: int(text) >= -1,
+}
 _NOWHERE = frozenset[str]()
 _LOKR = frozenset({"lokr"})
-
-
-def _whole(least: int) -> str:
-    return f"a whole number, {least} or more"
-
 
 # The keys that `lycoris.kohya.create_network` 4.1.3 reads, but for old names -> what a value must be, and the algos for
 # which it does something.
 _KEYS: Mapping[str, tuple[str, frozenset[str]]] = {
     "algo": (_TEXT, ALGOS),
     "preset": (_TEXT, ALGOS),
-    "conv_dim": (_whole(0), ALGOS),
+    "conv_dim": (_WHOLE, ALGOS),
     "conv_alpha": (_NUMBER, _SCALED),
     "dropout": (_SHARE, ALGOS),
     "rank_dropout": (_SHARE, ALGOS),
@@ -130,7 +124,7 @@ _KEYS: Mapping[str, tuple[str, frozenset[str]]] = {
     "wd_on_output": (_BOOLEAN, _FACTORS),
     "bypass_mode": (_BOOLEAN, ALGOS),
     "rs_lora": (_BOOLEAN, _SCALED),
-    "factor": (_whole(-1), _LOKR),
+    "factor": (_FACTOR, _LOKR),
     "decompose_both": (_BOOLEAN, _LOKR),
     "full_matrix": (_BOOLEAN, _LOKR),
     "unbalanced_factorization": (_BOOLEAN, _LOKR),
@@ -139,7 +133,7 @@ _KEYS: Mapping[str, tuple[str, frozenset[str]]] = {
     "loraplus_lr_ratio": (_NUMBER, _LORA),
     "loraplus_unet_lr_ratio": (_NUMBER, _LORA),
     "loraplus_text_encoder_lr_ratio": (_NUMBER, _LORA),
-    "block_size": (_whole(1), _NOWHERE),
+    "block_size": (_FROM_1, _NOWHERE),
     "train_t5xxl": (_BOOLEAN, _NOWHERE),
     "train_llm_adapter": (_BOOLEAN, _NOWHERE),
 }
@@ -148,8 +142,8 @@ OLD_NAMES = {"use_cp": "use_tucker", "use_conv_cp": "use_tucker", "constrain": "
 OPPOSITES = {"disable_conv_cp": "use_tucker"}
 
 _PER_BLOCK = (
-    "ranks and alphas per block belong to networks.lora, which wants 23 values for SDXL (1 embedding, 9 input, "
-    "3 middle, 9 output, 1 last); LyCORIS has one for all: --network_dim, --network_alpha, conv_dim, conv_alpha"
+    "ranks and alphas per block belong to networks.lora, which wants 23 values for SDXL; "
+    "LyCORIS has one for all: --network_dim, --network_alpha, conv_dim, conv_alpha"
 )
 _MEANT = {
     **dict.fromkeys(("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"), _PER_BLOCK),
@@ -165,16 +159,9 @@ _MEANT = {
 
 def _check_value(key: str, text: str) -> None:
     expected = _KEYS[key][0]
-    try:
-        fits = (
-            expected == _TEXT
-            or (expected == _BOOLEAN and text.lower() in ("true", "false"))
-            or (expected == _NUMBER and 0 <= float(text) < float("inf"))
-            or (expected == _SHARE and 0 <= float(text) < 1)
-            or (expected.startswith("a whole") and int(text) >= int(expected.split()[3]))
-        )
-    except ValueError:
-        fits = False
+    fits = False
+    with contextlib.suppress(ValueError):
+        fits = _FITS[expected](text)
     if not fits:
         raise UsageError(f"--network_args: {key}={text}: expected {expected}")
 
@@ -198,13 +185,11 @@ def _for_lycoris(pairs: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
 
 
 # The keys that networks.lora of sd-scripts reads, and those of them that LyCORIS has no like of.
-_LORA_KEYS = frozenset({"conv_dim", "conv_alpha", "rank_dropout", "module_dropout"}) | {
-    key for key in _KEYS if key.startswith("loraplus_")
-}
-_LORA_ONLY = frozenset(
-    {"block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "block_lr_zero_threshold"}
-    | {"down_lr_weight", "mid_lr_weight", "up_lr_weight"}
-)
+_LORA_KEYS = {"conv_dim", "conv_alpha", "rank_dropout", "module_dropout"} | {k for k in _KEYS if k[:8] == "loraplus"}
+_LORA_ONLY = {
+    "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "block_lr_zero_threshold", "down_lr_weight",
+    "mid_lr_weight", "up_lr_weight",
+}  # fmt: skip
 
 
 def _from_networks_lora(pairs: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -225,15 +210,9 @@ def _from_networks_lora(pairs: Mapping[str, str]) -> tuple[dict[str, str], list[
     return {"algo": "lora", **preset, **usable}, warnings
 
 
-def _is_on(pairs: Mapping[str, str], key: str) -> bool:
-    return pairs.get(key, "").lower() == "true"
-
-
 def _check_algo(algo: str) -> None:
     if algo in _REFUSED:
-        raise UsageError(
-            f"--network_args: algo={algo} is not supported: {_REFUSED[algo]}. Take algo=locon or algo=lokr"
-        )
+        raise UsageError(f"--network_args: algo={algo} is not supported: {_REFUSED[algo]}; take locon or lokr")
     if algo not in ALGOS:
         raise UsageError(f"--network_args: there is no algo={algo}; it is one of {', '.join(sorted(ALGOS))}")
 
@@ -273,20 +252,15 @@ def _surprises(options: Options, pairs: Mapping[str, str], algo: str, *, bypass:
         yield f"--network_args: {name} is experimental: other programs may load its files wrongly or not at all"
     if algo in _SCALED:
         dim, alpha = options.network_dim or DEFAULT_DIM, options.network_alpha
-        conv = int(pairs.get("conv_dim", dim)), float(pairs.get("conv_alpha", alpha))
-        scales = {"--network_alpha / --network_dim": (dim, alpha)}
-        if conv != (dim, alpha):
-            scales["conv_alpha / conv_dim"] = conv
-        for names, (rank, strength) in scales.items():
+        conv_dim, conv_alpha = int(pairs.get("conv_dim", dim)), float(pairs.get("conv_alpha", alpha))
+        scales = {(dim, alpha): "--network_alpha / --network_dim"}
+        scales.setdefault((conv_dim, conv_alpha), "conv_alpha / conv_dim")
+        for (rank, strength), names in scales.items():
             if strength > rank > 0:
-                yield (
-                    f"{names} is {strength:g} / {rank} = {strength / rank:g}: changes are made stronger than "
-                    "usual, which is 1 or less"
-                )
+                scale = f"{strength:g} / {rank} = {strength / rank:g}"
+                yield f"{names} is {scale}: changes are made stronger than usual, which is 1 or less"
     if algo in _LORA and not bypass and not dora and options.mixed_precision != "no":
-        yield (
-            f"--network_args: bypass_mode=False adds small changes to {options.mixed_precision} weights, which rounds "
-            "most of them away while training; leave it out"
-        )
+        loss = f"{options.mixed_precision} weights round most small changes away while training"
+        yield f"--network_args: bypass_mode=False: {loss}; leave it out"
     if len(set(options.text_encoder_lr)) > 1:
         yield f"--text_encoder_lr: LyCORIS has one rate for both text encoders; {options.text_encoder_lr[0]:g} is used"

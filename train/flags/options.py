@@ -6,6 +6,7 @@ The rows make the parser, the reader of configuration files and the typed values
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import tomllib
@@ -22,6 +23,21 @@ from lorashrink.pictures.prompts import SAMPLERS
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 
+# Headings of the help, by the option that comes first below them.
+_HEADINGS = {
+    "pretrained_model_name_or_path": "Model",
+    "train_data_dir": "Pictures",
+    "caption_extension": "Captions",
+    "network_module": "Adapter",
+    "optimizer_type": "Optimizer",
+    "max_train_steps": "Training",
+    "noise_offset": "Noise and loss",
+    "output_dir": "Saving",
+    "sample_prompts": "Sample pictures",
+    "logging_dir": "Logs and settings",
+    "model_config": "Of lorashrink alone",
+}
+
 
 def _row(
     default: object,
@@ -30,19 +46,13 @@ def _row(
     choices: Sequence[object] = (),
     read: Callable[[str], object] | None = None,
     hidden: bool = False,
-    group: str = "",
 ) -> Any:
-    """A field with what its flag needs to know; `hidden` keeps an alias out of the help, `group` starts a heading."""
-    metadata = {"help": text, "choices": choices, "read": read, "hidden": hidden, "group": group}
-    return field(default=default, metadata=metadata)
+    """A field with what its flag needs to know; `hidden` keeps an alias out of the help."""
+    return field(default=default, metadata={"help": text, "choices": choices, "read": read, "hidden": hidden})
 
 
 def _steps(text: str) -> float:
-    """An int, which counts steps, or a float, which is a share of all steps: `100`, `0.1` or `10%`.
-
-    Raises:
-        ValueError: the text is none of these.
-    """
+    """An int, which counts steps, or a float, which is a share of all steps: `100`, `0.1` or `10%`."""
     try:
         return int(text)
     except ValueError:
@@ -53,9 +63,7 @@ def _steps(text: str) -> float:
 class Options:
     """What one training run was asked to do. Names and defaults are sd-scripts'; the last group is lorashrink's own."""
 
-    pretrained_model_name_or_path: str | None = _row(
-        None, "base model to train on: a diffusers folder, a .safetensors or a .ckpt file", group="Model"
-    )
+    pretrained_model_name_or_path: str | None = _row(None, "base to train: a diffusers folder, .safetensors or .ckpt")
     vae: str | None = _row(None, "VAE to use instead of the base's own: a folder or a file")
     tokenizer_cache_dir: str | None = _row(None, "folder with the two tokenizers, for a base that is a single file")
     v_parameterization: bool = _row(False, "for a base that predicts v instead of noise")
@@ -65,49 +73,33 @@ class Options:
     no_half_vae: bool = _row(False, "run the VAE in float32; SDXL's own VAE often fails in fp16")
     disable_mmap_load_safetensors: bool = _row(False, "accepted, no effect")
 
-    train_data_dir: str | None = _row(
-        None,
-        "folder with folders named N_words, such as 10_my dog; each picture in one is shown N times per epoch",
-        group="Pictures",
-    )
+    train_data_dir: str | None = _row(None, "folder with folders such as 10_my dog, whose pictures count 10 times")
     reg_data_dir: str | None = _row(None, "the same layout, for regularisation pictures")
     dataset_config: str | None = _row(None, "TOML file that describes the datasets, instead of --train_data_dir")
     dataset_repeats: int = _row(1, "no effect with --train_data_dir, where folder names tell the repeats")
-    resolution: str | None = _row(
-        None, "size to train at, in pixels: 1024 or 1024,1024; with --enable_bucket only its area counts"
-    )
+    resolution: str | None = _row(None, "pixels, as 1024 or 1024,1024; with --enable_bucket only the area counts")
     train_batch_size: int = _row(1, "pictures that are trained on at once")
     flip_aug: bool = _row(False, "show pictures mirrored half of the time")
-    enable_bucket: bool = _row(
-        False, "keep the shapes of pictures: train each at about the same area, in batches of equal shape"
-    )
+    enable_bucket: bool = _row(False, "keep the shapes of pictures: train in batches of equal shape, at about one area")
     min_bucket_reso: int = _row(256, "smallest side of a bucket")
     max_bucket_reso: int = _row(1024, "largest side of a bucket; 2048 loses fewer pixels of wide pictures")
     bucket_reso_steps: int = _row(64, "sides of buckets are multiples of this, itself a multiple of 32")
-    bucket_no_upscale: bool = _row(
-        False, "never enlarge a picture; buckets follow the pictures, and the two limits are not used"
-    )
+    bucket_no_upscale: bool = _row(False, "never enlarge a picture; the two limits of buckets are not used then")
     resize_interpolation: str | None = _row(
         None, "how pictures are resized; if not given, area to shrink and lanczos to enlarge", choices=INTERPOLATIONS
     )
     max_data_loader_n_workers: int = _row(8, "processes that prepare pictures; 0 prepares them in the program itself")
     persistent_data_loader_workers: bool = _row(False, "keep these processes from epoch to epoch")
     cache_latents: bool = _row(False, "run the VAE once per picture, before training, and keep the results in memory")
-    cache_latents_to_disk: bool = _row(
-        False, "the same, but keep them in .npz files beside the pictures, for the next run too"
-    )
+    cache_latents_to_disk: bool = _row(False, "the same, in .npz files beside the pictures, for the next run too")
     vae_batch_size: int = _row(1, "pictures that the VAE encodes at once")
     skip_cache_check: bool = _row(False, "trust .npz files without opening them first")
-    cache_text_encoder_outputs: bool = _row(
-        False, "run the text encoders once per caption, before training; needs --network_train_unet_only"
-    )
-    cache_text_encoder_outputs_to_disk: bool = _row(
-        False, "the same, but keep the results in .npz files beside the pictures"
-    )
+    cache_text_encoder_outputs: bool = _row(False, "encode captions once, before; needs --network_train_unet_only")
+    cache_text_encoder_outputs_to_disk: bool = _row(False, "the same, in .npz files beside the pictures")
     text_encoder_batch_size: int | None = _row(None, "captions that are encoded at once")
     prior_loss_weight: float = _row(1.0, "how much regularisation pictures count")
 
-    caption_extension: str = _row(".caption", "ending of caption files, with its dot, such as .txt", group="Captions")
+    caption_extension: str = _row(".caption", "ending of caption files, with its dot, such as .txt")
     caption_extention: str | None = _row(None, "misspelled --caption_extension", hidden=True)
     caption_separator: str = _row(",", "text that separates tags")
     shuffle_caption: bool = _row(False, "shuffle the tags each time a picture is shown")
@@ -119,11 +111,9 @@ class Options:
     caption_dropout_rate: float = _row(0.0, "share of captions that are left empty, 0 to 1")
     caption_dropout_every_n_epochs: int = _row(0, "leave all captions empty in every Nth epoch")
     caption_tag_dropout_rate: float = _row(0.0, "share of tags that are left out, 0 to 1")
-    max_token_length: int | None = _row(
-        None, "longest caption in tokens, 75 if not given; what is longer is cut off", choices=(75, 150, 225)
-    )
+    max_token_length: int | None = _row(None, "longest caption in tokens, 75 if not given", choices=(75, 150, 225))
 
-    network_module: str | None = _row(None, "what is trained: lycoris.kohya or networks.lora", group="Adapter")
+    network_module: str | None = _row(None, "what is trained: lycoris.kohya or networks.lora")
     network_dim: int | None = _row(None, "rank of the adapter; 4 if not given")
     network_alpha: float = _row(1.0, "the adapter counts alpha / rank as much; 0 stands for alpha = rank")
     network_dropout: float | None = _row(None, "share of the adapter's effect that is dropped in each step, 0 to 1")
@@ -134,56 +124,31 @@ class Options:
     base_weights_multiplier: tuple[float, ...] = _row((), "their strengths, in the same order; 1 if not given")
     network_train_unet_only: bool = _row(False, "train the UNet, not the text encoders")
     network_train_text_encoder_only: bool = _row(False, "train the text encoders, not the UNet")
-    scale_weight_norms: float | None = _row(
-        None, "limit the size (Frobenius norm) of each layer's change to this; 1 is usual"
-    )
+    scale_weight_norms: float | None = _row(None, "limit the norm of each layer's change to this; 1 is usual")
 
-    optimizer_type: str = _row(
-        "",
-        "AdamW (if not given), AdamW8bit, Lion, Prodigy, Adafactor, or a class by its dotted path",
-        group="Optimizer",
-    )
+    optimizer_type: str = _row("", "AdamW (if not given), AdamW8bit, Lion, Prodigy, Adafactor, or a class by its path")
     optimizer_args: tuple[str, ...] = _row((), "key=value pairs for the optimizer, such as weight_decay=0.01")
     use_8bit_adam: bool = _row(False, "old name of --optimizer_type AdamW8bit", hidden=True)
     use_lion_optimizer: bool = _row(False, "old name of --optimizer_type Lion", hidden=True)
     learning_rate: float = _row(2e-6, "learning rate of what the next two leave open")
     unet_lr: float | None = _row(None, "learning rate of the UNet's layers")
-    text_encoder_lr: tuple[float, ...] = _row(
-        (), "learning rate of the text encoders' layers; 0 leaves them as they are"
-    )
+    text_encoder_lr: tuple[float, ...] = _row((), "learning rate of the text encoders; 0 leaves them as they are")
     max_grad_norm: float = _row(1.0, "limit of the gradients' norm; 0 is no limit")
-    lr_scheduler: str = _row(
-        "constant",
-        "course of the learning rate: constant, constant_with_warmup, cosine, cosine_with_restarts, linear, ...",
-    )
+    lr_scheduler: str = _row("constant", "constant, constant_with_warmup, cosine, cosine_with_restarts, linear, ...")
     lr_scheduler_type: str = _row("", "a scheduler class by its dotted path, instead of --lr_scheduler")
     lr_scheduler_args: tuple[str, ...] = _row((), "key=value pairs for the scheduler")
-    lr_warmup_steps: float = _row(
-        0, "how long the learning rate rises at the start: steps, or a share such as 0.1 or 10%", read=_steps
-    )
-    lr_decay_steps: float = _row(
-        0, "how long it falls at the end (warmup_stable_decay): steps, or a share", read=_steps
-    )
+    lr_warmup_steps: float = _row(0, "how long the rate rises at first: steps, or a share as 0.1 or 10%", read=_steps)
+    lr_decay_steps: float = _row(0, "how long it falls at the end (warmup_stable_decay), as above", read=_steps)
     lr_scheduler_num_cycles: int = _row(1, "restarts of cosine_with_restarts")
     lr_scheduler_power: float = _row(1.0, "power of polynomial")
     lr_scheduler_timescale: int | None = _row(None, "timescale of inverse_sqrt")
-    lr_scheduler_min_lr_ratio: float | None = _row(
-        None, "lowest learning rate, as a share of the full one (cosine_with_min_lr, warmup_stable_decay)"
-    )
+    lr_scheduler_min_lr_ratio: float | None = _row(None, "lowest rate, a share (..._with_min_lr, warmup_stable_decay)")
 
-    max_train_steps: int = _row(
-        1600, "steps to train for; a step is --gradient_accumulation_steps batches", group="Training"
-    )
-    max_train_epochs: int | None = _row(
-        None, "epochs to train for, instead of --max_train_steps; an epoch shows every picture"
-    )
+    max_train_steps: int = _row(1600, "steps to train for, of --gradient_accumulation_steps batches each")
+    max_train_epochs: int | None = _row(None, "epochs to train for, instead; an epoch shows every picture")
     gradient_accumulation_steps: int = _row(1, "batches that are added up to one step, to act like one larger batch")
     gradient_checkpointing: bool = _row(False, "use less memory and more time")
-    mixed_precision: str = _row(
-        "no",
-        "number format of the base and of arithmetic; fp16 and bf16 need half the memory",
-        choices=("no", "fp16", "bf16"),
-    )
+    mixed_precision: str = _row("no", "format of base and arithmetic; 16 bits halve it", choices=("no", "fp16", "bf16"))
     full_bf16: bool = _row(False, "keep the adapter in bf16 too; needs --mixed_precision bf16")
     sdpa: bool = _row(False, "torch's own attention, which is used in any case")
     xformers: bool = _row(False, "attention by xformers")
@@ -191,16 +156,10 @@ class Options:
     seed: int | None = _row(None, "whole number that makes a run repeatable; random if not given")
     resume: str | None = _row(None, "state folder (see --save_state) to go on from")
 
-    noise_offset: float | None = _row(
-        None,
-        "shift the noise of each channel by this much, for darker and brighter pictures; 0.05 is usual",
-        group="Noise and loss",
-    )
+    noise_offset: float | None = _row(None, "shift noise by this, for darker and brighter pictures; 0.05 is usual")
     noise_offset_random_strength: bool = _row(False, "shift it by a random amount up to that")
     adaptive_noise_scale: float | None = _row(None, "add this times the mean of a picture's latents to --noise_offset")
-    multires_noise_iterations: int | None = _row(
-        None, "add noise at up to this many coarser resolutions; 0 is off, 6 to 10 are usual"
-    )
+    multires_noise_iterations: int | None = _row(None, "add noise at so many coarser resolutions; 6 to 10 are usual")
     multires_noise_discount: float = _row(0.3, "strength of each coarser one relative to the one before")
     min_timestep: int | None = _row(None, "lowest timestep to train, 0 if not given")
     max_timestep: int | None = _row(None, "train timesteps below this, 1000 if not given")
@@ -210,27 +169,19 @@ class Options:
     v_pred_like_loss: float | None = _row(None, "add the loss weighted as for v prediction, times this")
     debiased_estimation_loss: bool = _row(False, "weigh timesteps by 1 / sqrt(SNR)")
 
-    output_dir: str | None = _row(None, "folder for everything that is written", group="Saving")
+    output_dir: str | None = _row(None, "folder for everything that is written")
     output_name: str | None = _row(None, "name of the adapter files, without ending; last if not given")
     save_model_as: str = _row(
-        "safetensors",
-        "format of adapter files; only safetensors carries metadata and is safe to share",
-        choices=("safetensors", "ckpt", "pt"),
+        "safetensors", "format of files; only this one carries metadata", choices=("safetensors", "ckpt", "pt")
     )
     save_precision: str | None = _row(
-        None,
-        "number format of adapter files; float is fp32, which is used if not given",
-        choices=("float", "fp32", "fp16", "bf16"),
+        None, "number format of files; float, which is fp32, if not given", choices=("float", "fp32", "fp16", "bf16")
     )
     save_every_n_epochs: int | None = _row(None, "save every N epochs")
     save_every_n_steps: int | None = _row(None, "save every N steps")
     save_n_epoch_ratio: int | None = _row(None, "save about this many times in all, evenly spread")
-    save_last_n_epochs: int | None = _row(
-        None, "keep the last N of the files of --save_every_n_epochs, delete older ones"
-    )
-    save_last_n_steps: int | None = _row(
-        None, "of the files of --save_every_n_steps, keep those of the last N steps (not the last N files)"
-    )
+    save_last_n_epochs: int | None = _row(None, "keep the last N files of --save_every_n_epochs, delete older ones")
+    save_last_n_steps: int | None = _row(None, "keep files of --save_every_n_steps from the last N steps (not N files)")
     save_state: bool = _row(False, "save, with each adapter file, all that --resume needs")
     save_state_on_train_end: bool = _row(False, "save it at the end only")
     save_last_n_epochs_state: int | None = _row(None, "as --save_last_n_epochs, for state folders")
@@ -249,20 +200,14 @@ class Options:
     metadata_preprocessor: str | None = _row(None, "preprocessor in the metadata")
     metadata_is_negative_embedding: str | None = _row(None, "marks a negative embedding in the metadata")
 
-    sample_prompts: str | None = _row(
-        None, "file with prompts to draw pictures of while training: .txt, .toml or .json", group="Sample pictures"
-    )
+    sample_prompts: str | None = _row(None, "file of prompts to draw while training: .txt, .toml or .json")
     sample_sampler: str = _row("ddim", "sampler for these pictures", choices=SAMPLERS)
     sample_every_n_steps: int | None = _row(None, "draw them every N steps")
-    sample_every_n_epochs: int | None = _row(None, "draw them every N epochs; then --sample_every_n_steps is not used")
+    sample_every_n_epochs: int | None = _row(None, "draw them every N epochs; then not by --sample_every_n_steps")
     sample_at_first: bool = _row(False, "draw them before training too")
 
-    logging_dir: str | None = _row(
-        None, "folder of the logs; nothing is logged without it, except to wandb", group="Logs and settings"
-    )
-    log_with: str | None = _row(
-        None, "tensorboard (if not given), wandb or both", choices=("tensorboard", "wandb", "all")
-    )
+    logging_dir: str | None = _row(None, "folder of the logs; nothing is logged without it, except to wandb")
+    log_with: str | None = _row(None, "or both; tensorboard if not given", choices=("tensorboard", "wandb", "all"))
     log_prefix: str | None = _row(None, "start of the name of this run's log folder")
     log_tracker_name: str | None = _row(None, "name of the log; network_train if not given")
     wandb_run_name: str | None = _row(None, "name of the run in wandb")
@@ -270,12 +215,8 @@ class Options:
     config_file: str | None = _row(None, "TOML file with options, by their names here; the command line wins over it")
     output_config: bool = _row(False, "write the options to --config_file, and stop")
 
-    model_config: str | None = _row(
-        None, "diffusers folder whose settings describe a single file that is not SDXL 1.0", group="Of lorashrink alone"
-    )
-    shrink: tuple[str, ...] = _row(
-        (), "recipes such as fro_ckpt=1,thr=-3.55: write each adapter file in smaller versions too"
-    )
+    model_config: str | None = _row(None, "diffusers folder whose settings describe a single file that is not SDXL 1.0")
+    shrink: tuple[str, ...] = _row((), "recipes such as fro_ckpt=1,thr=-3.55: write files shrunk by each, too")
     plan: bool = _row(False, "load no weights and train nothing: print what would be trained, with size and memory")
     debug: bool = _row(False, "show where in the program an error came from")
 
@@ -311,51 +252,32 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
         ),
         (0.0,),
     ),
-    "console_log_level": ("", "INFO"),
-    "custom_attributes": ("{}",),
-    "dynamo_backend": ("inductor", "no"),
-    "huber_c": (0.1,),
-    "huber_scale": (1.0,),
-    "huber_schedule": ("snr",),
-    "initial_epoch": (0, 1),
-    "logit_std": (1.0,),
-    "loss_type": ("l2",),
-    "mode_scale": (1.29,),
-    "network_multiplier": (1.0,),
-    "token_warmup_min": (1,),
-    "weighting_scheme": ("uniform",),
-    "zero_stage": (2,),
+    "console_log_level": ("", "INFO"), "custom_attributes": ("{}",), "dynamo_backend": ("inductor", "no"),
+    "huber_c": (0.1,), "huber_scale": (1.0,), "huber_schedule": ("snr",), "initial_epoch": (0, 1), "logit_std": (1.0,),
+    "loss_type": ("l2",), "mode_scale": (1.29,), "network_multiplier": (1.0,), "token_warmup_min": (1,),
+    "weighting_scheme": ("uniform",), "zero_stage": (2,),
 }  # fmt: skip
-_RESUME = "--resume goes on exactly where a state was saved"
 _INSTEAD = {
+    **dict.fromkeys(("initial_epoch", "initial_step", "skip_until_initial_step"), "--resume goes on exactly"),
+    **dict.fromkeys(("token_warmup_min", "token_warmup_step"), "--caption_tag_dropout_rate leaves tags out at random"),
     "color_aug": "change colours in copies of the pictures instead",
     "console_log_file": "add 2> log.txt to the end of the command",
     "enable_wildcard": "write one caption for each picture",
     "full_fp16": "--full_bf16 or --mixed_precision fp16",
     "in_json": "put the captions into files beside the pictures",
-    "initial_epoch": _RESUME,
-    "initial_step": _RESUME,
     "random_crop": "--enable_bucket uses nearly all of each picture",
-    "skip_until_initial_step": _RESUME,
-    "token_warmup_min": "--caption_tag_dropout_rate leaves tags out at random",
-    "token_warmup_step": "--caption_tag_dropout_rate leaves tags out at random",
     "v2": "it is for Stable Diffusion 2.x, and this trains SDXL",
     "wandb_api_key": "set WANDB_API_KEY, which other users of the machine cannot see",
 }
 
 
-def unsupported(name: str, value: object) -> str | None:
+def unsupported(name: str, value: Any) -> str | None:
     """The name of a flag or key of `UNSUPPORTED` and what to do instead; None for a value that changes nothing."""
-    if any(_equal(value, neutral) for neutral in UNSUPPORTED[name]):
-        return None
+    for neutral in UNSUPPORTED[name]:
+        with contextlib.suppress(TypeError, ValueError):
+            if type(neutral)(value) == neutral:  # type: ignore[call-arg]
+                return None
     return f"{name}; {_INSTEAD[name]}" if name in _INSTEAD else name
-
-
-def _equal(value: Any, neutral: Any) -> bool:
-    try:
-        return bool(type(neutral)(value) == neutral)
-    except (TypeError, ValueError):
-        return False
 
 
 # --- the command line ---------------------------------------------------------------------------
@@ -379,8 +301,8 @@ def parser(program: str = "lorashrink train") -> argparse.ArgumentParser:
     group: argparse._ActionsContainer = flags
     for name, (kind, several) in _kinds().items():
         row = Options.__dataclass_fields__[name]
-        if row.metadata["group"]:
-            group = flags.add_argument_group(row.metadata["group"])
+        if name in _HEADINGS:
+            group = flags.add_argument_group(_HEADINGS[name])
         if kind is bool:
             group.add_argument(f"--{name}", action="store_true", help=_help(row))
         else:
@@ -417,19 +339,14 @@ def parse(arguments: Sequence[str], program: str = "lorashrink train") -> Option
         InputError: the configuration file cannot be read.
     """
     namespace, rest = parser(program).parse_known_args(list(arguments))
+    for word in rest:
+        if word.startswith("--"):
+            raise UsageError(_no_such_option(word.split("=")[0].removeprefix("--")))
     if rest:
-        flags = [word.split("=")[0] for word in rest if word.startswith("--")]
-        raise UsageError(
-            _no_such_option(flags[0].removeprefix("--"))
-            if flags
-            else f"unexpected text: {' '.join(rest)}. Values with spaces need quotes"
-        )
-    values = read_values(
-        {
-            name: value if name not in UNSUPPORTED else " ".join(value) if value else True
-            for name, value in vars(namespace).items()
-        }
-    )
+        raise UsageError(f"unexpected text: {' '.join(rest)}. Values with spaces need quotes")
+    words = vars(namespace)
+    unread = {name: " ".join(words[name]) if words[name] else True for name in words if name in UNSUPPORTED}
+    values = read_values(words | unread)
     if (path := values.get("config_file")) and not values.get("output_config"):
         values = _from_file(_toml(path)) | values
     return _tidy(Options(**values))
@@ -473,26 +390,19 @@ def _converted(name: str, value: Any, kind: type, several: bool) -> Any:
 
 def _tidy(options: Options) -> Options:
     """The same with aliases and spellings that mean another option resolved."""
-    change: dict[str, Any] = {}
-    if options.caption_extention is not None:
-        change["caption_extension"] = options.caption_extention
-    if options.save_precision == "fp32":
-        change["save_precision"] = "float"
-    if options.max_token_length == 75:
-        change["max_token_length"] = None
-    if options.cache_latents_to_disk:
-        change["cache_latents"] = True
-    if options.cache_text_encoder_outputs_to_disk:
-        change["cache_text_encoder_outputs"] = True
-    return dataclasses.replace(options, **change)
+    extension = options.caption_extention
+    return dataclasses.replace(
+        options,
+        caption_extension=options.caption_extension if extension is None else extension,
+        save_precision="float" if options.save_precision == "fp32" else options.save_precision,
+        max_token_length=None if options.max_token_length == 75 else options.max_token_length,
+        cache_latents=options.cache_latents or options.cache_latents_to_disk,
+        cache_text_encoder_outputs=options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk,
+    )
 
 
 def key_values(flag: str, words: Iterable[str]) -> dict[str, str]:
-    """The `key=value` words of a flag that takes several.
-
-    Raises:
-        UsageError: a word without key, "=" or value.
-    """
+    """The `key=value` words of a flag that takes several."""
     values = {}
     for word in words:
         key, _, value = (part.strip() for part in word.partition("="))
@@ -511,11 +421,7 @@ def _toml(path: str | Path) -> Path:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The contents of a TOML file.
-
-    Raises:
-        InputError: it is not there, or is no TOML.
-    """
+    """The contents of a TOML file. Raises an InputError if it is not there, or is no TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

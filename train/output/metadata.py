@@ -39,26 +39,13 @@ _AS_GIVEN = (
 )  # fmt: skip
 # What sd-scripts writes for options that are not supported here, and for what does not vary.
 _FIXED: Mapping[str, object] = {
-    "ss_num_validation_images": 0,
-    "ss_full_fp16": False,
-    "ss_v2": False,
-    "ss_base_model_version": "sdxl_base_v1-0",
-    "ss_sd_scripts_commit_hash": "(unknown)",
-    "ss_face_crop_aug_range": None,
-    "ss_ip_noise_gamma": None,
-    "ss_ip_noise_gamma_random_strength": False,
-    "ss_loss_type": "l2",
-    "ss_huber_schedule": "snr",
-    "ss_huber_scale": 1.0,
-    "ss_huber_c": 0.1,
-    "ss_fp8_base": False,
-    "ss_fp8_base_unet": False,
-    "ss_validation_seed": None,
-    "ss_validation_split": 0.0,
-    "ss_max_validation_steps": None,
-    "ss_validate_every_n_epochs": None,
+    "ss_num_validation_images": 0, "ss_full_fp16": False, "ss_v2": False, "ss_base_model_version": "sdxl_base_v1-0",
+    "ss_sd_scripts_commit_hash": "(unknown)", "ss_face_crop_aug_range": None, "ss_ip_noise_gamma": None,
+    "ss_ip_noise_gamma_random_strength": False, "ss_loss_type": "l2", "ss_huber_schedule": "snr", "ss_huber_scale": 1.0,
+    "ss_huber_c": 0.1, "ss_fp8_base": False, "ss_fp8_base_unet": False, "ss_validation_seed": None,
+    "ss_validation_split": 0.0, "ss_max_validation_steps": None, "ss_validate_every_n_epochs": None,
     "ss_validate_every_n_steps": None,
-}
+}  # fmt: skip
 # What --no_metadata leaves: without these, other programs cannot use the file.
 _MINIMUM = (
     "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
@@ -102,11 +89,7 @@ class Facts:
 
 
 def source(text: str) -> Source:
-    """What the metadata says about a file (which is read in full, for its hashes), a folder or a name.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """What the metadata says about a file (which is read in full, for its hashes), a folder or a name."""
     name = os.path.basename(os.path.abspath(text)) if os.path.exists(text) else text
     if not os.path.isfile(text):
         return Source(name)
@@ -118,13 +101,7 @@ def source(text: str) -> Source:
 
 
 def training_metadata(options: Options, facts: Facts) -> dict[str, str]:
-    """The entries of one file. Equal arguments give equal entries.
-
-    With --no_metadata, what other programs need to use the file, and what the user wrote for it.
-
-    Raises:
-        InputError: --metadata_thumbnail is a file that cannot be read.
-    """
+    """The entries of one file; with --no_metadata only what other programs need, and what the user wrote for it."""
     warmup = options.lr_warmup_steps
     entries = {
         **{f"ss_{name}": getattr(options, name) for name in _AS_GIVEN},
@@ -149,7 +126,7 @@ def training_metadata(options: Options, facts: Facts) -> dict[str, str]:
     }
     if options.no_metadata:
         entries = {key: entries[key] for key in _MINIMUM if key in entries}
-    entries |= _model_spec(options, facts.finished_at)
+    entries |= {f"modelspec.{name}": value for name, value in _model_spec(options, facts.finished_at).items()}
     # File names may hold bytes that are not text.
     return {key: str(value).encode("utf-8", "replace").decode() for key, value in entries.items()}
 
@@ -163,12 +140,12 @@ def _model_spec(options: Options, finished_at: float) -> dict[str, object]:
     optional = {name: getattr(options, f"metadata_{name}") for name in _OPTIONAL_SPEC}
     if optional["thumbnail"] is not None:
         optional["thumbnail"] = data_url(optional["thumbnail"])
-    if options.min_timestep is not None or options.max_timestep is not None:
-        first, end = options.min_timestep, options.max_timestep
-        optional["timestep_range"] = f"{0 if first is None else first},{1000 if end is None else end}"
+    first, end = options.min_timestep, options.max_timestep
+    if first is not None or end is not None:
+        optional["timestep_range"] = f"{first or 0},{1000 if end is None else end}"
     title = options.metadata_title if options.metadata_title is not None else options.output_name
     width, height = parse_resolution(options.resolution or "1024")
-    entries = {
+    return {
         "sai_model_spec": "1.0.1",
         "architecture": "stable-diffusion-xl-v1-base/lora",
         "implementation": "https://github.com/Stability-AI/generative-models",
@@ -179,15 +156,10 @@ def _model_spec(options: Options, finished_at: float) -> dict[str, object]:
         "prediction_type": "v" if options.v_parameterization else "epsilon",
         **{name: value for name, value in optional.items() if value is not None},
     }
-    return {f"modelspec.{name}": value for name, value in entries.items()}
 
 
 def data_url(text: str) -> str:
-    """A picture as text: `text` itself if it is that, else the file that it names.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """A picture as text: `text` itself if it is that, else the file that it names."""
     if text.startswith("data:"):
         return text
     try:
@@ -207,9 +179,7 @@ def picture_entries(data: Data, options: Options, processes: int) -> dict[str, o
     """The entries about the pictures. They name folders without where these lie."""
     datasets = [(dataset, _by_subset(dataset)) for dataset in data.datasets]
     subsets = [pair for _, pairs in datasets for pair in pairs]
-    tags: dict[str, dict[str, int]] = {}
-    for _, pairs in datasets:
-        tags = {**_tags(pairs), **tags}
+    tags = {folder: counts for _, pairs in reversed(datasets) for folder, counts in _tags(pairs).items()}
     entries: dict[str, object] = {
         "ss_num_train_images": _showings(subsets, is_reg=False),
         "ss_num_reg_images": _showings(subsets, is_reg=True),
@@ -269,11 +239,11 @@ def _tags(subsets: _Subsets) -> dict[str, dict[str, int]]:
 
 
 def _bucket_limits(dataset: Dataset) -> dict[str, object]:
-    rules = dataset.buckets
+    rules, step = dataset.buckets, dataset.buckets.step
     return {
         "enable_bucket": rules.enabled,
-        "min_bucket_reso": rules.minimum // rules.step * rules.step if rules.enabled else None,
-        "max_bucket_reso": math.ceil(rules.maximum / rules.step) * rules.step if rules.enabled else None,
+        "min_bucket_reso": rules.minimum // step * step if rules.enabled else None,
+        "max_bucket_reso": math.ceil(rules.maximum / step) * step if rules.enabled else None,
     }
 
 

@@ -91,11 +91,7 @@ class Names:
 
 
 def run_names(options: Options) -> Names:
-    """The names of this run's files.
-
-    Raises:
-        UsageError: --output_name is a path.
-    """
+    """The names of this run's files. Raises a UsageError if --output_name is a path."""
     name = options.output_name
     if name is not None and (name in (".", "..") or set(name) & set("/\\\0")):
         raise UsageError(f"--output_name {name}: must be a name and no path; the folder goes into --output_dir")
@@ -121,40 +117,22 @@ def steps_due(every: int | None, steps: int) -> range:
     return range(every, steps + 1, every) if every and every > 0 else range(0)
 
 
-def expired_epoch(epoch: int, every: int, keep: int | None) -> int | None:
-    """The epoch whose file goes when that of `epoch` is there and the last `keep` files stay."""
-    if keep is None:
-        return None
-    expired = epoch - every * max(keep, 1)
-    return expired if expired > 0 else None
+def expired(options: Options, names: Names, every: int, *, epoch: int | None = None, step: int = 0) -> list[Path]:
+    """The file and the state folder that go after those of this epoch or step were saved.
 
-
-def expired_step(step: int, every: int, keep: int | None) -> int | None:
-    """The step whose file goes when that of `step` is there and files of the last `keep` steps stay."""
-    if keep is None:
-        return None
-    expired = (step - max(keep, 0) - 1) // every * every
-    return expired if expired > 0 else None
-
-
-def expired_after_epoch(options: Options, names: Names, epoch: int, every: int) -> list[Path]:
-    """The file and the state folder that go after those of `epoch` were saved."""
-    file = expired_epoch(epoch, every, options.save_last_n_epochs)
-    state = expired_epoch(epoch, every, options.save_last_n_epochs_state or options.save_last_n_epochs)
-    return [
-        *([names.file(epoch=file)] if file else []),
-        *([names.state(epoch=state)] if state and options.save_state else []),
-    ]
-
-
-def expired_after_step(options: Options, names: Names, step: int, every: int) -> list[Path]:
-    """The file and the state folder that go after those of `step` were saved."""
-    file = expired_step(step, every, options.save_last_n_steps)
-    state = expired_step(step, every, options.save_last_n_steps_state or options.save_last_n_steps)
-    return [
-        *([names.file(step=file)] if file else []),
-        *([names.state(step=state)] if state and options.save_state else []),
-    ]
+    What stays is counted in files after epochs and in steps after steps, as in sd-scripts.
+    """
+    unit = "step" if epoch is None else "epoch"
+    files: int | None = getattr(options, f"save_last_n_{unit}s")
+    states: int | None = getattr(options, f"save_last_n_{unit}s_state") or files
+    paths = []
+    for path, keep in ((names.file, files), (names.state, states if options.save_state else None)):
+        if keep is None:
+            continue
+        gone = (step - max(keep, 0) - 1) // every * every if epoch is None else epoch - every * max(keep, 1)
+        if gone > 0:
+            paths.append(path(**{unit: gone}))
+    return paths
 
 
 def remove(paths: Sequence[Path]) -> None:
@@ -182,11 +160,7 @@ def save_adapter(
     """Write an adapter in the format of its ending; equal inputs give equal bytes. Returns `path`.
 
     `.safetensors` gets the metadata, and hashes of the contents in it (`sshs_*`); `.ckpt` and `.pt` are dictionaries of
-    tensors without metadata. An older file of the name stays until the new one is complete.
-
-    Args:
-        tensors: on any device, of any floating dtype.
-        precision: dtype of the file: "float", "fp16", "bf16", or None to keep what the tensors have.
+    tensors without metadata. `precision` is "float", "fp16", "bf16", or None to keep what the tensors have.
 
     Raises:
         NonFinite: a tensor has NaN or infinity, or would have in that precision; nothing is written.
@@ -207,16 +181,13 @@ def save_adapter(
 def _in_precision(path: Path, name: str, tensor: Tensor, precision: str | None) -> Tensor:
     """The tensor on the CPU as it is written, contiguous."""
     tensor = tensor.detach()
-    if not tensor.isfinite().all():
-        raise NonFinite(
-            f"{path}: not written, because {name} has NaN or infinity: training has failed. Files saved before are "
-            "good; use a lower learning rate, or --mixed_precision bf16"
-        )
     written = cast(tensor, _PRECISIONS[precision]) if precision and tensor.is_floating_point() else tensor
     if not written.isfinite().all():
-        raise NonFinite(
-            f"{path}: not written, because {name} has numbers too large for fp16; use --save_precision bf16"
-        )
+        if tensor.isfinite().all():
+            why = "numbers too large for fp16; use --save_precision bf16"
+        else:
+            why = "NaN or infinity: training has failed. Use a lower learning rate, or --mixed_precision bf16"
+        raise NonFinite(f"{path}: not written, because {name} has {why}. Files saved before are good")
     return written.cpu().contiguous()
 
 
@@ -255,11 +226,8 @@ def fingerprint(options: Options, data: Data, processes: int) -> dict[str, str]:
         if field.name not in _HARMLESS and not field.name.startswith(_HARMLESS_BEGINNINGS)
     }
     pictures = [
-        (
-            *(picture.subset.folder.name, picture.path.name, [picture.caption], picture.repeats),
-            *(picture.subset.is_reg, picture.fit.bucket),
-        )
-        for picture in data.pictures
+        (p.subset.folder.name, p.path.name, [p.caption], p.repeats, p.subset.is_reg, p.fit.bucket)
+        for p in data.pictures
     ]
     digest = hashlib.sha256(json.dumps(pictures).encode()).hexdigest()
     return {**decisive, "pictures and captions": f"{len(pictures)}, {digest[:8]}", "processes": str(processes)}
@@ -274,16 +242,8 @@ def save_state(
 ) -> None:
     """Write what `load_state` needs to go on exactly. Every process calls this; each writes its random state.
 
-    The folder appears when it is complete; an older one of the name stays until then.
-
-    Args:
-        accelerator: with optimizer and scheduler prepared; its hooks leave the model out.
-        network: its raw parameters and buffers.
-        fingerprint: of the run.
-
-    Raises:
-        NonFinite: the network has NaN or infinity.
-        OutputError: the folder cannot be written.
+    The folder appears when it is complete; an older one of the name stays until then. The hooks of `accelerator` leave
+    the model out; `network` has its raw parameters and buffers.
     """
     unfinished, old = (folder.with_name(f".{folder.name}.{end}") for end in ("unfinished", "old"))
     main = accelerator.is_main_process
@@ -315,24 +275,16 @@ def save_state(
             shutil.rmtree(old, ignore_errors=True)
         accelerator.wait_for_everyone()
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise OutputError(
-            f"{folder}: the state cannot be written ({reason}). Earlier states are as they were"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{folder}: the state cannot be written ({reason}). Earlier ones are as they were") from error
     finally:
         if main:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def peek_state(folder: Path) -> dict[str, Any]:
-    """The `train_state.json` of a state folder: current_epoch, current_step, batch, seed, version, options.
-
-    Raises:
-        InputError: there is no such folder, or it is none that lorashrink completed.
-    """
+    """The `train_state.json` of a state folder: current_epoch, current_step, batch, seed, version, options."""
     path = folder / STATE_FILE
-    if not folder.is_dir():
-        raise InputError(f"--resume {folder}: no such folder; it must be a state folder, whose name ends in -state")
     if not path.is_file() or not (folder / NETWORK_FILE).is_file():
         raise InputError(
             f"--resume {folder}: {STATE_FILE} or {NETWORK_FILE} is missing; only folders that --save_state of "
@@ -359,14 +311,8 @@ def load_state(
 ) -> Position:
     """Go back to a saved state; every process calls this. Options that are not as they were are named in a warning.
 
-    Args:
-        accelerator: as in `save_state`.
-        load_network: takes the raw parameters and buffers.
-        fingerprint: of this run.
-        seed: --seed; the state's own is used in any case.
+    `load_network` takes the raw parameters and buffers. The state's seed is used, not `seed`, which is --seed.
 
-    Raises:
-        InputError: the folder is missing or damaged, or belongs to another network or optimizer.
     """
     from accelerate.utils import load
 
@@ -379,15 +325,10 @@ def load_state(
             load(randomness)  # because accelerate says nothing when it cannot
         accelerator.load_state(str(folder))
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"--resume {folder}: cannot be loaded; it is damaged, or from a run with another network or optimizer "
-            f"({error})"
-        ) from error
-    if changed := changes(state["options"], fingerprint):
-        _log.warning(
-            "--resume: the run will not be as if it had not been interrupted, because these changed: %s",
-            "; ".join(changed),
-        )
+        why = "it is damaged, or from a run with another network or optimizer"
+        raise InputError(f"--resume {folder}: cannot be loaded; {why} ({error})") from error
+    if changed := "; ".join(changes(state["options"], fingerprint)):
+        _log.warning("--resume: not as if the run had not been interrupted, because these changed: %s", changed)
     if seed is not None and seed != state["seed"]:
         _log.warning("--resume: --seed %d is ignored; the run goes on with its own, %d", seed, state["seed"])
     return Position(state["current_epoch"], state["batch"], state["current_step"], state["seed"])
@@ -411,24 +352,17 @@ def shrink(path: Path, options: Options) -> list[Path]:
         return []
     from lorashrink.shrinking.run import resize
 
+    base, recipes = options.pretrained_model_name_or_path, options.shrink
     try:
         # The GPU's memory belongs to training, and two cores do this in seconds.
-        report = resize(
-            path, base=options.pretrained_model_name_or_path, recipes=options.shrink, device="cpu", force=True
-        )
+        report = resize(path, base=base, recipes=recipes, device="cpu", force=True)
     except LorashrinkError as error:
         _log.warning("%s was saved but not shrunk: %s", path.name, error)
         return []
     for failure in report.failed:
         _log.warning("%s was saved but not shrunk: %s", path.name, failure.error)
     for result in report.results:
-        _log.info(
-            "%s: %.2f MB, shrunk by %s to %.2f MB (error %.2f %%): %s",
-            path.name,
-            result.bytes_before / 1e6,
-            result.recipe,
-            result.bytes_after / 1e6,
-            100 * result.relative_error,
-            Path(result.output).name,
-        )
+        before, after = f"{result.bytes_before / 1e6:.2f} MB", f"{result.bytes_after / 1e6:.2f} MB"
+        outcome = f"shrunk by {result.recipe} to {after} (error {100 * result.relative_error:.2f} %)"
+        _log.info("%s: %s, %s: %s", path.name, before, outcome, Path(result.output).name)
     return [Path(result.output) for result in report.results]

@@ -1,14 +1,17 @@
-"""The training loop: steps are taken, and files saved and samples drawn between them."""
+"""The training loop: steps are taken and logged, and files saved and samples drawn between them."""
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +23,35 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lorashrink.errors import LorashrinkError, NonFinite
+from lorashrink.errors import InputError, LorashrinkError, NonFinite
+from lorashrink.files.disk import write_bytes
 from lorashrink.pictures.prompts import Prompt
+from lorashrink.plots.loss import loss_curve
 from lorashrink.train.data.batches import Loader
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Model
 from lorashrink.train.model.network import Network, NormReport
 from lorashrink.train.output import samples, saving
-from lorashrink.train.output.logs import Tag, save_loss_curve
 from lorashrink.train.output.metadata import Facts, training_metadata
 from lorashrink.train.output.saving import Length, Names, Position
 from lorashrink.train.run.optimizers import eval_mode, learning_rates, train_mode
 
 _log = logging.getLogger(__name__)
+
+TRACKER = "network_train"  # the folder below the run's, if --log_tracker_name gives none
+
+
+class Tag(StrEnum):
+    """What is logged, under sd-scripts' names; the step is the optimizer step, for EPOCH_LOSS the epoch."""
+
+    LOSS = "loss/current"
+    AVERAGE_LOSS = "loss/average"
+    EPOCH_LOSS = "loss/epoch_average"
+    TEXT_ENCODER_RATE = "lr/textencoder"  # for optimizers that adapt it, what they make of it
+    UNET_RATE = "lr/unet"
+    SCALED_LAYERS = "max_norm/keys_scaled"
+    AVERAGE_NORM = "norm/avg_key_norm"
+    LARGEST_NORM = "max_norm/max_key_norm"
 
 
 @dataclass(slots=True)
@@ -59,17 +78,10 @@ class Session:
     _shrunk: dict[Path, list[Path]] = field(default_factory=dict)
 
     def run(self) -> Path:
-        """Train to the end; the path of the final file.
-
-        Raises:
-            NonFinite: the loss or the adapter became NaN. Files saved before are complete.
-            InputError: a picture or a cache file cannot be read.
-            OutputError: a file cannot be written.
-        """
+        """Train to the end; the path of the final file. When it raises, files saved before are complete."""
         self._recent = deque(maxlen=self.length.steps_per_epoch)
-        bar = tqdm(
-            total=self.length.steps, initial=self.position.step, desc="steps", disable=not self._is_main, unit="step"
-        )
+        total, done = self.length.steps, self.position.step
+        bar = tqdm(total=total, initial=done, desc="steps", disable=not self._is_main, unit="step")
         with logging_redirect_tqdm([logging.getLogger("lorashrink")]), bar:
             if self.position.step == 0:
                 self._sample()
@@ -107,10 +119,8 @@ class Session:
         """The mean loss of a step, over its batches and all processes."""
         mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         if not math.isfinite(mean):
-            raise NonFinite(
-                f"step {self.position.step + 1}: the loss is NaN. Files saved before are good; use a lower "
-                "--learning_rate, or --mixed_precision bf16"
-            )
+            hint = "use a lower --learning_rate, or --mixed_precision bf16"
+            raise NonFinite(f"step {self.position.step + 1}: the loss is NaN. Files saved before are good; {hint}")
         return float(mean)
 
     def _update(self) -> NormReport | None:
@@ -137,7 +147,7 @@ class Session:
         options, step = self.options, self.position.step
         if step in saving.steps_due(options.save_every_n_steps, self.length.steps):
             self._save(options.save_state, step=step)
-            self._remove(saving.expired_after_step(options, self.names, step, options.save_every_n_steps or 1))
+            self._remove(saving.expired(options, self.names, options.save_every_n_steps or 1, step=step))
         self._sample()
 
     def _after_epoch(self, epoch: int) -> None:
@@ -145,7 +155,7 @@ class Session:
         every = saving.epochs_between_saves(options, self.length.epochs)
         if epoch in saving.epochs_due(every, self.length.epochs):
             self._save(options.save_state, epoch=epoch)
-            self._remove(saving.expired_after_epoch(options, self.names, epoch, every or 1))
+            self._remove(saving.expired(options, self.names, every or 1, epoch=epoch))
         self._sample(epoch)
 
     def _finish(self) -> Path:
@@ -226,11 +236,8 @@ class Session:
         values: dict[str, float] = {Tag.LOSS: loss, Tag.AVERAGE_LOSS: average}
         values |= learning_rates(self.optimizer, self.rates)
         if norms:
-            values |= {
-                Tag.SCALED_LAYERS: norms.scaled,
-                Tag.AVERAGE_NORM: norms.average,
-                Tag.LARGEST_NORM: norms.largest,
-            }
+            values |= {Tag.SCALED_LAYERS: norms.scaled, Tag.AVERAGE_NORM: norms.average}
+            values[Tag.LARGEST_NORM] = norms.largest
         self._log(values, self.position.step)
         bar.set_postfix(loss=f"{loss:.4f}", average=f"{average:.4f}", refresh=False)
         bar.update()
@@ -238,3 +245,42 @@ class Session:
     def _log(self, values: dict[str, float], step: int) -> None:
         if self.accelerator.trackers:
             self.accelerator.log({str(tag): value for tag, value in values.items()}, step=step)
+
+
+# --- logs ---------------------------------------------------------------------------------------
+
+
+def log_folder_of(options: Options, now: datetime) -> Path | None:
+    """The folder of a run that starts now; None if nothing is logged to a folder."""
+    if options.logging_dir is None:
+        return None
+    return Path(options.logging_dir) / f"{options.log_prefix or ''}{now:%Y%m%d%H%M%S}"
+
+
+def tracker_of(options: Options) -> str | None:
+    """What accelerate logs with: --log_with, or tensorboard if there is a folder for it."""
+    return options.log_with or ("tensorboard" if options.logging_dir else None)
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What tensorboard logged below a run's folder: tag -> (step, value), in the order of steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+    for file in folder.rglob("*.tfevents.*"):
+        log = EventAccumulator(str(file), size_guidance={"scalars": 0})  # 0: all of them, not a sample
+        log.Reload()
+        for tag in log.Tags()["scalars"]:
+            scalars[tag] += [(event.step, event.value) for event in log.Scalars(tag)]
+    if not scalars:
+        raise InputError(f"{folder}: no log in it; --logging_dir makes one")
+    return {tag: sorted(points, key=lambda point: point[0]) for tag, points in scalars.items()}
+
+
+def save_loss_curve(folder: Path) -> Path:
+    """Draw the losses and learning rates that were logged below a run's folder, as loss.png in it."""
+    data = io.BytesIO()
+    loss_curve(read_scalars(folder)).savefig(data, format="png")
+    path = folder / "loss.png"
+    write_bytes(path, data.getvalue())
+    return path

@@ -1,4 +1,4 @@
-"""What training minimises: noise on latents, the target of the prediction, and the loss.
+"""What training minimises: a batch goes in, noise is added to its latents, and the loss comes out.
 
 The noise schedule is SDXL's. Names of options and what they do are those of sd-scripts.
 """
@@ -12,12 +12,16 @@ from dataclasses import dataclass
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from lorashrink.errors import UsageError
-from lorashrink.train.data.batches import generator, numbers
+from lorashrink.train.data.batches import Batch, generator, numbers
+from lorashrink.train.data.caches import posterior
+from lorashrink.train.data.scanning import Data
 from lorashrink.train.flags.options import Options
+from lorashrink.train.model.loading import LATENT_SCALE, Encoded, Model, encode, encode_pixels, tokenize, weight_dtype
+from lorashrink.train.model.network import Network
 
 TIMESTEPS = 1000
 
@@ -25,30 +29,72 @@ TIMESTEPS = 1000
 _LARGEST_SNR = 1000.0
 
 
-@dataclass(frozen=True, slots=True)
-class Noised:
-    """One batch for the UNet; all on the device of the latents.
+class BatchLoss(nn.Module):
+    """The loss of a batch as a module, for accelerate to wrap; `network` has been applied to `model`.
 
-    Attributes:
-        noisy: [b, 4, h, w] float32, latents with noise.
-        timesteps: [b] int64, 0 to 999.
-        target: [b, 4, h, w] float32, what the UNet should predict: the noise, or v.
+    Only the network is a child: what is frozen is neither copied to other processes nor saved with the state of a run.
     """
 
-    noisy: Tensor
-    timesteps: Tensor
-    target: Tensor
+    def __init__(
+        self, options: Options, data: Data, model: Model, network: Network, *, seed: int, trains_text: bool
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.objective = Objective(options)
+        self._options, self._data, self._model = options, data, model
+        self._seed, self._trains_text = seed, trains_text
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean loss of the batch: float32, 0-dim."""
+        unet, dtype = self._model.unet, weight_dtype(self._options)
+        text = self._text(batch)
+        keys = [(draw.epoch, draw.dataset, draw.picture, draw.repeat) for draw in batch.draws]
+        noised = self.objective.noised(self._latents(batch).to(unet.device) * LATENT_SCALE, keys, self._seed)
+        time_ids = batch.time_ids.to(unet.device)
+        prediction = unet(
+            noised.noisy.to(dtype),
+            noised.timesteps,
+            text.context.to(dtype),
+            added_cond_kwargs={"text_embeds": text.pooled.to(dtype), "time_ids": time_ids},
+            return_dict=False,
+        )[0]
+        return self.objective.loss(prediction, noised, batch.weights)
+
+    def _latents(self, batch: Batch) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents
+        assert batch.pixels is not None
+        pictures = self._data.pictures_of(batch.draws)
+        generators = [
+            posterior(self._seed, picture, flipped) for picture, flipped in zip(pictures, batch.flipped, strict=True)
+        ]
+        size = max(self._options.vae_batch_size, 1)
+        chunks = (slice(start, start + size) for start in range(0, len(generators), size))
+        return torch.cat([encode_pixels(self._model.vae, batch.pixels[chunk], generators[chunk]) for chunk in chunks])
+
+    def _text(self, batch: Batch) -> Encoded:
+        if batch.text is not None:
+            return batch.text.to(self._model.unet.device, weight_dtype(self._options))
+        tokens = [
+            tokenize(tokenizer, batch.captions, self._options.max_token_length) for tokenizer in self._model.tokenizers
+        ]
+        with torch.set_grad_enabled(self._trains_text):
+            return encode(self._model.encoders, *tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Noised:
+    """One batch for the UNet; all on the device of the latents."""
+
+    noisy: Tensor  # [b, 4, h, w] float32, latents with noise
+    timesteps: Tensor  # [b] int64, 0 to 999
+    target: Tensor  # [b, 4, h, w] float32, what the UNet should predict: the noise, or v
 
 
 class Objective:
     """The noise schedule and the loss that the options ask for.
 
-    Attributes:
-        noise_schedule: 1000 timesteps, betas scaled_linear from 0.00085 to 0.012; with --zero_terminal_snr rescaled
-            so that the last one is pure noise (Lin et al. 2023, algorithm 1).
-
-    Raises:
-        UsageError: no timestep between --min_timestep and --max_timestep.
+    With --zero_terminal_snr the schedule ends in pure noise (Lin et al. 2023, algorithm 1).
     """
 
     def __init__(self, options: Options) -> None:
@@ -65,43 +111,32 @@ class Objective:
         self._weights = timestep_weights(options, compute_snr(self.noise_schedule, torch.arange(TIMESTEPS)))
 
     def noised(self, latents: Tensor, keys: Sequence[tuple[str | int, ...]], seed: int) -> Noised:
-        """Add noise to latents.
+        """Add noise to scaled latents, [b, 4, h, w] float32; `keys` are unique for each showing of a picture.
 
         Every random number of a picture comes from a generator of its own, so batches, processes and resuming do not
-        change it. What a picture shares with its batch is the division by the standard deviation that follows
-        multi-resolution noise.
-
-        Args:
-            latents: [b, 4, h, w] float32, scaled.
-            keys: what makes each showing of a picture unique, one for each of the batch.
-            seed: the seed of the run.
+        change it. It shares with its batch only the standard deviation that follows multi-resolution noise.
         """
         options, device = self._options, latents.device
         draws = [self._draw(latents.shape[1:], seed, key) for key in keys]
         noises, shifts, strengths, coarse_noises, steps = zip(*draws, strict=True)
         noise = torch.stack(noises).to(device)
-        if options.noise_offset:
-            strength = torch.tensor(strengths).view(-1, 1, 1, 1).to(device) * options.noise_offset
-            noise = noise + _offset(strength, options.adaptive_noise_scale, latents) * torch.stack(shifts).to(device)
+        if options.noise_offset:  # crosslabs.org, 2023
+            offset = torch.tensor(strengths).view(-1, 1, 1, 1).to(device) * options.noise_offset
+            if (adaptive := options.adaptive_noise_scale) is not None:
+                offset = (offset + adaptive * latents.mean((2, 3), keepdim=True).abs()).clamp(min=0)
+            noise = noise + offset * torch.stack(shifts).to(device)
         if options.multires_noise_iterations:
             noise = noise + torch.stack(coarse_noises).to(device)
             noise = noise / noise.std()
         timesteps = torch.tensor(steps, device=device)
         noisy = self.noise_schedule.add_noise(latents, noise, timesteps)
-        if self._options.v_parameterization:
-            return Noised(noisy, timesteps, self.noise_schedule.get_velocity(latents, noise, timesteps))
-        return Noised(noisy, timesteps, noise)
+        v = options.v_parameterization
+        return Noised(noisy, timesteps, self.noise_schedule.get_velocity(latents, noise, timesteps) if v else noise)
 
     def loss(self, prediction: Tensor, noised: Noised, weights: Tensor) -> Tensor:
-        """The mean over the batch of each picture's mean squared error, times its weights.
+        """The mean over the batch of each picture's mean squared error times its weight: float32, 0-dim.
 
-        Args:
-            prediction: [b, 4, h, w], any floating dtype.
-            noised: what the prediction was made from.
-            weights: [b] float32, such as the prior loss weight of regularisation pictures.
-
-        Returns:
-            float32, 0-dim.
+        `prediction` is [b, 4, h, w] of any floating dtype; `weights`, [b] float32, hold --prior_loss_weight.
         """
         error = functional.mse_loss(prediction.float(), noised.target.float(), reduction="none").mean((1, 2, 3))
         by_timestep = self._weights.to(error.device)[noised.timesteps]
@@ -110,12 +145,7 @@ class Objective:
     def _draw(
         self, shape: torch.Size, seed: int, key: tuple[str | int, ...]
     ) -> tuple[Tensor, Tensor, float, Tensor, int]:
-        """The random numbers of one picture, float32 on the CPU.
-
-        Returns:
-            Noise [4, h, w], what channels are shifted by [4, 1, 1], how strongly, coarser noise [4, h, w], and the
-            timestep.
-        """
+        """Noise [4, h, w], shifts of channels [4, 1, 1], their strength, coarser noise [4, h, w], and the timestep."""
         options = self._options
         tensors, chance = generator(seed, "noise", *key), numbers(seed, "noise", *key)
         # The order of these lines is part of what a seed means.
@@ -134,14 +164,8 @@ def timestep_weights(options: Options, snr: Tensor) -> Tensor:
     With S the signal-to-noise ratio of a timestep and g = --min_snr_gamma, the product of those that are asked for:
     min(S, g) / S, with v prediction min(S, g) / (S + 1) (Hang et al. 2023); S / (S + 1) to scale v prediction as noise
     prediction; 1 + w (S + 1) / S for --v_pred_like_loss w; 1 / sqrt(S), with v prediction 1 / (S + 1), for
-    --debiased_estimation_loss. All but the first count an S above 1000 as 1000, as sd-scripts does.
-
-    Args:
-        snr: the signal-to-noise ratio of each timestep, float, 1-dim; it may end in 0, which all but the first count as
-            the smallest ratio that is not 0, because half of them divide by it.
-
-    Returns:
-        As `snr`; finite.
+    --debiased_estimation_loss. All but the first count an S above 1000 as 1000, as sd-scripts does, and 0 as the
+    smallest that is not 0, because half of them divide by it.
     """
     v = options.v_parameterization
     bounded = snr.clamp(float(snr[snr > 0].min()), _LARGEST_SNR)
@@ -164,18 +188,8 @@ def _timestep_range(options: Options) -> tuple[int, int]:
     first = 0 if options.min_timestep is None else options.min_timestep
     end = TIMESTEPS if options.max_timestep is None else options.max_timestep
     if not 0 <= first <= end <= TIMESTEPS or first == TIMESTEPS:
-        raise UsageError(
-            f"--min_timestep {first} and --max_timestep {end} leave no timestep to train; "
-            f"they must be 0 to {TIMESTEPS - 1} and 1 to {TIMESTEPS}, the first below the second"
-        )
+        raise UsageError(f"--min_timestep {first} and --max_timestep {end} leave no timestep to train")
     return first, max(end, first + 1)
-
-
-def _offset(strength: Tensor, adaptive: float | None, latents: Tensor) -> Tensor:
-    """How much each channel is shifted, [b, 4 or 1, 1, 1]: noise offset (crosslabs.org, 2023), adaptive or not."""
-    if adaptive is None:
-        return strength
-    return (strength + adaptive * latents.mean((2, 3), keepdim=True).abs()).clamp(min=0)
 
 
 def _coarse_noise(shape: torch.Size, levels: int, discount: float, tensors: Generator, chance: random.Random) -> Tensor:

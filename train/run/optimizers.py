@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeGuard, cast, runtime_checkable
 
 from diffusers.optimization import get_piecewise_constant_schedule
@@ -31,14 +32,7 @@ class _ScheduleFree(Protocol):
 
 
 def make_optimizer(options: Options, groups: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, str]:
-    """The optimizer, ready for its first step, and its description for metadata: `module.Class(key=value,...)`.
-
-    Args:
-        groups: parameter groups, with their learning rates. They are not changed.
-
-    Raises:
-        UsageError: no such optimizer, its package is missing, or it refuses its arguments.
-    """
+    """The optimizer of these parameter groups, and its description for metadata: `module.Class(key=value,...)`."""
     name = optimizer_name(options)
     flag = f"--optimizer_type {name}"
     kind = _imported(optimizer_path(options), flag)
@@ -46,13 +40,11 @@ def make_optimizer(options: Options, groups: Sequence[Mapping[str, Any]]) -> tup
     relative = kind is Adafactor and (arguments.get("relative_step", True) or arguments.get("warmup_init", False))
     if relative:
         arguments["relative_step"] = True
-        _log.warning(
-            "Adafactor sets the learning rate itself: --learning_rate, --unet_lr, --text_encoder_lr and the schedule "
-            "have no effect. With --optimizer_args relative_step=False they have"
-        )
+        hint = "the options for it have no effect, but with --optimizer_args relative_step=False"
+        _log.warning("Adafactor sets the learning rate itself: %s", hint)
     own = [{key: value for key, value in group.items() if not (relative and key == "lr")} for group in groups]
-    rate = None if relative else options.learning_rate
-    optimizer: Optimizer = _made(kind, own, {"lr": rate}, arguments, flag, "--optimizer_args")
+    with _refusing(flag, "--optimizer_args"):
+        optimizer: Optimizer = kind(own, lr=None if relative else options.learning_rate, **arguments)
     if "d" in optimizer.defaults:
         _check_adaptive_rates(name, {group["lr"] for group in optimizer.param_groups})
     train_mode(optimizer)
@@ -61,22 +53,14 @@ def make_optimizer(options: Options, groups: Sequence[Mapping[str, Any]]) -> tup
 
 
 def make_scheduler(options: Options, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """The schedule of the learning rate.
+    """The schedule of the learning rate, for an optimizer that accelerate has not wrapped yet.
 
-    Args:
-        optimizer: from `make_optimizer`, not yet wrapped by accelerate.
-        total_steps: how often the schedule is stepped; accelerate does so once per process and optimizer step.
-
-    Raises:
-        UsageError: it does not go with the optimizer, or refuses its arguments.
+    `total_steps` is how often it is stepped, which accelerate does once per process and optimizer step.
     """
     if _is_schedule_free(optimizer):
         if options.lr_scheduler != "constant" or options.lr_scheduler_type or options.lr_warmup_steps:
-            _log.warning(
-                "%s needs no schedule: --lr_scheduler and --lr_warmup_steps have no effect. "
-                "--optimizer_args warmup_steps=N is its own warm-up",
-                optimizer_name(options),
-            )
+            hint = "--lr_scheduler and --lr_warmup_steps have no effect; --optimizer_args warmup_steps=N is its own"
+            _log.warning("%s needs no schedule: %s", optimizer_name(options), hint)
         return cast(LRScheduler, get_constant_schedule(optimizer))
     name, path = options.lr_scheduler, options.lr_scheduler_type
     flag = f"--lr_scheduler_type {path}" if path else f"--lr_scheduler {name}"
@@ -87,17 +71,19 @@ def make_scheduler(options: Options, optimizer: Optimizer, total_steps: int) -> 
     arguments = _pairs("--lr_scheduler_args", options.lr_scheduler_args)
     if path:
         kind = _imported(path if "." in path else f"torch.optim.lr_scheduler.{path}", flag)
-        return cast(LRScheduler, _made(kind, optimizer, {}, arguments, flag, "--lr_scheduler_args"))
+        with _refusing(flag, "--lr_scheduler_args"):
+            return cast(LRScheduler, kind(optimizer, **arguments))
     if name == "adafactor":
         raise UsageError("--lr_scheduler adafactor needs --optimizer_args relative_step=True")
-    kinds = {"piecewise_constant": get_piecewise_constant_schedule, "constant": get_constant_schedule}
-
-    def scheduled(optimizer: Optimizer, **settings: Any) -> Any:
-        return get_scheduler(name, optimizer, _steps(options.lr_warmup_steps, total_steps), total_steps, settings)
-
+    warmup = _steps(options.lr_warmup_steps, total_steps)
     settings = _schedule_settings(options, total_steps).get(name, {})
-    where = "--lr_scheduler_args and its other options"
-    return cast(LRScheduler, _made(kinds.get(name, scheduled), optimizer, settings, arguments, flag, where))
+    with _refusing(flag, "--lr_scheduler_args and its other options"):
+        if name == "piecewise_constant":
+            return cast(LRScheduler, get_piecewise_constant_schedule(optimizer, **arguments))
+        if name == "constant":
+            return cast(LRScheduler, get_constant_schedule(optimizer, **arguments))
+        # What both give is refused, not decided.
+        return cast(LRScheduler, get_scheduler(name, optimizer, warmup, total_steps, dict(**settings, **arguments)))
 
 
 def _schedule_settings(options: Options, total: int) -> dict[str, dict[str, Any]]:
@@ -138,11 +124,7 @@ def _is_schedule_free(optimizer: Optimizer) -> TypeGuard[_ScheduleFree]:
 
 
 def learning_rates(optimizer: Optimizer, names: Sequence[str]) -> dict[str, float]:
-    """What to log: `lr/unet` and the like, and for D-Adaptation and Prodigy, which scale it by d, also `lr/d*lr/unet`.
-
-    Args:
-        names: of the optimizer's groups, in their order.
-    """
+    """What to log: `lr/unet` and the like, and for D-Adaptation and Prodigy also `lr/d*lr/unet`."""
     rates: dict[str, float] = {}
     for name, group in zip(names, optimizer.param_groups, strict=True):
         rates[f"lr/{name}"] = float(group["lr"])
@@ -154,16 +136,9 @@ def learning_rates(optimizer: Optimizer, names: Sequence[str]) -> dict[str, floa
 def _check_adaptive_rates(name: str, rates: set[float]) -> None:
     """Prodigy and the D-Adaptation family find one factor for all groups, and multiply it by one learning rate."""
     if len(rates) > 1:
-        raise UsageError(
-            f"--optimizer_type {name} takes one learning rate for everything; "
-            "give --unet_lr and --text_encoder_lr the same value, or leave both out"
-        )
+        raise UsageError(f"--optimizer_type {name} takes one learning rate: give --unet_lr and --text_encoder_lr alike")
     if max(rates) <= 0.1:
-        _log.warning(
-            "%s finds the learning rate itself and multiplies it by the one that it is given, which is %g; 1 is usual",
-            name,
-            max(rates),
-        )
+        _log.warning("%s finds the learning rate itself, and multiplies it by yours, %g; 1 is usual", name, max(rates))
 
 
 def _pairs(flag: str, words: Iterable[str]) -> dict[str, Any]:
@@ -173,10 +148,8 @@ def _pairs(flag: str, words: Iterable[str]) -> dict[str, Any]:
         try:
             values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError):
-            raise UsageError(
-                f"{flag}: the value in '{key}={text}' is neither a number, True, False, None, a list nor a text in "
-                "quotes"
-            ) from None
+            kinds = "a number, True, False, None, a list nor a text in quotes"
+            raise UsageError(f"{flag}: the value in '{key}={text}' is neither {kinds}") from None
     return values
 
 
@@ -191,16 +164,9 @@ def _imported(path: str, flag: str) -> Any:
         raise UsageError(f"{flag} cannot be imported; check its spelling, or install its package: {error}") from None
 
 
-def _made(
-    kind: Callable[..., Any],
-    subject: object,
-    settings: Mapping[str, Any],
-    arguments: Mapping[str, Any],
-    flag: str,
-    where: str,
-) -> Any:
-    """Call a class of any package; `settings` are ours, `arguments` the user's, and neither may repeat the other."""
+@contextmanager
+def _refusing(flag: str, where: str) -> Iterator[None]:
     try:
-        return kind(subject, **settings, **arguments)
+        yield
     except Exception as error:  # each package has its own way to refuse
         raise UsageError(f"{flag} refuses its settings; check {where}: {error}") from error

@@ -1,14 +1,16 @@
-"""Everything before the first step: pictures found, the model loaded, caches filled, the network built."""
+"""Everything before the first step: a run is prepared, or only planned, which loads nothing."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
 import logging
+import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -24,60 +26,78 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
 from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lorashrink.errors import LorashrinkError, UsageError
+from lorashrink.errors import InputError, LorashrinkError, UsageError
 from lorashrink.pictures.pipelines import quiet_libraries
 from lorashrink.pictures.prompts import Prompt, read_prompts
 from lorashrink.pictures.samplers import check_samplers
 from lorashrink.train.data.batches import Loader, batch_count
+from lorashrink.train.data.buckets import Size
 from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts
 from lorashrink.train.data.scanning import Data, scan
+from lorashrink.train.flags.checks import optimizer_name, parse_resolution
 from lorashrink.train.flags.network_args import given_network_args
 from lorashrink.train.flags.options import Options
-from lorashrink.train.model.loading import CHUNK, Model, load_model, set_attention, set_checkpointing, token_count
-from lorashrink.train.model.network import build_network
-from lorashrink.train.output import logs, samples, saving
+from lorashrink.train.model.loading import (
+    CHUNK,
+    SETTINGS,
+    Model,
+    load_model,
+    set_attention,
+    set_checkpointing,
+    token_count,
+    weight_dtype,
+)
+from lorashrink.train.model.network import Network, build_network
+from lorashrink.train.output import samples, saving
 from lorashrink.train.output.metadata import Facts, picture_entries, source, training_metadata
-from lorashrink.train.output.saving import Length, Position
-from lorashrink.train.run.batch_loss import BatchLoss
-from lorashrink.train.run.loop import Session
+from lorashrink.train.output.saving import Length, Position, run_length
+from lorashrink.train.run.loop import TRACKER, Session, log_folder_of, tracker_of
+from lorashrink.train.run.objective import BatchLoss
 from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
-from lorashrink.train.run.plan import describe
 
 _log = logging.getLogger(__name__)
 
 
 def prepare(options: Options) -> Session:
-    """Load, check and cache everything that the run needs.
-
-    Raises:
-        UsageError, InputError, NonFinite, OutputError: see `scan`, `load_model`, `cache_latents`, `build_network`, ...
-    """
+    """Load, check and cache everything that the run needs; each part raises its own errors."""
     quiet_libraries()
     names = saving.run_names(options)
     prompts: tuple[Prompt, ...] = ()
     if options.sample_prompts:
         prompts = read_prompts(Path(options.sample_prompts), sampler=options.sample_sampler)
         check_samplers(prompts)
-    log_folder = logs.log_folder(options, datetime.now())
+    log_folder = log_folder_of(options, datetime.now())
     accelerator = _accelerator(options, log_folder)
     processes = accelerator.num_processes
     log_folder = _agreed(log_folder)
     chosen_seed = options.seed
-    seed = _seed(options)
+    drawn = random.SystemRandom().getrandbits(32) if chosen_seed is None else chosen_seed
+    resumed = saving.peek_state(Path(options.resume)) if options.resume else None
+    seed = resumed["seed"] if resumed else _agreed(drawn)
     options = replace(options, seed=seed)
 
     data = scan(options)
+    length = run_length(options, -(-batch_count(data) // processes))
+    if resumed and resumed["current_step"] >= length.steps:
+        end = f"it stands at step {resumed['current_step']}, and training ends at step {length.steps}"
+        raise UsageError(f"--resume {options.resume}: {end}; raise --max_train_steps or --max_train_epochs")
     model = load_model(options, accelerator.device)
     for warning in samples.check_prompts(prompts, model.tokenizers[0], processes, options):
         _log.warning(warning)
-    _warn_of_long_captions(data, model, options)
+    limit = options.max_token_length or CHUNK
+    captions = [picture.caption for picture in data.pictures]
+    if long := sum(token_count(model.tokenizers[0], caption) > limit for caption in captions):
+        counts = f"{long} of {len(captions)} captions have more than {limit} tokens"
+        _log.warning("%s, the rest is not read (--max_token_length)", counts)
     network = build_network(model, options).to(accelerator.device)
     if options.full_bf16:
         network.to(torch.bfloat16)
     groups, rates = network.groups(options)
-    length = saving.run_length(options, -(-batch_count(data) // processes))
     optimizer, description = make_optimizer(options, groups)
     scheduler = make_scheduler(options, optimizer, length.steps * processes)
     trains_text = any("textencoder" in rate for rate in rates)
@@ -98,9 +118,9 @@ def prepare(options: Options) -> Session:
     fingerprint = saving.fingerprint(options, data, processes)
     position = Position(epoch=1, batch=0, step=0, seed=seed)
     if options.resume:
-        folder = Path(options.resume)
-        position = saving.load_state(folder, accelerator, network.load_raw, fingerprint, chosen_seed)
-        _check_remaining(position, length, folder)
+        state = Path(options.resume)
+        position = saving.load_state(state, accelerator, network.load_raw, fingerprint, chosen_seed)
+        _log.info("resumed at step %d", position.step)
     else:
         # From here on only what LyCORIS drops is drawn from global random numbers, and each process drops its own.
         set_seed(seed, device_specific=True)
@@ -118,8 +138,14 @@ def prepare(options: Options) -> Session:
     )
     training_metadata(options, facts)  # what is wrong with it is found now, not when hours of training are saved
     _log.info("%s", describe(options, data, network, length, processes))
-    if log_folder or options.log_with:
-        _start_logging(options, accelerator)
+    if tracker_of(options):
+        shown = {
+            name: value if isinstance(value, (bool, int, float)) else str(value)  # what loggers take
+            for name, value in dataclasses.asdict(options).items()
+        }
+        extra: dict[str, Any] = {"wandb": {"name": options.wandb_run_name}} if options.wandb_run_name else {}
+        tracker = options.log_tracker_name or TRACKER
+        accelerator.init_trackers(tracker, shown if options.log_config else None, extra)
     return Session(
         options=options,
         accelerator=accelerator,
@@ -140,25 +166,12 @@ def prepare(options: Options) -> Session:
     )
 
 
-def _warn_of_long_captions(data: Data, model: Model, options: Options) -> None:
-    limit = options.max_token_length or CHUNK
-    captions = [picture.caption for picture in data.pictures]
-    long = sum(token_count(model.tokenizers[0], caption) > limit for caption in captions)
-    if long:
-        _log.warning(
-            "%d of %d captions have more than %d tokens, the rest is not read (--max_token_length)",
-            long,
-            len(captions),
-            limit,
-        )
-
-
 def _accelerator(options: Options, log_folder: Path | None) -> Accelerator:
     folder = str(log_folder) if log_folder else None
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        log_with=logs.tracker(options),
+        log_with=tracker_of(options),
         project_config=ProjectConfiguration(folder, logging_dir=folder),
         # Not every layer has gradients in every step: some are never reached, some are dropped.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
@@ -169,10 +182,8 @@ def _accelerator(options: Options, log_folder: Path | None) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         # Each would train alone, and all would write the same files.
-        raise UsageError(
-            f"{started} processes were started for GPUs that torch does not find; leave out --multi_gpu and --gpu_ids, "
-            "or install the torch that fits your GPUs"
-        )
+        hint = "leave out --multi_gpu and --gpu_ids, or install the torch that fits your GPUs"
+        raise UsageError(f"{started} processes were started for GPUs that torch does not find; {hint}")
     return accelerator
 
 
@@ -181,21 +192,6 @@ def _agreed(value: Any) -> Any:
     shared = [value]
     broadcast_object_list(shared)
     return shared[0]
-
-
-def _seed(options: Options) -> int:
-    if options.resume:
-        return int(saving.peek_state(Path(options.resume))["seed"])
-    return int(_agreed(random.SystemRandom().getrandbits(32) if options.seed is None else options.seed))
-
-
-def _check_remaining(position: Position, length: Length, folder: Path) -> None:
-    if position.step >= length.steps:
-        raise UsageError(
-            f"--resume {folder}: it stands at step {position.step}, and training ends at step {length.steps}; "
-            "raise --max_train_steps or --max_train_epochs"
-        )
-    _log.info("resumed at step %d", position.step)
 
 
 def _caches(
@@ -242,12 +238,171 @@ def _encoding(
         torch.cuda.empty_cache()
 
 
-def _start_logging(options: Options, accelerator: Accelerator) -> None:
-    extra: dict[str, Any] = {"wandb": {"name": options.wandb_run_name}} if options.wandb_run_name else {}
-    settings = None
-    if options.log_config:  # as numbers and text, which is what loggers take
-        settings = {
-            name: value if isinstance(value, (bool, int, float)) else str(value)
-            for name, value in dataclasses.asdict(options).items()
-        }
-    accelerator.init_trackers(options.log_tracker_name or logs.TRACKER, settings, extra)
+# --- what a run will be -------------------------------------------------------------------------
+
+
+def describe(options: Options, data: Data | None, network: Network, length: Length | None, processes: int) -> str:
+    """A few lines about pictures, network, batches and length; `data` and `length` are None while there are none."""
+    parameters = sum(part.parameters for part in network.summary)
+    precision = options.save_precision if options.save_precision in ("fp16", "bf16") else "float32"
+    megabytes = parameters * (4 if precision == "float32" else 2) / 1e6
+    batch = max(dataset.batch_size for dataset in data.datasets) if data else options.train_batch_size
+    accumulation = options.gradient_accumulation_steps
+    lines = [
+        f"pictures: none in {options.train_data_dir or '--train_data_dir'}",
+        f"network: {sum(part.modules for part in network.summary)} modules, {parameters / 1e6:.1f} million parameters; "
+        f"a file has {megabytes:.1f} MB in {precision}",
+        *(f"  {part.name}: {part.modules} modules, {part.parameters:,} parameters" for part in network.summary),
+        f"batch: {batch} × {accumulation} accumulated × {_several(processes, 'process', 'processes')}"
+        f" = {_several(batch * accumulation * processes, 'picture')} per step",
+    ]
+    if data:
+        buckets = len({picture.fit.bucket for picture in data.pictures})
+        showings = sum(picture.repeats for picture in data.pictures)
+        lines[0] = (
+            f"pictures: {len(data.pictures)} in {_several(len(data.subsets), 'folder')} and "
+            f"{_several(buckets, 'bucket')}, {_several(showings, 'showing')} per epoch"
+        )
+    if length:
+        lines.append(
+            f"length: {_several(length.batches_per_epoch, 'batch', 'batches')} or "
+            f"{_several(length.steps_per_epoch, 'step')} per epoch, "
+            f"{_several(length.epochs, 'epoch')}, {_several(length.steps, 'step')}"
+        )
+    else:
+        epochs = options.max_train_epochs
+        duration = _several(epochs, "epoch") if epochs else _several(options.max_train_steps, "step")
+        lines.append(f"length: {duration}; without pictures it is not known how many steps an epoch has")
+    return "\n".join(lines)
+
+
+def _several(count: int, singular: str, plural: str = "") -> str:
+    return f"{count} {singular if count == 1 else plural or singular + 's'}"
+
+
+def plan(options: Options) -> str:
+    """The same before a run, with an estimate of GPU memory.
+
+    Weights are not loaded, and neither they nor pictures need to exist: what is missing is taken to be SDXL 1.0, and
+    pictures of --resolution.
+    """
+    quiet_libraries()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    data, length = None, None
+    batch, size = options.train_batch_size, parse_resolution(options.resolution or "1024")
+    if options.dataset_config or (options.train_data_dir and Path(options.train_data_dir).is_dir()):
+        data = scan(options)
+        length = run_length(options, -(-batch_count(data) // processes))
+        batch, size = _largest_batch(data)
+    name = options.pretrained_model_name_or_path or ""
+    settings, base = Path(options.model_config or name), name
+    if options.model_config:
+        base += f", with the settings in {settings}"
+    elif not name or not settings.is_dir():
+        why = "" if name and settings.exists() else ", which is not there"
+        settings, base = SETTINGS, f"{name or 'none given'}{why}; planned for SDXL 1.0"
+    model = _empty_model(settings, options)
+    # Files that change no sizes need not be there: adapters to merge, and numbers to start from.
+    weights = options.network_weights if options.dim_from_weights else None
+    sizes = replace(options, base_weights=(), base_weights_multiplier=(), network_weights=weights)
+    network = build_network(model, sizes)
+    described = describe(options, data, network, length, processes)
+    memory = step_memory(model, network, options, batch, size)
+    return "\n".join(
+        [
+            f"base: {base}",
+            described,
+            "",
+            f"GPU memory in GiB for {_several(batch, 'picture')} of {size[0]}×{size[1]}, about:",
+            *(f"  {part:<32}{taken / GIB:6.2f}" for part, taken in memory.items()),
+            f"  {'in all':<32}{sum(memory.values()) / GIB:6.2f}",
+        ]
+    )
+
+
+def _largest_batch(data: Data) -> tuple[int, Size]:
+    """Pictures and size of the batch with the most pixels."""
+    batches = []
+    for dataset in data.datasets:
+        shown: Counter[Size] = Counter()
+        for picture in dataset.pictures:
+            shown[picture.fit.bucket] += picture.repeats
+        batches += [(min(count, dataset.batch_size), bucket) for bucket, count in shown.items()]
+    return max(batches, key=lambda batch: batch[0] * math.prod(batch[1]))
+
+
+def _empty_model(settings: Path, options: Options) -> Model:
+    """The model of a folder's settings on the meta device, frozen, in the dtypes of training; without tokenizers."""
+    # Bases without a VAE go with --vae, and the VAEs of all SDXL models have one size.
+    vae_settings = settings if (settings / "vae" / "config.json").is_file() else SETTINGS
+    no_tokenizers: Any = (None, None)
+    try:
+        with torch.device("meta"):
+            unet, vae = (
+                kind.from_config(kind.load_config(folder, local_files_only=True))
+                for kind, folder in ((UNet2DConditionModel, settings / "unet"), (AutoencoderKL, vae_settings / "vae"))
+            )
+            encoders = (
+                CLIPTextModel(CLIPTextConfig.from_pretrained(settings / "text_encoder", local_files_only=True)),
+                CLIPTextModelWithProjection(
+                    CLIPTextConfig.from_pretrained(settings / "text_encoder_2", local_files_only=True)
+                ),
+            )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{settings}: the settings of the base cannot be read: {error}") from error
+    model = Model(unet, vae, encoders, no_tokenizers)
+    for module in model.modules:
+        module.requires_grad_(False).to(weight_dtype(options))
+    if options.no_half_vae:
+        vae.float()
+    return model
+
+
+# --- GPU memory ---------------------------------------------------------------------------------
+
+GIB = 2**30
+_CUDA = GIB  # PyTorch's kernels and the working memory of single operations, about
+# What a step of SDXL keeps from the forward to the backward pass: GiB per picture of 1024×1024, counted once from the
+# tensors that autograd keeps of the guide's command. (half precision, checkpointing) -> GiB.
+_ACTIVATIONS = {(True, True): 0.9, (True, False): 8.6, (False, True): 1.4, (False, False): 13.3}
+# Bytes per trained parameter that optimizers keep from step to step; Adafactor keeps at most so many.
+STATES = {"adamw": 8, "adamw8bit": 2, "lion": 4, "prodigy": 16, "adafactor": 4}
+_TWO_FLOATS = 8  # of an optimizer that is not among them
+
+
+def step_memory(model: Model, network: Network, options: Options, batch: int, size: Size) -> Mapping[str, float]:
+    """Bytes that a training step takes on a GPU, by what takes them: counted, but for activations and CUDA's own.
+
+    Samples, and pictures that are encoded before training, take turns with a step and are not in it.
+    """
+    network.groups(options)  # freezes what has a learning rate of 0
+    if options.full_bf16:
+        network.to(torch.bfloat16)
+    parts: dict[str, float] = {f"UNet, {_dtype(model.unet)}": _bytes([model.unet])}
+    if not options.cache_text_encoder_outputs:
+        parts[f"text encoders, {_dtype(model.encoders[0])}"] = _bytes(model.encoders)
+    if not options.cache_latents:
+        parts[f"VAE, {_dtype(model.vae)}"] = _bytes([model.vae])
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trained)
+    name = optimizer_name(options)
+    activations = _ACTIVATIONS[options.mixed_precision != "no", options.gradient_checkpointing]
+    return parts | {
+        f"adapter, {_dtype(network)}": _bytes([network]),
+        "its gradients": sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        f"states of {name}": STATES.get(name.lower().rpartition(".")[2], _TWO_FLOATS) * count,
+        "activations": batch * activations * GIB * math.prod(size) / 1024**2,
+        "CUDA and working memory": _CUDA,
+    }
+
+
+def _bytes(modules: Iterable[nn.Module]) -> int:
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for module in modules
+        for tensor in (*module.parameters(), *module.buffers())
+    )
+
+
+def _dtype(module: nn.Module) -> str:
+    return str(next(module.parameters()).dtype).removeprefix("torch.")
