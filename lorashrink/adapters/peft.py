@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorashrink.errors import DamagedFile, InputError
+from lorashrink.files.store import read_text
 
 METADATA_KEY = "lora_adapter_metadata"  # its keys begin with the component: "unet.r", "text_encoder.lora_alpha"
 CONFIG_FILE = "adapter_config.json"
@@ -53,7 +54,7 @@ def from_folder(folder: Path) -> Settings:
     """The settings of a PEFT folder. Raises InputError or DamagedFile."""
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except (ValueError, RecursionError) as error:

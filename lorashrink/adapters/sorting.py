@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 
 from lorashrink.adapters import families, peft
 from lorashrink.adapters.family import SHARED, Family, Infos
-from lorashrink.adapters.layer import Layer
+from lorashrink.adapters.layer import LARGEST, Layer
 from lorashrink.errors import ShapeError
 from lorashrink.files.store import FLOATS, TensorStore
 
@@ -163,7 +163,9 @@ def _layer(
     _check(store, name, family, keys, infos)
     try:
         scale = peft.scale(settings, name, family.rank(infos))
-    except (ValueError, TypeError, ZeroDivisionError, re.error) as error:
+        if not abs(scale) <= LARGEST:
+            raise ValueError(f"the scale is {scale:g}")
+    except (ValueError, TypeError, ArithmeticError, re.error) as error:
         raise ShapeError(
             f"{store.path}: layer {name}: its lora_alpha or a pattern is broken ({error}). Export it again."
         ) from error

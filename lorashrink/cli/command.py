@@ -14,9 +14,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lorashrink._version import __version__
-from lorashrink.cli.printing import plain, print_json
+from lorashrink.cli.printing import plain, print_json, say
 from lorashrink.cli.progress import progress_bars
-from lorashrink.errors import LorashrinkError, Progress
+from lorashrink.errors import Progress, explained
 
 EXIT_SOME_FAILED, EXIT_NOTHING_DONE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -101,12 +101,15 @@ def _session(as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[
     try:
         with progress_bars(quiet) as progress:
             yield progress
-    except LorashrinkError as error:
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
         if debug:
             raise
+        text = str(explained("the command", error))
         if as_json:
-            print_json({"version": __version__, "error": str(error)})
-        _fail(str(error), EXIT_NOTHING_DONE)
+            print_json({"version": __version__, "error": text})
+        _fail(text, EXIT_NOTHING_DONE)
     except KeyboardInterrupt:
         _fail("interrupted; no unfinished file was left", EXIT_INTERRUPTED)
 
@@ -121,4 +124,4 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _print_error(message: str) -> None:
-    typer.echo(f"lorashrink: {message}", err=True)
+    say(f"lorashrink: {message}", errors=True)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from lorashrink.errors import InputError, OutputError
-from lorashrink.files.store import COPY_CHUNK, TensorStore
+from lorashrink.files.store import COPY_CHUNK, TensorStore, open_file
 
 
 def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
@@ -142,7 +142,7 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits. Raises InputError."""
     digest = hashlib.sha256()
     try:
-        with open(path, "rb", buffering=0) as handle:
+        with open_file(path) as handle:
             while chunk := handle.read(COPY_CHUNK):
                 digest.update(chunk)
     except OSError as error:
