@@ -17,7 +17,7 @@ from lorashrink.files.writing import save_tensors
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.renaming import Renamed, check_naming, renamed
 from lorashrink.results.shrinking import ConversionReport, Converted, Failure, Verbatim
-from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, name_outputs, shown
+from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, clear_outputs, name_outputs, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +61,7 @@ def convert(
         for source in sources
     }
     check_outputs(targets, [*sources, *base_files(base)], force=force)
+    clear_outputs([path for outputs in targets.values() for path in outputs])
     results: list[Converted] = []
     errors: dict[Path, LorashrinkError] = {}
     with ExitStack() as stack:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from lorashrink.errors import Progress, UsageError, explained
-from lorashrink.files.disk import write_bytes
+from lorashrink.files.disk import write_bytes, write_together
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import Failure, Report
 from lorashrink.shrinking.journal import Stamp, stamps
@@ -206,8 +206,8 @@ class _Driver:
             done, outputs = self.ray.get(reference)
             for path, contents in outputs.items():
                 # The file that an output is known by comes last.
-                for name in sorted(contents, key=lambda name: name == path.name):
-                    write_bytes(path.parent / name, contents[name])
+                names = sorted(contents, key=lambda name: name == path.name)
+                write_together({path.parent / name: contents[name] for name in names})
         except self.ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
             done = Done(source, Failure(str(source), f"{source}: the cluster could not do it ({reason})."))

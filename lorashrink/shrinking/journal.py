@@ -85,8 +85,8 @@ class Entry:
         """Whether every value has the type of its default: SQLite stores anything in any column."""
         numbers = (self.threshold or 0.0, self.relative_error, self.seconds)
         wholes = (self.bytes_before, self.bytes_after, self.output_mtime_ns)
-        texts = (self.output, self.source, self.state, self.message, self.source_sha256)
-        texts += (self.recipe, self.base, self.options, self.version, *(stamp.path for stamp in self.stamps))
+        texts = [self.output, self.source, self.state, self.message, self.source_sha256]
+        texts += [self.recipe, self.base, self.options, self.version, *(stamp.path for stamp in self.stamps)]
         return (
             all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
             and all(isinstance(number, int) for number in wholes)
