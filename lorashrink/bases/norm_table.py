@@ -60,6 +60,9 @@ def read(path: Path) -> Table:
         if not all(math.isfinite(value) and value >= 0 for values in norms.values() for value in values.values()):
             raise ValueError("a norm is not a finite number")
         shapes = {str(key): tuple(map(int, shape)) for key, shape in table["tensors"].items()}
+        if not all(0 <= side < 2**63 for shape in shapes.values() for side in shape):
+            raise ValueError("a shape is none")
+        "".join([*shapes, *norms]).encode()  # half a character has no place in a name
         family = family_named(table["family"])
         if family is None:
             raise ValueError(f"its family, {table['family']}, is unknown")

@@ -18,7 +18,7 @@ from lorashrink.cli.printing import plain, print_json, say
 from lorashrink.cli.progress import progress_bars
 from lorashrink.errors import Progress, explained
 from lorashrink.files.disk import count_finished, discard_unfinished
-from lorashrink.text import count_text
+from lorashrink.text import count_text, printable
 
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -100,6 +100,8 @@ def _signature(function: Callable[..., object], verbose_help: str) -> inspect.Si
 def _session(as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[Progress | None]:
     """Progress on stderr, and the only place where errors become exit statuses."""
     logging.basicConfig(level=logging.DEBUG if debug or verbose > 1 else logging.WARNING, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("%(message)s"))
     finished = count_finished()
     try:
         with _ended_by_signals(), progress_bars(quiet) as progress:
@@ -118,6 +120,13 @@ def _session(as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[
         count = count_finished() - finished
         written = f" after {count_text(count, 'output')} {'was' if count == 1 else 'were'} written" if count else ""
         _fail(f"interrupted{written}; no unfinished file was left", EXIT_INTERRUPTED)
+
+
+class _Formatter(logging.Formatter):
+    """Messages and tracebacks in which no name can drive the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
 
 
 @contextlib.contextmanager

@@ -63,12 +63,12 @@ def test_a_pair_is_the_old_or_the_new_one_whatever_rename_fails(
         real(source, target)
 
     monkeypatch.setattr(os, "replace", fails)
-    try:
-        write(tmp_path, NEW)
-    except OutputError as error:
-        assert "No space left" in str(error)
+    if step < 2 + len(before):
+        with pytest.raises(OutputError, match="No space left"):
+            write(tmp_path, NEW)
         assert contents(tmp_path) == before
     else:
+        write(tmp_path, NEW)
         assert contents(tmp_path) == NEW
 
 
@@ -158,7 +158,8 @@ def slowly(number):
     real(number)
 os.fsync = slowly
 from lorashrink.cli import main
-sys.argv = ["lorashrink", "resize", "-r", "rank=2", "--recursive", "-o", {str(tmp_path / "out")!r}, {str(tmp_path / "in")!r}]
+folder = {str(tmp_path)!r}
+sys.argv = ["lorashrink", "resize", "-r", "rank=2", "--recursive", "-o", folder + "/out", folder + "/in"]
 main()
 """
     process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.PIPE, text=True)
