@@ -7,7 +7,6 @@ Both tell the scale of layers that have no alpha tensor, and both must follow wh
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Mapping
 from functools import cache
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorashrink.errors import DamagedFile, InputError
-from lorashrink.files.store import read_text
+from lorashrink.files.store import is_file, read_text
 
 METADATA_KEY = "lora_adapter_metadata"  # its keys begin with the component: "unet.r", "text_encoder.lora_alpha"
 CONFIG_FILE = "adapter_config.json"
@@ -27,14 +26,13 @@ Settings = Mapping[str, Mapping[str, Any]]
 
 
 def is_folder(path: Path) -> bool:
-    """Whether this is a folder as PEFT's `save_pretrained` makes them."""
-    # unlike Path.is_file, no error for a name that is too long
-    return os.path.isfile(path / CONFIG_FILE) and any(os.path.isfile(path / name) for name in WEIGHTS_FILES)
+    """Whether this is a folder as PEFT's `save_pretrained` makes them. Raises InputError if the disk does not tell."""
+    return is_file(path / CONFIG_FILE) and any(is_file(path / name) for name in WEIGHTS_FILES)
 
 
 def weights_in(folder: Path) -> Path:
     """The file with the tensors of a PEFT folder."""
-    return next(folder / name for name in WEIGHTS_FILES if os.path.isfile(folder / name))
+    return next(folder / name for name in WEIGHTS_FILES if is_file(folder / name))
 
 
 def from_metadata(metadata: Mapping[str, str]) -> Settings:

@@ -59,12 +59,12 @@ def check_outputs(inputs: Sequence[str], force: bool, *outputs: Path | None) -> 
             raise UsageError(f"--csv {error}") from error
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with equal keys as a table."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Write rows with equal keys as a table; `columns` are its head where there may be no rows."""
     from lorashrink.files.disk import write_bytes
 
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+    writer = csv.DictWriter(text, list(rows[0] if rows else columns))
     writer.writeheader()
     writer.writerows(map(cells, rows))
     write_bytes(path, text.getvalue().encode())

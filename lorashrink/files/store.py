@@ -79,6 +79,22 @@ def open_file(path: Path) -> FileIO:
         raise
 
 
+# What the system says of names that no file can have.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file. Raises InputError if the disk does not tell, which is not the same as no."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return False
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
 def read_text(path: Path, *, limit: int = MAX_TEXT_BYTES) -> str:
     """The text of a small file in UTF-8. Raises OSError as `open_file`, and ValueError if it is larger or no text."""
     with open_file(path) as handle:
