@@ -119,7 +119,8 @@ def check_header(path: Path) -> None:
     ours = only_ours(lambda: read_header(path))
     try:
         with safe_open(path, "pt") as opened:
-            theirs = {name: list(opened.get_slice(name).get_shape()) for name in opened.keys()}
+            names = list(opened.keys())
+            theirs = {name: list(opened.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError):
         return
     assert ours is not None, "the reference library reads it"
