@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench bench-gpu evidence install format example formats clean
+.PHONY: demo test fuzz lint bench bench-gpu evidence install format example formats clean
 
 demo: $(VENV)/pictures
 	$(BIN)/lorashrink demo -o demo-out
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
+
+# Faults and mutated files in their long forms, about an hour.
+fuzz: $(VENV)/dev
+	LORASHRINK_FUZZ=50 LORASHRINK_FAULTS=long $(BIN)/python -m pytest tests/fuzz tests/faults $(ARGS)
 
 install: $(VENV)/dev
 

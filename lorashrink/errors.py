@@ -10,13 +10,18 @@
     │   ├── ShapeError      tensors that do not fit each other or the base
     │   ├── FamilyMismatch  an adapter for another family of models than the base
     │   └── NonFinite       NaN or infinity in a tensor
-    └── OutputError         a file that cannot be written, or came out wrong
+    ├── OutputError         a file that cannot be written, or came out wrong
+    └── Unexpected          whatever else went wrong with one input
 
 A message says what is wrong, in which file or option, and what to do.
 """
 
+import contextlib
 import difflib
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+
+log = logging.getLogger(__name__)
 
 # How long work reports progress: (what is being done, steps done, steps in all).
 Progress = Callable[[str, int, int], None]
@@ -64,6 +69,38 @@ class NonFinite(InputError):
 
 class OutputError(LorashrinkError):
     """An output file cannot be written, would overwrite something, or did not come out right."""
+
+
+class Unexpected(LorashrinkError):
+    """Something that nobody foresaw went wrong with one input, or the machine refused to go on with it."""
+
+
+@contextlib.contextmanager
+def boundary(subject: object, failed: Callable[[LorashrinkError], object]) -> Iterator[None]:
+    """The work on one of many inputs: whatever it raises goes to `failed`, and the others can go on."""
+    try:
+        yield
+    except Exception as error:
+        failed(explained(subject, error))
+
+
+def explained(subject: object, error: Exception) -> LorashrinkError:
+    """The error as one that says what is wrong, with which input, and what to do; its traceback goes to the log."""
+    if isinstance(error, LorashrinkError):
+        return error
+    log.debug("%s", subject, exc_info=error)
+    return Unexpected(f"{subject}: {_what_is_wrong(error)}")
+
+
+def _what_is_wrong(error: Exception) -> str:
+    words = " ".join(str(error).split())[:300]
+    if isinstance(error, MemoryError) or "not enough memory" in words or "out of memory" in words:
+        return "does not fit into memory. Close other programs, or use a machine with more."
+    if isinstance(error, OSError) and error.strerror:
+        where = f" {error.filename}" if error.filename else ""
+        return f"the system refused it ({error.strerror}{where}). See to that, and run the same line again."
+    kind = type(error).__name__
+    return f"unexpected {kind}: {words}. This is an error of lorashrink; please report it with what --debug shows."
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:

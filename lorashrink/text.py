@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+# Control characters, with which a name could drive the terminal, marks that turn the order of a line around or end
+# it, and halves of characters that no encoding has.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """The text with escapes such as `\\x1b` for all that is not meant to be seen, but the characters in `keep`."""
+
+    def escaped(match: re.Match[str]) -> str:
+        character = match[0]
+        if character in keep:
+            return character
+        return character.encode("unicode_escape", "surrogatepass").decode()
+
+    return _UNPRINTABLE.sub(escaped, text)
 
 
 def size_text(count: float) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from lorashrink.engine.delta import AnyDelta
 
+LARGEST = 1e38  # what float32 holds, in which programs multiply
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -79,7 +81,13 @@ class Layer:
             raise ShapeError(
                 f"{self.store.path}: {self.keys['alpha']} should be one number, it is {list(tensor.shape)}."
             )
-        return float(tensor)
+        value = float(tensor)
+        if math.isfinite(value) and abs(value) > LARGEST:
+            raise ShapeError(
+                f"{self.store.path}: {self.keys['alpha']} is {value:g}, which overflows in every program. "
+                "Export the file again."
+            )
+        return value
 
     @property
     def scale(self) -> float:
@@ -111,8 +119,9 @@ class Layer:
         tensors = {role: self.store.read(key) for role, key in {**self.own, **self.common}.items()}
         reads_base = self.family.needs in (Needs.ADDITION, Needs.MULTIPLICATION)
         weight = self.weight() if self.weight and reads_base else None
+        stored = Stored(tensors, self.scale, self.shape, weight, self.config)
         try:
-            return self.family.delta(Stored(tensors, self.scale, self.shape, weight, self.config))
+            return self.family.delta(stored)
         except ShapeError as error:
             raise ShapeError(f"{self.store.path}: layer {self.name}: {error}") from error
 

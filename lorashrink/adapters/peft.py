@@ -7,7 +7,6 @@ Both tell the scale of layers that have no alpha tensor, and both must follow wh
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Mapping
 from functools import cache
@@ -18,6 +17,7 @@ import regex
 
 from lorashrink.adapters.peft_keys import only_in_peft
 from lorashrink.errors import DamagedFile, InputError
+from lorashrink.files.store import is_file, read_text
 
 METADATA_KEY = "lora_adapter_metadata"  # its keys begin with the component: "unet.r", "text_encoder.lora_alpha"
 CONFIG_FILE = "adapter_config.json"
@@ -29,14 +29,13 @@ Settings = Mapping[str, Mapping[str, Any]]
 
 
 def is_folder(path: Path) -> bool:
-    """Whether this is a folder as PEFT's `save_pretrained` makes them."""
-    # unlike Path.is_file, no error for a name that is too long
-    return os.path.isfile(path / CONFIG_FILE) and any(os.path.isfile(path / name) for name in WEIGHTS_FILES)
+    """Whether this is a folder as PEFT's `save_pretrained` makes them. Raises InputError if the disk does not tell."""
+    return is_file(path / CONFIG_FILE) and any(is_file(path / name) for name in WEIGHTS_FILES)
 
 
 def weights_in(folder: Path) -> Path:
     """The file with the tensors of a PEFT folder."""
-    return next(folder / name for name in WEIGHTS_FILES if os.path.isfile(folder / name))
+    return next(folder / name for name in WEIGHTS_FILES if is_file(folder / name))
 
 
 def from_metadata(metadata: Mapping[str, str]) -> Settings:
@@ -56,7 +55,7 @@ def from_folder(folder: Path) -> Settings:
     """The settings of a PEFT folder. Raises InputError or DamagedFile."""
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except (ValueError, RecursionError) as error:

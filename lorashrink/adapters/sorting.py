@@ -13,7 +13,7 @@ import regex
 from lorashrink.adapters import families, peft
 from lorashrink.adapters.changed_base import against_true_base
 from lorashrink.adapters.family import SHARED, Family, Infos
-from lorashrink.adapters.layer import Layer
+from lorashrink.adapters.layer import LARGEST, Layer
 from lorashrink.adapters.peft_keys import changes_base
 from lorashrink.errors import ShapeError
 from lorashrink.files.store import FLOATS, TensorStore
@@ -166,7 +166,9 @@ def _layer(
     _check(store, name, family, keys, infos)
     try:
         scale = peft.scale(settings, name, family.rank(infos))
-    except (ValueError, TypeError, ZeroDivisionError, AttributeError, regex.error, TimeoutError) as error:
+        if not abs(scale) <= LARGEST:
+            raise ValueError(f"the scale is {scale:g}")
+    except (ValueError, TypeError, ArithmeticError, AttributeError, regex.error, TimeoutError) as error:
         raise ShapeError(
             f"{store.path}: layer {name}: its lora_alpha or a pattern is broken ({error}). Export it again."
         ) from error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorashrink.bases.quantised import DecodedStore
 from lorashrink.errors import DamagedFile, InputError
-from lorashrink.files.store import TensorInfo, TensorStore, tensor_info
+from lorashrink.files.store import TensorInfo, TensorStore, open_file, tensor_info
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ _HEAD_COUNTS = {"attn_q": ("head_count",), "attn_k": ("head_count_kv", "head_cou
 def is_gguf(path: Path) -> bool:
     """Whether this is a GGUF file, by its first bytes or its name."""
     try:
-        with open(path, "rb") as handle:
+        with open_file(path) as handle:
             return handle.read(len(MAGIC)) == MAGIC or path.suffix.lower() == ".gguf"
     except OSError:
         return False

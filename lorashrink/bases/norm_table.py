@@ -16,6 +16,7 @@ from typing import Any
 from lorashrink.bases.families import family_named
 from lorashrink.bases.family import BaseFamily
 from lorashrink.errors import InputError, NotABase
+from lorashrink.files.store import read_text
 
 FORMAT = "lorashrink-norms"
 VERSION = 2
@@ -50,7 +51,7 @@ def to_bytes(family: BaseFamily, name: str, fingerprint: str, shapes: Mapping[st
 def read(path: Path) -> Table:
     """Read a norm table. Raises InputError (unreadable) or NotABase (not one, or of another version)."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_text(path))
         if table["format"] != FORMAT:
             raise KeyError(FORMAT)
         if table["version"] != VERSION:
@@ -59,13 +60,16 @@ def read(path: Path) -> Table:
         if not all(math.isfinite(value) and value >= 0 for values in norms.values() for value in values.values()):
             raise ValueError("a norm is not a finite number")
         shapes = {str(key): tuple(map(int, shape)) for key, shape in table["tensors"].items()}
+        if not all(0 <= side < 2**63 for shape in shapes.values() for side in shape):
+            raise ValueError("a shape is none")
+        "".join([*shapes, *norms]).encode()  # half a character has no place in a name
         family = family_named(table["family"])
         if family is None:
             raise ValueError(f"its family, {table['family']}, is unknown")
         return Table(family, str(table["fingerprint"]), shapes, norms)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise NotABase(
             f"{path}: not a norm table of this version ({error}). Make one with: lorashrink norms BASE -o {path.name}"
         ) from error

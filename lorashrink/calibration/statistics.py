@@ -183,7 +183,7 @@ def open_statistics(path: str | Path) -> Statistics:
             raise InputError(f"{path}: has version {entries['version']}, this program reads {VERSION}.")
         base = _base_without_weights(path, json.loads(entries["base"]))
         return Statistics(path, entries["kind"], store, base, sha256_file(path))
-    except (KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, StopIteration, ArithmeticError, RecursionError) as error:
         store.close()
         raise InputError(f"{path}: damaged statistics ({error!r}); run calibrate again.") from error
     except InputError:

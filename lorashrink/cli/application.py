@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import os
 import sys
 from typing import Annotated
@@ -35,16 +37,36 @@ def main_options(
     """Look inside LoRA adapters and shrink them against their base checkpoint."""
 
 
+def _tell(error: OSError) -> int:
+    """Say that results could not be printed; a reader that has gone, such as `head`, wants to hear nothing."""
+    if not isinstance(error, BrokenPipeError):
+        with contextlib.suppress(OSError):
+            reason = f"{error.strerror or error}"
+            sys.stderr.write(
+                f"lorashrink: the results could not be printed ({reason}); files are written all the same\n"
+            )
+    return 2
+
+
 def main() -> None:
     """Entry point of the `lorashrink` command."""
     # Importing torch makes objects by the hundred thousand, and headers by the ten thousand; none of them is garbage.
     gc.set_threshold(100_000)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every terminal and pipe can show every sign
+            stream.reconfigure(errors="backslashreplace")
     status: object = 0
     try:
         app()
     except SystemExit as stop:
         status = stop.code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    except OSError as error:  # of printing: the command itself turns its own into messages
+        status = _tell(error)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        status = _tell(error)
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     # Every file is closed by now; taking torch apart would only take up to half a second.
     os._exit(status if isinstance(status, int) else 0)

@@ -9,6 +9,7 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, Model, seeds_of
+from lorashrink.cli.printing import say
 from lorashrink.errors import UsageError
 from lorashrink.text import size_text
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def _print_calibrated(result: Calibrated, terminal: Terminal) -> None:
     adapters = ", ".join(Path(path).name for path in result.adapters) or "every adapter of its model"
     peak = f", {size_text(result.peak_bytes)} of GPU memory at most" if result.peak_bytes else ""
-    typer.echo(
+    say(
         f"{result.path}: statistics of {result.layers} layers for {adapters}, {size_text(result.bytes)}, from "
         f"{result.passes} passes in {result.seconds:.0f} s{peak}"
     )

@@ -14,9 +14,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lorashrink._version import __version__
-from lorashrink.cli.printing import plain, print_json
+from lorashrink.cli.printing import plain, print_json, say
 from lorashrink.cli.progress import progress_bars
-from lorashrink.errors import LorashrinkError, Progress
+from lorashrink.errors import Progress, explained
+from lorashrink.files.disk import count_finished, discard_unfinished
+from lorashrink.text import count_text, printable
+
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 EXIT_SOME_FAILED, EXIT_NOTHING_DONE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -96,22 +100,63 @@ def _signature(function: Callable[..., object], verbose_help: str) -> inspect.Si
 def _session(as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[Progress | None]:
     """Progress on stderr, and the only place where errors become exit statuses."""
     logging.basicConfig(level=logging.DEBUG if debug or verbose > 1 else logging.WARNING, format="%(message)s")
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, _interrupt)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("%(message)s"))
+    finished = count_finished()
     try:
-        with progress_bars(quiet) as progress:
+        with _ended_by_signals(), progress_bars(quiet) as progress:
             yield progress
-    except LorashrinkError as error:
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
         if debug:
             raise
+        text = str(explained("the command", error))
         if as_json:
-            print_json({"version": __version__, "error": str(error)})
-        _fail(str(error), EXIT_NOTHING_DONE)
+            print_json({"version": __version__, "error": text})
+        _fail(text, EXIT_NOTHING_DONE)
     except KeyboardInterrupt:
-        _fail("interrupted; no unfinished file was left", EXIT_INTERRUPTED)
+        discard_unfinished()
+        count = count_finished() - finished
+        written = f" after {count_text(count, 'output')} {'was' if count == 1 else 'were'} written" if count else ""
+        _fail(f"interrupted{written}; no unfinished file was left", EXIT_INTERRUPTED)
+
+
+class _Formatter(logging.Formatter):
+    """Messages and tracebacks in which no name can drive the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """The first signal to end is a KeyboardInterrupt in the main thread, and there is no second one."""
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in _ENDING}
+    heard = [number for number in _ENDING if before[number] is not signal.SIG_IGN]  # under nohup not all of them
+    try:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            for number in heard:
+                signal.signal(number, _interrupt)
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        _restore(before)
+        raise
+    else:
+        _restore(before)
+
+
+def _restore(handlers: Mapping[int, Any]) -> None:
+    with contextlib.suppress(ValueError, TypeError):
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(*_: object) -> NoReturn:
+    for number in _ENDING:  # unfinished files are deleted now, and a second signal must not stop that
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -121,4 +166,4 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _print_error(message: str) -> None:
-    typer.echo(f"lorashrink: {message}", err=True)
+    say(f"lorashrink: {message}", errors=True)

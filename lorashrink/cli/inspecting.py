@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -168,8 +169,10 @@ def inspect(
         progress=terminal.progress,
     )
     if as_csv:
+        from lorashrink.results.inspection import LayerRow
+
         rows = [{"path": adapter.path, **plain(row)} for adapter in inspection.files for row in adapter.layers]
-        write_csv(as_csv, rows)
+        write_csv(as_csv, rows, ["path", *(field.name for field in fields(LayerRow))])
     if spectra and heat:
         _draw(inspection, spectra, heat if base else None)
     return inspection

@@ -22,6 +22,7 @@ from lorashrink.cli.options import (
     Recursive,
     split_base,
 )
+from lorashrink.cli.printing import say
 from lorashrink.cli.resizing import print_report
 from lorashrink.text import size_text
 
@@ -78,9 +79,9 @@ def _print_conversion(report: ConversionReport, terminal: Terminal) -> None:
     for result in report.results:
         kept = f", {len(result.kept)} tensors under their old names" if result.kept else ""
         exact = "bit by bit" if result.exact else "rounded"
-        typer.echo(f"{result.output}: {result.layers} layers, {size_text(result.bytes_after)}, {exact}{kept}")
+        say(f"{result.output}: {result.layers} layers, {size_text(result.bytes_after)}, {exact}{kept}")
         for tensor in result.kept if terminal.verbose else ():
-            typer.echo(f"kept {tensor.key}: {tensor.reason}")
+            say(f"kept {tensor.key}: {tensor.reason}")
 
 
 @command(_print_conversion, done=lambda report: bool(report.results))
@@ -114,9 +115,7 @@ def convert(
 
 
 def _print_norms(table: NormTable, terminal: Terminal) -> None:
-    typer.echo(
-        f"{table.path}: norms of {table.weights} weights of {table.base} ({table.family}), {size_text(table.bytes)}"
-    )
+    say(f"{table.path}: norms of {table.weights} weights of {table.base} ({table.family}), {size_text(table.bytes)}")
 
 
 @command(_print_norms, with_version=False)

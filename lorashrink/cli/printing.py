@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lorashrink.errors import LorashrinkError, UsageError
+from lorashrink.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,11 @@ def plain(value: Any) -> Any:
     return value
 
 
+def say(text: str, *, errors: bool = False) -> None:
+    """A line on stdout, or stderr; the names in it cannot end it or drive the terminal."""
+    typer.echo(printable(text), err=errors)
+
+
 def print_json(document: object) -> None:
     """One JSON document on stdout."""
     typer.echo(json.dumps(document, allow_nan=False))
@@ -53,29 +59,45 @@ def check_outputs(inputs: Sequence[str], force: bool, *outputs: Path | None) -> 
             raise UsageError(f"--csv {error}") from error
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with equal keys as a table."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Write rows with equal keys as a table; `columns` are its head where there may be no rows."""
     from lorashrink.files.disk import write_bytes
 
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+    writer = csv.DictWriter(text, list(rows[0] if rows else columns))
     writer.writeheader()
     writer.writerows(map(cells, rows))
     write_bytes(path, text.getvalue().encode())
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a CSV table: lists and objects as JSON."""
-    return {key: json.dumps(cell) if isinstance(cell, (list, dict)) else cell for key, cell in row.items()}
+    """A row of a CSV table: lists and objects as JSON, and texts that no spreadsheet takes for a formula."""
+    return {key: _cell(value) for key, value in row.items()}
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, (list, dict)):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def new_console() -> Console:
     """A console that prints texts as they are: names of files and layers may look like markup."""
     from rich.console import Console
+    from rich.text import Text
+
+    class PrintableConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:  # every text passes here, also those in tables
+            return super().render_str(printable(text, keep="\n"), **options)
 
     # A pipe has no width; lines that are cut there would be cut in the reader's file.
     terminal = sys.stdout.isatty()
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=None if terminal else 200)
+    return PrintableConsole(
+        highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=None if terminal else 200
+    )
 
 
 def new_table(*columns: str) -> Table:

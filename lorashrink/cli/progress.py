@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorashrink.errors import Progress
+from lorashrink.text import printable
 
 
 @contextlib.contextmanager
@@ -26,7 +27,7 @@ def progress_bars(quiet: bool) -> Iterator[Progress | None]:
             return Text(f"{task.speed:.0f}/s" if task.speed else "")
 
     columns = (
-        bars.TextColumn("{task.description}"),
+        bars.TextColumn("{task.description}", markup=False),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
         Rate(),
@@ -39,7 +40,7 @@ def progress_bars(quiet: bool) -> Iterator[Progress | None]:
         def report(text: str, done: int, total: int) -> None:
             with lock:  # called from several threads
                 if text not in tasks:
-                    tasks[text] = display.add_task(text, total=total)
+                    tasks[text] = display.add_task(printable(text), total=total)
                 display.update(tasks[text], completed=done)
                 if done >= total:
                     display.remove_task(tasks.pop(text))

@@ -9,6 +9,7 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, Model, seeds_of
+from lorashrink.cli.printing import say
 from lorashrink.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,12 +21,12 @@ def print_refined(result: Refined, terminal: Terminal | None = None) -> None:
     effort = f"{result.steps} steps on {result.layers} layers in {result.seconds:.0f} s"
     if result.improved:
         share = result.loss_after / result.loss_before
-        typer.echo(
+        say(
             f"{result.path}: {effort}; the squared error of predictions that were not trained on is {share:.0%} of "
             "before"
         )
     else:
-        typer.echo(f"{result.path}: {effort} made nothing better; its tensors are those of {result.source}")
+        say(f"{result.path}: {effort} made nothing better; its tensors are those of {result.source}")
 
 
 @command(print_refined)

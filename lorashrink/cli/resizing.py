@@ -26,7 +26,7 @@ from lorashrink.cli.options import (
     Recursive,
     split_base,
 )
-from lorashrink.cli.printing import check_outputs, new_console, new_table
+from lorashrink.cli.printing import check_outputs, new_console, new_table, say
 from lorashrink.cli.streams import Gathered
 from lorashrink.errors import UsageError
 from lorashrink.files.disk import write_bytes
@@ -198,7 +198,7 @@ def _print_sums(console: Console, report: Report, dry_run: bool) -> None:
 def _print_details(console: Console, result: FileResult, verbose: int) -> None:
     name = Path(result.output).name
     for warning in result.warnings:
-        typer.echo(f"{result.output}: {warning}", err=True)
+        say(f"{result.output}: {warning}", errors=True)
     lines = []
     if result.forms:
         sizes = ", ".join(f"--as {form} {size_text(size)}" for form, size in result.forms.items())

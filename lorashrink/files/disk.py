@@ -7,29 +7,50 @@ import hashlib
 import os
 import re
 import secrets
+import threading
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lorashrink.errors import InputError, OutputError
-from lorashrink.files.store import COPY_CHUNK, TensorStore
+from lorashrink.files.store import COPY_CHUNK, TensorStore, open_file
 
 
 def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file of these bytes, or pieces, in one step: it appears complete under its name, or not at all."""
-    temporary = None
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes | Iterable[bytes]]) -> None:
+    """Write files that appear together or not at all; readers know the group by the last one. Raises OutputError."""
+    with complete_files(files) as temporaries:
+        publish(temporaries)
+
+
+@contextlib.contextmanager
+def complete_files(files: Mapping[Path, bytes | Iterable[bytes]]) -> Iterator[dict[Path, Path]]:
+    """Files of these bytes on the disk, name -> temporary name; those that get no name are deleted afterwards."""
+    temporaries: dict[Path, Path] = {}
+    with contextlib.ExitStack() as stack:
+        for path, data in files.items():
+            with as_output_error(path):
+                number, temporaries[path] = create_temporary(path)
+                stack.callback(discard, temporaries[path])
+                handle = stack.enter_context(os.fdopen(number, "wb"))
+                handle.writelines([data] if isinstance(data, bytes) else data)
+                handle.flush()
+                os.fsync(handle.fileno())
+                if os.name != "posix":  # where open files get no new name; elsewhere they stay owned until then
+                    handle.close()
+        yield temporaries
+
+
+@contextlib.contextmanager
+def as_output_error(path: Path) -> Iterator[None]:
     try:
-        number, temporary = create_temporary(path)
-        with os.fdopen(number, "wb") as handle:
-            handle.writelines([data] if isinstance(data, bytes) else data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        publish(temporary, path)
+        yield
     except OSError as error:
         raise OutputError(cannot_write(path, error)) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def create_temporary(path: Path) -> tuple[int, Path]:
@@ -41,18 +62,111 @@ def create_temporary(path: Path) -> tuple[int, Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         temporary = path.parent / f"{_temporary_prefix(path)}{secrets.token_hex(4)}.tmp"
-        with contextlib.suppress(FileExistsError):
+        _own.unfinished.add(temporary)  # before it is there, because a signal can come at any moment
+        try:
             number = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        except FileExistsError:
+            _own.unfinished.discard(temporary)
+        else:
             lock_file(number)
             return number, temporary
 
 
-def publish(temporary: Path, path: Path) -> None:
-    """Give a complete file its name."""
-    os.replace(temporary, path)
+class _Own:
+    """What this process has written: temporary files without a name so far, and how many outputs have got theirs."""
+
+    def __init__(self) -> None:
+        self.unfinished: set[Path] = set()
+        self.finished = 0
+        self.lock = threading.Lock()
+
+
+_own = _Own()
+
+
+def discard(temporary: Path) -> None:
+    """Delete a temporary file, if it is there; a disk that refuses once may not refuse twice."""
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            _own.unfinished.discard(temporary)
+            break
+
+
+def discard_unfinished() -> None:
+    """Delete all temporary files of this process, which will write no more."""
+    for temporary in list(_own.unfinished):
+        discard(temporary)
+
+
+def count_finished() -> int:
+    """How many outputs this process has written, those of several files counted once."""
+    return _own.finished
+
+
+def publish(temporaries: Mapping[Path, Path]) -> None:
+    """Give complete files, name -> temporary name, their names: all of them, or none.
+
+    A file alone replaces an older one in one step. Of several, readers know the group by the last one: while it is
+    away no reader takes new files for a part of the old group. What is replaced is set aside until then, and put back
+    if something fails; `clear_leftovers` puts it back after a process that was killed between two steps.
+    Raises OutputError.
+    """
+    *others, last = temporaries
+    aside: dict[Path, Path] = {}
+    placed: list[Path] = []
+    with contextlib.ExitStack() as stack, as_output_error(last):
+        try:
+            if others:
+                token = secrets.token_hex(4)
+                for path in filter(os.path.exists, [last, *reversed(others)]):
+                    stack.callback(os.close, _owned(path))
+                    aside[path] = _aside(path, token)
+                    os.replace(path, aside[path])
+            for path, temporary in temporaries.items():
+                placed.append(path)
+                os.replace(temporary, path)
+                _own.unfinished.discard(temporary)
+        except BaseException:
+            if others:  # a file alone is still the old one
+                for path in placed:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                _put_back(aside)
+            raise
+        for old in aside.values():
+            discard(old)
+    _flush_folder(last.parent)
+    with _own.lock:
+        _own.finished += 1
+
+
+def _aside(path: Path, token: str) -> Path:
+    return path.parent / f"{_temporary_prefix(path)}{token}.old"
+
+
+def _put_back(aside: Mapping[Path, Path]) -> None:
+    """Give files that were set aside, path -> where they are, their names again; the last one was set aside first."""
+    for path, old in reversed(list(aside.items())):
+        for _ in range(2):
+            with contextlib.suppress(OSError):
+                os.replace(old, path)
+                break
+
+
+def _owned(path: Path) -> int:
+    """A descriptor that keeps other processes from taking the file for left behind; of nothing where none could."""
+    if os.name != "posix":  # files that are open get no new name there
+        return os.open(os.devnull, os.O_RDONLY)
+    number = os.open(path, os.O_RDONLY)
+    lock_file(number)
+    return number
+
+
+def _flush_folder(folder: Path) -> None:
     if os.name == "posix":  # elsewhere a folder cannot be opened to flush it
         with contextlib.suppress(OSError):
-            number = os.open(path.parent, os.O_RDONLY)
+            number = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(number)
             finally:
@@ -90,7 +204,12 @@ def lock_file(number: int) -> bool:
 
 
 def clear_leftovers(outputs: Iterable[Path]) -> list[Path]:
-    """Delete temporary files of these outputs which no living process has open, and return their paths."""
+    """Delete temporary files of these outputs which no living process has open, and return their paths.
+
+    Outputs that were set aside and never replaced get their names back before.
+    """
+    outputs = list(outputs)
+    _recover(outputs)
     prefixes: dict[Path, set[str]] = defaultdict(set)
     for path in outputs:
         prefixes[path.parent].add(_temporary_prefix(path))
@@ -102,6 +221,33 @@ def clear_leftovers(outputs: Iterable[Path]) -> list[Path]:
         if (match := _TEMPORARY_NAME.fullmatch(name)) and match[1] in of_outputs
     ]
     return [path for path in leftovers if _delete_unlocked(path)]
+
+
+def _recover(outputs: Sequence[Path]) -> None:
+    """Put back outputs of several files that a killed process had set aside, where it did not get to replace all.
+
+    Of each output the file that it is known by comes first.
+    """
+    groups: dict[tuple[Path, str], dict[Path, Path]] = defaultdict(dict)
+    for path in outputs:
+        for name in os.listdir(path.parent) if os.path.isdir(path.parent) else ():
+            token = name.removeprefix(_temporary_prefix(path)).removesuffix(".old")
+            if name == _aside(path, token).name and not _in_use(path.parent / name):
+                groups[path.parent, token][path] = path.parent / name
+    for aside in groups.values():
+        if all(map(os.path.exists, aside)):
+            for old in aside.values():
+                discard(old)
+        else:
+            _put_back(aside)
+
+
+def _in_use(path: Path) -> bool:
+    try:
+        with open(path, "rb") as handle:
+            return not lock_file(handle.fileno())
+    except OSError:
+        return True
 
 
 def _delete_unlocked(path: Path) -> bool:
@@ -142,7 +288,7 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits. Raises InputError."""
     digest = hashlib.sha256()
     try:
-        with open(path, "rb", buffering=0) as handle:
+        with open_file(path) as handle:
             while chunk := handle.read(COPY_CHUNK):
                 digest.update(chunk)
     except OSError as error:

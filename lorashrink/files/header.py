@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from lorashrink.errors import DamagedFile, InputError
-from lorashrink.files.store import DTYPES, TensorInfo
+from lorashrink.files.store import DTYPES, TensorInfo, open_file
 
 # The format's own limit; a larger length is a lie or an attack.
 MAX_HEADER_BYTES = 100_000_000
+
+_TOO_LARGE = 2**64
 
 _WRITE_ORDER = {dtype: position for position, dtype in enumerate(DTYPES)}
 
@@ -62,8 +64,11 @@ def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[
         header = json.loads(raw, object_pairs_hook=_without_duplicates)
         metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
         tensors = {name: _tensor_info(entry, file, data_start) for name, entry in header.items()}
+        "".join([*tensors, *metadata, *metadata.values()]).encode()  # half a character has no place in a file
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedFile(f"{path}: the safetensors header is broken ({error}). Download or copy it again.") from error
+        raise DamagedFile(
+            f"{path}: the safetensors header is broken ({str(error)[:200]}). Download or copy it again."
+        ) from error
     _check_layout(path, tensors, data_start, size)
     return tensors, metadata, raw
 
@@ -71,13 +76,13 @@ def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[
 def _raw_header(path: Path) -> tuple[bytes, int]:
     """(header without its length, size of the file)."""
     try:
-        with open(path, "rb") as handle:
+        with open_file(path) as handle:
             size = os.fstat(handle.fileno()).st_size
             start = handle.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             brace = handle.read(1)
             if 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                return brace + handle.read(length - 1), size
+                return brace + _read_all(handle, length - 1), size
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
     # Without the brace of a header: a safetensors file that is cut short may begin like a pickle.
@@ -91,6 +96,14 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
     )
 
 
+def _read_all(handle: FileIO, count: int) -> bytes:
+    """So many bytes, or fewer where the file ends; the system may give them in pieces."""
+    data = bytearray()
+    while len(data) < count and (piece := handle.read(count - len(data))):
+        data += piece
+    return bytes(data)
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -101,13 +114,26 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor_info(entry: Mapping[str, Any], file: int, data_start: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
     dtype, shape = entry["dtype"], tuple(entry["shape"])
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
-        raise ValueError("sizes must be whole numbers")
+    if not all(type(number) is int and 0 <= number < _TOO_LARGE for number in (begin, end, *shape)):
+        raise ValueError("sizes must be whole numbers of at most 64 bits")
     if end < begin:
         raise ValueError(f"a tensor ends at {end}, before its start at {begin}")
-    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype][0] != end - begin:
+    if not isinstance(dtype, str):
+        raise ValueError("a dtype must be a name")
+    count = _count(shape)
+    if dtype in DTYPES and count * DTYPES[dtype][0] != end - begin:
         raise ValueError(f"{dtype} {list(shape)} does not fill bytes {begin} to {end}")
     return TensorInfo(dtype, shape, end - begin, file, data_start + begin)
+
+
+def _count(shape: Sequence[int]) -> int:
+    """The product, as far as 64 bits hold it: that of a hostile shape has millions of digits."""
+    count = 1
+    for side in shape:
+        count *= side
+        if count >= _TOO_LARGE:
+            raise ValueError("a shape is larger than any file")
+    return count
 
 
 def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:

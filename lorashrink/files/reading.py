@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from lorashrink.errors import DamagedFile, InputError
 from lorashrink.files.header import read_header
-from lorashrink.files.store import FORMAT_NAMES, TensorInfo, TensorStore, pickled_store
+from lorashrink.files.store import FORMAT_NAMES, TensorInfo, TensorStore, pickled_store, read_text
+
+_SHARED, _SLACK = 4, 1 << 20
 
 PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin"})
 
@@ -28,10 +31,11 @@ def open_tensors(path: Path) -> TensorStore:
 
 def _open_shards(index: Path) -> TensorStore:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_text(index))["weight_map"]
         names = sorted(set(weight_map.values()))
         if not all(isinstance(name, str) for name in names):
             raise TypeError("a shard's name is no text")
+        "".join([*names, *weight_map]).encode()  # half a character has no place in a name
     except OSError as error:
         raise InputError(f"{index}: cannot be read ({error.strerror or error}).") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -39,7 +43,7 @@ def _open_shards(index: Path) -> TensorStore:
     tensors: dict[str, TensorInfo] = {}
     headers = []
     for index_of_shard, name in enumerate(names):
-        if Path(name).name != name or name in {"", ".", ".."}:
+        if Path(name).name != name or name in {"", ".", ".."} or "\0" in name:
             raise DamagedFile(f"{index}: names a shard outside its own folder: {name!r}.")
         shard, _, header = read_header(index.parent / name, index_of_shard)
         tensors |= shard
@@ -55,6 +59,7 @@ def _open_pickle(path: Path) -> TensorStore:
         raise InputError(f"{path}: no such file.")
     import torch
 
+    _check_unpacked_size(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -73,4 +78,25 @@ def _open_pickle(path: Path) -> TensorStore:
             raise DamagedFile(
                 f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}, which safetensors cannot hold."
             )
+    _check_claims(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     return pickled_store(path, tensors)
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Refuse a zip file whose parts unpack to far more than it holds; torch writes them as they are."""
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                _check_claims(path, sum(part.file_size for part in archive.infolist()))
+        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+            pass  # torch says what is wrong with it
+
+
+def _check_claims(path: Path, claimed: int) -> None:
+    """Tensors may share or repeat numbers, so that some more than the file holds is in order."""
+    size = path.stat().st_size
+    if claimed > _SHARED * size + _SLACK:
+        raise DamagedFile(
+            f"{path}: says that it holds {claimed} bytes of numbers, and has {size}. Ask its author for a safetensors "
+            "file."
+        )

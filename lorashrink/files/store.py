@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +61,47 @@ OUTPUT_DTYPES: dict[str, str | None] = {
 }
 
 COPY_CHUNK = 1 << 24
+
+MAX_TEXT_BYTES = 100_000_000  # of a settings file, as of a header
+
+
+def open_file(path: Path) -> FileIO:
+    """A file, open to read. Raises OSError, also for a pipe or device, which would make the reader wait for ever."""
+    # a pipe nobody writes to would block already here
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            kind = errno.EISDIR if stat.S_ISDIR(os.fstat(number).st_mode) else errno.EINVAL
+            raise OSError(kind, "not a regular file" if kind == errno.EINVAL else os.strerror(kind), str(path))
+        return FileIO(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+# What the system says of names that no file can have.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file. Raises InputError if the disk does not tell, which is not the same as no."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return False
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
+def read_text(path: Path, *, limit: int = MAX_TEXT_BYTES) -> str:
+    """The text of a small file in UTF-8. Raises OSError as `open_file`, and ValueError if it is larger or no text."""
+    with open_file(path) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"it has {size} bytes, and the most that is read is {limit}")
+        return handle.readall().decode("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +224,7 @@ class TensorStore:
         try:
             with self._lock:
                 if index not in self._open_files:
-                    self._open_files[index] = open(path, "rb", buffering=0)  # noqa: SIM115 - held open
+                    self._open_files[index] = open_file(path)
                 handle = self._open_files[index]
             while view:
                 if hasattr(os, "preadv"):

@@ -6,11 +6,12 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorashrink.errors import OutputError
-from lorashrink.files.disk import cannot_write, create_temporary, publish, write_bytes
+from lorashrink.files.disk import as_output_error, cannot_write, complete_files, create_temporary, discard, publish
 from lorashrink.files.hashes import with_hashes, with_placeholders
 from lorashrink.files.header import header_bytes, write_order
 from lorashrink.files.store import COPY_CHUNK, TensorInfo, TensorStore, info_of, memory_of
@@ -32,7 +33,7 @@ def save_tensors(
     tensors: in the dtypes to write, on any device.
     metadata: hashes of the contents that it has, of whatever value, are replaced by those of the new file.
     source: its tensors are copied byte by byte, except those in `tensors`, which must fit the shape in the source.
-    companions: other files that appear just before this one.
+    companions: other files that appear together with this one.
 
     Raises OutputError.
     """
@@ -49,9 +50,7 @@ def save_tensors(
         if writer.readable_names() != infos.keys():
             raise OutputError(f"{path}: the written file has other tensors than planned; please report this.")
         writer.replace_metadata(with_hashes(entries, infos, writer.data_chunks))
-        for companion, data in (companions or {}).items():
-            write_bytes(companion, data)
-        writer.commit()
+        writer.commit(companions)
 
 
 class SafetensorsWriter:
@@ -71,14 +70,12 @@ class SafetensorsWriter:
             self._offsets[name] = offset
             offset += tensors[name].nbytes
         self._lock = threading.Lock()
-        try:
+        with as_output_error(path):
             number, self.temporary = create_temporary(path)
-            self._file = os.fdopen(number, "r+b", buffering=0)
-        except OSError as error:
-            raise OutputError(cannot_write(path, error)) from error
+        self._file = FileIO(number, "r+b")
         try:
             self._write_at(0, header)
-        except OutputError:
+        except BaseException:
             self._discard()
             raise
 
@@ -101,7 +98,7 @@ class SafetensorsWriter:
 
     def data_chunks(self) -> Iterator[bytes]:
         """All bytes behind the header, as written, for hashes."""
-        with open(self.temporary, "rb", buffering=0) as handle:
+        with as_output_error(self.path), open(self.temporary, "rb", buffering=0) as handle:
             handle.seek(self._header_length)
             while chunk := handle.read(COPY_CHUNK):
                 yield chunk
@@ -123,16 +120,15 @@ class SafetensorsWriter:
             raise ValueError("the header changed its length")
         self._write_at(0, header)
 
-    def commit(self) -> None:
-        """Flush to the disk and give the file its name. Raises OutputError."""
-        try:
-            os.fsync(self._file.fileno())
-            if os.name != "posix":  # Windows gives no new name to an open file; elsewhere it stays owned until then
-                self._file.close()
-            publish(self.temporary, self.path)
+    def commit(self, companions: Mapping[Path, bytes] | None = None) -> None:
+        """Flush to the disk and give the file its name, together with `companions`. Raises OutputError."""
+        with complete_files(companions or {}) as temporaries:
+            with as_output_error(self.path):
+                os.fsync(self._file.fileno())
+                if os.name != "posix":  # Windows gives no new name to an open file; elsewhere it stays owned until then
+                    self._file.close()
+            publish({**temporaries, self.path: self.temporary})
             self._file.close()
-        except OSError as error:
-            raise OutputError(cannot_write(self.path, error)) from error
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -141,9 +137,9 @@ class SafetensorsWriter:
         self._discard()
 
     def _discard(self) -> None:
-        self._file.close()
         with contextlib.suppress(OSError):
-            self.temporary.unlink(missing_ok=True)
+            self._file.close()
+        discard(self.temporary)
 
     def _write_at(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)

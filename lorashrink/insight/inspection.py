@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lorashrink.adapters import Adapter, Layer, open_adapter
 from lorashrink.bases import Base, Views, open_base, views_id
-from lorashrink.errors import LorashrinkError, Progress, UsageError
+from lorashrink.errors import LorashrinkError, Progress, UsageError, boundary
 from lorashrink.insight.health import SPIKE, check_health
 from lorashrink.insight.summaries import by_block, joined, norm_ratio, summary
 from lorashrink.insight.training_notes import training_notes
@@ -56,20 +56,19 @@ def inspect(
     if header and (spectrum or recommend):
         raise UsageError("header: headers alone tell neither singular values nor what a recipe would keep.")
     sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, recursive=recursive)
-    files, failed = [], {}
+    files: list[AdapterTable] = []
+    errors: dict[Path, LorashrinkError] = {}
     with ExitStack() as stack:
         opened = stack.enter_context(open_base(base)) if base is not None else None
         measure = None if header else _measuring(stack, opened, spectrum, device, jobs, progress)
         for source in sources:
-            try:
+            with boundary(source, partial(errors.__setitem__, source)):
                 with open_adapter(source) as adapter:
                     table = _table(adapter, opened, measure)
                 if recommend:
                     table = replace(table, recommendations=_recommended(source, table, base, device, jobs))
                 files.append(table)
-            except LorashrinkError as error:
-                failed[str(source)] = str(error)
-    return Inspection(tuple(files), failed)
+    return Inspection(tuple(files), {str(source): str(error) for source, error in errors.items()})
 
 
 # Of an adapter and the base weights that its layers change: the measured fields of each layer's row.

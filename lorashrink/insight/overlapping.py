@@ -23,7 +23,7 @@ from lorashrink.bases import Base, Views, open_base, views_id, views_shape
 from lorashrink.bases.norms import BaseNorms
 from lorashrink.engine.devices import core_device, pick_device, worker_pool
 from lorashrink.engine.interaction import Interaction, interaction
-from lorashrink.errors import LorashrinkError, NonFinite, Progress, UsageError
+from lorashrink.errors import LorashrinkError, NonFinite, Progress, UsageError, boundary
 from lorashrink.insight.overlap_tables import OverlapSums, block_overlaps, layer_overlap, pairs_of, stack_of
 from lorashrink.insight.stack_advice import advise
 from lorashrink.insight.summaries import summary
@@ -67,8 +67,13 @@ def overlap(
         while True:
             if len(members) < 2:
                 raise next(iter(failed.values()))
-            measured = _Measured.of(members, weights, opened, core_device(device), pool, progress)
-            broken = measured.broken()
+            try:
+                measured = _Measured.of(members, weights, opened, core_device(device), pool, progress)
+                broken = measured.broken()
+            except Exception:
+                broken = _unreadable(members)
+                if not broken:
+                    raise
             if not broken:
                 break
             failed |= broken
@@ -108,15 +113,23 @@ def _open_members(
     """The adapters that can be opened and fit the base; the others go to `failed`."""
     members = []
     for path in paths:
-        try:
+        with boundary(path, partial(failed.__setitem__, path)):
             adapter = stack.enter_context(open_adapter(path))
             if base:
                 match(adapter, base)
-        except LorashrinkError as error:
-            failed[path] = error
-        else:
             members.append(adapter)
     return members
+
+
+def _unreadable(members: Iterable[Adapter]) -> dict[Path, LorashrinkError]:
+    """The adapters whose layers cannot all be read: none of them spoils the others' numbers."""
+    failed: dict[Path, LorashrinkError] = {}
+    for adapter in members:
+        with boundary(adapter.path, partial(failed.__setitem__, adapter.path)):
+            for layer in adapter:
+                if layer.bound:
+                    _ = layer.delta
+    return failed
 
 
 # --- numbers ------------------------------------------------------------------------------------

@@ -38,9 +38,9 @@ def _adapters_at(entry: str, recursive: bool) -> list[Path]:
     if peft.is_folder(path):
         return [path]
     if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
-        inside = sorted(path.rglob("*") if recursive else path.iterdir())
+        inside, unreadable = _entries_in(path, recursive)
         files = [file for file in inside if file.suffix == ".safetensors" and not file.name.startswith(".")]
-        paths = [file for file in files if _holds_adapter(file)]
+        paths = sorted([*(file for file in files if _holds_adapter(file)), *unreadable])
         missing = f"no adapter (.safetensors) in this folder{'' if recursive else '; --recursive looks deeper'}."
     elif os.path.exists(path) or not glob.has_magic(entry):
         return [path]
@@ -50,6 +50,23 @@ def _adapters_at(entry: str, recursive: bool) -> list[Path]:
     if not paths:
         raise InputError(f"{entry}: {missing}")
     return paths
+
+
+def _entries_in(folder: Path, recursive: bool) -> tuple[list[Path], list[Path]]:
+    """What lies in a folder, and the folders below it that may not be read. Raises InputError if it may not itself."""
+    entries: list[Path] = []
+    refused: list[Path] = []
+
+    def refuse(error: OSError) -> None:
+        if error.filename == str(folder):
+            raise InputError(f"{folder}: cannot be read ({error.strerror or error}).") from error
+        refused.append(Path(error.filename))
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        entries += (Path(parent, name) for name in (*folders, *names))
+        if not recursive:
+            break
+    return entries, refused
 
 
 def _holds_adapter(path: Path) -> bool:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from lorashrink._version import __version__
 from lorashrink.adapters import Adapter, open_adapter, peft
 from lorashrink.bases import open_base
-from lorashrink.errors import LorashrinkError, NonFinite, Progress, UsageError
+from lorashrink.errors import LorashrinkError, NonFinite, Progress, UsageError, boundary
 from lorashrink.files.store import FLOATS, OUTPUT_DTYPES, ComputedStore, TensorStore, cast, tensor_info
 from lorashrink.files.writing import save_tensors
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.renaming import Renamed, check_naming, renamed
 from lorashrink.results.shrinking import ConversionReport, Converted, Failure, Verbatim
-from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, name_outputs, shown
+from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, clear_outputs, name_outputs, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,19 +61,19 @@ def convert(
         for source in sources
     }
     check_outputs(targets, [*sources, *base_files(base)], force=force)
-    results, failed = [], []
+    clear_outputs([path for outputs in targets.values() for path in outputs])
+    results: list[Converted] = []
+    errors: dict[Path, LorashrinkError] = {}
     with ExitStack() as stack:
         opened = stack.enter_context(open_base(base)) if base is not None else None
         for done, (source, outputs) in enumerate(targets.items(), 1):
-            try:
-                with open_adapter(source) as adapter:
-                    new = renamed(adapter, naming, opened, kind) if naming and opened else Renamed(adapter, {}, True)
-                    results.append(_write(source, new, next(iter(outputs)), naming, dtype, kind))
-            except LorashrinkError as error:
-                failed.append(Failure(str(source), str(error)))
+            with boundary(source, partial(errors.__setitem__, source)), open_adapter(source) as adapter:
+                new = renamed(adapter, naming, opened, kind) if naming and opened else Renamed(adapter, {}, True)
+                results.append(_write(source, new, next(iter(outputs)), naming, dtype, kind))
             if progress:
                 progress("converting", done, len(targets))
-    return ConversionReport(__version__, opened.info if opened else None, tuple(results), tuple(failed))
+    failed = tuple(Failure(str(source), str(error)) for source, error in errors.items())
+    return ConversionReport(__version__, opened.info if opened else None, tuple(results), failed)
 
 
 def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: str, kind: str | None) -> Converted:

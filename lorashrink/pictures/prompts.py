@@ -57,7 +57,7 @@ def read_prompts(path: Path, *, sampler: str = "ddim", scale: float = SCALE) -> 
         entries = _FORMATS[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: no valid {path.suffix[1:].lower()} file of prompts in UTF-8 ({error})") from None
     if not entries:
         raise UsageError(f"{path}: no prompts in it")
@@ -106,7 +106,7 @@ def _prompt(values: Mapping[str, Any], where: str, sampler: str, scale: float) -
         try:
             field, read = _KEYS[key]
             fields[field] = read(value)
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, OverflowError):
             _log.warning("%s: ignored, because it means nothing here: %s %s", where, key, value)
     return Prompt(**fields)
 
@@ -122,12 +122,26 @@ def _checked(read: Callable[[Any], Any], valid: Callable[[Any], bool]) -> Callab
     return checked
 
 
+def _side(pixels: int) -> int:
+    """The width or height that is drawn; a number beyond any memory is a mistake."""
+    if pixels > _LARGEST_SIDE:
+        raise ValueError(pixels)
+    return max(64, pixels // 8 * 8)
+
+
+def _text(text: str) -> str:
+    text.encode()  # raises UnicodeEncodeError for half a character, which no model can read
+    return text
+
+
+_LARGEST_SIDE = 1 << 14  # pixels
+
 # sd-scripts' name in .toml and .json -> the field, and how its value is read.
 _KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "prompt": ("prompt", str),
-    "negative_prompt": ("negative", str),
-    "width": ("width", lambda value: max(64, int(value) // 8 * 8)),
-    "height": ("height", lambda value: max(64, int(value) // 8 * 8)),
+    "prompt": ("prompt", lambda value: _text(str(value))),
+    "negative_prompt": ("negative", lambda value: _text(str(value))),
+    "width": ("width", lambda value: _side(int(value))),
+    "height": ("height", lambda value: _side(int(value))),
     # Seeds that torch takes; a negative number is no seed in sd-scripts either.
     "seed": ("seed", _checked(int, lambda seed: 0 <= seed < 2**64)),
     "sample_steps": ("steps", lambda value: max(1, min(1000, int(value)))),

@@ -44,7 +44,7 @@ _COUNT = _Range(1, math.inf, integer=True)
 # Selections, which decide how many dimensions are kept -> the numbers that they allow. A recipe has exactly one.
 SELECTIONS: dict[str, _Range] = {
     "thr": _ANY,
-    "size": _POSITIVE,
+    "size": _Range(0, 2.0**43, open_low=True),  # MiB: what a file system can count
     "rank": _COUNT,
     "energy": _SHARE,
     "sv_fro": _SHARE,

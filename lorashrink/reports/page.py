@@ -20,7 +20,7 @@ from lorashrink.reports.findings import Findings
 from lorashrink.reports.sheet import picture_sheet
 from lorashrink.reports.tables import layer_columns, layer_rows, point_columns, point_rows
 from lorashrink.results.inspection import AdapterTable
-from lorashrink.text import count_text, decibel_text, share_text, size_text, span_text
+from lorashrink.text import count_text, decibel_text, printable, share_text, size_text, span_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -77,6 +77,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: printable(value, keep="\n\t") if type(value) is str else value,
     )
     environment.filters |= {
         "count": count_text,

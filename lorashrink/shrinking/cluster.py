@@ -18,15 +18,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from lorashrink.errors import LorashrinkError, Progress, UsageError
-from lorashrink.files.disk import write_bytes
+from lorashrink.errors import Progress, UsageError, explained
+from lorashrink.files.disk import write_bytes, write_together
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import Failure, Report
 from lorashrink.shrinking.journal import Stamp, stamps
 from lorashrink.shrinking.ledger import Done, Ledger, OnResult
 from lorashrink.shrinking.options import ResizeKeywords, ResizeOptions
 from lorashrink.shrinking.outputs import shown, source_files
-from lorashrink.shrinking.pipeline import failure_of, shrink_each
+from lorashrink.shrinking.pipeline import shrink_each
 from lorashrink.shrinking.request import Job, prepare
 from lorashrink.shrinking.reuse import existing_results
 from lorashrink.shrinking.run import clear, report
@@ -188,8 +188,8 @@ class _Driver:
             try:
                 skip = self.job.options.skip_existing
                 existing = existing_results(source, outputs, self.session, self.ledger) if skip else None
-            except LorashrinkError as error:
-                self.ledger.add(failure_of(source, error))
+            except Exception as error:
+                self.ledger.fail(source, explained(source, error))
                 continue
             skipped = {result.output for result in existing.results} if existing else set()
             rest = {path: recipe for path, recipe in outputs.items() if str(shown(path)) not in skipped}
@@ -206,13 +206,13 @@ class _Driver:
             done, outputs = self.ray.get(reference)
             for path, contents in outputs.items():
                 # The file that an output is known by comes last.
-                for name in sorted(contents, key=lambda name: name == path.name):
-                    write_bytes(path.parent / name, contents[name])
-        except LorashrinkError as error:
-            done = failure_of(source, error)
+                names = sorted(contents, key=lambda name: name == path.name)
+                write_together({path.parent / name: contents[name] for name in names})
         except self.ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
             done = Done(source, Failure(str(source), f"{source}: the cluster could not do it ({reason})."))
+        except Exception as error:
+            done = Done(source, Failure(str(source), str(explained(source, error))))
         self.ledger.add(done.joined(existing, before))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import sqlite3
 import threading
@@ -70,11 +71,29 @@ class Entry:
         return tuple({**asdict(self), "stamps": json.dumps(self.stamps)}.values())
 
     @classmethod
-    def from_row(cls, row: Sequence[Any]) -> Entry:
-        """The entry of a stored row."""
+    def from_row(cls, row: Sequence[Any]) -> Entry | None:
+        """The entry of a stored row; None for a damaged one, whose output is then looked at itself."""
         values = dict(zip(_COLUMNS, row, strict=True))
-        read = tuple(Stamp(*numbers) for numbers in json.loads(values["stamps"]))
-        return cls(**{**values, "stamps": read, "depends_on_base": bool(values["depends_on_base"])})
+        try:
+            read = tuple(Stamp(*numbers) for numbers in json.loads(values["stamps"]))
+            entry = cls(**{**values, "stamps": read, "depends_on_base": bool(values["depends_on_base"])})
+        except (ValueError, TypeError, RecursionError):
+            return None
+        return entry if entry._typed() else None
+
+    def _typed(self) -> bool:
+        """Whether every value has the type of its default: SQLite stores anything in any column."""
+        numbers = (self.threshold or 0.0, self.relative_error, self.seconds)
+        wholes = (self.bytes_before, self.bytes_after, self.output_mtime_ns)
+        texts = [self.output, self.source, self.state, self.message, self.source_sha256]
+        texts += [self.recipe, self.base, self.options, self.version, *(stamp.path for stamp in self.stamps)]
+        return (
+            all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+            and all(isinstance(number, int) for number in wholes)
+            and all(
+                isinstance(text, str) for text in (*texts, self.source_sha256, *(stamp.path for stamp in self.stamps))
+            )
+        )
 
 
 _COLUMNS = tuple(field.name for field in fields(Entry))
@@ -126,8 +145,9 @@ class Journal:
     def entry(self, output: Path, source: Path, **facts: Any) -> Entry:
         """An entry of this journal; `facts` are its other fields. Of outputs that are DONE the file is looked at."""
         if facts["state"] == DONE:
-            stat = os.stat(output)
-            facts |= {"bytes_after": stat.st_size, "output_mtime_ns": stat.st_mtime_ns}
+            with contextlib.suppress(OSError):  # moved on already, as watch folders do: an entry that fits no file
+                stat = os.stat(output)
+                facts |= {"bytes_after": stat.st_size, "output_mtime_ns": stat.st_mtime_ns}
         facts["message"] = _text(facts.get("message", ""))
         return Entry(self._key(output), _source(source), **facts)
 
@@ -146,7 +166,7 @@ class Journal:
 
     def entries(self) -> list[Entry]:
         """All entries, by output."""
-        return [Entry.from_row(row) for row in self._select("ORDER BY output")]
+        return [entry for row in self._select("ORDER BY output") if (entry := Entry.from_row(row))]
 
     def close(self) -> None:
         """Close the file."""

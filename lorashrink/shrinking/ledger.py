@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorashrink.errors import Progress
+from lorashrink.errors import LorashrinkError, Progress
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import Failure, FileResult
 from lorashrink.shrinking.journal import DONE, FAILED, STARTED, Entry, Journal, Stamp
@@ -117,6 +117,10 @@ class Ledger:
             self._outcomes[source] = outcome
             if self._progress and len(self._targets) > 1:
                 self._progress("files", len(self._outcomes), len(self._targets))
+
+    def fail(self, source: Path, error: LorashrinkError) -> None:
+        """Work on a source is over, because of this error."""
+        self.add(Done(source, Failure(str(source), str(error))))
 
     def results(self) -> tuple[tuple[FileResult, ...], tuple[Failure, ...]]:
         """Results and failures in the order of the targets."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -10,10 +11,12 @@ from typing import TypeVar
 
 from lorashrink.adapters import peft
 from lorashrink.errors import OutputError, UsageError
-from lorashrink.files.disk import check_output
+from lorashrink.files.disk import check_output, clear_leftovers
 from lorashrink.results.shrinking import Space
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 def name_outputs(
@@ -93,6 +96,13 @@ def check_outputs(
             check_output(path, force=True, inputs=[path] if real in read else ())
             if os.path.exists(path) and not force:
                 raise OutputError(f"{path}: exists already. Use {hint}.")
+
+
+def clear_outputs(outputs: Sequence[Path]) -> None:
+    """Delete what a killed run left behind beside these outputs, and put back what it had set aside."""
+    configs = [path.parent / peft.CONFIG_FILE for path in outputs if path.name == peft.WEIGHTS_FILE]
+    for path in clear_leftovers([*outputs, *configs]):
+        log.info("%s: deleted, left behind by a process that was killed", path)
 
 
 def space_for(sizes: Mapping[Path, int]) -> Space | None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from lorashrink.errors import LorashrinkError
+from lorashrink.errors import boundary, explained
 from lorashrink.recipes.grammar import Recipe
-from lorashrink.results.shrinking import Failure, FileResult
+from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.ledger import Done, Ledger, Targets
 from lorashrink.shrinking.plan import file_result
 from lorashrink.shrinking.reuse import OpenSource, own_base, recorded_results
-from lorashrink.shrinking.session import Session, log
+from lorashrink.shrinking.session import Session
 from lorashrink.shrinking.work import Work, decompose_together
 from lorashrink.shrinking.write import write
 from lorashrink.sums.summing import sources_of
@@ -34,8 +36,9 @@ def shrink_each(targets: Targets, session: Session, ledger: Ledger) -> None:
             for wave in _waves(targets, session, ledger):
                 while len(in_flight) >= _IN_FLIGHT:
                     in_flight.pop(0).result()
-                decompose_together(wave, session)
-                in_flight += [finisher.submit(_finish, work, session, ledger) for work in wave]
+                in_flight += [
+                    finisher.submit(_finish, work, session, ledger) for work in _decompose(wave, session, ledger)
+                ]
             for future in in_flight:
                 future.result()
         except BaseException:
@@ -49,18 +52,28 @@ def _waves(targets: Targets, session: Session, ledger: Ledger) -> Iterator[list[
     enough = _CUDA_WAVE_LAYERS if session.device.startswith("cuda") else 1
     wave: list[Work] = []
     for source, outputs in targets.items():
-        try:
-            work = _begin(source, outputs, session, ledger)
-        except LorashrinkError as error:
-            ledger.add(failure_of(source, error))
-            continue
-        if work:
-            wave.append(work)
+        with boundary(source, partial(ledger.fail, source)):
+            if work := _begin(source, outputs, session, ledger):
+                wave.append(work)
         if sum(len(work.adapter) for work in wave) >= enough:
             yield wave
             wave = []
     if wave:
         yield wave
+
+
+def _decompose(wave: Sequence[Work], session: Session, ledger: Ledger) -> Sequence[Work]:
+    """Begin to decompose a wave; the adapters that are, after each alone where all together cannot be."""
+    try:
+        decompose_together(wave, session)
+    except Exception as error:
+        if len(wave) > 1:
+            return [work for alone in wave for work in _decompose([alone], session, ledger)]
+        (work,) = wave
+        work.adapter.close()
+        ledger.fail(work.source.path, explained(work.source.path, error))
+        return []
+    return wave
 
 
 def _begin(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledger: Ledger) -> Work | None:
@@ -95,7 +108,8 @@ def _begin(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledge
 def _finish(work: Work, session: Session, ledger: Ledger) -> None:
     """Plan, write and report one adapter whose layers are being decomposed."""
     source, options = work.source, session.options
-    try:
+    done = None
+    with boundary(source.path, partial(ledger.fail, source.path)), closing(work.adapter):
         plans = work.plans()
         if not options.dry_run:
             report = session.reporter(f"writing {source.path.name}")
@@ -107,16 +121,5 @@ def _finish(work: Work, session: Session, ledger: Ledger) -> None:
             results.append(replace(result, base=base, sources=sources))
         traced = {path: recipe for path, recipe in work.traced.items() if path in plans or path not in work.outputs}
         done = Done(source.path, (*work.skipped, *results), source.trace(traced))
-    except Exception as error:
-        done = failure_of(source.path, error)
-    finally:
-        work.adapter.close()
-    ledger.add(done)
-
-
-def failure_of(source: Path, error: Exception) -> Done:
-    """The outcome of an adapter that could not be shrunk."""
-    if isinstance(error, LorashrinkError):
-        return Done(source, Failure(str(source), str(error)))
-    log.debug("%s", source, exc_info=error)
-    return Done(source, Failure(str(source), f"{source}: unexpected {type(error).__name__}: {error}"))
+    if done:
+        ledger.add(done)

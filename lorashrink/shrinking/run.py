@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Unpack
 
 from lorashrink._version import __version__
-from lorashrink.adapters import peft
 from lorashrink.errors import Progress
-from lorashrink.files.disk import clear_leftovers
 from lorashrink.results.shrinking import Report
 from lorashrink.shrinking.ledger import Ledger, OnResult, Targets
 from lorashrink.shrinking.options import ResizeKeywords, ResizeOptions
-from lorashrink.shrinking.outputs import space_for
+from lorashrink.shrinking.outputs import clear_outputs, space_for
 from lorashrink.shrinking.pipeline import shrink_each
 from lorashrink.shrinking.request import Job, Opener, check_calibration, open_source, prepare
-from lorashrink.shrinking.session import Session, log, open_session
+from lorashrink.shrinking.session import Session, open_session
 from lorashrink.shrinking.together import shrink_together, stack_budgets
 
 
@@ -111,10 +109,7 @@ def _carry_out(job: Job, *, on_result: OnResult | None, progress: Progress | Non
 def clear(job: Job) -> None:
     """Delete what a killed run left behind beside the outputs."""
     if not job.options.dry_run:
-        outputs = [path for targets in job.targets.values() for path in targets]
-        configs = [path.parent / peft.CONFIG_FILE for path in outputs if path.name == peft.WEIGHTS_FILE]
-        for path in clear_leftovers([*outputs, *configs]):
-            log.info("%s: deleted, left behind by a process that was killed", path)
+        clear_outputs([path for targets in job.targets.values() for path in targets])
 
 
 def report(job: Job, session: Session, ledger: Ledger) -> Report:

@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from lorashrink.errors import LorashrinkError, OutputError
+from lorashrink.errors import LorashrinkError, OutputError, boundary
 from lorashrink.recipes.choice import Member, Selection, select_together
 from lorashrink.results.shrinking import FileResult, StackBudget
 from lorashrink.shrinking.ledger import Done, Ledger, Targets
-from lorashrink.shrinking.pipeline import failure_of, shrink_each
+from lorashrink.shrinking.pipeline import shrink_each
 from lorashrink.shrinking.plan import Outline
 from lorashrink.shrinking.request import Job
 from lorashrink.shrinking.reuse import OpenSource, existing_results, source_variant
@@ -62,14 +63,14 @@ def _outlines(session: Session, ledger: Ledger) -> dict[Path, dict[Path, Outline
     for count, (source, outputs) in enumerate(targets.items()):
         if report:
             report(count, len(targets))
-        try:
-            with closing(OpenSource.open(source, session.base_of(source), session)) as opened:
-                work = Work.begin(opened, outputs)
-                decompose_together([work], session)
-                decomposed = work.decomposed()
-                outlines[source] = {path: work.outline(decomposed, recipe) for path, recipe in outputs.items()}
-        except Exception as error:
-            ledger.add(failure_of(source, error))
+        with (
+            boundary(source, partial(ledger.fail, source)),
+            closing(OpenSource.open(source, session.base_of(source), session)) as opened,
+        ):
+            work = Work.begin(opened, outputs)
+            decompose_together([work], session)
+            decomposed = work.decomposed()
+            outlines[source] = {path: work.outline(decomposed, recipe) for path, recipe in outputs.items()}
     if report:
         report(len(targets), len(targets))
     return outlines
@@ -92,11 +93,12 @@ def _stack_id(session: Session) -> str:
     """A text for the number, contents and weights of the adapters, in any order."""
     members = []
     for source, weight in session.job.weights.items():
-        try:
-            with session.job.opener(source, session.base_of(source).base) as adapter:
-                contents = contents_sha256(adapter)
-        except LorashrinkError:
-            contents = "unusable"
+        contents = "unusable"  # which the run itself reports
+        with (
+            boundary(source, lambda _: None),
+            session.job.opener(source, session.base_of(source).base) as adapter,
+        ):
+            contents = contents_sha256(adapter)
         members.append(f"{contents} {source_variant(source, session)} {weight!r}")
     digest = hashlib.sha256("\n".join(sorted(members)).encode()).hexdigest()
     return f"{len(members)} of {digest[:16]}"

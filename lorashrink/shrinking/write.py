@@ -18,7 +18,6 @@ from lorashrink.engine.gram import grams
 from lorashrink.engine.spectrum import truncate
 from lorashrink.errors import OutputError
 from lorashrink.files import hashes
-from lorashrink.files.disk import write_bytes
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import torch_dtype
 from lorashrink.files.writing import SafetensorsWriter
@@ -64,9 +63,8 @@ def write(
         for (plan, writer), entries in zip(pairs, hashed, strict=True):
             _verify(plan, writer, pool, steps)
             writer.replace_metadata(entries.result())
-            if plan.adapter.as_folder:
-                write_bytes(writer.path.parent / peft.CONFIG_FILE, peft.to_file(plan.settings))
-            writer.commit()
+            folder = writer.path.parent
+            writer.commit({folder / peft.CONFIG_FILE: peft.to_file(plan.settings)} if plan.adapter.as_folder else None)
 
 
 class _Steps:

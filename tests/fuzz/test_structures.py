@@ -1,0 +1,127 @@
+"""Adapters of every family with parts dropped, swapped, turned, renamed or retyped: refused, or right."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures import ALL_ADAPTERS, about, random_tensors, scaled, shapes
+from fuzzing import FACTOR, cases, limits
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorashrink.adapters import open_adapter
+from lorashrink.errors import LorashrinkError
+from lorashrink.insight.inspection import inspect
+from lorashrink.shrinking.run import resize
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
+LAYERS = 3
+NAMES = [name for name in ALL_ADAPTERS if "config" not in about(name)]
+
+
+def few_layers(name: str) -> dict[str, Tensor]:
+    """The first tensors of a listed adapter, small, with numbers."""
+    small = scaled(shapes(name), 64)
+    stems: dict[str, None] = dict.fromkeys(key.rpartition(".lora")[0] or key.rpartition(".")[0] for key in small)
+    kept = list(stems)[:LAYERS]
+    tensors = {key: shape for key, shape in small.items() if any(key.startswith(stem) for stem in kept)}
+    return random_tensors({key: shape for key, shape in tensors.items() if torch.Size(shape).numel() < 200_000})
+
+
+@st.composite
+def mutated(draw: st.DrawFn, original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors after one to three changes."""
+    tensors = dict(original)
+    for _ in range(draw(st.integers(1, 3))):
+        if not tensors:
+            break
+        key, other = (draw(st.sampled_from(sorted(tensors))) for _ in range(2))
+        tensor = tensors[key]
+        match draw(st.integers(0, 8)):
+            case 0:
+                del tensors[key]
+            case 1:
+                tensors[key], tensors[other] = tensors[other], tensors[key]
+            case 2:
+                tensors[key] = tensor.transpose(0, -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
+            case 3:
+                tensors[draw(st.sampled_from([f"{key}.x", key.upper(), key[3:], key.replace("lora", "loha")]))] = (
+                    tensors.pop(key)
+                )
+            case 4:
+                tensors[key] = tensor.float().to(draw(st.sampled_from(DTYPES)))
+            case 5:
+                tensors[key] = tensor.reshape(-1)[: draw(st.integers(0, 5))]
+            case 6:
+                tensors[key] = tensor[..., None, None]
+            case 7:
+                tensors[key] = tensor * draw(st.sampled_from([0.0, float("nan"), float("inf"), 1e-8, 6e4, -1.0]))
+            case _:
+                tensors[f"{key.rpartition('.')[0]}.alpha"] = torch.tensor(
+                    draw(st.sampled_from([0.0, -1.0, float("nan"), 1e300, 1e-300, 4.0])), dtype=torch.float64
+                )
+    return {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+
+
+def dense(path: Path) -> dict[str, Tensor]:
+    """ΔW of each LoRA layer by the plain formula, up·down·alpha/rank."""
+    tensors, layers = load_file(path), {}
+    for key, down in tensors.items():
+        stem = key.removesuffix(".lora_down.weight")
+        up = tensors.get(f"{stem}.lora_up.weight")
+        if stem != key and up is not None and f"{stem}.lora_mid.weight" not in tensors:
+            alpha = tensors.get(f"{stem}.alpha")
+            scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
+            layers[stem] = up.double().flatten(1) @ down.double().flatten(1) * scale
+    return layers
+
+
+@pytest.mark.parametrize("name", NAMES if FACTOR > 1 else NAMES[:: max(1, len(NAMES) // 24)])
+def test_a_changed_adapter_is_refused_or_shrunk_right(tmp_path: Path, name: str) -> None:
+    original = few_layers(name)
+    if not original:
+        pytest.skip("its layers are too large")
+
+    @cases(6)
+    @given(tensors=mutated(original))
+    def run(tensors: dict[str, Tensor]) -> None:
+        path, out = tmp_path / "a.safetensors", tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        save_file(tensors, path)
+        with limits():
+            outcome = attempt(path, out)
+        if outcome is None or outcome.failed:
+            for failure in outcome.failed if outcome else ():
+                assert "unexpected" not in failure.error, failure.error
+            return
+        compare(path, Path(outcome.results[0].output))
+
+    run()
+
+
+def attempt(path: Path, out: Path) -> Any:
+    """What `resize` makes of the file; None for an error of ours."""
+    try:
+        failed = inspect(path, jobs=1).failed
+        assert not any("unexpected" in text for text in failed.values()), failed
+        return resize(path, recipes="energy=1", output=out, jobs=1)
+    except LorashrinkError:
+        return None
+
+
+def compare(source: Path, output: Path) -> None:
+    """energy=1 keeps ΔW of every plain LoRA layer, as far as the dtype goes; every tensor can be read."""
+    before, after = dense(source), dense(output)
+    with open_adapter(source) as opened:
+        dtypes = {layer.name: layer.dtype for layer in opened if layer.algo == "lora"}
+    for name in before.keys() & after.keys() & dtypes.keys():
+        norm = float(before[name].norm())
+        if norm > 1e-6:
+            tolerance = {"F32": 1e-4, "F64": 1e-4, "F16": 2e-2, "BF16": 5e-2}.get(dtypes[name], 0.1)
+            assert float((after[name] - before[name]).norm()) <= tolerance * norm, name
