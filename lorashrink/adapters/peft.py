@@ -68,6 +68,13 @@ def config(settings: Settings, layer: str) -> Mapping[str, Any]:
     return settings.get(_module(settings, layer)[0], {})
 
 
+def carried(settings: Settings, layer: str) -> str | None:
+    """Why the settings make a layer's factors no ΔW = up · down, if they do; shapes alone do not tell all of these."""
+    if config(settings, layer).get("use_bdlora"):
+        return "block-diagonal LoRA (use_bdlora), one of whose factors is stored as a row of blocks"
+    return None
+
+
 def scale(settings: Settings, layer: str, rank: int) -> float:
     """alpha/r of a layer, or alpha/√r with rsLoRA; 1 if the settings say nothing.
 

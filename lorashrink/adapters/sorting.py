@@ -158,7 +158,8 @@ def _layer(
     }
     infos = {role: store.tensors[key] for role, key in {**keys, **common}.items()}
     missing = not family.common.keys() <= infos.keys()
-    if reason := "its shared matrices are not in the file" if missing else family.carried(infos):
+    reason = "its shared matrices are not in the file" if missing else None
+    if reason := reason or family.carried(infos) or peft.carried(settings, name):
         return None, stay | dict.fromkeys(keys.values(), reason)
     _check(store, name, family, keys, infos)
     try:

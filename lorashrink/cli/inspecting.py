@@ -146,7 +146,7 @@ def inspect(
     from lorashrink.insight.inspection import inspect as run
 
     spectra, heat = (plot and plot.with_name(f"{plot.stem}_{name}{plot.suffix}") for name in ("spectra", "norms"))
-    check_outputs(files, force, as_csv, spectra, heat)
+    check_outputs([*files, base], force, as_csv=as_csv, spectra=spectra, heat=heat)
     base, adapters = split_base(files, base)
     if plot:
         from lorashrink.plots import style

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from lorashrink.results.shrinking import FileResult, Report
 
 
+# Reasons of one file that get a line each without -v.
+_KINDS = 8
+
+
 @command(done=lambda report: bool(report.results))
 def resize(
     terminal: Terminal,
@@ -107,7 +111,7 @@ def resize(
     # Parameters that bear the name of an option are passed on; `locals()` comes before any of them changes.
     options = {name: value for name, value in locals().items() if name in ResizeKeywords.__annotations__}
     with Gathered(as_json=terminal.as_json, as_csv=as_csv is not None, everything=terminal.verbose > 0) as gathered:
-        check_outputs(files, force, as_csv)
+        check_outputs([*files, base, calibration, group_by_base], force, as_csv=as_csv)
         base, adapters = split_base(files, base)
         recipes = recipe or [DEFAULT]
         parse_recipes(recipes)  # before torch is imported: a typo is answered at once
@@ -195,6 +199,22 @@ def _print_sums(console: Console, report: Report, dry_run: bool) -> None:
         console.print(f"needs {size_text(report.space.needed)}; {size_text(report.space.free)} are free")
 
 
+def _left_out(result: FileResult, verbose: int) -> list[str]:
+    """A line per reason for which something is not in the output, or is copied as it is; each name is below with -v."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for removed in result.removed:
+        kinds.setdefault(("left out", removed.reason), []).append(removed.name)
+    for copied in result.verbatim:
+        kinds.setdefault(("copied as is", copied.reason), []).append(copied.key)
+    lines = [
+        f"{Path(result.output).name}: {len(names)} {what}, first {names[0]}: {reason}"
+        for (what, reason), names in kinds.items()
+    ]
+    shown = lines if verbose else lines[:_KINDS]
+    more = len(lines) - len(shown)
+    return [*shown, f"and {more} more kinds; -v lists them"] if more else shown
+
+
 def _print_details(console: Console, result: FileResult, verbose: int) -> None:
     name = Path(result.output).name
     for warning in result.warnings:
@@ -209,6 +229,7 @@ def _print_details(console: Console, result: FileResult, verbose: int) -> None:
             f"{name}: {count_text(len(result.capped), 'layer')} limited, most {most.name}: "
             f"σ {most.spectral_before:.4g} -> {most.spectral_after:.4g}"
         )
+    lines += _left_out(result, verbose)
     if verbose and result.quantiles:
         lines.append("score quantiles  " + "  ".join(f"{at}: {value:.3f}" for at, value in result.quantiles.items()))
     if verbose > 1:

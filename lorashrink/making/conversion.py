@@ -17,7 +17,14 @@ from lorashrink.files.writing import save_tensors
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.renaming import Renamed, check_naming, renamed
 from lorashrink.results.shrinking import ConversionReport, Converted, Failure, Verbatim
-from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, name_outputs, shown
+from lorashrink.shrinking.outputs import (
+    base_files,
+    becomes_folder,
+    check_outputs,
+    folders_of_outputs,
+    name_outputs,
+    shown,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,11 +57,12 @@ def convert(
         raise UsageError("convert: nothing to do. Name a --naming, a --dtype, or both.")
     sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, recursive=recursive)
     label = "_".join(filter(None, [naming, dtype if kind else None]))
+    folders = folders_of_outputs(sources, output)
     targets = {
         source: name_outputs(
             source,
             [(label, None)],
-            output,
+            folders[source],
             sources=len(sources),
             folder=becomes_folder(source, naming),
         )
