@@ -80,6 +80,9 @@ def resize(
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Keep outputs of an earlier, equal run.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="With --skip-existing: read outputs, and make damaged ones again.")
+    ] = False,
     dry_run: DryRun = False,
     strict: Annotated[bool, typer.Option("--strict", help="Tensors of no known family are an error.")] = False,
     group_by_base: Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -77,8 +76,7 @@ def _begin(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledge
     try:
         unrecorded = {path: recipe for path, recipe in outputs.items() if path not in results}
         if skip:
-            existing = {path: recipe for path, recipe in unrecorded.items() if os.path.exists(path)}
-            results |= {path: opened.existing_result(path, recipe) for path, recipe in existing.items()}
+            results |= opened.existing_results(unrecorded)
         rest = {path: recipe for path, recipe in outputs.items() if path not in results}
         if not rest:
             opened.close()

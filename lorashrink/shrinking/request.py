@@ -59,6 +59,8 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     """Check all that can be checked of a call of `resize` before any work. Raises as that does."""
     if options.target not in (None, *TARGETS):
         raise UsageError(f"target: '{options.target}' is not one of {', '.join(TARGETS)}.")
+    if options.verify and not options.skip_existing:
+        raise UsageError("--verify: checks outputs that exist, and goes with --skip-existing only.")
     if options.base is not None and options.group_by_base is not None:
         raise UsageError("give one base, or a table of them with --group-by-base, and not both.")
     reader = TARGETS[options.target] if options.target else None
