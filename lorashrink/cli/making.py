@@ -23,7 +23,7 @@ from lorashrink.cli.options import (
     split_base,
 )
 from lorashrink.cli.resizing import print_report
-from lorashrink.text import size_text
+from lorashrink.text import count_text, size_text
 
 if TYPE_CHECKING:
     from lorashrink.bases.norms import NormTable
@@ -76,9 +76,12 @@ def extract(
 
 def _print_conversion(report: ConversionReport, terminal: Terminal) -> None:
     for result in report.results:
-        kept = f", {len(result.kept)} tensors under their old names" if result.kept else ""
+        for warning in result.warnings:
+            typer.echo(f"{result.output}: {warning}", err=True)
+        kept = f", {count_text(len(result.kept), 'tensor')} under old names" if result.kept else ""
         exact = "bit by bit" if result.exact else "rounded"
-        typer.echo(f"{result.output}: {result.layers} layers, {size_text(result.bytes_after)}, {exact}{kept}")
+        size = f"{size_text(result.bytes_before)} -> {size_text(result.bytes_after)}"
+        typer.echo(f"{result.output}: {count_text(result.layers, 'layer')}, {size}, {exact}{kept}")
         for tensor in result.kept if terminal.verbose else ():
             typer.echo(f"kept {tensor.key}: {tensor.reason}")
 
