@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from lorashrink.results.shrinking import FileResult, Report
 
 
+# An output that is larger by less is so for its metadata.
+_METADATA = 4096
+
 # Reasons of one file that get a line each without -v.
 _KINDS = 8
 
@@ -223,6 +226,9 @@ def _print_details(console: Console, result: FileResult, verbose: int) -> None:
     for warning in result.warnings:
         typer.echo(f"{result.output}: {warning}", err=True)
     lines = []
+    grown = result.bytes_after - result.bytes_before
+    if 0 < grown < _METADATA and not any(warning.startswith("is larger") for warning in result.warnings):
+        lines.append(f"{name}: {size_text(grown)} larger than its input, for metadata that says how it was made")
     if result.forms:
         sizes = ", ".join(f"--as {form} {size_text(size)}" for form, size in result.forms.items())
         lines.append(f"{name} {size_text(result.bytes_after)}; {sizes}")
