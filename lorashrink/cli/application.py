@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -35,16 +36,30 @@ def main_options(
     """Look inside LoRA adapters and shrink them against their base checkpoint."""
 
 
+def _no_room(error: OSError) -> int:
+    """Say that stdout cannot be written; return the exit status."""
+    typer.echo(f"lorashrink: the output cannot be printed ({error.strerror or error})", err=True)
+    return 1
+
+
 def main() -> None:
     """Entry point of the `lorashrink` command."""
     # Importing torch makes objects by the hundred thousand, and headers by the ten thousand; none of them is garbage.
     gc.set_threshold(100_000)
     status: object = 0
     try:
-        app()
-    except SystemExit as stop:
-        status = stop.code
-    sys.stdout.flush()
-    sys.stderr.flush()
+        try:
+            app()
+        except SystemExit as stop:
+            status = stop.code
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough
+        status = 1
+    except OSError as error:
+        if error.filename is not None:  # of a file, and not of stdout
+            raise
+        status = _no_room(error)
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     # Every file is closed by now; taking torch apart would only take up to half a second.
     os._exit(status if isinstance(status, int) else 0)

@@ -119,7 +119,7 @@ def _file_table(adapters: Sequence[AdapterTable]) -> Table:
     return table
 
 
-@command(_print_inspection, done=lambda inspection: bool(inspection.files), with_version=False)
+@command(_print_inspection, done=lambda inspection: bool(inspection.files))
 def inspect(
     terminal: Terminal,
     files: Adapters,

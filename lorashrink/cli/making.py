@@ -122,7 +122,7 @@ def _print_norms(table: NormTable, terminal: Terminal) -> None:
     )
 
 
-@command(_print_norms, with_version=False)
+@command(_print_norms)
 def norms(
     terminal: Terminal,
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint or diffusers folder.")],

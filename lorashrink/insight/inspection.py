@@ -20,6 +20,7 @@ from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.matching import bind, find_fitting
 from lorashrink.names import block, kind
 from lorashrink.results.inspection import AdapterTable, BlockRow, Inspection, LayerRow, Recommendation
+from lorashrink.results.shrinking import Failure
 
 if TYPE_CHECKING:
     from lorashrink.bases.norms import Norms
@@ -56,7 +57,7 @@ def inspect(
     if header and (spectrum or recommend):
         raise UsageError("header: headers alone tell neither singular values nor what a recipe would keep.")
     sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, recursive=recursive)
-    files, failed = [], {}
+    files, failed = [], []
     with ExitStack() as stack:
         opened = stack.enter_context(open_base(base)) if base is not None else None
         measure = None if header else _measuring(stack, opened, spectrum, device, jobs, progress)
@@ -68,8 +69,8 @@ def inspect(
                     table = replace(table, recommendations=_recommended(source, table, base, device, jobs))
                 files.append(table)
             except LorashrinkError as error:
-                failed[str(source)] = str(error)
-    return Inspection(tuple(files), failed)
+                failed.append(Failure(str(source), str(error)))
+    return Inspection(tuple(files), tuple(failed))
 
 
 # Of an adapter and the base weights that its layers change: the measured fields of each layer's row.

@@ -169,10 +169,11 @@ def outline(
                     f"{adapter.path}: layer {layer.name} changes no weight of the base, and recipe '{recipe}' "
                     "needs one. Use --unmapped keep or drop."
                 )
+            misfit = decomposed.misfits.get(layer.name)
             if unmapped == "drop":
-                removed[layer.name] = "changes no weight of the base"
+                removed[layer.name] = misfit or "changes no weight of the base"
             else:
-                stays = "its layer changes no weight of the base"
+                stays = misfit or "its layer changes no weight of the base"
         elif recipe.calibrated and not decomposed.calibrated[index]:
             stays = "the calibration has no statistics of its weight"
         elif spectrum.rank == 0 and more_than_delta(layer):

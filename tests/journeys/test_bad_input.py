@@ -816,4 +816,4 @@ def test_json_of_an_inspection_with_failures_is_one_valid_document(tmp_path: Pat
     run.failed(1, bad)
     document = strict_json(run.stdout)
     assert [file["path"] for file in document["files"]] == [str(good)]
-    assert list(document["failed"]) == [str(bad)]
+    assert [failure["source"] for failure in document["failed"]] == [str(bad)]
