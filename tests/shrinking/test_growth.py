@@ -115,3 +115,20 @@ def test_a_layer_of_next_to_no_norm_does_not_stop_the_others(
         norms.append(scale * float(kept.norm()))
     lost = [warning for warning in result.warnings if f"1 layer, first {small}, lost" in warning]
     assert bool(lost) == (abs(norms[0] - norms[1]) > 0.01 * norms[0])
+
+
+def test_a_layer_that_does_not_fit_the_base_says_its_shapes(base: Path, tmp_path: Path) -> None:
+    """The first layer of an inpainting model has more inputs than that of its relative."""
+    torch.manual_seed(0)
+    first = "input_blocks_4_0_in_layers_2"
+    shapes = {first: (24, 25, 3, 3), "input_blocks_4_1_proj_in": (24, 24), "input_blocks_4_1_proj_out": (24, 24)}
+    tensors = {}
+    for name, (out, *fan_in) in shapes.items():
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(out, 4, *[1] * (len(fan_in) - 1))
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(4, *fan_in)
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path)
+    result = only(path, base=base, recipes="fro_ckpt=1,thr=-9")
+    assert {(tensor.key.partition(".")[0], tensor.reason) for tensor in result.verbatim} == {
+        (f"lora_unet_{first}", "its ΔW is [24, 25, 3, 3], but the weight of the base is [24, 20, 3, 3]")
+    }
