@@ -77,7 +77,7 @@ class OpenSource:
     def existing_results(self, outputs: Mapping[Path, Recipe]) -> dict[Path, FileResult]:
         """Results that those of these outputs stand for which exist in good order.
 
-        Raises OutputError if one was made from something else.
+        Raises OutputError if one was made from something else, and DamagedFile if it never was an output.
         """
         results = {}
         for output, recipe in outputs.items():
@@ -85,6 +85,8 @@ class OpenSource:
                 try:
                     results[output] = self._existing_result(output, recipe)
                 except DamagedFile as error:
+                    if not _began_as_output(output):
+                        raise
                     log.warning("%s It is made again.", error)
         return results
 
@@ -113,6 +115,13 @@ class OpenSource:
             bytes_after=output.stat().st_size,
             relative_error=float(entries[ERROR]) if recipe.caps else (1 - energy) ** 0.5,
         )
+
+
+def _began_as_output(path: Path) -> bool:
+    """Whether a damaged file begins as safetensors do, or with the zeros that a failing disk leaves; empty counts."""
+    with open(path, "rb") as handle:
+        start = handle.read(9)
+    return not any(start) or start[4:] == bytes(4) + b"{"
 
 
 def _data_behind(path: Path, start: int) -> Iterator[bytes]:

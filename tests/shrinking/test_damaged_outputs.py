@@ -14,6 +14,7 @@ from lorashrink.shrinking import journal
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "cut short": lambda data: data[:-100],
     "empty": lambda data: b"",
+    "zeros": lambda data: bytes(len(data)),
     "header cut": lambda data: data[:64],
 }
 SILENT: dict[str, Callable[[bytes], bytes]] = {
@@ -52,6 +53,14 @@ def test_an_output_that_cannot_be_read_is_made_again(
     assert again(path) == "made"
     assert output.read_bytes() == good
     assert again(path) == "kept"
+
+
+def test_a_file_that_never_was_an_output_is_left_alone(made: tuple[Path, Path, bytes]) -> None:
+    path, output, _ = made
+    output.write_text("mine")
+    report = lorashrink.resize(path, recipes="rank=4", output=path.parent / "out", skip_existing=True)
+    assert str(output) in report.failed[0].error
+    assert output.read_text() == "mine"
 
 
 @pytest.mark.parametrize("damage", SILENT)
