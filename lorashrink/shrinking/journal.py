@@ -138,8 +138,9 @@ class Journal:
     def entry(self, output: Path, source: Path, **facts: Any) -> Entry:
         """An entry of this journal; `facts` are its other fields. Of outputs that are DONE the file is looked at."""
         if facts["state"] == DONE:
-            stat = os.stat(output)
-            facts |= {"bytes_after": stat.st_size, "output_mtime_ns": stat.st_mtime_ns}
+            with contextlib.suppress(FileNotFoundError):  # it was moved away, and will not be taken for finished
+                stat = os.stat(output)
+                facts |= {"bytes_after": stat.st_size, "output_mtime_ns": stat.st_mtime_ns}
         facts["message"] = _text(facts.get("message", ""))
         return Entry(self._key(output), _source(source), **facts)
 

@@ -75,3 +75,24 @@ def test_verify_finds_what_only_the_hash_tells(made: tuple[Path, Path, bytes], d
 def test_verify_goes_with_skip_existing_only(made: tuple[Path, Path, bytes]) -> None:
     with pytest.raises(UsageError, match="--verify"):
         lorashrink.resize(made[0], recipes="rank=4", verify=True)
+
+
+def test_outputs_that_are_moved_away_at_once_do_not_end_the_run(
+    made: tuple[Path, Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rsync --remove-source-files and watched folders do."""
+    from lorashrink.shrinking import pipeline
+
+    path, output, _ = made
+    output.unlink()
+    written = pipeline.write
+
+    def write_and_move(*plans: object, **options: object) -> object:
+        warnings = written(*plans, **options)
+        output.rename(path.parent / "moved.safetensors")
+        return warnings
+
+    monkeypatch.setattr(pipeline, "write", write_and_move)
+    assert again(path) == "made"
+    monkeypatch.undo()
+    assert again(path) == "made"
