@@ -62,6 +62,6 @@ def decibel_text(level: float) -> str:
     return f"{level:.1f} dB"
 
 
-def count_text(count: int, noun: str) -> str:
-    """A number of things: `1 file`, `3 files`."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+def count_text(count: int, noun: str, plural: str = "") -> str:
+    """A number of things: `1 file`, `3 files`; the plural where it is not the noun with an s."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"

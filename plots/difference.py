@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def difference_per_block(comparison: Comparison) -> Figure:
     """‖A − B‖ / ‖A‖ of each block in percent, with a line at that of all blocks, above ‖A‖ and ‖B‖.
 
-    Blocks stand in the order in which a picture is made. Blocks without numbers are left out; one to which only B adds
-    something has no bar in the upper panel, but the words "only B".
+    Blocks stand in the order in which a picture is made. Blocks without numbers are left out; one to which a side
+    alone adds something has the words "only A", above a bar of 100 %, or "only B", above none.
     """
     blocks = sorted((row for row in comparison.blocks if row.fro_a is not None), key=lambda row: order(row.block))
     figure = Figure(figsize=(width_of_blocks(len(blocks)), 5.4))
@@ -40,11 +40,17 @@ def difference_per_block(comparison: Comparison) -> Figure:
     return figure
 
 
+def _side_alone(row: BlockDifference) -> str:
+    """Which side alone adds something to a block, if one does."""
+    return "" if row.fro_a and row.fro_b else "only A" if row.fro_a else "only B" if row.fro_b else ""
+
+
 def _draw_differences(axes: Axes, blocks: Sequence[BlockDifference], total: BlockDifference) -> None:
     shares = [100 * (row.relative_difference or 0.0) for row in blocks]
     bars = axes.bar(range(len(blocks)), shares, width=0.66, color=AFTER)
     texts = [
-        "only B" if row.relative_difference is None else bare_percent_text(100 * row.relative_difference)
+        _side_alone(row)
+        or ("" if row.relative_difference is None else bare_percent_text(100 * row.relative_difference))
         for row in blocks
     ]
     axes.bar_label(bars, texts, padding=2, fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})

@@ -35,6 +35,7 @@ RC: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
+    "text.parse_math": False,  # names of files and layers may hold dollars
     "axes.titlesize": "large",
     "figure.constrained_layout.use": True,
     "font.size": 10,

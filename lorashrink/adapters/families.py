@@ -26,6 +26,7 @@ FAMILIES: tuple[Family, ...] = (
 # Tensors that only adapters have but that are no weight matrix's ΔW: ending -> why they stay as they are.
 CARRIED: tuple[tuple[str, str], ...] = (
     (r"\.diff_b|\.b_norm", "a difference of a bias"),
+    (r"\.diff_m", "a difference of a modulation"),
     (r"\.w_norm", "a difference of a normalisation layer"),
     (r"\.(?:set|reshape)_weight", "replaces a weight of the base"),
     (r"\.(?:[pq]_layer\.weight|lambda_layer)", "T-LoRA, whose ΔW depends on the base model's time step"),

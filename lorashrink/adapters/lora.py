@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lorashrink.adapters.factors import fold
@@ -38,6 +38,20 @@ def check(infos: Infos) -> str | None:
     return f"the factors {list(up)} and {list(down)} are empty" if 0 in (*up, *down) else None
 
 
+def in_groups(infos: Infos) -> str | None:
+    """Why a grouped convolution as PEFT stores it is no ΔW = up · down: up [out, r/groups, 1, 1] has blocks of rows.
+
+    Source: `lora_B` of peft/tuners/lora/layer.py has the groups of the convolution that it belongs to.
+    """
+    if not infos.keys() >= {"up", "down"}:
+        return None
+    up, down = infos["up"].shape, infos["down"].shape
+    if min(len(up), len(down)) < 3 or not up[1] or up[1] >= down[0] or down[0] % up[1]:
+        return None
+    groups = down[0] // up[1]
+    return None if up[0] % groups else f"LoRA of a convolution in {groups} groups, whose up · down is no one matrix"
+
+
 def weight_shape(infos: Infos) -> Shape:
     """Shape of the base weight, [out, in, kh, kw]."""
     kernel = infos["mid" if "mid" in infos else "down"].shape[2:]
@@ -62,8 +76,8 @@ def written(infos: Infos, rank: int) -> Mapping[str, Shape]:
     return shapes | ({"alpha": infos["alpha"].shape} if "alpha" in infos else {})
 
 
-def spelled(up: str, down: str, **more: str) -> Family:
-    """LoRA whose tensors' names end so."""
+def spelled(up: str, down: str, *, carried: Callable[[Infos], str | None] = lambda infos: None, **more: str) -> Family:
+    """LoRA whose tensors' names end so; `carried` is that of `Family`."""
     return Family(
         name="lora",
         suffixes={"up": up, "down": down, **more},
@@ -72,13 +86,17 @@ def spelled(up: str, down: str, **more: str) -> Family:
         shape=weight_shape,
         rank=lambda infos: infos["down"].shape[0],
         delta=delta,
+        carried=carried,
         written=written,
     )
 
 
 KOHYA = spelled(r"\.lora_up\.weight", r"\.lora_down\.weight", mid=r"\.lora_mid\.weight")  # and LyCORIS
 PEFT = spelled(
-    r"\.lora_B(?:\.[^.]+)?\.weight", r"\.lora_A(?:\.[^.]+)?\.weight", bias=r"\.lora_B(?:\.[^.]+)?\.bias"
+    r"\.lora_B(?:\.[^.]+)?\.weight",
+    r"\.lora_A(?:\.[^.]+)?\.weight",
+    bias=r"\.lora_B(?:\.[^.]+)?\.bias",
+    carried=in_groups,
 )  # and diffusers; the bias is that of PEFT's `lora_bias` and of control LoRAs
 FAMILIES = (
     KOHYA,

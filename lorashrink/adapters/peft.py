@@ -72,7 +72,7 @@ _MLX = "lora_parameters"
 def beside(path: Path) -> Settings:
     """The settings that mlx-lm wrote beside a file of its adapters; {} if there are none."""
     file = path.parent / CONFIG_FILE
-    if not path.name.endswith("adapters.safetensors") or not os.path.isfile(file):
+    if not path.name.endswith("adapters.safetensors") or not is_file(file):
         return {}
     config = from_folder(path.parent)[""]
     if config.get("fine_tune_type") == "dora":
@@ -83,6 +83,13 @@ def beside(path: Path) -> Settings:
 def config(settings: Settings, layer: str) -> Mapping[str, Any]:
     """The settings that apply to a layer; {} if there are none."""
     return settings.get(_module(settings, layer)[0], {})
+
+
+def carried(settings: Settings, layer: str) -> str | None:
+    """Why the settings make a layer's factors no ΔW = up · down, if they do; shapes alone do not tell all of these."""
+    if config(settings, layer).get("use_bdlora"):
+        return "block-diagonal LoRA (use_bdlora), one of whose factors is stored as a row of blocks"
+    return None
 
 
 def scale(settings: Settings, layer: str, rank: int) -> float:

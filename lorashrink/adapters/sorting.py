@@ -183,7 +183,7 @@ def _reason_to_carry(settings: peft.Settings, family: Family, name: str, infos: 
     if not family.common.keys() <= infos.keys():
         return "its shared matrices are not in the file"
     in_peft = family.name == "lora" and "lora_A" in family.suffixes["down"]
-    return (peft.experts(settings, name) if in_peft else None) or family.carried(infos)
+    return (peft.experts(settings, name) if in_peft else None) or family.carried(infos) or peft.carried(settings, name)
 
 
 def _check(store: TensorStore, name: str, family: Family, keys: Mapping[str, str], infos: Infos) -> None:

@@ -17,7 +17,7 @@ from lorashrink.bases import Base, Views, joined, open_base, table_bytes, views_
 from lorashrink.engine.devices import worker_pool
 from lorashrink.engine.norms import frobenius, spectral
 from lorashrink.errors import NonFinite, NotABase, OutputError
-from lorashrink.files.disk import check_output, write_bytes
+from lorashrink.files.disk import check_output, user_cache, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -83,21 +83,23 @@ class BaseNorms:
 # --- cache --------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where norms are kept between runs."""
-    import platformdirs
+def cache_folder() -> Path | None:
+    """Where norms are kept between runs; None where there is no such place."""
+    folder = user_cache()
+    return folder and folder / "norms"
 
-    return platformdirs.user_cache_path("lorashrink", appauthor=False) / "norms"
 
-
-def _cache_file(base: Base) -> Path:
+def _cache_file(base: Base) -> Path | None:
     """A name that no other content can have: sampled contents, and the identity and times of every file."""
     assert base.store is not None
+    folder = cache_folder()
+    if folder is None:
+        return None
     digest = hashlib.sha256(f"{ALGORITHM} {base.fingerprint}".encode())
     for path in base.store.files:
         stat = path.stat()
         digest.update(f" {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}".encode())
-    return cache_folder() / f"{digest.hexdigest()[:40]}.json"
+    return folder / f"{digest.hexdigest()[:40]}.json"
 
 
 def _load(path: Path) -> Norms:

@@ -16,7 +16,7 @@ from lorashrink.calibration.sites import Modules, module_at, modules_of
 from lorashrink.calibration.watching import Recorder, watch_picture, watch_text
 from lorashrink.errors import InputError, UsageError
 from lorashrink.pictures.drawing import Shot, shots_of
-from lorashrink.pictures.pipelines import KINDS, Kind, check_packages, open_pipeline, pipeline_kind
+from lorashrink.pictures.pipelines import KINDS, Kind, check_packages, open_pipeline, own_side, pipeline_kind
 from lorashrink.pictures.prompts import Prompt, read_prompts
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -96,16 +96,17 @@ def open_frozen_pipeline(
 
     prompts: a file; None stands for `PROMPTS`. Raises as `open_pipeline` and `read_prompts`.
     """
-    drawn = None if prompts is None else read_prompts(Path(prompts))
+    side = own_side(model)
+    if prompts is None:
+        drawn = tuple(Prompt(text, width=side, height=side, steps=20, scale=kind.scale) for text in PROMPTS)
+    else:
+        drawn = read_prompts(Path(prompts), side=side)
     pipeline = open_pipeline(model, device=device, dtype=dtype)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
     if device != "cpu":
         getattr(pipeline, kind.denoiser).enable_gradient_checkpointing()
-    if drawn is None:
-        side = int(pipeline.default_sample_size) * pipeline.vae_scale_factor
-        drawn = tuple(Prompt(text, width=side, height=side, steps=20, scale=kind.scale) for text in PROMPTS)
     return pipeline, shots_of(drawn, seeds)
 
 

@@ -11,7 +11,7 @@ from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, Model, seeds_of
 from lorashrink.cli.printing import say
 from lorashrink.errors import UsageError
-from lorashrink.text import size_text
+from lorashrink.text import count_text, size_text
 
 if TYPE_CHECKING:
     from lorashrink.calibration.calibrate import Calibrated, Effort
@@ -21,18 +21,19 @@ def _print_calibrated(result: Calibrated, terminal: Terminal) -> None:
     adapters = ", ".join(Path(path).name for path in result.adapters) or "every adapter of its model"
     peak = f", {size_text(result.peak_bytes)} of GPU memory at most" if result.peak_bytes else ""
     say(
-        f"{result.path}: statistics of {result.layers} layers for {adapters}, {size_text(result.bytes)}, from "
-        f"{result.passes} passes in {result.seconds:.0f} s{peak}"
+        f"{result.path}: statistics of {count_text(result.layers, 'layer')} for {adapters}, {size_text(result.bytes)}, "
+        f"from {count_text(result.passes, 'pass', 'passes')} in {result.seconds:.0f} s{peak}"
     )
 
 
 def _announce(effort: Effort) -> None:
     again = f", {effort.done} of them done before" if effort.done else ""
     typer.echo(
-        f"{effort.runs} runs{again}: {effort.passes} times forward and backward through the model and "
-        f"{effort.forwards} times forward, on {effort.device} in {effort.dtype}.\n"
+        f"{count_text(effort.runs, 'picture or text', 'pictures or texts')}{again}: "
+        f"{count_text(effort.passes, 'pass', 'passes')} forward and backward through the model and "
+        f"{effort.forwards} forward alone, on {effort.device} in {effort.dtype}.\n"
         f"Memory: {size_text(effort.model_bytes)} for the model, {size_text(effort.statistics_bytes)} for the sums of "
-        f"{effort.layers} layers, and what one pass through the model takes.",
+        f"{count_text(effort.layers, 'layer')}, and what one pass through the model takes.",
         err=True,
     )
 

@@ -40,15 +40,13 @@ def command(
     show: Callable[[Any, Terminal], None] | None = None,
     *,
     done: Callable[[Any], bool] = lambda result: True,
-    with_version: bool = True,
     verbose_help: str = "Say more; -vv lists every layer.",
 ) -> Callable[[Callable[..., object]], Callable[..., None]]:
     """Make a command of a function that calls one public function and returns the result.
 
     The function takes a `Terminal` before its own options; the command has the options of all commands behind these.
     It prints the result as JSON or by `show`; without `show` the function prints it itself. The exit status
-    follows from the `failed` of the result, and from whether something was `done` in spite of them. Without
-    `with_version` the JSON has no version but the result's own.
+    follows from the `failed` of the result, and from whether something was `done` in spite of them.
     """
 
     def decorate(function: Callable[..., object]) -> Callable[..., None]:
@@ -58,14 +56,13 @@ def command(
                 terminal = Terminal(as_json, verbose, quiet, arguments.get("dry_run", False), progress)
                 result = function(terminal, **arguments)
             if show and as_json:
-                print_json({**({"version": __version__} if with_version else {}), **plain(result)})
+                print_json({"version": __version__, **plain(result)})
             elif show and not quiet:
                 show(result, terminal)
             failed = getattr(result, "failed", ())
-            errors = failed.values() if isinstance(failed, Mapping) else [failure.error for failure in failed]
-            for error in errors:
-                _print_error(error)
-            if errors:
+            for failure in failed:
+                _print_error(failure.error)
+            if failed:
                 raise typer.Exit(EXIT_SOME_FAILED if done(result) else EXIT_NOTHING_DONE)
 
         run.__annotations__ = {}  # typer reads the options of a command from its signature

@@ -104,7 +104,7 @@ def compare(
 
     Example: lorashrink compare lora.safetensors shrunk.safetensors
     """
-    check_outputs(files, force, as_csv, plot)
+    check_outputs([*files, base], force, as_csv=as_csv, plot=plot)
     if plot:
         from lorashrink.plots import style
 

@@ -120,7 +120,7 @@ def _file_table(adapters: Sequence[AdapterTable]) -> Table:
     return table
 
 
-@command(_print_inspection, done=lambda inspection: bool(inspection.files), with_version=False)
+@command(_print_inspection, done=lambda inspection: bool(inspection.files))
 def inspect(
     terminal: Terminal,
     files: Adapters,
@@ -147,7 +147,7 @@ def inspect(
     from lorashrink.insight.inspection import inspect as run
 
     spectra, heat = (plot and plot.with_name(f"{plot.stem}_{name}{plot.suffix}") for name in ("spectra", "norms"))
-    check_outputs(files, force, as_csv, spectra, heat)
+    check_outputs([*files, base], force, as_csv=as_csv, spectra=spectra, heat=heat)
     base, adapters = split_base(files, base)
     if plot:
         from lorashrink.plots import style

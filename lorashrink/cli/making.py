@@ -24,7 +24,7 @@ from lorashrink.cli.options import (
 )
 from lorashrink.cli.printing import say
 from lorashrink.cli.resizing import print_report
-from lorashrink.text import size_text
+from lorashrink.text import count_text, size_text
 
 if TYPE_CHECKING:
     from lorashrink.bases.norms import NormTable
@@ -77,9 +77,12 @@ def extract(
 
 def _print_conversion(report: ConversionReport, terminal: Terminal) -> None:
     for result in report.results:
-        kept = f", {len(result.kept)} tensors under their old names" if result.kept else ""
+        for warning in result.warnings:
+            say(f"{result.output}: {warning}", errors=True)
+        kept = f", {count_text(len(result.kept), 'tensor')} under old names" if result.kept else ""
         exact = "bit by bit" if result.exact else "rounded"
-        say(f"{result.output}: {result.layers} layers, {size_text(result.bytes_after)}, {exact}{kept}")
+        size = f"{size_text(result.bytes_before)} -> {size_text(result.bytes_after)}"
+        say(f"{result.output}: {count_text(result.layers, 'layer')}, {size}, {exact}{kept}")
         for tensor in result.kept if terminal.verbose else ():
             say(f"kept {tensor.key}: {tensor.reason}")
 
@@ -118,7 +121,7 @@ def _print_norms(table: NormTable, terminal: Terminal) -> None:
     say(f"{table.path}: norms of {table.weights} weights of {table.base} ({table.family}), {size_text(table.bytes)}")
 
 
-@command(_print_norms, with_version=False)
+@command(_print_norms)
 def norms(
     terminal: Terminal,
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint or diffusers folder.")],

@@ -46,7 +46,9 @@ def merge(
     from lorashrink.recipes import grammar
 
     grammar.parse_recipes(recipe or [])  # before torch is imported: a typo is answered at once
-    check_outputs(files, force, as_csv)
+    from lorashrink.linking.inputs import split_sum
+
+    check_outputs([*[path for text in files for path, _ in split_sum(text)], base], force, as_csv=as_csv)
     base, adapters = split_base(files, base)
     from lorashrink.making.merging import EVERYTHING
     from lorashrink.making.merging import merge as run

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ from lorashrink.text import printable
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+# The second file of a PEFT folder, and the journal of an output folder.
+_NAMES_OF_ADAPTERS = ("adapter_config.json", ".lorashrink-journal.sqlite3")
 
 # Columns of words; all others are numbers and stand to the right.
 _WORDS = frozenset(("layer", "block", "file", "recipe", "algo", "flags", "kind"))
@@ -48,15 +52,30 @@ def print_json(document: object) -> None:
     typer.echo(json.dumps(document, allow_nan=False))
 
 
-def check_outputs(inputs: Sequence[str], force: bool, *outputs: Path | None) -> None:
-    """Refuse, before any work, outputs that cannot be written or are in the way of something."""
+def check_outputs(
+    inputs: Sequence[str | Path | None], force: bool, *, as_csv: Path | None = None, **plots: Path | None
+) -> None:
+    """Refuse, before any work, tables and figures that cannot be written or are in the way of something.
+
+    inputs: every file that the call reads; None for what it does not. plots: any names, for figures.
+    """
     from lorashrink.files.disk import check_output
 
-    for path in filter(None, outputs):
+    taken: set[str] = set()
+    for name, path in {"--csv": as_csv, **plots}.items():
+        if path is None:
+            continue
+        option = name if name == "--csv" else "--plot"
+        if os.path.realpath(path) in taken:
+            raise UsageError(f"{option} {path}: is another output of the same call. Give each a name of its own.")
+        taken.add(os.path.realpath(path))
         try:
-            check_output(path, force=force, inputs=list(map(Path, inputs)))
+            check_output(path, force=force, inputs=[Path(entry) for entry in inputs if entry is not None])
         except LorashrinkError as error:
-            raise UsageError(f"--csv {error}") from error
+            raise UsageError(f"{option} {error}") from error
+        # Adapters end so: a table of that name could replace an output of the same call, with or without --force.
+        if path.suffix.lower() == ".safetensors" or path.name.lower() in _NAMES_OF_ADAPTERS:
+            raise UsageError(f"{option} {path}: is the name of an adapter. Give the table or figure another ending.")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:

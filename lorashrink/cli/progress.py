@@ -27,7 +27,7 @@ def progress_bars(quiet: bool) -> Iterator[Progress | None]:
             return Text(f"{task.speed:.0f}/s" if task.speed else "")
 
     columns = (
-        bars.TextColumn("{task.description}", markup=False),
+        bars.TextColumn("{task.description}", markup=False),  # names of files may look like it
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
         Rate(),

@@ -39,6 +39,13 @@ if TYPE_CHECKING:
     from lorashrink.results.shrinking import FileResult, Report
 
 
+# An output that is larger by less is so for its metadata.
+_METADATA = 4096
+
+# Reasons of one file that get a line each without -v.
+_KINDS = 8
+
+
 @command(done=lambda report: bool(report.results))
 def resize(
     terminal: Terminal,
@@ -76,6 +83,9 @@ def resize(
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Keep outputs of an earlier, equal run.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="With --skip-existing: read outputs, and make damaged ones again.")
+    ] = False,
     dry_run: DryRun = False,
     strict: Annotated[bool, typer.Option("--strict", help="Tensors of no known family are an error.")] = False,
     group_by_base: Annotated[
@@ -107,7 +117,7 @@ def resize(
     # Parameters that bear the name of an option are passed on; `locals()` comes before any of them changes.
     options = {name: value for name, value in locals().items() if name in ResizeKeywords.__annotations__}
     with Gathered(as_json=terminal.as_json, as_csv=as_csv is not None, everything=terminal.verbose > 0) as gathered:
-        check_outputs(files, force, as_csv)
+        check_outputs([*files, base, calibration, group_by_base], force, as_csv=as_csv)
         base, adapters = split_base(files, base)
         recipes = recipe or [DEFAULT]
         parse_recipes(recipes)  # before torch is imported: a typo is answered at once
@@ -195,11 +205,30 @@ def _print_sums(console: Console, report: Report, dry_run: bool) -> None:
         console.print(f"needs {size_text(report.space.needed)}; {size_text(report.space.free)} are free")
 
 
+def _left_out(result: FileResult, verbose: int) -> list[str]:
+    """A line per reason for which something is not in the output, or is copied as it is; each name is below with -v."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for removed in result.removed:
+        kinds.setdefault(("left out", removed.reason), []).append(removed.name)
+    for copied in result.verbatim:
+        kinds.setdefault(("copied as is", copied.reason), []).append(copied.key)
+    lines = [
+        f"{Path(result.output).name}: {len(names)} {what}, first {names[0]}: {reason}"
+        for (what, reason), names in kinds.items()
+    ]
+    shown = lines if verbose else lines[:_KINDS]
+    more = len(lines) - len(shown)
+    return [*shown, f"and {more} more kinds; -v lists them"] if more else shown
+
+
 def _print_details(console: Console, result: FileResult, verbose: int) -> None:
     name = Path(result.output).name
     for warning in result.warnings:
         say(f"{result.output}: {warning}", errors=True)
     lines = []
+    grown = result.bytes_after - result.bytes_before
+    if 0 < grown < _METADATA and not any(warning.startswith("is larger") for warning in result.warnings):
+        lines.append(f"{name}: {size_text(grown)} larger than its input, for metadata that says how it was made")
     if result.forms:
         sizes = ", ".join(f"--as {form} {size_text(size)}" for form, size in result.forms.items())
         lines.append(f"{name} {size_text(result.bytes_after)}; {sizes}")
@@ -209,6 +238,7 @@ def _print_details(console: Console, result: FileResult, verbose: int) -> None:
             f"{name}: {count_text(len(result.capped), 'layer')} limited, most {most.name}: "
             f"σ {most.spectral_before:.4g} -> {most.spectral_after:.4g}"
         )
+    lines += _left_out(result, verbose)
     if verbose and result.quantiles:
         lines.append("score quantiles  " + "  ".join(f"{at}: {value:.3f}" for at, value in result.quantiles.items()))
     if verbose > 1:

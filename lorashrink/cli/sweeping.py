@@ -116,7 +116,14 @@ def sweep(
     """
     sheet = plot.with_name(f"{plot.stem}_sheet.png") if plot and images else None
     likeness = plot.with_name(f"{plot.stem}_pictures{plot.suffix}") if plot and images else None
-    check_outputs(adapter, force, as_csv, plot, likeness, sheet)
+    check_outputs(
+        [*adapter, base, calibration, images, images_config, prompts],
+        force,
+        as_csv=as_csv,
+        plot=plot,
+        likeness=likeness,
+        sheet=sheet,
+    )
     if plot:
         from lorashrink.plots import style
 

@@ -264,6 +264,17 @@ def _delete_unlocked(path: Path) -> bool:
     return True
 
 
+def user_cache() -> Path | None:
+    """The folder of this program in the user's cache; None for a user without a home, as services are."""
+    import platformdirs
+
+    try:
+        folder = platformdirs.user_cache_path("lorashrink", appauthor=False)
+    except (RuntimeError, OSError):
+        return None
+    return folder if folder.is_absolute() else None  # a ~ that nothing stands for
+
+
 def check_output(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> None:
     """Find out before hours of work whether a file can be written; `inputs` are never overwritten.
 

@@ -20,6 +20,7 @@ from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.matching import bind, find_fitting
 from lorashrink.names import block, kind
 from lorashrink.results.inspection import AdapterTable, BlockRow, Inspection, LayerRow, Recommendation
+from lorashrink.results.shrinking import Failure
 
 if TYPE_CHECKING:
     from lorashrink.bases.norms import Norms
@@ -68,7 +69,7 @@ def inspect(
                 if recommend:
                     table = replace(table, recommendations=_recommended(source, table, base, device, jobs))
                 files.append(table)
-    return Inspection(tuple(files), {str(source): str(error) for source, error in errors.items()})
+    return Inspection(tuple(files), tuple(Failure(str(source), str(error)) for source, error in errors.items()))
 
 
 # Of an adapter and the base weights that its layers change: the measured fields of each layer's row.

@@ -72,6 +72,16 @@ def _repeats_layers(adapter: Adapter) -> bool:
     return any(config.get("layer_replication") for config in adapter.settings.values())
 
 
+def misfits(adapter: Adapter, base: Base) -> dict[str, str]:
+    """Layer -> why it changes no weight, of those for which the base has a weight of another shape."""
+    weights = {layer: base.find(layer.name) for layer in adapter}
+    return {
+        layer.name: f"its ΔW is {list(layer.shape)}, but the weight of the base is {list(views_shape(views))}"
+        for layer, views in weights.items()
+        if views and not fits(layer, views)
+    }
+
+
 def fits(layer: Layer, views: Views) -> bool:
     """Whether a layer can be added to a weight of this shape, as far as the file tells."""
     shape = views_shape(views)

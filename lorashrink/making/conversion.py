@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -17,7 +18,16 @@ from lorashrink.files.writing import save_tensors
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.renaming import Renamed, check_naming, renamed
 from lorashrink.results.shrinking import ConversionReport, Converted, Failure, Verbatim
-from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, clear_outputs, name_outputs, shown
+from lorashrink.shrinking.outputs import (
+    base_files,
+    becomes_folder,
+    check_outputs,
+    clear_outputs,
+    folders_of_outputs,
+    name_outputs,
+    shown,
+)
+from lorashrink.text import percent_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,11 +60,12 @@ def convert(
         raise UsageError("convert: nothing to do. Name a --naming, a --dtype, or both.")
     sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, recursive=recursive)
     label = "_".join(filter(None, [naming, dtype if kind else None]))
+    folders = folders_of_outputs(sources, output)
     targets = {
         source: name_outputs(
             source,
             [(label, None)],
-            output,
+            folders[source],
             sources=len(sources),
             folder=becomes_folder(source, naming),
         )
@@ -78,7 +89,8 @@ def convert(
 
 def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: str, kind: str | None) -> Converted:
     adapter = new.adapter
-    store = _cast_store(adapter, kind) if kind else adapter.store
+    losses: dict[str, float] = {}
+    store = _cast_store(adapter, kind, losses) if kind else adapter.store
     config = {path.parent / peft.CONFIG_FILE: peft.to_file(adapter.settings)} if adapter.as_folder else {}
     save_tensors(path, {}, store.metadata, source=store, companions=config)
     same = all(info.dtype == adapter.store.tensors[key].dtype for key, info in store.tensors.items())
@@ -92,27 +104,76 @@ def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: st
         layers=len(adapter),
         exact=new.exact and same,
         kept=tuple(Verbatim(key, reason) for key, reason in new.kept.items()),
+        warnings=tuple(
+            f"{key} loses {percent_text(loss)} of its norm: its numbers are too small for {kind}. Use -t bf16 or fp32"
+            for key, loss in losses.items()
+        ),
     )
 
 
-def _cast_store(adapter: Adapter, kind: str) -> TensorStore:
-    """The adapter's tensors with floats in another dtype; alphas stay F32, so that they keep their values."""
+def _cast_store(adapter: Adapter, kind: str, losses: dict[str, float]) -> TensorStore:
+    """The adapter's tensors with floats in another dtype; alphas stay F32, so that they keep their values.
+
+    losses: gets key -> share of its norm that is lost, of tensors that lose more than rounding does.
+    """
     store = adapter.store
     alphas = {key for layer in adapter.layers for role, key in layer.keys.items() if role == "alpha"}
+    pairs = {
+        layer.keys[role]: (layer.keys[other], sign)
+        for layer in adapter.layers
+        for role, other, sign in (("up", "down", 1), ("down", "up", -1))
+        if {"up", "down"} <= layer.keys.keys()
+    }
     tensors = {}
     for key, info in store.tensors.items():
         if key in alphas or info.dtype not in FLOATS or info.dtype == kind:
             tensors[key] = (info, partial(store.read, key))
         else:
-            tensors[key] = (tensor_info(kind, info.shape), partial(_cast, store, key, kind))
+            read = partial(_cast, store, key, kind, pairs.get(key), losses)
+            tensors[key] = (tensor_info(kind, info.shape), read)
     return ComputedStore(store.path, tensors, store.metadata, store.files, store.headers)
 
 
-def _cast(store: TensorStore, key: str, kind: str) -> Tensor:
-    import torch
+# Rounding to 11 bits changes a tensor's norm by less; numbers below the smallest normal one lose more.
+_ROUNDING = 2.0**-10
+# From here on a user wants to know.
+_NOTEWORTHY = 0.01
 
-    tensor = store.read(key)
-    new = cast(tensor.float() if tensor.element_size() < 2 else tensor, kind)
-    if not torch.isfinite(new).all() and torch.isfinite(tensor.float()).all():
+
+def _cast(store: TensorStore, key: str, kind: str, partner: tuple[str, int] | None, losses: dict[str, float]) -> Tensor:
+    """A tensor in another dtype, balanced against the other factor of its layer where one of them would not fit."""
+    tensor = _wide(store, key)
+    if partner:
+        other, sign = partner
+        both = tensor, _wide(store, other)
+        if store.tensors[other].dtype != kind and any(_lost(factor, kind) > _ROUNDING for factor in both):
+            tensor = tensor * 2.0 ** (-sign * _exponent(*both[::sign]))
+    loss = _lost(tensor, kind)
+    if math.isinf(loss):
         raise NonFinite(f"{store.path}: {key} has numbers that {kind} cannot hold. Use -t bf16 or -t fp32.")
-    return new
+    if loss > _NOTEWORTHY:
+        losses[key] = loss
+    return cast(tensor, kind)
+
+
+def _wide(store: TensorStore, key: str) -> Tensor:
+    """A tensor in a dtype that has room for powers of two."""
+    tensor = store.read(key)
+    return tensor.double() if tensor.element_size() > 4 else tensor.float()
+
+
+def _exponent(up: Tensor, down: Tensor) -> int:
+    """Half of the power of two by which up is larger than down; both are multiplied with it without rounding."""
+    largest = [float(factor.abs().max()) for factor in (up, down)]
+    if not all(0 < number < math.inf for number in largest):
+        return 0
+    return round((math.log2(largest[0]) - math.log2(largest[1])) / 2)
+
+
+def _lost(tensor: Tensor, kind: str) -> float:
+    """‖x − x'‖ / ‖x‖ of a tensor and what the dtype makes of it: infinity if it holds numbers that are too large."""
+    new = cast(tensor, kind).to(tensor.dtype)
+    if not new.isfinite().all():
+        return math.inf if tensor.isfinite().all() else 0.0
+    norm = float(tensor.double().norm())
+    return float((new.double() - tensor.double()).norm()) / norm if norm else 0.0

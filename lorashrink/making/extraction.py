@@ -97,6 +97,8 @@ def _difference(tuned_path: Path, base: Base | None, *, naming: str, vectors: bo
             new, old = ours.get((part, module)), theirs.get((part, module))
             if _EMBEDDING.search(module):
                 missing[name] = "an embedding, which loaders of adapters do not change"
+            elif not all(view.key.endswith(("weight", "bias")) for view in new or old or ()):
+                missing[name] = "a parameter of another name than weight, which loaders of adapters do not change"
             elif new is None or old is None:
                 missing[name] = f"only {base.path if new is None else tuned_path} has this weight"
             elif views_shape(new) != views_shape(old):

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from lorashrink.adapters import open_adapter, peft
 from lorashrink.bases import Base, open_base
 from lorashrink.engine.devices import pick_device
-from lorashrink.errors import InputError, NonFinite, OutputError
-from lorashrink.files.disk import content_fingerprint, sha256_file, write_bytes
+from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
+from lorashrink.files.disk import content_fingerprint, sha256_file, user_cache, write_bytes
 from lorashrink.files.reading import open_tensors
 from lorashrink.pictures.adapting import adapted, check_adapter
 from lorashrink.pictures.pipelines import (
@@ -78,10 +78,11 @@ def shots_of(prompts: Sequence[Prompt], seeds: Sequence[int]) -> tuple[Shot, ...
 
 
 def default_folder() -> Path:
-    """The folder that pictures are kept in between runs."""
-    import platformdirs
-
-    return platformdirs.user_cache_path("lorashrink", appauthor=False) / "pictures"
+    """The folder that pictures are kept in between runs. Raises UsageError where there is no such place."""
+    folder = user_cache()
+    if folder is None:
+        raise UsageError("there is no home folder to keep pictures in; name another one with --images-out.")
+    return folder / "pictures"
 
 
 def read_picture(path: str | Path) -> Picture:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -147,6 +147,32 @@ def companions(model: Path, settings: Path | None = None) -> tuple[Path, ...]:
 def _published_settings(name: str) -> Path | None:
     location = KINDS[name].settings
     return Path(str(resources.files(location[0]) / location[1])) if location else None
+
+
+# Of denoisers whose configuration does not say it: latents along a side, as in diffusers' pipelines.
+_SAMPLE_SIZES = {"unet": 64, "transformer": 128}
+
+
+def own_side(model: Path, settings: Path | None = None) -> int:
+    """Pixels along a side of the pictures that a model was made for; `settings` as for `open_pipeline`.
+
+    Source: `default_sample_size` of diffusers' pipelines. Raises UsageError or InputError as `pipeline_kind`.
+    """
+    name = pipeline_kind(model)
+    denoiser = KINDS[name].denoiser
+    folder = model if model.is_dir() else settings or _published_settings(name)
+    latents, stride = _SAMPLE_SIZES[denoiser], 8
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # what is missing is named on opening it
+        if folder:
+            stride = 2 ** (len(_config(folder / "vae")["block_out_channels"]) - 1)
+            size = _config(folder / denoiser).get("sample_size") or latents
+            latents = int(max(size) if isinstance(size, list) else size)
+    return latents * stride
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 # --- opening it ---------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ SAMPLERS = (
 
 SCALE = 7.5
 
+SIDE = 512  # pixels; sd-scripts' size of pictures, whatever the model
+
 OWN = "own"  # the sampler that a model comes with; prompt files cannot name it, since they leave it out
 
 
@@ -31,21 +33,21 @@ class Prompt:
 
     prompt: str = ""
     negative: str = ""
-    width: int = 512  # pixels, a multiple of 8
-    height: int = 512
+    width: int = SIDE  # pixels, a multiple of 8
+    height: int = SIDE
     seed: int | None = None  # None: another one each time
     steps: int = 30
     scale: float = SCALE  # classifier-free guidance; at 1 and below the negative prompt does nothing
     sampler: str = "ddim"  # one of `SAMPLERS`, or `OWN`
 
 
-def read_prompts(path: Path, *, sampler: str = "ddim", scale: float = SCALE) -> tuple[Prompt, ...]:
+def read_prompts(path: Path, *, sampler: str = "ddim", scale: float = SCALE, side: int = SIDE) -> tuple[Prompt, ...]:
     """The prompts of a file; what it says beyond them is ignored with a warning.
 
     .txt: a prompt in each line, followed by ` --n negative prompt --w width --h height --d seed --s steps --l scale
     --ss sampler`, any of them; lines that begin with # do not count. .json: a list of such lines or of objects. .toml:
-    the same objects as [[prompt.subset]] below what they share in [prompt]. sampler, scale: those of prompts that name
-    none.
+    the same objects as [[prompt.subset]] below what they share in [prompt]. sampler, scale, side: those of prompts that
+    name none; side is both width and height.
 
     Raises:
         UsageError: no such file, another ending, no prompts.
@@ -61,8 +63,9 @@ def read_prompts(path: Path, *, sampler: str = "ddim", scale: float = SCALE) -> 
         raise InputError(f"{path}: no valid {path.suffix[1:].lower()} file of prompts in UTF-8 ({error})") from None
     if not entries:
         raise UsageError(f"{path}: no prompts in it")
+    own = {"sampler": sampler, "scale": scale, "width": side, "height": side}
     return tuple(
-        _prompt(_switches(entry) if isinstance(entry, str) else entry, f"{path}: sample {number:02d}", sampler, scale)
+        _prompt(_switches(entry) if isinstance(entry, str) else entry, f"{path}: sample {number:02d}", own)
         for number, entry in enumerate(entries)
     )
 
@@ -98,8 +101,8 @@ def _switches(line: str) -> dict[str, Any]:
     return values
 
 
-def _prompt(values: Mapping[str, Any], where: str, sampler: str, scale: float) -> Prompt:
-    fields: dict[str, Any] = {"sampler": sampler, "scale": scale}
+def _prompt(values: Mapping[str, Any], where: str, own: Mapping[str, Any]) -> Prompt:
+    fields = dict(own)
     for key, value in values.items():
         if value is None:
             continue

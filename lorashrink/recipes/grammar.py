@@ -207,15 +207,13 @@ class Recipe:
     def file_items(self) -> str:
         """The recipe as a part of a file name: `frockpt1_th-3.55`."""
         weights = {**self.normalised, BYTES: self.bytes_weight}
-        items = sorted(_file_item(key, _two_decimals(weight)) for key, weight in weights.items() if weight)
+        items = sorted(_file_item(key, weight) for key, weight in weights.items() if weight)
         for key, value in sorted(self.modifiers.items()):
-            if key in CAPS:  # a small number, of which two decimals would not tell much
-                items.append(_file_item(key, f"{value:g}"))
-            elif key != "rescale" and (value or key not in _SWITCHES):
-                items.append(_file_item(key, _two_decimals(value)))
+            if key != "rescale" and (value or key not in _SWITCHES):
+                items.append(_file_item(key, value))
         if self.rescale != 1:
-            items.append(_file_item("scale", _two_decimals(self.rescale)))
-        items.append(_file_item("th" if self.select == "thr" else self.select, _two_decimals(self.value)))
+            items.append(_file_item("scale", self.rescale))
+        items.append(_file_item("th" if self.select == "thr" else self.select, self.value))
         return "_".join(items)
 
 
@@ -223,12 +221,9 @@ def _shortest(value: float) -> str:
     return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
 
 
-def _file_item(key: str, number: str) -> str:
-    return f"{key.replace('_', '')}{number}"
-
-
-def _two_decimals(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")
+def _file_item(key: str, number: float) -> str:
+    # Ten digits hide what floats make of 0.1 + 0.2, and nothing that a user writes.
+    return f"{key.replace('_', '')}{number:.10g}"
 
 
 def parse_recipes(texts: str | Sequence[str]) -> list[Recipe]:

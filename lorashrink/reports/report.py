@@ -93,8 +93,8 @@ def report(
     except InputError as error:
         refusal = error
     inspection = inspect(source, base=base, spectrum=True, device=device, jobs=jobs, progress=progress)
-    for message in inspection.failed.values():
-        raise refusal or InputError(message)
+    for failure in inspection.failed:
+        raise refusal or InputError(failure.error)
     (table,) = inspection.files
     if refusal and not _explains_itself(table):
         raise refusal

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lorashrink.results.shrinking import Failure
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
@@ -91,4 +93,4 @@ class Inspection:
     """The outcome for one or many files."""
 
     files: tuple[AdapterTable, ...]
-    failed: Mapping[str, str] = field(default_factory=dict)  # path -> error
+    failed: tuple[Failure, ...] = ()

@@ -151,6 +151,7 @@ class Converted:
     layers: int
     exact: bool  # every tensor of the output has the bits of the input's, perhaps some of its rows
     kept: tuple[Verbatim, ...]  # tensors under their old names
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ class Decomposed:
     alignments: Sequence[Tensor | None]
     # Per layer whether its spectrum is calibrated, where the recipe needs that; else ().
     calibrated: Sequence[bool] = ()
+    misfits: Mapping[str, str] = field(default_factory=dict)  # see `linking.matching.misfits`
 
     def __post_init__(self) -> None:
         for layer, spectrum in zip(self.adapter.layers, self.spectra, strict=True):

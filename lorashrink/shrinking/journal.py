@@ -1,7 +1,7 @@
 """The journal of an output folder: a database of finished and failed outputs, which saves a rerun reading sources.
 
 The metadata of an output says what it was made from, and is right if the two differ. Without the journal a rerun takes
-longer and does the same, so errors of the journal never stop a run.
+longer and does the same, so errors of the journal never stop a run: one that is damaged is set aside and begun anew.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import sqlite3
 import threading
@@ -71,32 +70,27 @@ class Entry:
         return tuple({**asdict(self), "stamps": json.dumps(self.stamps)}.values())
 
     @classmethod
-    def from_row(cls, row: Sequence[Any]) -> Entry | None:
-        """The entry of a stored row; None for a damaged one, whose output is then looked at itself."""
+    def from_row(cls, row: Sequence[Any]) -> Entry:
+        """The entry of a stored row. Raises ValueError or TypeError if a cell holds something else."""
         values = dict(zip(_COLUMNS, row, strict=True))
-        try:
-            read = tuple(Stamp(*numbers) for numbers in json.loads(values["stamps"]))
-            entry = cls(**{**values, "stamps": read, "depends_on_base": bool(values["depends_on_base"])})
-        except (ValueError, TypeError, RecursionError):
-            return None
-        return entry if entry._typed() else None
-
-    def _typed(self) -> bool:
-        """Whether every value has the type of its default: SQLite stores anything in any column."""
-        numbers = (self.threshold or 0.0, self.relative_error, self.seconds)
-        wholes = (self.bytes_before, self.bytes_after, self.output_mtime_ns)
-        texts = [self.output, self.source, self.state, self.message, self.source_sha256]
-        texts += [self.recipe, self.base, self.options, self.version, *(stamp.path for stamp in self.stamps)]
-        return (
-            all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
-            and all(isinstance(number, int) for number in wholes)
-            and all(
-                isinstance(text, str) for text in (*texts, self.source_sha256, *(stamp.path for stamp in self.stamps))
-            )
-        )
+        for field in fields(cls):
+            if not isinstance(values[field.name], _STORED[str(field.type)]):
+                raise TypeError(f"{field.name} is {values[field.name]!r}")
+        read = tuple(Stamp(*numbers) for numbers in json.loads(values["stamps"]))
+        return cls(**{**values, "stamps": read, "depends_on_base": bool(values["depends_on_base"])})
 
 
 _COLUMNS = tuple(field.name for field in fields(Entry))
+
+# Type of a field -> what SQLite gives back of it.
+_STORED: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "bool": int,
+    "float": (float, int),
+    "float | None": (float, int, type(None)),
+    "tuple[Stamp, ...]": str,
+}
 
 
 def stamps(paths: Iterable[Path]) -> tuple[Stamp, ...]:
@@ -131,8 +125,7 @@ class Journal:
 
         Reads neither of them.
         """
-        row = next(iter(self._select("WHERE output = ?", self._key(output))), None)
-        entry = Entry.from_row(row) if row else None
+        entry = next(iter(self._select("WHERE output = ?", self._key(output))), None)
         if entry is None or entry.state != DONE or entry.source != _source(source) or not entry.stamps:
             return None
         try:
@@ -156,17 +149,19 @@ class Journal:
         rows = [entry.to_row() for entry in entries]
         values = ", ".join("?" * len(_COLUMNS))
         with self._lock:
-            if self._database is None:
-                return
-            try:
-                with self._database:
-                    self._database.executemany(f"INSERT OR REPLACE INTO outputs VALUES ({values})", rows)
-            except sqlite3.Error as error:
-                self._give_up(error)
+            for _ in range(2):  # again, if it turns out to be damaged
+                if self._database is None:
+                    return
+                try:
+                    with self._database:
+                        self._database.executemany(f"INSERT OR REPLACE INTO outputs VALUES ({values})", rows)
+                    return
+                except sqlite3.Error as error:
+                    self._mend(error)
 
     def entries(self) -> list[Entry]:
         """All entries, by output."""
-        return [entry for row in self._select("ORDER BY output") if (entry := Entry.from_row(row))]
+        return self._select("ORDER BY output")
 
     def close(self) -> None:
         """Close the file."""
@@ -180,18 +175,31 @@ class Journal:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _select(self, which: str, *values: str) -> list[tuple[Any, ...]]:
+    def _select(self, which: str, *values: str) -> list[Entry]:
         with self._lock:
             if self._database is None:
                 return []
             try:
-                return self._database.execute(f"SELECT {', '.join(_COLUMNS)} FROM outputs {which}", values).fetchall()
-            except sqlite3.Error as error:
-                self._give_up(error)
+                rows = self._database.execute(f"SELECT {', '.join(_COLUMNS)} FROM outputs {which}", values)
+                return [Entry.from_row(row) for row in rows]
+            except (sqlite3.Error, ValueError, TypeError, RecursionError) as error:
+                self._mend(error)
                 return []
 
     def _key(self, output: Path) -> str:
         return _text(Path(os.path.relpath(output, self.folder)).as_posix())
+
+    def _mend(self, error: Exception) -> None:
+        """Begin anew if the journal is damaged; give up if it is in order, but cannot be had."""
+        if isinstance(error, sqlite3.OperationalError):
+            self._give_up(error)
+            return
+        self.close()
+        try:
+            _set_aside(self.folder / NAME, error)
+            self._database = _open(self.folder / NAME)
+        except (OSError, sqlite3.Error) as failure:
+            self._give_up(failure)
 
     def _give_up(self, error: Exception) -> None:
         log.warning("%s: cannot be used (%s); the run goes on without it", self.folder / NAME, error)
@@ -213,9 +221,17 @@ def _open(path: Path) -> sqlite3.Connection:
         return _with_table(path)
     except sqlite3.OperationalError:  # it may be in order, but cannot be had: locked, read-only, a full disk
         raise
-    except sqlite3.DatabaseError:
-        path.unlink()
+    except sqlite3.DatabaseError as error:
+        _set_aside(path, error)
         return _with_table(path)
+
+
+def _set_aside(path: Path, error: Exception) -> None:
+    """Give a damaged journal another name. Raises OSError."""
+    aside = path.with_name(f"{NAME}.damaged")
+    log.warning("%s: is damaged (%s); it is now %s, and a new one is begun", path, error, aside.name)
+    os.replace(path, aside)
+    path.with_name(f"{NAME}-journal").unlink(missing_ok=True)  # SQLite would roll it back into the new one
 
 
 def _with_table(path: Path) -> sqlite3.Connection:

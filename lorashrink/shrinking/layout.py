@@ -68,6 +68,8 @@ class Layout:
         self._copied = {key: adapter.store.tensors[key] for key in verbatim}
         # Layers whose own form cannot have any rank.
         self._converted = frozenset(position for position, layer in enumerate(self.layers) if not layer.family.written)
+        # Layers whose core is multiplied into a factor, which may become larger than both.
+        self._folded = frozenset(position for position, layer in enumerate(self.layers) if "mid" in layer.keys)
 
     def size(self, widths: Sequence[int], threshold: float | None, form: str | None = None) -> int:
         """Bytes of the file."""
@@ -80,24 +82,34 @@ class Layout:
     def stays(self, widths: Sequence[int], form: str | None = None) -> frozenset[int]:
         """Positions of the layers that stay in their own form, because they are larger as LoRA."""
         form = form or self.form
+        if form == "lora" or (form == "auto" and self.recipe.rescale != 1):  # what is copied keeps its strength
+            return frozenset()
         candidates = [
             position
             for position in self._converted
             if widths[position] and not self.layers[position].family.becomes_lora
         ]
-        if form == "lora":
-            return frozenset()
+        cores = [position for position in self._folded if widths[position] and not self.recipe.uniform]
         if form == "same":
-            return frozenset(candidates)
+            return frozenset(candidates) | self._smaller(cores, widths)
+        smaller = self._smaller([*candidates, *cores], widths)
+        together = self.adapter.as_folder or any(layer.family.changed_base for layer in self.layers)
+        if not (together and candidates):
+            return smaller
+        # A folder's configuration knows one kind of adapter, and a changed base is that of all layers.
+        own, lora = zip(*(self._two_sizes(position, widths) for position in candidates), strict=True)
+        return (smaller - self._converted) | frozenset(candidates if sum(own) <= sum(lora) else ())
+
+    def _smaller(self, positions: Sequence[int], widths: Sequence[int]) -> frozenset[int]:
+        """Those of the layers that are no larger in their own form."""
+        sizes = {position: self._two_sizes(position, widths) for position in positions}
+        return frozenset(position for position, (own, lora) in sizes.items() if own <= lora)
+
+    def _two_sizes(self, position: int, widths: Sequence[int]) -> tuple[int, int]:
+        """About the bytes of a layer (in its own form, as a LoRA)."""
         stored = self.adapter.store.tensors
-        own, lora = {}, {}
-        for position in candidates:
-            own[position] = _about_bytes({key: stored[key] for key in self.layers[position].keys.values()})
-            lora[position] = _about_bytes(self.forms[position].tensors(widths[position], self.dtypes[position]))
-        # a folder's configuration knows one kind of adapter, and a changed base is that of all layers
-        if self.adapter.as_folder or any(layer.family.changed_base for layer in self.layers):
-            return frozenset(candidates if sum(own.values()) <= sum(lora.values()) else ())
-        return frozenset(position for position in candidates if own[position] <= lora[position])
+        own = {key: stored[key] for key in self.layers[position].keys.values()}
+        return _about_bytes(own), _about_bytes(self.forms[position].tensors(widths[position], self.dtypes[position]))
 
     def written(self, widths: Sequence[int], form: str | None = None) -> list[int]:
         """Positions of the layers that are written anew."""

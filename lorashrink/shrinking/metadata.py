@@ -63,7 +63,8 @@ def shrunk(
     """
     new = dict(old)
     widest = str(max(ranks.values(), default=0))
-    if "ss_network_dim" in old or "ss_network_alpha" in old:
+    # Without layers that are written anew the old numbers are still true.
+    if ranks and ("ss_network_dim" in old or "ss_network_alpha" in old):
         # Whole numbers as text: words such as "Dynamic" break readers that parse them.
         new |= {"ss_network_dim": widest, "ss_network_alpha": widest}
     if became_lora and "ss_network_module" in old:

@@ -32,6 +32,7 @@ class ResizeOptions:
     recursive: bool = False
     force: bool = False
     skip_existing: bool = False
+    verify: bool = False  # of outputs that exist
     dry_run: bool = False
     strict: bool = False
     quantiles: bool = False
@@ -59,6 +60,7 @@ class ResizeKeywords(TypedDict, total=False):
     recursive: bool
     force: bool
     skip_existing: bool
+    verify: bool
     dry_run: bool
     strict: bool
     quantiles: bool

@@ -48,9 +48,23 @@ def name_outputs(
     targets = {path / f"{stem}_{label}{ending}": purpose for label, purpose in labels}
     if len(targets) < len(labels):
         raise UsageError(
-            "two of the recipes give the same file name, which has two decimals. Run them one by one with -o FILE."
+            f"two of the recipes give the same file name: {', '.join(label for label, _ in labels)}. They mean the "
+            "same, or nearly; leave one out, or run them one by one with -o FILE."
         )
     return targets
+
+
+def folders_of_outputs(sources: Collection[Path], output: str | Path | None) -> dict[Path, str | Path | None]:
+    """Source -> what `name_outputs` gets as `output`: where two names are equal, the tree below the common folder."""
+    names = [source.name if os.path.isdir(source) else source.stem for source in sources]
+    if output is None or len(set(names)) == len(names) or len({source.absolute().parent for source in sources}) == 1:
+        return dict.fromkeys(sources, output)
+    parents = {source: os.path.abspath(source.parent) for source in sources}
+    try:
+        common = os.path.commonpath(parents.values())
+    except ValueError:  # several drives have no common folder
+        return dict.fromkeys(sources, output)
+    return {source: Path(output) / os.path.relpath(parent, common) for source, parent in parents.items()}
 
 
 def becomes_folder(source: Path, naming: str | None) -> bool:
@@ -93,6 +107,7 @@ def check_outputs(
                     f"{path}: would be the output of both {owners[real]} and {source}. Rename one of them."
                 )
             owners[real] = source
+            check_name(path)
             check_output(path, force=True, inputs=[path] if real in read else ())
             if os.path.exists(path) and not force:
                 raise OutputError(f"{path}: exists already. Use {hint}.")
@@ -103,6 +118,23 @@ def clear_outputs(outputs: Sequence[Path]) -> None:
     configs = [path.parent / peft.CONFIG_FILE for path in outputs if path.name == peft.WEIGHTS_FILE]
     for path in clear_leftovers([*outputs, *configs]):
         log.info("%s: deleted, left behind by a process that was killed", path)
+
+
+# Bytes of one name on almost all file systems.
+_LONGEST_NAME = 255
+
+
+def check_name(path: Path) -> None:
+    """Raises OutputError for a name that no file can have, or that is no text."""
+    try:
+        longest = max((len(part.encode()) for part in path.parts), default=0)
+    except UnicodeEncodeError as error:
+        message = f"{str(path)!a}: its name is not UTF-8. Rename the input, or name the output with -o."
+        raise OutputError(message) from error
+    if longest > _LONGEST_NAME:
+        raise OutputError(
+            f"{path}: a name of {longest} bytes, and files can have {_LONGEST_NAME}. Name the output with -o FILE."
+        )
 
 
 def space_for(sizes: Mapping[Path, int]) -> Space | None:

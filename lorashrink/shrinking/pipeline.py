@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,8 +89,7 @@ def _begin(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledge
     try:
         unrecorded = {path: recipe for path, recipe in outputs.items() if path not in results}
         if skip:
-            existing = {path: recipe for path, recipe in unrecorded.items() if os.path.exists(path)}
-            results |= {path: opened.existing_result(path, recipe) for path, recipe in existing.items()}
+            results |= opened.existing_results(unrecorded)
         rest = {path: recipe for path, recipe in outputs.items() if path not in results}
         if not rest:
             opened.close()
@@ -111,14 +109,16 @@ def _finish(work: Work, session: Session, ledger: Ledger) -> None:
     done = None
     with boundary(source.path, partial(ledger.fail, source.path)), closing(work.adapter):
         plans = work.plans()
+        warnings: dict[Path, list[str]] = {}
         if not options.dry_run:
             report = session.reporter(f"writing {source.path.name}")
-            write(plans, pool=session.pool, device=session.device, progress=report)
+            warnings = write(plans, pool=session.pool, device=session.device, progress=report)
         base, sources = own_base(source.against, session), sources_of(work.adapter)
         results = []
         for path, plan in plans.items():
             result = file_result(plan, path, started=work.started, with_quantiles=options.quantiles)
-            results.append(replace(result, base=base, sources=sources))
+            more = (*result.warnings, *warnings.get(path, ()))
+            results.append(replace(result, base=base, sources=sources, warnings=more))
         traced = {path: recipe for path, recipe in work.traced.items() if path in plans or path not in work.outputs}
         done = Done(source.path, (*work.skipped, *results), source.trace(traced))
     if done:

@@ -24,7 +24,7 @@ from lorashrink.shrinking import metadata
 from lorashrink.shrinking.decomposed import Decomposed, more_than_delta
 from lorashrink.shrinking.layout import Form, Layout, file_size
 from lorashrink.shrinking.outputs import shown
-from lorashrink.shrinking.remarks import above_limits, output_warnings, uncapped, unreadable_encoders
+from lorashrink.shrinking.remarks import above_limits, grown, output_warnings, uncapped, unreadable_encoders
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,10 +169,11 @@ def outline(
                     f"{adapter.path}: layer {layer.name} changes no weight of the base, and recipe '{recipe}' "
                     "needs one. Use --unmapped keep or drop."
                 )
+            misfit = decomposed.misfits.get(layer.name)
             if unmapped == "drop":
-                removed[layer.name] = "changes no weight of the base"
+                removed[layer.name] = misfit or "changes no weight of the base"
             else:
-                stays = "its layer changes no weight of the base"
+                stays = misfit or "its layer changes no weight of the base"
         elif recipe.calibrated and not decomposed.calibrated[index]:
             stays = "the calibration has no statistics of its weight"
         elif spectrum.rank == 0 and more_than_delta(layer):
@@ -238,6 +239,7 @@ def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None 
             *unreadable_encoders(adapter.layers, removed),
             *uncapped(recipe, layout, facts, widths),
             *above_limits(recipe, uncut),
+            *grown(layout, tensors),
         ],
         settings=layout.settings(widths),
         form_sizes=layout.form_sizes(widths, selection.threshold),
@@ -255,7 +257,8 @@ def _sort_tensors(
     """Say why a layer's tensors are copied, or are not in the output."""
     layer = planned.layer
     if planned.stays:
-        reason = f"smaller as {layer.algo} than as a LoRA of rank {planned.width}"
+        own = "with its core" if layer.family.written else f"as {layer.algo}"
+        reason = f"smaller {own} than as a LoRA of rank {planned.width}"
         verbatim |= dict.fromkeys(layer.keys.values(), reason)
     elif not planned.width:
         removed[layer.name] = "no dimension passes the recipe"

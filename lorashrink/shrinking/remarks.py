@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from lorashrink.adapters import Layer
 from lorashrink.bases import views_id
+from lorashrink.files.store import FACTOR_DTYPES, TensorInfo
 from lorashrink.recipes.grammar import CAPS, Recipe
 from lorashrink.recipes.terms import LayerFacts
 from lorashrink.shrinking.decomposed import Decomposed
@@ -60,6 +62,23 @@ def above_limits(recipe: Recipe, names: Sequence[str]) -> list[str]:
         f"{len(names)} layers, first {names[0]}, are above {' and '.join(f'{key}=' for key in recipe.caps)} but stay "
         "in their own form, where nothing can be limited; use --as lora"
     ]
+
+
+def grown(layout: Layout, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """A warning that the tensors of the output are larger than its input, and what asks for that."""
+    store, recipe = layout.adapter.store, layout.recipe
+    after = sum(info.nbytes for info in tensors.values())
+    if after <= max(sum(info.nbytes for info in store.tensors.values()), sum(os.path.getsize(f) for f in store.files)):
+        return []
+    rounding = [key for key in ("min_rank", "multiple", "pow2", "uniform") if recipe.modifiers.get(key)]
+    causes = {
+        f"their dtype is {layout.dtype}": layout.dtype != "same",
+        "all layers are LoRA": layout.form == "lora",
+        f"{' and '.join(rounding)} pad ranks": bool(rounding),
+        "factors in 8-bit floats are written as fp16": any(layer.dtype not in FACTOR_DTYPES for layer in layout.layers),
+    }
+    why = ", ".join(cause for cause, holds in causes.items() if holds) or "the recipe keeps more than the file stores"
+    return [f"is larger than its input: {why}"]
 
 
 def unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> list[str]:

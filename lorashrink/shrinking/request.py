@@ -17,7 +17,14 @@ from lorashrink.recipes.grammar import Recipe, parse_recipes
 from lorashrink.shrinking.grouping import read_table
 from lorashrink.shrinking.ledger import Targets
 from lorashrink.shrinking.options import ResizeOptions
-from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, check_space, name_outputs
+from lorashrink.shrinking.outputs import (
+    base_files,
+    becomes_folder,
+    check_outputs,
+    check_space,
+    folders_of_outputs,
+    name_outputs,
+)
 from lorashrink.shrinking.targets import TARGETS, Target, with_items
 from lorashrink.sums.summing import combined
 
@@ -52,6 +59,8 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     """Check all that can be checked of a call of `resize` before any work. Raises as that does."""
     if options.target not in (None, *TARGETS):
         raise UsageError(f"target: '{options.target}' is not one of {', '.join(TARGETS)}.")
+    if options.verify and not options.skip_existing:
+        raise UsageError("--verify: checks outputs that exist, and goes with --skip-existing only.")
     if options.base is not None and options.group_by_base is not None:
         raise UsageError("give one base, or a table of them with --group-by-base, and not both.")
     reader = TARGETS[options.target] if options.target else None
@@ -67,15 +76,17 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     if sums and bases:
         raise UsageError(f"{next(iter(sums))}: a sum has one base, and is not merged with --group-by-base.")
     files = {source: terms.files if terms else [source] for source, terms in inputs.items()}
+    locations = {source: terms.location if terms else source for source, terms in inputs.items()}
+    folders = folders_of_outputs(locations.values(), options.output)
     targets = {
         source: name_outputs(
-            terms.location if terms else source,
+            location,
             [(recipe.file_items(), recipe) for recipe in recipes],
-            options.output,
+            folders[location],
             sources=len(inputs),
             folder=becomes_folder(files[source][0], options.naming),
         )
-        for source, terms in inputs.items()
+        for source, location in locations.items()
     }
     check_outputs(
         targets,

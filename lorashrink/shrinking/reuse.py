@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorashrink._version import __version__
 from lorashrink.adapters import Adapter, peft
-from lorashrink.errors import OutputError
+from lorashrink.errors import DamagedFile, OutputError
 from lorashrink.files.disk import sha256_file
+from lorashrink.files.hashes import with_hashes, with_placeholders
 from lorashrink.files.header import read_header
 from lorashrink.files.metadata_keys import ENERGY, ERROR
+from lorashrink.files.store import COPY_CHUNK
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.journal import Stamp, stamps
 from lorashrink.shrinking.ledger import Done, Ledger, Trace, origin_of
 from lorashrink.shrinking.metadata import Origin
 from lorashrink.shrinking.outputs import shown
-from lorashrink.shrinking.session import AdapterBase, Session
+from lorashrink.shrinking.session import AdapterBase, Session, log
 from lorashrink.sums.summing import contents_sha256
 
 
@@ -71,14 +74,36 @@ class OpenSource:
         origins = {path: self.origin(recipe) for path, recipe in outputs.items()}
         return Trace(origins, self.depends_on_base, self.stamps)
 
-    def existing_result(self, output: Path, recipe: Recipe) -> FileResult:
-        """The result that an output which exists stands for. Raises OutputError if it was made from something else."""
-        entries = read_header(output)[1]
+    def existing_results(self, outputs: Mapping[Path, Recipe]) -> dict[Path, FileResult]:
+        """Results that those of these outputs stand for which exist in good order.
+
+        Raises OutputError if one was made from something else, and DamagedFile if it never was an output.
+        """
+        results = {}
+        for output, recipe in outputs.items():
+            if os.path.exists(output):
+                try:
+                    results[output] = self._existing_result(output, recipe)
+                except DamagedFile as error:
+                    if not _began_as_output(output):
+                        raise
+                    log.warning("%s It is made again.", error)
+        return results
+
+    def _existing_result(self, output: Path, recipe: Recipe) -> FileResult:
+        """The result that an output stands for. Raises DamagedFile, or OutputError if it was made otherwise."""
+        tensors, entries, header = read_header(output)
         if not self.origin(recipe).made(entries):
             raise OutputError(
                 f"{output}: exists, but was made from another source, base, recipe, options or version. "
                 "Use --force to replace it, or choose another place with -o."
             )
+        if output.name == peft.WEIGHTS_FILE and not os.path.isfile(output.parent / peft.CONFIG_FILE):
+            raise DamagedFile(f"{output}: the {peft.CONFIG_FILE} beside it is gone.")
+        if self.session.options.verify:
+            data = partial(_data_behind, output, 8 + len(header))
+            if with_hashes(with_placeholders(entries), tensors, data) != entries:
+                raise DamagedFile(f"{output}: its contents are not those whose hash is in its header.")
         energy = float(entries[ENERGY])
         return _skipped_result(
             self.path,
@@ -90,6 +115,20 @@ class OpenSource:
             bytes_after=output.stat().st_size,
             relative_error=float(entries[ERROR]) if recipe.caps else (1 - energy) ** 0.5,
         )
+
+
+def _began_as_output(path: Path) -> bool:
+    """Whether a damaged file begins as safetensors do, or with the zeros that a failing disk leaves; empty counts."""
+    with open(path, "rb") as handle:
+        start = handle.read(9)
+    return not any(start) or start[4:] == bytes(4) + b"{"
+
+
+def _data_behind(path: Path, start: int) -> Iterator[bytes]:
+    with open(path, "rb", buffering=0) as handle:
+        handle.seek(start)
+        while chunk := handle.read(COPY_CHUNK):
+            yield chunk
 
 
 def _skipped_result(source: Path, output: Path, recipe: Recipe, **facts: Any) -> FileResult:
@@ -107,8 +146,13 @@ def _skipped_result(source: Path, output: Path, recipe: Recipe, **facts: Any) ->
 def recorded_results(
     source: Path, outputs: Mapping[Path, Recipe], against: AdapterBase, session: Session, ledger: Ledger
 ) -> dict[Path, FileResult]:
-    """Results of the outputs that the journal knows to be equal; the adapter is not read."""
-    results = {}
+    """Results of the outputs that the journal knows to be equal; the adapter is not read.
+
+    None if outputs are to be verified, which takes reading them.
+    """
+    results: dict[Path, FileResult] = {}
+    if session.options.verify:
+        return results
     for output, recipe in outputs.items():
         entry = ledger.recorded(output, source)
         if entry is None:
@@ -140,8 +184,9 @@ def existing_results(source: Path, outputs: Mapping[Path, Recipe], session: Sess
     if not rest:
         return Done(source, tuple(recorded.values())) if recorded else None
     with closing(OpenSource.open(source, against, session)) as opened:
-        results = [opened.existing_result(path, recipe) for path, recipe in rest.items()]
-        return Done(source, (*recorded.values(), *results), opened.trace(rest))
+        results = opened.existing_results(rest)
+        trace = opened.trace({path: rest[path] for path in results})
+        return Done(source, (*recorded.values(), *results.values()), trace)
 
 
 def own_base(against: AdapterBase, session: Session) -> str | None:

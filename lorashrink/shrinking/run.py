@@ -54,7 +54,9 @@ def resize(
         target: a program to write for, "vllm".
         force: replace files that exist. Default False.
         skip_existing: outputs of an earlier, equal run stay; in an output folder a journal is kept, by which they are
-            known without reading them. Default False.
+            known without reading them. One that is damaged is made again. Default False.
+        verify: with skip_existing outputs are read, and made again where they are not what the hash in their header
+            says. Default False.
         dry_run: report what would be written, and write nothing. Default False.
         space_check: more than 16 outputs are begun only if the disk could take them all without any shrinking.
             Default True.

@@ -15,7 +15,7 @@ from lorashrink.bases.norms import Norms
 from lorashrink.calibration.statistics import OfLayer
 from lorashrink.engine.spectrum import Item, PendingSpectrum, Spectrum, decompose
 from lorashrink.errors import InputError, RecipeError
-from lorashrink.linking.matching import bind, match, part
+from lorashrink.linking.matching import bind, match, misfits, part
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.decomposed import Decomposed, aligned
@@ -38,6 +38,7 @@ class Work:
     started: float = 0.0
     skipped: tuple[FileResult, ...] = ()  # results of outputs that are not made again
     traced: Mapping[Path, Recipe] = field(default_factory=dict)  # outputs of which the journal is to know
+    misfits: Mapping[str, str] = field(default_factory=dict)  # see `linking.matching.misfits`
     spectra: Mapping[bool, Sequence[PendingSpectrum]] = field(default_factory=dict)  # calibrated or not -> per layer
 
     @classmethod
@@ -45,10 +46,11 @@ class Work:
         """Match the adapter with its base and statistics, for these outputs."""
         base, session, adapter = source.against.base, source.session, source.adapter
         views = match(adapter, base) if base else [()] * len(adapter)
+        differing = misfits(adapter, base) if base and not all(views) else {}
         adapter, views = part(bind(adapter, views, base), views, session.options.form)
         calibrated = any(recipe.calibrated for recipe in outputs.values())
         statistics = session.statistics.of_layers(adapter) if session.statistics and calibrated else ()
-        return cls(source, outputs, adapter, views, statistics)
+        return cls(source, outputs, adapter, views, statistics, misfits=differing)
 
     @property
     def recipes(self) -> list[Recipe]:
@@ -77,7 +79,13 @@ class Work:
         has_statistics = [statistics is not None for statistics in self.statistics]
         return {
             calibrated: Decomposed(
-                self.adapter, self.views, computed, norms, alignments, has_statistics if calibrated else ()
+                self.adapter,
+                self.views,
+                computed,
+                norms,
+                alignments,
+                has_statistics if calibrated else (),
+                self.misfits,
             )
             for calibrated, computed in spectra.items()
         }

@@ -22,9 +22,13 @@ from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import torch_dtype
 from lorashrink.files.writing import SafetensorsWriter
 from lorashrink.shrinking.plan import LayerPlan, Plan
+from lorashrink.text import count_text
 
 # Relative difference of a layer's norm before and after rounding to the dtype that still is rounding.
 _NORM_TOLERANCE = {"F64": 1e-6, "F32": 1e-5, "F16": 1e-2, "BF16": 2e-2}
+
+# A layer of less than this share of the adapter's norm does not stop the others.
+_FAINT = 1e-6
 
 _CHUNK = 16  # layers per task
 
@@ -39,11 +43,12 @@ def write(
     pool: Executor,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> None:
+) -> dict[Path, list[str]]:
     """Compute and write the outputs of one adapter; each layer is read once for all of them.
 
-    Every file is complete, checked against its spectrum and on the disk before it gets its name. Raises
-    OutputError, after which no part of any output of this adapter is left that was not finished.
+    Every file is complete, checked against its spectrum and on the disk before it gets its name. Returns warnings about
+    each: layers of next to no norm whose numbers are too small for the dtype. Raises OutputError, after which no part
+    of any output of this adapter is left that was not finished.
     """
     layers = next(iter(plans.values())).adapter.layers
     steps = _Steps(progress, len(layers) + sum(len(plan.written) for plan in plans.values()))
@@ -60,11 +65,13 @@ def write(
         hashed = [
             pool.submit(hashes.with_hashes, plan.metadata, plan.tensors, writer.data_chunks) for plan, writer in pairs
         ]
+        warnings = {}
         for (plan, writer), entries in zip(pairs, hashed, strict=True):
-            _verify(plan, writer, pool, steps)
+            warnings[writer.path] = _verify(plan, writer, pool, steps)
             writer.replace_metadata(entries.result())
             folder = writer.path.parent
             writer.commit({folder / peft.CONFIG_FILE: peft.to_file(plan.settings)} if plan.adapter.as_folder else None)
+    return warnings
 
 
 class _Steps:
@@ -119,8 +126,11 @@ def _write_layer(plan: Plan, planned: LayerPlan, delta: AnyDelta, writer: Safete
         writer.write(keys[role], values[role].to(torch_dtype(info.dtype)))
 
 
-def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> None:
-    """Open the written file as every loader does, and compare the norm of each layer with its spectrum."""
+def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> list[str]:
+    """Open the written file as every loader does, and compare the norm of each layer with its spectrum.
+
+    Returns a warning about those that lose norm but had next to none. Raises OutputError.
+    """
     names = writer.readable_names()
     by_name = {layer.name: layer for layer in plan.adapter.layers}
     gone = {key for name in plan.removed for key in (by_name[name].keys.values() if name in by_name else [name])}
@@ -134,20 +144,37 @@ def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps
     chunks = [chunk for layers in by_width.values() for chunk in _chunks(layers)]
     with open_tensors(writer.temporary) as store:
         written = {layer.name: layer for layer in adapter_of(writer.path, store, plan.settings)}
-        _run(pool, chunks, lambda chunk: _check_norms(plan, writer.path, written, chunk), steps)
+        faint: list[str] = []
+        _run(pool, chunks, lambda chunk: faint.extend(_check_norms(plan, writer.path, written, chunk)), steps)
+    if not faint:
+        return []
+    return [
+        f"{count_text(len(faint), 'layer')}, first {min(faint)}, lost what they add, less than a millionth of the "
+        "whole: their numbers are too small for the dtype; -t bf16 or -t fp32 keeps them"
+    ]
 
 
-def _check_norms(plan: Plan, path: Path, written: Mapping[str, Layer], chunk: Sequence[LayerPlan]) -> None:
-    """Compare what a reader of the file gets, scale included, with what was to be kept."""
+def _check_norms(plan: Plan, path: Path, written: Mapping[str, Layer], chunk: Sequence[LayerPlan]) -> list[str]:
+    """Compare what a reader of the file gets, scale included, with what was to be kept.
+
+    Returns the names of the layers that differ but are next to nothing of the whole. Raises OutputError.
+    """
     layers = [written[planned.form.name] for planned in chunk]
     deltas = [layer.delta for layer in layers]
     factors = grams([delta for delta in deltas if isinstance(delta, Delta)], torch.device("cpu"))
     squares = (factors.down * factors.up).sum((-2, -1)).tolist()
+    whole = abs(plan.recipe.rescale) * math.sqrt(sum(planned.norm**2 for planned in plan.written.values()))
+    faint = []
     for planned, layer, square in zip(chunk, layers, squares, strict=True):
         expected = abs(plan.recipe.rescale) * planned.norm
         norm = abs(layer.scale) * math.sqrt(max(0.0, square))  # NaN, if a number overflowed, compares as wrong
-        if not abs(norm - expected) <= _NORM_TOLERANCE[layer.dtype] * expected:
+        if abs(norm - expected) <= _NORM_TOLERANCE[layer.dtype] * expected:
+            continue
+        if max(norm, expected) <= _FAINT * whole:
+            faint.append(layer.name)
+        else:
             raise OutputError(
                 f"{path}: layer {layer.name} has norm {norm:.4g} after writing, {expected:.4g} before. "
                 "Its numbers do not fit the dtype; use -t fp32 or -t bf16. Nothing was written."
             )
+    return faint

@@ -43,8 +43,8 @@ class _Extra:
         return self.side.store.read(self.key)
 
 
-# Differences of vectors, which are added like those of matrices.
-_DIFFERENCES = (".diff", ".diff_b", ".w_norm", ".b_norm")
+# Differences of vectors and modulations, which are added like those of matrices.
+_DIFFERENCES = (".diff", ".diff_b", ".diff_m", ".w_norm", ".b_norm")
 
 
 def collect_extras(sides: Sequence[Adapter], weights: Sequence[float], names: Names, dtype: str) -> Extras:

@@ -95,14 +95,14 @@ def sweep(
         return _sweep(results, [_point(result) for result in results], None)
     from lorashrink.pictures.drawing import Studio, shots_of
     from lorashrink.pictures.likeness import comparisons
-    from lorashrink.pictures.pipelines import KINDS, check_model, check_packages
+    from lorashrink.pictures.pipelines import KINDS, check_model, check_packages, own_side
 
     check_packages()
     from lorashrink.pictures.samplers import check_samplers
 
     folder, companion, clip_folder = (None if path is None else Path(path) for path in (pictures, settings, clip))
     kind = KINDS[check_model(Path(images), companion)]
-    drawn_prompts = read_prompts(Path(prompts), sampler=OWN, scale=kind.scale)
+    drawn_prompts = read_prompts(Path(prompts), sampler=OWN, scale=kind.scale, side=own_side(Path(images), companion))
     check_samplers(drawn_prompts, flow=kind.title if kind.flow else "")
     shots = shots_of(drawn_prompts, seeds)
     with Studio(images, shots, folder=folder, device=device, settings=companion) as studio:

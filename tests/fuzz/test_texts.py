@@ -29,7 +29,7 @@ from lorashrink.pictures.prompts import read_prompts
 from lorashrink.recipes.grammar import keys, parse_recipes
 from lorashrink.shrinking import journal
 from lorashrink.shrinking.grouping import read_table
-from lorashrink.train.options import read_toml
+from lorashrink.train.flags.options import read_toml
 
 PARITY = Path(__file__).parents[1] / "data" / "parity"
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"

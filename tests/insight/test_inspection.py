@@ -237,7 +237,7 @@ def test_a_damaged_file_is_named_beside_the_others(adapter: Path, tmp_path: Path
     broken.write_bytes(adapter.read_bytes()[:1000])
     inspection = inspect([adapter, broken])
     assert len(inspection.files) == 1
-    assert list(inspection.failed) == [str(broken)]
+    assert [failure.source for failure in inspection.failed] == [str(broken)]
 
 
 def test_the_header_view_needs_no_torch(adapter: Path, base: Path) -> None:

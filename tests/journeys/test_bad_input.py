@@ -508,10 +508,9 @@ def test_one_file_name_for_two_outputs_is_refused(tmp_path: Path, out: Path, goo
     assert contents(out) == []
 
 
-def test_two_sources_of_one_name_do_not_go_into_one_folder(tmp_path: Path, out: Path) -> None:
-    for folder in "ab":
-        (tmp_path / folder).mkdir()
-    paths = [adapter(tmp_path / folder / "x.safetensors") for folder in "ab"]
+def test_two_sources_of_one_name_in_one_folder_do_not_become_one_output(tmp_path: Path, out: Path) -> None:
+    paths = [adapter(tmp_path / "x.safetensors"), tmp_path / "x.pt"]
+    torch.save(load_file(paths[0]), paths[1])
     resize(*paths, "-o", out).failed(2, *paths, "x_rank1.safetensors", "Rename")
     assert contents(out) == []
 
@@ -817,4 +816,4 @@ def test_json_of_an_inspection_with_failures_is_one_valid_document(tmp_path: Pat
     run.failed(1, bad)
     document = strict_json(run.stdout)
     assert [file["path"] for file in document["files"]] == [str(good)]
-    assert list(document["failed"]) == [str(bad)]
+    assert [failure["source"] for failure in document["failed"]] == [str(bad)]

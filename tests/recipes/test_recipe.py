@@ -160,6 +160,8 @@ def test_file_names_are_those_of_resize_lora(text: str, expected: str) -> None:
     ("text", "items"),
     [
         ("energy=0.95", "energy0.95"),
+        ("energy=0.999", "energy0.999"),
+        ("fro_ckpt,thr=-3.125", "frockpt1_th-3.125"),
         ("rank=8,conv_rank=4", "convrank4_rank8"),
         ("fro_ckpt,bytes,size=32", "bytes1_frockpt1_size32"),
         ("rank=8,rescale=-0.5,uniform", "uniform1_scale-0.5_rank8"),

@@ -194,7 +194,7 @@ def test_a_tucker_core_is_folded_in_and_named(tmp_path: Path) -> None:
         {"l.lora_up.weight": up, "l.lora_mid.weight": mid, "l.lora_down.weight": down, "l.alpha": torch.tensor(3.0)},
         source,
     )
-    report = resize(source, recipes="energy=1", dtype="fp32")
+    report = resize(source, recipes="energy=1", dtype="fp32", form="lora")
     truth = 0.5 * torch.einsum("oa,abxy,bi->oixy", up[..., 0, 0], mid, down[..., 0, 0])
     assert_close(deltas(only(report))["l"], truth, rtol=1e-4, atol=1e-4)
     assert {removed.name for removed in report.results[0].removed} == {"l.lora_mid.weight"}

@@ -223,3 +223,39 @@ def test_threads_and_other_processes_write_into_one_journal(files: tuple[Path, P
             thread.join()
         assert [process.wait() for process in others] == [0, 0]
         assert len(opened.entries()) == 80
+
+
+@pytest.mark.parametrize(
+    "cells", ["stamps='{'", "stamps='[[1]]'", "stamps=NULL", "stamps=5", "threshold='high'", "relative_error=x'00'"]
+)
+def test_a_damaged_cell_sets_the_journal_aside_and_the_run_goes_on(
+    files: tuple[Path, Path], cells: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, output = files
+    with Journal(output.parent) as opened:
+        note(opened, source, output)
+    database = sqlite3.connect(output.parent / NAME)
+    database.execute(f"UPDATE outputs SET {cells}")
+    database.commit()
+    database.close()
+    with caplog.at_level(logging.WARNING), Journal(output.parent) as opened:
+        assert opened.finished(output, source) is None
+        entry = note(opened, source, output)
+        assert opened.finished(output, source) == entry
+    assert "is damaged" in caplog.text
+    assert (output.parent / f"{NAME}.damaged").exists()
+
+
+def test_a_database_damaged_in_the_middle_is_set_aside(files: tuple[Path, Path]) -> None:
+    """Its first page is in order, so that it opens."""
+    source, output = files
+    with Journal(output.parent) as opened:
+        note(opened, source, output)
+        opened.write([opened.entry(output.with_name(f"{n}"), source, state=STARTED) for n in range(500)])
+    path = output.parent / NAME
+    data = path.read_bytes()
+    path.write_bytes(data[:4096] + b"\xff" * (len(data) - 4096))
+    with Journal(output.parent) as opened:
+        assert opened.finished(output, source) is None
+        entry = note(opened, source, output)
+        assert opened.entries() == [entry]

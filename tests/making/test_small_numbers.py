@@ -1,0 +1,70 @@
+"""`convert -t fp16` and numbers that fp16 cannot hold: balanced between factors, or said."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorashrink.errors import NonFinite
+from lorashrink.making.conversion import convert
+from lorashrink.results.shrinking import Converted
+
+UP, DOWN = "lora_unet_b_to_q.lora_up.weight", "lora_unet_b_to_q.lora_down.weight"
+
+
+def converted(folder: Path, up: float, down: float, dtype: torch.dtype) -> tuple[Converted, float]:
+    """(result, relative error of ΔW against float64) of factors of these magnitudes."""
+    torch.manual_seed(0)
+    old = {UP: (torch.randn(64, 8) * up).to(dtype), DOWN: (torch.randn(8, 64) * down).to(dtype)}
+    save_file(old, folder / "a.safetensors")
+    report = convert(folder / "a.safetensors", dtype="fp16", output=folder / "out")
+    if report.failed:
+        raise NonFinite(report.failed[0].error)
+    (result,) = report.results
+    new = load_file(result.output)
+    assert {tensor.dtype for tensor in new.values()} == {torch.float16}
+    return result, float((product(new) - product(old)).norm() / product(old).norm())
+
+
+def product(factors: dict[str, Tensor]) -> Tensor:
+    return factors[UP].double() @ factors[DOWN].double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("up", "down"), [(1e-9, 1.0), (1.0, 1e-9), (1e-7, 1e3), (1e6, 1e-3), (1e-3, 1e7)])
+def test_factors_are_balanced_where_one_would_not_fit(
+    tmp_path: Path, up: float, down: float, dtype: torch.dtype
+) -> None:
+    result, error = converted(tmp_path, up, down, dtype)
+    assert error < 2e-3
+    assert not result.warnings
+
+
+def test_factors_that_fit_are_only_rounded(tmp_path: Path) -> None:
+    converted(tmp_path, 1e-2, 1.0, torch.float32)
+    old, new = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "out" / "a_fp16.safetensors")
+    assert all(torch.equal(old[key].half(), new[key]) for key in old)
+
+
+def test_what_no_balance_saves_is_a_warning(tmp_path: Path) -> None:
+    result, error = converted(tmp_path, 1e-9, 1e-9, torch.bfloat16)
+    assert error > 0.9
+    assert [warning.partition(" loses")[0] for warning in result.warnings] == [DOWN, UP]
+    assert "Use -t bf16 or fp32" in result.warnings[0]
+
+
+def test_what_no_balance_keeps_finite_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(NonFinite, match="cannot hold"):
+        converted(tmp_path, 1e6, 1e6, torch.float32)
+
+
+def test_a_single_tensor_that_vanishes_is_a_warning(tmp_path: Path) -> None:
+    key = "lora_unet_b_to_q.diff"
+    save_file({key: torch.full((4, 4), 1e-9)}, tmp_path / "a.safetensors")
+    (result,) = convert(tmp_path / "a.safetensors", dtype="fp16", output=tmp_path / "out").results
+    (warning,) = result.warnings
+    assert warning.startswith(f"{key} loses 100 % of its norm")
+    assert math.isclose(result.bytes_after, result.bytes_before, rel_tol=0.5)
