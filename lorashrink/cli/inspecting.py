@@ -48,6 +48,8 @@ def _print_adapter(console: Console, adapter: AdapterTable) -> None:
         f"{adapter.naming} names, {adapter.dtype or 'no dtype'}, {len(adapter.layers)} layers{ranks}, "
         f"{len(adapter.others)} other tensors"
     )
+    for line in adapter.loads.lines:
+        console.print(line)
 
 
 def _layer_table(layers: Sequence[LayerRow]) -> Table:

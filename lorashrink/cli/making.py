@@ -79,6 +79,10 @@ def _print_conversion(report: ConversionReport, terminal: Terminal) -> None:
         kept = f", {len(result.kept)} tensors under their old names" if result.kept else ""
         exact = "bit by bit" if result.exact else "rounded"
         typer.echo(f"{result.output}: {result.layers} layers, {size_text(result.bytes_after)}, {exact}{kept}")
+        only = len(report.results) == 1
+        # of many files those that nothing loads
+        for line in result.loads.lines if only or terminal.verbose or result.loads.loads_in == () else ():
+            typer.echo(line)
         for tensor in result.kept if terminal.verbose else ():
             typer.echo(f"kept {tensor.key}: {tensor.reason}")
 

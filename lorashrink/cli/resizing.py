@@ -152,6 +152,7 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
         warnings = f", {gathered.warnings} warnings among them" if gathered and gathered.warnings else ""
         console.print(f"and {more} more{warnings}; -v lists them")
     _print_sums(console, report, terminal.dry_run)
+    _print_loads(console, results)
 
 
 def _table(results: Sequence[FileResult]) -> Table:
@@ -193,6 +194,13 @@ def _print_sums(console: Console, report: Report, dry_run: bool) -> None:
         console.print(f"{stack.adapters} adapters under one budget: {size}, {threshold}")
     if report.space:
         console.print(f"needs {size_text(report.space.needed)}; {size_text(report.space.free)} are free")
+
+
+def _print_loads(console: Console, results: Sequence[FileResult]) -> None:
+    """Which programs load the outputs; of several outputs only where all have the same answer."""
+    answers = {"\n".join(result.loads.lines) for result in results if not result.skipped}
+    if len(answers) == 1 and (lines := answers.pop()):
+        console.print(lines)
 
 
 def _print_details(console: Console, result: FileResult, verbose: int) -> None:

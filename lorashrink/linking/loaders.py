@@ -91,6 +91,24 @@ class Loads:
     loads_not: Mapping[str, str] = field(default_factory=dict)  # program -> why
     loads_after: Mapping[str, str] = field(default_factory=dict)  # program -> the command that mends it
 
+    @property
+    def lines(self) -> list[str]:
+        """What people are told, programs with one answer together; nothing where no family is known."""
+        if self.loads_in is None:
+            return []
+        return [
+            f"loads in: {', '.join(self.loads_in) or 'no program that is known here'}",
+            *(f"not in {', '.join(programs)}: {why}" for why, programs in _by_answer(self.loads_not)),
+            *(f"for {', '.join(programs)}: {line}" for line, programs in _by_answer(self.loads_after)),
+        ]
+
+
+def _by_answer(answers: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+    together: dict[str, list[str]] = {}
+    for program, answer in answers.items():
+        together.setdefault(answer, []).append(program)
+    return list(together.items())
+
 
 # --- the table ----------------------------------------------------------------------------------
 
@@ -369,9 +387,25 @@ def loads(adapter: Adapter, family: str | None = None) -> Loads:
 
     Answers from the header alone.
     """
-    family = family or adapter_family(adapter)
+    if family not in _PICTURES | _LANGUAGE:
+        family = adapter_family(adapter)
     if family is None or not adapter.layers:
         return Loads()
+    dtypes = frozenset((key, info.dtype) for key, info in adapter.store.tensors.items())
+    several = len({layer.rank for layer in adapter.layers}) > 1
+    same = (family, adapter.as_folder, several, dtypes)  # adapters of a batch mostly have the same tensors
+    if same not in _answers:
+        if len(_answers) >= _MOST_ANSWERS:
+            _answers.clear()
+        _answers[same] = _loads(adapter, family)
+    return _answers[same]
+
+
+_MOST_ANSWERS = 16
+_answers: dict[object, Loads] = {}
+
+
+def _loads(adapter: Adapter, family: str) -> Loads:
     readers = [_Reader(loader, adapter, family) for loader in LOADERS if loader.concerns(adapter, family)]
     reasons = {reader.loader.title: (reader.why_not(), reader) for reader in readers}
     refusals = {title: (reason, reader) for title, (reason, reader) in reasons.items() if reason}
@@ -416,9 +450,9 @@ class _Reader:
     def why_not(self) -> str:
         """What keeps the program from reading all of the adapter, "" if nothing does."""
         if self.loader.folder and not self.adapter.as_folder:
-            return "it reads PEFT folders"
+            return "a file, where a PEFT folder is read"
         if self.adapter.as_folder and not self.loader.folder:
-            return "it reads no PEFT folders"
+            return "a PEFT folder, where a file is read"
         counts = Counter(map(self._unread_kind, self.adapter.layers, self.unread, self.named))
         total = len(self.adapter.layers)
         reasons = [f"{kind}{_share(count, total)}" for kind, count in counts.items() if kind]
@@ -426,21 +460,21 @@ class _Reader:
             return "; ".join(reasons)
         beside = [key for key in self.adapter.others if not self._reads_ending(_ending(key))]
         if beside:
-            return f"{count_text(len(beside), 'tensor')} beside the layers, such as {beside[0]}"
+            return f"{count_text(len(beside), 'tensor')} beside the layers not read, such as {beside[0]}"
         if self.loader.one_rank and len({layer.rank for layer in self.adapter.layers}) > 1:
-            return "its layers have several ranks"
+            return "several ranks not read"
         return ""
 
     def _unread_kind(self, layer: Layer, unread: Sequence[str], rows: Sequence[Names]) -> str:
         """Why the program does not read a layer, "" if it does."""
         if unread and all(role in _TITLES for role in unread):
-            return f"it reads no {_TITLES[unread[0]]}"
+            return f"{_TITLES[unread[0]]} not read"
         if unread and layer.family.name != "lora":
-            return f"it reads no {_FAMILIES.get(layer.family.name, layer.family.name)}"
+            return f"{_FAMILIES.get(layer.family.name, layer.family.name)} not read"
         if unread or not rows:
-            return "it does not know the names"
+            return "names not known"
         if layer.dtype.startswith("F8") and "alpha" in layer.keys and all(row.multiplies for row in rows):
-            return "it multiplies alpha into the factors, which does not work in fp8"
+            return "alpha multiplied into fp8 factors, which fails"
         return ""
 
     def command(self) -> str:

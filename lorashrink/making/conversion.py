@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from lorashrink.errors import LorashrinkError, NonFinite, Progress, UsageError
 from lorashrink.files.store import FLOATS, OUTPUT_DTYPES, ComputedStore, TensorStore, cast, tensor_info
 from lorashrink.files.writing import save_tensors
 from lorashrink.linking.inputs import find_adapters
+from lorashrink.linking.loaders import loads
 from lorashrink.linking.renaming import Renamed, check_naming, renamed
 from lorashrink.results.shrinking import ConversionReport, Converted, Failure, Verbatim
 from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, name_outputs, shown
@@ -68,7 +70,9 @@ def convert(
             try:
                 with open_adapter(source) as adapter:
                     new = renamed(adapter, naming, opened, kind) if naming and opened else Renamed(adapter, {}, True)
-                    results.append(_write(source, new, next(iter(outputs)), naming, dtype, kind))
+                    result = _write(source, new, next(iter(outputs)), naming, dtype, kind)
+                with open_adapter(result.output) as written:
+                    results.append(replace(result, loads=loads(written, opened and opened.family.name)))
             except LorashrinkError as error:
                 failed.append(Failure(str(source), str(error)))
             if progress:

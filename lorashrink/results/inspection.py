@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lorashrink.linking.loaders import Loads
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
@@ -84,6 +86,7 @@ class AdapterTable:
     blocks: tuple[BlockRow, ...]
     others: Mapping[str, str]  # keys outside the layers, with the reason
     recommendations: tuple[Recommendation, ...] | None = None  # None: not requested
+    loads: Loads = field(default_factory=Loads)
 
 
 @dataclass(frozen=True, slots=True)

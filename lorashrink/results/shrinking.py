@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from lorashrink.bases.views import BaseInfo
+from lorashrink.linking.loaders import Loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class FileResult:
     sources: tuple[WeightedSource, ...] = ()  # what `source` is a weighted sum of, if it is one
     capped: tuple[Capped, ...] = ()
     kept_energy: float | None = None  # see `energy`; None where it follows from the error, as it does without limits
+    loads: Loads = field(default_factory=Loads)  # of the output
 
     def brief(self) -> FileResult:
         """The same result without the fields that grow with the number of layers."""
@@ -151,6 +153,7 @@ class Converted:
     layers: int
     exact: bool  # every tensor of the output has the bits of the input's, perhaps some of its rows
     kept: tuple[Verbatim, ...]  # tensors under their old names
+    loads: Loads = field(default_factory=Loads)  # of the output
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from lorashrink.adapters import adapter_of
 from lorashrink.errors import LorashrinkError
+from lorashrink.files.store import ComputedStore
+from lorashrink.linking.loaders import Loads, loads
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import Failure, FileResult
 from lorashrink.shrinking.ledger import Done, Ledger, Targets
-from lorashrink.shrinking.plan import file_result
+from lorashrink.shrinking.plan import Plan, file_result
 from lorashrink.shrinking.reuse import OpenSource, own_base, recorded_results
 from lorashrink.shrinking.session import Session, log
 from lorashrink.shrinking.work import Work, decompose_together
@@ -104,7 +109,7 @@ def _finish(work: Work, session: Session, ledger: Ledger) -> None:
         results = []
         for path, plan in plans.items():
             result = file_result(plan, path, started=work.started, with_quantiles=options.quantiles)
-            results.append(replace(result, base=base, sources=sources))
+            results.append(replace(result, base=base, sources=sources, loads=_loads_of(plan, source)))
         traced = {path: recipe for path, recipe in work.traced.items() if path in plans or path not in work.outputs}
         done = Done(source.path, (*work.skipped, *results), source.trace(traced))
     except Exception as error:
@@ -112,6 +117,14 @@ def _finish(work: Work, session: Session, ledger: Ledger) -> None:
     finally:
         work.adapter.close()
     ledger.add(done)
+
+
+def _loads_of(plan: Plan, source: OpenSource) -> Loads:
+    """Which programs load the output, from what its header says."""
+    adapter, base = plan.adapter, source.against.base
+    unread = {key: (info, lambda: torch.empty(0)) for key, info in plan.tensors.items()}
+    written = adapter_of(adapter.path, ComputedStore(adapter.path, unread, plan.metadata, ()), plan.settings)
+    return loads(replace(written, as_folder=adapter.as_folder), base.family.name if base else None)
 
 
 def failure_of(source: Path, error: Exception) -> Done:
