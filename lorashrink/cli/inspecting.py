@@ -40,6 +40,8 @@ def _print_adapter(console: Console, adapter: AdapterTable) -> None:
         console.print(_recommendation_table(adapter.recommendations, adapter.bytes))
     elif adapter.recommendations is not None:
         console.print("no recipe to recommend: none of the usual ones can be applied to this file")
+    for line in adapter.loads.lines:
+        console.print(line)
     for finding in adapter.health:
         console.print(f"{finding.flag}: {finding.text}")
     ranks = f" of rank {span_text([row.rank for row in adapter.layers])}" if adapter.layers else ""
@@ -48,8 +50,6 @@ def _print_adapter(console: Console, adapter: AdapterTable) -> None:
         f"{adapter.naming} names, {adapter.dtype or 'no dtype'}, {len(adapter.layers)} layers{ranks}, "
         f"{len(adapter.others)} other tensors"
     )
-    for line in adapter.loads.lines:
-        console.print(line)
 
 
 def _layer_table(layers: Sequence[LayerRow]) -> Table:

@@ -151,8 +151,8 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
     if more := len(report.results) - len(results):
         warnings = f", {gathered.warnings} warnings among them" if gathered and gathered.warnings else ""
         console.print(f"and {more} more{warnings}; -v lists them")
-    _print_sums(console, report, terminal.dry_run)
     _print_loads(console, results)
+    _print_sums(console, report, terminal.dry_run)
 
 
 def _table(results: Sequence[FileResult]) -> Table:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from lorashrink.adapters import Layer
 from lorashrink.bases import views_id
 from lorashrink.recipes.grammar import CAPS, Recipe
 from lorashrink.recipes.terms import LayerFacts
 from lorashrink.shrinking.decomposed import Decomposed
+from lorashrink.shrinking.encoders import Anchor
 from lorashrink.shrinking.layout import Layout
 
 # A text encoder's layers in kohya's names.
@@ -62,6 +63,15 @@ def above_limits(recipe: Recipe, names: Sequence[str]) -> list[str]:
     ]
 
 
+def kept_for_diffusers(anchors: Iterable[Anchor]) -> list[str]:
+    """What is kept although the recipe would not keep it."""
+    return [
+        f"{anchor.encoder} keeps the best dimension of a self_attn_out_proj as well: diffusers 0.42 cannot load an "
+        "encoder without one"
+        for anchor in anchors
+    ]
+
+
 def unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> list[str]:
     """Warnings about encoders without out_proj: diffusers finds out the kind of keys by it, and refuses the file."""
     encoders: dict[str, list[str]] = {}
@@ -70,7 +80,7 @@ def unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> li
             encoders.setdefault(match[0], []).append(layer.name)
     return [
         f"{encoder} keeps other layers but no self_attn_out_proj, and diffusers 0.42 cannot load such a file; "
-        "min_rank=1 in the recipe helps, or --naming diffusers"
+        "--naming diffusers helps"
         for encoder, names in encoders.items()
         if any(name not in removed for name in names)
         and all(name in removed for name in names if name.endswith("out_proj"))
