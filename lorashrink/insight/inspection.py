@@ -115,7 +115,7 @@ def _table(adapter: Adapter, base: Base | None, measure: _Measure | None) -> Ada
             for name, indices in by_block(rows)
         ),
         others=adapter.others,
-        loads=loads(adapter, base and base.family.name),
+        loads=loads(adapter, base.family.name if base else None),
     )
 
 

@@ -72,7 +72,7 @@ def convert(
                     new = renamed(adapter, naming, opened, kind) if naming and opened else Renamed(adapter, {}, True)
                     result = _write(source, new, next(iter(outputs)), naming, dtype, kind)
                 with open_adapter(result.output) as written:
-                    results.append(replace(result, loads=loads(written, opened and opened.family.name)))
+                    results.append(replace(result, loads=loads(written, opened.family.name if opened else None)))
             except LorashrinkError as error:
                 failed.append(Failure(str(source), str(error)))
             if progress:

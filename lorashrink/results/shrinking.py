@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lorashrink.bases.views import BaseInfo
 from lorashrink.linking.loaders import Loads
@@ -87,7 +88,8 @@ class FileResult:
 
     def brief(self) -> FileResult:
         """The same result without the fields that grow with the number of layers."""
-        return replace(self, layers=(), verbatim=(), removed=(), warnings=(), quantiles={}, forms={}, capped=())
+        lists: dict[str, Any] = dict.fromkeys(("layers", "verbatim", "removed", "warnings", "capped"), ())
+        return replace(self, **lists, quantiles={}, forms={}, loads=Loads())
 
     @property
     def energy(self) -> float:
