@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 
@@ -541,10 +541,3 @@ def _starts_read(loader: Loader, family: BaseFamily, part: str, naming: str) -> 
         start in row.begins and row.suits(family.name) and not row.only and (part != "unet" or layout in row.layouts)
         for row in loader.names
     )
-
-
-def naming_readers(family: BaseFamily, adapter_parts: Sequence[str], naming: str) -> Iterator[str]:
-    """The programs that read the names of a naming of `convert`, for a model of this family."""
-    for loader in LOADERS:
-        if family.name in loader.families and all(_starts_read(loader, family, part, naming) for part in adapter_parts):
-            yield loader.title

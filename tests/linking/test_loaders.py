@@ -9,9 +9,12 @@ import fixtures
 import pytest
 import torch
 from diffusers.loaders import lora_pipeline
+from safetensors.torch import save_file
 
 from lorashrink.adapters import open_adapter
-from lorashrink.linking.loaders import loads
+from lorashrink.bases import open_base
+from lorashrink.linking.loaders import LOADERS, layouts_of, loads
+from lorashrink.linking.renaming import renamed
 
 # Families of the lists that the project calls by another name.
 FAMILIES = {"wan21": "wan", "llm-llama": "llm", "llm-qwen": "llm", "llm-gpt2": "gpt2"}
@@ -134,3 +137,39 @@ def test_diffusers_reads_what_its_own_conversion_maps(name, tmp_path):
     result = said(name, tmp_path)
     if result.loads_in is not None:
         assert ("diffusers" in result.loads_in) == read_by_diffusers(name)
+
+
+def test_commands_that_are_said_to_help_do_help(tmp_path):
+    base = tmp_path / "base.safetensors"
+    fixtures.write_header(base, fixtures.shapes("base_wan21_1_3b_native"))
+    source = tmp_path / "a.safetensors"
+    fixtures.write_header(source, fixtures.shapes("wan21_1_3b_lora_diffusers"))
+    with open_adapter(source) as adapter, open_base(base) as opened:
+        before = loads(adapter)
+        assert before.loads_in == ("diffusers", "InvokeAI")
+        assert before.loads_after["ComfyUI"] == "lorashrink convert --naming comfy MODEL FILE"
+        assert before.lines[0] == "loads in: diffusers, InvokeAI"
+        for program, command in before.loads_after.items():
+            naming = command.split()[3]
+            assert program in loads(renamed(adapter, naming, opened).adapter).loads_in
+
+
+def test_8_bit_factors_with_alpha_do_not_load_where_alpha_is_multiplied_in(tmp_path):
+    name, small = "lora_unet_double_blocks_0_img_attn_proj", torch.float8_e4m3fn
+    factors = {"lora_up.weight": torch.ones(8, 2).to(small), "lora_down.weight": torch.ones(2, 8).to(small)}
+    path = tmp_path / "a.safetensors"
+    save_file({f"{name}.{end}": tensor for end, tensor in (factors | {"alpha": torch.tensor(1.0)}).items()}, path)
+    with open_adapter(path) as adapter:
+        result = loads(adapter)
+    assert result.loads_not == {"diffusers": "alpha multiplied into fp8 factors, which fails"}
+    assert "ComfyUI" in result.loads_in
+
+
+def test_a_layout_is_told_by_the_rules_of_the_family():
+    assert layouts_of("wan", "blocks.3.attn1.to_q") == {"diffusers"}
+    assert layouts_of("wan", "blocks_3_self_attn_q") == {"native"}
+    assert layouts_of("qwen-image", "transformer_blocks.0.attn.to_q") == {"native", "diffusers", "other"}
+
+
+def test_every_program_names_where_its_rules_come_from():
+    assert all(loader.source and loader.names and loader.namings for loader in LOADERS)
