@@ -41,6 +41,8 @@ def _print_adapter(console: Console, adapter: AdapterTable) -> None:
         console.print(_recommendation_table(adapter.recommendations, adapter.bytes))
     elif adapter.recommendations is not None:
         console.print("no recipe to recommend: none of the usual ones can be applied to this file")
+    for line in adapter.loads.lines:
+        console.print(line)
     for finding in adapter.health:
         console.print(f"{finding.flag}: {finding.text}")
     ranks = f" of rank {span_text([row.rank for row in adapter.layers])}" if adapter.layers else ""

@@ -83,6 +83,10 @@ def _print_conversion(report: ConversionReport, terminal: Terminal) -> None:
         exact = "bit by bit" if result.exact else "rounded"
         size = f"{size_text(result.bytes_before)} -> {size_text(result.bytes_after)}"
         say(f"{result.output}: {count_text(result.layers, 'layer')}, {size}, {exact}{kept}")
+        only = len(report.results) == 1
+        # of many files those that nothing loads
+        for line in result.loads.lines if only or terminal.verbose or result.loads.loads_in == () else ():
+            say(line)
         for tensor in result.kept if terminal.verbose else ():
             say(f"kept {tensor.key}: {tensor.reason}")
 

@@ -161,6 +161,7 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
     if more := len(report.results) - len(results):
         warnings = f", {gathered.warnings} warnings among them" if gathered and gathered.warnings else ""
         console.print(f"and {more} more{warnings}; -v lists them")
+    _print_loads(console, results)
     _print_sums(console, report, terminal.dry_run)
 
 
@@ -219,6 +220,13 @@ def _left_out(result: FileResult, verbose: int) -> list[str]:
     shown = lines if verbose else lines[:_KINDS]
     more = len(lines) - len(shown)
     return [*shown, f"and {more} more kinds; -v lists them"] if more else shown
+
+
+def _print_loads(console: Console, results: Sequence[FileResult]) -> None:
+    """Which programs load the outputs; of several outputs only where all have the same answer."""
+    answers = {"\n".join(result.loads.lines) for result in results if not result.skipped}
+    if len(answers) == 1 and (lines := answers.pop()):
+        console.print(lines)
 
 
 def _print_details(console: Console, result: FileResult, verbose: int) -> None:

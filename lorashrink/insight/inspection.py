@@ -17,6 +17,7 @@ from lorashrink.insight.health import SPIKE, check_health
 from lorashrink.insight.summaries import by_block, joined, norm_ratio, summary
 from lorashrink.insight.training_notes import training_notes
 from lorashrink.linking.inputs import find_adapters
+from lorashrink.linking.loaders import loads
 from lorashrink.linking.matching import bind, find_fitting
 from lorashrink.names import block, kind
 from lorashrink.results.inspection import AdapterTable, BlockRow, Inspection, LayerRow, Recommendation
@@ -114,6 +115,7 @@ def _table(adapter: Adapter, base: Base | None, measure: _Measure | None) -> Ada
             for name, indices in by_block(rows)
         ),
         others=adapter.others,
+        loads=loads(adapter, base.family.name if base else None),
     )
 
 

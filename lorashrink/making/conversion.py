@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from lorashrink.errors import LorashrinkError, NonFinite, Progress, UsageError, 
 from lorashrink.files.store import FLOATS, OUTPUT_DTYPES, ComputedStore, TensorStore, cast, tensor_info
 from lorashrink.files.writing import save_tensors
 from lorashrink.linking.inputs import find_adapters
+from lorashrink.linking.loaders import loads
 from lorashrink.linking.renaming import Renamed, check_naming, renamed
 from lorashrink.results.shrinking import ConversionReport, Converted, Failure, Verbatim
 from lorashrink.shrinking.outputs import (
@@ -78,9 +80,12 @@ def convert(
     with ExitStack() as stack:
         opened = stack.enter_context(open_base(base)) if base is not None else None
         for done, (source, outputs) in enumerate(targets.items(), 1):
-            with boundary(source, partial(errors.__setitem__, source)), open_adapter(source) as adapter:
-                new = renamed(adapter, naming, opened, kind) if naming and opened else Renamed(adapter, {}, True)
-                results.append(_write(source, new, next(iter(outputs)), naming, dtype, kind))
+            with boundary(source, partial(errors.__setitem__, source)):
+                with open_adapter(source) as adapter:
+                    new = renamed(adapter, naming, opened, kind) if naming and opened else Renamed(adapter, {}, True)
+                    result = _write(source, new, next(iter(outputs)), naming, dtype, kind)
+                with open_adapter(result.output) as written:
+                    results.append(replace(result, loads=loads(written, opened.family.name if opened else None)))
             if progress:
                 progress("converting", done, len(targets))
     failed = tuple(Failure(str(source), str(error)) for source, error in errors.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lorashrink.linking.loaders import Loads
 from lorashrink.results.shrinking import Failure
 
 
@@ -86,6 +87,7 @@ class AdapterTable:
     blocks: tuple[BlockRow, ...]
     others: Mapping[str, str]  # keys outside the layers, with the reason
     recommendations: tuple[Recommendation, ...] | None = None  # None: not requested
+    loads: Loads = field(default_factory=Loads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lorashrink.bases.views import BaseInfo
+from lorashrink.linking.loaders import Loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,12 @@ class FileResult:
     sources: tuple[WeightedSource, ...] = ()  # what `source` is a weighted sum of, if it is one
     capped: tuple[Capped, ...] = ()
     kept_energy: float | None = None  # see `energy`; None where it follows from the error, as it does without limits
+    loads: Loads = field(default_factory=Loads)  # of the output
 
     def brief(self) -> FileResult:
         """The same result without the fields that grow with the number of layers."""
-        return replace(self, layers=(), verbatim=(), removed=(), warnings=(), quantiles={}, forms={}, capped=())
+        lists: dict[str, Any] = dict.fromkeys(("layers", "verbatim", "removed", "warnings", "capped"), ())
+        return replace(self, **lists, quantiles={}, forms={}, loads=Loads())
 
     @property
     def energy(self) -> float:
@@ -152,6 +156,7 @@ class Converted:
     exact: bool  # every tensor of the output has the bits of the input's, perhaps some of its rows
     kept: tuple[Verbatim, ...]  # tensors under their old names
     warnings: tuple[str, ...] = ()
+    loads: Loads = field(default_factory=Loads)  # of the output
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from lorashrink.adapters import adapter_of
 from lorashrink.errors import boundary, explained
+from lorashrink.files.store import ComputedStore
+from lorashrink.linking.loaders import Loads, loads
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.ledger import Done, Ledger, Targets
-from lorashrink.shrinking.plan import file_result
+from lorashrink.shrinking.plan import Plan, file_result
 from lorashrink.shrinking.reuse import OpenSource, own_base, recorded_results
 from lorashrink.shrinking.session import Session
 from lorashrink.shrinking.work import Work, decompose_together
@@ -118,8 +123,17 @@ def _finish(work: Work, session: Session, ledger: Ledger) -> None:
         for path, plan in plans.items():
             result = file_result(plan, path, started=work.started, with_quantiles=options.quantiles)
             more = (*result.warnings, *warnings.get(path, ()))
-            results.append(replace(result, base=base, sources=sources, warnings=more))
+            programs = _loads_of(plan, source)
+            results.append(replace(result, base=base, sources=sources, warnings=more, loads=programs))
         traced = {path: recipe for path, recipe in work.traced.items() if path in plans or path not in work.outputs}
         done = Done(source.path, (*work.skipped, *results), source.trace(traced))
     if done:
         ledger.add(done)
+
+
+def _loads_of(plan: Plan, source: OpenSource) -> Loads:
+    """Which programs load the output, from what its header says."""
+    adapter, base = plan.adapter, source.against.base
+    unread = {key: (info, lambda: torch.empty(0)) for key, info in plan.tensors.items()}
+    written = adapter_of(adapter.path, ComputedStore(adapter.path, unread, plan.metadata, ()), plan.settings)
+    return loads(replace(written, as_folder=adapter.as_folder), base.family.name if base else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +22,17 @@ from lorashrink.recipes.terms import LayerFacts
 from lorashrink.results.shrinking import Capped, FileResult, LayerResult, Removed, Verbatim
 from lorashrink.shrinking import metadata
 from lorashrink.shrinking.decomposed import Decomposed, more_than_delta
+from lorashrink.shrinking.encoders import Anchor, anchors, readable
 from lorashrink.shrinking.layout import Form, Layout, file_size
 from lorashrink.shrinking.outputs import shown
-from lorashrink.shrinking.remarks import above_limits, grown, output_warnings, uncapped, unreadable_encoders
+from lorashrink.shrinking.remarks import (
+    above_limits,
+    grown,
+    kept_for_diffusers,
+    output_warnings,
+    uncapped,
+    unreadable_encoders,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +50,22 @@ class Outline:
     verbatim: Mapping[str, str]  # key -> reason
     removed: Mapping[str, str]  # layer or key -> reason
     layout: Layout
+    anchors: Sequence[Anchor]  # layers that keep text encoders readable
+
+    def size(self, widths: Sequence[int], threshold: float | None) -> int:
+        """Bytes of the file for what a selection keeps."""
+        return self.layout.size(readable(self.recipe, self.anchors, widths), threshold)
+
+    def chosen(self, selection: Selection) -> Selection:
+        """The selection with the dimensions that keep text encoders readable."""
+        widths = readable(self.recipe, self.anchors, selection.widths)
+        kept = list(selection.kept)
+        for position, (old, new) in enumerate(zip(selection.widths, widths, strict=True)):
+            if new != old:
+                of_layer = self.facts[position]
+                order = (-score(self.recipe, of_layer)).argsort(kind="stable")
+                kept[position] = tuple(order[: min(new, of_layer.rank)].tolist())
+        return replace(selection, kept=tuple(kept), widths=tuple(widths))
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +213,8 @@ def outline(
             verbatim |= dict.fromkeys(layer.keys.values(), stays)
     layout = Layout(adapter, recipe, origin, judged, verbatim, dtype, form)
     facts = [decomposed.facts(index, kind) for index, kind in zip(judged, layout.dtypes, strict=True)]
-    return Outline(recipe, judged, facts, verbatim, removed, layout)
+    best = [float(score(recipe, of_layer).max()) for of_layer in facts]
+    return Outline(recipe, judged, facts, verbatim, removed, layout, anchors(layout.layers, best, verbatim))
 
 
 def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None = None) -> Plan:
@@ -199,7 +224,8 @@ def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None 
     cannot be met).
     """
     adapter, recipe, layout, facts = decomposed.adapter, outlined.recipe, outlined.layout, outlined.facts
-    selection = selection or select(recipe, facts, layout.size)
+    selected = selection or select(recipe, facts, outlined.size)
+    selection = outlined.chosen(selected)
     widths = selection.widths
     if adapter.layers and not outlined.verbatim and not any(widths):
         raise RecipeError(_nothing_left(adapter, recipe, facts))
@@ -237,6 +263,7 @@ def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None 
         warnings=[
             *output_warnings(decomposed, layout, widths),
             *unreadable_encoders(adapter.layers, removed),
+            *kept_for_diffusers(anchor for anchor in outlined.anchors if anchor.missing(selected.widths)),
             *uncapped(recipe, layout, facts, widths),
             *above_limits(recipe, uncut),
             *grown(layout, tensors),

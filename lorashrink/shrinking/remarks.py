@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lorashrink.adapters import Layer
 from lorashrink.bases import views_id
@@ -12,6 +12,7 @@ from lorashrink.files.store import FACTOR_DTYPES, TensorInfo
 from lorashrink.recipes.grammar import CAPS, Recipe
 from lorashrink.recipes.terms import LayerFacts
 from lorashrink.shrinking.decomposed import Decomposed
+from lorashrink.shrinking.encoders import Anchor
 from lorashrink.shrinking.layout import Layout
 
 # A text encoder's layers in kohya's names.
@@ -81,6 +82,15 @@ def grown(layout: Layout, tensors: Mapping[str, TensorInfo]) -> list[str]:
     return [f"is larger than its input: {why}"]
 
 
+def kept_for_diffusers(anchors: Iterable[Anchor]) -> list[str]:
+    """What is kept although the recipe would not keep it."""
+    return [
+        f"{anchor.encoder} keeps the best dimension of a self_attn_out_proj as well: diffusers 0.42 cannot load an "
+        "encoder without one"
+        for anchor in anchors
+    ]
+
+
 def unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> list[str]:
     """Warnings about encoders without out_proj: diffusers finds out the kind of keys by it, and refuses the file."""
     encoders: dict[str, list[str]] = {}
@@ -89,7 +99,7 @@ def unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> li
             encoders.setdefault(match[0], []).append(layer.name)
     return [
         f"{encoder} keeps other layers but no self_attn_out_proj, and diffusers 0.42 cannot load such a file; "
-        "min_rank=1 in the recipe helps, or --naming diffusers"
+        "--naming diffusers helps"
         for encoder, names in encoders.items()
         if any(name not in removed for name in names)
         and all(name in removed for name in names if name.endswith("out_proj"))

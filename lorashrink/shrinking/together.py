@@ -81,7 +81,7 @@ def _select(outlines: Mapping[Path, Mapping[Path, Outline]], weights: Mapping[Pa
     selections: dict[Path, Selection] = {}
     for of_recipe in zip(*(outputs.items() for outputs in outlines.values()), strict=True):
         members = [
-            Member(outline.facts, outline.layout.size, weights[source])
+            Member(outline.facts, outline.size, weights[source])
             for source, (_, outline) in zip(outlines, of_recipe, strict=True)
         ]
         chosen = select_together(of_recipe[0][1].recipe, members)

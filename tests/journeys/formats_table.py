@@ -20,6 +20,7 @@ from formats_samples import ADAPTERS, BASES, EXCEPTIONS, LAYOUTS, SYNTHETIC, For
 from lorashrink.adapters import Adapter
 from lorashrink.bases import open_base
 from lorashrink.linking import matching
+from lorashrink.linking.loaders import LOADERS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "formats.md"
 
@@ -275,12 +276,22 @@ def document(formats: Formats, folder: Path) -> str:
             [row.cells() for row in rows],
         ),
         reason_table=table("Tensors|Why they stay", [[str(n), reason] for reason, n in reasons.most_common()]),
+        loader_table=loader_table(),
         base_table=table(
             "Model|Names|Layouts|Read from|Adapters|Lists",
             [base_cells(formats, folder, family, bases[family]) for family in MODELS if family in bases],
         ),
     )
     return text
+
+
+def loader_table() -> str:
+    """The programs of the product's own table."""
+    rows = [
+        [loader.title, ", ".join(sorted(loader.families)), "PEFT folders" if loader.folder else "files", loader.source]
+        for loader in LOADERS
+    ]
+    return table("Program|Models|Reads|Read off", rows)
 
 
 def base_cells(formats: Formats, folder: Path, family: str, lists: Sequence[str]) -> list[str]:
@@ -332,6 +343,15 @@ family is searched by its own names.
 These tensors are copied bit by bit. So are layers that need a base, if there is none.
 
 {reason_table}
+
+## Where adapters load
+
+`inspect`, `resize`, `convert` and `report` say which programs load a file, and what helps for the others. Two things
+surprise most: ComfyUI knows no names of diffusers for Wan, and of SDXL in diffusers' names only what lies outside the
+attention (`lorashrink convert --naming kohya` or `comfy` helps); diffusers gives one alpha to all layers of a kohya
+file with several, which `inspect` reports as mixed_alpha.
+
+{loader_table}
 
 ## Bases
 

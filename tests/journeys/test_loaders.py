@@ -45,7 +45,7 @@ from loaders import (
 )
 from lycoris import create_lycoris, create_lycoris_from_weights
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -684,3 +684,20 @@ def test_comfys_own_files_follow_the_rules_of_comfy():
     assert not_read_by_comfy(["diffusion_model.img_in.lora_B.weight"], names)
     assert not_read_by_comfy(["diffusion_model.img_in.lora_magnitude_vector"], names)
     assert not_read_by_comfy(["transformer.img_in.diff"], names)
+
+
+# --- text encoders that a recipe leaves with little ----------------------------------------------
+
+
+def test_diffusers_loads_encoders_whose_out_proj_are_weak(pipe, folder, tmp_path):
+    path = kohya(pipe, tmp_path / "lora.safetensors", unet_name=ldm_name)
+    tensors = load_file(path)
+    weak = {key: tensor * 1e-4 if "out_proj.lora_up" in key else tensor for key, tensor in tensors.items()}
+    save_file(weak, path)
+    report = resize(path, base=folder, recipes="thr=-1.5", dtype="fp32", output=tmp_path / "out")
+    (result,) = report.results
+    assert len([warning for warning in result.warnings if "out_proj" in warning]) == 2
+    actual, layers = loaded(pipe, result.output)
+    assert layers == len([row for row in result.layers if row.rank_after])
+    with merged(pipe, folder, result.output):
+        assert max(differences(actual, outputs(pipe)).values()) < SAME

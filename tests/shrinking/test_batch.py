@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -84,9 +85,24 @@ def parity(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, di
 def test_ranks_and_norms_equal_those_of_resize_lora(text: str, parity: dict[str, tuple[Path, dict[str, int]]]) -> None:
     path, ranks = parity[text]
     assert path.name == EXPECTED[text]["file"]
-    assert ranks == EXPECTED[text]["kept_rank"]
-    norms = {name: float(delta.norm()) for name, delta in deltas(path).items()}
+    expected = EXPECTED[text]["kept_rank"]
+    # diffusers reads no encoder without an out_proj; where resize_lora drops them all, one dimension is kept
+    added = {name: rank for name, rank in ranks.items() if name not in expected}
+    assert {name.partition("_layers")[0]: rank for name, rank in added.items()} == dict.fromkeys(
+        (encoder for encoder in encoders(expected) if not has_out_proj(encoder, expected)), 1
+    )
+    assert all(name.endswith("out_proj") for name in added)
+    assert ranks == {**expected, **added}
+    norms = {name: float(delta.norm()) for name, delta in deltas(path).items() if name not in added}
     assert norms == pytest.approx(EXPECTED[text]["frobenius_norm_of_delta"], rel=1e-5, abs=1e-6)
+
+
+def encoders(names: Iterable[str]) -> set[str]:
+    return {name.partition("_layers")[0] for name in names if name.startswith("lora_te")}
+
+
+def has_out_proj(encoder: str, names: Iterable[str]) -> bool:
+    return any(name.startswith(encoder) and name.endswith("out_proj") for name in names)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 2e-6), ("same", 2e-3), ("bf16", 1e-2)])
@@ -221,7 +237,7 @@ def test_uniform_pads_with_zeros_only_past_a_layers_own_rank(tmp_path: Path) -> 
     assert float(tensors["lora_unet_b.alpha"]) == 6
 
 
-def test_an_encoder_that_diffusers_cannot_read_gets_a_warning(tmp_path: Path) -> None:
+def test_an_encoder_keeps_the_out_proj_that_diffusers_needs(tmp_path: Path) -> None:
     up, down = pair()
     layers = {
         f"lora_te{encoder}_text_model_encoder_layers_0_self_attn_{name}": (up * strength, down.clone(), 8.0)
@@ -229,11 +245,30 @@ def test_an_encoder_that_diffusers_cannot_read_gets_a_warning(tmp_path: Path) ->
     }
     path = make(tmp_path / "a.safetensors", layers)
     (shrunk,) = resize(path, recipes="thr=-1", output=tmp_path / "out").results
-    assert [removed.name for removed in shrunk.removed] == ["lora_te1_text_model_encoder_layers_0_self_attn_out_proj"]
+    assert shrunk.removed == ()
+    ranks = {layer.name: layer.rank_after for layer in shrunk.layers}
+    assert ranks["lora_te1_text_model_encoder_layers_0_self_attn_out_proj"] == 1
     (warning,) = shrunk.warnings
-    assert warning.startswith("lora_te1 keeps other layers but no self_attn_out_proj")
+    assert warning.startswith("lora_te1 keeps the best dimension of a self_attn_out_proj")
     (full,) = resize(path, recipes="thr=-1,min_rank=1", output=tmp_path / "out").results
     assert not full.warnings
+
+
+def test_the_out_proj_that_diffusers_needs_counts_for_size(tmp_path: Path) -> None:
+    up, down = pair(out=64, rank=8)
+    layers = {
+        f"lora_te1_text_model_encoder_layers_{block}_self_attn_{name}": (up * strength, down.clone(), 8.0)
+        for block in (0, 1)
+        for name, strength in (("q_proj", 1.0), ("out_proj", 1e-6 * (1 + block)))
+    }
+    path = make(tmp_path / "a.safetensors", layers)
+    (whole,) = resize(path, recipes="thr=-1", output=tmp_path / "whole").results
+    budget = whole.bytes_after - 300
+    (shrunk,) = resize(path, recipes=f"size={budget / 2**20}", output=tmp_path / "out").results
+    assert shrunk.bytes_after <= budget
+    (kept,) = [layer for layer in shrunk.layers if "out_proj" in layer.name and layer.rank_after]
+    assert kept.name.endswith("layers_1_self_attn_out_proj")
+    assert kept.rank_after == 1
 
 
 def test_nothing_is_dropped_silently(tmp_path: Path) -> None:

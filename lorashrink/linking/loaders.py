@@ -1,0 +1,543 @@
+"""Which programs load an adapter: a table of what each program reads, one row per rule, and where the rule comes from.
+
+A program reads a layer if it knows the name (a row of `Names`) and the ends of all its tensors (`Loader.endings`).
+Names are compared in the two layouts that the rules of the base families spell, so that no row lists modules. Add a
+program as a row of `LOADERS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+
+from lorashrink.adapters import Adapter, Layer, adapter_family, layer_name
+from lorashrink.bases import BaseFamily, family_named
+from lorashrink.bases.rules import LAYOUTS
+from lorashrink.errors import UsageError
+from lorashrink.linking.renaming import layer_name_in
+from lorashrink.names import address, flat
+from lorashrink.text import count_text
+
+OTHER = "other"  # names that adapters use and neither layout has
+_ANY = frozenset((*LAYOUTS, OTHER))
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Layer names that a program reads: what they begin with, and the layouts of what follows.
+
+    `families` are the models for which it does, none for all of them. `only` is what the rest of the name must fit,
+    `beside` a tensor that the file must have. `multiplies` says that the program multiplies alpha into the factors,
+    which PyTorch cannot do in 8 bits.
+    """
+
+    begins: tuple[str, ...]
+    layouts: frozenset[str]
+    families: frozenset[str] = frozenset()
+    only: str = ""
+    beside: str = ""
+    multiplies: bool = False
+
+    def reads(self, name: str, family: str) -> bool:
+        """Whether this row reads a layer of this name, in a file for which it holds."""
+        if not name.startswith(self.begins):
+            return False
+        start = max((prefix for prefix in self.begins if name.startswith(prefix)), key=len)
+        part, bare = _told(name)
+        rest = name[len(start) :]
+        if rest.startswith("_") or not (start or bare) or (self.only and not re.match(self.only, rest)):
+            return False
+        return part.startswith("te") or bool(layouts_of(family, rest) & self.layouts)
+
+    def holds(self, family: str, adapter: Adapter) -> bool:
+        """Whether the row is for this family of models, and for a file like this."""
+        return self.suits(family) and (not self.beside or self.beside in adapter.store.tensors)
+
+    def suits(self, family: str) -> bool:
+        """Whether the row is for this family of models."""
+        return not self.families or family in self.families
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """A program: the families of models that it runs, and the names and tensors of adapters that it reads.
+
+    `namings` are those of `convert` that suit it, the best first. `folder` says that it reads PEFT folders and
+    nothing else, `one_rank` that all layers must have one rank.
+    """
+
+    title: str
+    source: str
+    families: frozenset[str]
+    names: tuple[Names, ...]
+    endings: str
+    namings: tuple[str, ...]
+    folder: bool = False
+    one_rank: bool = False
+
+    def concerns(self, adapter: Adapter, family: str) -> bool:
+        """Whether it runs the model; for pictures nobody asks for a folder, but one may be there."""
+        return family in self.families and (not self.folder or adapter.as_folder or family in _LANGUAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class Loads:
+    """The programs that load an adapter, and those that run its model but do not load all of it."""
+
+    loads_in: tuple[str, ...] | None = None  # None: the adapter's names tell no family of models
+    loads_not: Mapping[str, str] = field(default_factory=dict)  # program -> why
+    loads_after: Mapping[str, str] = field(default_factory=dict)  # program -> the command that mends it
+
+    @property
+    def lines(self) -> list[str]:
+        """What people are told, programs with one answer together; nothing where no family is known."""
+        if self.loads_in is None:
+            return []
+        return [
+            f"loads in: {', '.join(self.loads_in) or 'no program that is known here'}",
+            *(f"not in {', '.join(programs)}: {why}" for why, programs in _by_answer(self.loads_not)),
+            *(f"for {', '.join(programs)}: {line}" for line, programs in _by_answer(self.loads_after)),
+        ]
+
+
+def _by_answer(answers: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+    together: dict[str, list[str]] = {}
+    for program, answer in answers.items():
+        together.setdefault(answer, []).append(program)
+    return list(together.items())
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def names(
+    begins: str, layouts: str, families: str = "", *, only: str = "", beside: str = "", multiplies: bool = False
+) -> Names:
+    """A row; words in a text stand for several. The prefix `-` is none at all."""
+    prefixes = tuple("" if prefix == "-" else prefix for prefix in begins.split())
+    return Names(prefixes, _words(layouts), _words(families), only, beside, multiplies)
+
+
+_UNETS = "sd15 sd2 sdxl sdxl-refiner"
+_LANGUAGE = _words("llm gpt2")
+_PICTURES = _words(
+    f"{_UNETS} cascade anima auraflow chroma flux flux2 hidream hunyuan hunyuan-dit hunyuan-image krea2 ltxv lumina2 "
+    "pixart qwen-image sana sd3 wan z-image"
+)
+
+# Ends of tensors' names.
+_UP_DOWN = r"\.lora_(?:up|down)\.weight|\.alpha"
+_TUCKER = r"\.lora_mid\.weight"
+_A_B = r"\.lora_[AB]\.weight"
+_DEFAULT = r"\.lora_[AB]\.default\.weight"
+_BARE_A_B = r"\.lora_[AB]"
+_PROCESSOR = r"_lora\.(?:up|down)\.weight"
+_DOTTED = r"\.lora\.(?:up|down)\.weight|\.lora_linear_layer\.(?:up|down)\.weight"
+_XLABS = r"\.(?:up|down)\.weight"
+_DORA = r"\.dora_scale"
+_DORA_PEFT = r"\.lora_magnitude_vector(?:\.weight)?"
+_HADA = r"\.hada_(?:w[12]_[ab]|t[12])"
+_KRON = r"\.lokr_(?:w[12](?:_[ab])?|t2)"
+_GLORA = r"\.[ab][12]\.weight"
+_OFT = r"\.oft_blocks|\.rescale"
+_IA3 = r"\.on_input|\.weight"
+_DIFF = r"\.diff(?:_b)?"
+_NORMS = r"\.[wb]_norm"
+_CONTROL = r"\.lora_B\.bias|\.scale"
+_WHOLE = r"\.(?:set|reshape)_weight"
+
+
+def _any(*endings: str) -> str:
+    return "|".join(endings)
+
+
+# ComfyUI knows the projections of a UNet's attention by the names of their processors alone.
+_COMFY_UNET = r"(?!.*(?<!\.processor)\.to_(?:q|k|v|out)(?:\.0)?$)"
+_TEXT_KOHYA = (
+    names("lora_te_", "", "sd15 sd2 sdxl sdxl-refiner anima lumina2 qwen-image z-image"),
+    names("lora_te1_", "", "sd15 sd2 sdxl flux sd3 hunyuan-dit"),
+    names("lora_te2_", "", "sdxl sd3 flux"),
+    names("lora_te3_", "", "sd3 flux"),
+)
+_COMFY = (
+    names("lora_unet_ diffusion_model.", "native"),
+    names("lora_unet_ lycoris_", "diffusers", _UNETS),
+    names("unet. -", "diffusers", _UNETS, only=_COMFY_UNET),
+    names("lora_unet__", "native", "wan", beside="lora_unet__blocks_0_cross_attn_k.lora_down.weight"),
+    names("lora_prior_unet_ lora_prior_te_", "native diffusers", "cascade"),
+    names("transformer.", "diffusers", "sd3 auraflow pixart flux chroma flux2 qwen-image krea2 z-image hidream"),
+    names("lycoris_", "diffusers", "sd3 flux chroma flux2 qwen-image krea2 z-image hidream"),
+    names("lora_transformer_", "diffusers", "sd3 flux chroma flux2"),
+    names("base_model.model.", "diffusers", "sd3 pixart"),
+    names("unet.base_model.model.", "diffusers", "pixart"),
+    names("base_model.model.", "native", "hunyuan-dit"),
+    names("-", "diffusers", "flux chroma flux2 qwen-image krea2 z-image"),
+    names("-", "native", "ltxv"),
+    names("-", "native", "flux", beside="single_blocks.0.norm.key_norm.scale"),  # control LoRAs
+    names("-", "other", "flux", beside="single_blocks.37.processor.qkv_lora.up.weight"),  # X-Labs, all blocks
+    names("diffusion_model.", "diffusers", "krea2 z-image"),
+    names("transformer. diffusion_model.", "native other", "hunyuan"),
+    *_TEXT_KOHYA,
+    names("text_encoder.", "", "sd15 sd2 sdxl sdxl-refiner flux sd3"),
+    names("text_encoder_2.", "", "sdxl sd3"),
+    names("text_encoders.", ""),
+)
+_DIFFUSERS_TEXT = (
+    names("text_encoder.", "", f"{_UNETS} sd3 flux"),
+    names("text_encoder_2.", "", "sdxl sdxl-refiner sd3"),
+)
+_FLUX_BARE = (
+    names("-", "native", "flux", beside="single_blocks.0.norm.key_norm.scale"),  # control LoRAs
+    names("-", "other", "flux"),  # X-Labs
+)
+LOADERS: tuple[Loader, ...] = (
+    Loader(
+        "ComfyUI",
+        "github.com/Comfy-Org/ComfyUI: comfy/lora.py, comfy/lora_convert.py, comfy/weight_adapter",
+        _PICTURES,
+        _COMFY,
+        _any(
+            *(_UP_DOWN, _TUCKER, _A_B, _DEFAULT, _BARE_A_B, _PROCESSOR, _DOTTED, _XLABS, _DORA, _HADA, _KRON),
+            *(_GLORA, _OFT, _DIFF, _NORMS, _CONTROL, _WHOLE),
+        ),
+        ("comfy", "kohya"),
+    ),
+    Loader(
+        "diffusers",
+        "github.com/huggingface/diffusers 0.42: loaders/lora_pipeline.py, loaders/lora_conversion_utils.py",
+        _PICTURES - {"cascade", "pixart", "hunyuan-dit", "hunyuan-image"},
+        (
+            names("lora_unet_", "native diffusers", _UNETS),
+            names("lora_te_ lora_te1_", "", f"{_UNETS}"),
+            names("lora_te2_", "", "sdxl sdxl-refiner"),
+            names("unet.", "diffusers", _UNETS),
+            names("transformer.", "diffusers"),
+            names("lora_unet_", "native", "flux chroma flux2 wan qwen-image z-image", multiplies=True),
+            names("lora_te1_", "", "flux", multiplies=True),
+            names("diffusion_model.", "native", "flux2 wan ltxv hidream qwen-image lumina2 krea2 anima"),
+            names("diffusion_model.", "native diffusers", "z-image"),
+            names("transformer.", "native", "hunyuan"),
+            names("base_model.model.", "native", "flux flux2 krea2"),
+            names("-", "diffusers", "qwen-image"),
+            *_FLUX_BARE,
+            *_DIFFUSERS_TEXT,
+        ),
+        _any(_UP_DOWN, _A_B, _DEFAULT, _PROCESSOR, _DOTTED, _XLABS, _DORA_PEFT, _CONTROL),
+        ("diffusers", "kohya"),
+    ),
+    Loader(
+        "A1111",
+        "github.com/AUTOMATIC1111/stable-diffusion-webui 1.10: extensions-builtin/Lora/networks.py",
+        _words("sd15 sd2 sdxl"),
+        (
+            names("lora_unet_", "native diffusers", "sd15 sd2 sdxl"),
+            names("oft_unet_", "native diffusers", "sd15 sd2 sdxl"),
+            names("lora_te_ lora_te1_ lora_te2_", "", "sd15 sd2 sdxl"),
+        ),
+        _any(_UP_DOWN, _TUCKER, _DORA, _HADA, _KRON, _GLORA, _OFT, _IA3, _DIFF, _NORMS),
+        ("kohya",),
+    ),
+    Loader(
+        "Forge",
+        "github.com/lllyasviel/stable-diffusion-webui-forge: packages_3rdparty/*_lora_collection/lora.py",
+        _words("sd15 sd2 sdxl flux chroma sd3"),
+        (
+            names("lora_unet_ diffusion_model.", "native"),
+            names("lora_unet_ lycoris_", "diffusers", _UNETS),
+            names("unet. -", "diffusers", _UNETS, only=_COMFY_UNET),
+            names("transformer. lycoris_ lora_transformer_", "diffusers", "flux"),
+            *_TEXT_KOHYA,
+            names("text_encoder.", "", "sd15 sd2 sdxl flux sd3"),
+            names("text_encoder_2.", "", "sdxl sd3"),
+        ),
+        _any(_UP_DOWN, _TUCKER, _A_B, _PROCESSOR, _DOTTED, _DORA, _HADA, _KRON, _GLORA, _DIFF, _NORMS),
+        ("kohya",),
+    ),
+    Loader(
+        "sd-scripts",
+        "github.com/kohya-ss/sd-scripts: create_network_from_weights of networks/lora*.py",
+        _words("sd15 sd2 sdxl flux sd3 lumina2 hunyuan-image anima"),
+        (
+            names("lora_unet_", "native diffusers", "sdxl"),
+            names("lora_unet_", "diffusers", "sd15 sd2"),
+            names("lora_unet_", "native", "flux sd3 lumina2 hunyuan-image anima"),
+            names("lora_te_", "", "sd15 sd2 lumina2 anima"),
+            names("lora_te1_", "", "sdxl flux sd3"),
+            names("lora_te2_", "", "sdxl sd3"),
+            names("lora_te3_", "", "flux sd3"),
+        ),
+        _UP_DOWN,
+        ("kohya",),
+    ),
+    Loader(
+        "InvokeAI",
+        "github.com/invoke-ai/InvokeAI: invokeai/backend/patches/lora_conversions",
+        _words("sd15 sd2 sdxl flux flux2 qwen-image krea2 anima wan z-image"),
+        (
+            names("lora_unet_", "diffusers", "sd15 sd2 sdxl"),
+            names("lora_unet_", "native", "sdxl flux krea2 anima wan qwen-image"),
+            names("lora_unet_", "diffusers", "wan"),
+            names("lora_unet__", "diffusers", "z-image"),
+            names("lora_te_", "", "sd15 sd2 anima"),
+            names("lora_te1_", "", "sdxl flux"),
+            names("lora_te2_", "", "sdxl"),
+            names("transformer.", "diffusers", "flux flux2 qwen-image krea2 wan z-image"),
+            names("lora_transformer_", "diffusers", "flux"),
+            names("base_model.model.", "native diffusers", "flux flux2"),
+            names("diffusion_model.", "native", "flux flux2 krea2 anima wan z-image"),
+            names("diffusion_model.", "diffusers", "krea2 wan z-image"),
+            names("-", "diffusers", "flux2 qwen-image"),
+            *_FLUX_BARE,
+        ),
+        _any(
+            *(_UP_DOWN, _TUCKER, _A_B, _DEFAULT, _XLABS, _DORA, _HADA, _KRON, _IA3, _DIFF, r"\.w_norm"),
+            *(_CONTROL,),
+        ),
+        ("kohya", "diffusers"),
+    ),
+    Loader(
+        "stable-diffusion.cpp",
+        "github.com/leejet/stable-diffusion.cpp: src/name_conversion.cpp, src/model/adapter/lora.hpp",
+        _words(f"{_UNETS} sd3 flux chroma flux2 wan qwen-image z-image anima krea2 hunyuan") - {"sdxl-refiner"},
+        (
+            names("lora_unet_ diffusion_model.", "native"),
+            names("lora_unet_ lycoris_ unet.", "diffusers", "sd15 sd2 sdxl"),
+            names("transformer. diffusion_model.", "diffusers", "sd3 flux flux2 z-image anima krea2 hunyuan"),
+            names("transformer.", "native", "qwen-image hunyuan"),
+            names("-", "diffusers", "sd3 flux flux2 qwen-image krea2"),
+            names("lora_te_ lora_te1_", "", "sd15 sd2 sdxl flux sd3"),
+            names("lora_te2_", "", "sdxl sd3"),
+            names("lora_te3_", "", "sd3 flux"),
+            names("text_encoder.", "", "sd15 sd2 sdxl"),
+        ),
+        _any(_UP_DOWN, _TUCKER, _A_B, _DEFAULT, _BARE_A_B, _PROCESSOR, r"\.lora\.(?:up|down)\.weight")
+        + "|"
+        + _any(_HADA, _KRON, _DIFF),
+        ("kohya", "comfy"),
+    ),
+    Loader(
+        "PEFT",
+        "github.com/huggingface/peft: PeftModel.from_pretrained",
+        _PICTURES | _LANGUAGE,
+        (names("base_model.model.", "native diffusers other"),),
+        ".*",
+        ("peft",),
+        folder=True,
+    ),
+    Loader(
+        "vLLM",
+        "docs.vllm.ai: LoRA adapters; vllm/lora/peft_helper.py",
+        _LANGUAGE,
+        (names("base_model.model.", "native diffusers other"),),
+        _A_B,
+        ("peft",),
+        folder=True,
+        one_rank=True,
+    ),
+)
+
+
+# --- what a name tells ------------------------------------------------------------------------
+
+
+@cache
+def _spellings(family: str) -> Mapping[str, re.Pattern[str]]:
+    """Layout -> what the names that only its rules spell look like with `_` for `.`."""
+    found = family_named(family)
+    lists: dict[str, list[str]] = {layout: [] for layout in (*LAYOUTS, OTHER)}
+    for rule in found.rules.rules if found else ():
+        for index, spelling in enumerate(rule.spellings):
+            layout = LAYOUTS[index] if index < len(LAYOUTS) else OTHER
+            lists[layout] += [_flat_pattern(name) for name in spelling.names if name]
+    return {layout: re.compile("|".join(patterns) or "(?!)") for layout, patterns in lists.items()}
+
+
+def _flat_pattern(name: str) -> str:
+    start, rest = (name[:-2], ".+") if name.endswith("{}") else (name, "")
+    return r"\w+?".join(re.escape(flat(part)) for part in start.split("{}")) + rest
+
+
+@lru_cache(1 << 14)
+def _told(name: str) -> tuple[str, bool]:
+    """(part of the model, whether nothing stands before the module's own name) of a layer."""
+    part, module = address(name)
+    return part, not part and module == flat(name)  # `lycoris_x` is no bare name
+
+
+@lru_cache(1 << 14)
+def layouts_of(family: str, module: str) -> frozenset[str]:
+    """The layouts that have a module of this name, with dots or without; all of them if no rule tells."""
+    name = flat(module)
+    spelled = frozenset(layout for layout, pattern in _spellings(family).items() if pattern.fullmatch(name))
+    return spelled or _ANY
+
+
+# --- which programs read a file -----------------------------------------------------------------
+
+
+def loads(adapter: Adapter, family: str | None = None) -> Loads:
+    """Which programs load the adapter, for a model of this family, or of the one that its names point to.
+
+    Answers from the header alone.
+    """
+    if family not in _PICTURES | _LANGUAGE:
+        family = adapter_family(adapter)
+    if family is None or not adapter.layers:
+        return Loads()
+    dtypes = frozenset((key, info.dtype) for key, info in adapter.store.tensors.items())
+    several = len({layer.rank for layer in adapter.layers}) > 1
+    same = (family, adapter.as_folder, several, dtypes)  # adapters of a batch mostly have the same tensors
+    if same not in _answers:
+        if len(_answers) >= _MOST_ANSWERS:
+            _answers.clear()
+        _answers[same] = _loads(adapter, family)
+    return _answers[same]
+
+
+_MOST_ANSWERS = 16
+_answers: dict[object, Loads] = {}
+
+
+def _loads(adapter: Adapter, family: str) -> Loads:
+    readers = [_Reader(loader, adapter, family) for loader in LOADERS if loader.concerns(adapter, family)]
+    reasons = {reader.loader.title: (reader.why_not(), reader) for reader in readers}
+    refusals = {title: (reason, reader) for title, (reason, reader) in reasons.items() if reason}
+    return Loads(
+        tuple(title for title in reasons if title not in refusals),
+        {title: reason for title, (reason, _) in refusals.items()},
+        {title: command for title, (_, reader) in refusals.items() if (command := reader.command())},
+    )
+
+
+# What is said of tensors that a program does not read: by the role in LoRA layers, else by the family.
+_TITLES = {"magnitude": "magnitudes of DoRA", "mid": "Tucker cores", "bias": "biases of LoRA"}
+_FAMILIES = {
+    "adalora": "AdaLoRA",
+    "embedding": "LoRA of embeddings",
+    "full": "full differences",
+    "glora": "GLoRA",
+    "ia3": "IA3",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "oft": "OFT",
+    "vera": "VeRA",
+}
+
+
+class _Reader:
+    """A program before an adapter."""
+
+    def __init__(self, loader: Loader, adapter: Adapter, family: str) -> None:
+        self.loader, self.adapter, self.family = loader, adapter, family
+        self.rows = [row for row in loader.names if row.holds(family, adapter)]
+        self.unread = [self._unread_roles(layer) for layer in adapter.layers]
+        self.named = [[row for row in self.rows if row.reads(layer.name, family)] for layer in adapter.layers]
+
+    def _unread_roles(self, layer: Layer) -> list[str]:
+        """The roles of the layer's tensors whose names have endings that the program does not read."""
+        return [role for role, key in layer.keys.items() if not self._reads_ending(key[len(layer.name) :])]
+
+    def _reads_ending(self, ending: str) -> bool:
+        return re.fullmatch(self.loader.endings, ending) is not None
+
+    def why_not(self) -> str:
+        """What keeps the program from reading all of the adapter, "" if nothing does."""
+        if self.loader.folder and not self.adapter.as_folder:
+            return "a file, where a PEFT folder is read"
+        if self.adapter.as_folder and not self.loader.folder:
+            return "a PEFT folder, where a file is read"
+        counts = Counter(map(self._unread_kind, self.adapter.layers, self.unread, self.named))
+        total = len(self.adapter.layers)
+        reasons = [f"{kind}{_share(count, total)}" for kind, count in counts.items() if kind]
+        if reasons:
+            return "; ".join(reasons)
+        beside = [key for key in self.adapter.others if not self._reads_ending(_ending(key))]
+        if beside:
+            return f"{count_text(len(beside), 'tensor')} beside the layers not read, such as {beside[0]}"
+        if self.loader.one_rank and len({layer.rank for layer in self.adapter.layers}) > 1:
+            return "several ranks not read"
+        return ""
+
+    def _unread_kind(self, layer: Layer, unread: Sequence[str], rows: Sequence[Names]) -> str:
+        """Why the program does not read a layer, "" if it does."""
+        if unread and all(role in _TITLES for role in unread):
+            return f"{_TITLES[unread[0]]} not read"
+        if unread and layer.family.name != "lora":
+            return f"{_FAMILIES.get(layer.family.name, layer.family.name)} not read"
+        if unread or not rows:
+            return "names not known"
+        if layer.dtype.startswith("F8") and "alpha" in layer.keys and all(row.multiplies for row in rows):
+            return "alpha multiplied into fp8 factors, which fails"
+        return ""
+
+    def command(self) -> str:
+        """The command that makes a file for the program, "" if there is none."""
+        layers = self.adapter.layers
+        lora = {role for layer, roles in zip(layers, self.unread, strict=True) for role in roles if _is_lora(layer)}
+        foreign = any(roles and not _is_lora(layer) for layer, roles in zip(layers, self.unread, strict=True))
+        names_known = all(self.named)
+        naming = ""
+        if not names_known or lora or self.loader.folder is not self.adapter.as_folder:
+            naming = next(filter(self._would_read, self.loader.namings), "")
+            if not naming:
+                return ""
+        if any(not self._survives(role, naming) for role in lora & _RENAMED.keys()):
+            return ""
+        if self.loader.one_rank:
+            renaming = "" if self.adapter.as_folder else "--naming peft MODEL "
+            return "" if foreign or "magnitude" in lora else f"lorashrink resize --target vllm {renaming}FILE"
+        if foreign or "mid" in lora:
+            renaming = "" if names_known else f"--naming {naming} "
+            return f"lorashrink resize --as lora -r energy=0.999 {renaming}MODEL FILE"
+        return f"lorashrink convert --naming {naming} MODEL FILE" if naming else ""
+
+    def _would_read(self, naming: str) -> bool:
+        """Whether the program knows the names that the layers get in a naming of `convert`."""
+        known = family_named(self.family)
+        return known is not None and all(_starts_read(self.loader, known, part, naming) for part in parts(self.adapter))
+
+    def _survives(self, role: str, naming: str) -> bool:
+        """Whether the program reads a tensor of LoRA that has this role in this naming; targets drop biases."""
+        ending = _RENAMED[role][naming not in ("kohya", "comfy")]
+        return self._reads_ending(ending) or (self.loader.one_rank and role == "bias")
+
+
+# Role -> the ending that it has in kohya's and ComfyUI's naming, and in the others.
+_RENAMED = {"magnitude": (".dora_scale", ".lora_magnitude_vector"), "bias": (".diff_b", ".lora_B.bias")}
+
+
+def _is_lora(layer: Layer) -> bool:
+    return layer.family.name == "lora"
+
+
+def _share(count: int, total: int) -> str:
+    return "" if count == total else f" ({count} of {total} layers)"
+
+
+def _ending(key: str) -> str:
+    """What follows the module in the name of a tensor that belongs to no layer."""
+    return key[len(layer_name(key)) :] or "." + key.rpartition(".")[2]
+
+
+def parts(adapter: Adapter) -> Sequence[str]:
+    """The parts of the model that the adapter changes: "unet", "te1", ..."""
+    return sorted({address(layer.name)[0] or "unet" for layer in adapter.layers})
+
+
+def _starts_read(loader: Loader, family: BaseFamily, part: str, naming: str) -> bool:
+    try:
+        start = layer_name_in(naming, family, part, "")
+    except UsageError:
+        return False
+    layout = {"kohya": family.kohya, "comfy": "native"}.get(naming, "diffusers")
+    return any(
+        start in row.begins and row.suits(family.name) and not row.only and (part != "unet" or layout in row.layouts)
+        for row in loader.names
+    )
