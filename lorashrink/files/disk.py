@@ -10,6 +10,7 @@ import secrets
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 
 from lorashrink.errors import InputError, OutputError
@@ -36,10 +37,12 @@ def complete_files(files: Mapping[Path, bytes | Iterable[bytes]]) -> Iterator[di
             with as_output_error(path):
                 number, temporaries[path] = create_temporary(path)
                 stack.callback(discard, temporaries[path])
-                handle = stack.enter_context(os.fdopen(number, "wb"))
-                handle.writelines([data] if isinstance(data, bytes) else data)
-                handle.flush()
-                os.fsync(handle.fileno())
+                handle = stack.enter_context(FileIO(number, "wb"))  # without a buffer that closing would flush again
+                for piece in [data] if isinstance(data, bytes) else data:
+                    view = memoryview(piece)
+                    while view:
+                        view = view[handle.write(view) :]
+                os.fsync(number)
                 if os.name != "posix":  # where open files get no new name; elsewhere they stay owned until then
                     handle.close()
         yield temporaries
