@@ -7,9 +7,9 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorashrink.errors import DamagedFile, InputError
 
@@ -60,8 +60,7 @@ OUTPUT_DTYPES: dict[str, str | None] = {
 COPY_CHUNK = 1 << 24
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """What a header says about one tensor."""
 
     dtype: str  # the format's name: "F16", "BF16", ...
@@ -81,6 +80,7 @@ def info_of(tensor: Tensor) -> TensorInfo:
     return tensor_info(FORMAT_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
 
 
+@cache
 def torch_dtype(dtype: str) -> torch.dtype:
     """The dtype that has this name in the format. Raises KeyError."""
     import torch
@@ -248,7 +248,7 @@ def join_stores(path: Path, stores: Mapping[str, TensorStore]) -> TensorStore:
         if isinstance(store, ComputedStore):
             raise InputError(f"{store.path}: weights of a folder must be safetensors; convert this file first.")
         for name, info in store.tensors.items():
-            tensors[prefix + name] = replace(info, file=info.file + len(files))
+            tensors[prefix + name] = info._replace(file=info.file + len(files))
         files += store.files
         headers += store.headers
         store.close()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lorashrink.errors import OutputError
 from lorashrink.files.disk import cannot_write, create_temporary, publish, write_bytes
 from lorashrink.files.hashes import with_hashes, with_placeholders
-from lorashrink.files.header import header_bytes, write_order
+from lorashrink.files.header import Arrangement
 from lorashrink.files.store import COPY_CHUNK, TensorInfo, TensorStore, info_of, memory_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def save_tensors(
                 writer.copy(name, source, name)
         if writer.readable_names() != infos.keys():
             raise OutputError(f"{path}: the written file has other tensors than planned; please report this.")
-        writer.replace_metadata(with_hashes(entries, infos, writer.data_chunks))
+        writer.replace_metadata(with_hashes(entries, writer.tensors, writer.data_chunks))
         for companion, data in (companions or {}).items():
             write_bytes(companion, data)
         writer.commit()
@@ -61,15 +61,13 @@ class SafetensorsWriter:
     `with` block is left without one. Memory use does not depend on the size of the file.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Path, tensors: Mapping[str, TensorInfo] | Arrangement, metadata: Mapping[str, str]
+    ) -> None:
         self.path = path
-        header = header_bytes(tensors, metadata)
-        self._tensors = dict(tensors)
-        self._offsets: dict[str, int] = {}
-        self._header_length = offset = len(header)
-        for name in write_order(tensors):
-            self._offsets[name] = offset
-            offset += tensors[name].nbytes
+        self.tensors = tensors if isinstance(tensors, Arrangement) else Arrangement(dict(tensors))
+        header = self.tensors.header(metadata)
+        self._header_length = len(header)
         self._lock = threading.Lock()
         try:
             number, self.temporary = create_temporary(path)
@@ -87,14 +85,14 @@ class SafetensorsWriter:
         import torch
 
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-        if flat.numel() != self._tensors[name].nbytes:
-            raise ValueError(f"{name}: {flat.numel()} bytes for {self._tensors[name]}")
+        if flat.numel() != self.tensors.tensors[name].nbytes:
+            raise ValueError(f"{name}: {flat.numel()} bytes for {self.tensors.tensors[name]}")
         if flat.numel():
-            self._write_at(self._offsets[name], memory_of(flat))
+            self._write_at(self._header_length + self.tensors.offsets[name], memory_of(flat))
 
     def copy(self, name: str, source: TensorStore, source_name: str) -> None:
         """Copy the bytes of a tensor of another file."""
-        offset = self._offsets[name]
+        offset = self._header_length + self.tensors.offsets[name]
         for chunk in source.chunks(source_name):
             self._write_at(offset, chunk)
             offset += len(chunk)
@@ -118,7 +116,7 @@ class SafetensorsWriter:
 
     def replace_metadata(self, metadata: Mapping[str, str]) -> None:
         """Write the header again, with other metadata of the same encoded length."""
-        header = header_bytes(self._tensors, metadata)
+        header = self.tensors.header(metadata)
         if len(header) != self._header_length:
             raise ValueError("the header changed its length")
         self._write_at(0, header)

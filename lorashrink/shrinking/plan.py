@@ -15,6 +15,7 @@ import torch
 from lorashrink.adapters import Adapter, Layer, peft
 from lorashrink.engine.spectrum import Spectrum
 from lorashrink.errors import InputError, RecipeError
+from lorashrink.files.header import Arrangement
 from lorashrink.files.store import TensorInfo
 from lorashrink.recipes.choice import Selection, caps, quantiles, score, select
 from lorashrink.recipes.grammar import Recipe
@@ -22,7 +23,7 @@ from lorashrink.recipes.terms import LayerFacts
 from lorashrink.results.shrinking import Capped, FileResult, LayerResult, Removed, Verbatim
 from lorashrink.shrinking import metadata
 from lorashrink.shrinking.decomposed import Decomposed, more_than_delta
-from lorashrink.shrinking.layout import Form, Layout, file_size
+from lorashrink.shrinking.layout import Form, Layout
 from lorashrink.shrinking.outputs import shown
 from lorashrink.shrinking.remarks import above_limits, output_warnings, uncapped, unreadable_encoders
 
@@ -133,6 +134,16 @@ class Plan:
     warnings: Sequence[str]
     settings: peft.Settings  # PEFT's, for the new ranks
     form_sizes: Mapping[str, int]  # see FileResult.forms
+
+    @cached_property
+    def arrangement(self) -> Arrangement:
+        """`tensors` in the order of the file."""
+        return Arrangement(self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the output."""
+        return len(self.arrangement.header(self.metadata)) + self.arrangement.nbytes
 
     @cached_property
     def written(self) -> Mapping[int, LayerPlan]:
@@ -285,7 +296,7 @@ def file_result(planned: Plan, output: Path, *, started: float, with_quantiles: 
         recipe=str(recipe),
         threshold=planned.threshold,
         bytes_before=sum(path.stat().st_size for path in planned.adapter.store.files),
-        bytes_after=file_size(planned.tensors, planned.metadata),
+        bytes_after=planned.nbytes,
         relative_error=relative_error(layers),
         seconds=time.perf_counter() - started,
         layers=tuple(layer.result(recipe.rescale) for layer in layers),

@@ -50,7 +50,7 @@ def write(
     steps = _Steps(progress, len(layers) + sum(len(plan.written) for plan in plans.values()))
     with ExitStack() as stack:
         pairs = [
-            (plan, stack.enter_context(SafetensorsWriter(path, plan.tensors, plan.metadata)))
+            (plan, stack.enter_context(SafetensorsWriter(path, plan.arrangement, plan.metadata)))
             for path, plan in plans.items()
         ]
         _run(pool, _chunks(range(len(layers))), lambda chunk: _write_layers(chunk, pairs, device), steps)
@@ -59,7 +59,8 @@ def write(
                 writer.copy(key, plan.adapter.store, key)
         # Hashing is one thread's work; it goes on while the others read the files back.
         hashed = [
-            pool.submit(hashes.with_hashes, plan.metadata, plan.tensors, writer.data_chunks) for plan, writer in pairs
+            pool.submit(hashes.with_hashes, plan.metadata, plan.arrangement, writer.data_chunks)
+            for plan, writer in pairs
         ]
         for (plan, writer), entries in zip(pairs, hashed, strict=True):
             _verify(plan, writer, pool, steps)
