@@ -111,7 +111,8 @@ class Spectrum:
     right: Tensor | None = None  # [k, r]: right[i] @ down is √σ_i·v_iᵀ
     pair: _Pair | None = None  # of a Kronecker product
     limit: int | None = None  # of a sketch, which has only this many dimensions
-    tail: float = 0.0  # Σσ² of the dimensions that the sketch does not have
+    tail: float = 0.0  # Σσ² of the dimensions that are not in `sigma`: a sketch leaves them out
+    square: float | None = None  # ‖ΔW‖_F² of two factors, from their Gram matrices and not from `sigma`
     plain: _Plain | None = None  # with statistics
 
     @property
@@ -278,14 +279,30 @@ def _dense_vectors(
 # --- one layer ----------------------------------------------------------------------------------
 
 
-def _of_maps(delta: Delta, sigma: Tensor, left: Tensor, right: Tensor, limit: int | None = None) -> Spectrum:
-    """The spectrum of two factors from the solution of their Gram matrices, which do not contain the scale."""
+def _of_maps(
+    delta: Delta,
+    sigma: Tensor,
+    left: Tensor,
+    right: Tensor,
+    limit: int | None = None,
+    trace: tuple[float, float] | None = None,
+) -> Spectrum:
+    """The spectrum of two factors from the solution of their Gram matrices, which do not contain the scale.
+
+    trace: ‖up · down‖_F² from the Gram matrices, and how far rounding may move it. What is missing in sigma is the
+    tail: no recipe can keep it, and every loss contains it.
+    """
     size = abs(delta.scale)
     sigma = sigma * size
     sigma[min(delta.up.shape[0], fan_in(delta.shape)) :] *= 0  # not 0 itself: NaN stays NaN
     # What no recipe can keep would only wait in memory until the file is written.
     left, right = left[:, :limit] * math.copysign(math.sqrt(size), delta.scale), right[:limit] * math.sqrt(size)
-    return Spectrum(sigma, left.float(), right.float())
+    if trace is None:
+        return Spectrum(sigma, left.float(), right.float())
+    square, rounding = (size**2 * number for number in trace)
+    missing = square - float(sigma @ sigma)
+    tail = missing if missing > rounding else 0.0
+    return Spectrum(sigma, left.float(), right.float(), tail=tail, square=square)
 
 
 def _of_statistics(delta: Delta, statistics: Callable[[Delta], Grams], device: torch.device) -> Spectrum:
@@ -380,21 +397,27 @@ def _decompose_chunk(items: Sequence[Item], device: torch.device) -> list[Spectr
             elif isinstance(delta, Kronecker):
                 outcomes.append(_of_kronecker(delta, device))
             else:
-                outcomes.append(_of_maps(delta, *solutions[index], item.limit))
+                sigma, left, right, *trace = solutions[index]
+                square, rounding = map(float, trace)
+                outcomes.append(_of_maps(delta, sigma, left, right, item.limit, (square, rounding)))
         return outcomes
 
 
 def _solve_together(
     items: Sequence[Item], deltas: Sequence[AnyDelta | Exception], device: torch.device
-) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """Index -> (sigma, left, right) of the layers in two factors; those of equal rank are one batch."""
+) -> dict[int, tuple[Tensor, ...]]:
+    """Index -> (sigma, left, right, and the norm's square with its rounding) of the layers in two factors.
+
+    Those of equal rank are one batch.
+    """
     by_rank: dict[int, dict[int, Delta]] = defaultdict(dict)
     for index, (item, delta) in enumerate(zip(items, deltas, strict=True)):
         if isinstance(delta, Delta) and item.grams is None:
             by_rank[delta.rank][index] = delta
-    solutions: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    solutions: dict[int, tuple[Tensor, ...]] = {}
     for layers in by_rank.values():
-        batch = (solution.cpu() for solution in solve(*grams(list(layers.values()), device)))
+        own = grams(list(layers.values()), device)
+        batch = (solution.cpu() for solution in (*solve(*own), *own.squares()))
         solutions |= dict(zip(layers, zip(*batch, strict=True), strict=True))
     return solutions
 

@@ -97,13 +97,20 @@ def _finish(work: Work, session: Session, ledger: Ledger) -> None:
     source, options = work.source, session.options
     try:
         plans = work.plans()
+        warnings: Mapping[Path, list[str]] = {}
         if not options.dry_run:
             report = session.reporter(f"writing {source.path.name}")
-            write(plans, pool=session.pool, device=session.device, progress=report)
+            warnings = write(plans, pool=session.pool, device=session.device, progress=report)
         base, sources = own_base(source.against, session), sources_of(work.adapter)
         results = []
         for path, plan in plans.items():
-            result = file_result(plan, path, started=work.started, with_quantiles=options.quantiles)
+            result = file_result(
+                plan,
+                path,
+                started=work.started,
+                with_quantiles=options.quantiles,
+                warnings=warnings.get(path, ()),
+            )
             results.append(replace(result, base=base, sources=sources))
         traced = {path: recipe for path, recipe in work.traced.items() if path in plans or path not in work.outputs}
         done = Done(source.path, (*work.skipped, *results), source.trace(traced))

@@ -84,6 +84,14 @@ class LayerPlan:
         """‖ΔW'‖_F before `rescale`."""
         return math.sqrt(self.total) if self.stays else self.spectrum.norm(self.kept, self.caps)
 
+    @cached_property
+    def remaining(self) -> float:
+        """`norm`, from the input's own norm where that is known beside the spectrum."""
+        square = self.spectrum.square
+        if square is None or self.caps is not None or self.spectrum.plain:
+            return self.norm
+        return math.sqrt(max(0.0, square - self.loss**2))
+
     def result(self, rescale: float) -> LayerResult:
         """Its row in the report."""
         before, base = math.sqrt(self.total), self.facts.base_fro
@@ -158,6 +166,11 @@ class Plan:
         the largest rank; a layer of a lower rank has factors that are smaller by √(rank/alpha) to make up for it.
         """
         return max((layer.width for layer in self.written.values()), default=0)
+
+    @cached_property
+    def norm(self) -> float:
+        """‖ΔW'‖_F of all layers before `rescale`."""
+        return math.sqrt(sum(layer.norm**2 for layer in self.layers))
 
     def baked(self, layer: LayerPlan) -> float:
         """Scale of a layer's factors relative to its truncated ΔW; the reader multiplies by alpha / rank."""
@@ -285,8 +298,10 @@ def _nothing_left(adapter: Adapter, recipe: Recipe, facts: Sequence[LayerFacts])
     )
 
 
-def file_result(planned: Plan, output: Path, *, started: float, with_quantiles: bool = False) -> FileResult:
-    """The report on one output."""
+def file_result(
+    planned: Plan, output: Path, *, started: float, with_quantiles: bool = False, warnings: Sequence[str] = ()
+) -> FileResult:
+    """The report on one output. `warnings` are those from writing it."""
     recipe, layers = planned.recipe, planned.layers
     capped = [layer.capped(recipe.rescale) for layer in layers]
     at = quantiles(recipe, [layer.facts for layer in layers]) if with_quantiles else {}
@@ -302,7 +317,7 @@ def file_result(planned: Plan, output: Path, *, started: float, with_quantiles: 
         layers=tuple(layer.result(recipe.rescale) for layer in layers),
         verbatim=tuple(Verbatim(key, reason) for key, reason in planned.verbatim.items()),
         removed=tuple(Removed(name, reason) for name, reason in planned.removed.items()),
-        warnings=tuple(planned.warnings),
+        warnings=(*planned.warnings, *warnings),
         forms=planned.form_sizes,
         capped=tuple(row for row in capped if row),
         kept_energy=kept_energy(recipe, layers),

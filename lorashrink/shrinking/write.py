@@ -23,15 +23,21 @@ from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import torch_dtype
 from lorashrink.files.writing import SafetensorsWriter
 from lorashrink.shrinking.plan import LayerPlan, Plan
+from lorashrink.shrinking.remarks import below_precision
 
 # Relative difference of a layer's norm before and after rounding to the dtype that still is rounding.
 _NORM_TOLERANCE = {"F64": 1e-6, "F32": 1e-5, "F16": 1e-2, "BF16": 2e-2}
+
+# What rounding may take from a layer whose numbers are too small for the dtype, as a part of the file's norm: far less
+# than it takes from the others.
+_NEGLIGIBLE = 1e-5
 
 _CHUNK = 16  # layers per task
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def write(
@@ -40,12 +46,13 @@ def write(
     pool: Executor,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> None:
-    """Compute and write the outputs of one adapter; each layer is read once for all of them.
+) -> dict[Path, list[str]]:
+    """Compute and write the outputs of one adapter; each layer is read once for all of them. Returns warnings.
 
     Every file is complete, checked against its spectrum and on the disk before it gets its name. Raises
     OutputError, after which no part of any output of this adapter is left that was not finished.
     """
+    warnings = {}
     layers = next(iter(plans.values())).adapter.layers
     steps = _Steps(progress, len(layers) + sum(len(plan.written) for plan in plans.values()))
     with ExitStack() as stack:
@@ -63,11 +70,12 @@ def write(
             for plan, writer in pairs
         ]
         for (plan, writer), entries in zip(pairs, hashed, strict=True):
-            _verify(plan, writer, pool, steps)
+            warnings[writer.path] = _verify(plan, writer, pool, steps)
             writer.replace_metadata(entries.result())
             if plan.adapter.as_folder:
                 write_bytes(writer.path.parent / peft.CONFIG_FILE, peft.to_file(plan.settings))
             writer.commit()
+    return warnings
 
 
 class _Steps:
@@ -84,13 +92,15 @@ def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
     return [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
 
 
-def _run(pool: Executor, chunks: Sequence[Sequence[T]], task: Callable[[Sequence[T]], None], steps: _Steps) -> None:
-    """Run the task for every chunk in the pool; the first error stops the rest."""
+def _run(pool: Executor, chunks: Sequence[Sequence[T]], task: Callable[[Sequence[T]], R], steps: _Steps) -> list[R]:
+    """What the task returns for every chunk, in the pool; the first error stops the rest."""
     futures = [pool.submit(task, chunk) for chunk in chunks]
+    results = []
     try:
         for chunk, future in zip(chunks, futures, strict=True):
-            future.result()
+            results.append(future.result())
             steps(len(chunk))
+        return results
     finally:
         for future in futures:
             future.cancel()
@@ -122,8 +132,11 @@ def _write_layer(plan: Plan, planned: LayerPlan, delta: AnyDelta, writer: Safete
         writer.write(keys[role], values[role].to(torch_dtype(info.dtype)))
 
 
-def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> None:
-    """Open the written file as every loader does, and compare the norm of each layer with its spectrum."""
+def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> list[str]:
+    """Open the written file as every loader does, and compare the norm of each layer with the input's.
+
+    Returns warnings.
+    """
     names = writer.readable_names()
     by_name = {layer.name: layer for layer in plan.adapter.layers}
     gone = {key for name in plan.removed for key in (by_name[name].keys.values() if name in by_name else [name])}
@@ -137,20 +150,33 @@ def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps
     chunks = [chunk for layers in by_width.values() for chunk in _chunks(layers)]
     with open_tensors(writer.temporary) as store:
         written = {layer.name: layer for layer in adapter_of(writer.path, store, plan.settings)}
-        _run(pool, chunks, lambda chunk: _check_norms(plan, writer.path, written, chunk), steps)
+        flushed = _run(pool, chunks, lambda chunk: _check_norms(plan, writer.path, written, chunk), steps)
+    return below_precision([name for names in flushed for name in names])
 
 
-def _check_norms(plan: Plan, path: Path, written: Mapping[str, Layer], chunk: Sequence[LayerPlan]) -> None:
-    """Compare what a reader of the file gets, scale included, with what was to be kept."""
+def _check_norms(plan: Plan, path: Path, written: Mapping[str, Layer], chunk: Sequence[LayerPlan]) -> list[str]:
+    """Compare what a reader of the file gets, scale included, with what was to be kept.
+
+    Returns the names of layers whose numbers are too small for the dtype, where that is nothing beside the file.
+    """
     layers = [written[planned.form.name] for planned in chunk]
     deltas = [layer.delta for layer in layers]
-    factors = grams([delta for delta in deltas if isinstance(delta, Delta)], torch.device("cpu"))
-    squares = (factors.down * factors.up).sum((-2, -1)).tolist()
+    squares = grams([delta for delta in deltas if isinstance(delta, Delta)], torch.device("cpu")).squares()[0].tolist()
+    rescale, flushed = abs(plan.recipe.rescale), []
     for planned, layer, square in zip(chunk, layers, squares, strict=True):
-        expected = abs(plan.recipe.rescale) * planned.norm
+        tolerance = _NORM_TOLERANCE[layer.dtype]
         norm = abs(layer.scale) * math.sqrt(max(0.0, square))  # NaN, if a number overflowed, compares as wrong
-        if not abs(norm - expected) <= _NORM_TOLERANCE[layer.dtype] * expected:
+        expected = rescale * planned.norm
+        # Singular values cannot vouch for themselves: the norm of the input, less what was cut off, must be left.
+        remaining = rescale * planned.remaining
+        if abs(norm - expected) <= tolerance * expected and (
+            abs(norm**2 - remaining**2) <= 2 * tolerance * rescale**2 * planned.total
+        ):
+            continue
+        if not abs(norm - expected) <= _NEGLIGIBLE * rescale * plan.norm:
             raise OutputError(
                 f"{path}: layer {layer.name} has norm {norm:.4g} after writing, {expected:.4g} before. "
                 "Its numbers do not fit the dtype; use -t fp32 or -t bf16. Nothing was written."
             )
+        flushed.append(layer.name)
+    return flushed
