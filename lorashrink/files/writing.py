@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from lorashrink.errors import OutputError
 from lorashrink.files.disk import cannot_write, create_temporary, publish, write_bytes
 from lorashrink.files.hashes import with_hashes, with_placeholders
-from lorashrink.files.header import Arrangement
+from lorashrink.files.header import Arrangement, read_header
+from lorashrink.files.memory import SLABS
 from lorashrink.files.store import COPY_CHUNK, TensorInfo, TensorStore, info_of, memory_of
 
 if TYPE_CHECKING:
@@ -58,21 +59,32 @@ class SafetensorsWriter:
     """A safetensors file of known shapes, filled in any order and from any thread.
 
     The file lies under a temporary name in the same folder until `commit`, and is deleted if the
-    `with` block is left without one. Memory use does not depend on the size of the file.
+    `with` block is left without one.
+
+    in_memory: the file is put together in memory, where there is room, and written at once by `flush`. Otherwise
+    memory use does not depend on the size of the file.
     """
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, TensorInfo] | Arrangement, metadata: Mapping[str, str]
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo] | Arrangement,
+        metadata: Mapping[str, str],
+        *,
+        in_memory: bool = False,
+        largest: int | None = None,
     ) -> None:
         self.path = path
         self.tensors = tensors if isinstance(tensors, Arrangement) else Arrangement(dict(tensors))
         header = self.tensors.header(metadata)
         self._header_length = len(header)
         self._lock = threading.Lock()
+        self._slab = SLABS.take(len(header) + self.tensors.nbytes, largest) if in_memory else None
         try:
             number, self.temporary = create_temporary(path)
             self._file = os.fdopen(number, "r+b", buffering=0)
         except OSError as error:
+            self._free()
             raise OutputError(cannot_write(path, error)) from error
         try:
             self._write_at(0, header)
@@ -97,8 +109,30 @@ class SafetensorsWriter:
             self._write_at(offset, chunk)
             offset += len(chunk)
 
-    def data_chunks(self) -> Iterator[bytes]:
+    def flush(self) -> None:
+        """Write what was put together in memory, read it back and compare. Raises OutputError."""
+        if self._slab is None:
+            return
+        whole = memoryview(self._slab)
+        self._write_file(0, whole)
+        start = 0
+        with open(self.temporary, "rb", buffering=0) as handle:
+            while (chunk := handle.read(COPY_CHUNK)) and _same(chunk, whole[start : start + len(chunk)]):
+                start += len(chunk)
+        if start != len(whole):
+            raise OutputError(f"{self.path}: what was written reads back otherwise; check the disk and the memory.")
+
+    def opened(self) -> TensorStore:
+        """What was written, as a reader of the file sees it; its tensors come from memory if they are there still."""
+        tensors, metadata, raw = read_header(self.temporary)
+        slabs = {} if self._slab is None else {0: self._slab}
+        return TensorStore(self.temporary, tensors, metadata, [self.temporary], [raw], slabs)
+
+    def data_chunks(self) -> Iterator[bytes | memoryview]:
         """All bytes behind the header, as written, for hashes."""
+        if self._slab is not None:
+            yield memoryview(self._slab)[self._header_length :]
+            return
         with open(self.temporary, "rb", buffering=0) as handle:
             handle.seek(self._header_length)
             while chunk := handle.read(COPY_CHUNK):
@@ -120,6 +154,8 @@ class SafetensorsWriter:
         if len(header) != self._header_length:
             raise ValueError("the header changed its length")
         self._write_at(0, header)
+        if self._slab is not None:
+            self._write_file(0, header)
 
     def commit(self) -> None:
         """Flush to the disk and give the file its name. Raises OutputError."""
@@ -138,12 +174,24 @@ class SafetensorsWriter:
     def __exit__(self, *exc: object) -> None:
         self._discard()
 
+    def _free(self) -> None:
+        if self._slab is not None:
+            SLABS.give(self._slab)
+            self._slab = None
+
     def _discard(self) -> None:
+        self._free()
         self._file.close()
         with contextlib.suppress(OSError):
             self.temporary.unlink(missing_ok=True)
 
     def _write_at(self, offset: int, data: bytes | memoryview) -> None:
+        if self._slab is None:
+            self._write_file(offset, data)
+        else:
+            memoryview(self._slab)[offset : offset + len(data)] = data
+
+    def _write_file(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
         try:
             while view:
@@ -156,3 +204,9 @@ class SafetensorsWriter:
                 view, offset = view[count:], offset + count
         except OSError as error:
             raise OutputError(cannot_write(self.path, error)) from error
+
+
+def _same(first: bytes, second: memoryview) -> bool:
+    import numpy as np
+
+    return len(first) == len(second) and np.array_equal(np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8))

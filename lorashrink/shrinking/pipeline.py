@@ -32,10 +32,10 @@ def shrink_each(targets: Targets, session: Session, ledger: Ledger) -> None:
     with ThreadPoolExecutor(1, "lorashrink-files") as finisher:
         try:
             for wave in _waves(targets, session, ledger):
-                while len(in_flight) >= _IN_FLIGHT:
-                    in_flight.pop(0).result()
                 decompose_together(wave, session)
                 in_flight += [finisher.submit(_finish, work, session, ledger) for work in wave]
+                while len(in_flight) >= _IN_FLIGHT:  # before the next wave takes memory
+                    in_flight.pop(0).result()
             for future in in_flight:
                 future.result()
         except BaseException:

@@ -19,7 +19,6 @@ from lorashrink.engine.spectrum import truncate
 from lorashrink.errors import OutputError
 from lorashrink.files import hashes
 from lorashrink.files.disk import write_bytes
-from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import torch_dtype
 from lorashrink.files.writing import SafetensorsWriter
 from lorashrink.shrinking.plan import LayerPlan, Plan
@@ -56,10 +55,7 @@ def write(
     layers = next(iter(plans.values())).adapter.layers
     steps = _Steps(progress, len(layers) + sum(len(plan.written) for plan in plans.values()))
     with ExitStack() as stack:
-        pairs = [
-            (plan, stack.enter_context(SafetensorsWriter(path, plan.arrangement, plan.metadata)))
-            for path, plan in plans.items()
-        ]
+        pairs = [(plan, stack.enter_context(_writer(path, plan))) for path, plan in plans.items()]
         _run(pool, _chunks(range(len(layers))), lambda chunk: _write_layers(chunk, pairs, device), steps)
         for plan, writer in pairs:
             for key in plan.verbatim:
@@ -70,12 +66,18 @@ def write(
             for plan, writer in pairs
         ]
         for (plan, writer), entries in zip(pairs, hashed, strict=True):
+            writer.flush()
             warnings[writer.path] = _verify(plan, writer, pool, steps)
             writer.replace_metadata(entries.result())
             if plan.adapter.as_folder:
                 write_bytes(writer.path.parent / peft.CONFIG_FILE, peft.to_file(plan.settings))
             writer.commit()
     return warnings
+
+
+def _writer(path: Path, plan: Plan) -> SafetensorsWriter:
+    source = sum(file.stat().st_size for file in plan.adapter.store.files)
+    return SafetensorsWriter(path, plan.arrangement, plan.metadata, in_memory=True, largest=source)
 
 
 class _Steps:
@@ -148,7 +150,7 @@ def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps
     for planned in plan.written.values():
         by_width[planned.width].append(planned)
     chunks = [chunk for layers in by_width.values() for chunk in _chunks(layers)]
-    with open_tensors(writer.temporary) as store:
+    with writer.opened() as store:
         written = {layer.name: layer for layer in adapter_of(writer.path, store, plan.settings)}
         flushed = _run(pool, chunks, lambda chunk: _check_norms(plan, writer.path, written, chunk), steps)
     return below_precision([name for names in flushed for name in names])

@@ -14,7 +14,7 @@ from pathlib import Path
 from lorashrink.adapters import Adapter, adapter_family, open_adapter, peft
 from lorashrink.bases import FAMILIES, Base
 from lorashrink.errors import FamilyMismatch, UsageError
-from lorashrink.files.disk import sha256_file
+from lorashrink.files.disk import sha256_file, sha256_store
 from lorashrink.files.store import DTYPES, FACTOR_DTYPES, ComputedStore
 from lorashrink.linking.inputs import Sum
 from lorashrink.linking.pairing import bind_all, matched
@@ -87,7 +87,7 @@ def combined(
 
 def contents_sha256(adapter: Adapter) -> str:
     """SHA-256 of an adapter's contents: of its file, or of all that a sum is made of."""
-    return adapter.identity if isinstance(adapter, SumAdapter) else sha256_file(adapter.store.files[0])
+    return adapter.identity if isinstance(adapter, SumAdapter) else sha256_store(adapter.store)
 
 
 def sources_of(adapter: Adapter) -> tuple[WeightedSource, ...]:

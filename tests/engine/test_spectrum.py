@@ -76,10 +76,10 @@ def test_dimensions_balanced_against_each_other_are_all_found(decades: int, depe
     skew = 2.0 ** (torch.linspace(-decades / 2, decades / 2, 8, dtype=torch.float64) / math.log10(2)).round()
     skewed = Delta(up * skew, down / skew[:, None], 0.5, (32, 40))
     assert torch.equal(dense(skewed), dense(plain))
-    found = spectrum(skewed)
-    assert_close(found.sigma, torch.linalg.svdvals(dense(plain))[:8], rtol=1e-9, atol=1e-9)
-    kept = range(found.rank)
-    up_out, down_out = truncate(skewed, found, kept)
+    solved = spectrum(skewed)
+    assert_close(solved.sigma, torch.linalg.svdvals(dense(plain))[:8], rtol=1e-9, atol=1e-9)
+    kept = range(solved.rank)
+    up_out, down_out = truncate(skewed, solved, kept)
     assert_close(up_out @ down_out, dense(plain), rtol=1e-5, atol=1e-5)
 
 
@@ -91,10 +91,10 @@ def test_a_dimension_that_the_solution_lacks_counts_as_lost(monkeypatch: pytest.
 
     delta = random_delta(30, 6, 20, scale=-0.5)
     monkeypatch.setattr(engine, "solve", lacking)
-    found = spectrum(delta)
+    solved = spectrum(delta)
     expected = torch.linalg.svdvals(dense(delta))[:6]
-    assert found.total == pytest.approx(float((expected**2).sum()))
-    assert found.lost(range(4)) == pytest.approx(float(expected[4:].norm()))
+    assert solved.total == pytest.approx(float((expected**2).sum()))
+    assert solved.lost(range(4)) == pytest.approx(float(expected[4:].norm()))
 
 
 @pytest.mark.parametrize(("out", "rank", "columns"), SHAPES)
