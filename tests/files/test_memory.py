@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ FULL.take = lambda *_: None  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True)
-def all_given_back() -> None:
+def all_given_back() -> Iterator[None]:
     yield
     assert SLABS._taken == 0
 
@@ -96,9 +96,8 @@ def test_what_reads_back_otherwise_is_not_published(tmp_path: Path, monkeypatch:
     original: Callable[..., int] = os.pwrite
 
     def flipped(number: int, data: memoryview, offset: int) -> int:
-        return original(
-            number, bytes([data[0] ^ 1]) + bytes(data[1:]) if not offset and len(data) > 900 else data, offset
-        )
+        whole = not offset and len(data) > 900
+        return original(number, bytes([data[0] ^ 1]) + bytes(data[1:]) if whole else data, offset)
 
     monkeypatch.setattr(os, "pwrite", flipped)
     with pytest.raises(OutputError, match="reads back otherwise"):
