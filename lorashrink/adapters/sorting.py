@@ -18,6 +18,9 @@ UNKNOWN = "not part of an adapter layer"
 _CARRIED = re.compile("|".join(f"(?P<c{number}>{ending})$" for number, (ending, _) in enumerate(families.CARRIED)))
 
 
+_REMEMBERED = 20_000  # names of tensors
+
+
 @dataclass(frozen=True, eq=False)
 class Endings:
     """What the names of tensors end with, in all families together."""
@@ -40,8 +43,14 @@ class Endings:
 
     def split(self, key: str) -> tuple[str, str] | None:
         """(name of the layer, suffix) of a tensor's name; None if it ends as no family's do."""
+        splits = self._splits
+        if key in splits:
+            return splits[key]
         match = self._suffix.search(key)
-        return (key[: match.start()], self.suffixes[int(str(match.lastgroup)[1:])]) if match else None
+        split = (key[: match.start()], self.suffixes[int(str(match.lastgroup)[1:])]) if match else None
+        if len(splits) < _REMEMBERED:
+            splits[key] = split
+        return split
 
     def common(self, key: str) -> bool:
         """Whether this is a tensor that several layers share."""
@@ -61,6 +70,11 @@ class Endings:
             twice = fitting is None and len({family.name for family in marked}) == 1
             self._choices[suffixes] = fitting, twice
         return self._choices[suffixes]
+
+    @cached_property
+    def _splits(self) -> dict[str, tuple[str, str] | None]:
+        # An output has the names of its input, and the files of a batch mostly have the same.
+        return {}
 
     @cached_property
     def _choices(self) -> dict[frozenset[str], tuple[Family | None, bool]]:
