@@ -8,9 +8,10 @@ import os
 import threading
 from pathlib import Path
 
-# What files may take together in any case, and as a multiple of the largest one.
-_ALWAYS = 900 << 20
-_OF_LARGEST = 1.5
+# What a file, and all files together, may take. In a larger file the reads of its tensors are long, and what was just
+# read is still in the processor's cache, so that a block of the whole file costs more than it saves.
+_LARGEST = 64 << 20
+_TOGETHER = 512 << 20
 
 # Of the memory that is free when a file asks for its part.
 _OF_FREE = 0.25
@@ -26,14 +27,10 @@ class Slabs:
         self._lock = threading.Lock()
         self._taken = 0
 
-    def take(self, nbytes: int, largest: int | None = None) -> mmap.mmap | None:
-        """A block of so many bytes, None if there is no room. Give it back with `give`.
-
-        largest: size of the largest file that belongs to this one, which decides how much there is.
-        """
-        bound = max(_ALWAYS, _OF_LARGEST * (largest or nbytes))
+    def take(self, nbytes: int) -> mmap.mmap | None:
+        """A block of so many bytes, None if that is too large or there is no room. Give it back with `give`."""
         with self._lock:
-            if not nbytes or self._taken + nbytes > bound or nbytes > _OF_FREE * free_memory():
+            if not 0 < nbytes <= min(_LARGEST, _TOGETHER - self._taken, _OF_FREE * free_memory()):
                 return None
             self._taken += nbytes
         try:

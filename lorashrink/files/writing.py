@@ -72,14 +72,13 @@ class SafetensorsWriter:
         metadata: Mapping[str, str],
         *,
         in_memory: bool = False,
-        largest: int | None = None,
     ) -> None:
         self.path = path
         self.tensors = tensors if isinstance(tensors, Arrangement) else Arrangement(dict(tensors))
         header = self.tensors.header(metadata)
         self._header_length = len(header)
         self._lock = threading.Lock()
-        self._slab = SLABS.take(len(header) + self.tensors.nbytes, largest) if in_memory else None
+        self._slab = SLABS.take(len(header) + self.tensors.nbytes) if in_memory else None
         try:
             number, self.temporary = create_temporary(path)
             self._file = os.fdopen(number, "r+b", buffering=0)

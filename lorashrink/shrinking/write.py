@@ -55,7 +55,10 @@ def write(
     layers = next(iter(plans.values())).adapter.layers
     steps = _Steps(progress, len(layers) + sum(len(plan.written) for plan in plans.values()))
     with ExitStack() as stack:
-        pairs = [(plan, stack.enter_context(_writer(path, plan))) for path, plan in plans.items()]
+        pairs = [
+            (plan, stack.enter_context(SafetensorsWriter(path, plan.arrangement, plan.metadata, in_memory=True)))
+            for path, plan in plans.items()
+        ]
         _run(pool, _chunks(range(len(layers))), lambda chunk: _write_layers(chunk, pairs, device), steps)
         for plan, writer in pairs:
             for key in plan.verbatim:
@@ -73,11 +76,6 @@ def write(
                 write_bytes(writer.path.parent / peft.CONFIG_FILE, peft.to_file(plan.settings))
             writer.commit()
     return warnings
-
-
-def _writer(path: Path, plan: Plan) -> SafetensorsWriter:
-    source = sum(file.stat().st_size for file in plan.adapter.store.files)
-    return SafetensorsWriter(path, plan.arrangement, plan.metadata, in_memory=True, largest=source)
 
 
 class _Steps:

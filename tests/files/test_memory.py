@@ -80,14 +80,14 @@ def test_numbers_at_odd_addresses_are_read(tmp_path: Path) -> None:
 
 
 def test_the_sum_of_blocks_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_ALWAYS", 1000)
+    monkeypatch.setattr(memory, "_TOGETHER", 1000)
+    monkeypatch.setattr(memory, "_LARGEST", 900)
     slabs = Slabs()
+    assert slabs.take(901) is None
     first = slabs.take(800)
     assert slabs.take(300) is None
-    second = slabs.take(300, 800)  # one and a half times the largest
     slabs.give(first)
-    slabs.give(second)
-    assert slabs.take(1000)
+    assert slabs.take(300)
     monkeypatch.setattr(memory, "free_memory", lambda: 100.0)
     assert Slabs().take(50) is None
 
