@@ -25,10 +25,11 @@ _WRITE, _CHECKS, _COMMIT = "write", ("verify", "hash"), "fsync, rename"
 STAGES = {
     "open base": ["lorashrink.shrinking.session:open_base"],
     "open adapter, match": ["lorashrink.shrinking.request:open_adapter", "lorashrink.shrinking.work:match"],
+    "read the file": ["lorashrink.files.store:TensorStore.load"],
     "norms look-up": ["lorashrink.shrinking.session:BaseNorms"],
     "select, plan": ["lorashrink.shrinking.work:plan"],
     _WRITE: ["lorashrink.shrinking.pipeline:write"],
-    "verify": ["lorashrink.shrinking.write:_verify"],
+    "verify": ["lorashrink.shrinking.write:SafetensorsWriter.flush", "lorashrink.shrinking.write:_verify"],
     "hash": ["lorashrink.shrinking.write:hashes.with_hashes"],
     _COMMIT: ["lorashrink.shrinking.write:SafetensorsWriter.commit"],
     "report": ["lorashrink.shrinking.pipeline:file_result"],

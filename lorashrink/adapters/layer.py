@@ -42,31 +42,31 @@ class Layer:
         """Shape of the base weight, [out, in] or [out, in, kh, kw], as far as it is known."""
         return self.base_shape or self.family.shape(self.infos)
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """Stored rank."""
         return self.family.rank(self.infos)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Rank of `delta`, as far as headers tell."""
         if self.family.needs is Needs.MULTIPLICATION:
             return min(self.shape[0], math.prod(self.shape[1:])) if len(self.shape) > 1 else 0
         return self.family.width(self.infos)
 
-    @property
+    @cached_property
     def algo(self) -> str:
         """The family's name, with "+dora" (or "dora" alone for LoRA) if the layer has a magnitude."""
         if "magnitude" not in self.keys:
             return self.family.name
         return "dora" if self.family.name == "lora" else f"{self.family.name}+dora"
 
-    @property
+    @cached_property
     def own(self) -> Mapping[str, str]:
         """role -> key of the tensors that only this family has, which a LoRA replaces."""
         return {role: key for role, key in self.keys.items() if role not in SHARED}
 
-    @property
+    @cached_property
     def dtype(self) -> str:
         """The format's name of the dtype of the layer's largest tensor, e.g. "F16"."""
         return max((self.infos[role] for role in self.own), key=lambda info: info.nbytes).dtype
@@ -89,7 +89,7 @@ class Layer:
             )
         return value
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """What the factors are multiplied with: mostly alpha / stored rank, or what the file's configuration says."""
         return self.family.scale(self.infos, self.alpha, self.config_scale)

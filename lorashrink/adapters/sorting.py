@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import regex
 
@@ -20,6 +20,9 @@ from lorashrink.files.store import FLOATS, TensorStore
 
 UNKNOWN = "not part of an adapter layer"
 _CARRIED = re.compile("|".join(f"(?P<c{number}>{ending})$" for number, (ending, _) in enumerate(families.CARRIED)))
+
+
+_REMEMBERED = 20_000  # names of tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +47,42 @@ class Endings:
 
     def split(self, key: str) -> tuple[str, str] | None:
         """(name of the layer, suffix) of a tensor's name; None if it ends as no family's do."""
+        splits = self._splits
+        if key in splits:
+            return splits[key]
         match = self._suffix.search(key)
-        return (key[: match.start()], self.suffixes[int(str(match.lastgroup)[1:])]) if match else None
+        split = (key[: match.start()], self.suffixes[int(str(match.lastgroup)[1:])]) if match else None
+        if len(splits) < _REMEMBERED:
+            splits[key] = split
+        return split
 
     def common(self, key: str) -> bool:
         """Whether this is a tensor that several layers share."""
         return bool(self._common.search(key))
+
+    def choice(self, suffixes: frozenset[str]) -> tuple[Family | None, bool]:
+        """(the first family that has all these suffixes, of which only weak ones may belong to none, or None;
+        whether they are one family's in two spellings). Thousands of layers have few sets of them."""
+        if suffixes not in self._choices:
+            strong = suffixes - self.weak
+            marked = [
+                family
+                for family in self.families
+                if any(family.suffixes[role] in strong for role in family.proofs if role in family.suffixes)
+            ]
+            fitting = next((family for family in marked if strong <= set(family.suffixes.values())), None)
+            twice = fitting is None and len({family.name for family in marked}) == 1
+            self._choices[suffixes] = fitting, twice
+        return self._choices[suffixes]
+
+    @cached_property
+    def _splits(self) -> dict[str, tuple[str, str] | None]:
+        # An output has the names of its input, and the files of a batch mostly have the same.
+        return {}
+
+    @cached_property
+    def _choices(self) -> dict[frozenset[str], tuple[Family | None, bool]]:
+        return {}
 
     @cached_property
     def _suffix(self) -> re.Pattern[str]:
@@ -86,8 +119,9 @@ def sort_keys(store: TensorStore, settings: peft.Settings) -> tuple[tuple[Layer,
     endings = _endings(families.FAMILIES)
     groups, others, carried = _grouped(store, endings)
     layers = []
+    shared = set(SHARED.values())
     for name, keys in groups.items():
-        if keys.keys() <= set(SHARED.values()):
+        if keys.keys() <= shared:
             others |= dict.fromkeys(keys.values(), carried.get(name, "belongs to factors that are not there"))
         elif keys.keys() <= endings.weak:
             others |= {key: _companion(key) for key in keys.values()}
@@ -132,29 +166,27 @@ def _companion(key: str) -> str:
 
 
 def _family(store: TensorStore, endings: Endings, name: str, keys: Mapping[str, str]) -> Family | None:
-    """The first family that has all these suffixes, of which only weak ones may belong to none; None if none has."""
-    strong = keys.keys() - endings.weak
-    marked = [
-        family
-        for family in endings.families
-        if any(family.suffixes[role] in strong for role in family.proofs if role in family.suffixes)
-    ]
-    for family in marked:
-        if strong <= set(family.suffixes.values()):
-            return family
-    if len({family.name for family in marked}) == 1:
+    """The family of a layer with these suffixes; None if it is made of several."""
+    family, twice = endings.choice(frozenset(keys))
+    if twice:
         raise ShapeError(
             f"{store.path}: layer {name} is there in two spellings: {', '.join(sorted(keys.values()))}. "
             "Export the file again."
         )
-    return None
+    return family
+
+
+@cache
+def _roles(family: Family) -> Mapping[str, str]:
+    """Suffix -> role."""
+    return {suffix: role for role, suffix in {**SHARED, **family.suffixes}.items()}
 
 
 def _layer(
     store: TensorStore, settings: peft.Settings, family: Family, name: str, tagged: Mapping[str, str]
 ) -> tuple[Layer | None, dict[str, str]]:
     """(the layer that these tensors make, or None; key -> why it is no part of it). `tagged` maps suffixes to keys."""
-    roles = {suffix: role for role, suffix in {**SHARED, **family.suffixes}.items()}
+    roles = _roles(family)
     stay = {key: _companion(key) for suffix, key in tagged.items() if suffix not in roles}
     keys = {roles[suffix]: key for suffix, key in tagged.items() if suffix in roles}
     common = {
@@ -197,5 +229,5 @@ def _check(store: TensorStore, name: str, family: Family, keys: Mapping[str, str
         raise ShapeError(f"{store.path}: layer {name}: {problem}. Export the file again.")
     for role, key in keys.items():
         dtype = infos[role].dtype
-        if math.prod(infos[role].shape) > 1 and dtype not in FLOATS:  # alphas and switches may be whole numbers
+        if dtype not in FLOATS and math.prod(infos[role].shape) > 1:  # alphas and switches may be whole numbers
             raise ShapeError(f"{store.path}: layer {name}: {key} is {dtype}, and factors are floats.")

@@ -24,6 +24,10 @@ _MAX_SPREAD = 2.0**20
 # Eigenvalues of a singular Gram matrix below this part of the largest are rounding.
 _GRAM_CLIP = 2.0**-44
 
+# Squares of norms from singular values and from Gram matrices may differ by this part of themselves, and by this part
+# of the terms that cancel in them.
+_ROUNDING, _CANCELLATION = 2.0**-34, 2.0**-44
+
 # Numbers converted to float64 at a time, so that on a CPU they are used while still in its cache.
 CPU_BLOCK = 1 << 17
 
@@ -41,6 +45,12 @@ class Grams(NamedTuple):
     def finite(self) -> bool:
         """False if a factor held NaN or infinity: its squares are on the diagonals."""
         return bool(_finite(self.down, self.up).all())
+
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """‖up · down‖_F² = tr(G_A·G_B) of stacked Gram matrices, and how far rounding may move it, both [L]."""
+        products = self.down * self.up
+        squares = products.sum((-2, -1))
+        return squares, _ROUNDING * squares.abs() + _CANCELLATION * products.abs().sum((-2, -1))
 
 
 def _finite(gram_down: Tensor, gram_up: Tensor) -> Tensor:
@@ -60,6 +70,8 @@ def solve(gram_down: Tensor, gram_up: Tensor, *, clip: float = _GRAM_CLIP) -> tu
     finite = _finite(gram_down, gram_up)
     if not finite.all():  # one NaN would make the batched decompositions fail for all layers
         gram_down, gram_up = (torch.where(finite[:, None, None], gram, 0) for gram in (gram_down, gram_up))
+    units = _units(gram_down)
+    gram_down, gram_up = gram_down * (units.mT * units), gram_up / (units.mT * units)
     roots = _roots(gram_down, gram_up, clip)
     values, vectors = torch.linalg.eigh(roots.root.mT @ roots.partner @ roots.root)
     # Rounding may leave an eigenvalue of 0 slightly negative.
@@ -70,7 +82,18 @@ def solve(gram_down: Tensor, gram_up: Tensor, *, clip: float = _GRAM_CLIP) -> tu
     right = _solve_roots(roots.root, vectors * half[:, None, :], roots.singular).mT
     if roots.swapped.any():
         left, right = torch.where(roots.swapped, right.mT, left), torch.where(roots.swapped, left.mT, right)
-    return torch.where(finite[:, None], sigma, math.nan), left, right
+    return torch.where(finite[:, None], sigma, math.nan), left / units.mT, right * units
+
+
+def _units(gram: Tensor) -> Tensor:
+    """[L, 1, r] powers of two that bring every row of a factor to a length of about 1; a row of zeros keeps its own.
+
+    The other factor is divided by them. Nothing is rounded, and a large number in one factor that a small one in the
+    other makes up for is not taken for a sign of dependent rows.
+    """
+    exponents = torch.frexp(gram.diagonal(dim1=-2, dim2=-1)).exponent.to(torch.int64)
+    halves = exponents.div(2, rounding_mode="floor").clamp(-500, 500)
+    return ((1023 - halves) << 52).view(torch.float64)[:, None, :]  # the bits of 2^-halves
 
 
 class _Roots(NamedTuple):
@@ -102,9 +125,10 @@ def _roots(gram_down: Tensor, gram_up: Tensor, clip: float) -> _Roots:
 
 
 def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(lower root, ratio of the largest to the smallest number on its diagonal; inf where there is no root)."""
+    """(lower root, how near its rows are to dependent ones: the ratio of the largest to the smallest part of a row
+    that is new beside the rows above it; inf where there is no root)."""
     root, failed = torch.linalg.cholesky_ex(gram)
-    diagonal = root.diagonal(dim1=-2, dim2=-1)
+    diagonal = root.diagonal(dim1=-2, dim2=-1) / gram.diagonal(dim1=-2, dim2=-1).sqrt()
     spread = diagonal.amax(-1) / diagonal.amin(-1)
     return root, torch.where((failed == 0) & (spread > 0), spread, math.inf)
 

@@ -29,12 +29,15 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lorashrink.engine.delta import AnyDelta, Delta, Dense, Kronecker, fan_in
 from lorashrink.engine.devices import core_device
 from lorashrink.engine.gram import CPU_BLOCK, SIGMA_FLOOR, Grams, factor_gram, grams, solve
+
+Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 # Statistics were summed up in half or single precision while a model ran: eigenvalues of a singular Gram matrix below
 # this part of the largest are rounding.
@@ -111,25 +114,26 @@ class Spectrum:
     right: Tensor | None = None  # [k, r]: right[i] @ down is √σ_i·v_iᵀ
     pair: _Pair | None = None  # of a Kronecker product
     limit: int | None = None  # of a sketch, which has only this many dimensions
-    tail: float = 0.0  # Σσ² of the dimensions that the sketch does not have
+    tail: float = 0.0  # Σσ² of the dimensions that are not in `sigma`: a sketch leaves them out
+    square: float | None = None  # ‖ΔW‖_F² of two factors, from their Gram matrices and not from `sigma`
     plain: _Plain | None = None  # with statistics
 
     @property
     def rank(self) -> int:
         """The numerical rank: how many singular values are above rounding."""
-        return int((self.sigma > 0).sum())
+        return int(np.count_nonzero(self._values > 0))
 
     @property
     def finite(self) -> bool:
         """False if a factor held NaN or infinity; then all of `sigma` is NaN."""
-        return bool(torch.isfinite(self.sigma).all())
+        return bool(np.isfinite(self._values).all())
 
     @property
     def total(self) -> float:
         """‖ΔW‖_F², all dimensions included."""
         if self.plain:
             return self.plain.square(torch.eye(len(self.sigma), dtype=torch.float64))
-        return float((self.sigma**2).sum()) + self.tail
+        return _square(self._values) + self.tail
 
     def norm(self, kept: Sequence[int], factors: Tensor | None = None) -> float:
         """‖ΔW'‖_F of ΔW reduced to the dimensions `kept`, each times its factor, float64 [k].
@@ -139,7 +143,7 @@ class Spectrum:
         if self.plain:
             assert factors is None
             return math.sqrt(self.plain.square(self._projection(kept, self.plain.scale)))
-        return float((self.sigma[list(kept)] * (1 if factors is None else factors)).norm())
+        return math.sqrt(_square(self._values[list(kept)] * (1 if factors is None else factors.numpy())))
 
     def lost(self, kept: Sequence[int], factors: Tensor | None = None) -> float:
         """‖ΔW - ΔW'‖_F of the same, summed over the removed dimensions, so that small losses are exact."""
@@ -147,9 +151,14 @@ class Spectrum:
             assert factors is None
             rest = torch.eye(len(self.sigma), dtype=torch.float64) - self._projection(kept, self.plain.scale)
             return math.sqrt(self.plain.square(rest)) if len(kept) < self.rank else 0.0
-        removed = torch.ones(len(self.sigma), dtype=torch.float64)
-        removed[list(kept)] = 0 if factors is None else 1 - factors
-        return math.sqrt(float(((self.sigma * removed) ** 2).sum()) + self.tail)
+        removed = self._values.copy()
+        removed[list(kept)] *= 0 if factors is None else 1 - factors.numpy()
+        return math.sqrt(_square(removed) + self.tail)
+
+    @property
+    def _values(self) -> Values:
+        # numpy's calls cost a tenth of torch's, which counts for thousands of layers
+        return self.sigma.numpy()
 
     def _projection(self, kept: Sequence[int], scale: float) -> Tensor:
         """[r, r] float64 P: ΔW' = scale · up · P · down."""
@@ -157,6 +166,10 @@ class Spectrum:
         assert self.right is not None
         index = list(kept)
         return self.left[:, index].double() @ self.right[index].double() / scale
+
+
+def _square(values: Values) -> float:
+    return float(values @ values)
 
 
 def spectrum(delta: AnyDelta, grams: Grams | None = None, *, limit: int | None = None) -> Spectrum:
@@ -278,14 +291,30 @@ def _dense_vectors(
 # --- one layer ----------------------------------------------------------------------------------
 
 
-def _of_maps(delta: Delta, sigma: Tensor, left: Tensor, right: Tensor, limit: int | None = None) -> Spectrum:
-    """The spectrum of two factors from the solution of their Gram matrices, which do not contain the scale."""
+def _of_maps(
+    delta: Delta,
+    sigma: Tensor,
+    left: Tensor,
+    right: Tensor,
+    limit: int | None = None,
+    trace: tuple[float, float] | None = None,
+) -> Spectrum:
+    """The spectrum of two factors from the solution of their Gram matrices, which do not contain the scale.
+
+    trace: ‖up · down‖_F² from the Gram matrices, and how far rounding may move it. What is missing in sigma is the
+    tail: no recipe can keep it, and every loss contains it.
+    """
     size = abs(delta.scale)
     sigma = sigma * size
     sigma[min(delta.up.shape[0], fan_in(delta.shape)) :] *= 0  # not 0 itself: NaN stays NaN
     # What no recipe can keep would only wait in memory until the file is written.
     left, right = left[:, :limit] * math.copysign(math.sqrt(size), delta.scale), right[:limit] * math.sqrt(size)
-    return Spectrum(sigma, left.float(), right.float())
+    if trace is None:
+        return Spectrum(sigma, left.float(), right.float())
+    square, rounding = (size**2 * number for number in trace)
+    missing = square - float(sigma @ sigma)
+    tail = missing if missing > rounding else 0.0
+    return Spectrum(sigma, left.float(), right.float(), tail=tail, square=square)
 
 
 def _of_statistics(delta: Delta, statistics: Callable[[Delta], Grams], device: torch.device) -> Spectrum:
@@ -380,21 +409,27 @@ def _decompose_chunk(items: Sequence[Item], device: torch.device) -> list[Spectr
             elif isinstance(delta, Kronecker):
                 outcomes.append(_of_kronecker(delta, device))
             else:
-                outcomes.append(_of_maps(delta, *solutions[index], item.limit))
+                sigma, left, right, *trace = solutions[index]
+                square, rounding = map(float, trace)
+                outcomes.append(_of_maps(delta, sigma, left, right, item.limit, (square, rounding)))
         return outcomes
 
 
 def _solve_together(
     items: Sequence[Item], deltas: Sequence[AnyDelta | Exception], device: torch.device
-) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """Index -> (sigma, left, right) of the layers in two factors; those of equal rank are one batch."""
+) -> dict[int, tuple[Tensor, ...]]:
+    """Index -> (sigma, left, right, and the norm's square with its rounding) of the layers in two factors.
+
+    Those of equal rank are one batch.
+    """
     by_rank: dict[int, dict[int, Delta]] = defaultdict(dict)
     for index, (item, delta) in enumerate(zip(items, deltas, strict=True)):
         if isinstance(delta, Delta) and item.grams is None:
             by_rank[delta.rank][index] = delta
-    solutions: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    solutions: dict[int, tuple[Tensor, ...]] = {}
     for layers in by_rank.values():
-        batch = (solution.cpu() for solution in solve(*grams(list(layers.values()), device)))
+        own = grams(list(layers.values()), device)
+        batch = (solution.cpu() for solution in (*solve(*own), *own.squares()))
         solutions |= dict(zip(layers, zip(*batch, strict=True), strict=True))
     return solutions
 

@@ -310,6 +310,12 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_store(store: TensorStore) -> str:
+    """SHA-256 of a store's first file, from memory if it is there. Raises InputError."""
+    whole = store.loaded(0)
+    return sha256_file(store.files[0]) if whole is None else hashlib.sha256(whole).hexdigest()
+
+
 def content_fingerprint(store: TensorStore) -> str:
     """A quick identity of a store's contents: SHA-256 of its headers, sizes and 64 blocks of each file."""
     digest = hashlib.sha256()

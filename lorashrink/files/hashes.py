@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 
-from lorashrink.files.header import header_bytes
-from lorashrink.files.store import TensorInfo
+from lorashrink.files.header import Arrangement
 
 MODEL_HASH, LEGACY_HASH, SPEC_HASH = "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"
 
@@ -22,7 +21,7 @@ def with_placeholders(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def with_hashes(
-    metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo], data: Callable[[], Iterable[bytes]]
+    metadata: Mapping[str, str], tensors: Arrangement, data: Callable[[], Iterable[bytes | memoryview]]
 ) -> dict[str, str]:
     """`metadata` with the placeholders replaced. `data()` yields the bytes behind the header.
 
@@ -32,7 +31,7 @@ def with_hashes(
     if not metadata.keys() & _PLACEHOLDERS.keys():
         return dict(metadata)
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    header = header_bytes(tensors, training)
+    header = tensors.header(training)
     window, position = bytearray(header[_LEGACY_START : _LEGACY_START + _LEGACY_BYTES]), len(header)
     digest = hashlib.sha256()
     for chunk in data():

@@ -23,21 +23,39 @@ _WRITE_ORDER = {dtype: position for position, dtype in enumerate(DTYPES)}
 # --- writing ------------------------------------------------------------------------------------
 
 
+class Arrangement:
+    """The tensors of a safetensors file as the reference writer lays them out: wider dtypes first, then by name.
+
+    tensors: what the header says of them. offsets: name -> first byte, counted from the end of the header.
+    nbytes: of all tensors. The part of the header that does not depend on metadata is encoded once.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self.tensors = tensors
+        self.offsets: dict[str, int] = {}
+        self.nbytes = 0
+        entries = []
+        for name in write_order(tensors):
+            info, start = tensors[name], self.nbytes
+            self.offsets[name] = start
+            self.nbytes += info.nbytes
+            shape = ",".join(map(str, info.shape))
+            entries.append(
+                f'{_compact(name)}:{{"dtype":"{info.dtype}","shape":[{shape}],"data_offsets":[{start},{self.nbytes}]}}'
+            )
+        self._entries = ",".join(entries)
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """Length and header of the file with this metadata, padded to 8 bytes."""
+        start = f'"__metadata__":{_compact(dict(metadata))}' if metadata else ""
+        raw = ("{" + start + ("," if start and self._entries else "") + self._entries + "}").encode()
+        raw += b" " * (-len(raw) % 8)
+        return struct.pack("<Q", len(raw)) + raw
+
+
 def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
     """Length and header of a safetensors file as the reference writer lays it out, padded to 8 bytes."""
-    entries = [f'"__metadata__":{_compact(dict(metadata))}'] if metadata else []
-    offset = 0
-    for name in write_order(tensors):
-        info = tensors[name]
-        shape = ",".join(map(str, info.shape))
-        entries.append(
-            f'{_compact(name)}:{{"dtype":"{info.dtype}","shape":[{shape}],'
-            f'"data_offsets":[{offset},{offset + info.nbytes}]}}'
-        )
-        offset += info.nbytes
-    raw = ("{" + ",".join(entries) + "}").encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw
+    return Arrangement(tensors).header(metadata)
 
 
 def write_order(tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -45,8 +63,7 @@ def write_order(tensors: Mapping[str, TensorInfo]) -> list[str]:
     return sorted(tensors, key=lambda name: (_WRITE_ORDER.get(tensors[name].dtype, -1), name))
 
 
-def _compact(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -61,7 +78,9 @@ def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[
     raw, size = _raw_header(path)
     data_start = 8 + len(raw)
     try:
-        header = json.loads(raw, object_pairs_hook=_without_duplicates)
+        header = json.loads(raw)
+        if not _each_name_once(raw, header):
+            header = json.loads(raw, object_pairs_hook=_without_duplicates)
         metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
         tensors = {name: _tensor_info(entry, file, data_start) for name, entry in header.items()}
         "".join([*tensors, *metadata, *metadata.values()]).encode()  # half a character has no place in a file
@@ -104,6 +123,21 @@ def _read_all(handle: FileIO, count: int) -> bytes:
     return bytes(data)
 
 
+def _each_name_once(raw: bytes, header: Mapping[str, Any]) -> bool:
+    """Whether all strings of the text are in the parsed header, where a name that appears twice is there once.
+
+    Quotes are counted, which is many times as fast as a look at each object. False where counting proves nothing.
+    """
+    if b"\\\\" in raw:  # a quote behind it may be escaped or not
+        return False
+    entries = {**header}
+    metadata = entries.pop("__metadata__", None)
+    strings = sum(1 + len(entry) + isinstance(entry["dtype"], str) for entry in entries.values())
+    if "__metadata__" in header:
+        strings += 1 + sum(1 + isinstance(value, str) for value in (metadata or {}).values())
+    return raw.count(b'"') - raw.count(b'\\"') == 2 * strings
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -111,10 +145,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+_WHOLE = {int}
+
+
 def _tensor_info(entry: Mapping[str, Any], file: int, data_start: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
     dtype, shape = entry["dtype"], tuple(entry["shape"])
-    if not all(type(number) is int and 0 <= number < _TOO_LARGE for number in (begin, end, *shape)):
+    sizes = (begin, end, *shape)
+    if set(map(type, sizes)) != _WHOLE or min(sizes) < 0 or max(sizes) >= _TOO_LARGE:
         raise ValueError("sizes must be whole numbers of at most 64 bits")
     if end < begin:
         raise ValueError(f"a tensor ends at {end}, before its start at {begin}")
@@ -138,10 +176,10 @@ def _count(shape: Sequence[int]) -> int:
 
 def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
     end = data_start
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if info.offset < end:
+    for start, nbytes, name in sorted([(info.offset, info.nbytes, name) for name, info in tensors.items()]):
+        if start < end:
             raise DamagedFile(f"{path}: tensor {name} overlaps another one. Download or copy the file again.")
-        end = info.offset + info.nbytes
+        end = start + nbytes
     if end > size:
         raise DamagedFile(
             f"{path}: cut short: its header promises {end} bytes, the file has {size}. Download or copy it again."

@@ -9,12 +9,15 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from io import FileIO
+from mmap import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorashrink.errors import DamagedFile, InputError
+from lorashrink.files.memory import SLABS
 
 if TYPE_CHECKING:
     import torch
@@ -104,8 +107,11 @@ def read_text(path: Path, *, limit: int = MAX_TEXT_BYTES) -> str:
         return handle.readall().decode("utf-8")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+# A whole file is copied out of the system's cache by a few threads.
+_READERS, _READ_CHUNK = 4, 1 << 25
+
+
+class TensorInfo(NamedTuple):
     """What a header says about one tensor."""
 
     dtype: str  # the format's name: "F16", "BF16", ...
@@ -125,6 +131,7 @@ def info_of(tensor: Tensor) -> TensorInfo:
     return tensor_info(FORMAT_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
 
 
+@cache
 def torch_dtype(dtype: str) -> torch.dtype:
     """The dtype that has this name in the format. Raises KeyError."""
     import torch
@@ -153,12 +160,15 @@ class TensorStore:
         metadata: Mapping[str, str],
         files: Sequence[Path],
         headers: Sequence[bytes] = (),
+        slabs: Mapping[int, mmap] | None = None,
     ) -> None:
         self.path = path
         self.tensors = dict(tensors)
         self.metadata = dict(metadata)
         self.files = tuple(files)
         self.headers = tuple(headers)  # raw header of each file: part of a base's identity
+        self._slabs = dict(slabs or {})  # whole files, by their index, that belong to someone else
+        self._own_slabs: list[mmap] = []
         self._open_files: dict[int, Any] = {}
         self._lock = threading.Lock()
 
@@ -170,12 +180,44 @@ class TensorStore:
         info = self.tensors[name]
         if info.dtype not in DTYPES:
             raise DamagedFile(f"{self.path}: tensor {name} has the unknown dtype {info.dtype}.")
+        slab = self._slabs.get(info.file)
+        if slab is not None and rows is None and info.nbytes and info.offset % DTYPES[info.dtype][0] == 0:
+            import torch
+
+            count = info.nbytes // DTYPES[info.dtype][0]
+            return torch.frombuffer(slab, dtype=torch_dtype(info.dtype), count=count, offset=info.offset).reshape(
+                info.shape
+            )
         shape, start, nbytes = info.shape, 0, info.nbytes
         if rows is not None:
             per_row = info.nbytes // shape[0]
             start, nbytes = rows[0] * per_row, (rows[1] - rows[0]) * per_row
             shape = (rows[1] - rows[0], *shape[1:])
         return self._bytes(name, start, nbytes).view(torch_dtype(info.dtype)).reshape(shape)
+
+    def load(self) -> None:
+        """Read the files into memory as a whole, where there is room: tensors are then views, which nobody may change.
+
+        Raises as `read`.
+        """
+        for index, path in enumerate(self.files):
+            slab = None if index in self._slabs else SLABS.take(path.stat().st_size)
+            if slab is not None:
+                self._own_slabs.append(slab)
+                self._read_whole(index, memoryview(slab))
+                self._slabs[index] = slab
+
+    def _read_whole(self, index: int, view: memoryview) -> None:
+        def read(start: int) -> None:
+            self._read_at(index, view[start : start + _READ_CHUNK], start)
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            list(readers.map(read, range(0, len(view), _READ_CHUNK)))
+
+    def loaded(self, index: int) -> memoryview | None:
+        """All bytes of a file that `load` has read."""
+        slab = self._slabs.get(index)
+        return None if slab is None else memoryview(slab)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The raw bytes of a tensor, in pieces of bounded size, whatever its dtype."""
@@ -199,6 +241,9 @@ class TensorStore:
             for handle in self._open_files.values():
                 handle.close()
             self._open_files.clear()
+            self._slabs.clear()
+            while self._own_slabs:
+                SLABS.give(self._own_slabs.pop())
 
     def __enter__(self) -> TensorStore:
         return self
@@ -262,6 +307,9 @@ class ComputedStore(TensorStore):
         super().__init__(path, {name: info for name, (info, _) in computed.items()}, metadata, files, headers)
         self._compute = {name: compute for name, (_, compute) in computed.items()}
 
+    def load(self) -> None:
+        """Nothing: what is computed is not what the files hold."""
+
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The raw bytes of a tensor, which is computed once."""
         data = memory_of(self._bytes(name, 0, self.tensors[name].nbytes))
@@ -292,7 +340,7 @@ def join_stores(path: Path, stores: Mapping[str, TensorStore]) -> TensorStore:
         if isinstance(store, ComputedStore):
             raise InputError(f"{store.path}: weights of a folder must be safetensors; convert this file first.")
         for name, info in store.tensors.items():
-            tensors[prefix + name] = replace(info, file=info.file + len(files))
+            tensors[prefix + name] = info._replace(file=info.file + len(files))
         files += store.files
         headers += store.headers
         store.close()

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from lorashrink.errors import OutputError
 from lorashrink.files.disk import as_output_error, cannot_write, complete_files, create_temporary, discard, publish
 from lorashrink.files.hashes import with_hashes, with_placeholders
-from lorashrink.files.header import header_bytes, write_order
+from lorashrink.files.header import Arrangement, read_header
+from lorashrink.files.memory import SLABS
 from lorashrink.files.store import COPY_CHUNK, TensorInfo, TensorStore, info_of, memory_of
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def save_tensors(
                 writer.copy(name, source, name)
         if writer.readable_names() != infos.keys():
             raise OutputError(f"{path}: the written file has other tensors than planned; please report this.")
-        writer.replace_metadata(with_hashes(entries, infos, writer.data_chunks))
+        writer.replace_metadata(with_hashes(entries, writer.tensors, writer.data_chunks))
         writer.commit(companions)
 
 
@@ -57,21 +58,32 @@ class SafetensorsWriter:
     """A safetensors file of known shapes, filled in any order and from any thread.
 
     The file lies under a temporary name in the same folder until `commit`, and is deleted if the
-    `with` block is left without one. Memory use does not depend on the size of the file.
+    `with` block is left without one.
+
+    in_memory: the file is put together in memory, where there is room, and written at once by `flush`. Otherwise
+    memory use does not depend on the size of the file.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo] | Arrangement,
+        metadata: Mapping[str, str],
+        *,
+        in_memory: bool = False,
+    ) -> None:
         self.path = path
-        header = header_bytes(tensors, metadata)
-        self._tensors = dict(tensors)
-        self._offsets: dict[str, int] = {}
-        self._header_length = offset = len(header)
-        for name in write_order(tensors):
-            self._offsets[name] = offset
-            offset += tensors[name].nbytes
+        self.tensors = tensors if isinstance(tensors, Arrangement) else Arrangement(dict(tensors))
+        header = self.tensors.header(metadata)
+        self._header_length = len(header)
         self._lock = threading.Lock()
-        with as_output_error(path):
-            number, self.temporary = create_temporary(path)
+        self._slab = SLABS.take(len(header) + self.tensors.nbytes) if in_memory else None
+        try:
+            with as_output_error(path):
+                number, self.temporary = create_temporary(path)
+        except BaseException:
+            self._free()
+            raise
         self._file = FileIO(number, "r+b")
         try:
             self._write_at(0, header)
@@ -84,20 +96,42 @@ class SafetensorsWriter:
         import torch
 
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-        if flat.numel() != self._tensors[name].nbytes:
-            raise ValueError(f"{name}: {flat.numel()} bytes for {self._tensors[name]}")
+        if flat.numel() != self.tensors.tensors[name].nbytes:
+            raise ValueError(f"{name}: {flat.numel()} bytes for {self.tensors.tensors[name]}")
         if flat.numel():
-            self._write_at(self._offsets[name], memory_of(flat))
+            self._write_at(self._header_length + self.tensors.offsets[name], memory_of(flat))
 
     def copy(self, name: str, source: TensorStore, source_name: str) -> None:
         """Copy the bytes of a tensor of another file."""
-        offset = self._offsets[name]
+        offset = self._header_length + self.tensors.offsets[name]
         for chunk in source.chunks(source_name):
             self._write_at(offset, chunk)
             offset += len(chunk)
 
-    def data_chunks(self) -> Iterator[bytes]:
+    def flush(self) -> None:
+        """Write what was put together in memory, read it back and compare. Raises OutputError."""
+        if self._slab is None:
+            return
+        whole = memoryview(self._slab)
+        self._write_file(0, whole)
+        start = 0
+        with open(self.temporary, "rb", buffering=0) as handle:
+            while (chunk := handle.read(COPY_CHUNK)) and _same(chunk, whole[start : start + len(chunk)]):
+                start += len(chunk)
+        if start != len(whole):
+            raise OutputError(f"{self.path}: what was written reads back otherwise; check the disk and the memory.")
+
+    def opened(self) -> TensorStore:
+        """What was written, as a reader of the file sees it; its tensors come from memory if they are there still."""
+        tensors, metadata, raw = read_header(self.temporary)
+        slabs = {} if self._slab is None else {0: self._slab}
+        return TensorStore(self.temporary, tensors, metadata, [self.temporary], [raw], slabs)
+
+    def data_chunks(self) -> Iterator[bytes | memoryview]:
         """All bytes behind the header, as written, for hashes."""
+        if self._slab is not None:
+            yield memoryview(self._slab)[self._header_length :]
+            return
         with as_output_error(self.path), open(self.temporary, "rb", buffering=0) as handle:
             handle.seek(self._header_length)
             while chunk := handle.read(COPY_CHUNK):
@@ -115,10 +149,12 @@ class SafetensorsWriter:
 
     def replace_metadata(self, metadata: Mapping[str, str]) -> None:
         """Write the header again, with other metadata of the same encoded length."""
-        header = header_bytes(self._tensors, metadata)
+        header = self.tensors.header(metadata)
         if len(header) != self._header_length:
             raise ValueError("the header changed its length")
         self._write_at(0, header)
+        if self._slab is not None:
+            self._write_file(0, header)
 
     def commit(self, companions: Mapping[Path, bytes] | None = None) -> None:
         """Flush to the disk and give the file its name, together with `companions`. Raises OutputError."""
@@ -136,12 +172,24 @@ class SafetensorsWriter:
     def __exit__(self, *exc: object) -> None:
         self._discard()
 
+    def _free(self) -> None:
+        if self._slab is not None:
+            SLABS.give(self._slab)
+            self._slab = None
+
     def _discard(self) -> None:
+        self._free()
         with contextlib.suppress(OSError):
             self._file.close()
         discard(self.temporary)
 
     def _write_at(self, offset: int, data: bytes | memoryview) -> None:
+        if self._slab is None:
+            self._write_file(offset, data)
+        else:
+            memoryview(self._slab)[offset : offset + len(data)] = data
+
+    def _write_file(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
         try:
             while view:
@@ -154,3 +202,9 @@ class SafetensorsWriter:
                 view, offset = view[count:], offset + count
         except OSError as error:
             raise OutputError(cannot_write(self.path, error)) from error
+
+
+def _same(first: bytes, second: memoryview) -> bool:
+    import numpy as np
+
+    return len(first) == len(second) and np.array_equal(np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8))

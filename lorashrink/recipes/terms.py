@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class LayerFacts:
     """The facts about one layer that scores and selections use."""
 
@@ -29,12 +30,12 @@ class LayerFacts:
     tail: float = 0.0  # Σσ² of dimensions that were not computed, because no recipe can keep them
     file_norm: float | None = None  # sqrt(Σσ²) over the file, of calibrated σ, which are comparable across layers
 
-    @property
+    @cached_property
     def total(self) -> float:
         """Σσ², all dimensions included: ‖ΔW‖_F², where σ is not calibrated."""
         return float((self.sigma**2).sum()) + self.tail
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The numerical rank."""
         return int((self.sigma > 0).sum())

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lorashrink.adapters import Adapter, Layer, lora_form, peft
 from lorashrink.adapters.family import Family, Infos
-from lorashrink.files.header import header_bytes
+from lorashrink.files.header import Arrangement
 from lorashrink.files.store import FACTOR_DTYPES, OUTPUT_DTYPES, TensorInfo, tensor_info
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.shrinking import metadata
@@ -169,7 +169,8 @@ class Layout:
 
 def file_size(tensors: Mapping[str, TensorInfo], entries: Mapping[str, str]) -> int:
     """Bytes of a safetensors file with these tensors and metadata."""
-    return len(header_bytes(tensors, entries)) + sum(info.nbytes for info in tensors.values())
+    arrangement = Arrangement(tensors)
+    return len(arrangement.header(entries)) + arrangement.nbytes
 
 
 def _about_bytes(tensors: Mapping[str, TensorInfo]) -> int:

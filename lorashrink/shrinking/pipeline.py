@@ -38,11 +38,11 @@ def shrink_each(targets: Targets, session: Session, ledger: Ledger) -> None:
     with ThreadPoolExecutor(1, "lorashrink-files") as finisher:
         try:
             for wave in _waves(targets, session, ledger):
-                while len(in_flight) >= _IN_FLIGHT:
-                    in_flight.pop(0).result()
                 in_flight += [
                     finisher.submit(_finish, work, session, ledger) for work in _decompose(wave, session, ledger)
                 ]
+                while len(in_flight) >= _IN_FLIGHT:  # before the next wave takes memory
+                    in_flight.pop(0).result()
             for future in in_flight:
                 future.result()
         except BaseException:
@@ -114,17 +114,21 @@ def _finish(work: Work, session: Session, ledger: Ledger) -> None:
     done = None
     with boundary(source.path, partial(ledger.fail, source.path)), closing(work.adapter):
         plans = work.plans()
-        warnings: dict[Path, list[str]] = {}
+        warnings: Mapping[Path, list[str]] = {}
         if not options.dry_run:
             report = session.reporter(f"writing {source.path.name}")
             warnings = write(plans, pool=session.pool, device=session.device, progress=report)
         base, sources = own_base(source.against, session), sources_of(work.adapter)
         results = []
         for path, plan in plans.items():
-            result = file_result(plan, path, started=work.started, with_quantiles=options.quantiles)
-            more = (*result.warnings, *warnings.get(path, ()))
-            programs = _loads_of(plan, source)
-            results.append(replace(result, base=base, sources=sources, warnings=more, loads=programs))
+            result = file_result(
+                plan,
+                path,
+                started=work.started,
+                with_quantiles=options.quantiles,
+                warnings=warnings.get(path, ()),
+            )
+            results.append(replace(result, base=base, sources=sources, loads=_loads_of(plan, source)))
         traced = {path: recipe for path, recipe in work.traced.items() if path in plans or path not in work.outputs}
         done = Done(source.path, (*work.skipped, *results), source.trace(traced))
     if done:

@@ -15,6 +15,7 @@ import torch
 from lorashrink.adapters import Adapter, Layer, peft
 from lorashrink.engine.spectrum import Spectrum
 from lorashrink.errors import InputError, RecipeError
+from lorashrink.files.header import Arrangement
 from lorashrink.files.store import TensorInfo
 from lorashrink.recipes.choice import Selection, caps, quantiles, score, select
 from lorashrink.recipes.grammar import Recipe
@@ -23,7 +24,7 @@ from lorashrink.results.shrinking import Capped, FileResult, LayerResult, Remove
 from lorashrink.shrinking import metadata
 from lorashrink.shrinking.decomposed import Decomposed, more_than_delta
 from lorashrink.shrinking.encoders import Anchor, anchors, readable
-from lorashrink.shrinking.layout import Form, Layout, file_size
+from lorashrink.shrinking.layout import Form, Layout
 from lorashrink.shrinking.outputs import shown
 from lorashrink.shrinking.remarks import (
     above_limits,
@@ -107,6 +108,14 @@ class LayerPlan:
         """‖ΔW'‖_F before `rescale`."""
         return math.sqrt(self.total) if self.stays else self.spectrum.norm(self.kept, self.caps)
 
+    @cached_property
+    def remaining(self) -> float:
+        """`norm`, from the input's own norm where that is known beside the spectrum."""
+        square = self.spectrum.square
+        if square is None or self.caps is not None or self.spectrum.plain:
+            return self.norm
+        return math.sqrt(max(0.0, square - self.loss**2))
+
     def result(self, rescale: float) -> LayerResult:
         """Its row in the report."""
         before, base = math.sqrt(self.total), self.facts.base_fro
@@ -159,6 +168,16 @@ class Plan:
     form_sizes: Mapping[str, int]  # see FileResult.forms
 
     @cached_property
+    def arrangement(self) -> Arrangement:
+        """`tensors` in the order of the file."""
+        return Arrangement(self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the output."""
+        return len(self.arrangement.header(self.metadata)) + self.arrangement.nbytes
+
+    @cached_property
     def written(self) -> Mapping[int, LayerPlan]:
         """Index in the adapter -> plan, of the layers that are written anew."""
         return {layer.index: layer for layer in self.layers if layer.written}
@@ -171,6 +190,11 @@ class Plan:
         the largest rank; a layer of a lower rank has factors that are smaller by √(rank/alpha) to make up for it.
         """
         return max((layer.width for layer in self.written.values()), default=0)
+
+    @cached_property
+    def norm(self) -> float:
+        """‖ΔW'‖_F of all layers before `rescale`."""
+        return math.sqrt(sum(layer.norm**2 for layer in self.layers))
 
     def baked(self, layer: LayerPlan) -> float:
         """Scale of a layer's factors relative to its truncated ΔW; the reader multiplies by alpha / rank."""
@@ -304,8 +328,10 @@ def _nothing_left(adapter: Adapter, recipe: Recipe, facts: Sequence[LayerFacts])
     )
 
 
-def file_result(planned: Plan, output: Path, *, started: float, with_quantiles: bool = False) -> FileResult:
-    """The report on one output."""
+def file_result(
+    planned: Plan, output: Path, *, started: float, with_quantiles: bool = False, warnings: Sequence[str] = ()
+) -> FileResult:
+    """The report on one output. `warnings` are those from writing it."""
     recipe, layers = planned.recipe, planned.layers
     capped = [layer.capped(recipe.rescale) for layer in layers]
     at = quantiles(recipe, [layer.facts for layer in layers]) if with_quantiles else {}
@@ -315,13 +341,13 @@ def file_result(planned: Plan, output: Path, *, started: float, with_quantiles: 
         recipe=str(recipe),
         threshold=planned.threshold,
         bytes_before=sum(path.stat().st_size for path in planned.adapter.store.files),
-        bytes_after=file_size(planned.tensors, planned.metadata),
+        bytes_after=planned.nbytes,
         relative_error=relative_error(layers),
         seconds=time.perf_counter() - started,
         layers=tuple(layer.result(recipe.rescale) for layer in layers),
         verbatim=tuple(Verbatim(key, reason) for key, reason in planned.verbatim.items()),
         removed=tuple(Removed(name, reason) for name, reason in planned.removed.items()),
-        warnings=tuple(planned.warnings),
+        warnings=(*planned.warnings, *warnings),
         forms=planned.form_sizes,
         capped=tuple(row for row in capped if row),
         kept_energy=kept_energy(recipe, layers),

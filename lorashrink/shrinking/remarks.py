@@ -91,6 +91,16 @@ def kept_for_diffusers(anchors: Iterable[Anchor]) -> list[str]:
     ]
 
 
+def below_precision(names: Sequence[str]) -> list[str]:
+    """A warning that the numbers of these layers are rounded away, which changes the file by nothing to speak of."""
+    if not names:
+        return []
+    return [
+        f"{len(names)} layers, first {names[0]}, are so weak beside the others that their numbers are below the "
+        "precision of the dtype and are rounded or become 0; -t fp32 or -t bf16 keeps them"
+    ]
+
+
 def unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> list[str]:
     """Warnings about encoders without out_proj: diffusers finds out the kind of keys by it, and refuses the file."""
     encoders: dict[str, list[str]] = {}

@@ -44,12 +44,13 @@ class OpenSource:
 
     @classmethod
     def open(cls, path: Path, against: AdapterBase, session: Session) -> OpenSource:
-        """Open the adapter, and begin to hash it in the pool."""
+        """Open the adapter, read it into memory if there is room, and begin to hash it in the pool."""
         adapter = session.job.opener(path, against.base)
         try:
             folders = [file.parent for file in adapter.store.files if file.name in peft.WEIGHTS_FILES]
             configs = [folder / peft.CONFIG_FILE for folder in folders if peft.is_folder(folder)]
             before = stamps([*adapter.store.files, *configs])
+            adapter.store.load()
             sha256 = session.pool.submit(contents_sha256, adapter)
             return cls(path, adapter, against, session, source_variant(path, session), before, sha256)
         except BaseException:

@@ -18,23 +18,24 @@ from lorashrink.engine.gram import grams
 from lorashrink.engine.spectrum import truncate
 from lorashrink.errors import OutputError
 from lorashrink.files import hashes
-from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import torch_dtype
 from lorashrink.files.writing import SafetensorsWriter
 from lorashrink.shrinking.plan import LayerPlan, Plan
-from lorashrink.text import count_text
+from lorashrink.shrinking.remarks import below_precision
 
 # Relative difference of a layer's norm before and after rounding to the dtype that still is rounding.
 _NORM_TOLERANCE = {"F64": 1e-6, "F32": 1e-5, "F16": 1e-2, "BF16": 2e-2}
 
-# A layer of less than this share of the adapter's norm does not stop the others.
-_FAINT = 1e-6
+# What rounding may take from a layer whose numbers are too small for the dtype, as a part of the file's norm: far less
+# than it takes from the others.
+_NEGLIGIBLE = 1e-5
 
 _CHUNK = 16  # layers per task
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def write(
@@ -44,17 +45,18 @@ def write(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[Path, list[str]]:
-    """Compute and write the outputs of one adapter; each layer is read once for all of them.
+    """Compute and write the outputs of one adapter; each layer is read once for all of them. Returns warnings.
 
     Every file is complete, checked against its spectrum and on the disk before it gets its name. Returns warnings about
     each: layers of next to no norm whose numbers are too small for the dtype. Raises OutputError, after which no part
     of any output of this adapter is left that was not finished.
     """
+    warnings = {}
     layers = next(iter(plans.values())).adapter.layers
     steps = _Steps(progress, len(layers) + sum(len(plan.written) for plan in plans.values()))
     with ExitStack() as stack:
         pairs = [
-            (plan, stack.enter_context(SafetensorsWriter(path, plan.tensors, plan.metadata)))
+            (plan, stack.enter_context(SafetensorsWriter(path, plan.arrangement, plan.metadata, in_memory=True)))
             for path, plan in plans.items()
         ]
         _run(pool, _chunks(range(len(layers))), lambda chunk: _write_layers(chunk, pairs, device), steps)
@@ -63,10 +65,11 @@ def write(
                 writer.copy(key, plan.adapter.store, key)
         # Hashing is one thread's work; it goes on while the others read the files back.
         hashed = [
-            pool.submit(hashes.with_hashes, plan.metadata, plan.tensors, writer.data_chunks) for plan, writer in pairs
+            pool.submit(hashes.with_hashes, plan.metadata, plan.arrangement, writer.data_chunks)
+            for plan, writer in pairs
         ]
-        warnings = {}
         for (plan, writer), entries in zip(pairs, hashed, strict=True):
+            writer.flush()
             warnings[writer.path] = _verify(plan, writer, pool, steps)
             writer.replace_metadata(entries.result())
             folder = writer.path.parent
@@ -88,13 +91,15 @@ def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
     return [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
 
 
-def _run(pool: Executor, chunks: Sequence[Sequence[T]], task: Callable[[Sequence[T]], None], steps: _Steps) -> None:
-    """Run the task for every chunk in the pool; the first error stops the rest."""
+def _run(pool: Executor, chunks: Sequence[Sequence[T]], task: Callable[[Sequence[T]], R], steps: _Steps) -> list[R]:
+    """What the task returns for every chunk, in the pool; the first error stops the rest."""
     futures = [pool.submit(task, chunk) for chunk in chunks]
+    results = []
     try:
         for chunk, future in zip(chunks, futures, strict=True):
-            future.result()
+            results.append(future.result())
             steps(len(chunk))
+        return results
     finally:
         for future in futures:
             future.cancel()
@@ -127,9 +132,9 @@ def _write_layer(plan: Plan, planned: LayerPlan, delta: AnyDelta, writer: Safete
 
 
 def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> list[str]:
-    """Open the written file as every loader does, and compare the norm of each layer with its spectrum.
+    """Open the written file as every loader does, and compare the norm of each layer with the input's.
 
-    Returns a warning about those that lose norm but had next to none. Raises OutputError.
+    Returns warnings.
     """
     names = writer.readable_names()
     by_name = {layer.name: layer for layer in plan.adapter.layers}
@@ -142,39 +147,35 @@ def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps
     for planned in plan.written.values():
         by_width[planned.width].append(planned)
     chunks = [chunk for layers in by_width.values() for chunk in _chunks(layers)]
-    with open_tensors(writer.temporary) as store:
+    with writer.opened() as store:
         written = {layer.name: layer for layer in adapter_of(writer.path, store, plan.settings)}
-        faint: list[str] = []
-        _run(pool, chunks, lambda chunk: faint.extend(_check_norms(plan, writer.path, written, chunk)), steps)
-    if not faint:
-        return []
-    return [
-        f"{count_text(len(faint), 'layer')}, first {min(faint)}, lost what they add, less than a millionth of the "
-        "whole: their numbers are too small for the dtype; -t bf16 or -t fp32 keeps them"
-    ]
+        flushed = _run(pool, chunks, lambda chunk: _check_norms(plan, writer.path, written, chunk), steps)
+    return below_precision([name for names in flushed for name in names])
 
 
 def _check_norms(plan: Plan, path: Path, written: Mapping[str, Layer], chunk: Sequence[LayerPlan]) -> list[str]:
     """Compare what a reader of the file gets, scale included, with what was to be kept.
 
-    Returns the names of the layers that differ but are next to nothing of the whole. Raises OutputError.
+    Returns the names of layers whose numbers are too small for the dtype, where that is nothing beside the file.
     """
     layers = [written[planned.form.name] for planned in chunk]
     deltas = [layer.delta for layer in layers]
-    factors = grams([delta for delta in deltas if isinstance(delta, Delta)], torch.device("cpu"))
-    squares = (factors.down * factors.up).sum((-2, -1)).tolist()
-    whole = abs(plan.recipe.rescale) * math.sqrt(sum(planned.norm**2 for planned in plan.written.values()))
-    faint = []
+    squares = grams([delta for delta in deltas if isinstance(delta, Delta)], torch.device("cpu")).squares()[0].tolist()
+    rescale, flushed = abs(plan.recipe.rescale), []
     for planned, layer, square in zip(chunk, layers, squares, strict=True):
-        expected = abs(plan.recipe.rescale) * planned.norm
+        tolerance = _NORM_TOLERANCE[layer.dtype]
         norm = abs(layer.scale) * math.sqrt(max(0.0, square))  # NaN, if a number overflowed, compares as wrong
-        if abs(norm - expected) <= _NORM_TOLERANCE[layer.dtype] * expected:
+        expected = rescale * planned.norm
+        # Singular values cannot vouch for themselves: the norm of the input, less what was cut off, must be left.
+        remaining = rescale * planned.remaining
+        if abs(norm - expected) <= tolerance * expected and (
+            abs(norm**2 - remaining**2) <= 2 * tolerance * rescale**2 * planned.total
+        ):
             continue
-        if max(norm, expected) <= _FAINT * whole:
-            faint.append(layer.name)
-        else:
+        if not abs(norm - expected) <= _NEGLIGIBLE * rescale * plan.norm:
             raise OutputError(
                 f"{path}: layer {layer.name} has norm {norm:.4g} after writing, {expected:.4g} before. "
                 "Its numbers do not fit the dtype; use -t fp32 or -t bf16. Nothing was written."
             )
-    return faint
+        flushed.append(layer.name)
+    return flushed

@@ -16,7 +16,7 @@ from lorashrink.adapters.peft_keys import only_in_peft, way_out
 from lorashrink.bases import Base
 from lorashrink.bases.families import family_title
 from lorashrink.errors import FamilyMismatch, UsageError
-from lorashrink.files.disk import sha256_file
+from lorashrink.files.disk import sha256_file, sha256_store
 from lorashrink.files.store import DTYPES, FACTOR_DTYPES, ComputedStore
 from lorashrink.linking.inputs import Sum
 from lorashrink.linking.pairing import bind_all, matched
@@ -90,7 +90,7 @@ def combined(
 
 def contents_sha256(adapter: Adapter) -> str:
     """SHA-256 of an adapter's contents: of its file, or of all that a sum is made of."""
-    return adapter.identity if isinstance(adapter, SumAdapter) else sha256_file(adapter.store.files[0])
+    return adapter.identity if isinstance(adapter, SumAdapter) else sha256_store(adapter.store)
 
 
 def sources_of(adapter: Adapter) -> tuple[WeightedSource, ...]:

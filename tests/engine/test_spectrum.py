@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from lorashrink.engine import spectrum as engine
 from lorashrink.engine.delta import Delta, Dense, Kronecker
 from lorashrink.engine.gram import Grams, solve
 from lorashrink.engine.spectrum import Item, alignment, decompose, spectrum, truncate
@@ -63,6 +64,37 @@ def deltas(draw: st.DrawFn) -> Delta:
             up *= 10.0 ** -torch.arange(rank, dtype=torch.float64)
     scale = draw(st.sampled_from([1.0, 0.0625, -2.0, 1e-6, 3e5]))
     return Delta(up, down, scale, (out, columns))
+
+
+@pytest.mark.parametrize("decades", [2, 7, 12, 30])
+@pytest.mark.parametrize("dependent", [False, True], ids=["independent", "dependent"])
+def test_dimensions_balanced_against_each_other_are_all_found(decades: int, dependent: bool) -> None:
+    up, down = randn(32, 8), randn(8, 40, seed=1)
+    if dependent:
+        down[5], up[:, 2] = down[4], up[:, 1]
+    plain = Delta(up, down, 0.5, (32, 40))
+    skew = 2.0 ** (torch.linspace(-decades / 2, decades / 2, 8, dtype=torch.float64) / math.log10(2)).round()
+    skewed = Delta(up * skew, down / skew[:, None], 0.5, (32, 40))
+    assert torch.equal(dense(skewed), dense(plain))
+    solved = spectrum(skewed)
+    assert_close(solved.sigma, torch.linalg.svdvals(dense(plain))[:8], rtol=1e-9, atol=1e-9)
+    kept = range(solved.rank)
+    up_out, down_out = truncate(skewed, solved, kept)
+    assert_close(up_out @ down_out, dense(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_a_dimension_that_the_solution_lacks_counts_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*stacked: Tensor) -> tuple[Tensor, ...]:
+        sigma, left, right = solve(*stacked)
+        sigma[:, 4:] = 0
+        return sigma, left, right
+
+    delta = random_delta(30, 6, 20, scale=-0.5)
+    monkeypatch.setattr(engine, "solve", lacking)
+    solved = spectrum(delta)
+    expected = torch.linalg.svdvals(dense(delta))[:6]
+    assert solved.total == pytest.approx(float((expected**2).sum()))
+    assert solved.lost(range(4)) == pytest.approx(float(expected[4:].norm()))
 
 
 @pytest.mark.parametrize(("out", "rank", "columns"), SHAPES)

@@ -107,6 +107,13 @@ DAMAGED_HEADERS = {
     "an end before the start": {"x": entry(0, 4, dtype="NEW", data_offsets=[4, 0])},
     "a dtype that is a list": {"x": entry(0, 4, dtype=["U8"])},
     "metadata that is a list": {"__metadata__": ["a"], "x": entry(0, 4)},
+    "a name twice behind quotes": rb'{"__metadata__":{"a":"\\"},"\"":'
+    + json.dumps(entry(0, 4)).encode()
+    + rb',"\"":'
+    + json.dumps(entry(4, 8)).encode()
+    + b"}",
+    "a key of a tensor twice": b'{"x":{"dtype":"F32","shape":[9],"shape":[1],"data_offsets":[0,4]}}',
+    "a metadata key twice": b'{"__metadata__":{"a":"1","a":"2"},"x":' + json.dumps(entry(0, 4)).encode() + b"}",
     "a name twice": b'{"x":' + json.dumps(entry(0, 4)).encode() + b',"x":' + json.dumps(entry(4, 8)).encode() + b"}",
     "an overlap": {"x": entry(0, 4), "y": entry(3, 7)},
     "the same place twice": {"x": entry(0, 4), "y": entry(0, 4)},

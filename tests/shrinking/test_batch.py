@@ -357,6 +357,27 @@ def test_an_overflow_in_half_precision_fails_and_leaves_no_file(tmp_path: Path) 
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_layer_too_weak_for_the_dtype_is_named_beside_others(tmp_path: Path) -> None:
+    (up, down), names = pair(), ("lora_unet_a", "lora_unet_b")
+    source = make(tmp_path / "a.safetensors", {names[0]: (up, down, 8.0), names[1]: (up * 1e-7, down * 1e-6, 8.0)})
+    report = resize(source, recipes="rank=2", dtype="fp16", output=tmp_path / "out")
+    assert "1 layers, first lora_unet_b, are so weak" in report.results[0].warnings[0]
+    assert deltas(only(report)).keys() == set(names)
+    alone = make(tmp_path / "b.safetensors", {names[1]: (up * 1e-7, down * 1e-6, 8.0)})
+    assert "use -t fp32 or -t bf16" in resize(alone, recipes="rank=2", dtype="fp16").failed[0].error
+
+
+def test_dimensions_balanced_against_each_other_stay(tmp_path: Path) -> None:
+    up, down = pair()
+    skew = 10 ** torch.linspace(-6, 6, 8)
+    source = make(tmp_path / "a.safetensors", {"lora_unet_a": (up * skew, down / skew[:, None], 8.0)})
+    report = resize(source, recipes="rank=6", output=tmp_path / "out")
+    (before,), (after,) = deltas(source).values(), deltas(only(report)).values()
+    sigma = torch.linalg.svdvals(before.double())
+    assert float((before - after).norm()) == pytest.approx(float(sigma[6:].norm()), rel=1e-4)
+    assert report.results[0].relative_error == pytest.approx(float(sigma[6:].norm() / sigma.norm()), rel=1e-5)
+
+
 def test_a_recipe_that_keeps_nothing_fails_and_leaves_no_file(adapter: Path, tmp_path: Path) -> None:
     report = resize(adapter, recipes="spn_lora,thr=3", output=tmp_path)
     assert "keeps nothing: the best dimension scores 0.00" in report.failed[0].error
