@@ -1068,6 +1068,7 @@ def test_the_json_of_the_command_is_the_report(bases, small: Path, tmp_path: Pat
             "layers": 1,
             "exact": False,
             "kept": [],
+            "warnings": [],
         }
     ]
     assert [failure["source"] for failure in document["failed"]] == [str(broken)]

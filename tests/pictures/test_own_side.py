@@ -18,7 +18,7 @@ MODEL = Path(lorashrink.__file__).parent / "example" / "model"
 def test_the_side_is_that_of_the_pipeline(write: Callable[[Path], Path], tmp_path: Path) -> None:
     folder = write(tmp_path / "model")
     pipeline = open_pipeline(folder, device="cpu", dtype="float32")
-    size = getattr(pipeline, "default_sample_size", None) or pipeline.unet.config.sample_size
+    size = getattr(pipeline, "default_sample_size", None) or pipeline.unet.config.sample_size or 64
     assert own_side(folder) == size * pipeline.vae_scale_factor
 
 
