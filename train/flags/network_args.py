@@ -260,7 +260,7 @@ def _surprises(options: Options, pairs: Mapping[str, str], algo: str, *, bypass:
                 scale = f"{strength:g} / {rank} = {strength / rank:g}"
                 yield f"{names} is {scale}: changes are made stronger than usual, which is 1 or less"
     if algo in _LORA and not bypass and not dora and options.mixed_precision != "no":
-        loss = f"{options.mixed_precision} weights round most small changes away while training"
-        yield f"--network_args: bypass_mode=False: {loss}; leave it out"
+        loss = f"{options.mixed_precision} weights, which rounds most of them away while training"
+        yield f"--network_args: bypass_mode=False adds small changes to {loss}; leave it out"
     if len(set(options.text_encoder_lr)) > 1:
         yield f"--text_encoder_lr: LyCORIS has one rate for both text encoders; {options.text_encoder_lr[0]:g} is used"
