@@ -17,7 +17,7 @@ from lorashrink.adapters import Adapter, peft
 from lorashrink.errors import DamagedFile, OutputError
 from lorashrink.files.disk import sha256_file
 from lorashrink.files.hashes import with_hashes, with_placeholders
-from lorashrink.files.header import read_header
+from lorashrink.files.header import Arrangement, read_header
 from lorashrink.files.metadata_keys import ENERGY, ERROR
 from lorashrink.files.store import COPY_CHUNK
 from lorashrink.recipes.grammar import Recipe
@@ -103,7 +103,7 @@ class OpenSource:
             raise DamagedFile(f"{output}: the {peft.CONFIG_FILE} beside it is gone.")
         if self.session.options.verify:
             data = partial(_data_behind, output, 8 + len(header))
-            if with_hashes(with_placeholders(entries), tensors, data) != entries:
+            if with_hashes(with_placeholders(entries), Arrangement(tensors), data) != entries:
                 raise DamagedFile(f"{output}: its contents are not those whose hash is in its header.")
         energy = float(entries[ENERGY])
         return _skipped_result(
