@@ -58,7 +58,7 @@ KINDS: Mapping[str, Kind] = {
 _TITLES = ", ".join(kind.title for kind in KINDS.values())
 
 # A file of these keys predicts velocities, or was trained down to a signal of zero; there is no other place to say so.
-_VELOCITY, _ZERO_SIGNAL = "v_pred", "ztsnr"
+VELOCITY, ZERO_SIGNAL = "v_pred", "ztsnr"
 
 # Where a CLIP tokenizer lies in a model's folder, in sd-scripts' cache and in that of the hub's tools.
 _TOKENIZERS = (
@@ -351,8 +351,8 @@ def scheduler_of_file(model: Path) -> Any:
             beta_schedule="scaled_linear",
             steps_offset=1,
             timestep_spacing="leading",
-            prediction_type="v_prediction" if _VELOCITY in keys else "epsilon",
-            rescale_betas_zero_snr=_ZERO_SIGNAL in keys,
+            prediction_type="v_prediction" if VELOCITY in keys else "epsilon",
+            rescale_betas_zero_snr=ZERO_SIGNAL in keys,
         )
 
 

@@ -340,6 +340,31 @@ def test_a_checkpoint_runs_no_code(folder, tmp_path, monkeypatch, flag):
     assert not (tmp_path / "code-was-run").exists()
 
 
+def test_a_folder_that_predicts_v_is_not_trained_as_noise(copy):
+    (copy / "scheduler").mkdir(exist_ok=True)
+    config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="predicts v and not noise; add --v_parameterization and --zero_terminal_snr"):
+        load(copy)
+    assert load(copy, v_parameterization=True).unet is not None
+
+
+def test_a_single_file_that_predicts_v_is_not_trained_as_noise(folder, single, tmp_path):
+    path = tmp_path / "v.safetensors"
+    save_file({**load_file(single), "v_pred": torch.zeros(0)}, path)
+    more = {"model_config": str(folder), "tokenizer_cache_dir": str(folder)}
+    with pytest.raises(UsageError, match=r"predicts v and not noise; add --v_parameterization\."):
+        load(path, **more)
+    assert load(path, **more, v_parameterization=True).unet is not None
+
+
+def test_training_v_on_a_base_of_noise_is_a_warning(copy, caplog):
+    (copy / "scheduler").mkdir(exist_ok=True)
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": "epsilon"}))
+    load(copy, v_parameterization=True)
+    assert "predicts noise" in caplog.text
+
+
 def test_a_model_for_inpainting_is_refused(copy):
     settings = UNet2DConditionModel.load_config(copy / "unet") | {"in_channels": 9}
     UNet2DConditionModel.from_config(settings).save_pretrained(copy / "unet")

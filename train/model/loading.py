@@ -5,6 +5,8 @@ Captions and pictures are encoded as SDXL does it, long captions in sd-scripts' 
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +26,10 @@ from lorashrink.adapters import looks_like_adapter
 from lorashrink.bases import open_base
 from lorashrink.errors import InputError, NotABase, UsageError
 from lorashrink.files.reading import PICKLE_SUFFIXES, open_tensors
+from lorashrink.files.store import is_file, read_text
 from lorashrink.pictures.pipelines import (
+    VELOCITY,
+    ZERO_SIGNAL,
     check_filled,
     clip_tokenizers,
     first_sentence,
@@ -32,6 +37,8 @@ from lorashrink.pictures.pipelines import (
     weights_variant,
 )
 from lorashrink.train.flags.options import Options
+
+_log = logging.getLogger(__name__)
 
 LATENT_SCALE = 0.13025  # brings SDXL's latents to about unit variance (vae/config.json of SDXL 1.0)
 CHUNK = 75  # tokens of text in the 77 positions of a CLIP encoder; the others are BOS and EOS
@@ -83,6 +90,7 @@ def load_model(options: Options, device: torch.device) -> Model:
     target = device if options.lowram else torch.device("cpu")
     dtype = weight_dtype(options)
     _check_base(path, needs_vae=options.vae is None)
+    _check_prediction(path, options)
     places = [place for place in (path, config) if place and place.is_dir()]
     places += [Path(options.tokenizer_cache_dir)] if options.tokenizer_cache_dir else []
     folder = tokenizer_folder(places)
@@ -133,6 +141,33 @@ def _check_base(path: Path, *, needs_vae: bool) -> None:
     if missing:
         hint = "--vae can give another one" if missing == ["vae"] else "give the whole model"
         raise InputError(f"{path}: holds no {' and no '.join(missing)}; {hint}")
+
+
+def _check_prediction(path: Path, options: Options) -> None:
+    """That the training predicts what the base predicts, noise or v, as far as the base tells.
+
+    A folder tells by scheduler/scheduler_config.json, a single file by its keys `v_pred` and `ztsnr`.
+    """
+    file = path / "scheduler" / "scheduler_config.json"
+    if path.is_dir():
+        try:
+            config = json.loads(read_text(file)) if is_file(file) else {}
+        except ValueError as error:
+            raise InputError(f"{file}: cannot be read ({error}). Copy it again") from error
+        velocity, zero_signal = config.get("prediction_type") == "v_prediction", config.get("rescale_betas_zero_snr")
+        known = "prediction_type" in config
+    else:
+        with open_tensors(path) as store:
+            velocity, zero_signal = VELOCITY in store.tensors, ZERO_SIGNAL in store.tensors
+        known = velocity
+    if velocity and not options.v_parameterization:
+        more = " and --zero_terminal_snr" if zero_signal else ""
+        raise UsageError(
+            f"{path}: this model predicts v and not noise; add --v_parameterization{more}. Adapters trained without it "
+            "spoil every picture"
+        )
+    if known and not velocity and options.v_parameterization:
+        _log.warning("%s predicts noise, and --v_parameterization trains the adapter for a model that predicts v", path)
 
 
 def _load_vae(path: Path, settings: Path, dtype: torch.dtype) -> Any:
