@@ -27,28 +27,31 @@ def write(tmp_path: Path, content: bytes, name: str = "cat.caption") -> Path:
 # --- reading
 
 
-def test_only_the_first_line_is_read_and_stripped(tmp_path: Path) -> None:
-    assert read_caption(write(tmp_path, b"  a cat, sitting \r\nsecond line\n"), Options()) == "a cat, sitting"
+def test_lines_are_stripped_and_blank_ones_after_the_first_vanish(tmp_path: Path) -> None:
+    assert read_caption(write(tmp_path, b"  a cat, sitting \r\n\n second line\n"), Options()) == [
+        "a cat, sitting",
+        "second line",
+    ]
 
 
 def test_the_extension_says_which_file_is_read(tmp_path: Path) -> None:
     write(tmp_path, b"of caption")
     picture = write(tmp_path, b"of txt", "cat.txt")
-    assert read_caption(picture, Options(caption_extension=".txt")) == "of txt"
+    assert read_caption(picture, Options(caption_extension=".txt")) == ["of txt"]
     assert read_caption(picture, Options(caption_extension=".tags.txt")) is None
 
 
 def test_a_name_with_dots_loses_its_last_ending_only(tmp_path: Path) -> None:
     (tmp_path / "cat.v2.caption").write_text("a cat")
-    assert read_caption(tmp_path / "cat.v2.png", Options()) == "a cat"
+    assert read_caption(tmp_path / "cat.v2.png", Options()) == ["a cat"]
 
 
 def test_letters_beyond_ascii_and_a_byte_order_mark_are_understood(tmp_path: Path) -> None:
-    assert read_caption(write(tmp_path, "\ufeffein Kätzchen, 猫".encode()), Options()) == "ein Kätzchen, 猫"
+    assert read_caption(write(tmp_path, "\ufeffein Kätzchen, 猫".encode()), Options()) == ["ein Kätzchen, 猫"]
 
 
 def test_a_blank_line_is_an_empty_caption(tmp_path: Path) -> None:
-    assert read_caption(write(tmp_path, b" \n"), Options()) == ""
+    assert read_caption(write(tmp_path, b" \n"), Options()) == [""]
 
 
 @pytest.mark.parametrize("content", [b"", "\ufeff".encode()])

@@ -25,8 +25,10 @@ def _splits(options: Options) -> bool:
     return options.shuffle_caption or options.caption_tag_dropout_rate > 0
 
 
-def read_caption(picture: Path, options: Options) -> str | None:
-    """The first line of a picture's caption file, stripped; None where there is no such file.
+def read_caption(picture: Path, options: Options) -> list[str] | None:
+    """The lines of a picture's caption file, stripped: its caption, and lines that are not used, without blank ones.
+
+    None where there is no such file.
 
     Raises InputError if the file is empty, or no UTF-8 text, or cannot be read.
     """
@@ -41,7 +43,8 @@ def read_caption(picture: Path, options: Options) -> str | None:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if not text:
         raise InputError(f"{path} is empty; write a caption, or delete it to use the folder's name as caption")
-    return text.split("\n")[0].strip()
+    first, *more = [line.strip() for line in text.split("\n")]
+    return [first, *filter(None, more)]
 
 
 def draw_caption(caption: str, options: Options, random: Random, *, epoch: int) -> str:

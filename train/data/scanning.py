@@ -126,6 +126,9 @@ def scan(options: Options) -> Data:
                 _log.warning("%s: no pictures found; the folder is ignored", subset.folder)
         if evened := _evened(pictures):
             datasets.append(Dataset(evened, settings.train_batch_size, rules))
+    folders = {subset.folder for subset in used}
+    for path in [path for path in notes.files.get(_NESTED, ()) if path.parent in folders]:
+        del notes.files[_NESTED][path]  # a dataset file names that folder too
     notes.warn()
     if not datasets:
         where = options.dataset_config or options.train_data_dir
@@ -137,41 +140,89 @@ def scan(options: Options) -> Data:
     return Data(tuple(datasets), tuple(used), tuple(notes.skipped))
 
 
+# What is said about files, after how many they are and before the names of the first.
+_TURNED = "pictures are turned only by a note in the file (EXIF), which is not read; save them upright"
+_SEEN_THROUGH = "pictures have transparency, which is not read: the colours stored below it are trained on; fill them"
+_MOVING = "pictures are animated; only their first frame is used"
+_DEEP = "16-bit grey pictures are read with 8 bits"
+_NESTED = "pictures lie in folders inside a folder of pictures and are not used; move them up, or name their folders"
+_OTHER_ENDING = "pictures have an ending that is not read and are not used; save them as .png"
+_BARE = "pictures have no caption file; the words of their folder are used, even if empty"
+_BLANK = "caption files begin with a blank line; an empty caption is trained on"
+_SEVERAL_LINES = "caption files have more than one line; only the first is used"
+_LONELY = "caption files belong to no picture and are not used"
+
+_NEVER_READ = frozenset({".heic", ".heif", ".avif", ".jxl", *Image.registered_extensions()}) - _ENDINGS
+
+
 @dataclass(slots=True)
 class _Notes:
-    """What the user should know about the pictures, in a line each."""
+    """What the user should know about the files, in a line each."""
 
     skipped: list[tuple[Path, str]] = field(default_factory=list)
-    turned: int = 0  # pictures that a note in the file says to turn
-    bare: list[Path] = field(default_factory=list)  # where a caption file was looked for
+    files: dict[str, dict[Path, None]] = field(default_factory=dict)  # a file of two datasets is named once
+
+    def add(self, words: str, *paths: Path) -> None:
+        if paths:
+            self.files.setdefault(words, {}).update(dict.fromkeys(paths))
 
     def warn(self) -> None:
         if self.skipped:
             names = "; ".join(f"{path}: {reason}" for path, reason in self.skipped)
             _log.warning("%d pictures cannot be used and are left out: %s", len(self.skipped), names)
-        if self.turned:
-            note = "%d pictures are turned only by a note in the file (EXIF), which is not read; save them upright"
-            _log.warning(note, self.turned)
-        if self.bare:
-            note = "%d pictures have no caption file, such as %s; the words of their folder are used, even if empty"
-            _log.warning(note, len(self.bare), self.bare[0])
+        for words, paths in filter(lambda line: line[1], self.files.items()):
+            first = ", ".join(map(str, list(paths)[:3]))
+            rest = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            _log.warning("%d %s: %s%s", len(paths), words, first, rest)
 
 
 def _read(subset: Subset, rules: BucketRules, notes: _Notes) -> Iterator[Picture]:
-    for path in _picture_files(subset.folder):
+    pictures = _picture_files(subset.folder)
+    _note_unused(subset, pictures, notes)
+    for path in pictures:
         try:
             with Image.open(path) as image:
-                size = image.size
-                # Without such an entry PIL would read the whole picture to look for one.
-                notes.turned += "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            fitted = fit(size, rules, bucket_table(rules))
+                fitted = fit(image.size, rules, bucket_table(rules))
+                _note_changes(image, path, notes)
         except (InputError, *_UNREADABLE) as error:
             notes.skipped.append((path, _reason(error)))
             continue
-        caption = read_caption(path, subset.options)
-        if caption is None:
-            notes.bare.append(path.with_name(path.stem + subset.options.caption_extension))
-        yield Picture(path, subset.class_words if caption is None else caption, subset, fitted, subset.repeats)
+        lines = read_caption(path, subset.options)
+        captions = path.with_name(path.stem + subset.options.caption_extension)
+        notes.add(_BARE, *[captions] * (lines is None))
+        notes.add(_BLANK, *[captions] * (lines is not None and not lines[0]))
+        notes.add(_SEVERAL_LINES, *[captions] * (lines is not None and len(lines) > 1))
+        yield Picture(path, subset.class_words if lines is None else lines[0], subset, fitted, subset.repeats)
+
+
+def _note_unused(subset: Subset, pictures: Sequence[Path], notes: _Notes) -> None:
+    """Files in and below a folder of pictures that are not trained on."""
+    captions = {path.stem + subset.options.caption_extension for path in pictures}
+    for path in sorted(path for path in subset.folder.rglob("*") if path.is_file()):
+        ending = path.suffix.lower()
+        if path.parent != subset.folder:
+            notes.add(_NESTED, *[path] * (ending in _ENDINGS | _NEVER_READ))
+        elif ending in _NEVER_READ:
+            notes.add(_OTHER_ENDING, path)
+        elif (
+            path.name.endswith(subset.options.caption_extension) and path.name not in captions and path not in pictures
+        ):
+            notes.add(_LONELY, path)
+
+
+def _note_changes(image: Image.Image, path: Path, notes: _Notes) -> None:
+    """What of an open picture, whose pixels are not read yet, is lost or changed; OSError if it cannot be used."""
+    if image.mode in ("I", "F"):
+        raise OSError("its numbers have no known range; save it with 8 bits per colour")
+    # Without such an entry PIL would read all of the picture to look for one.
+    turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    for words, applies in {
+        _TURNED: turned,
+        _SEEN_THROUGH: image.has_transparency_data,
+        _MOVING: getattr(image, "is_animated", False),
+        _DEEP: image.mode.startswith("I;16"),
+    }.items():
+        notes.add(words, *[path] * bool(applies))
 
 
 def _picture_files(folder: Path) -> list[Path]:
