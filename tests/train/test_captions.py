@@ -128,8 +128,17 @@ def test_the_same_generator_draws_the_same_caption() -> None:
     assert len(set(captions)) > 10
 
 
-def test_the_separator_splits_but_tags_are_joined_with_a_comma() -> None:
-    assert shown("a, b;c", Options(shuffle_caption=True, caption_separator=";", keep_tokens=2)) == "a, b, c"
+@pytest.mark.parametrize(
+    ("separator", "caption", "expected"),
+    [
+        (";", "a, b;c", "a, b; c"),
+        (" | ", "a | b, c | d", "a | b, c | d"),
+        (" ", "a b c", "a b c"),
+        (",", "a,b", "a, b"),
+    ],
+)
+def test_the_separator_splits_and_joins_tags(separator: str, caption: str, expected: str) -> None:
+    assert shown(caption, Options(shuffle_caption=True, caption_separator=separator, keep_tokens=9)) == expected
 
 
 def test_the_part_before_the_mark_stays_whatever_keep_tokens_says() -> None:
@@ -193,6 +202,11 @@ def test_a_share_of_tags_is_dropped_but_none_that_stay_in_place() -> None:
 
 
 def test_tags_are_counted_in_lower_case_between_commas() -> None:
-    counts = tag_counts(["Cat, sitting", "cat ,, a dog,", "", "a;b, CAT"])
+    counts = tag_counts(["Cat, sitting", "cat ,, a dog,", "", "a;b, CAT"], Options())
     assert counts == {"cat": 3, "sitting": 1, "a dog": 1, "a;b": 1}
     assert list(counts) == ["cat", "sitting", "a dog", "a;b"]
+
+
+def test_the_mark_is_in_no_tag_and_the_separator_splits_them() -> None:
+    rules = Options(keep_tokens_separator="|||", caption_separator=";")
+    assert tag_counts(["x; y ||| a, b; c", "x|||c"], rules) == {"x": 2, "y": 1, "a, b": 1, "c": 2}

@@ -197,16 +197,15 @@ def _read(subset: Subset, rules: BucketRules, notes: _Notes) -> Iterator[Picture
 
 def _note_unused(subset: Subset, pictures: Sequence[Path], notes: _Notes) -> None:
     """Files in and below a folder of pictures that are not trained on."""
-    captions = {path.stem + subset.options.caption_extension for path in pictures}
+    extension = subset.options.caption_extension
+    used = {name for path in pictures for name in (path.name, path.stem + extension)}
     for path in sorted(path for path in subset.folder.rglob("*") if path.is_file()):
         ending = path.suffix.lower()
         if path.parent != subset.folder:
             notes.add(_NESTED, *[path] * (ending in _ENDINGS | _NEVER_READ))
         elif ending in _NEVER_READ:
             notes.add(_OTHER_ENDING, path)
-        elif (
-            path.name.endswith(subset.options.caption_extension) and path.name not in captions and path not in pictures
-        ):
+        elif path.name.endswith(extension) and path.name not in used:
             notes.add(_LONELY, path)
 
 

@@ -101,7 +101,7 @@ class Options:
 
     caption_extension: str = _row(".caption", "ending of caption files, with its dot, such as .txt")
     caption_extention: str | None = _row(None, "misspelled --caption_extension", hidden=True)
-    caption_separator: str = _row(",", "text that separates tags")
+    caption_separator: str = _row(",", "text that separates tags, also after they are shuffled")
     shuffle_caption: bool = _row(False, "shuffle the tags each time a picture is shown")
     keep_tokens: int = _row(0, "tags at the start of a caption that stay there when the others are shuffled")
     keep_tokens_separator: str = _row("", "text in captions before which tags stay in place, instead of --keep_tokens")

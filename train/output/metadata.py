@@ -234,7 +234,7 @@ def _tags(subsets: _Subsets) -> dict[str, dict[str, int]]:
     """How often each tag occurs, by folder name."""
     tags: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for subset, pictures in subsets:
-        tags[subset.folder.name].update(tag_counts(picture.caption for picture in pictures))
+        tags[subset.folder.name].update(tag_counts((picture.caption for picture in pictures), subset.options))
     return {folder: dict(counts) for folder, counts in tags.items()}
 
 
