@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training import equal, flags, run
 
 from lorashrink.adapters import open_adapter
-from lorashrink.errors import NonFinite, OutputError, UsageError
+from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
 from lorashrink.train.command import main
 from lorashrink.train.run.loop import read_scalars
 
@@ -272,3 +272,16 @@ def test_a_failed_write_is_an_error_and_keeps_the_earlier_adapter(model: Path, d
             ready.run()
     assert equal(first, load_file(tmp_path / "o" / "x.safetensors"))
     assert NonFinite is not OutputError
+
+
+@pytest.mark.parametrize("more", [(), ("--cache_latents",), ("--cache_latents_to_disk",)])
+def test_all_damaged_pictures_are_named_before_training(
+    model: Path, data: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    damaged = [data / "2_cat" / name for name in ("a.png", "c.png")]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError) as caught, training.session(flags(model, data, tmp_path / "out", *more)):
+        pass
+    assert str(caught.value).startswith("of 3 pictures 2 are damaged: ")
+    assert all(f"{path}: " in str(caught.value) for path in damaged)

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -406,3 +407,25 @@ def read_pixels(picture: Picture) -> npt.NDArray[np.uint8]:
             return prepare(image, picture.fit, picture.subset.options.resize_interpolation)
     except _UNREADABLE as error:
         raise InputError(f"{picture.path}: cannot be read ({_reason(error)}); replace or remove it") from None
+
+
+def check_pixels(pictures: Iterable[Picture]) -> None:
+    """Read the pixels of these pictures and keep none; one InputError names all that are damaged."""
+    paths = list(dict.fromkeys(picture.path for picture in pictures))
+    with ThreadPoolExecutor() as threads:
+        damaged = [
+            f"{path}: {damage}" for path, damage in zip(paths, threads.map(_damage, paths), strict=True) if damage
+        ]
+    if damaged:
+        raise InputError(
+            f"of {len(paths)} pictures {len(damaged)} are damaged: {'; '.join(damaged)}; replace or remove them"
+        )
+
+
+def _damage(path: Path) -> str:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except _UNREADABLE as error:
+        return _reason(error)
+    return ""

@@ -38,7 +38,7 @@ from lorashrink.pictures.samplers import check_samplers
 from lorashrink.train.data.batches import Loader, batch_count
 from lorashrink.train.data.buckets import Size
 from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts
-from lorashrink.train.data.scanning import Data, scan
+from lorashrink.train.data.scanning import Data, check_pixels, scan
 from lorashrink.train.flags.checks import optimizer_name, parse_resolution
 from lorashrink.train.flags.network_args import given_network_args
 from lorashrink.train.flags.options import Options
@@ -104,6 +104,8 @@ def prepare(options: Options) -> Session:
     batch_loss = BatchLoss(options, data, model, network, seed=seed, trains_text=trains_text)
     batch_loss, optimizer, scheduler = accelerator.prepare(batch_loss, optimizer, scheduler)
     # What takes long comes when nothing is left that could be wrong with the options.
+    if not options.cache_latents:
+        check_pixels(data.pictures)
     latents, texts = _caches(data, model, options, accelerator)
     model.unet.to(accelerator.device)
     if latents is None:
