@@ -16,6 +16,8 @@ from training import equal, flags, run
 from lorashrink.adapters import open_adapter
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
 from lorashrink.train.command import main
+from lorashrink.train.flags.options import parse
+from lorashrink.train.output import saving
 from lorashrink.train.run.loop import read_scalars
 
 
@@ -285,3 +287,41 @@ def test_all_damaged_pictures_are_named_before_training(
         pass
     assert str(caught.value).startswith("of 3 pictures 2 are damaged: ")
     assert all(f"{path}: " in str(caught.value) for path in damaged)
+
+
+def test_saves_and_samples_that_cannot_happen_are_warned_about(
+    model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Six pictures make six steps an epoch; five are one epoch that is not full."""
+    (tmp_path / "p.txt").write_text("a cat --w 64 --h 64 --s 1")
+    never = [
+        "save_every_n_steps=6", "save_every_n_epochs=2", "sample_every_n_epochs=1", "caption_dropout_every_n_epochs=2"
+    ]  # fmt: skip
+    more = [*(f"--{words}" for words in never), f"--sample_prompts={tmp_path / 'p.txt'}", "--sample_every_n_steps=9"]
+    assert saving.run_length(parse(flags(model, data, tmp_path)), 6).epochs == 1
+    with training.session(flags(model, data, tmp_path / "out", *more)):
+        pass
+    said = [record.message for record in caplog.records if "cannot happen" in record.message]
+    assert [line.partition(": ")[0] for line in said] == [f"--{words}" for words in never]
+    assert [line.split(" has ")[1].split(";")[0] for line in said] == [
+        "5 steps",
+        "1 epochs",
+        "0 full epochs",
+        "1 epochs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("--sample_every_n_steps=6", "--sample_every_n_steps=6"),
+        ("--save_n_epoch_ratio=2", "--save_n_epoch_ratio=2"),
+        ("--save_every_n_steps=5 --save_every_n_epochs=1 --sample_every_n_steps=5", ""),
+        ("--sample_every_n_steps=6 --sample_prompts=", ""),
+        ("--max_train_steps=6 --sample_every_n_epochs=1", ""),
+    ],
+)
+def test_only_what_is_beyond_the_end_cannot_happen(more: str, named: str) -> None:
+    options = parse(["--max_train_steps=5", "--sample_prompts=p.txt", *more.split()])
+    said = saving.never(options, saving.run_length(options, 6))
+    assert [line.partition(": ")[0] for line in said] == ([named] if named else [])

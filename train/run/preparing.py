@@ -87,7 +87,8 @@ def prepare(options: Options) -> Session:
         end = f"it stands at step {resumed['current_step']}, and training ends at step {length.steps}"
         raise UsageError(f"--resume {options.resume}: {end}; raise --max_train_steps or --max_train_epochs")
     model = load_model(options, accelerator.device)
-    for warning in samples.check_prompts(prompts, model.tokenizers[0], processes, options):
+    prompt_warnings = samples.check_prompts(prompts, model.tokenizers[0], processes, options)
+    for warning in (*saving.never(options, length), *prompt_warnings):
         _log.warning(warning)
     limit = options.max_token_length or CHUNK
     captions = [picture.caption for picture in data.pictures]
@@ -295,6 +296,8 @@ def plan(options: Options) -> str:
     if options.dataset_config or (options.train_data_dir and Path(options.train_data_dir).is_dir()):
         data = scan(options)
         length = run_length(options, -(-batch_count(data) // processes))
+        for warning in saving.never(options, length):
+            _log.warning(warning)
         batch, size = _largest_batch(data)
     name = options.pretrained_model_name_or_path or ""
     settings, base = Path(options.model_config or name), name
