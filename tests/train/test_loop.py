@@ -10,7 +10,7 @@ import tiny_sdxl
 import torch
 import training
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import equal, flags, run
 
 from lorashrink.adapters import open_adapter
@@ -325,3 +325,42 @@ def test_only_what_is_beyond_the_end_cannot_happen(more: str, named: str) -> Non
     options = parse(["--max_train_steps=5", "--sample_prompts=p.txt", *more.split()])
     said = saving.never(options, saving.run_length(options, 6))
     assert [line.partition(": ")[0] for line in said] == ([named] if named else [])
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("conv_dim=3", "conv_alpha=1.5"), ("4", "2.0", {"conv_dim": "3", "conv_alpha": "1.5"})),
+        (
+            ("conv_dim=3", "conv_alpha=1", "algo=loha"),
+            ("4", "2.0", {"algo": "loha", "conv_dim": "3", "conv_alpha": "1.0"}),
+        ),
+        (("preset=attn-only",), ("4", "2.0", {})),
+    ],
+)
+def test_ranks_from_a_file_are_those_that_the_next_file_names(
+    model: Path, data: Path, tmp_path: Path, args: tuple[str, ...], expected: tuple[str, str, dict[str, str]]
+) -> None:
+    ranks = ("--network_dim=4", "--network_alpha=2", "--max_train_steps=1", "--save_precision=float")
+    run(flags(model, data, tmp_path / "1", *ranks, "--network_args", *args))
+    first = tmp_path / "1" / "x.safetensors"
+    algo = [word for word in args if word.startswith("algo")]
+    asked = ("--network_dim=64", "--network_alpha=8", "--max_train_steps=1", f"--network_weights={first}")
+    run(flags(model, data, tmp_path / "2", *asked, "--dim_from_weights", "--network_args", "preset=full", *algo))
+    with safe_open(tmp_path / "2" / "x.safetensors", "pt") as file:
+        entries = file.metadata()
+    assert (entries["ss_network_dim"], entries["ss_network_alpha"]) == expected[:2]
+    assert json.loads(entries["ss_network_args"]) == {**expected[2], "dropout": None}
+
+
+def test_ranks_that_differ_between_layers_are_called_dynamic(model: Path, data: Path, tmp_path: Path) -> None:
+    run(flags(model, data, tmp_path / "1", "--max_train_steps=1"))
+    tensors = load_file(tmp_path / "1" / "x.safetensors")
+    name = next(key for key in tensors if key.endswith("lora_down.weight")).removesuffix(".lora_down.weight")
+    for end, dim in (("down", 0), ("up", 1)):
+        tensors[f"{name}.lora_{end}.weight"] = tensors[f"{name}.lora_{end}.weight"].narrow(dim, 0, 1).contiguous()
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    more = ("--max_train_steps=1", "--dim_from_weights", f"--network_weights={tmp_path / 'mixed.safetensors'}")
+    run(flags(model, data, tmp_path / "2", *more))
+    with safe_open(tmp_path / "2" / "x.safetensors", "pt") as file:
+        assert (file.metadata()["ss_network_dim"], file.metadata()["ss_network_alpha"]) == ("Dynamic", "2.0")

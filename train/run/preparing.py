@@ -138,6 +138,7 @@ def prepare(options: Options) -> Session:
         pictures=picture_entries(data, options, processes),
         base=source(options.pretrained_model_name_or_path or ""),
         vae=source(options.vae) if options.vae else None,
+        dims=network.dims if options.dim_from_weights else None,
     )
     training_metadata(options, facts)  # what is wrong with it is found now, not when hours of training are saved
     _log.info("%s", describe(options, data, network, length, processes))
