@@ -331,10 +331,10 @@ def config(pictures: Path, *, top: str = "", dataset: str = "", subset: str = ""
 @pytest.mark.parametrize(
     ("part", "text", "named"),
     [
-        ("subset", "num_repeat = 2", "num_repeat; did you mean num_repeats"),
-        ("subset", "batch_size = 2", r"batch_size; it belongs in \[\[datasets\]\]"),
-        ("dataset", "is_reg = true", r"is_reg; it belongs in \[\[datasets.subsets\]\]"),
-        ("top", "[general]\nkeep_tokns = 1", "keep_tokns; did you mean keep_tokens"),
+        ("subset", "num_repeat = 2", r"num_repeat \(did you mean num_repeats"),
+        ("subset", "batch_size = 2", r"batch_size \(it belongs in \[\[datasets\]\]"),
+        ("dataset", "is_reg = true", r"is_reg \(it belongs in \[\[datasets.subsets\]\]"),
+        ("top", "[general]\nkeep_tokns = 1", r"keep_tokns \(did you mean keep_tokens"),
         ("top", "[generl]\nkeep_tokens = 1", "no such section: generl"),
         ("subset", 'metadata_file = "meta.json"', "not supported: metadata_file"),
         ("subset", 'conditioning_data_dir = "x"', "not supported: conditioning_data_dir"),
@@ -619,3 +619,17 @@ def test_a_nested_folder_with_a_section_of_its_own_is_used(tmp_path: Path, caplo
     path = toml(tmp_path / "data.toml", f"[[datasets]]\n{sections}")
     assert len(shown(scan(Options(dataset_config=path, resolution="64", caption_extension=".txt")))) == 2
     assert not caplog.records
+
+
+def test_all_unknown_keys_of_a_dataset_file_are_named_at_once(pictures: Path, tmp_path: Path) -> None:
+    parts = {"top": "[general]\nkeep_tokns = 1", "dataset": "is_reg = true", "subset": "num_repeat = 2\nfoobar = 3"}
+    path = toml(tmp_path / "data.toml", config(pictures, **parts) + "[generl]\nseed = 1\n")
+    with pytest.raises(UsageError) as caught:
+        scan(Options(dataset_config=path, resolution="64"))
+    assert str(caught.value) == (
+        f"{path}: no such section: generl (there are [general] and [[datasets]]); "
+        "no such key in [general]: keep_tokns (did you mean keep_tokens?); "
+        "no such key in [[datasets]]: is_reg (it belongs in [[datasets.subsets]]); "
+        "no such key in [[datasets.subsets]]: num_repeat (did you mean num_repeats?); "
+        "no such key in [[datasets.subsets]]: foobar"
+    )

@@ -327,11 +327,11 @@ def _configured(options: Options) -> list[tuple[Options, list[Subset]]]:
     if options.train_data_dir or options.reg_data_dir:
         _log.warning("--train_data_dir and --reg_data_dir are ignored, because %s names the folders", path)
     content = read_toml(path)
-    for key in content.keys() - {"general", "datasets"}:
-        raise UsageError(f"{path}: no such section: {key}; there are [general] and [[datasets]]")
     tables = content.get("datasets", [])
     if not isinstance(tables, list):
         raise UsageError(f"{path}: datasets must be written [[datasets]], with two brackets")
+    if unknown := list(_unknown_keys(content)):
+        raise UsageError(f"{path}: {'; '.join(unknown)}")
     general = _section(path, "[general]", content.get("general", {}))
     datasets = []
     for table in tables:
@@ -364,17 +364,30 @@ def _with_keys(options: Options, keys: Mapping[str, Any]) -> Options:
     return replace(options, **{key: value for key, value in keys.items() if key not in _ALONE})
 
 
+def _unknown_keys(content: Mapping[str, Any]) -> Iterator[str]:
+    """What is said about each section and key that does not exist, of the file's sections in their order."""
+    for key in sorted(content.keys() - {"general", "datasets"}):
+        yield f"no such section: {key} (there are [general] and [[datasets]])"
+    sections = [("[general]", content.get("general"))]
+    for dataset in content.get("datasets", []):
+        subsets = dataset.get("subsets") if isinstance(dataset, dict) else None
+        tables = subsets if isinstance(subsets, list) else []
+        sections += [("[[datasets]]", dataset), *(("[[datasets.subsets]]", table) for table in tables)]
+    for name, table in sections:
+        for key in table if isinstance(table, dict) else ():
+            if key not in _ALLOWED[name] and key not in UNSUPPORTED:
+                homes = [section for section, allowed in _ALLOWED.items() if key in allowed]
+                near = nearest(key, _ALLOWED[name])
+                hint = f" (it belongs in {homes[-1]})" if homes else f" (did you mean {near}?)" if near else ""
+                yield f"no such key in {name}: {key}{hint}"
+
+
 def _section(path: Path, name: str, table: Any) -> dict[str, Any]:
     """The keys of one section, checked, under the names of their options."""
     if not isinstance(table, dict):
         raise UsageError(f"{path}: {name} must be a section of keys and values")
     checked: dict[str, Any] = {}
     for key, value in table.items():
-        if key not in _ALLOWED[name] and key not in UNSUPPORTED:
-            homes = [section for section, allowed in _ALLOWED.items() if key in allowed]
-            near = nearest(key, _ALLOWED[name])
-            hint = f"; it belongs in {homes[-1]}" if homes else f"; did you mean {near}?" if near else ""
-            raise UsageError(f"{path}: no such key in {name}: {key}{hint}")
         if key in _ALONE:
             kind, expected = _ALONE[key]
             if type(value) is not kind:
