@@ -94,7 +94,7 @@ def test_folders_without_a_number_of_repeats_are_ignored_with_a_warning(
 ) -> None:
     write_pictures(pictures / name, {"lost.png": SQUARE})
     assert "lost.png" not in shown(scan(options(pictures)))
-    assert [record.message.count(f"{pictures / name} is ignored") for record in caplog.records] == [1]
+    assert sum(record.message.count(f"{pictures / name} is ignored") for record in caplog.records) == 1
 
 
 def test_a_missing_folder_is_named_with_its_option(tmp_path: Path, pictures: Path) -> None:
