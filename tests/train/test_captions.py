@@ -27,28 +27,31 @@ def write(tmp_path: Path, content: bytes, name: str = "cat.caption") -> Path:
 # --- reading
 
 
-def test_only_the_first_line_is_read_and_stripped(tmp_path: Path) -> None:
-    assert read_caption(write(tmp_path, b"  a cat, sitting \r\nsecond line\n"), Options()) == "a cat, sitting"
+def test_lines_are_stripped_and_blank_ones_after_the_first_vanish(tmp_path: Path) -> None:
+    assert read_caption(write(tmp_path, b"  a cat, sitting \r\n\n second line\n"), Options()) == [
+        "a cat, sitting",
+        "second line",
+    ]
 
 
 def test_the_extension_says_which_file_is_read(tmp_path: Path) -> None:
     write(tmp_path, b"of caption")
     picture = write(tmp_path, b"of txt", "cat.txt")
-    assert read_caption(picture, Options(caption_extension=".txt")) == "of txt"
+    assert read_caption(picture, Options(caption_extension=".txt")) == ["of txt"]
     assert read_caption(picture, Options(caption_extension=".tags.txt")) is None
 
 
 def test_a_name_with_dots_loses_its_last_ending_only(tmp_path: Path) -> None:
     (tmp_path / "cat.v2.caption").write_text("a cat")
-    assert read_caption(tmp_path / "cat.v2.png", Options()) == "a cat"
+    assert read_caption(tmp_path / "cat.v2.png", Options()) == ["a cat"]
 
 
 def test_letters_beyond_ascii_and_a_byte_order_mark_are_understood(tmp_path: Path) -> None:
-    assert read_caption(write(tmp_path, "\ufeffein Kätzchen, 猫".encode()), Options()) == "ein Kätzchen, 猫"
+    assert read_caption(write(tmp_path, "\ufeffein Kätzchen, 猫".encode()), Options()) == ["ein Kätzchen, 猫"]
 
 
 def test_a_blank_line_is_an_empty_caption(tmp_path: Path) -> None:
-    assert read_caption(write(tmp_path, b" \n"), Options()) == ""
+    assert read_caption(write(tmp_path, b" \n"), Options()) == [""]
 
 
 @pytest.mark.parametrize("content", [b"", "\ufeff".encode()])
@@ -125,8 +128,17 @@ def test_the_same_generator_draws_the_same_caption() -> None:
     assert len(set(captions)) > 10
 
 
-def test_the_separator_splits_but_tags_are_joined_with_a_comma() -> None:
-    assert shown("a, b;c", Options(shuffle_caption=True, caption_separator=";", keep_tokens=2)) == "a, b, c"
+@pytest.mark.parametrize(
+    ("separator", "caption", "expected"),
+    [
+        (";", "a, b;c", "a, b; c"),
+        (" | ", "a | b, c | d", "a | b, c | d"),
+        (" ", "a b c", "a b c"),
+        (",", "a,b", "a, b"),
+    ],
+)
+def test_the_separator_splits_and_joins_tags(separator: str, caption: str, expected: str) -> None:
+    assert shown(caption, Options(shuffle_caption=True, caption_separator=separator, keep_tokens=9)) == expected
 
 
 def test_the_part_before_the_mark_stays_whatever_keep_tokens_says() -> None:
@@ -190,6 +202,11 @@ def test_a_share_of_tags_is_dropped_but_none_that_stay_in_place() -> None:
 
 
 def test_tags_are_counted_in_lower_case_between_commas() -> None:
-    counts = tag_counts(["Cat, sitting", "cat ,, a dog,", "", "a;b, CAT"])
+    counts = tag_counts(["Cat, sitting", "cat ,, a dog,", "", "a;b, CAT"], Options())
     assert counts == {"cat": 3, "sitting": 1, "a dog": 1, "a;b": 1}
     assert list(counts) == ["cat", "sitting", "a dog", "a;b"]
+
+
+def test_the_mark_is_in_no_tag_and_the_separator_splits_them() -> None:
+    rules = Options(keep_tokens_separator="|||", caption_separator=";")
+    assert tag_counts(["x; y ||| a, b; c", "x|||c"], rules) == {"x": 2, "y": 1, "a, b": 1, "c": 2}

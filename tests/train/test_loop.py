@@ -10,12 +10,14 @@ import tiny_sdxl
 import torch
 import training
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import equal, flags, run
 
 from lorashrink.adapters import open_adapter
-from lorashrink.errors import NonFinite, OutputError, UsageError
+from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
 from lorashrink.train.command import main
+from lorashrink.train.flags.options import parse
+from lorashrink.train.output import saving
 from lorashrink.train.run.loop import read_scalars
 
 
@@ -272,3 +274,93 @@ def test_a_failed_write_is_an_error_and_keeps_the_earlier_adapter(model: Path, d
             ready.run()
     assert equal(first, load_file(tmp_path / "o" / "x.safetensors"))
     assert NonFinite is not OutputError
+
+
+@pytest.mark.parametrize("more", [(), ("--cache_latents",), ("--cache_latents_to_disk",)])
+def test_all_damaged_pictures_are_named_before_training(
+    model: Path, data: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    damaged = [data / "2_cat" / name for name in ("a.png", "c.png")]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError) as caught, training.session(flags(model, data, tmp_path / "out", *more)):
+        pass
+    assert str(caught.value).startswith("of 3 pictures 2 are damaged: ")
+    assert all(f"{path}: " in str(caught.value) for path in damaged)
+
+
+def test_saves_and_samples_that_cannot_happen_are_warned_about(
+    model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Six pictures make six steps an epoch; five are one epoch that is not full."""
+    (tmp_path / "p.txt").write_text("a cat --w 64 --h 64 --s 1")
+    never = [
+        "save_every_n_steps=6", "save_every_n_epochs=2", "sample_every_n_epochs=1", "caption_dropout_every_n_epochs=2"
+    ]  # fmt: skip
+    more = [*(f"--{words}" for words in never), f"--sample_prompts={tmp_path / 'p.txt'}", "--sample_every_n_steps=9"]
+    assert saving.run_length(parse(flags(model, data, tmp_path)), 6).epochs == 1
+    with training.session(flags(model, data, tmp_path / "out", *more)):
+        pass
+    said = [record.message for record in caplog.records if "cannot happen" in record.message]
+    assert [line.partition(": ")[0] for line in said] == [f"--{words}" for words in never]
+    assert [line.split(" has ")[1].split(";")[0] for line in said] == [
+        "5 steps",
+        "1 epochs",
+        "0 full epochs",
+        "1 epochs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("--sample_every_n_steps=6", "--sample_every_n_steps=6"),
+        ("--save_n_epoch_ratio=2", "--save_n_epoch_ratio=2"),
+        ("--save_every_n_steps=5 --save_every_n_epochs=1 --sample_every_n_steps=5", ""),
+        ("--sample_every_n_steps=6 --sample_prompts=", ""),
+        ("--max_train_steps=6 --sample_every_n_epochs=1", ""),
+    ],
+)
+def test_only_what_is_beyond_the_end_cannot_happen(more: str, named: str) -> None:
+    options = parse(["--max_train_steps=5", "--sample_prompts=p.txt", *more.split()])
+    said = saving.never(options, saving.run_length(options, 6))
+    assert [line.partition(": ")[0] for line in said] == ([named] if named else [])
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("conv_dim=3", "conv_alpha=1.5"), ("4", "2.0", {"conv_dim": "3", "conv_alpha": "1.5"})),
+        (
+            ("conv_dim=3", "conv_alpha=1", "algo=loha"),
+            ("4", "2.0", {"algo": "loha", "conv_dim": "3", "conv_alpha": "1.0"}),
+        ),
+        (("preset=attn-only",), ("4", "2.0", {})),
+    ],
+)
+def test_ranks_from_a_file_are_those_that_the_next_file_names(
+    model: Path, data: Path, tmp_path: Path, args: tuple[str, ...], expected: tuple[str, str, dict[str, str]]
+) -> None:
+    ranks = ("--network_dim=4", "--network_alpha=2", "--max_train_steps=1", "--save_precision=float")
+    run(flags(model, data, tmp_path / "1", *ranks, "--network_args", *args))
+    first = tmp_path / "1" / "x.safetensors"
+    algo = [word for word in args if word.startswith("algo")]
+    asked = ("--network_dim=64", "--network_alpha=8", "--max_train_steps=1", f"--network_weights={first}")
+    run(flags(model, data, tmp_path / "2", *asked, "--dim_from_weights", "--network_args", "preset=full", *algo))
+    with safe_open(tmp_path / "2" / "x.safetensors", "pt") as file:
+        entries = file.metadata()
+    assert (entries["ss_network_dim"], entries["ss_network_alpha"]) == expected[:2]
+    assert json.loads(entries["ss_network_args"]) == {**expected[2], "dropout": None}
+
+
+def test_ranks_that_differ_between_layers_are_called_dynamic(model: Path, data: Path, tmp_path: Path) -> None:
+    run(flags(model, data, tmp_path / "1", "--max_train_steps=1"))
+    tensors = load_file(tmp_path / "1" / "x.safetensors")
+    name = next(key for key in tensors if key.endswith("lora_down.weight")).removesuffix(".lora_down.weight")
+    for end, dim in (("down", 0), ("up", 1)):
+        tensors[f"{name}.lora_{end}.weight"] = tensors[f"{name}.lora_{end}.weight"].narrow(dim, 0, 1).contiguous()
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    more = ("--max_train_steps=1", "--dim_from_weights", f"--network_weights={tmp_path / 'mixed.safetensors'}")
+    run(flags(model, data, tmp_path / "2", *more))
+    with safe_open(tmp_path / "2" / "x.safetensors", "pt") as file:
+        assert (file.metadata()["ss_network_dim"], file.metadata()["ss_network_alpha"]) == ("Dynamic", "2.0")

@@ -495,3 +495,17 @@ def test_the_help_comes_without_torch() -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     assert "--pretrained_model_name_or_path" in done.stdout
+
+
+def test_all_unknown_keys_of_a_settings_file_are_named_at_once(tmp_path: Path) -> None:
+    path = written(tmp_path, "network_dims = 8\nqqqq = 1\n[more]\nlearning_rat = 1e-4")
+    with pytest.raises(UsageError) as caught:
+        parse(["--config_file", path])
+    assert str(caught.value) == (
+        f"{path}: no such options: --network_dims (did you mean --network_dim?), --qqqq, "
+        "--learning_rat (did you mean --learning_rate?); `--help` lists all"
+    )
+    with pytest.raises(UsageError, match="no such options: --qqqq, --wwww; "):
+        parse(["--qqqq=1", "--wwww"])
+    with pytest.raises(UsageError, match=r"not supported: --fp8_base.*; not supported: --loss_type"):
+        parse(["--fp8_base", "--loss_type=huber"])

@@ -167,6 +167,8 @@ def prepare(image: Image.Image, fit: Fit, interpolation: str | None) -> npt.NDAr
     interpolation: one of `options.INTERPOLATIONS`; None: area averages where no side grows, else Lanczos. Raises
     OSError if the picture's data is damaged.
     """
+    if image.mode.startswith("I;16"):  # PIL would make all but the darkest grey white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
     left, top = fit.crop
     width, height = fit.bucket

@@ -31,7 +31,7 @@ from lorashrink.files.disk import write_bytes
 from lorashrink.train.data.batches import chunks, generator, numbers, raising, read_ahead
 from lorashrink.train.data.buckets import to_pixels
 from lorashrink.train.data.captions import draw_caption, varies
-from lorashrink.train.data.scanning import Data, Picture, read_pixels
+from lorashrink.train.data.scanning import Data, Picture, check_pixels, read_pixels
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Encoded, Model, encode, encode_pixels, tokenize, vae_stride
 
@@ -91,6 +91,7 @@ def cache_latents(
     stride = vae_stride(vae)
     pictures = list({_identity(picture): picture for picture in data.pictures}.values())
     if not options.cache_latents_to_disk:
+        check_pixels(pictures)
         encoded = _encoded(pictures, vae, options, seed, progress)
         return LatentCache({_identity(picture): latents for picture, latents in encoded}, stride)
     _check_distinct((_latent_files(picture)[-1], _identity(picture), picture) for picture in pictures)
@@ -105,6 +106,7 @@ def cache_latents(
 
     share = {picture: _latent_files(picture) for picture in pictures[rank::world]}
     missing = _missing(share, is_there, options, "latents")
+    check_pixels(missing)
     for picture, latents in _encoded(missing, vae, options, seed, progress):
         arrays = {
             "latents": latents[0].numpy(),

@@ -25,8 +25,10 @@ def _splits(options: Options) -> bool:
     return options.shuffle_caption or options.caption_tag_dropout_rate > 0
 
 
-def read_caption(picture: Path, options: Options) -> str | None:
-    """The first line of a picture's caption file, stripped; None where there is no such file.
+def read_caption(picture: Path, options: Options) -> list[str] | None:
+    """The lines of a picture's caption file, stripped: its caption, and lines that are not used, without blank ones.
+
+    None where there is no such file.
 
     Raises InputError if the file is empty, or no UTF-8 text, or cannot be read.
     """
@@ -41,7 +43,8 @@ def read_caption(picture: Path, options: Options) -> str | None:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if not text:
         raise InputError(f"{path} is empty; write a caption, or delete it to use the folder's name as caption")
-    return text.split("\n")[0].strip()
+    first, *more = [line.strip() for line in text.split("\n")]
+    return [first, *filter(None, more)]
 
 
 def draw_caption(caption: str, options: Options, random: Random, *, epoch: int) -> str:
@@ -57,7 +60,8 @@ def draw_caption(caption: str, options: Options, random: Random, *, epoch: int) 
             random.shuffle(tags)
         if options.caption_tag_dropout_rate > 0:
             tags = [tag for tag in tags if random.random() >= options.caption_tag_dropout_rate]
-        caption = ", ".join(head + tags + tail)
+        separator = options.caption_separator
+        caption = (separator if separator[-1:].isspace() else f"{separator} ").join(head + tags + tail)
     if options.secondary_separator:
         caption = caption.replace(options.secondary_separator, options.caption_separator)
     return caption
@@ -79,7 +83,12 @@ def _tags(text: str, separator: str) -> list[str]:
     return [tag.strip() for tag in text.split(separator)]
 
 
-def tag_counts(captions: Iterable[str]) -> dict[str, int]:
-    """How often each tag between commas occurs, in lower case, in order of first occurrence: for `ss_tag_frequency`."""
-    tags = (tag.lower() for caption in captions for tag in _tags(caption, ","))
+def tag_counts(captions: Iterable[str], options: Options) -> dict[str, int]:
+    """How often each tag occurs, in lower case, in order of first occurrence: for `ss_tag_frequency`.
+
+    --keep_tokens_separator stands between tags and is in none.
+    """
+    mark, separator = options.keep_tokens_separator, options.caption_separator
+    plain = (caption.replace(mark, separator) if mark else caption for caption in captions)
+    tags = (tag.lower() for caption in plain for tag in _tags(caption, separator))
     return dict(Counter(tag for tag in tags if tag))

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,9 @@ def scan(options: Options) -> Data:
                 _log.warning("%s: no pictures found; the folder is ignored", subset.folder)
         if evened := _evened(pictures):
             datasets.append(Dataset(evened, settings.train_batch_size, rules))
+    folders = {subset.folder for subset in used}
+    for path in [path for path in notes.files.get(_NESTED, ()) if path.parent in folders]:
+        del notes.files[_NESTED][path]  # a dataset file names that folder too
     notes.warn()
     if not datasets:
         where = options.dataset_config or options.train_data_dir
@@ -137,41 +141,88 @@ def scan(options: Options) -> Data:
     return Data(tuple(datasets), tuple(used), tuple(notes.skipped))
 
 
+# What is said about files, after how many they are and before the names of the first.
+_TURNED = "pictures are turned only by a note in the file (EXIF), which is not read; save them upright"
+_SEEN_THROUGH = "pictures have transparency, which is not read: the colours stored below it are trained on; fill them"
+_MOVING = "pictures are animated; only their first frame is used"
+_DEEP = "16-bit grey pictures are read with 8 bits"
+_NESTED = "pictures lie in folders inside a folder of pictures and are not used; move them up, or name their folders"
+_OTHER_ENDING = "pictures have an ending that is not read and are not used; save them as .png"
+_BARE = "pictures have no caption file; the words of their folder are used, even if empty"
+_BLANK = "caption files begin with a blank line; an empty caption is trained on"
+_SEVERAL_LINES = "caption files have more than one line; only the first is used"
+_LONELY = "caption files belong to no picture and are not used"
+
+_NEVER_READ = frozenset({".heic", ".heif", ".avif", ".jxl", *Image.registered_extensions()}) - _ENDINGS
+
+
 @dataclass(slots=True)
 class _Notes:
-    """What the user should know about the pictures, in a line each."""
+    """What the user should know about the files, in a line each."""
 
     skipped: list[tuple[Path, str]] = field(default_factory=list)
-    turned: int = 0  # pictures that a note in the file says to turn
-    bare: list[Path] = field(default_factory=list)  # where a caption file was looked for
+    files: dict[str, dict[Path, None]] = field(default_factory=dict)  # a file of two datasets is named once
+
+    def add(self, words: str, *paths: Path) -> None:
+        if paths:
+            self.files.setdefault(words, {}).update(dict.fromkeys(paths))
 
     def warn(self) -> None:
         if self.skipped:
             names = "; ".join(f"{path}: {reason}" for path, reason in self.skipped)
             _log.warning("%d pictures cannot be used and are left out: %s", len(self.skipped), names)
-        if self.turned:
-            note = "%d pictures are turned only by a note in the file (EXIF), which is not read; save them upright"
-            _log.warning(note, self.turned)
-        if self.bare:
-            note = "%d pictures have no caption file, such as %s; the words of their folder are used, even if empty"
-            _log.warning(note, len(self.bare), self.bare[0])
+        for words, paths in filter(lambda line: line[1], self.files.items()):
+            first = ", ".join(map(str, list(paths)[:3]))
+            rest = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            _log.warning("%d %s: %s%s", len(paths), words, first, rest)
 
 
 def _read(subset: Subset, rules: BucketRules, notes: _Notes) -> Iterator[Picture]:
-    for path in _picture_files(subset.folder):
+    pictures = _picture_files(subset.folder)
+    _note_unused(subset, pictures, notes)
+    for path in pictures:
         try:
             with Image.open(path) as image:
-                size = image.size
-                # Without such an entry PIL would read the whole picture to look for one.
-                notes.turned += "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            fitted = fit(size, rules, bucket_table(rules))
+                fitted = fit(image.size, rules, bucket_table(rules))
+                _note_changes(image, path, notes)
         except (InputError, *_UNREADABLE) as error:
             notes.skipped.append((path, _reason(error)))
             continue
-        caption = read_caption(path, subset.options)
-        if caption is None:
-            notes.bare.append(path.with_name(path.stem + subset.options.caption_extension))
-        yield Picture(path, subset.class_words if caption is None else caption, subset, fitted, subset.repeats)
+        lines = read_caption(path, subset.options)
+        captions = path.with_name(path.stem + subset.options.caption_extension)
+        notes.add(_BARE, *[captions] * (lines is None))
+        notes.add(_BLANK, *[captions] * (lines is not None and not lines[0]))
+        notes.add(_SEVERAL_LINES, *[captions] * (lines is not None and len(lines) > 1))
+        yield Picture(path, subset.class_words if lines is None else lines[0], subset, fitted, subset.repeats)
+
+
+def _note_unused(subset: Subset, pictures: Sequence[Path], notes: _Notes) -> None:
+    """Files in and below a folder of pictures that are not trained on."""
+    extension = subset.options.caption_extension
+    used = {name for path in pictures for name in (path.name, path.stem + extension)}
+    for path in sorted(path for path in subset.folder.rglob("*") if path.is_file()):
+        ending = path.suffix.lower()
+        if path.parent != subset.folder:
+            notes.add(_NESTED, *[path] * (ending in _ENDINGS | _NEVER_READ))
+        elif ending in _NEVER_READ:
+            notes.add(_OTHER_ENDING, path)
+        elif path.name.endswith(extension) and path.name not in used:
+            notes.add(_LONELY, path)
+
+
+def _note_changes(image: Image.Image, path: Path, notes: _Notes) -> None:
+    """What of an open picture, whose pixels are not read yet, is lost or changed; OSError if it cannot be used."""
+    if image.mode in ("I", "F"):
+        raise OSError("its numbers have no known range; save it with 8 bits per colour")
+    # Without such an entry PIL would read all of the picture to look for one.
+    turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    for words, applies in {
+        _TURNED: turned,
+        _SEEN_THROUGH: image.has_transparency_data,
+        _MOVING: getattr(image, "is_animated", False),
+        _DEEP: image.mode.startswith("I;16"),
+    }.items():
+        notes.add(words, *[path] * bool(applies))
 
 
 def _picture_files(folder: Path) -> list[Path]:
@@ -276,11 +327,11 @@ def _configured(options: Options) -> list[tuple[Options, list[Subset]]]:
     if options.train_data_dir or options.reg_data_dir:
         _log.warning("--train_data_dir and --reg_data_dir are ignored, because %s names the folders", path)
     content = read_toml(path)
-    for key in content.keys() - {"general", "datasets"}:
-        raise UsageError(f"{path}: no such section: {key}; there are [general] and [[datasets]]")
     tables = content.get("datasets", [])
     if not isinstance(tables, list):
         raise UsageError(f"{path}: datasets must be written [[datasets]], with two brackets")
+    if unknown := list(_unknown_keys(content)):
+        raise UsageError(f"{path}: {'; '.join(unknown)}")
     general = _section(path, "[general]", content.get("general", {}))
     datasets = []
     for table in tables:
@@ -313,17 +364,30 @@ def _with_keys(options: Options, keys: Mapping[str, Any]) -> Options:
     return replace(options, **{key: value for key, value in keys.items() if key not in _ALONE})
 
 
+def _unknown_keys(content: Mapping[str, Any]) -> Iterator[str]:
+    """What is said about each section and key that does not exist, of the file's sections in their order."""
+    for key in sorted(content.keys() - {"general", "datasets"}):
+        yield f"no such section: {key} (there are [general] and [[datasets]])"
+    sections = [("[general]", content.get("general"))]
+    for dataset in content.get("datasets", []):
+        subsets = dataset.get("subsets") if isinstance(dataset, dict) else None
+        tables = subsets if isinstance(subsets, list) else []
+        sections += [("[[datasets]]", dataset), *(("[[datasets.subsets]]", table) for table in tables)]
+    for name, table in sections:
+        for key in table if isinstance(table, dict) else ():
+            if key not in _ALLOWED[name] and key not in UNSUPPORTED:
+                homes = [section for section, allowed in _ALLOWED.items() if key in allowed]
+                near = nearest(key, _ALLOWED[name])
+                hint = f" (it belongs in {homes[-1]})" if homes else f" (did you mean {near}?)" if near else ""
+                yield f"no such key in {name}: {key}{hint}"
+
+
 def _section(path: Path, name: str, table: Any) -> dict[str, Any]:
     """The keys of one section, checked, under the names of their options."""
     if not isinstance(table, dict):
         raise UsageError(f"{path}: {name} must be a section of keys and values")
     checked: dict[str, Any] = {}
     for key, value in table.items():
-        if key not in _ALLOWED[name] and key not in UNSUPPORTED:
-            homes = [section for section, allowed in _ALLOWED.items() if key in allowed]
-            near = nearest(key, _ALLOWED[name])
-            hint = f"; it belongs in {homes[-1]}" if homes else f"; did you mean {near}?" if near else ""
-            raise UsageError(f"{path}: no such key in {name}: {key}{hint}")
         if key in _ALONE:
             kind, expected = _ALONE[key]
             if type(value) is not kind:
@@ -356,3 +420,25 @@ def read_pixels(picture: Picture) -> npt.NDArray[np.uint8]:
             return prepare(image, picture.fit, picture.subset.options.resize_interpolation)
     except _UNREADABLE as error:
         raise InputError(f"{picture.path}: cannot be read ({_reason(error)}); replace or remove it") from None
+
+
+def check_pixels(pictures: Iterable[Picture]) -> None:
+    """Read the pixels of these pictures and keep none; one InputError names all that are damaged."""
+    paths = list(dict.fromkeys(picture.path for picture in pictures))
+    with ThreadPoolExecutor() as threads:
+        damaged = [
+            f"{path}: {damage}" for path, damage in zip(paths, threads.map(_damage, paths), strict=True) if damage
+        ]
+    if damaged:
+        raise InputError(
+            f"of {len(paths)} pictures {len(damaged)} are damaged: {'; '.join(damaged)}; replace or remove them"
+        )
+
+
+def _damage(path: Path) -> str:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except _UNREADABLE as error:
+        return _reason(error)
+    return ""

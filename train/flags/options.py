@@ -101,7 +101,7 @@ class Options:
 
     caption_extension: str = _row(".caption", "ending of caption files, with its dot, such as .txt")
     caption_extention: str | None = _row(None, "misspelled --caption_extension", hidden=True)
-    caption_separator: str = _row(",", "text that separates tags")
+    caption_separator: str = _row(",", "text that separates tags, also after they are shuffled")
     shuffle_caption: bool = _row(False, "shuffle the tags each time a picture is shown")
     keep_tokens: int = _row(0, "tags at the start of a caption that stay there when the others are shuffled")
     keep_tokens_separator: str = _row("", "text in captions before which tags stay in place, instead of --keep_tokens")
@@ -339,9 +339,8 @@ def parse(arguments: Sequence[str], program: str = "lorashrink train") -> Option
         InputError: the configuration file cannot be read.
     """
     namespace, rest = parser(program).parse_known_args(list(arguments))
-    for word in rest:
-        if word.startswith("--"):
-            raise UsageError(_no_such_option(word.split("=")[0].removeprefix("--")))
+    if unknown := [word.split("=")[0].removeprefix("--") for word in rest if word.startswith("--")]:
+        raise UsageError(_no_such_options(unknown))
     if rest:
         raise UsageError(f"unexpected text: {' '.join(rest)}. Values with spaces need quotes")
     words = vars(namespace)
@@ -352,20 +351,22 @@ def parse(arguments: Sequence[str], program: str = "lorashrink train") -> Option
     return _tidy(Options(**values))
 
 
-def _no_such_option(name: str) -> str:
-    near = nearest(name, [*_kinds(), *UNSUPPORTED])
-    return f"no such option: --{name}; " + (f"did you mean --{near}?" if near else "`--help` lists all")
+def _no_such_options(names: Sequence[str]) -> str:
+    near = {name: nearest(name, [*_kinds(), *UNSUPPORTED]) for name in names}
+    if len(near) == 1:
+        [(name, guess)] = near.items()
+        return f"no such option: --{name}; " + (f"did you mean --{guess}?" if guess else "`--help` lists all")
+    guesses = (f"--{name}" + (f" (did you mean --{guess}?)" if guess else "") for name, guess in near.items())
+    return f"no such options: {', '.join(guesses)}; `--help` lists all"
 
 
 def read_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the right kinds, from texts or TOML values; raises UsageError."""
+    """Values of the right kinds, from texts or TOML values; raises UsageError, which names all that do not exist."""
     kinds = _kinds()
-    for name, value in values.items():
-        if name in UNSUPPORTED:
-            if refused := unsupported(name, value):
-                raise UsageError(f"not supported: --{refused}")
-        elif name not in kinds:
-            raise UsageError(_no_such_option(name))
+    if unknown := [name for name in values if name not in kinds and name not in UNSUPPORTED]:
+        raise UsageError(_no_such_options(unknown))
+    if refused := [words for name in values if name in UNSUPPORTED and (words := unsupported(name, values[name]))]:
+        raise UsageError("; ".join(f"not supported: --{words}" for words in refused))
     return {name: _converted(name, value, *kinds[name]) for name, value in values.items() if name in kinds}
 
 

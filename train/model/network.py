@@ -83,6 +83,21 @@ class Network(nn.Module):
             sizes[_part(layer)].append(sum(parameter.numel() for parameter in layer.parameters()))
         return tuple(Part(name, len(numbers), sum(numbers)) for name, numbers in sizes.items() if numbers)
 
+    @property
+    def dims(self) -> dict[str, object]:
+        """Rank and alpha of the layers, as `network_dim`, `network_alpha`, and `conv_...` for larger convolutions.
+
+        "Dynamic", as sd-scripts writes, where layers differ; nothing for layers without a rank.
+        """
+        values: dict[str, set[float]] = {}
+        for layer in self.layers:
+            is_full = getattr(layer, "use_w1", False) and getattr(layer, "use_w2", False)  # LoKr without factors
+            if hasattr(layer, "lora_dim") and hasattr(layer, "alpha") and not is_full:
+                kind = "conv" if _part(layer) == CONVOLUTIONS else "network"
+                values.setdefault(f"{kind}_dim", set()).add(int(layer.lora_dim))
+                values.setdefault(f"{kind}_alpha", set()).add(float(layer.alpha))
+        return {name: numbers.pop() if len(numbers) == 1 else "Dynamic" for name, numbers in values.items()}
+
     def groups(self, options: Options) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups for an optimizer, and their names: "textencoder", "unet", and " plus" for LoRA+.
 

@@ -50,6 +50,8 @@ _FIXED: Mapping[str, object] = {
 _MINIMUM = (
     "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
 )  # fmt: skip
+# Arguments of a network that say which layers it has, and their ranks.
+_OF_LAYERS = ("preset", "conv_dim", "conv_alpha")
 _OPTIONAL_SPEC = (
     "author", "description", "license", "tags", "usage_hint", "thumbnail", "merged_from", "trigger_phrase",
     "preprocessor", "is_negative_embedding",
@@ -83,6 +85,7 @@ class Facts:
     pictures: Mapping[str, object]  # entries of `picture_entries`
     base: Source
     vae: Source | None = None
+    dims: Mapping[str, object] | None = None  # `Network.dims`; None: the options name them
     steps: int = 0
     epoch: int = 0  # counted from 0 in files of steps, from 1 in others
     finished_at: float = 0.0
@@ -102,7 +105,7 @@ def source(text: str) -> Source:
 
 def training_metadata(options: Options, facts: Facts) -> dict[str, str]:
     """The entries of one file; with --no_metadata only what other programs need, and what the user wrote for it."""
-    warmup = options.lr_warmup_steps
+    warmup, network_args = options.lr_warmup_steps, _network_args(facts)
     entries = {
         **{f"ss_{name}": getattr(options, name) for name in _AS_GIVEN},
         **_FIXED,
@@ -117,7 +120,8 @@ def training_metadata(options: Options, facts: Facts) -> dict[str, str]:
         "ss_optimizer": facts.optimizer,
         "ss_debiased_estimation": options.debiased_estimation_loss,
         **facts.pictures,
-        **({"ss_network_args": json.dumps(dict(facts.network_args))} if options.network_args else {}),
+        **({"ss_network_args": json.dumps(network_args)} if options.network_args or facts.dims is not None else {}),
+        **{f"ss_{name}": value for name, value in (facts.dims or {}).items() if name.startswith("network_")},
         **_source("sd_model", facts.base),
         **(_source("vae", facts.vae) if facts.vae else {}),
         "ss_training_finished_at": facts.finished_at,
@@ -129,6 +133,15 @@ def training_metadata(options: Options, facts: Facts) -> dict[str, str]:
     entries |= {f"modelspec.{name}": value for name, value in _model_spec(options, facts.finished_at).items()}
     # File names may hold bytes that are not text.
     return {key: str(value).encode("utf-8", "replace").decode() for key, value in entries.items()}
+
+
+def _network_args(facts: Facts) -> dict[str, object]:
+    """What the network was made with. Where a file decided, its ranks, and no preset, for none chose the layers."""
+    if facts.dims is None:
+        return dict(facts.network_args)
+    asked = {name: value for name, value in facts.network_args.items() if name not in _OF_LAYERS}
+    # sd-scripts' arguments of a network are texts
+    return asked | {name: str(value) for name, value in facts.dims.items() if name in _OF_LAYERS}
 
 
 def _source(kind: str, source: Source) -> dict[str, object]:
@@ -234,7 +247,7 @@ def _tags(subsets: _Subsets) -> dict[str, dict[str, int]]:
     """How often each tag occurs, by folder name."""
     tags: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for subset, pictures in subsets:
-        tags[subset.folder.name].update(tag_counts(picture.caption for picture in pictures))
+        tags[subset.folder.name].update(tag_counts((picture.caption for picture in pictures), subset.options))
     return {folder: dict(counts) for folder, counts in tags.items()}
 
 

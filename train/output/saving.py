@@ -65,6 +65,26 @@ def run_length(options: Options, batches_per_epoch: int) -> Length:
     return Length(batches_per_epoch, accumulation, steps_per_epoch, math.ceil(steps / steps_per_epoch), steps)
 
 
+def never(options: Options, length: Length) -> list[str]:
+    """A line for each option that asks for something after more steps or epochs than the run has."""
+    o, full_epochs = options, length.steps // length.steps_per_epoch
+    by_epoch = (o.sample_every_n_epochs or 0) > 0  # then samples are not drawn by steps, as `samples.due` says
+    saves_epochs = None if o.save_n_epoch_ratio else o.save_every_n_epochs
+    asked: tuple[tuple[str, int | None, int, str], ...] = (
+        ("save_every_n_steps", o.save_every_n_steps, length.steps, "steps"),
+        ("save_every_n_epochs", saves_epochs, length.epochs, "epochs"),
+        ("save_n_epoch_ratio", o.save_n_epoch_ratio, length.epochs, "epochs"),
+        ("sample_every_n_steps", o.sample_every_n_steps if not by_epoch else None, length.steps, "steps"),
+        ("sample_every_n_epochs", o.sample_every_n_epochs, full_epochs, "full epochs"),
+        ("caption_dropout_every_n_epochs", o.caption_dropout_every_n_epochs, length.epochs, "epochs"),
+    )
+    return [
+        f"--{name}={number}: this cannot happen, for the run has {count} {unit}; lower it, or train for longer"
+        for name, number, count, unit in asked
+        if (number or 0) > count and (o.sample_prompts or not name.startswith("sample"))
+    ]
+
+
 # --- when and under which name -------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ from lorashrink.pictures.samplers import check_samplers
 from lorashrink.train.data.batches import Loader, batch_count
 from lorashrink.train.data.buckets import Size
 from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts
-from lorashrink.train.data.scanning import Data, scan
+from lorashrink.train.data.scanning import Data, check_pixels, scan
 from lorashrink.train.flags.checks import optimizer_name, parse_resolution
 from lorashrink.train.flags.network_args import given_network_args
 from lorashrink.train.flags.options import Options
@@ -87,7 +87,8 @@ def prepare(options: Options) -> Session:
         end = f"it stands at step {resumed['current_step']}, and training ends at step {length.steps}"
         raise UsageError(f"--resume {options.resume}: {end}; raise --max_train_steps or --max_train_epochs")
     model = load_model(options, accelerator.device)
-    for warning in samples.check_prompts(prompts, model.tokenizers[0], processes, options):
+    prompt_warnings = samples.check_prompts(prompts, model.tokenizers[0], processes, options)
+    for warning in (*saving.never(options, length), *prompt_warnings):
         _log.warning(warning)
     limit = options.max_token_length or CHUNK
     captions = [picture.caption for picture in data.pictures]
@@ -104,6 +105,8 @@ def prepare(options: Options) -> Session:
     batch_loss = BatchLoss(options, data, model, network, seed=seed, trains_text=trains_text)
     batch_loss, optimizer, scheduler = accelerator.prepare(batch_loss, optimizer, scheduler)
     # What takes long comes when nothing is left that could be wrong with the options.
+    if not options.cache_latents:
+        check_pixels(data.pictures)
     latents, texts = _caches(data, model, options, accelerator)
     model.unet.to(accelerator.device)
     if latents is None:
@@ -135,6 +138,7 @@ def prepare(options: Options) -> Session:
         pictures=picture_entries(data, options, processes),
         base=source(options.pretrained_model_name_or_path or ""),
         vae=source(options.vae) if options.vae else None,
+        dims=network.dims if options.dim_from_weights else None,
     )
     training_metadata(options, facts)  # what is wrong with it is found now, not when hours of training are saved
     _log.info("%s", describe(options, data, network, length, processes))
@@ -293,6 +297,8 @@ def plan(options: Options) -> str:
     if options.dataset_config or (options.train_data_dir and Path(options.train_data_dir).is_dir()):
         data = scan(options)
         length = run_length(options, -(-batch_count(data) // processes))
+        for warning in saving.never(options, length):
+            _log.warning(warning)
         batch, size = _largest_batch(data)
     name = options.pretrained_model_name_or_path or ""
     settings, base = Path(options.model_config or name), name
