@@ -10,7 +10,7 @@ demo: $(VENV)/pictures
 	$(BIN)/lorashrink demo -o demo-out
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Faults and mutated files in their long forms, about an hour.
 fuzz: $(VENV)/dev

@@ -222,7 +222,8 @@ def test_energy_counts_the_squares_of_all_layers_together(table: Path, tmp_path:
     squares = torch.cat(sigmas).square().sort(descending=True).values
     count = int((squares.cumsum(0) < 0.9 * squares.sum()).sum()) + 1
     result = ls.resize(STYLE, recipes="calib,energy=0.9", calibration=table, dry_run=True).results[0]
-    assert sum(row.rank_after for row in result.layers) == count
+    # Each of the two text encoders may keep a dimension of an out_proj more, which diffusers needs.
+    assert count <= sum(row.rank_after for row in result.layers) <= count + 2
 
 
 def test_layers_of_every_family_are_calibrated(table: Path, tmp_path: Path) -> None:

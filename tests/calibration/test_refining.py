@@ -25,6 +25,7 @@ from lorashrink.cli.refining import print_refined
 from lorashrink.errors import FamilyMismatch, InputError, LorashrinkError, NonFinite, OutputError, UsageError
 from lorashrink.files.disk import sha256_file
 from lorashrink.files.hashes import with_hashes
+from lorashrink.files.header import Arrangement
 from lorashrink.files.reading import open_tensors
 
 EXAMPLE = Path(ls.__file__).parent / "example"
@@ -102,7 +103,7 @@ def test_only_hashes_and_the_refinement_are_new_in_the_metadata(small: Path, ref
     with open_tensors(output) as store:
         names = sorted(store.tensors, key=lambda key: store.tensors[key].offset)
         data = [bytes(chunk) for key in names for chunk in store.chunks(key)]
-        assert with_hashes(new, store.tensors, lambda: data) == new
+        assert with_hashes(new, Arrangement(store.tensors), lambda: data) == new
 
 
 def test_the_reported_loss_is_that_of_the_written_file(prompts: Path, refined: dict[str, Any], tmp_path: Path) -> None:

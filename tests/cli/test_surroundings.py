@@ -38,8 +38,10 @@ def test_a_full_stdout_is_one_line(tmp_path: Path, words: tuple[str, ...]) -> No
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "lorashrink", *words, *map(str, files)]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "lorashrink: the output cannot be printed (No space left on device)\n"
+    assert done.returncode == 2
+    assert done.stderr == (
+        "lorashrink: the results could not be printed (No space left on device); files are written all the same\n"
+    )
 
 
 def test_the_module_is_the_command() -> None:

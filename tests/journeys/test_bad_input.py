@@ -447,14 +447,14 @@ def test_an_input_is_never_overwritten(tmp_path: Path, good: Path, name: str, op
     (tmp_path / "sub").mkdir()
     (tmp_path / "link.safetensors").symlink_to(good)
     before = good.read_bytes()
-    resize(good, "-o", tmp_path / name, *options).failed(2, name, "input", "-o")
+    resize(good, "-o", tmp_path / name, *options).failed(2, name, "input", "another place")
     assert good.read_bytes() == before
     assert contents(tmp_path) == ["good.safetensors", "link.safetensors", "sub"]
 
 
 def test_the_base_is_never_overwritten(tmp_path: Path, good: Path) -> None:
     base = Path(shutil.copy(BASE, tmp_path / "base.safetensors"))
-    resize(good, "-o", base, "--force", base=base).failed(2, base, "input", "-o")
+    resize(good, "-o", base, "--force", base=base).failed(2, base, "input", "another place")
     assert base.read_bytes() == BASE.read_bytes()
 
 
@@ -538,13 +538,13 @@ def test_a_disk_full_of_data_fails_the_file_and_leaves_nothing(
     pwrite = os.pwrite
 
     def small_disk(number: int, data: bytes, offset: int) -> int:
-        if offset > 50_000:
+        if offset + len(data) > 50_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return pwrite(number, data, offset)
 
     monkeypatch.setattr(os, "pwrite", small_disk)
     last = adapter(tmp_path / "last.safetensors")
-    resize(good, LORA, last, "-o", out).failed(1, out / "lora_rank1.safetensors", "No space left", "-o")
+    resize(good, LORA, last, "-o", out).failed(1, out / "lora_rank1.safetensors", "No space left", "another place")
     assert contents(out) == ["good_rank1.safetensors", "last_rank1.safetensors"]
 
 
@@ -554,7 +554,7 @@ def test_a_full_disk_leaves_no_file(out: Path, good: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, function, full)
-    resize(good, "-o", out, "-r", "rank=2", base=None).failed(2, out, "No space left", "-o")
+    resize(good, "-o", out, "-r", "rank=2", base=None).failed(2, out, "No space left", "another place")
     assert contents(out) == []
 
 

@@ -178,7 +178,9 @@ def test_every_lost_or_changed_tensor_is_reported(formats: Formats, name: str) -
                 assert {key for layer in others for key in layer.keys.values()} <= stay.keys()
             if form == "lora":
                 assert {layer.family.name for layer in after} <= {"lora", "embedding"}
-            assert not any("mid" in layer.keys for layer in after)
+            # A core stays where folding it into a factor would make the file larger.
+            folded = [layer for layer in after if form == "lora" or not set(layer.keys.values()) <= stay.keys()]
+            assert not any("mid" in layer.keys for layer in folded)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

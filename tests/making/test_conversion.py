@@ -852,9 +852,9 @@ def test_an_equal_dtype_changes_no_bit(tmp_path: Path) -> None:
 
 def test_an_overflow_of_the_dtype_fails_and_leaves_no_file(tmp_path: Path) -> None:
     up, down = pair(16, 4, 16)
-    source = kohya_file(tmp_path / "a.safetensors", {"lora_unet_a": (1e6 * up, down, 4.0)})
+    source = kohya_file(tmp_path / "a.safetensors", {"lora_unet_a": (1e6 * up, 1e6 * down, 4.0)})
     (failure,) = convert(source, dtype="fp16", output=tmp_path / "out").failed
-    assert "lora_unet_a.lora_up.weight" in failure.error
+    assert "lora_unet_a.lora_" in failure.error
     assert "-t bf16 or -t fp32" in failure.error
     assert not list((tmp_path / "out").iterdir())
     assert only(convert(source, dtype="bf16", output=tmp_path / "out")).layers == 1
@@ -982,7 +982,7 @@ def test_reading_patterns_takes_linear_time(tmp_path: Path) -> None:
     start = time.process_time()
     result = converted(source, big, "peft", tmp_path / "out")
     assert result.layers == count
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 6  # 700 patterns for each of 700 layers would take a minute
 
 
 @pytest.mark.parametrize("ending", ["pt", "bin"])
@@ -1057,6 +1057,7 @@ def test_the_json_of_the_command_is_the_report(bases, small: Path, tmp_path: Pat
     assert document["version"] == lorashrink.__version__
     assert document["base"] == {"path": str(flux), "family": "flux", "kind": "file"}
     output = tmp_path / "out" / "small_comfy_bf16.safetensors"
+    assert "ComfyUI" in document["results"][0].pop("loads")["loads_in"]
     assert document["results"] == [
         {
             "source": str(small),

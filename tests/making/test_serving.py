@@ -229,8 +229,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    small_model().save_pretrained(tmp_path_factory.mktemp("base") / "bert")
-    return tmp_path_factory.getbasetemp() / "base0" / "bert"
+    folder = tmp_path_factory.mktemp("base") / "bert"
+    small_model().save_pretrained(folder)
+    return folder
 
 
 @torch.no_grad()

@@ -492,7 +492,7 @@ def test_an_unreached_limit_changes_no_number(adapter: Path, base: Path, tmp_pat
     limited = ls.resize(adapter, base=base, recipes="rank=3", clip=1e6, fro_limit=1e6, output=tmp_path)
     assert not limited.results[0].capped
     assert not limited.results[0].warnings
-    assert Path(limited.results[0].output).name == "lora_clip1e+06_frolimit1e+06_rank3.safetensors"
+    assert Path(limited.results[0].output).name == "lora_clip1000000_frolimit1000000_rank3.safetensors"
     before, after = (load_file(outputs(report)["lora"]) for report in (plain, limited))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
