@@ -45,11 +45,11 @@ def write(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[Path, list[str]]:
-    """Compute and write the outputs of one adapter; each layer is read once for all of them. Returns warnings.
+    """Compute and write the outputs of one adapter; each layer is read once for all of them.
 
-    Every file is complete, checked against its spectrum and on the disk before it gets its name. Returns warnings about
-    each: layers of next to no norm whose numbers are too small for the dtype. Raises OutputError, after which no part
-    of any output of this adapter is left that was not finished.
+    Every file is complete, checked against the norms of its input and on the disk before it gets its name. Returns
+    warnings by output, about layers whose numbers are too small for the dtype. Raises OutputError, after which no
+    unfinished output of this adapter is left.
     """
     warnings = {}
     layers = next(iter(plans.values())).adapter.layers
@@ -132,10 +132,7 @@ def _write_layer(plan: Plan, planned: LayerPlan, delta: AnyDelta, writer: Safete
 
 
 def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> list[str]:
-    """Open the written file as every loader does, and compare the norm of each layer with the input's.
-
-    Returns warnings.
-    """
+    """Open the written file as every loader does, and compare the norm of each layer with the input's; warnings."""
     names = writer.readable_names()
     by_name = {layer.name: layer for layer in plan.adapter.layers}
     gone = {key for name in plan.removed for key in (by_name[name].keys.values() if name in by_name else [name])}
