@@ -24,7 +24,7 @@ SILENT: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, bytes]:
+def shrunk_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, bytes]:
     """(an adapter, its output, the output's bytes)."""
     monkeypatch.setattr(journal, "SETTLED_SECONDS", 0.0)
     torch.manual_seed(0)
@@ -44,9 +44,9 @@ def again(path: Path, *, verify: bool = False) -> str:
 @pytest.mark.parametrize("with_journal", [True, False])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_an_output_that_cannot_be_read_is_made_again(
-    made: tuple[Path, Path, bytes], damage: str, with_journal: bool
+    shrunk_file: tuple[Path, Path, bytes], damage: str, with_journal: bool
 ) -> None:
-    path, output, good = made
+    path, output, good = shrunk_file
     output.write_bytes(DAMAGE[damage](good))
     if not with_journal:
         (output.parent / journal.NAME).unlink()
@@ -55,8 +55,8 @@ def test_an_output_that_cannot_be_read_is_made_again(
     assert again(path) == "kept"
 
 
-def test_a_file_that_never_was_an_output_is_left_alone(made: tuple[Path, Path, bytes]) -> None:
-    path, output, _ = made
+def test_a_file_that_never_was_an_output_is_left_alone(shrunk_file: tuple[Path, Path, bytes]) -> None:
+    path, output, _ = shrunk_file
     output.write_text("mine")
     report = lorashrink.resize(path, recipes="rank=4", output=path.parent / "out", skip_existing=True)
     assert str(output) in report.failed[0].error
@@ -64,26 +64,26 @@ def test_a_file_that_never_was_an_output_is_left_alone(made: tuple[Path, Path, b
 
 
 @pytest.mark.parametrize("damage", SILENT)
-def test_verify_finds_what_only_the_hash_tells(made: tuple[Path, Path, bytes], damage: str) -> None:
-    path, output, good = made
+def test_verify_finds_what_only_the_hash_tells(shrunk_file: tuple[Path, Path, bytes], damage: str) -> None:
+    path, output, good = shrunk_file
     assert again(path, verify=True) == "kept"
     output.write_bytes(SILENT[damage](good))
     assert again(path, verify=True) == "made"
     assert output.read_bytes() == good
 
 
-def test_verify_goes_with_skip_existing_only(made: tuple[Path, Path, bytes]) -> None:
+def test_verify_goes_with_skip_existing_only(shrunk_file: tuple[Path, Path, bytes]) -> None:
     with pytest.raises(UsageError, match="--verify"):
-        lorashrink.resize(made[0], recipes="rank=4", verify=True)
+        lorashrink.resize(shrunk_file[0], recipes="rank=4", verify=True)
 
 
 def test_outputs_that_are_moved_away_at_once_do_not_end_the_run(
-    made: tuple[Path, Path, bytes], monkeypatch: pytest.MonkeyPatch
+    shrunk_file: tuple[Path, Path, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As rsync --remove-source-files and watched folders do."""
     from lorashrink.shrinking import pipeline
 
-    path, output, _ = made
+    path, output, _ = shrunk_file
     output.unlink()
     written = pipeline.write
 
