@@ -51,8 +51,8 @@ def main(arguments: Sequence[str], program: str = "lorashrink train") -> int:
                 traceback.print_exc()
             _log.error("%s", error)
         return status
-    except KeyboardInterrupt:
-        _log.error("interrupted; files saved before are complete")
+    except KeyboardInterrupt as stop:
+        _log.error("interrupted %s", f"{stop}" or "at once; files saved before are complete")
         return INTERRUPTED
 
 

@@ -7,6 +7,7 @@ Keys: `ss_*` and `sshs_*` (sd-scripts), `modelspec.*` (https://github.com/Stabil
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from lorashrink.files.hashes import LEGACY_HASH, MODEL_HASH, with_placeholders
 from lorashrink.files.metadata_keys import BASE, ENERGY, ERROR, NORM_RATIO, OPTIONS, RECIPE, SOURCE, VERSION
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.recipes.terms import TERMS
+
+# Arguments of sd-scripts' networks and LyCORIS that set ranks and alphas of the training.
+_RANKS = re.compile(r"(conv_|block_|conv_block_)(dims?|alphas?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ def shrunk(
     if ranks and ("ss_network_dim" in old or "ss_network_alpha" in old):
         # Whole numbers as text: words such as "Dynamic" break readers that parse them.
         new |= {"ss_network_dim": widest, "ss_network_alpha": widest}
+        if "ss_network_args" in old:
+            new["ss_network_args"] = _without_ranks(old["ss_network_args"])
     if became_lora and "ss_network_module" in old:
         new |= {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
     if any(key.startswith("ss_") for key in old):
@@ -91,7 +97,15 @@ def shrunk(
     new |= {ENERGY: f"{energy:.6f}", NORM_RATIO: f"{energy**0.5:.6f}"}
     if recipe.caps:
         new[ERROR] = f"{error:.6f}"
-    new = with_placeholders({**new, MODEL_HASH: "", LEGACY_HASH: ""})
-    if title := old.get("modelspec.title"):
-        new["modelspec.title"] = f"{title} ({recipe})"
-    return new
+    return with_placeholders({**new, MODEL_HASH: "", LEGACY_HASH: ""})
+
+
+def _without_ranks(arguments: str) -> str:
+    """The JSON object of `ss_network_args` without the ranks of the training, which are not those of the file."""
+    try:
+        parsed = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    if not isinstance(parsed, dict) or not any(map(_RANKS.fullmatch, parsed)):
+        return arguments
+    return json.dumps({key: value for key, value in parsed.items() if not _RANKS.fullmatch(key)})

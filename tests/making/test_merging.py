@@ -218,7 +218,7 @@ def test_the_sum_keeps_metadata_that_all_parts_share(tmp_path: Path) -> None:
         "ss_training_comment": "resized from rank 10 with lorashrink energy=1; "
         "merged from a.safetensors:0.7 + hero.safetensors:-0.5",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.title": "Style + hero (energy=1)",
+        "modelspec.title": "Style + hero",
         "modelspec.merged_from": "Style, hero",
     }
     assert entries["sshs_model_hash"] != "1"

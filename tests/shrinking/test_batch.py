@@ -412,7 +412,7 @@ TRAINING = {
     "ss_network_alpha": "4.0",
     "ss_training_comment": "mine",
     "ss_tag_frequency": '{"img": {"a": 3, "é": 1}}',
-    "ss_network_args": '{"conv_dim": "8"}',
+    "ss_network_args": '{"algo": "locon", "conv_dim": "8", "conv_alpha": "4", "block_dims": "8,8", "dropout": 0.1}',
     "sshs_model_hash": "stale",
     "sshs_legacy_hash": "stale",
     "modelspec.title": "my lora",
@@ -429,8 +429,8 @@ def test_metadata_is_updated_and_otherwise_kept(tmp_path: Path) -> None:
     assert (new["ss_network_dim"], new["ss_network_alpha"]) == ("3", "3")
     assert new["ss_training_comment"].startswith("resized from rank 8 ")
     assert new["ss_training_comment"].endswith("; mine")
-    assert new["modelspec.title"] == "my lora (rank=3)"
-    for key in ("ss_tag_frequency", "ss_network_args", "modelspec.architecture", "foo"):
+    assert json.loads(new["ss_network_args"]) == {"algo": "locon", "dropout": 0.1}
+    for key in ("ss_tag_frequency", "modelspec.title", "modelspec.architecture", "foo"):
         assert new[key] == TRAINING[key]
     assert new["lorashrink.source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert new["lorashrink.recipe"] == "rank=3"

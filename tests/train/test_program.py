@@ -370,10 +370,13 @@ def test_a_damaged_picture_is_named_and_left_out(model: Path, data: Path, tmp_pa
     assert (tmp_path / "o" / "x.safetensors").exists()
 
 
-def test_an_interrupted_run_leaves_complete_files(model: Path, data: Path, tmp_path: Path) -> None:
-    words = flags(model, data, tmp_path / "o", "--max_train_steps=100000", "--save_every_n_steps=2", "--save_state")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_a_state_to_resume(
+    number: signal.Signals, model: Path, data: Path, tmp_path: Path
+) -> None:
+    common = ("--save_every_n_steps=2", "--lr_scheduler=constant")
     running = subprocess.Popen(
-        [*PROGRAM, *words],
+        [*PROGRAM, *flags(model, data, tmp_path / "o", *common, "--max_train_steps=100000")],
         cwd=ROOT,
         env=environment(tmp_path),
         stderr=subprocess.PIPE,
@@ -381,15 +384,18 @@ def test_an_interrupted_run_leaves_complete_files(model: Path, data: Path, tmp_p
         # Background jobs of shells begin with SIGINT ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    first = tmp_path / "o" / "x-step00000002-state"
+    first = tmp_path / "o" / "x-step00000002.safetensors"
     waited = time.monotonic() + PATIENCE
     while not first.exists() and running.poll() is None and time.monotonic() < waited:
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     _, stderr = running.communicate(timeout=PATIENCE)
     assert running.returncode == 130, stderr
-    assert lines(stderr)[-1].startswith("lorashrink: interrupted")
     assert "Traceback" not in stderr
-    remaining = sorted((tmp_path / "o").iterdir())
-    assert all(re.fullmatch(r"x-step\d{8}(\.safetensors|-state)", path.name) for path in remaining)
-    assert all(load_file(path) for path in remaining if path.is_file())
+    step, state = re.fullmatch(
+        r"lorashrink: interrupted after step (\d+); go on with --resume (.*)", lines(stderr)[-1]
+    ).groups()
+    assert all(load_file(path) for path in (tmp_path / "o").iterdir() if path.is_file())
+    longer = (*common, f"--max_train_steps={int(step) + 1}")
+    resumed = training.run(flags(model, data, tmp_path / "resumed", *longer, f"--resume={state}"))
+    assert equal(resumed, training.run(flags(model, data, tmp_path / "uninterrupted", *longer)))

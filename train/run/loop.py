@@ -34,6 +34,7 @@ from lorashrink.train.model.network import Network, NormReport
 from lorashrink.train.output import samples, saving
 from lorashrink.train.output.metadata import Facts, training_metadata
 from lorashrink.train.output.saving import Length, Names, Position
+from lorashrink.train.run.ending import Ending, Interrupted
 from lorashrink.train.run.optimizers import eval_mode, learning_rates, train_mode
 
 _log = logging.getLogger(__name__)
@@ -74,15 +75,20 @@ class Session:
     names: Names
     prompts: tuple[Prompt, ...]
     log_folder: Path | None
+    _ending: Ending = field(default_factory=Ending)
     _recent: deque[float] = field(default_factory=deque)  # losses of the last steps, as many as an epoch has
     _shrunk: dict[Path, list[Path]] = field(default_factory=dict)
 
     def run(self) -> Path:
-        """Train to the end; the path of the final file. When it raises, files saved before are complete."""
+        """Train to the end; the path of the final file. When it raises, files saved before are complete.
+
+        The first SIGINT or SIGTERM ends the run after its step: the adapter and a state are saved, and Interrupted is
+        raised.
+        """
         self._recent = deque(maxlen=self.length.steps_per_epoch)
         total, done = self.length.steps, self.position.step
         bar = tqdm(total=total, initial=done, desc="steps", disable=not self._is_main, unit="step")
-        with logging_redirect_tqdm([logging.getLogger("lorashrink")]), bar:
+        with logging_redirect_tqdm([logging.getLogger("lorashrink")]), bar, self._ending:
             if self.position.step == 0:
                 self._sample()
             while self.position.step < self.length.steps:
@@ -145,10 +151,23 @@ class Session:
 
     def _after_step(self) -> None:
         options, step = self.options, self.position.step
-        if step in saving.steps_due(options.save_every_n_steps, self.length.steps):
-            self._save(options.save_state, step=step)
+        due = step in saving.steps_due(options.save_every_n_steps, self.length.steps)
+        interrupted = self._interrupted() and step < self.length.steps
+        if due or interrupted:
+            self._save(options.save_state or interrupted, step=step)
+        if due:
             self._remove(saving.expired(options, self.names, options.save_every_n_steps or 1, step=step))
+        if interrupted:
+            raise Interrupted(f"after step {step}; go on with --resume {self.names.state(step=step)}")
         self._sample()
+
+    def _interrupted(self) -> bool:
+        """Whether any process was asked to end."""
+        if self.accelerator.num_processes == 1:
+            return self._ending.requested
+        if self._ending.requested:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
 
     def _after_epoch(self, epoch: int) -> None:
         options = self.options
