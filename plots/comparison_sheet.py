@@ -13,7 +13,7 @@ from lorashrink.plots.style import INK, QUIET
 from lorashrink.text import count_text, decibel_text, size_text
 
 if TYPE_CHECKING:
-    from lorashrink.results.sweep import Drawn, Pictures, Point, Sweep
+    from lorashrink.results.sweep import Pictures, Point, Sweep
 
 _MOST_COLUMNS, _MOST_ROWS = 6, 12  # of recipes; of pictures
 _MARGIN, _GAP, _LABEL, _NARROWEST = 24, 10, 180, 160  # pixels
@@ -29,24 +29,36 @@ def pictures_by_size(sweep: Sweep, *, side: int = 320) -> Image.Image:
     drawn = sweep.drawn
     assert drawn is not None
     columns = [
-        (["no adapter", decibel_text(drawn.none.psnr)], drawn.none.files),
+        (["no adapter", _worst(drawn.none)], drawn.none.files, _levels(drawn.none)),
         *(
             (
-                [size_text(point.bytes), decibel_text(pictures.psnr), point.recipe.replace("=1,", ",")],
+                [size_text(point.bytes), _worst(pictures), point.recipe.replace("=1,", ",")],
                 pictures.files,
+                _levels(pictures),
             )
             for point, pictures in shown_points(sweep, _MOST_COLUMNS)
         ),
-        ([size_text(sweep.bytes), "whole adapter"], drawn.files),
+        ([size_text(sweep.bytes), "whole adapter"], drawn.files, [""] * len(drawn.files)),
     ]
-    labels = picture_labels(drawn)
+    labels = drawn.labels
     cut = f", the first {_MOST_ROWS} of {len(labels)} pictures" if len(labels) > _MOST_ROWS else ""
     return _table(
         f"{Path(sweep.source).name} at {count_text(len(columns) - 1, 'size')}{cut}",
-        [heads for heads, _ in columns],
+        [heads for heads, _, _ in columns],
         labels[:_MOST_ROWS],
-        [[_read(column[row], side) for _, column in columns] for row in range(min(len(labels), _MOST_ROWS))],
+        [
+            [(_read(files[row], side), levels[row]) for _, files, levels in columns]
+            for row in range(min(len(labels), _MOST_ROWS))
+        ],
     )
+
+
+def _worst(pictures: Pictures) -> str:
+    return f"worst {decibel_text(pictures.worst_psnr)}"
+
+
+def _levels(pictures: Pictures) -> list[str]:
+    return [decibel_text(level) for level in pictures.values["psnr"]]
 
 
 def shown_points(sweep: Sweep, most: int) -> list[tuple[Point, Pictures]]:
@@ -59,11 +71,6 @@ def shown_points(sweep: Sweep, most: int) -> list[tuple[Point, Pictures]]:
     return [(point, pictures) for point, pictures in points if point.recipe in shown]
 
 
-def picture_labels(drawn: Drawn) -> list[str]:
-    """The prompt and seed of each picture, in the order of their files."""
-    return [f"{prompt.prompt} (seed {(prompt.seed or 0) + seed})" for prompt in drawn.prompts for seed in drawn.seeds]
-
-
 def _read(path: str, side: int) -> Image.Image:
     """No wider or higher than `side`, and specks enlarged by a whole number."""
     with Image.open(path) as picture:
@@ -73,12 +80,12 @@ def _read(path: str, side: int) -> Image.Image:
 
 
 def _table(
-    title: str, heads: Sequence[Sequence[str]], labels: Sequence[str], rows: Sequence[Sequence[Image.Image]]
+    title: str, heads: Sequence[Sequence[str]], labels: Sequence[str], rows: Sequence[Sequence[tuple[Image.Image, str]]]
 ) -> Image.Image:
-    """heads: lines above each column. labels: one left of each row."""
+    """heads: lines above each column. labels: one left of each row. rows: pictures, and a text below each."""
     font = sheet_font(_TEXT_SIZE)
-    width = max(_NARROWEST, *(picture.width for row in rows for picture in row))
-    heights = [max(_ROW_LINES * _LEADING, *(picture.height for picture in row)) for row in rows]
+    width = max(_NARROWEST, *(picture.width for row in rows for picture, _ in row))
+    heights = [max(_ROW_LINES * _LEADING, *(picture.height + _LEADING for picture, _ in row)) for row in rows]
     left, top = _MARGIN + _LABEL + _GAP, _MARGIN + _TITLE_SIZE + _GAP
     below = top + _HEAD_LINES * _LEADING + _GAP
     size = (
@@ -99,6 +106,8 @@ def _table(
         height = below + sum(heights[:number]) + number * _GAP
         for line_number, line in enumerate(wrapped(label, font, _LABEL, _ROW_LINES)):
             drawing.text((_MARGIN, height + line_number * _LEADING), line, INK, font)
-        for column, picture in enumerate(row):
-            sheet.paste(picture, (left + column * (width + _GAP), height))
+        for column, (picture, below_it) in enumerate(row):
+            corner = (left + column * (width + _GAP), height)
+            sheet.paste(picture, corner)
+            drawing.text((corner[0], height + picture.height + 2), below_it, QUIET, font)
     return sheet

@@ -28,11 +28,12 @@ _DRAWN = ("psnr", "ms_ssim")  # the measures that are drawn, from the top
 def size_and_error(sweep: Sweep) -> Figure:
     """Relative error of ΔW over the size in MB, both logarithmic; a point per recipe, a curve per kind of it.
 
-    Points without error are not drawn, since they have no place on a logarithmic axis. The suggested recipe is ringed.
+    Points without error are not drawn, since they have no place on a logarithmic axis, and neither are calibrated ones,
+    whose error of the weights says little about outputs. The suggested recipe is ringed.
     """
     curves: dict[str, list[Point]] = {}
     for point in sweep.points:
-        if point.relative_error > 0:
+        if has_error(point):
             curves.setdefault(point.curve, []).append(point)
     figure = Figure(figsize=(8.0, 4.6))
     axes = figure.subplots()
@@ -46,11 +47,16 @@ def size_and_error(sweep: Sweep) -> Figure:
     axes.set_title(f"How small can it get: {size_text(sweep.bytes)} before")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    if sweep.suggestion:
-        position = (sweep.suggestion.bytes / _MEGA, sweep.suggestion.relative_error)
-        _mark_suggestion(axes, sweep.suggestion.recipe, position, above=-14)
+    if sweep.suggested and has_error(sweep.suggested):
+        position = (sweep.suggested.bytes / _MEGA, sweep.suggested.relative_error)
+        _mark_suggestion(axes, sweep.suggested.recipe, position, above=-14)
     axes.legend(frameon=False)
     return figure
+
+
+def has_error(point: Point) -> bool:
+    """Whether a point has a place in `size_and_error`."""
+    return point.relative_error > 0 and not point.calibrated
 
 
 @rc_context(RC)
@@ -131,7 +137,7 @@ def _mark_suggestion(axes: Axes, recipe: str, position: tuple[float, float], *, 
     axes.plot(*position, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=INK, linestyle="none")
     if recipe:
         axes.annotate(
-            f"begin with {recipe}",
+            f"recommended: {recipe}",
             position,
             (-10, above),
             textcoords="offset points",

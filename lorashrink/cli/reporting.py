@@ -38,7 +38,7 @@ def _print_report_file(result: ReportFile, terminal: Terminal) -> None:
     console = new_console()
     if result.sweep and result.sweep.suggestion:
         suggestion = result.sweep.suggestion
-        console.print(f"begin with -r {suggestion.recipe}: {suggestion.reason}")
+        console.print(f"recommended: -r {suggestion.recipe}, {suggestion.reason}")
     console.print(f"{result.path}: {size_text(result.bytes)}, open it in a browser")
 
 
@@ -61,8 +61,14 @@ def report(
     images_out: ImagesOut = None,
     clip: Clip = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page, a .html; default ADAPTER_report.html beside it.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The page: a .html (default ADAPTER_report.html), or a .md for model sites.",
+        ),
     ] = None,
+    paths: Annotated[bool, typer.Option("--paths", help="Show whole paths of files, not names alone.")] = False,
     force: Force = False,
 ) -> object:
     """Write one HTML page about an adapter: what is inside, how small it can get, and its pictures before and after.
@@ -87,6 +93,7 @@ def report(
         settings=images_config,
         clip=clip,
         output=output,
+        paths=paths,
         force=force,
         device=device,
         jobs=jobs,

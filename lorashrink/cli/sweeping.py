@@ -31,31 +31,35 @@ from lorashrink.cli.options import (
 )
 from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, write_csv
 from lorashrink.errors import UsageError
-from lorashrink.text import count_text, number_text, share_text, size_text
+from lorashrink.text import count_text, decibel_text, number_text, share_text, size_text
 
 if TYPE_CHECKING:
     from lorashrink.results.sweep import Pictures, Point, Sweep
 
 
 def print_sweep(result: Sweep, terminal: Terminal) -> None:
-    """The table of recipes, and which to begin with."""
+    """The table of recipes, and the recommended one."""
     console = new_console()
     drawn = result.drawn
     columns = _likeness(drawn.none) if drawn else {}
-    table = new_table("recipe", "size", "of before", "error", "energy", "mean rank", *columns, "best")
+    worst = ["worst picture"] if drawn else []
+    table = new_table("recipe", "size", "of before", *worst, "error", "energy", "mean rank", *columns, "best")
     for point in result.points:
         table.add_row(
             point.recipe,
             size_text(point.bytes),
             share_text(point.bytes / result.bytes),
-            share_text(point.relative_error),
+            *([decibel_text(point.pictures.worst_psnr)] if point.pictures else []),
+            share_text(None if point.calibrated else point.relative_error),
             share_text(point.energy),
             number_text(point.mean_rank, ".1f"),
             *_likeness(point.pictures).values(),
-            "*" if point.best else "",
+            "*" * point.best + " recommended" * (point is result.suggested),
         )
     console.print(table)
     console.print("* no other recipe is both smaller and closer")
+    if any(point.calibrated for point in result.points):
+        console.print("calibrated recipes keep what matters for outputs; their error of the weights says little")
     if drawn:
         for label, pictures in (
             ("without the adapter", drawn.none),
@@ -65,7 +69,7 @@ def print_sweep(result: Sweep, terminal: Terminal) -> None:
                 console.print(f"{label}: {', '.join(f'{title} {text}' for title, text in _likeness(pictures).items())}")
         console.print(f"{count_text(len(drawn.files), 'picture')} each, in {Path(drawn.files[0]).parent}")
     if result.suggestion:
-        console.print(f"begin with -r {result.suggestion.recipe}: {result.suggestion.reason}")
+        console.print(f"recommended: -r {result.suggestion.recipe}, {result.suggestion.reason}")
 
 
 def _likeness(pictures: Pictures | None) -> dict[str, str]:
@@ -109,7 +113,7 @@ def sweep(
     force: Force = False,
     as_csv: Csv = None,
 ) -> object:
-    """Try many recipes on one adapter: size against error, and which to begin with. Writes no adapter.
+    """Try many recipes on one adapter: size against error, with a recommendation. Writes no adapter.
 
     Example: lorashrink sweep -r fro_ckpt=1,thr=-4.5..-2.5/9 -r rank=4 model.safetensors lora.safetensors
     Example: lorashrink sweep --images sdxl/ --prompts prompts.txt --plot curve.png model.safetensors lora.safetensors

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorashrink._version import __version__
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def page(findings: Findings, progress: Progress | None = None) -> bytes:
-    """The page as UTF-8; equal findings give equal bytes.
+def page(findings: Findings, progress: Progress | None = None, *, paths: bool = False) -> bytes:
+    """The page as UTF-8; equal findings give equal bytes. `paths`: show whole paths of files, not names alone.
 
     The texts of the page are in `templates/`, which escape every value that is not `Markup`.
     """
@@ -37,14 +36,17 @@ def page(findings: Findings, progress: Progress | None = None) -> bytes:
 
     from lorashrink.plots.style import ROLES
 
+    sheet = picture_sheet(findings.sweep) if findings.sweep and findings.sweep.drawn else None
+    if not paths:
+        findings = findings.without_folders()
     table, sweep = findings.table, findings.sweep
     script = files("lorashrink.reports").joinpath("templates/script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = _environment().get_template("page.html")
+    template = new_environment().get_template("page.html")
     text = template.render(
         version=__version__,
-        title=Path(table.path).name,
-        facts=_facts(table),
+        title=findings.title,
+        facts=facts_line(table),
         table=table,
         sweep=sweep,
         unswept=findings.unswept,
@@ -52,7 +54,8 @@ def page(findings: Findings, progress: Progress | None = None) -> bytes:
         figures=_figures(findings, progress),
         point_columns=point_columns(sweep) if sweep else (),
         point_rows=point_rows(sweep) if sweep else (),
-        sheet=picture_sheet(sweep) if sweep and sweep.drawn else None,
+        sheet=sheet,
+        drawn=sweep.drawn if sweep else None,
         layer_columns=layer_columns(findings),
         layer_rows=layer_rows(findings),
         blocks=sorted({row.block for row in table.layers}, key=order),
@@ -68,12 +71,13 @@ def page(findings: Findings, progress: Progress | None = None) -> bytes:
 
 
 @functools.cache
-def _environment() -> Environment:
+def new_environment(*, autoescape: bool = True) -> Environment:
+    """Jinja2 with the templates of reports and the filters that they use."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("lorashrink.reports"),
-        autoescape=True,
+        autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -88,7 +92,8 @@ def _environment() -> Environment:
     return environment
 
 
-def _facts(table: AdapterTable) -> str:
+def facts_line(table: AdapterTable) -> str:
+    """Size, family, ranks and names of an adapter in one line."""
     ranks = f" of rank {span_text([row.rank for row in table.layers])}" if table.layers else ""
     facts = (
         size_text(table.bytes),
@@ -125,16 +130,14 @@ def _figures(findings: Findings, progress: Progress | None) -> dict[str, Markup]
 
     from lorashrink.plots.heat import norms_by_kind
     from lorashrink.plots.overview import layer_overview
-    from lorashrink.plots.quality import size_and_error, size_and_pictures
+    from lorashrink.plots.quality import has_error, size_and_error, size_and_pictures
     from lorashrink.plots.ranks import rank_per_block
     from lorashrink.plots.spectra import spectra_per_block
     from lorashrink.plots.style import inline_svg
 
     table, sweep = findings.table, findings.sweep
     drawings: dict[str, Callable[[], Figure]] = {}
-    if sweep and any(
-        point.relative_error for point in sweep.points
-    ):  # the figure has no place for points without error
+    if sweep and any(map(has_error, sweep.points)):
         drawings["error"] = partial(size_and_error, sweep)
     if sweep and sweep.drawn:
         drawings["pictures"] = partial(size_and_pictures, sweep)

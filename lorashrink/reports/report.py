@@ -16,6 +16,8 @@ from lorashrink.errors import InputError, Progress, UsageError
 from lorashrink.files.disk import check_output, sha256_file, write_bytes
 from lorashrink.insight.inspection import inspect
 from lorashrink.linking.inputs import find_adapters
+from lorashrink.reports.card import ENDING as CARD
+from lorashrink.reports.card import card_pictures, write_card
 from lorashrink.reports.findings import Findings
 from lorashrink.reports.page import page
 from lorashrink.results.inspection import AdapterTable, Inspection
@@ -52,6 +54,7 @@ def report(
     settings: str | Path | None = None,
     clip: str | Path | None = None,
     output: str | Path | None = None,
+    paths: bool = False,
     force: bool = False,
     device: str = "auto",
     jobs: int | None = None,
@@ -59,9 +62,12 @@ def report(
 ) -> ReportFile:
     """Write one HTML page about one adapter, which holds all that it shows and loads nothing from anywhere.
 
-    It tells what `inspect` and `sweep` do with the same arguments, and layer by layer what the suggested recipe would
-    keep (the smallest where none is suggested). output: a name that ends in .html; default is beside the adapter. An
-    adapter with nothing to shrink in it gets a page without sizes.
+    It tells what `inspect` and `sweep` do with the same arguments, and layer by layer what the recommended recipe would
+    keep (the smallest where none is recommended). An adapter with nothing to shrink in it gets a page without sizes.
+
+    output: a name that ends in .html; default is beside the adapter. A name that ends in .md gives a short page in
+    Markdown for a model site, with its pictures in files beside it.
+    paths: show whole paths of files, not names alone. Default False.
 
     Raises UsageError, RecipeError or InputError as `sweep` does, and OutputError before any work.
     """
@@ -70,10 +76,12 @@ def report(
         raise UsageError(f"{adapter}: {len(sources)} adapters; a report is about one.")
     source = sources[0]
     path = source.with_name(f"{source.stem}_report.html") if output is None else Path(output)
-    if path.suffix.lower() not in _ENDINGS:
-        raise UsageError(f"{path}: a report is a page; give it a name that ends in .html.")
+    as_card = path.suffix.lower() == CARD
+    if path.suffix.lower() not in (*_ENDINGS, CARD):
+        raise UsageError(f"{path}: a report is a page; give it a name that ends in .html or .md.")
     inputs = [source, *base_files(base), *([Path(prompts)] if prompts is not None else [])]
-    check_output(path, force=force, inputs=inputs)
+    for written in [path, *(card_pictures(path) if as_card else ())]:
+        check_output(written, force=force, inputs=inputs)
     shared: dict[str, Any] = {"base": base, "calibration": calibration, "device": device, "jobs": jobs}
     result, refusal = None, None
     try:
@@ -119,9 +127,11 @@ def report(
         unswept="" if result else str(refusal or table.health[0].text),
         shrunk=shrunk,
         hashes=_hashes(source, base),
-        commands=_commands(source, path, [recipes] if isinstance(recipes, str) else recipes, options, shrunk),
+        commands=_commands(
+            source, path, [recipes] if isinstance(recipes, str) else recipes, options, shrunk, paths=paths
+        ),
     )
-    data = page(findings, progress)
+    data = write_card(path, findings) if as_card else page(findings, progress, paths=paths)
     write_bytes(path, data)
     return ReportFile(str(path), len(data), inspection, result)
 
@@ -159,9 +169,18 @@ def _hashes(source: Path, base: str | Path | None) -> dict[str, str]:
 
 
 def _commands(
-    source: Path, output: Path, recipes: Sequence[str], options: Mapping[str, object], shrunk: FileResult | None
+    source: Path,
+    output: Path,
+    recipes: Sequence[str],
+    options: Mapping[str, object],
+    shrunk: FileResult | None,
+    *,
+    paths: bool,
 ) -> dict[str, str]:
-    """Purpose -> command line, as a shell takes it."""
+    """Purpose -> command line, as a shell takes it; without `paths` for someone who is in the folder of the files."""
+    if not paths:
+        source, output = Path(source.name), Path(output.name)
+        options = {name: _named(name, value) for name, value in options.items()}
     lines = {"This page": _line("report", source, recipes, {**options, "-o": output})}
     if shrunk:
         needed = {name: options[name] for name in ("--base", "--calibration")}
@@ -169,6 +188,11 @@ def _commands(
         lines["The sizes as JSON"] = _line("sweep --json", source, recipes, options)
     lines["What is inside as JSON"] = _line("inspect --json --spectrum", source, (), {"--base": options["--base"]})
     return lines
+
+
+def _named(option: str, value: object) -> object:
+    numbers = ("--sizes", "--seeds")
+    return Path(str(value)).name if value is not None and option not in numbers else value
 
 
 def _line(command: str, source: Path, recipes: Sequence[str], options: Mapping[str, object]) -> str:

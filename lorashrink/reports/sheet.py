@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorashrink.results.sweep import Drawn, Sweep
+from lorashrink.results.sweep import Pictures, Sweep
 from lorashrink.text import decibel_text, size_text
 
 if TYPE_CHECKING:
@@ -28,12 +28,19 @@ class SheetColumn:
 
     head: str
     recipe: str
-    psnr: str  # "" of the whole adapter, which the others are measured against
+    worst: str  # PSNR of the worst picture; "" of the whole adapter, which the others are measured against
     files: tuple[str, ...]
+    levels: tuple[str, ...] = ()  # PSNR of each picture
+    suggested: bool = False
 
     @property
     def whole(self) -> bool:
-        return not self.psnr
+        return not self.worst
+
+    @classmethod
+    def of(cls, head: str, recipe: str, pictures: Pictures, suggested: bool = False) -> SheetColumn:
+        levels = tuple(map(decibel_text, pictures.values["psnr"]))
+        return cls(head, recipe, levels[pictures.worst], pictures.files, levels, suggested)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,7 @@ class SheetCell:
     """A picture of the sheet."""
 
     column: SheetColumn
+    level: str  # PSNR against the whole adapter's
     uri: str
     speck: bool  # too small to be smoothed
     first: bool  # the page shows it first
@@ -50,7 +58,6 @@ class SheetCell:
 class Sheet:
     """Pictures row by row: a row for each prompt and seed, a column for each size."""
 
-    drawn: Drawn
     columns: list[SheetColumn]
     rows: list[tuple[str, list[SheetCell]]]  # (label, cells)
     total: int  # of rows, with those that are left out
@@ -58,31 +65,39 @@ class Sheet:
 
 def picture_sheet(sweep: Sweep) -> Sheet:
     """Pictures without an adapter, of the best recipes by size, and of the whole adapter, if a sweep drew some."""
-    from lorashrink.plots.comparison_sheet import picture_labels, shown_points
+    from lorashrink.plots.comparison_sheet import shown_points
 
     drawn = sweep.drawn
     assert drawn is not None
     columns = [
-        SheetColumn("no adapter", "", decibel_text(drawn.none.psnr), drawn.none.files),
+        SheetColumn.of("no adapter", "", drawn.none),
         *(
-            SheetColumn(size_text(point.bytes), point.recipe, decibel_text(pictures.psnr), pictures.files)
+            SheetColumn.of(size_text(point.bytes), point.recipe, pictures, point is sweep.suggested)
             for point, pictures in shown_points(sweep, _MOST_COLUMNS)
         ),
         SheetColumn(size_text(sweep.bytes), "whole adapter", "", drawn.files),
     ]
-    suggested = sweep.suggestion.recipe if sweep.suggestion else ""
-    labels = picture_labels(drawn)
+    # The picture that the recommended file harms most is the one to look at.
+    suggested = sweep.suggested.pictures if sweep.suggested else None
+    order = list(range(len(drawn.labels)))
+    if suggested:
+        order.sort(key=lambda row: row != suggested.worst)
     rows = [
         (
-            label,
+            drawn.labels[row],
             [
-                SheetCell(column, *picture_uri(Path(column.files[row])), row == 0 and column.recipe == suggested)
+                SheetCell(
+                    column,
+                    column.levels[row] if column.levels else "",
+                    *picture_uri(Path(column.files[row])),
+                    first=row == order[0] and column.suggested,
+                )
                 for column in columns
             ],
         )
-        for row, label in enumerate(labels[:_MOST_ROWS])
+        for row in order[:_MOST_ROWS]
     ]
-    return Sheet(drawn, columns, rows, len(labels))
+    return Sheet(columns, rows, len(drawn.labels))
 
 
 def picture_uri(path: Path) -> tuple[str, bool]:

@@ -12,7 +12,7 @@ from lorashrink.reports.findings import Findings
 from lorashrink.results.inspection import LayerRow
 from lorashrink.results.shrinking import LayerResult
 from lorashrink.results.sweep import Point, Sweep
-from lorashrink.text import number_text, share_text, size_text
+from lorashrink.text import decibel_text, number_text, share_text, size_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +68,31 @@ def point_columns(sweep: Sweep) -> list[Column]:
         _numbers(
             "of before", "size / size of the whole adapter", lambda row: row.point.bytes / sweep.bytes, share_text
         ),
-        _numbers("error", "‖lost‖ / ‖ΔW‖", lambda row: row.point.relative_error, share_text),
+        *(
+            [_numbers("worst picture", "PSNR in dB against the whole adapter's", _worst_psnr, decibel_text)]
+            if sweep.drawn
+            else []
+        ),
+        _numbers("error", "of the weights, ‖lost‖ / ‖ΔW‖; says little of calibrated recipes", _error, share_text),
         _numbers("energy", "share of Σσ² that is kept", lambda row: row.point.energy, share_text),
         _numbers(
             "mean rank", "over all layers, removed ones count as 0", lambda row: row.point.mean_rank, "{:.1f}".format
         ),
-        Column("best", "no other recipe is both smaller and closer", lambda row: "★" if row.point.best else ""),
+        Column("best", "no other recipe is both smaller and closer", _mark),
         *map(_measure_column, measures),
     ]
+
+
+def _worst_psnr(row: PointRow) -> float | None:
+    return row.point.pictures.worst_psnr if row.point.pictures else None
+
+
+def _error(row: PointRow) -> float | None:
+    return None if row.point.calibrated else row.point.relative_error
+
+
+def _mark(row: PointRow) -> str:
+    return " ".join(filter(None, ("★" if row.point.best else "", "recommended" if row.attributes else "")))
 
 
 def _measure_column(measure: Measure) -> Column:

@@ -20,6 +20,8 @@ class Pictures:
     ms_ssim_deviation: float
     files: tuple[str, ...]  # prompt by prompt, each with every seed
     values: Mapping[str, tuple[float, ...]]  # each measure's numbers, as many as there are files
+    worst: int  # index of the picture with the lowest PSNR
+    worst_psnr: float  # dB, of that picture
     clip: float | None = None  # None without a CLIP model
     clip_deviation: float | None = None
 
@@ -38,6 +40,13 @@ class Drawn:
     floor: Pictures | None  # with the whole adapter in `other_dtype`; None if that gives NaN
     other_dtype: str = "float16"
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The prompt and seed of each picture, in the order of their files."""
+        return tuple(
+            f"{prompt.prompt} (seed {(prompt.seed or 0) + seed})" for prompt in self.prompts for seed in self.seeds
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -50,13 +59,14 @@ class Point:
     energy: float
     mean_rank: float  # over all layers, removed ones count as 0
     layers: int  # layers that remain
+    calibrated: bool = False  # it keeps what matters for outputs, so that `relative_error` says little about it
     best: bool = False  # no point is both smaller and closer
     pictures: Pictures | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """The point to begin with, and why."""
+    """The recommended point, and why."""
 
     recipe: str
     bytes: int

@@ -22,6 +22,7 @@ from lorashrink.results.sweep import Drawn, Pictures, Point, Suggestion, Sweep
 from lorashrink.shrinking.ledger import Targets
 from lorashrink.shrinking.outputs import shown
 from lorashrink.sweeping.ranges import curve, expand_all
+from lorashrink.text import decibel_text, share_text
 
 if TYPE_CHECKING:
     from lorashrink.pictures.drawing import Studio
@@ -38,8 +39,8 @@ _SIZES = "fro_ckpt,bytes,size={:.4g}..{:.4g}/7"
 # Shares of the adapter's size, and the smallest adapter for which the least of them is more than names and metadata.
 _LEAST, _MOST, _WORTH_IT = 0.15, 0.8, 500_000
 
-# Mean PSNR in dB from which pictures count as the same; half precision alone often changes them more.
-SAME_PICTURES = 35.0
+# PSNR in dB of the worst picture from which a file is recommended; half precision alone often changes pictures more.
+CLOSE_PICTURES = 33.0
 
 
 def sweep(
@@ -225,7 +226,15 @@ class _Gallery:
         values = {name: tuple(compare(*pair) for pair in pairs) for name, compare in self.compares.items()}
         means = {name: statistics.fmean(numbers) for name, numbers in values.items()}
         deviations = {f"{name}_deviation": statistics.pstdev(numbers) for name, numbers in values.items()}
-        return Pictures(files=tuple(map(str, paths)), values=values, **means, **deviations)
+        worst_psnr = min(values["psnr"])
+        return Pictures(
+            files=tuple(map(str, paths)),
+            values=values,
+            worst=values["psnr"].index(worst_psnr),
+            worst_psnr=worst_psnr,
+            **means,
+            **deviations,
+        )
 
 
 # --- points -------------------------------------------------------------------------------------
@@ -241,41 +250,48 @@ def _point(result: FileResult) -> Point:
         energy=result.energy,
         mean_rank=sum(ranks) / len(ranks) if ranks else 0.0,
         layers=sum(rank > 0 for rank in ranks),
+        calibrated=Recipe.parse(result.recipe).calibrated,
     )
 
 
 def _with_front(points: Sequence[Point]) -> tuple[Point, ...]:
-    """The points by size; `best` marks the Pareto front, whose points no other is both smaller and closer than."""
-    ordered = sorted(points, key=lambda point: (point.bytes, point.relative_error))
+    """The points by size; `best` marks the Pareto front, whose points no other is both smaller and closer than.
+
+    Closer by the worst picture where pictures were drawn, else by the error of the weights, which does not rank
+    calibrated recipes: they are on the front only among themselves.
+    """
+    ordered = sorted(points, key=lambda point: (point.bytes, _distance(point)))
+    by_error = any(point.pictures is None and not point.calibrated for point in points)
     marked, least = [], math.inf
     for point in ordered:
-        marked.append(replace(point, best=point.relative_error < least))
-        least = min(least, point.relative_error)
+        best = _distance(point) < least and not (by_error and point.calibrated)
+        marked.append(replace(point, best=best))
+        least = _distance(point) if best else least
     return tuple(marked)
 
 
-def suggest(points: Sequence[Point], before: int, drawn: Drawn | None = None) -> Suggestion | None:
-    """The smallest point whose pictures are those of the whole adapter; without pictures the knee of the front.
+def _distance(point: Point) -> float:
+    """How far a point is from the whole adapter, on the scale that all points of a sweep share."""
+    return -point.pictures.worst_psnr if point.pictures else point.relative_error
 
-    Pictures are the same if their mean PSNR is `SAME_PICTURES` or more, or if their mean PSNR or SSIM is no lower than
-    that of half precision alone.
+
+def suggest(points: Sequence[Point], before: int, drawn: Drawn | None = None) -> Suggestion | None:
+    """The smallest point whose worst picture is close to the whole adapter's; without pictures the knee of the front.
+
+    Close is a PSNR of `CLOSE_PICTURES` or more, or no lower than that of the worst picture in half precision.
     """
     if drawn is None:
         return _knee(points, before, "")
-    floor = drawn.floor
-
-    def same_pictures(pictures: Pictures) -> bool:
-        above_floor = floor is not None and (pictures.psnr >= floor.psnr or pictures.ssim >= floor.ssim)
-        return pictures.psnr >= SAME_PICTURES or above_floor
-
-    same = [(point, point.pictures) for point in points if point.pictures and same_pictures(point.pictures)]
-    if not same:
-        return _knee(points, before, "no recipe leaves the pictures as they are; ")
-    chosen, pictures = min(same, key=lambda pair: pair[0].bytes)
-    limit = f" (half precision alone: {floor.psnr:.1f} dB, {floor.ssim:.4f})" if floor else ""
+    limit = min(CLOSE_PICTURES, drawn.floor.worst_psnr if drawn.floor else math.inf)
+    close = [(point, point.pictures) for point in points if point.pictures and point.pictures.worst_psnr >= limit]
+    if not close:
+        return _knee(points, before, f"no recipe keeps every picture at {decibel_text(limit)} or more; ")
+    chosen, pictures = min(close, key=lambda pair: pair[0].bytes)
+    floor = f" (half precision alone: {decibel_text(drawn.floor.worst_psnr)})" if drawn.floor else ""
     reason = (
-        f"the smallest whose pictures are those of the whole adapter: PSNR {pictures.psnr:.1f} dB, SSIM "
-        f"{pictures.ssim:.4f}{limit}; {chosen.bytes / before:.0%} of the bytes"
+        f"{share_text(chosen.bytes / before)} of the size; its worst picture has {decibel_text(pictures.worst_psnr)} "
+        f"against the whole adapter's{floor}, the mean is {decibel_text(pictures.psnr)}; worst: "
+        f"{drawn.labels[pictures.worst]}"
     )
     return Suggestion(chosen.recipe, chosen.bytes, chosen.relative_error, reason)
 
@@ -283,26 +299,31 @@ def suggest(points: Sequence[Point], before: int, drawn: Drawn | None = None) ->
 def _knee(points: Sequence[Point], before: int, preface: str) -> Suggestion | None:
     """The knee of the front: the point furthest below the straight line between its ends.
 
-    Axes are the logarithm of the size and the error, each from 0 to 1 (Satopaa et al. 2011, "Kneedle"). None with fewer
-    than three points on the front, or if all are equally large or close.
+    Axes are the logarithm of the size and the distance, each from 0 to 1 (Satopaa et al. 2011, "Kneedle"). None with
+    fewer than three points on the front, or if all are equally large or close.
     """
     front = [point for point in points if point.best]
     if len(front) < 3:
         return None
     sizes = [math.log(point.bytes) for point in front]
-    errors = [point.relative_error for point in front]
-    wide, tall = sizes[-1] - sizes[0], errors[0] - errors[-1]
+    distances = [_distance(point) for point in front]
+    wide, tall = sizes[-1] - sizes[0], distances[0] - distances[-1]
     if wide <= 0 or tall <= 0:
         return None
     below = [
-        1 - (size - sizes[0]) / wide - (error - errors[-1]) / tall for size, error in zip(sizes, errors, strict=True)
+        1 - (size - sizes[0]) / wide - (distance - distances[-1]) / tall
+        for size, distance in zip(sizes, distances, strict=True)
     ]
     index = max(range(len(front)), key=below.__getitem__)
-    chosen = front[index]
-    smaller = front[max(index - 1, 0)]
+    chosen, smaller = front[index], front[max(index - 1, 0)]
     reason = (
-        f"{preface}the bend of the curve: {chosen.bytes / before:.0%} of the bytes at "
-        f"{chosen.relative_error:.1%} error; "
-        f"the next smaller one, {smaller.bytes / before:.0%}, has {smaller.relative_error:.1%}"
+        f"{preface}{share_text(chosen.bytes / before)} of the size with {_distance_text(chosen)}, where the curve "
+        f"bends; the next smaller file, {share_text(smaller.bytes / before)}, has {_distance_text(smaller)}"
     )
     return Suggestion(chosen.recipe, chosen.bytes, chosen.relative_error, reason)
+
+
+def _distance_text(point: Point) -> str:
+    if point.pictures:
+        return f"a worst picture of {decibel_text(point.pictures.worst_psnr)}"
+    return f"{share_text(point.relative_error)} error of the weights"

@@ -33,7 +33,7 @@ from lorashrink.pictures.samplers import scheduler
 from lorashrink.plots.comparison_sheet import pictures_by_size
 from lorashrink.plots.quality import size_and_pictures
 from lorashrink.results.sweep import Drawn, Pictures, Point, Sweep
-from lorashrink.sweeping.sweep import suggest
+from lorashrink.sweeping.sweep import _with_front, suggest
 
 SMALL = Prompt("a cat", "bad", width=64, height=64, seed=3, steps=2, scale=4.0, sampler="euler_a")
 LINES = "a cat --n bad --w 64 --h 64 --s 2 --l 4 --ss euler_a --d 3\na dog --w 80 --h 64 --s 2\n"
@@ -411,7 +411,7 @@ def test_the_text_names_both_ends_of_the_scale(folder: Path, model: Path, lora: 
     assert re.search(r"without the adapter: PSNR [\d.]+ dB, SSIM 0\.\d{4}, MS-SSIM 0\.\d{4}\n", text)
     assert "the whole adapter in float16: " in text
     assert f"4 pictures each, in {folder / 'png'}" in text
-    assert "begin with -r rank=" in text
+    assert "recommended: -r rank=" in text
 
 
 @pytest.mark.parametrize("seeds", ["1.5", "-1", "a"])
@@ -442,7 +442,7 @@ def test_a_model_that_overflows_in_half_precision_has_no_floor(
 def pictures(psnr: float, ssim: float, files: tuple[str, ...] = ()) -> Pictures:
     """Of two pictures; MS-SSIM is SSIM."""
     values = {"psnr": (psnr - 1, psnr + 1), "ssim": (ssim - 0.01, ssim + 0.01), "ms_ssim": (ssim - 0.01, ssim + 0.01)}
-    return Pictures(psnr, 1.0, ssim, 0.01, ssim, 0.01, files, values)
+    return Pictures(psnr, 1.0, ssim, 0.01, ssim, 0.01, files, values, 0, psnr - 1)
 
 
 def sweep_of(
@@ -451,7 +451,17 @@ def sweep_of(
     """Sizes of 1, 2, 4, ... MB, with these PSNR and SSIM."""
     files = files or ((),) * (len(values) + 2)
     points = tuple(
-        Point(f"rank={2**index}", "rank", 2**index * 10**6, 0.5**index, 0.5, 1.0, 1, True, pictures(*value, own))
+        Point(
+            f"rank={2**index}",
+            "rank",
+            2**index * 10**6,
+            0.5**index,
+            0.5,
+            1.0,
+            1,
+            best=True,
+            pictures=pictures(*value, own),
+        )
         for index, (value, own) in enumerate(zip(values, files[2:], strict=True))
     )
     drawn = Drawn("m", "cpu", "float32", (Prompt("a cat"),), (0,), files[1], pictures(12.0, 0.3, files[0]), floor)
@@ -461,27 +471,41 @@ def sweep_of(
 @pytest.mark.parametrize(
     ("values", "floor", "expected"),
     [
-        ([(20, 0.5), (36, 0.9), (40, 0.95)], (50, 0.99), "rank=2"),  # 35 dB do
+        ([(20, 0.5), (33.5, 0.9), (34, 0.95)], (50, 0.99), "rank=4"),  # the worst picture has 32.5 dB, then 33
         ([(20, 0.5), (29, 0.9), (34, 0.95)], (28, 0.99), "rank=2"),  # half precision changes more
-        ([(20, 0.5), (29, 0.9), (34, 0.95)], (34.5, 0.95), "rank=4"),  # in SSIM
         ([(20, 0.5), (36, 0.9)], None, "rank=2"),
     ],
 )
-def test_the_smallest_adapter_with_the_same_pictures_is_suggested(
+def test_the_smallest_file_with_a_close_worst_picture_is_recommended(
     values: list[tuple[float, float]], floor: tuple[float, float] | None, expected: str
 ) -> None:
     chosen = sweep_of(values, pictures(*floor) if floor else None).suggestion
     assert chosen is not None
     assert chosen.recipe == expected
-    assert "pictures are those of the whole adapter" in chosen.reason
+    worst = next(point.pictures.worst_psnr for point in sweep_points(values) if point.recipe == expected)
+    assert f"its worst picture has {worst:.1f} dB" in chosen.reason
+    assert chosen.reason.endswith("worst: a cat (seed 0)")
 
 
-def test_the_bend_is_suggested_if_all_recipes_change_the_pictures() -> None:
+def sweep_points(values: list[tuple[float, float]]) -> tuple[Point, ...]:
+    return sweep_of(values, None).points
+
+
+def test_the_bend_is_recommended_if_all_recipes_change_the_pictures() -> None:
     result = sweep_of([(20, 0.5), (21, 0.6), (22, 0.7), (23, 0.75)], pictures(50, 0.99))
     knee = suggest(result.points, result.bytes)
     assert knee is not None
     assert result.suggestion is not None
-    assert result.suggestion == replace(knee, reason=f"no recipe leaves the pictures as they are; {knee.reason}")
+    assert result.suggestion == replace(knee, reason=f"no recipe keeps every picture at 33.0 dB or more; {knee.reason}")
+
+
+def test_calibrated_recipes_are_not_ranked_by_the_error_of_the_weights() -> None:
+    points = [Point("rank=1", "rank", 10, 0.5, 0.75, 1.0, 1), Point("rank=2", "rank", 30, 0.1, 0.99, 2.0, 1)]
+    by_outputs = Point("calib=1,size=1", "calib=1,size", 20, 0.05, 0.6, 1.0, 1, calibrated=True)
+    assert [point.best for point in _with_front([*points, by_outputs])] == [True, False, True]
+    close, closer = (replace(points[number], pictures=pictures(level, 0.9)) for number, level in enumerate((30, 40)))
+    middle = replace(by_outputs, pictures=pictures(35, 0.9))
+    assert [point.best for point in _with_front([close, closer, middle])] == [True, True, True]
 
 
 def test_the_figure_shows_both_measures_over_size_and_both_ends() -> None:
@@ -499,7 +523,7 @@ def test_the_figure_shows_both_measures_over_size_and_both_ends() -> None:
         texts.append([line.get_label() for line in axes.get_lines() if ":" in str(line.get_label())])
         ring = next(line for line in axes.get_lines() if line.get_markersize() == 11)
         assert list(zip(*ring.get_data(), strict=True)) == [(2, getattr(drawn[1], name))]
-    assert ["begin with rank=2" in text.get_text() for text in figure.axes[0].texts] == [True]
+    assert ["recommended: rank=2" in text.get_text() for text in figure.axes[0].texts] == [True]
     assert texts[0] == ["the whole adapter in float16: 50.0 dB", "no adapter: 12.0 dB"]
     assert texts[1] == ["the whole adapter in float16: 0.9900", "no adapter: 0.3000"]
 

@@ -82,6 +82,7 @@ class Opened:
 @pytest.fixture
 def numbers(browser: Browser, numbers_page: Path) -> Iterator[Opened]:
     opened = Opened(browser, numbers_page)
+    opened.page.locator("summary", has_text="All ").click()  # layers are folded
     yield opened
     opened.page.close()
 
@@ -183,7 +184,7 @@ def test_hostile_names_and_metadata_do_nothing(browser: Browser, tmp_path: Path)
     opened = Opened(browser, tmp_path / "r.html")
     assert opened.page.title().startswith("evil'\"<b>&.safetensors")
     assert opened.page.locator("img").count() == 0
-    assert opened.texts("#layer-table tbody th") == [name]
+    assert opened.page.locator("#layer-table tbody th").all_text_contents() == [name]
     assert EVIL in opened.texts(".notes dd")
     assert (
         opened.page.evaluate("JSON.parse(document.getElementById('numbers').textContent).inspect.notes.title") == EVIL
@@ -194,8 +195,8 @@ def test_hostile_names_and_metadata_do_nothing(browser: Browser, tmp_path: Path)
 
 def test_a_hostile_prompt_does_nothing(pictures: Opened) -> None:
     assert pictures.page.title().startswith("lora.safetensors")
-    assert EVIL in pictures.texts(".sheet tbody th")[1]
-    assert EVIL in str(pictures.page.locator(".sheet tbody tr").nth(1).locator("img").first.get_attribute("alt"))
+    (row,) = [number for number, text in enumerate(pictures.texts(".sheet tbody th")) if EVIL in text]
+    assert EVIL in str(pictures.page.locator(".sheet tbody tr").nth(row).locator("img").first.get_attribute("alt"))
     assert pictures.page.locator("img[onerror]").count() == 0
 
 
@@ -208,7 +209,7 @@ def test_content_policy_blocks_unescaped_scripts(browser: Browser, numbers_page:
     opened = Opened(browser, tmp_path / "r.html")
     assert opened.page.title().startswith("lora.safetensors")
     assert len(opened.messages) >= 2
-    assert opened.page.locator("#controls").is_visible()
+    assert opened.page.locator("#controls").get_attribute("hidden") is None  # the page's own script ran
     opened.page.close()
 
 
@@ -234,6 +235,7 @@ def test_page_is_dark_for_readers_who_prefer_dark(browser: Browser, numbers_page
 def test_print_is_white_and_holds_every_layer(browser: Browser, numbers_page: Path, tmp_path: Path) -> None:
     opened = Opened(browser, numbers_page, color_scheme="dark")
     opened.page.emulate_media(media="print")
+    opened.page.evaluate("dispatchEvent(new Event('beforeprint'))")  # as printing does, which unfolds
     assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not opened.page.locator("#controls").is_visible()
     rows = table_rows(opened.page.content(), "layer-table")
@@ -265,6 +267,18 @@ def test_page_has_the_labels_that_screen_readers_need(pictures: Opened) -> None:
     levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map((each) => +each.tagName[1])")
     assert levels[0] == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_pictures_come_first_and_bear_their_own_level(pictures: Opened) -> None:
+    page = pictures.page
+    assert page.locator("main > section").first.get_attribute("id") == "pictures"
+    box = page.locator(".slider").bounding_box()
+    assert box is not None
+    assert box["y"] + box["height"] <= page.viewport_size["height"]
+    levels = pictures.texts(".sheet tbody tr:first-child small")
+    assert len(levels) == page.locator(".sheet tbody tr:first-child button").count()
+    assert all(level.endswith(" dB") for level in levels)
+    assert "recommended" in "".join(pictures.texts("#recipe-table tbody tr.chosen"))
 
 
 def test_page_without_scripts_shows_everything_but_controls(browser: Browser, pictures_page: Path) -> None:

@@ -64,7 +64,7 @@ def test_the_knee_is_furthest_below_the_line_between_the_ends() -> None:
     chosen = suggest(points, 16)
     assert chosen is not None
     assert (chosen.bytes, chosen.relative_error) == (2, 0.2)
-    assert "12%" in chosen.reason
+    assert "12.50%" in chosen.reason
     assert suggest(points[:2], 16) is None
 
 
@@ -129,7 +129,7 @@ def test_json_csv_and_figure_hold_the_same_numbers(adapter: Path, base: Path, tm
 
 def test_the_text_suggests_a_recipe(adapter: Path, base: Path) -> None:
     text = run("-r", "rank=1..8/4", "--base", base, adapter)
-    assert "begin with -r rank=" in text
+    assert "recommended: -r rank=" in text
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ if (controls) {
   filter(); // a reloaded page may have kept what was typed
 }
 
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((folded) => (folded.open = true)));
+
 const panel = document.getElementById("compare");
 if (panel) {
   const slider = panel.querySelector(".slider");
