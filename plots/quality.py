@@ -81,6 +81,46 @@ def size_and_pictures(sweep: Sweep) -> Figure:
     return figure
 
 
+@rc_context(RC)
+def size_and_texts(sweep: Sweep) -> Figure:
+    """Distance of a language model's answers over the size in MB, both logarithmic; for a sweep that read a text.
+
+    A curve per kind of recipe: means with dots per passage. A line shows the distance of the model without an adapter.
+    """
+    assert sweep.read is not None
+    curves: dict[str, list[Point]] = {}
+    for point in sweep.points:
+        if point.texts and point.texts.distance > 0:
+            curves.setdefault(point.curve, []).append(point)
+    figure = Figure(figsize=(8.0, 4.6))
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(curves.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        texts = [(point.bytes / _MEGA, point.texts) for point in points if point.texts]
+        axes.plot(
+            [size for size, _ in texts],
+            [text.distance for _, text in texts],
+            marker="o",
+            markersize=4,
+            linewidth=1.6,
+            color=colour,
+            label=name,
+        )
+        dots = [(size, value) for size, text in texts for value in text.values if value > 0]
+        axes.scatter(*zip(*dots, strict=True), s=7, color=colour, alpha=0.3, linewidths=0)
+    _size_axis(axes)
+    axes.set_yscale("log")
+    axes.set_ylabel("divergence (nats per token)" if sweep.read.perplexity else sweep.read.measure)
+    axes.set_title(f"{count_text(sweep.read.passages, 'passage')} against the whole adapter, {size_text(sweep.bytes)}")
+    none = sweep.read.none.distance
+    axes.axhline(none, color=QUIET, linewidth=1.2, linestyle=":", label=f"no adapter: {none:.2g}", zorder=0)
+    suggested = sweep.suggested
+    if suggested and suggested.texts and suggested.texts.distance > 0:
+        _mark_suggestion(axes, suggested.recipe, (suggested.bytes / _MEGA, suggested.texts.distance), above=-14)
+    axes.legend(frameon=False)
+    return figure
+
+
 def _draw_likeness(axes: Axes, sweep: Sweep, drawn: Drawn, measure: Measure) -> None:
     curves: dict[str, list[tuple[float, Sequence[float]]]] = {}
     for point in sweep.points:

@@ -43,6 +43,10 @@ Seeds = Annotated[str, typer.Option("--seeds", help="Seeds of each prompt, on to
 ImagesOut = Annotated[
     Path | None, typer.Option("--images-out", help="Folder of the pictures; those there are not drawn again.")
 ]
+Text = Annotated[
+    Path | None,
+    typer.Option("--text", help="A text that the base, a language model, reads with each recipe; for PEFT folders."),
+]
 Clip = Annotated[
     Path | None, typer.Option("--clip", help="Folder of a CLIP model that compares pictures too; optional.")
 ]

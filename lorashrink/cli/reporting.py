@@ -22,6 +22,7 @@ from lorashrink.cli.options import (
     Recipes,
     Seeds,
     Sizes,
+    Text,
     numbers_of,
     seeds_of,
     split_base,
@@ -60,6 +61,7 @@ def report(
     seeds: Seeds = "0",
     images_out: ImagesOut = None,
     clip: Clip = None,
+    text: Text = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -92,6 +94,7 @@ def report(
         pictures=images_out,
         settings=images_config,
         clip=clip,
+        text=text,
         output=output,
         paths=paths,
         force=force,

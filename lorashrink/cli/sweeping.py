@@ -25,6 +25,7 @@ from lorashrink.cli.options import (
     Recipes,
     Seeds,
     Sizes,
+    Text,
     numbers_of,
     seeds_of,
     split_base,
@@ -42,7 +43,7 @@ def print_sweep(result: Sweep, terminal: Terminal) -> None:
     console = new_console()
     drawn = result.drawn
     columns = _likeness(drawn.none) if drawn else {}
-    worst = ["worst picture"] if drawn else []
+    worst = ["worst picture"] if drawn else ["worst passage", "perplexity"] if result.read else []
     table = new_table("recipe", "size", "of before", *worst, "error", "energy", "mean rank", *columns, "best")
     for point in result.points:
         table.add_row(
@@ -50,6 +51,7 @@ def print_sweep(result: Sweep, terminal: Terminal) -> None:
             size_text(point.bytes),
             share_text(point.bytes / result.bytes),
             *([decibel_text(point.pictures.worst_psnr)] if point.pictures else []),
+            *([f"{point.texts.worst_distance:.2g}", number_text(point.texts.perplexity)] if point.texts else []),
             share_text(None if point.calibrated else point.relative_error),
             share_text(point.energy),
             number_text(point.mean_rank, ".1f"),
@@ -68,6 +70,12 @@ def print_sweep(result: Sweep, terminal: Terminal) -> None:
             if pictures:
                 console.print(f"{label}: {', '.join(f'{title} {text}' for title, text in _likeness(pictures).items())}")
         console.print(f"{count_text(len(drawn.files), 'picture')} each, in {Path(drawn.files[0]).parent}")
+    if result.read:
+        read = result.read
+        console.print(
+            f"worst passage: {read.measure} from the whole adapter; without it {read.none.worst_distance:.2g}"
+        )
+        console.print(f"{count_text(read.passages, 'passage')} with {count_text(read.tokens, 'token')}")
     if result.suggestion:
         console.print(f"recommended: -r {result.suggestion.recipe}, {result.suggestion.reason}")
 
@@ -83,6 +91,8 @@ def _likeness(pictures: Pictures | None) -> dict[str, str]:
 def _csv_row(point: Point) -> dict[str, Any]:
     """A row of numbers: means and deviations of its pictures without the pictures."""
     row: dict[str, Any] = plain(point)
+    texts = row.pop("texts") or {}
+    row |= {name: texts[name] for name in ("distance", "worst_distance", "perplexity") if texts}
     pictures = row.pop("pictures") or {}
     return row | {name: number for name, number in pictures.items() if name not in ("files", "values")}
 
@@ -107,6 +117,7 @@ def sweep(
     seeds: Seeds = "0",
     images_out: ImagesOut = None,
     clip: Clip = None,
+    text: Text = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw size against error, or against pictures, into a .png or .svg.")
     ] = None,
@@ -120,13 +131,15 @@ def sweep(
     """
     sheet = plot.with_name(f"{plot.stem}_sheet.png") if plot and images else None
     likeness = plot.with_name(f"{plot.stem}_pictures{plot.suffix}") if plot and images else None
+    answers = plot.with_name(f"{plot.stem}_text{plot.suffix}") if plot and text else None
     check_outputs(
-        [*adapter, base, calibration, images, images_config, prompts],
+        [*adapter, base, calibration, images, images_config, prompts, text],
         force,
         as_csv=as_csv,
         plot=plot,
         likeness=likeness,
         sheet=sheet,
+        answers=answers,
     )
     if plot:
         from lorashrink.plots import style
@@ -152,12 +165,17 @@ def sweep(
         pictures=images_out,
         settings=images_config,
         clip=clip,
+        text=text,
         progress=terminal.progress,
     )
     if plot:
         from lorashrink.plots.quality import size_and_error
 
         style.save(size_and_error(result), plot)
+    if answers:
+        from lorashrink.plots.quality import size_and_texts
+
+        style.save(size_and_texts(result), answers)
     if likeness and sheet:
         from lorashrink.plots.comparison_sheet import pictures_by_size
         from lorashrink.plots.quality import size_and_pictures

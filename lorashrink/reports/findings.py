@@ -54,10 +54,12 @@ def _sweep_without_folders(sweep: Sweep) -> Sweep:
     def named(pictures: Pictures | None) -> Pictures | None:
         return pictures and replace(pictures, files=tuple(map(_name, pictures.files)))
 
+    read = sweep.read and replace(sweep.read, model=_name(sweep.read.model), file=_name(sweep.read.file))
     drawn, none = sweep.drawn, named(sweep.drawn.none) if sweep.drawn else None
     return replace(
         sweep,
         source=_name(sweep.source),
+        read=read,
         points=tuple(replace(point, pictures=named(point.pictures)) for point in sweep.points),
         drawn=drawn
         and none

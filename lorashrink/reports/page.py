@@ -130,7 +130,7 @@ def _figures(findings: Findings, progress: Progress | None) -> dict[str, Markup]
 
     from lorashrink.plots.heat import norms_by_kind
     from lorashrink.plots.overview import layer_overview
-    from lorashrink.plots.quality import has_error, size_and_error, size_and_pictures
+    from lorashrink.plots.quality import has_error, size_and_error, size_and_pictures, size_and_texts
     from lorashrink.plots.ranks import rank_per_block
     from lorashrink.plots.spectra import spectra_per_block
     from lorashrink.plots.style import inline_svg
@@ -141,6 +141,8 @@ def _figures(findings: Findings, progress: Progress | None) -> dict[str, Markup]
         drawings["error"] = partial(size_and_error, sweep)
     if sweep and sweep.drawn:
         drawings["pictures"] = partial(size_and_pictures, sweep)
+    if sweep and sweep.read:
+        drawings["texts"] = partial(size_and_texts, sweep)
     if table.layers:
         drawings["overview"] = partial(layer_overview, table)
         drawings["spectra"] = partial(spectra_per_block, table)

@@ -53,6 +53,7 @@ def report(
     pictures: str | Path | None = None,
     settings: str | Path | None = None,
     clip: str | Path | None = None,
+    text: str | Path | None = None,
     output: str | Path | None = None,
     paths: bool = False,
     force: bool = False,
@@ -79,7 +80,7 @@ def report(
     as_card = path.suffix.lower() == CARD
     if path.suffix.lower() not in (*_ENDINGS, CARD):
         raise UsageError(f"{path}: a report is a page; give it a name that ends in .html or .md.")
-    inputs = [source, *base_files(base), *([Path(prompts)] if prompts is not None else [])]
+    inputs = [source, *base_files(base), *(Path(file) for file in (prompts, text) if file is not None)]
     for written in [path, *(card_pictures(path) if as_card else ())]:
         check_output(written, force=force, inputs=inputs)
     shared: dict[str, Any] = {"base": base, "calibration": calibration, "device": device, "jobs": jobs}
@@ -95,6 +96,7 @@ def report(
             seeds=seeds,
             pictures=pictures,
             clip=clip,
+            text=text,
             progress=progress,
             **shared,
         )
@@ -119,6 +121,7 @@ def report(
         "--seeds": ",".join(map(str, seeds)) if images else None,
         "--images-out": pictures,
         "--clip": clip,
+        "--text": text,
     }
     findings = Findings(
         table=table,

@@ -71,6 +71,13 @@ def point_columns(sweep: Sweep) -> list[Column]:
         *(
             [_numbers("worst picture", "PSNR in dB against the whole adapter's", _worst_psnr, decibel_text)]
             if sweep.drawn
+            else [
+                _numbers(
+                    "worst passage", f"{sweep.read.measure} from the whole adapter", _worst_distance, "{:.2g}".format
+                ),
+                _numbers("perplexity", "of the text", _perplexity),
+            ]
+            if sweep.read
             else []
         ),
         _numbers("error", "of the weights, ‖lost‖ / ‖ΔW‖; says little of calibrated recipes", _error, share_text),
@@ -85,6 +92,14 @@ def point_columns(sweep: Sweep) -> list[Column]:
 
 def _worst_psnr(row: PointRow) -> float | None:
     return row.point.pictures.worst_psnr if row.point.pictures else None
+
+
+def _worst_distance(row: PointRow) -> float | None:
+    return row.point.texts.worst_distance if row.point.texts else None
+
+
+def _perplexity(row: PointRow) -> float | None:
+    return row.point.texts.perplexity if row.point.texts else None
 
 
 def _error(row: PointRow) -> float | None:

@@ -49,6 +49,30 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
+class Texts:
+    """How far a language model's answers are from those with the whole adapter, passage by passage."""
+
+    distance: float  # mean over the passages, see `Read.measure`; 0 for equal answers
+    worst: int  # index of the passage with the largest distance
+    worst_distance: float
+    values: tuple[float, ...]  # of each passage
+    perplexity: float | None  # of the text; None for models without next words
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """The text that a language model read, and the two ends of the scale."""
+
+    model: str
+    file: str
+    measure: str  # "divergence", in nats per token, or "cosine distance" of embeddings
+    passages: int
+    tokens: int
+    perplexity: float | None  # with the whole adapter
+    none: Texts  # of the model without an adapter
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
     """What one recipe would make of the adapter."""
 
@@ -62,6 +86,7 @@ class Point:
     calibrated: bool = False  # it keeps what matters for outputs, so that `relative_error` says little about it
     best: bool = False  # no point is both smaller and closer
     pictures: Pictures | None = None
+    texts: Texts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +108,7 @@ class Sweep:
     points: tuple[Point, ...]
     suggestion: Suggestion | None
     drawn: Drawn | None = None
+    read: Read | None = None
 
     @property
     def suggested(self) -> Point | None:

@@ -6,7 +6,8 @@ import logging
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from lorashrink.linking.inputs import find_adapters
 from lorashrink.pictures.prompts import OWN, read_prompts
 from lorashrink.recipes.grammar import Recipe, parse_recipes
 from lorashrink.results.shrinking import FileResult, Report
-from lorashrink.results.sweep import Drawn, Pictures, Point, Suggestion, Sweep
+from lorashrink.results.sweep import Drawn, Pictures, Point, Read, Suggestion, Sweep
 from lorashrink.shrinking.ledger import Targets
 from lorashrink.shrinking.outputs import shown
 from lorashrink.sweeping.ranges import curve, expand_all
@@ -42,6 +43,9 @@ _LEAST, _MOST, _WORTH_IT = 0.15, 0.8, 500_000
 # PSNR in dB of the worst picture from which a file is recommended; half precision alone often changes pictures more.
 CLOSE_PICTURES = 33.0
 
+# Distance in the worst passage up to which a file is recommended: divergence in nats per token, or of cosines.
+CLOSE_TEXTS = 0.01
+
 
 def sweep(
     adapter: str | Path,
@@ -59,6 +63,7 @@ def sweep(
     pictures: str | Path | None = None,
     settings: str | Path | None = None,
     clip: str | Path | None = None,
+    text: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
     """Shrink one adapter by many recipes, and compare sizes, errors and pictures; no adapter is written.
@@ -71,6 +76,7 @@ def sweep(
     own, into the folder `pictures` (default in the user's cache). It is a folder as diffusers saves it, of SDXL, SD 1
     and 2, SD 3 or FLUX.1, or a single file. settings: for a single file, such a folder with the settings that it lacks.
     Pictures in the folder are not drawn again. clip: a folder of a CLIP model, which compares pictures too.
+    text: a file that the base, a language model of transformers, reads with each recipe; the adapter is a PEFT folder.
 
     Recipes that keep nothing, or cannot reach their size, have no point.
 
@@ -82,6 +88,8 @@ def sweep(
 
     if (images is None) != (prompts is None):
         raise UsageError("pictures need both --images, the model that draws, and --prompts, what it draws.")
+    if text is not None and (base is None or images is not None):
+        raise UsageError("--text needs the language model that reads it as the base, and goes without --images.")
     if not seeds:
         raise UsageError("pictures need at least one of --seeds; 0 means those of the prompts alone.")
     source, parsed = _source_and_recipes(adapter, recipes, sizes, base, calibration)
@@ -91,9 +99,11 @@ def sweep(
         return shrink(targets, replace(options, dry_run=dry_run), lenient=True, progress=progress)
 
     shrinker = _Shrinker(source, run)
+    if text is not None and base is not None:
+        return _read(shrinker, parsed, Path(base), Path(text), device, progress)
     if images is None or prompts is None:
         results = shrinker.results(parsed)
-        return _sweep(results, [_point(result) for result in results], None)
+        return _sweep(results, [_point(result) for result in results])
     from lorashrink.pictures.drawing import Studio, shots_of
     from lorashrink.pictures.likeness import comparisons
     from lorashrink.pictures.pipelines import KINDS, check_model, check_packages, own_side
@@ -111,10 +121,10 @@ def sweep(
         studio.check(source)
         results = shrinker.results(parsed)
         gallery = _Gallery(studio, shrinker, compares, progress)
-        # A recipe that keeps nothing has no result, so that outputs tell which recipe a result is of.
-        outputs = map(str, map(shown, shrinker.targets(parsed, source.parent)))
-        recipe_of = dict(zip(outputs, parsed, strict=True))
-        points = [replace(_point(result), pictures=gallery.of_recipe(recipe_of[result.output])) for result in results]
+        points = [
+            replace(_point(result), pictures=gallery.of_recipe(recipe))
+            for result, recipe in zip(results, shrinker.recipes_of(results, parsed), strict=True)
+        ]
         drawn = Drawn(
             model=str(images),
             device=studio.device,
@@ -127,6 +137,20 @@ def sweep(
             other_dtype=studio.other_dtype,
         )
     return _sweep(results, points, drawn)
+
+
+def _read(
+    shrinker: _Shrinker, recipes: Sequence[Recipe], base: Path, text: Path, device: str, progress: Progress | None
+) -> Sweep:
+    from lorashrink.language.reader import Reader
+
+    with Reader(base, shrinker.source, text, device=device, progress=progress) as reader:
+        results = shrinker.results(recipes)
+        points = []
+        for result, recipe in zip(results, shrinker.recipes_of(results, recipes), strict=True):
+            with shrinker.written(recipe) as path:
+                points.append(replace(_point(result), texts=reader.compare(path.parent, result.recipe)))
+        return _sweep(results, points, read=reader.read())
 
 
 def _source_and_recipes(
@@ -157,9 +181,11 @@ def _source_and_recipes(
     return source, parsed
 
 
-def _sweep(results: Sequence[FileResult], points: Sequence[Point], drawn: Drawn | None) -> Sweep:
+def _sweep(
+    results: Sequence[FileResult], points: Sequence[Point], drawn: Drawn | None = None, read: Read | None = None
+) -> Sweep:
     ordered, before = _with_front(points), results[0].bytes_before
-    return Sweep(results[0].source, before, ordered, suggest(ordered, before, drawn), drawn)
+    return Sweep(results[0].source, before, ordered, suggest(ordered, before, drawn, read), drawn, read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +208,19 @@ class _Shrinker:
             )
         return report.results
 
+    def recipes_of(self, results: Sequence[FileResult], recipes: Sequence[Recipe]) -> list[Recipe]:
+        """The recipe of each result; one that keeps nothing has no result, but outputs tell."""
+        outputs = map(str, map(shown, self.targets(recipes, self.source.parent)))
+        recipe_of = dict(zip(outputs, recipes, strict=True))
+        return [recipe_of[result.output] for result in results]
+
+    @contextmanager
+    def written(self, recipe: Recipe) -> Iterator[Path]:
+        """The file that a recipe makes, for a moment: all of them may be larger than the disk for temporary files."""
+        with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
+            self.results([recipe], Path(folder))
+            yield self.targets([recipe], Path(folder))[0]
+
     def targets(self, recipes: Sequence[Recipe], folder: Path) -> list[Path]:
         """A file for each recipe; each has a folder of its own, because those of PEFT bring settings along."""
         name = peft.WEIGHTS_FILE if peft.is_folder(self.source) else "adapter.safetensors"
@@ -198,10 +237,7 @@ class _Gallery:
         self.reference = self._draw(shrinker.source, "whole")
 
     def of_recipe(self, recipe: Recipe) -> Pictures:
-        # One file at a time: all of them together may be larger than the disk for temporary files.
-        with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
-            self.shrinker.results([recipe], Path(folder))
-            (path,) = self.shrinker.targets([recipe], Path(folder))
+        with self.shrinker.written(recipe) as path:
             return self._compared(self._draw(path, recipe.file_items()))
 
     def without_adapter(self) -> Pictures:
@@ -257,11 +293,11 @@ def _point(result: FileResult) -> Point:
 def _with_front(points: Sequence[Point]) -> tuple[Point, ...]:
     """The points by size; `best` marks the Pareto front, whose points no other is both smaller and closer than.
 
-    Closer by the worst picture where pictures were drawn, else by the error of the weights, which does not rank
+    Closer by the worst picture or passage where there are some, else by the error of the weights, which does not rank
     calibrated recipes: they are on the front only among themselves.
     """
     ordered = sorted(points, key=lambda point: (point.bytes, _distance(point)))
-    by_error = any(point.pictures is None and not point.calibrated for point in points)
+    by_error = any(not (point.pictures or point.texts or point.calibrated) for point in points)
     marked, least = [], math.inf
     for point in ordered:
         best = _distance(point) < least and not (by_error and point.calibrated)
@@ -272,14 +308,21 @@ def _with_front(points: Sequence[Point]) -> tuple[Point, ...]:
 
 def _distance(point: Point) -> float:
     """How far a point is from the whole adapter, on the scale that all points of a sweep share."""
-    return -point.pictures.worst_psnr if point.pictures else point.relative_error
+    if point.pictures:
+        return -point.pictures.worst_psnr
+    return point.texts.worst_distance if point.texts else point.relative_error
 
 
-def suggest(points: Sequence[Point], before: int, drawn: Drawn | None = None) -> Suggestion | None:
-    """The smallest point whose worst picture is close to the whole adapter's; without pictures the knee of the front.
+def suggest(
+    points: Sequence[Point], before: int, drawn: Drawn | None = None, read: Read | None = None
+) -> Suggestion | None:
+    """The smallest point whose worst picture or passage is close to the whole adapter's; without, the knee.
 
-    Close is a PSNR of `CLOSE_PICTURES` or more, or no lower than that of the worst picture in half precision.
+    Close is a PSNR of `CLOSE_PICTURES` or more, or no lower than that of the worst picture in half precision; for texts
+    a distance of `CLOSE_TEXTS` at most.
     """
+    if read:
+        return _close_texts(points, before, read)
     if drawn is None:
         return _knee(points, before, "")
     limit = min(CLOSE_PICTURES, drawn.floor.worst_psnr if drawn.floor else math.inf)
@@ -292,6 +335,19 @@ def suggest(points: Sequence[Point], before: int, drawn: Drawn | None = None) ->
         f"{share_text(chosen.bytes / before)} of the size; its worst picture has {decibel_text(pictures.worst_psnr)} "
         f"against the whole adapter's{floor}, the mean is {decibel_text(pictures.psnr)}; worst: "
         f"{drawn.labels[pictures.worst]}"
+    )
+    return Suggestion(chosen.recipe, chosen.bytes, chosen.relative_error, reason)
+
+
+def _close_texts(points: Sequence[Point], before: int, read: Read) -> Suggestion | None:
+    close = [(point, point.texts) for point in points if point.texts and point.texts.worst_distance <= CLOSE_TEXTS]
+    if not close:
+        return _knee(points, before, f"no recipe keeps every passage within a {read.measure} of {CLOSE_TEXTS}; ")
+    chosen, texts = min(close, key=lambda pair: pair[0].bytes)
+    perplexity = f"; perplexity {texts.perplexity:.4g}, with the whole adapter {read.perplexity:.4g}"
+    reason = (
+        f"{share_text(chosen.bytes / before)} of the size; {read.measure} {texts.worst_distance:.2g} in the worst "
+        f"passage (without the adapter {read.none.worst_distance:.2g}){perplexity if texts.perplexity else ''}"
     )
     return Suggestion(chosen.recipe, chosen.bytes, chosen.relative_error, reason)
 
@@ -326,4 +382,6 @@ def _knee(points: Sequence[Point], before: int, preface: str) -> Suggestion | No
 def _distance_text(point: Point) -> str:
     if point.pictures:
         return f"a worst picture of {decibel_text(point.pictures.worst_psnr)}"
+    if point.texts:
+        return f"a distance of {point.texts.worst_distance:.2g} in the worst passage"
     return f"{share_text(point.relative_error)} error of the weights"
