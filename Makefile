@@ -22,8 +22,8 @@ install: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build $(VENV)/lint
-	$(PIP) --no-deps --target $(VENV)/lint .
+	rm -rf build example/build $(VENV)/lint
+	$(PIP) --no-deps --target $(VENV)/lint . ./example
 	cd $(VENV)/lint && PYTHONPATH=. ../bin/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 	cd $(VENV)/lint && MYPYPATH=. ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
@@ -55,11 +55,11 @@ formats: $(VENV)/dev
 	PYTHONPATH=tests $(BIN)/python tests/journeys/formats_table.py
 
 clean:
-	rm -rf $(VENV) build demo-out evidence-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build example/build demo-out evidence-out *.egg-info example/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/core: pyproject.toml constraints.txt
+$(VENV)/core: pyproject.toml constraints.txt example/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	$(PIP) -e . -e ./example
 	touch $@
 
 $(VENV)/pictures: $(VENV)/core

@@ -20,12 +20,12 @@ from rates import cores
 from sdxl_data import shapes, write_lora
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.adapters import open_adapter
 from lorashrink.calibration.calibrate import calibrate
 from lorashrink.engine.devices import worker_pool
 from lorashrink.engine.spectrum import Item, decompose
 
-EXAMPLE = Path(ls.__file__).parent / "example"
 RECIPES = [f"energy={share}" for share in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)]
 
 
@@ -57,7 +57,7 @@ def of_model(folder: Path) -> list[str]:
 
     prompts = folder / "prompts.txt"
     prompts.write_text("a red circle on a white background --w 64 --h 64 --s 10 --l 4 --d 1\n" * 2)
-    style = EXAMPLE / "loras" / "style.safetensors"
+    style = lorashrink_example.path("loras", "style.safetensors")
     unwatched = watching.Recorder._backward, watching.Projected.inputs, watching.Sketched.inputs
 
     def run(adapters: Sequence[Path], watch: bool) -> None:
@@ -67,7 +67,7 @@ def of_model(folder: Path) -> list[str]:
         try:
             calibrate(
                 adapters,
-                model=EXAMPLE / "model",
+                model=lorashrink_example.path("model"),
                 output=folder / "s.safetensors",
                 prompts=prompts,
                 steps_used=10,

@@ -1,4 +1,4 @@
-"""The whole story on the example that is part of the package: a model of SDXL's architecture and adapters for it."""
+"""Inspect, resize and report on the package lorashrink_example: a small trained model and adapters for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from lorashrink.errors import OutputError, Progress
+from lorashrink.errors import OutputError, Progress, UsageError
 from lorashrink.insight.inspection import inspect
 from lorashrink.pictures.pipelines import PACKAGES
 from lorashrink.recipes.grammar import DEFAULT
@@ -17,8 +17,6 @@ from lorashrink.results.inspection import Inspection
 from lorashrink.results.shrinking import Report
 from lorashrink.shrinking.run import resize
 
-EXAMPLE = Path(__file__).parent / "example"
-MODEL, ADAPTER, TABLE = EXAMPLE / "model", EXAMPLE / "loras" / "style.safetensors", EXAMPLE / "table.safetensors"
 _RECIPES = (DEFAULT, "rank=1", "fro_ckpt=1,thr=-2", "fro_ckpt,bytes", "calib,bytes")
 _SIZES = (0.3, 0.5)  # MiB, of the recipes that name no size
 
@@ -38,22 +36,23 @@ def demo(output: str | Path = "demo-out", *, progress: Progress | None = None) -
     """Inspect a style that was trained on the example model, shrink it as training guides do, and try other recipes.
 
     With the packages of `lorashrink[pictures]` the model draws with every one of them. Writes the adapter, figures and
-    a report into the folder `output`, over those of an earlier demo. Raises OutputError.
+    a report into the folder `output`, over those of an earlier demo. Raises UsageError without the package
+    lorashrink_example, and OutputError.
     """
-    folder = Path(output)
+    example, folder = _example(), Path(output)
     drawing = all(find_spec(name) for name in PACKAGES)
-    inspection = inspect(ADAPTER, base=MODEL, progress=progress)
-    shrunk = resize(ADAPTER, base=MODEL, recipes=DEFAULT, output=folder, force=True, progress=progress)
+    inspection = inspect(example.adapter, base=example.model, progress=progress)
+    shrunk = resize(example.adapter, base=example.model, recipes=DEFAULT, output=folder, force=True, progress=progress)
     page = report(
-        ADAPTER,
-        base=MODEL,
+        example.adapter,
+        base=example.model,
         recipes=_RECIPES,
         sizes=_SIZES,
-        calibration=TABLE,
+        calibration=example.table,
         output=folder / "report.html",
         force=True,
-        images=MODEL if drawing else None,
-        prompts=EXAMPLE / "prompts.txt" if drawing else None,
+        images=example.model if drawing else None,
+        prompts=example.prompts if drawing else None,
         pictures=folder / "pictures" if drawing else None,
         progress=progress,
     )
@@ -61,7 +60,26 @@ def demo(output: str | Path = "demo-out", *, progress: Progress | None = None) -
         pictures = _figures(page, shrunk, folder)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written into ({error.strerror or error}).") from error
-    return Demo(_commands(folder, drawing), inspection, shrunk, page, pictures)
+    return Demo(_commands(example, folder, drawing), inspection, shrunk, page, pictures)
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    model: Path
+    adapter: Path
+    table: Path
+    prompts: Path
+
+
+def _example() -> _Example:
+    try:
+        from lorashrink_example import path
+    except ModuleNotFoundError:
+        raise UsageError(
+            "the demo's model and adapter are a package of their own. Install it: pip install lorashrink-example "
+            "(in a copy of the repository: pip install ./example)"
+        ) from None
+    return _Example(path("model"), path("loras", "style.safetensors"), path("table.safetensors"), path("prompts.txt"))
 
 
 def _figures(page: ReportFile, shrunk: Report, folder: Path) -> tuple[str, ...]:
@@ -84,13 +102,20 @@ def _figures(page: ReportFile, shrunk: Report, folder: Path) -> tuple[str, ...]:
     return tuple(str(folder / name) for name in names)
 
 
-def _commands(folder: Path, drawing: bool) -> tuple[str, ...]:
+def _commands(example: _Example, folder: Path, drawing: bool) -> tuple[str, ...]:
     recipes = [word for recipe in _RECIPES for word in ("-r", recipe)]
-    images = ["--images", MODEL, "--prompts", EXAMPLE / "prompts.txt", "--images-out", folder / "pictures"]
-    options = [*recipes, "--sizes", ",".join(map(str, _SIZES)), "--calibration", TABLE, *(images if drawing else ())]
+    images = ["--images", example.model, "--prompts", example.prompts, "--images-out", folder / "pictures"]
+    options = [
+        *recipes,
+        "--sizes",
+        ",".join(map(str, _SIZES)),
+        "--calibration",
+        example.table,
+        *(images if drawing else ()),
+    ]
     commands: tuple[Sequence[str | Path], ...] = (
-        ["inspect", MODEL, ADAPTER],
-        ["resize", "-o", folder, "-r", DEFAULT, MODEL, ADAPTER],
-        ["report", "-o", folder / "report.html", *options, MODEL, ADAPTER],
+        ["inspect", example.model, example.adapter],
+        ["resize", "-o", folder, "-r", DEFAULT, example.model, example.adapter],
+        ["report", "-o", folder / "report.html", *options, example.model, example.adapter],
     )
     return tuple(shlex.join(["lorashrink", *map(str, words)]) for words in commands)

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from gallery import Gallery, Test
 from render import Pixels, draw_scenes
-from train_loras import ADAPTERS, EXAMPLE, MODEL
+from train_loras import ADAPTERS, MODEL
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.calibration import watching
 from lorashrink.calibration.statistics import Side, Sides, open_statistics, write_adapters, write_table
 from lorashrink.engine.gram import Grams
@@ -53,7 +54,7 @@ class Study:
     results: dict[str, Any]
 
     def adapter(self, name: str) -> Path:
-        return (EXAMPLE / "loras" if ADAPTERS[name].shipped else self.work) / f"{name}.safetensors"
+        return (lorashrink_example.path("loras") if ADAPTERS[name].shipped else self.work) / f"{name}.safetensors"
 
     @cache  # noqa: B019 - one study per process
     def whole(self, adapter: Path, test: Test) -> list[Pixels]:

@@ -20,8 +20,10 @@ from judge import Judge
 from render import BASE_SHAPES, SHAPES, STYLES, Scene, draw_scenes, render, sheet
 from torch import Tensor
 
+import lorashrink_example
+
 HERE = Path(__file__).parent
-MODEL = HERE.parent.parent / "lorashrink" / "example" / "model"
+MODEL = lorashrink_example.path("model")
 
 _JUDGE_PLAN = Plan(steps=2000, rate=3e-3, schedule=lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress), warmup=50)
 _JUDGE_BATCH = 64

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import lorashrink_example
+
 HERE = Path(__file__).parent
-EXAMPLE = HERE.parent.parent / "lorashrink" / "example"
-MODEL = EXAMPLE / "model"
+MODEL = lorashrink_example.path("model")
 
 _LOGGED = 50  # steps between lines of a log
 _PLAIN = "0.15"  # share of pictures without style or object, so that these stay with their words
@@ -119,7 +120,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures, and adapters not shipped")
     args = parser.parse_args(argv)
     for name in args.names or ADAPTERS:
-        print(train(name, args.work, EXAMPLE / "loras" if ADAPTERS[name].shipped else args.work), flush=True)
+        print(
+            train(name, args.work, lorashrink_example.path("loras") if ADAPTERS[name].shipped else args.work),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.adapters import open_adapter
 from lorashrink.bases import View
 from lorashrink.calibration import calibrate, models
@@ -30,8 +31,7 @@ from lorashrink.cli import app
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
 from lorashrink.pictures.pipelines import open_pipeline
 
-EXAMPLE = Path(ls.__file__).parent / "example"
-MODEL, STYLE = EXAMPLE / "model", EXAMPLE / "loras" / "style.safetensors"
+MODEL, STYLE = lorashrink_example.path("model"), lorashrink_example.path("loras", "style.safetensors")
 LINES = (
     "a big red circle on a white background --w 64 --h 64 --d 1 --l 4 --s 4\n"
     "a small blue star on a black background --w 64 --h 64 --d 2 --l 4 --s 4\n"
@@ -263,7 +263,7 @@ def test_every_kind_of_model_is_calibrated(
 
 
 def test_several_adapters_share_the_pictures(prompts: Path, tmp_path: Path) -> None:
-    heart = EXAMPLE / "loras" / "heart.safetensors"
+    heart = lorashrink_example.path("loras", "heart.safetensors")
     for name, adapters in (("together", [STYLE, heart]), ("alone", [heart])):
         ls.calibrate(adapters, model=MODEL, output=tmp_path / f"{name}.safetensors", prompts=prompts, steps_used=1)
     grams = []

@@ -14,6 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.adapters import open_adapter
 from lorashrink.bases import View, open_base
 from lorashrink.calibration.statistics import (
@@ -30,8 +31,7 @@ from lorashrink.engine.gram import Grams
 from lorashrink.engine.spectrum import spectrum, truncate
 from lorashrink.errors import FamilyMismatch, InputError, RecipeError
 
-MODEL = Path(ls.__file__).parent / "example" / "model"
-STYLE = Path(ls.__file__).parent / "example" / "loras" / "style.safetensors"
+MODEL, STYLE = lorashrink_example.path("model"), lorashrink_example.path("loras", "style.safetensors")
 
 
 def covariance(size: int, rank: int, generator: torch.Generator, shift: float = 0.0) -> Tensor:

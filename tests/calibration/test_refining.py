@@ -18,6 +18,7 @@ from tiny_pipelines import write_adapter, write_flux, write_sd1, write_sd3
 from typer.testing import CliRunner
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.calibration import refine
 from lorashrink.calibration.refine import Refined
 from lorashrink.cli import app
@@ -28,8 +29,7 @@ from lorashrink.files.hashes import with_hashes
 from lorashrink.files.header import Arrangement
 from lorashrink.files.reading import open_tensors
 
-EXAMPLE = Path(ls.__file__).parent / "example"
-MODEL, STYLE = EXAMPLE / "model", EXAMPLE / "loras" / "style.safetensors"
+MODEL, STYLE = lorashrink_example.path("model"), lorashrink_example.path("loras", "style.safetensors")
 LINES = (
     "a big red circle on a white background, sks style --w 64 --h 64 --d 1 --l 4 --s 4\n"
     "a small blue star on a black background, sks style --w 64 --h 64 --d 2 --l 4 --s 4\n"

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import lorashrink
+import lorashrink_example
 from lorashrink.cli import app
 from lorashrink.cli.progress import progress_bars
 from lorashrink.files.disk import user_cache
@@ -62,7 +63,7 @@ def test_resize_works_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     monkeypatch.chdir(tmp_path)
     assert user_cache() is None
-    path, base = adapter(tmp_path / "a.safetensors"), Path(lorashrink.__file__).parent / "example"
+    path, base = adapter(tmp_path / "a.safetensors"), lorashrink_example.path()
     report = lorashrink.resize(
         base / "adapter.safetensors",
         base=base / "base.safetensors",
@@ -93,9 +94,8 @@ def test_progress_bars_take_names_as_they_are(monkeypatch: pytest.MonkeyPatch, c
 
 @pytest.mark.parametrize("command", ["inspect", "norms"])
 def test_every_json_document_has_a_version(tmp_path: Path, command: str) -> None:
-    example = Path(lorashrink.__file__).parent / "example"
     words = {
         "inspect": ["--header", adapter(tmp_path / "a.safetensors")],
-        "norms": [example / "base.safetensors", "-o", tmp_path / "norms.json"],
+        "norms": [lorashrink_example.path("base.safetensors"), "-o", tmp_path / "norms.json"],
     }
     assert json.loads(run(command, "--json", *words[command]))["version"] == lorashrink.__version__

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-FOLDER = Path(__file__).parents[2] / "lorashrink" / "example"
+FOLDER = Path(__file__).parents[2] / "example" / "lorashrink_example"
 CHANNELS, DEPTHS, CONTEXT, EMBEDDING = (12, 20, 32), (0, 1, 2), 40, 48
 TE1, TE2 = (16, 2), (24, 2)  # width and layers; SDXL reads the last but one layer, so TE1's last is never trained
 RANK, ALPHA, CONV_RANK, CONV_ALPHA = 8, 4.0, 24, 4.0

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.errors import UsageError
 from lorashrink.insight.inspection import inspect
 from lorashrink.results.inspection import LayerRow
@@ -139,7 +140,7 @@ def test_several_alphas_of_a_kohya_file_are_reported(tmp_path: Path) -> None:
 
 
 def test_zero_layers_are_reported_and_normal_in_sdxl(tmp_path: Path, adapter: Path) -> None:
-    example = Path(ls.__file__).parent / "example" / "adapter.safetensors"
+    example = lorashrink_example.path("adapter.safetensors")
     count, text = health(example)["zero"]
     assert (count, "TE1.01 is zero, as in every SDXL adapter" in text) == (6, True)
     tensors = load_file(example)
@@ -183,8 +184,7 @@ def test_an_adapter_of_convolutions_alone_is_measured_like_others(tmp_path: Path
 
 
 def test_recommendations_are_what_a_dry_run_says(base: Path) -> None:
-    example = Path(ls.__file__).parent / "example"
-    adapter, model = example / "adapter.safetensors", example / "base.safetensors"
+    adapter, model = map(lorashrink_example.path, ("adapter.safetensors", "base.safetensors"))
     for base_path in (None, model):
         (table,) = inspect(adapter, base=base_path, recommend=True).files
         rows = table.recommendations

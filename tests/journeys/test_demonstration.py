@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,14 @@ def test_demo_without_picture_packages_measures_only(tmp_path: Path, monkeypatch
         "ranks.png",
         "sizes.png",
     }
+
+
+def test_demo_without_its_example_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lorashrink_example", None)
+    outcome = CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "out")])
+    assert outcome.exit_code == 2
+    assert "pip install lorashrink-example" in outcome.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_demo_json_is_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

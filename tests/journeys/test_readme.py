@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import lorashrink_example
 from lorashrink.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that the README speaks of."""
-    source = ROOT / "lorashrink" / "example"
+    source = lorashrink_example.path()
     shutil.copy(source / "base.safetensors", tmp_path / "model.safetensors")
     shutil.copy(source / "adapter.safetensors", tmp_path / "lora.safetensors")
     (tmp_path / "loras").mkdir()

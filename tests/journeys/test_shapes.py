@@ -15,12 +15,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
+import lorashrink_example
 from lorashrink import open_base
 from lorashrink.train.data.scanning import scan
 from lorashrink.train.flags.options import parse
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "lorashrink" / "example" / "model"
+MODEL = lorashrink_example.path("model")
 
 sys.path.append(str(ROOT / "benchmarks" / "shapes"))
 base, gallery, judge, render, vae, words = map(

@@ -19,6 +19,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import lorashrink
+import lorashrink_example
 from lorashrink.adapters import open_adapter
 from lorashrink.bases import open_base
 from lorashrink.cli import app
@@ -26,7 +27,7 @@ from lorashrink.errors import InputError, OutputError, RecipeError, UsageError
 from lorashrink.making.extraction import extract
 from lorashrink.results.shrinking import FileResult, Report
 
-EXAMPLE = Path(lorashrink.__file__).parent / "example" / "base.safetensors"
+EXAMPLE = lorashrink_example.path("base.safetensors")
 
 
 def changed(tensors: Mapping[str, Tensor], size: float = 0.02, seed: int = 0) -> dict[str, Tensor]:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from tiny_pipelines import write_flux, write_sd1, write_sd3
 
-import lorashrink
+import lorashrink_example
 from lorashrink.calibration.models import open_frozen_pipeline
 from lorashrink.pictures.pipelines import KINDS, open_pipeline, own_side, pipeline_kind
 from lorashrink.pictures.prompts import read_prompts
 
-MODEL = Path(lorashrink.__file__).parent / "example" / "model"
+MODEL = lorashrink_example.path("model")
 
 
 @pytest.mark.parametrize("write", [write_sd1, write_flux, write_sd3])

@@ -19,11 +19,12 @@ from test_reporting import EVIL, table_rows
 from tiny_pipelines import write_sdxl_adapter
 
 import lorashrink as ls
+import lorashrink_example
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
-MODEL = Path(ls.__file__).parent / "example" / "model"
+MODEL = lorashrink_example.path("model")
 PARITY = Path(__file__).parents[1] / "data" / "parity"
 # Root in a container has no sandbox; the others keep the browser from calling home.
 ARGUMENTS = (

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import lorashrink
+import lorashrink_example
 from lorashrink.adapters import open_adapter
-from lorashrink.demonstration import EXAMPLE
 from lorashrink.errors import InputError, RecipeError
 from lorashrink.files.writing import SafetensorsWriter
 from lorashrink.results.shrinking import Report
@@ -301,7 +301,7 @@ def test_multiplied_layers_depend_on_the_base(tmp_path: Path) -> None:
     """The recipe does not need the base, but OFT multiplies its weights."""
     name = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
     bases = [tmp_path / f"base{number}.safetensors" for number in (0, 1)]
-    shapes = load_file(EXAMPLE / "base.safetensors")
+    shapes = load_file(lorashrink_example.path("base.safetensors"))
     for number, path in enumerate(bases):
         save_file({key: tensor + number for key, tensor in shapes.items()}, path)
     source = tmp_path / "oft.safetensors"
