@@ -22,7 +22,6 @@ from lorashrink.files.disk import check_output
 from lorashrink.files.hashes import with_hashes
 from lorashrink.files.store import memory_of
 from lorashrink.linking.inputs import only_adapter
-from lorashrink.recipes.choice import select
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.prepared import Curve, Outcome
 from lorashrink.results.shrinking import FileResult
@@ -185,14 +184,14 @@ class Prepared:
 
     def _outcome(self, recipe: Recipe, dtype: str) -> Outcome:
         outline = self._outline(recipe, dtype)
-        selection = outline.chosen(select(recipe, outline.facts, outline.size, outline.scores))
+        selection = outline.chosen(outline.select())
         layers = layer_plans(self._facts(recipe, dtype)[recipe.calibrated], outline, selection)
         error, energy = relative_error(layers), kept_energy(recipe, layers)
         return Outcome(
             recipe=str(recipe),
             dtype=dtype,
             threshold=selection.threshold,
-            bytes=outline.size(selection.widths, selection.threshold),
+            bytes=outline.size(selection.widths, selection.threshold, selection.dtypes),
             relative_error=error,
             energy=1 - error**2 if energy is None else energy,
             ranks={layer.layer.name: layer.layer.rank if layer.stays else layer.width for layer in layers},

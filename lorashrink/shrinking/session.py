@@ -17,7 +17,7 @@ from lorashrink.calibration.statistics import Statistics, open_statistics
 from lorashrink.engine.devices import pick_device, worker_pool
 from lorashrink.errors import Progress, UsageError
 from lorashrink.files.disk import sha256_file
-from lorashrink.files.store import OUTPUT_DTYPES
+from lorashrink.files.store import MIXTURES, OUTPUT_DTYPES
 from lorashrink.linking.matching import FORMS
 from lorashrink.recipes.choice import Selection
 from lorashrink.shrinking.grouping import base_for
@@ -65,7 +65,9 @@ class Session:
         """The options that change what is written, as text for metadata and journal."""
         options, calibration = self.options, self.options.calibration
         statistics = f",calibration={sha256_file(Path(calibration))[:16]}" if calibration else ""
-        return f"dtype={options.dtype},unmapped={options.unmapped},as={options.form}{self.job.variant}{statistics}"
+        anchor = "" if options.anchor is None else f",anchor={options.anchor!r}"
+        variant = f"{self.job.variant}{statistics}{anchor}"
+        return f"dtype={options.dtype},unmapped={options.unmapped},as={options.form}{variant}"
 
     @property
     def infos(self) -> tuple[BaseInfo, ...]:
@@ -80,8 +82,8 @@ class Session:
 
 def checked_dtype(dtype: str) -> str:
     """The name of a dtype of outputs. Raises UsageError."""
-    if dtype not in OUTPUT_DTYPES:
-        raise UsageError(f"dtype: '{dtype}' is not one of {', '.join(OUTPUT_DTYPES)}.")
+    if dtype not in (*OUTPUT_DTYPES, *MIXTURES):
+        raise UsageError(f"dtype: '{dtype}' is not one of {', '.join((*OUTPUT_DTYPES, *MIXTURES))}.")
     return {"16": "fp16", "32": "fp32"}.get(dtype, dtype)
 
 
