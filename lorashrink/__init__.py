@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lorashrink.making.conversion import convert as convert
     from lorashrink.making.extraction import extract as extract
     from lorashrink.making.merging import merge as merge
+    from lorashrink.packing.pack import pack as pack
+    from lorashrink.packing.unpack import unpack as unpack
     from lorashrink.recipes.grammar import Recipe as Recipe
     from lorashrink.reports.report import report as report
     from lorashrink.shrinking.run import resize as resize
@@ -46,9 +48,11 @@ _MODULES = {
     "open_base": "bases",
     "overlap": "insight.overlapping",
     "refine": "calibration.refine",
+    "pack": "packing.pack",
     "report": "reports.report",
     "resize": "shrinking.run",
     "sweep": "sweeping.sweep",
+    "unpack": "packing.unpack",
 }
 
 __all__ = ["LorashrinkError", "__version__", *_MODULES]

@@ -17,6 +17,7 @@ from lorashrink.adapters.model_family import family_of
 from lorashrink.adapters.peft_keys import check_keys
 from lorashrink.adapters.sorting import UNKNOWN, layer_name, looks_like_adapter, sort_keys
 from lorashrink.errors import NotAnAdapter
+from lorashrink.files.packed import is_packed, open_packed
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import TensorStore
 
@@ -37,6 +38,7 @@ __all__ = [
 def open_adapter(path: str | Path) -> Adapter:
     """Open an adapter file or PEFT folder and sort its keys into layers, from the header alone.
 
+    A packed file is as the file that it unpacks to.
     Raises InputError or DamagedFile (unreadable, or a setting of unknown meaning), NotAnAdapter (no key looks like an
     adapter's), and ShapeError (a factor is missing, or the factors of a layer do not fit each other).
     """
@@ -46,6 +48,8 @@ def open_adapter(path: str | Path) -> Adapter:
     as_folder = peft.is_folder(folder) and path in (folder, *(folder / name for name in peft.WEIGHTS_FILES))
     store = open_tensors(peft.weights_in(folder) if as_folder else path)
     try:
+        if is_packed(store):
+            store = open_packed(store)
         settings = peft.from_folder(folder) if as_folder else peft.beside(path) or peft.from_metadata(store.metadata)
         return replace(adapter_of(path, store, settings), as_folder=as_folder)
     except BaseException:
