@@ -7,7 +7,8 @@ files. Both sides get the best allocation of bytes over layers and adapters, and
 ΔW, every adapter of a stack scaled to ‖ΔW‖_F = 1. Bytes are those of the numbers in fp16, without headers. All
 computations are in float64 on ΔW itself, so that it does not matter how an adapter splits it into factors.
 
-A layer of N adapters with a basis in common is ΔW_i ≈ U · C_i · V, U [out, R], V [R, in], C_i [R, R]. See docs/pack.md.
+A layer of N adapters with a basis in common is ΔW_i ≈ U · C_i · V, U [out, R], V [R, in], C_i [R, R].
+See docs/shared-basis.md.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lorashrink.making.conversion import convert as convert
     from lorashrink.making.extraction import extract as extract
     from lorashrink.making.merging import merge as merge
+    from lorashrink.packing.pack import pack as pack
+    from lorashrink.packing.unpack import unpack as unpack
     from lorashrink.recipes.grammar import Recipe as Recipe
     from lorashrink.reports.report import report as report
     from lorashrink.shrinking.prepared import prepare as prepare
@@ -50,9 +52,11 @@ _MODULES = {
     "overlap": "insight.overlapping",
     "prepare": "shrinking.prepared",
     "refine": "calibration.refine",
+    "pack": "packing.pack",
     "report": "reports.report",
     "resize": "shrinking.run",
     "sweep": "sweeping.sweep",
+    "unpack": "packing.unpack",
 }
 
 __all__ = ["LorashrinkError", "__version__", *_MODULES]

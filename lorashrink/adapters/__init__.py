@@ -21,6 +21,7 @@ from lorashrink.adapters.peft_keys import check_keys
 from lorashrink.adapters.sorting import UNKNOWN, layer_name, looks_like_adapter, sort_keys
 from lorashrink.errors import NotAnAdapter
 from lorashrink.files.in_memory import MemoryStore
+from lorashrink.files.packed import is_packed, open_packed
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import TensorStore
 
@@ -49,6 +50,7 @@ def open_adapter(source: Source) -> Adapter:
 
     source: a path, a mapping of names to tensors, `Tensors`, a PeftModel, or a diffusers pipeline with one adapter.
 
+    A packed file is as the file that it unpacks to.
     Raises InputError or DamagedFile (unreadable, or a setting of unknown meaning), NotAnAdapter (no key looks like an
     adapter's), and ShapeError (a factor is missing, or the factors of a layer do not fit each other).
     """
@@ -62,6 +64,8 @@ def open_adapter(source: Source) -> Adapter:
     as_folder = peft.is_folder(folder) and path in (folder, *(folder / name for name in peft.WEIGHTS_FILES))
     store = open_tensors(peft.weights_in(folder) if as_folder else path)
     try:
+        if is_packed(store):
+            store = open_packed(store)
         settings = peft.from_folder(folder) if as_folder else peft.beside(path) or peft.from_metadata(store.metadata)
         return replace(adapter_of(path, store, settings), as_folder=as_folder)
     except BaseException:

@@ -16,6 +16,7 @@ from lorashrink.adapters.family import SHARED, Family, Infos
 from lorashrink.adapters.layer import LARGEST, Layer
 from lorashrink.adapters.peft_keys import changes_base
 from lorashrink.errors import ShapeError
+from lorashrink.files.packed import INDEX
 from lorashrink.files.store import FLOATS, TensorStore
 
 UNKNOWN = "not part of an adapter layer"
@@ -101,9 +102,11 @@ _endings = lru_cache(maxsize=4)(Endings)
 
 
 def looks_like_adapter(keys: Mapping[str, object]) -> bool:
-    """Whether any of these tensor names ends as only adapters' do."""
+    """Whether any of these tensor names ends as only adapters' do, or is that of a packed adapter."""
     endings = _endings(families.FAMILIES)
-    return any(((split := endings.split(key)) and split[1] not in endings.weak) or _CARRIED.search(key) for key in keys)
+    return INDEX in keys or any(
+        ((split := endings.split(key)) and split[1] not in endings.weak) or _CARRIED.search(key) for key in keys
+    )
 
 
 def layer_name(key: str) -> str:

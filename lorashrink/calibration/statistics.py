@@ -79,14 +79,26 @@ class Side:
         return (errors * errors) @ self.diagonal + ((errors @ self.low) ** 2).sum(1)
 
     @property
+    def trace(self) -> float:
+        """The trace of the covariance: how much noise of variance 1 in all variables adds."""
+        own = float(self.diagonal.double().sum()) + float(self.low.double().square().sum())
+        return own if self.taps is None else own * float(self.taps.double().trace())
+
+    @property
     def mean(self) -> float:
         """The mean of its diagonal."""
-        mean = (self.diagonal.double().sum() + (self.low.double() ** 2).sum()) / len(self.diagonal)
-        return float(mean if self.taps is None else mean * self.taps.double().diagonal().mean())
+        return self.trace / (len(self.diagonal) * (1 if self.taps is None else len(self.taps)))
 
     def _gram(self, wide: Tensor) -> Tensor:
         low = wide @ self.low.double()
         return (wide * self.diagonal.double()) @ wide.mT + low @ low.mT
+
+
+class Traces(NamedTuple):
+    """Traces of a layer's covariances."""
+
+    inputs: float
+    outputs: float
 
 
 class Sides(NamedTuple):
@@ -197,6 +209,18 @@ class Statistics:
         keys = [f"{prefix}/{layer.name}" for layer in adapter.layers]
         stored_grams = [partial(self._stored_grams, key) if f"{key}.down" in stored else None for key in keys]
         return [LayerStatistics(grams) if grams else None for grams in stored_grams]
+
+    def traces(self, adapter: Adapter) -> list[Traces | None]:
+        """The traces of each layer's covariances; None where they are not known: statistics of adapters have none."""
+        if self.kind != "base":
+            return [None for _ in adapter.layers]
+        covers = [self._cover(views) if views else None for views in match(adapter, self.base)]
+        return [self._traces(pieces) if pieces else None for pieces in covers]
+
+    def _traces(self, pieces: Sequence[_Piece]) -> Traces:
+        sides = [(self.sides(piece.name), piece) for piece in pieces]
+        inputs = [both.inputs.trace for both, _ in sides]
+        return Traces(sum(inputs) / len(inputs), sum(both.outputs.rows(*piece.stored).trace for both, piece in sides))
 
     def _stored_grams(self, key: str, delta: Delta) -> Grams:
         down, up = (self.store.read(f"{key}.{side}").double() for side in ("down", "up"))

@@ -11,6 +11,7 @@ from lorashrink.cli.inspecting import inspect
 from lorashrink.cli.making import convert, extract, norms
 from lorashrink.cli.merging import merge
 from lorashrink.cli.overlapping import overlap
+from lorashrink.cli.packing import pack, unpack
 from lorashrink.cli.refining import refine
 from lorashrink.cli.reporting import report
 from lorashrink.cli.resizing import resize
@@ -21,6 +22,7 @@ from lorashrink.cli.training import OWN_PARSER, train
 COMMANDS = (
     *(resize, inspect, compare, overlap, sweep, calibrate, refine),
     *(merge, report, extract, convert, norms, demo),
+    *(pack, unpack),
 )
 
 for _command in COMMANDS:

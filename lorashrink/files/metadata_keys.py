@@ -7,3 +7,4 @@ SOURCE, BASE, RECIPE, OPTIONS, VERSION = (
 ENERGY, ERROR, NORM_RATIO = "lorashrink.energy", "lorashrink.relative_error", "lorashrink.norm_ratio"
 SOURCES = "lorashrink.sources"  # of a sum
 REFINED = "lorashrink.refined"
+PACKED = "lorashrink.packed"  # of a packed file: its version, and the hash of what it unpacks to

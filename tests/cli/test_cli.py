@@ -163,6 +163,8 @@ def test_every_name_in_the_json_is_documented(adapter: Path, base: Path, tmp_pat
         run("merge", "--json", f"{adapter}:0.5", "-o", tmp_path / "m.safetensors"),
         run("overlap", "--json", base, adapter, tmp_path / "m.safetensors"),
         run("report", "--json", "-o", tmp_path / "r.html", base, adapter),
+        run("pack", "--json", "-o", tmp_path / "p.safetensors", adapter),
+        run("unpack", "--json", "-o", tmp_path / "u.safetensors", tmp_path / "p.safetensors"),
         run("resize", "--json", tmp_path / "missing.safetensors", "-r", "rank=1", status=2),
         run("resize", "--json", "-r", "nonsense", adapter, status=2),
     ]

@@ -72,6 +72,7 @@ COMMANDS = {
     "inspect": [],
     "convert": ["-t", "fp16", "-o", "out"],
     "overlap": [],
+    "pack": ["-o", "out"],
 }
 
 

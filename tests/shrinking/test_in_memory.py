@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import lorashrink as ls
 from lorashrink.adapters import layer_name
 from lorashrink.errors import InputError, LorashrinkError, OutputError, RecipeError, UsageError
+from lorashrink_example import path as example
 
 RECIPES = ("fro_ckpt,bytes,size=0.02", "fro_ckpt=1,thr=-3.55", "rank=3", "energy=0.9,multiple=2", "bytes,size=0.03")
 
@@ -139,8 +140,8 @@ def test_other_families_are_prepared_as_files_are_shrunk(name, tmp_path):
 
 
 def test_a_calibrated_recipe_is_answered_from_statistics():
-    example = fixtures.NAMES.parents[2] / "lorashrink" / "example"
-    adapter, base, table = example / "loras" / "style.safetensors", example / "model", example / "table.safetensors"
+    adapter, base = example("loras", "style.safetensors"), example("model")
+    table = example("table.safetensors")
     (expected,) = ls.resize(adapter, base=base, calibration=table, recipes="calib,energy=0.9", dry_run=True).results
     prepared = ls.prepare(adapter, base=base, calibration=table)
     assert prepared.at("calib,energy=0.9").relative_error == pytest.approx(expected.relative_error, rel=1e-9)

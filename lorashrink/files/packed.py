@@ -1,0 +1,434 @@
+"""The packed form of an adapter, and how it is unpacked. `docs/pack.md` describes it for other programs.
+
+A packed file is a safetensors file with two tensors of its own, an index and a code. The code holds the factors of the
+layers as whole numbers, entropy-coded; all other tensors of the adapter lie beside it as they are. Unpacking is integer
+arithmetic, one exact product in float32 and one rounding to float16, so that it gives the same bits everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lorashrink.errors import DamagedFile, InputError, UsageError
+from lorashrink.files.header import Arrangement
+from lorashrink.files.metadata_keys import PACKED
+from lorashrink.files.store import DTYPES, ComputedStore, TensorInfo, TensorStore, tensor_info
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    import numpy as np
+    from torch import Tensor
+
+    Whole = np.ndarray[Any, np.dtype[np.int32]]
+
+VERSION = 1
+
+PREFIX = "lorashrink.packed."
+INDEX, CODE = f"{PREFIX}index", f"{PREFIX}code"
+
+# Classes of precision: a dimension of class j has steps of 2^(-j/2) of its scale.
+CLASSES = range(-2, 17)
+
+# Scales and steps are quarters of a power of two: 2^(i/4) in 12 bits.
+_QUARTERS = (2048, 2435, 2896, 3444)
+_QUARTER_BITS = 11
+
+MOST = 4095  # the largest whole number: with 12 bits of the step it fits into the 24 bits of float32
+SCALES = range(-200, 121)  # in quarters: from far below the smallest float16 to above the largest
+
+FREQUENCY_BITS = 12
+MOST_FREQUENT = 15 << (FREQUENCY_BITS - 4)  # so that no number takes less than 1/16 bit
+MOST_SIDES = 127  # magnitudes in a table
+ESCAPE_BITS = 13
+
+# A file cannot claim more than it can hold.
+_NUMBERS_PER_BYTE, _NUMBERS_SLACK = 128, 1 << 12
+_INDEX_RATIO, _INDEX_SLACK = 100, 1 << 20
+_MOST_CONSTANT = 256  # bytes of a tensor in the index
+
+
+def low_bits(class_: int) -> int:
+    """How many bits of a class's numbers are coded without a table: the others are at most some dozens."""
+    return max(0, (class_ - 4) // 2)
+
+
+def step(scale: int, class_: int) -> float:
+    """The distance between neighbouring values, a number of 12 bits."""
+    quarters = scale - 2 * class_
+    return math.ldexp(_QUARTERS[quarters % 4], quarters // 4 - _QUARTER_BITS)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The tensors of layers of one kind and size, without their rank."""
+
+    factors: tuple[tuple[str, int, tuple[int, ...]], ...]  # (end of the name, axis of the rank, the other axes)
+    constants: tuple[tuple[str, str, tuple[int, ...], str], ...]  # (end of the name, dtype, shape, bytes as hex)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of a dimension in each factor."""
+        return tuple(math.prod(rest) for _, _, rest in self.factors)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Neighbouring layers that are decoded together."""
+
+    layers: int
+    words: int  # of 32 bits
+    crc32: int  # of the decoded float16 numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What the code holds, in the order of the layers."""
+
+    forms: tuple[Form, ...]
+    names: tuple[str, ...]  # per layer
+    kinds: tuple[int, ...]  # per layer the number of its form
+    ranks: tuple[int, ...]
+    scales: tuple[int, ...]  # per layer and dimension
+    classes: tuple[int, ...]  # per layer, factor and dimension
+    tables: Mapping[str, tuple[int, ...]]  # class -> frequencies of an escape, and of the magnitudes from 0 on
+    sections: tuple[Section, ...]
+
+    def to_bytes(self) -> bytes:
+        """The index as it is stored."""
+        return zlib.compress(json.dumps(asdict(self), separators=(",", ":")).encode(), 9)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Index:
+        """Raises ValueError, KeyError, TypeError or zlib.error for what is no index."""
+        inflater = zlib.decompressobj()
+        text = inflater.decompress(data, _INDEX_RATIO * len(data) + _INDEX_SLACK)
+        if not inflater.eof:
+            raise ValueError("it is cut short, or far larger than an index")
+        entries = json.loads(text)
+        forms = tuple(
+            Form(
+                tuple((str(end), _whole(axis), _shape(rest)) for end, axis, rest in form["factors"]),
+                tuple(
+                    (str(end), str(dtype), _shape(shape), str(text)) for end, dtype, shape, text in form["constants"]
+                ),
+            )
+            for form in entries["forms"]
+        )
+        index = cls(
+            forms=forms,
+            names=tuple(map(str, entries["names"])),
+            kinds=_shape(entries["kinds"]),
+            ranks=_shape(entries["ranks"]),
+            scales=tuple(map(_whole, entries["scales"])),
+            classes=tuple(map(_whole, entries["classes"])),
+            tables={str(key): _shape(table) for key, table in entries["tables"].items()},
+            sections=tuple(
+                Section(*(_whole(part[key]) for key in ("layers", "words", "crc32"))) for part in entries["sections"]
+            ),
+        )
+        index._check()
+        return index
+
+    def form(self, layer: int) -> Form:
+        """The form of a layer."""
+        return self.forms[self.kinds[layer]]
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are coded."""
+        return sum(rank * sum(self.form(layer).counts) for layer, rank in enumerate(self.ranks))
+
+    def infos(self) -> Iterator[tuple[str, TensorInfo]]:
+        """Names of the tensors of all layers, and what the header of the unpacked file says of them."""
+        for layer, (name, rank) in enumerate(zip(self.names, self.ranks, strict=True)):
+            form = self.form(layer)
+            for end, axis, rest in form.factors:
+                yield name + end, tensor_info("F16", (*rest[:axis], rank, *rest[axis:]))
+            for end, dtype, shape, _ in form.constants:
+                yield name + end, tensor_info(dtype, shape)
+
+    def _check(self) -> None:
+        """Raises ValueError for what contradicts itself."""
+        for form in self.forms:
+            if not form.factors or any(not 0 <= axis <= len(rest) or 0 in rest for _, axis, rest in form.factors):
+                raise ValueError("a factor has no such shape")
+            for _, dtype, shape, text in form.constants:
+                size = math.prod(shape) * DTYPES[dtype][0]
+                if size > _MOST_CONSTANT or len(bytes.fromhex(text)) != size:
+                    raise ValueError("a constant does not fill its shape")
+        if not len(self.names) == len(self.kinds) == len(self.ranks):
+            raise ValueError("lists of layers differ in length")
+        if any(kind >= len(self.forms) for kind in self.kinds) or 0 in self.ranks:
+            raise ValueError("a layer has no form, or no rank")
+        dimensions = sum(self.ranks)
+        runs = sum(rank * len(self.form(layer).factors) for layer, rank in enumerate(self.ranks))
+        if len(self.scales) != dimensions or len(self.classes) != runs:
+            raise ValueError("lists of dimensions do not fit the ranks")
+        if not all(scale in SCALES for scale in self.scales):
+            raise ValueError("a scale is out of range")
+        for class_ in set(self.classes):
+            if class_ not in CLASSES:
+                raise ValueError("a class is out of range")
+            escape, *sides = self.tables[str(class_)]
+            if not 1 <= len(sides) <= MOST_SIDES + 1 or escape + 2 * sum(sides) - sides[0] != 1 << FREQUENCY_BITS:
+                raise ValueError("the frequencies of a table do not add up")
+        if sum(section.layers for section in self.sections) != len(self.names):
+            raise ValueError("sections do not fit the layers")
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError("a whole number was expected")
+    return value
+
+
+def _shape(values: Sequence[object]) -> tuple[int, ...]:
+    """Whole numbers that are not negative, and no larger than any file."""
+    numbers = tuple(map(_whole, values))
+    if not all(0 <= number < 1 << 40 for number in numbers):
+        raise ValueError("a size is out of range")
+    return numbers
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def is_packed(store: TensorStore) -> bool:
+    """Whether these are the tensors of a packed file."""
+    return INDEX in store.tensors or PACKED in store.metadata
+
+
+def open_packed(stored: TensorStore) -> PackedStore:
+    """What an open packed file unpacks to. Raises DamagedFile, or InputError for a newer version of the format."""
+    entry = _entry(stored)
+    try:
+        index = Index.from_bytes(b"".join(map(bytes, stored.chunks(INDEX))))
+        _check_sizes(index, stored.tensors[CODE].nbytes)
+    except (
+        *(ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError),
+        *(RecursionError, zlib.error),
+    ) as error:
+        raise DamagedFile(
+            f"{stored.path}: the index of the packed file is broken ({str(error)[:200]}). Download or copy it again."
+        ) from error
+    names = [name for name, _ in index.infos()]
+    if len({*names, *stored.tensors}) != len(names) + len(stored.tensors):
+        raise DamagedFile(f"{stored.path}: a name is in the packed file twice. Download or copy it again.")
+    return PackedStore(stored, index, str(entry.get("sha256", "")), as_folder=entry.get("folder") is True)
+
+
+def _check_sizes(index: Index, nbytes: int) -> None:
+    """Raises ValueError if there are more numbers than so many bytes can hold."""
+    if index.numbers > _NUMBERS_PER_BYTE * nbytes + _NUMBERS_SLACK:
+        raise ValueError(f"it claims {index.numbers} numbers in {nbytes} bytes")
+    if 4 * sum(section.words for section in index.sections) != nbytes:
+        raise ValueError("sections do not fill the code")
+
+
+class PackedStore(ComputedStore):
+    """The tensors that a packed file unpacks to. They are decoded once, when one of them is read, and then kept."""
+
+    def __init__(self, stored: TensorStore, index: Index, sha256: str, *, as_folder: bool) -> None:
+        """sha256: of the contents, as the file says. as_folder: whether it unpacks to a folder of PEFT."""
+        computed: dict[str, tuple[TensorInfo, Callable[[], Tensor]]] = {
+            name: (info, partial(stored.read, name))
+            for name, info in stored.tensors.items()
+            if not name.startswith(PREFIX)
+        }
+        computed |= {name: (info, partial(self._read_packed, name)) for name, info in index.infos()}
+        metadata = {key: text for key, text in stored.metadata.items() if key != PACKED}
+        super().__init__(stored.path, computed, metadata, stored.files, stored.headers)
+        self.index, self.sha256, self.as_folder = index, sha256, as_folder
+        self._stored = stored
+        self._sections = self._section_of_names()
+        self._starts = [0, *itertools.accumulate(section.words for section in index.sections)]
+        self._decoding = threading.Lock()
+        self._decoded: dict[int, dict[str, Tensor]] = {}
+
+    def _section_of_names(self) -> dict[str, int]:
+        sections: dict[str, int] = {}
+        layer = 0
+        for number, section in enumerate(self.index.sections):
+            for _ in range(section.layers):
+                form, name = self.index.form(layer), self.index.names[layer]
+                ends = [factor[0] for factor in form.factors] + [constant[0] for constant in form.constants]
+                sections |= dict.fromkeys([name + end for end in ends], number)
+                layer += 1
+        return sections
+
+    def _read_packed(self, name: str) -> Tensor:
+        number = self._sections[name]
+        with self._decoding:
+            if number not in self._decoded:
+                self._decoded[number] = self._decode(number)
+        return self._decoded[number][name]
+
+    def _decode(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a section. Raises DamagedFile, or UsageError if the decoder is not installed."""
+        import numpy as np
+        import torch
+
+        section = self.index.sections[number]
+        first = sum(part.layers for part in self.index.sections[:number])
+        layers = range(first, first + section.layers)
+        raw = self._stored.read(CODE, (4 * self._starts[number], 4 * self._starts[number + 1])).numpy()
+        words = raw.view("<u4").astype(np.uint32)
+        runs = list(self._runs(layers))
+        values = decode(words, runs, self.index.tables, self._stored.path)
+        crc, start, tensors = 0, 0, {}
+        for layer in layers:
+            form, rank = self.index.form(layer), self.index.ranks[layer]
+            for (end, axis, rest), count in zip(form.factors, form.counts, strict=True):
+                factor = values[start : start + rank * count]
+                start += rank * count
+                crc = zlib.crc32(factor.numpy().astype("<f2", copy=False).tobytes(), crc)
+                tensors[self.index.names[layer] + end] = factor.reshape(rank, *rest).movedim(0, axis).contiguous()
+            for end, dtype, shape, text in form.constants:
+                data = torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+                tensors[self.index.names[layer] + end] = data.view(getattr(torch, DTYPES[dtype][1])).reshape(shape)
+        if crc != section.crc32:
+            raise DamagedFile(f"{self.path}: the code of the packed file is damaged. Download or copy it again.")
+        return tensors
+
+    def _runs(self, layers: range) -> Iterator[Run]:
+        """The runs of these layers: factor by factor, dimension by dimension."""
+        ranks = self.index.ranks[: layers.start]
+        scale = sum(ranks)
+        at = sum(rank * len(self.index.form(layer).factors) for layer, rank in enumerate(ranks))
+        for layer in layers:
+            form, rank = self.index.form(layer), self.index.ranks[layer]
+            for count in form.counts:
+                for dimension in range(rank):
+                    yield Run(self.index.scales[scale + dimension], self.index.classes[at], count)
+                    at += 1
+            scale += rank
+
+    def check_contents(self) -> None:
+        """Unpack everything and compare its hash. Raises DamagedFile."""
+        arrangement = Arrangement(self.tensors)
+        digest = contents_sha256(arrangement, self.chunks)
+        if digest != self.sha256:
+            raise DamagedFile(
+                f"{self.path}: unpacks to other numbers than were packed: their SHA-256 is {digest[:16]}…, and in it "
+                f"is written {self.sha256[:16]}…. Download or copy it again."
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        super().close()
+        self._stored.close()
+
+
+def contents_sha256(arrangement: Arrangement, chunks: Callable[[str], Iterator[memoryview]]) -> str:
+    """SHA-256 of all bytes behind the header of a file with this arrangement."""
+    digest = hashlib.sha256()
+    for name in arrangement.offsets:
+        for chunk in chunks(name):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _entry(store: TensorStore) -> Mapping[str, Any]:
+    """The metadata of the format. Raises DamagedFile, or InputError for a newer version."""
+    try:
+        entry: dict[str, Any] = json.loads(store.metadata[PACKED])
+        version = _whole(entry["version"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedFile(
+            f"{store.path}: a packed file without its metadata, which some program has removed. Take the original."
+        ) from error
+    if version > VERSION:
+        raise InputError(
+            f"{store.path}: is packed in version {version} of the format, this program reads {VERSION}. "
+            "Update lorashrink."
+        )
+    return entry
+
+
+# --- decoding -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The numbers of one dimension in one factor."""
+
+    scale: int
+    class_: int
+    count: int
+
+
+def coder() -> ModuleType:
+    """The entropy coder. Raises UsageError if it is not installed."""
+    try:
+        from constriction import stream
+    except ImportError:
+        raise UsageError("packed files need one more package: pip install 'lorashrink[pack]'") from None
+    module: ModuleType = stream
+    return module
+
+
+def table_model(table: Sequence[int]) -> Any:
+    """The coder's model of a table: symbols are an escape, then the numbers from the smallest to the largest."""
+    import numpy as np
+
+    escape, *sides = table
+    frequencies = np.array([escape, *sides[:0:-1], *sides], dtype=np.float64)
+    return coder().model.Categorical(frequencies, perfect=False)
+
+
+def uniform_model(bits: int) -> Any:
+    """The coder's model of equally likely numbers of so many bits."""
+    return coder().model.Uniform(1 << bits)
+
+
+def decode(words: Any, runs: Sequence[Run], tables: Mapping[str, Sequence[int]], path: object) -> Tensor:
+    """Float16 numbers of these runs, one after the other. Raises DamagedFile if the words are no code."""
+    import numpy as np
+    import torch
+
+    stream = coder().stack
+    by_class = sorted(range(len(runs)), key=lambda index: runs[index].class_)
+    numbers = np.empty(sum(run.count for run in runs), dtype=np.int32)
+    steps = torch.tensor([step(runs[index].scale, runs[index].class_) for index in by_class], dtype=torch.float32)
+    counts = torch.tensor([runs[index].count for index in by_class])
+    start = 0
+    try:
+        ans = stream.AnsCoder(words)
+        for class_ in sorted({run.class_ for run in runs}):
+            count = sum(run.count for run in runs if run.class_ == class_)
+            numbers[start : start + count] = _decode_class(ans, class_, count, tables[str(class_)])
+            start += count
+    except ValueError as error:
+        raise DamagedFile(f"{path}: the code of the packed file is damaged. Download or copy it again.") from error
+    values = (torch.from_numpy(numbers).float() * torch.repeat_interleave(steps, counts)).half()
+    pieces = torch.split(values, counts.tolist())
+    ordered: list[Tensor] = [values] * len(runs)
+    for index, piece in zip(by_class, pieces, strict=True):
+        ordered[index] = piece
+    return torch.cat(ordered)
+
+
+def _decode_class(ans: Any, class_: int, count: int, table: Sequence[int]) -> Whole:
+    import numpy as np
+
+    symbols: Whole = ans.decode(table_model(table), count)
+    sides = len(table) - 2
+    numbers = symbols - (sides + 1)
+    escaped = np.flatnonzero(symbols == 0)
+    if len(escaped):
+        numbers[escaped] = ans.decode(uniform_model(ESCAPE_BITS), len(escaped)) - (1 << (ESCAPE_BITS - 1))
+    bits = low_bits(class_)
+    if bits:
+        lows: Whole = ans.decode(uniform_model(bits), count)
+        numbers = (numbers << bits) + lows - (1 << (bits - 1))
+    return numbers

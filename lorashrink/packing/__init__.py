@@ -1,0 +1,1 @@
+"""`pack` and `unpack`: adapters with few bits per number, for keeping and sending."""

@@ -1,0 +1,209 @@
+"""A packed file that is complete but for its name."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from lorashrink.adapters import peft
+from lorashrink.engine.spectrum import truncate
+from lorashrink.files.header import Arrangement
+from lorashrink.files.metadata_keys import ENERGY, ERROR, NORM_RATIO, OPTIONS, PACKED, RECIPE
+from lorashrink.files.packed import CODE, INDEX, VERSION, Form, contents_sha256
+from lorashrink.files.store import ComputedStore, TensorInfo, TensorStore, info_of, memory_of, torch_dtype
+from lorashrink.files.writing import save_tensors
+from lorashrink.packing.allocation import Allocation
+from lorashrink.packing.encoding import Encoder, rounded
+from lorashrink.recipes.choice import Selection
+from lorashrink.shrinking.decomposed import Decomposed
+from lorashrink.shrinking.plan import LayerPlan, Outline, Plan, plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A packed file that is complete but for its name."""
+
+    plan: Plan
+    allocation: Allocation
+    own: Mapping[str, Tensor]  # index, code, and what is computed beside them
+    copied: Sequence[str]  # keys of the adapter
+    metadata: Mapping[str, str]
+    sha256: str
+    unpacked: int  # bytes
+    numbers: int
+    rounding: float  # Σ‖error of rounding‖²
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        arrangement = Arrangement({**{key: info_of(tensor) for key, tensor in self.own.items()}, **self._infos})
+        return len(arrangement.header(self.metadata)) + arrangement.nbytes
+
+    @property
+    def _infos(self) -> dict[str, TensorInfo]:
+        return {key: self.plan.tensors[key] for key in self.copied}
+
+    def write(self, path: Path) -> None:
+        """Write the file. Raises OutputError."""
+        store = self.plan.adapter.store
+        copied = ComputedStore(
+            store.path,
+            {key: (info, partial(store.read, key)) for key, info in self._infos.items()},
+            {},
+            store.files,
+        )
+        save_tensors(path, self.own, self.metadata, source=copied)
+
+
+def build_draft(decomposed: Decomposed, outlined: Outline, allocation: Allocation, *, device: str, label: str) -> Draft:
+    """The packed file of this allocation, whose dimensions are those of `judging.dimensions_of`.
+
+    label: what the metadata says of the request. Raises RecipeError if nothing is kept.
+    """
+    starts = np.cumsum([0, *(facts.rank for facts in outlined.facts)])
+    kept = tuple(
+        tuple(np.flatnonzero(allocation.kept[start:stop]).tolist()) for start, stop in itertools.pairwise(starts)
+    )
+    planned = plan(decomposed, outlined, Selection(kept, tuple(map(len, kept)), None))
+    start_of = dict(zip(outlined.judged, starts, strict=False))
+    encoder = Encoder()
+    unpacked: dict[str, Tensor] = {}  # what is not copied from the adapter, as it will be unpacked
+    beside: dict[str, Tensor] = {}  # of these what is not in the code
+    rounding = 0.0
+    for index, layer in planned.written.items():
+        parts = _factors(planned, layer, device)
+        classes = allocation.classes[start_of[index] + np.array(layer.kept)]
+        result = rounded(parts.prefix, parts.form, parts.matrices, classes.T.tolist())
+        encoder.add(result)
+        rounding += _changed(parts.matrices, result.values) / (parts.scale**2 or 1.0)
+        for (end, axis, rest), factor in zip(parts.form.factors, result.values, strict=True):
+            unpacked[parts.prefix + end] = factor.reshape(layer.width, *rest).movedim(0, axis).contiguous()
+        unpacked |= parts.constants
+        if "bias" in layer.form.keys:
+            key = layer.form.keys["bias"]
+            bias = layer.layer.store.read(key).float() * (layer.layer.scale * parts.scale)
+            beside[key] = bias.to(torch_dtype(planned.tensors[key].dtype))
+    unpacked |= beside
+    index_of_code, code = encoder.finish()
+    sha256 = contents_sha256(planned.arrangement, partial(_chunks, unpacked, planned.adapter.store))
+    metadata = _metadata(planned, label, sha256)
+    ordinary = {key: text for key, text in metadata.items() if key != PACKED}
+    index_bytes = index_of_code.to_bytes()
+    return Draft(
+        plan=planned,
+        allocation=allocation,
+        own={**beside, INDEX: _as_tensor(index_bytes), CODE: _as_tensor(code)},
+        copied=[key for key in planned.tensors if key not in unpacked],
+        metadata=metadata,
+        sha256=sha256,
+        unpacked=len(planned.arrangement.header(ordinary)) + planned.arrangement.nbytes,
+        numbers=index_of_code.numbers,
+        rounding=rounding,
+    )
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memory_of(tensor.contiguous().reshape(-1).view(torch.uint8))
+
+
+def _chunks(computed: Mapping[str, Tensor], store: TensorStore, key: str) -> Iterator[memoryview]:
+    """The bytes of a tensor of the unpacked file."""
+    if key in computed:
+        yield _bytes_of(computed[key])
+    else:
+        yield from store.chunks(key)
+
+
+class _Factors(NamedTuple):
+    """A layer in the tensors that it is written as."""
+
+    prefix: str  # of the names of its tensors
+    form: Form
+    matrices: list[Tensor]  # [k, numbers of a dimension] float32: of the outputs, then of the inputs
+    constants: dict[str, Tensor]
+    scale: float  # of their product, relative to the truncated ΔW
+
+
+def _factors(planned: Plan, layer: LayerPlan, device: str) -> _Factors:
+    rank, scale = layer.width, planned.baked(layer)
+    up, down = truncate(layer.layer.delta, layer.spectrum, layer.kept, scale=scale, device=device)
+    _, family, keys, infos = layer.form
+    assert family.written
+    shapes, wider = family.written(infos, rank), family.written(infos, rank + 1)
+    axes = {
+        role: next(axis for axis, (old, new) in enumerate(zip(shape, wider[role], strict=True)) if old != new)
+        for role, shape in shapes.items()
+        if shape != wider[role]
+    }
+    tensors = family.pack(up, down) if family.pack else {"up": up, "down": down}
+    matrices = {
+        role: tensors[role].reshape(shapes[role]).movedim(axis, 0).reshape(rank, -1) for role, axis in axes.items()
+    }
+    roles = sorted(axes, key=lambda role: not torch.equal(matrices[role], up.mT))  # that of the outputs first
+    prefix = _common_start([keys[role] for role in shapes])
+    constants = {}
+    for role in shapes.keys() - axes.keys():
+        info = planned.tensors[keys[role]]
+        constants[keys[role]] = torch.full(info.shape, float(planned.alpha)).to(torch_dtype(info.dtype))
+    form = Form(
+        factors=tuple(
+            (keys[role].removeprefix(prefix), axes[role], _without(shapes[role], axes[role])) for role in roles
+        ),
+        constants=tuple(
+            (key.removeprefix(prefix), info_of(tensor).dtype, tuple(tensor.shape), _bytes_of(tensor).hex())
+            for key, tensor in constants.items()
+        ),
+    )
+    return _Factors(prefix, form, [matrices[role] for role in roles], constants, scale)
+
+
+def _without(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    """The shape without one of its axes."""
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+def _common_start(names: Sequence[str]) -> str:
+    """What all names begin with."""
+    pairs = zip(min(names), max(names), strict=False)
+    return "".join(first for first, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _changed(exact: Sequence[Tensor], stored: Sequence[Tensor]) -> float:
+    """Σ over dimensions of ‖u vᵀ - u' v'ᵀ‖², for factors [k, count]."""
+    products = []
+    for before, after in zip(exact, stored, strict=True):
+        a, b = before.double(), after.double()
+        products.append(((a * a).sum(1), (b * b).sum(1), (a * b).sum(1)))
+    (uu, pp, up), (vv, qq, vq) = products
+    return max(0.0, float((uu * vv + pp * qq - 2 * up * vq).sum()))
+
+
+# What the metadata of a shrunk file says of its recipe, and what is true before rounding only.
+_OF_RECIPES = frozenset({"resize_params", RECIPE, ENERGY, NORM_RATIO, ERROR})
+
+
+def _metadata(planned: Plan, label: str, sha256: str) -> dict[str, str]:
+    """The metadata of the packed file, which but for one entry is that of the file that it unpacks to."""
+    entries = {key: text for key, text in planned.metadata.items() if key not in _OF_RECIPES}
+    for key in {"ss_training_comment", "modelspec.title"} & entries.keys():
+        entries[key] = entries[key].replace(str(planned.recipe), f"pack,{label}", 1)
+    entries[OPTIONS] = f"pack,{label},{entries[OPTIONS]}"
+    if planned.adapter.as_folder:
+        entries[peft.METADATA_KEY] = peft.to_metadata(planned.settings)
+    entries[PACKED] = json.dumps({"version": VERSION, "sha256": sha256, "folder": planned.adapter.as_folder})
+    return entries

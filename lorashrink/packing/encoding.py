@@ -1,0 +1,192 @@
+"""From the vectors of kept dimensions to an index and a code: the counterpart of `files.packed`."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lorashrink.files.packed import (
+    CLASSES,
+    ESCAPE_BITS,
+    FREQUENCY_BITS,
+    MOST,
+    MOST_FREQUENT,
+    MOST_SIDES,
+    SCALES,
+    Form,
+    Index,
+    Section,
+    coder,
+    low_bits,
+    step,
+    table_model,
+    uniform_model,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Whole = np.ndarray[Any, np.dtype[np.int32]]
+
+_SECTION_NUMBERS = 1 << 20
+
+# Of a class's numbers at most this part is coded as escapes; each costs about two bytes more than in the table.
+_ESCAPED = 2.0**-13
+
+
+@dataclass(eq=False, slots=True)
+class _Draft:
+    """A section before it is coded."""
+
+    layers: int = 0
+    numbers: int = 0
+    by_class: dict[int, list[Whole]] = field(default_factory=lambda: defaultdict(list))
+    crc32: int = 0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Rounded:
+    """The factors of one layer in whole numbers."""
+
+    name: str
+    form: Form
+    scales: Sequence[int]  # [k]
+    classes: Sequence[Sequence[int]]  # [k] for each factor
+    numbers: Sequence[Whole]  # [k, count] for each factor
+    values: Sequence[Tensor]  # [k, count] float16 for each factor: what they unpack to
+
+
+def rounded(name: str, form: Form, factors: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> Rounded:
+    """Round the two factors of a layer, [k, count] float32 each, with a class for each dimension of both.
+
+    Where a class would need larger numbers than the format has, a coarser one is used.
+    """
+    first, second = (factor.double() for factor in factors)
+    sizes = [factor.square().mean(1).sqrt() for factor in (first, second)]
+    common = (sizes[0] * sizes[1]).sqrt()
+    scales = [_scale(float(size)) for size in common]
+    numbers, values, used = [], [], []
+    for factor, size, wanted in zip((first, second), sizes, classes, strict=True):
+        balanced = factor * torch.where(size > 0, common / size, 0)[:, None]
+        largest = balanced.abs().amax(1).tolist()
+        fitting = [_fitting(scale, class_, most) for scale, class_, most in zip(scales, wanted, largest, strict=True)]
+        steps = torch.tensor([step(*pair) for pair in zip(scales, fitting, strict=True)], dtype=torch.float64)
+        whole = torch.round(balanced / steps[:, None]).clamp(-MOST, MOST).int()
+        numbers.append(whole.numpy())
+        values.append((whole.float() * steps.float()[:, None]).half())
+        used.append(fitting)
+    return Rounded(name, form, scales, used, numbers, values)
+
+
+def _scale(size: float) -> int:
+    """The nearest quarter of a power of two."""
+    return min(max(round(4 * math.log2(size)), SCALES.start), SCALES.stop - 1) if size > 0 else SCALES.start
+
+
+def _fitting(scale: int, class_: int, largest: float) -> int:
+    while class_ > CLASSES.start and largest > MOST * step(scale, class_):
+        class_ -= 1
+    return class_
+
+
+class Encoder:
+    """Layers one after the other, then their index and code."""
+
+    def __init__(self) -> None:
+        self._forms: dict[Form, int] = {}
+        self._rows: list[tuple[str, int, int]] = []  # name, form, rank
+        self._scales: list[int] = []
+        self._classes: list[int] = []
+        self._sections: list[_Draft] = []
+
+    def add(self, layer: Rounded) -> None:
+        """Take a layer, whose name is that of no other."""
+        import zlib
+
+        if not self._sections or self._sections[-1].numbers >= _SECTION_NUMBERS:
+            self._sections.append(_Draft())
+        section = self._sections[-1]
+        section.layers += 1
+        self._rows.append((layer.name, self._forms.setdefault(layer.form, len(self._forms)), len(layer.scales)))
+        self._scales += layer.scales
+        for classes, numbers, values in zip(layer.classes, layer.numbers, layer.values, strict=True):
+            self._classes += classes
+            section.numbers += numbers.size
+            section.crc32 = zlib.crc32(values.contiguous().numpy().astype("<f2", copy=False).tobytes(), section.crc32)
+            for class_, row in zip(classes, numbers, strict=True):
+                section.by_class[class_].append(row.astype(np.int16))
+
+    def finish(self) -> tuple[Index, bytes]:
+        """(index, code)."""
+        tables = self._tables()
+        codes = [_code(section, tables) for section in self._sections]
+        index = Index(
+            forms=tuple(self._forms),
+            names=tuple(name for name, _, _ in self._rows),
+            kinds=tuple(form for _, form, _ in self._rows),
+            ranks=tuple(rank for _, _, rank in self._rows),
+            scales=tuple(self._scales),
+            classes=tuple(self._classes),
+            tables={str(class_): table for class_, table in sorted(tables.items())},
+            sections=tuple(
+                Section(section.layers, len(words), section.crc32)
+                for section, words in zip(self._sections, codes, strict=True)
+            ),
+        )
+        return index, b"".join(words.astype("<u4").tobytes() for words in codes)
+
+    def _tables(self) -> dict[int, tuple[int, ...]]:
+        """Frequencies of each class, pooled over the file."""
+        counts: dict[int, Any] = defaultdict(lambda: np.zeros(MOST + 2, dtype=np.int64))
+        for section in self._sections:
+            for class_, rows in section.by_class.items():
+                high, _ = _split(np.concatenate(rows), class_)
+                counts[class_] += np.bincount(np.abs(high), minlength=MOST + 2)
+        return {class_: _frequencies(of_class) for class_, of_class in counts.items()}
+
+
+def _split(numbers: Whole, class_: int) -> tuple[Whole, Whole]:
+    """(what a table codes, the low bits)."""
+    bits = low_bits(class_)
+    wide = numbers.astype(np.int32)
+    if not bits:
+        return wide, np.empty(0, dtype=np.int32)
+    shifted = wide + (1 << (bits - 1))
+    return shifted >> bits, shifted & ((1 << bits) - 1)
+
+
+def _frequencies(counts: Any) -> tuple[int, ...]:
+    """A table from how often each magnitude occurs: frequencies of an escape, of 0, and of each sign of 1, 2, ..."""
+    total, whole = int(counts.sum()), 1 << FREQUENCY_BITS
+    tails = total - counts.cumsum()  # numbers beyond each magnitude
+    last = min(int(np.argmax(tails <= _ESCAPED * total)), MOST_SIDES)
+    escape = min(max(1, round(whole * tails[last] / total)), whole // 2) if tails[last] else 0
+    sides = [max(1, round(whole * int(count) / total / 2)) for count in counts[1 : last + 1]]
+    zero = whole - escape - 2 * sum(sides)
+    while zero < 1:
+        sides[sides.index(max(sides))] -= 1
+        zero += 2
+    excess = max(0, zero - MOST_FREQUENT)
+    return (escape + excess, zero - excess, *sides)
+
+
+def _code(section: _Draft, tables: Mapping[int, Sequence[int]]) -> Any:
+    """The words of a section. What is decoded last is encoded first."""
+    ans = coder().stack.AnsCoder()
+    for class_ in sorted(section.by_class, reverse=True):
+        high, low = _split(np.concatenate(section.by_class[class_]), class_)
+        table = tables[class_]
+        sides = len(table) - 2
+        if len(low):
+            ans.encode_reverse(low, uniform_model(low_bits(class_)))
+        escaped = np.abs(high) > sides
+        if escaped.any():
+            ans.encode_reverse(high[escaped] + (1 << (ESCAPE_BITS - 1)), uniform_model(ESCAPE_BITS))
+        ans.encode_reverse(np.where(escaped, 0, high + sides + 1).astype(np.int32), table_model(table))
+    return ans.get_compressed()
