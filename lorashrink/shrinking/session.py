@@ -78,6 +78,12 @@ class Session:
         return None if progress is None else lambda done, total: progress(text, done, total)
 
 
+def _reads_weights(job: Job) -> bool:
+    """Whether a recipe takes more of the base's weights than their Frobenius norms."""
+    recipes = (recipe for outputs in job.targets.values() for recipe in outputs.values())
+    return any("weight" in recipe.needs or "spn" in recipe.base_norms for recipe in recipes)
+
+
 @contextlib.contextmanager
 def open_session(job: Job, *, progress: Progress | None = None) -> Iterator[Session]:
     """Open the bases and a pool of threads. Raises UsageError, InputError or NotABase."""
@@ -90,8 +96,8 @@ def open_session(job: Job, *, progress: Progress | None = None) -> Iterator[Sess
         if value not in allowed:
             raise UsageError(f"{name}: '{value}' is not one of {', '.join(allowed)}.")
     options = replace(options, dtype={"16": "fp16", "32": "fp32"}.get(options.dtype, options.dtype))
-    device = pick_device(options.device)
     paths = [Path(options.base)] if options.base is not None else list(dict.fromkeys(job.bases.values()))
+    device = pick_device(options.device, [*job.targets, *(paths if _reads_weights(job) else ())])
     with contextlib.ExitStack() as stack:
         bases = {path: stack.enter_context(open_base(path)) for path in paths}
         for family, path in job.bases.items():

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from lorashrink.adapters import Layer, adapter_of, peft
+from lorashrink.engine.accelerators import computed
 from lorashrink.engine.delta import AnyDelta, Delta
+from lorashrink.engine.devices import core_device
 from lorashrink.engine.gram import grams
-from lorashrink.engine.spectrum import truncate
+from lorashrink.engine.spectrum import Cut, truncate_together
 from lorashrink.errors import OutputError
 from lorashrink.files import hashes
 from lorashrink.files.store import torch_dtype
@@ -70,7 +73,7 @@ def write(
         ]
         for (plan, writer), entries in zip(pairs, hashed, strict=True):
             writer.flush()
-            warnings[writer.path] = _verify(plan, writer, pool, steps)
+            warnings[writer.path] = _verify(plan, writer, pool, device, steps)
             writer.replace_metadata(entries.result())
             folder = writer.path.parent
             writer.commit({folder / peft.CONFIG_FILE: peft.to_file(plan.settings)} if plan.adapter.as_folder else None)
@@ -106,19 +109,25 @@ def _run(pool: Executor, chunks: Sequence[Sequence[T]], task: Callable[[Sequence
 
 
 def _write_layers(indices: Sequence[int], pairs: Sequence[tuple[Plan, SafetensorsWriter]], device: str) -> None:
-    for index in indices:
-        delta = None
+    size = (
+        1 if core_device(device).type == "cpu" else len(indices)
+    )  # a GPU computes many at once, which are in memory together
+    for start in range(0, len(indices), size):
+        deltas: dict[int, AnyDelta] = {}
         for plan, writer in pairs:
-            if planned := plan.written.get(index):
-                delta = delta or planned.layer.delta
-                _write_layer(plan, planned, delta, writer, device)
+            cuts = {}
+            for index in indices[start : start + size]:
+                if planned := plan.written.get(index):
+                    delta = deltas[index] = deltas.get(index) or planned.layer.delta
+                    cuts[index] = Cut(
+                        delta, planned.spectrum, planned.kept, planned.caps, planned.width, plan.baked(planned)
+                    )
+            for index, (up, down) in zip(cuts, truncate_together(list(cuts.values()), device), strict=True):
+                _write_layer(plan, plan.written[index], up, down, writer)
 
 
-def _write_layer(plan: Plan, planned: LayerPlan, delta: AnyDelta, writer: SafetensorsWriter, device: str) -> None:
+def _write_layer(plan: Plan, planned: LayerPlan, up: Tensor, down: Tensor, writer: SafetensorsWriter) -> None:
     layer, width, scale = planned.layer, planned.width, plan.baked(planned)
-    up, down = truncate(
-        delta, planned.spectrum, planned.kept, factors=planned.caps, width=width, scale=scale, device=device
-    )
     _, family, keys, infos = planned.form
     assert family.written
     values = dict(family.pack(up, down) if family.pack else {"up": up, "down": down})
@@ -131,7 +140,7 @@ def _write_layer(plan: Plan, planned: LayerPlan, delta: AnyDelta, writer: Safete
         writer.write(keys[role], values[role].to(torch_dtype(info.dtype)))
 
 
-def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> list[str]:
+def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, device: str, steps: _Steps) -> list[str]:
     """Open the written file as every loader does, and compare the norm of each layer with the input's; warnings."""
     names = writer.readable_names()
     by_name = {layer.name: layer for layer in plan.adapter.layers}
@@ -146,18 +155,20 @@ def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps
     chunks = [chunk for layers in by_width.values() for chunk in _chunks(layers)]
     with writer.opened() as store:
         written = {layer.name: layer for layer in adapter_of(writer.path, store, plan.settings)}
-        flushed = _run(pool, chunks, lambda chunk: _check_norms(plan, writer.path, written, chunk), steps)
+        flushed = _run(pool, chunks, lambda chunk: _check_norms(plan, writer.path, written, chunk, device), steps)
     return below_precision([name for names in flushed for name in names])
 
 
-def _check_norms(plan: Plan, path: Path, written: Mapping[str, Layer], chunk: Sequence[LayerPlan]) -> list[str]:
+def _check_norms(
+    plan: Plan, path: Path, written: Mapping[str, Layer], chunk: Sequence[LayerPlan], device: str
+) -> list[str]:
     """Compare what a reader of the file gets, scale included, with what was to be kept.
 
     Returns the names of layers whose numbers are too small for the dtype, where that is nothing beside the file.
     """
     layers = [written[planned.form.name] for planned in chunk]
-    deltas = [layer.delta for layer in layers]
-    squares = grams([delta for delta in deltas if isinstance(delta, Delta)], torch.device("cpu")).squares()[0].tolist()
+    deltas = [delta for layer in layers for delta in [layer.delta] if isinstance(delta, Delta)]
+    squares = computed(_squares, deltas, core_device(device))
     rescale, flushed = abs(plan.recipe.rescale), []
     for planned, layer, square in zip(chunk, layers, squares, strict=True):
         tolerance = _NORM_TOLERANCE[layer.dtype]
@@ -176,3 +187,9 @@ def _check_norms(plan: Plan, path: Path, written: Mapping[str, Layer], chunk: Se
             )
         flushed.append(layer.name)
     return flushed
+
+
+def _squares(deltas: Sequence[Delta], device: torch.device) -> list[float]:
+    """‖up · down‖_F² of each layer; they are of equal rank."""
+    squares: list[float] = grams(deltas, device).squares()[0].tolist()
+    return squares
