@@ -202,11 +202,13 @@ def write_pipeline(folder: Path, size: Size, device: torch.device) -> None:
 
 
 def write_adapter(path: Path, model: Path, rank: int) -> None:
-    """A LoRA of every weight, in diffusers' names."""
+    """A LoRA of every linear layer and convolution, in diffusers' names."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     with open_base(model) as base:
         for (part, name), views in base.modules("diffusers").items():
+            if name.startswith("text_model.embeddings."):  # tables of words, which are no matrix products
+                continue
             shape = views[0].shape
             up, down = factors(shape, rank, _STRENGTH, generator)
             key = f"{base.family.folder(part)}.{name}"
