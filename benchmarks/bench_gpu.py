@@ -1,399 +1,588 @@
-"""What a GPU makes of three jobs: the engine beside the CPU, training steps and calibration of the size of SDXL.
+"""Everything that is to be known of a GPU, in one run: right results, rates, shrinking, training, pictures.
 
-    python benchmarks/bench_gpu.py --only resize --rank 64 --files 4
-    python benchmarks/bench_gpu.py --only train --batch 1 4 8
-    python benchmarks/bench_gpu.py --only calibrate
+    python benchmarks/bench_gpu.py                             about six minutes
+    python benchmarks/bench_gpu.py --parts engine files --wheels ~/wheels
+    python benchmarks/bench_gpu.py --tiny                      tiny sizes, also without a GPU: shows that it runs
 
-Ends with 0 and a sentence where there is no GPU, and with 1 if the singular values differ by more than 1e-9. With
---small training and calibration are those of a tiny model, and run without a GPU too: they show that they run, no more.
+It runs from the checkout. What this Python lacks is taken from wheels in a folder: `pip download --no-deps diffusers
+lycoris-lora platformdirs toml importlib-metadata zipp` makes one, with pytest, pluggy, iniconfig, hypothesis and
+sortedcontainers for the tests. Each part is a process of its own with a share of the time, and prints JSON lines as
+soon as it has them; one that fails says so in a line with "error", and the next goes on. Status 1 if one failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import contextlib
+import json
 import math
+import os
+import platform
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from rates import cores
-from safetensors.torch import save_file
-from sdxl_data import factors, shapes
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+import checkout
 
-import lorashrink.train
-from lorashrink.bases import open_base
-from lorashrink.calibration.calibrate import calibrate
-from lorashrink.engine.delta import Delta
-from lorashrink.engine.devices import worker_pool
-from lorashrink.engine.spectrum import Item, Spectrum, decompose, truncate
-from lorashrink.train.data.batches import Batch
-from lorashrink.train.data.scanning import Data, Draw
-from lorashrink.train.flags.options import Options, parse
-from lorashrink.train.model.loading import Model, set_attention, set_checkpointing, weight_dtype
-from lorashrink.train.model.network import build_network
-from lorashrink.train.run.objective import BatchLoss
-from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
-from lorashrink.train.run.preparing import step_memory
+if TYPE_CHECKING:
+    import torch
+    from random_sdxl import Size
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import tiny_sdxl
+    from lorashrink.engine.delta import Delta
+    from lorashrink.engine.spectrum import Spectrum
 
-TOLERANCE = 1e-9  # relative, of singular values down to a thousandth of the layer's largest
-_STRENGTH = 1.0  # ‖ΔW‖_F of every layer
+GIB = 2**30
+_TOLERANCE = 1e-9  # relative, of singular values down to a thousandth of the layer's largest
+_REPEATS = 3
 _ALPHA = 32.0
-JOBS = ["resize", "train", "calibrate"]
+_GRACE = 0.85  # of its time, after which a part begins nothing new
 
 
-# --- shrinking ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Run:
+    """What a part needs to know."""
+
+    part: str
+    tiny: bool
+    work: Path  # a folder that all parts share
+    wheels: Path | None
+    deadline: float  # of time.monotonic
+
+    @property
+    def device(self) -> str:
+        """A GPU, or with --tiny what there is."""
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def seconds(self) -> float:
+        """What remains of the time."""
+        return self.deadline - time.monotonic()
+
+    def say(self, **numbers: object) -> None:
+        """One line; numbers are rounded to four digits."""
+        line = {"part": self.part, **numbers}
+        print(json.dumps(line, default=str), flush=True)
+
+    def command(self, *arguments: object) -> list[str]:
+        """A process that runs a module from the checkout."""
+        wheels = ["--wheels", str(self.wheels)] if self.wheels else []
+        return [sys.executable, str(Path(checkout.__file__)), *wheels, "-m", *map(str, arguments)]
+
+    def in_time(self, what: str, items: Sequence[Any]) -> Iterator[Any]:
+        """The items, as long as there is time; the rest are named."""
+        for index, item in enumerate(items):
+            if self.seconds < 0:
+                self.say(left_out=[f"{what} {rest}" for rest in items[index:]])
+                return
+            yield item
 
 
-def deltas(rank: int, files: int, *, small: bool) -> list[Delta]:
-    """The layers of several SDXL LoRAs, random fp16 factors in memory."""
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _best(function: Callable[[], object], seconds: float = 0.3) -> float:
+    """Seconds of the fastest call, GPU included."""
+    import torch
+
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    function()
+    wait()
+    fastest, stop = math.inf, time.monotonic() + seconds
+    while True:
+        start = time.perf_counter()
+        function()
+        wait()
+        fastest = min(fastest, time.perf_counter() - start)
+        if time.monotonic() > stop:
+            return fastest
+
+
+# --- starting -----------------------------------------------------------------------------------
+
+
+def start(run: Run) -> None:
+    """Versions, and what the first use of the GPU costs a process."""
+    import torch
+
+    versions = {}
+    for name in ("safetensors", "diffusers", "transformers", "accelerate", "peft", "lycoris-lora", "numpy", "pytest"):
+        with contextlib.suppress(Exception):
+            versions[name] = metadata.version(name)
+    machine: dict[str, object] = {"gpus": torch.cuda.device_count()}
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        machine |= {
+            "gpu": gpu.name,
+            "sm": f"{gpu.major}.{gpu.minor}",
+            "gib": _short(gpu.total_memory / GIB),
+            "cuda": torch.version.cuda,
+        }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    run.say(python=platform.python_version(), torch=torch.__version__, cores=cores, **machine, versions=versions)
+    steps = {
+        "import torch": "import torch",
+        "context": "torch.zeros(1, device=DEVICE)",
+        "start and test": "from lorashrink.engine.accelerators import start\n"
+        "torch.device(DEVICE).type == 'cpu' or start(torch.device(DEVICE))",
+        "again": "torch.device(DEVICE).type == 'cpu' or start(torch.device(DEVICE))",
+    }
+    script = "import time\nlaps = {}\n" + f"DEVICE = {run.device!r}\n"
+    for name, code in steps.items():
+        script += f"begin = time.perf_counter()\n{code}\nlaps[{name!r}] = round(time.perf_counter() - begin, 3)\n"
+    script += "import json\nprint(json.dumps(laps))\n"
+    for name in ("first process", "second process"):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        run.say(**{name: json.loads(done.stdout) if done.returncode == 0 else done.stderr[-1000:]})
+
+
+def tests(run: Run) -> None:
+    """The tests that run on a GPU, those of the engine first."""
+    from importlib.util import find_spec
+
+    absent = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
+    if absent:
+        raise RuntimeError(f"the tests need {' and '.join(absent)}; put their wheels into the folder of --wheels")
+    marked = ["-m", "cuda"] if run.device == "cuda" else []
+    for files in run.in_time("tests", ["engine/test_on_devices.py", "engine bases insight calibration pictures train"]):
+        paths = [str(checkout.ROOT / "tests" / name) for name in files.split()]
+        paths += ["-k", "every_rank or unusual"] if run.tiny else []
+        command = run.command("pytest", "-q", "-x", "--maxfail=20", "-p", "no:cacheprovider", *marked, *paths)
+        begin = time.perf_counter()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(
+                command, capture_output=True, text=True, cwd=checkout.ROOT, timeout=max(5.0, run.seconds), check=False
+            )
+            lines = done.stdout.strip().splitlines()
+            failed = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))]
+            details = [line[:300] for line in lines if line.startswith("E  ")][:30]
+            run.say(files=files, result=lines[-1:], failed=failed, details=details, status=done.returncode)
+        run.say(files=files, seconds=_short(time.perf_counter() - begin))
+        if run.tiny:
+            return
+
+
+# --- rates --------------------------------------------------------------------------------------
+
+
+def rates(run: Run) -> None:
+    """Copies, products and eigenvalues of the GPU alone, and of one core beside it."""
+    import torch
+
+    torch.set_num_threads(1)
+    size = 1 << (22 if run.tiny else 28)
+    host, source = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
+    device = torch.ones(size, dtype=torch.uint8, device=run.device)
+    pinned = torch.ones(size, dtype=torch.uint8, pin_memory=run.device == "cuda")
+    copies = {
+        "host to host": lambda: host.copy_(source),
+        "to the GPU": lambda: device.copy_(source),
+        "to the GPU, pinned": lambda: device.copy_(pinned, non_blocking=True),
+        "from the GPU": lambda: host.copy_(device),
+        "from the GPU, pinned": lambda: pinned.copy_(device, non_blocking=True),
+    }
+    run.say(gb_per_second={name: _short(size / _best(copy) / 1e9) for name, copy in copies.items()})
     generator = torch.Generator().manual_seed(0)
-    made = []
-    for shape in [*shapes(small=small)[1].values()] * files:
-        up, down = factors(shape, rank, _STRENGTH, generator)
-        made.append(Delta(up, down, _ALPHA / rank, shape))
-    return made
+    ranks = [8] if run.tiny else [16, 32, 33, 64, 128, 256]
+    for rank in run.in_time("rank", ranks):
+        wide = torch.randn(64, rank, 1280, generator=generator).double()
+        core = wide @ wide.mT
+        factors, line = wide.to(run.device), {"rank": rank}
+        gram = _best(lambda factors=factors: factors @ factors.mT)
+        line["gram_tflops"] = _short(2 * 64 * rank**2 * 1280 / gram / 1e12)
+        alone = core[:4].clone()
+        line["eigh_per_second_of_a_core"] = _short(len(alone) / _best(lambda alone=alone: torch.linalg.eigh(alone)))
+        for batch in (16, 64, 256, 1024):
+            if run.seconds < 0 or batch * rank**2 > 1 << 25:
+                break
+            stacked = core.repeat(max(1, batch // 64), 1, 1)[:batch].to(run.device)
+            for name, solver in (("eigh", torch.linalg.eigh), ("cholesky", torch.linalg.cholesky_ex)):
+                taken = _best(lambda solver=solver, stacked=stacked: solver(stacked), 0.1)
+                line[f"{name}_per_second_of_{batch}"] = _short(batch / taken)
+            if run.tiny:
+                break
+        run.say(**line)
 
 
-def shrink(layers: Sequence[Delta], device: str, pool: Executor) -> tuple[float, list[Spectrum]]:
-    """(seconds, spectra) of decomposing all layers and forming the factors of half of their dimensions."""
-    start = time.perf_counter()
+# --- the engine ---------------------------------------------------------------------------------
+
+
+def _flux_shapes() -> list[tuple[int, ...]]:
+    """All linear layers of the blocks of FLUX.1."""
+    double = [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (18432, 3072)] * 2
+    single = [(21504, 3072), (3072, 15360), (9216, 3072)]
+    return [*double * 19, *single * 38]
+
+
+def _layer_shapes(model: str, *, tiny: bool) -> list[tuple[int, ...]]:
+    if model == "sdxl":
+        from sdxl_data import shapes
+
+        return list(shapes(small=tiny)[1].values())
+    return [tuple(side // 32 for side in shape) for shape in _flux_shapes()] if tiny else _flux_shapes()
+
+
+def engine(run: Run) -> None:
+    """Decomposing and truncating in memory on the GPU, beside the CPU and a float64 truth."""
+    import torch
+    from sdxl_data import factors
+
+    from lorashrink.engine.delta import Delta
+    from lorashrink.engine.devices import worker_pool
+
+    cases = [(model, rank) for rank in ([4] if run.tiny else [64, 32, 16, 128]) for model in ("sdxl", "flux")]
+    worst = 0.0
+    for model, rank in run.in_time("case", cases):
+        generator = torch.Generator().manual_seed(0)
+        by_shape: dict[tuple[int, ...], Delta] = {}
+        layers = []
+        for number, shape in enumerate(_layer_shapes(model, tiny=run.tiny)):
+            # Random numbers take longer than all else: layers of one shape share them, scaled.
+            if shape not in by_shape:
+                by_shape[shape] = Delta(*factors(shape, rank, 1.0, generator), _ALPHA / rank, shape)
+            delta = by_shape[shape]
+            layers.append(Delta(delta.up * (1 + number % 7), delta.down.clone(), delta.scale, shape))
+        line: dict[str, object] = {"model": model, "rank": rank, "layers": len(layers)}
+        with worker_pool() as pool:
+            for device in dict.fromkeys((run.device, "cpu")):
+                if run.device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                laps = [_shrink(layers, device, pool) for _ in range(_REPEATS if device == run.device else 2)]
+                fastest = min(laps, key=lambda lap: lap[0] + lap[1])
+                line[f"{device} decompose"], line[f"{device} truncate"] = map(_short, fastest[:2])
+                line[f"{device} first"] = _short(sum(laps[0][:2]))
+                if device == run.device:
+                    spectra = fastest[2]
+                    if device == "cuda":
+                        line["peak_gb"] = _short(torch.cuda.max_memory_allocated() / 1e9)
+        checked = list({layer.shape: index for index, layer in enumerate(layers)}.values())[:8]
+        error = max(_error(layers[index], spectra[index]) for index in checked)
+        run.say(**line, sigma_error=error)
+        worst = max(worst, error)
+    if not worst <= _TOLERANCE:
+        raise RuntimeError(f"singular values differ by {worst:g} from float64, at most {_TOLERANCE:g} is right")
+
+
+def _shrink(layers: Sequence[Delta], device: str, pool: Any) -> tuple[float, float, list[Spectrum]]:
+    """(seconds of decomposing, of forming half of the dimensions, spectra)."""
+    from lorashrink.engine.spectrum import Cut, Item, decompose, truncate_together
+
+    begin = time.perf_counter()
     items = [Item(partial(_same, layer), layer.rank) for layer in layers]
-    spectra = [future.result() for future in decompose(items, pool, device=device)]
-
-    def form(index: int) -> None:
-        truncate(layers[index], spectra[index], range(layers[index].rank // 2), device=device)
-
-    for _ in pool.map(form, range(len(layers))):
+    spectra = [pending.result() for pending in decompose(items, pool, device=device)]
+    decomposed = time.perf_counter()
+    cuts = [Cut(layer, spectrum, range(layer.rank // 2)) for layer, spectrum in zip(layers, spectra, strict=True)]
+    chunks = [cuts[low : low + 16] for low in range(0, len(cuts), 16)]
+    for _ in pool.map(partial(truncate_together, device=device), chunks):
         pass
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, spectra
+    return decomposed - begin, time.perf_counter() - decomposed, spectra
 
 
 def _same(layer: Delta) -> Delta:
     return layer
 
 
-def largest_difference(ours: Sequence[Spectrum], reference: Sequence[Spectrum]) -> float:
-    """Largest relative difference of singular values over all layers; infinite if one is not a number."""
-    worst = 0.0
-    for one, other in zip(ours, reference, strict=True):
-        counted = other.sigma > 1e-3 * other.sigma[0]
-        difference = float(((one.sigma - other.sigma)[counted].abs() / other.sigma[counted]).max())
-        worst = max(worst, difference if math.isfinite(difference) else math.inf)
-    return worst
+def _error(layer: Delta, spectrum: Spectrum) -> float:
+    """The largest relative difference to the singular values of float64 QR factors, above a thousandth of the first."""
+    import torch
+
+    left, right = (torch.linalg.qr(side.double(), mode="r").R for side in (layer.up, layer.down.mT))
+    truth = torch.linalg.svdvals(left @ right.mT) * abs(layer.scale)
+    counted = truth > 1e-3 * truth[0]
+    error = float(((spectrum.sigma[: len(truth)] - truth)[counted].abs() / truth[counted]).max())
+    return error if math.isfinite(error) else math.inf
 
 
-def compare(layers: Sequence[Delta], repeats: int) -> float:
-    """Time both in turn, print the ratio, and return the largest relative difference."""
-    times: dict[str, float] = {"cpu": math.inf, "cuda": math.inf}
-    spectra: dict[str, list[Spectrum]] = {}
-    with worker_pool() as pool:
-        shrink(layers[:64], "cuda", pool)  # starts the libraries
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(repeats):
-            for device in times:
-                taken, spectra[device] = shrink(layers, device, pool)
-                times[device] = min(times[device], taken)
-    difference = largest_difference(spectra["cuda"], spectra["cpu"])
-    print(
-        f"{times['cpu'] / times['cuda']:.1f}x  GPU {times['cuda']:.2f} s  CPU {times['cpu']:.2f} s  "
-        f"{torch.cuda.get_device_name()}, {cores()} cores, torch {torch.__version__}, {len(layers)} layers "
-        f"r{layers[0].rank}"
-    )
-    print(f"      peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
-    print(f"      largest relative difference of σ {difference:.1e}, at most {TOLERANCE:g} is right")
-    return difference
+# --- files --------------------------------------------------------------------------------------
 
 
-# --- training -----------------------------------------------------------------------------------
+def files(run: Run) -> None:
+    """`resize` of files in the page cache by one, two and four processes at a time."""
+    from sdxl_data import shapes, write_lora
 
-WARM_UP = 2  # steps that are not counted
-MOST_SKIPPED = 12  # steps with infinite gradients, after each of which fp16's loss scale is halved
-GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """The model and the pictures; what is given here takes the place of SDXL's settings."""
-
-    pixels: int
-    unet: dict[str, Any]
-    encoders: tuple[dict[str, Any], dict[str, Any]]
-
-
-def _encoder(width: int) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "projection_dim": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-
-
-SDXL = Size(1024, {}, ({}, {}))
-TINY = Size(
-    128,
-    {
-        "block_out_channels": (32, 64, 64),
-        "attention_head_dim": (2, 4, 4),
-        "transformer_layers_per_block": (1, 1, 2),
-        "cross_attention_dim": 16 + 24,
-        "projection_class_embeddings_input_dim": 24 + 6 * 256,
-    },
-    (_encoder(16), _encoder(24)),
-)
+    ranks = [4] if run.tiny else [64, 128]
+    _, layers = shapes(small=run.tiny)
+    for rank in run.in_time("rank", ranks):
+        path = run.work / f"lora-r{rank}.safetensors"
+        write_lora(path, rank, layers, {name: name for name in layers})
+        size = path.stat().st_size
+        for device, count in [(run.device, 1), (run.device, 1), ("cpu", 1), (run.device, 2), (run.device, 4)]:
+            if run.seconds < 0:
+                break
+            outputs = [run.work / f"out-{number}" for number in range(count)]
+            options = ["-r", "energy=0.9", "-d", device, "--force", "-q"]
+            commands = [run.command("lorashrink", "resize", path, *options, "-o", output) for output in outputs]
+            begin = time.perf_counter()
+            children = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+            failures = [text for child in children for text in [child.communicate()[1]] if child.returncode]
+            taken = time.perf_counter() - begin
+            run.say(
+                rank=rank, device=device, processes=count, seconds=_short(taken),
+                mb_per_second=_short(count * size / taken / 1e6), failures=[text[-500:] for text in failures],
+            )  # fmt: skip
 
 
-def guide_options(precision: str, size: Size, batch: int, bypass: bool) -> Options:
-    """The guide's command as far as it matters for a step; no step accumulates gradients."""
-    network = ["preset=full", "conv_dim=256", "conv_alpha=4", "algo=locon", f"bypass_mode={bypass}"]
-    return parse(
-        [
-            *["--network_module=lycoris.kohya", "--network_dim=8", "--network_alpha=4", "--network_args", *network],
-            *["--learning_rate=0.0001", "--optimizer_type=AdamW", "--max_grad_norm=1", "--scale_weight_norms=1"],
-            *["--multires_noise_iterations=10", "--multires_noise_discount=0.1", "--gradient_checkpointing", "--sdpa"],
-            *[f"--mixed_precision={precision}", f"--train_batch_size={batch}", f"--resolution={size.pixels}"],
-            *["--cache_latents", "--no_half_vae", "--seed=1"],
-        ]
-    )
+def norms(run: Run) -> None:
+    """Spectral norms of the weights of SDXL in float32, beside one core."""
+    import torch
+    from sdxl_data import shapes
 
+    from lorashrink.engine.accelerators import computed
+    from lorashrink.engine.norms import spectral_norms
 
-def random_model(options: Options, size: Size, device: torch.device) -> Model:
-    """SDXL with random weights, made on the device. Its VAE has none: with latents at hand no step runs it."""
-    settings = Path(lorashrink.train.__file__).parent / "sdxl"
-    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizers = [tiny_sdxl.write_tokenizer(Path(folder) / pad, pad) for pad in (tiny_sdxl.EOS, "!")]
-    torch.manual_seed(0)
-    with _dtype(weight_dtype(options)), device:
-        unet = UNet2DConditionModel.from_config({**UNet2DConditionModel.load_config(settings / "unet"), **size.unet})
-        encoders = [
-            kind(CLIPTextConfig.from_pretrained(settings / name, **narrower))
-            for (name, kind), narrower in zip(kinds.items(), size.encoders, strict=True)
-        ]
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(settings / "vae"))
-    model = Model(unet, vae, (encoders[0], encoders[1]), (tokenizers[0], tokenizers[1]))
-    model.encoders[1].text_model.eos_token_id = tokenizers[1].eos_token_id
-    for module in model.modules:
-        module.requires_grad_(False).eval()
-    return model
-
-
-@contextmanager
-def _dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def ready(options: Options, size: Size) -> Callable[[Batch], tuple[torch.Tensor, bool]]:
-    """The trainer's own step on that model: it gives the loss, and whether the parameters were changed."""
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    model = random_model(options, size, accelerator.device)
-    network = build_network(model, options).to(accelerator.device)
-    set_attention(model, options)
-    set_checkpointing(model, options)
-    groups, rates = network.groups(options)
-    trains_text = any("textencoder" in rate for rate in rates)
-    batch_loss = BatchLoss(options, Data((), (), ()), model, network, seed=1, trains_text=trains_text)
-    optimizer, _ = make_optimizer(options, groups)
-    scheduler = make_scheduler(options, optimizer, options.max_train_steps)
-    batch_loss, optimizer, scheduler = accelerator.prepare(batch_loss, optimizer, scheduler)
-    trained = [parameter for group in groups for parameter in group["params"]]
-
-    def step(batch: Batch) -> tuple[torch.Tensor, bool]:
-        loss = batch_loss(batch)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trained, options.max_grad_norm)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), not accelerator.optimizer_step_was_skipped
-
-    return step
-
-
-def random_batch(options: Options, size: Size, step: int) -> Batch:
-    """Pictures that do not exist, with their latents; their captions are longer than what the encoders read."""
-    count, side = options.train_batch_size, size.pixels // 8
-    numbers = torch.Generator().manual_seed(step)
-    return Batch(
-        draws=tuple(Draw(0, number, step, 1) for number in range(count)),
-        captions=("what a picture shows, and how it looks, " * 4,) * count,
-        flipped=(False,) * count,
-        time_ids=torch.tensor([[size.pixels, size.pixels, 0, 0, size.pixels, size.pixels]] * count).float(),
-        weights=torch.ones(count),
-        latents=torch.randn((count, 4, side, side), generator=numbers) / 0.13025,
-        pixels=None,
-        text=None,
-    )
-
-
-def estimate(options: Options, size: Size) -> float:
-    """The peak that `lorashrink train --plan` would count on, in bytes."""
-    model = random_model(options, size, torch.device("meta"))
-    pixels = (size.pixels, size.pixels)
-    return sum(step_memory(model, build_network(model, options), options, options.train_batch_size, pixels).values())
-
-
-def train(options: Options, size: Size, steps: int) -> float:
-    """Seconds per step, the median; infinite where memory is too small. Steps that fp16 skips do not count.
-
-    The peak of memory is left in torch's statistics.
-    """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    laps: list[float] = []
-    try:
-        take_step = ready(options, size)
-        for step in range(WARM_UP + steps + MOST_SKIPPED):
-            batch = random_batch(options, size, step)
-            start = time.perf_counter()
-            loss, changed = take_step(batch)
-            loss.item()  # waits for the GPU
-            if changed:
-                laps.append(time.perf_counter() - start)
-            if len(laps) == WARM_UP + steps:
-                return median(laps[WARM_UP:])
-    except torch.OutOfMemoryError:
-        return math.inf
-    raise SystemExit(f"{MOST_SKIPPED + 1} steps had gradients that are not finite in {options.mixed_precision}")
-
-
-def report_training(size: Size, precision: str, batches: Sequence[int], steps: int) -> None:
-    """Step time and peak memory for each batch size, beside what was estimated; then both ways LyCORIS can compute."""
-    taken = {}
-    for batch, bypass in [*((batch, True) for batch in batches), (batches[0], False)]:
-        options = guide_options(precision, size, batch, bypass)
-        expected = estimate(options, size)
-        taken[batch, bypass] = train(options, size, steps)
-        measured = f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB" if torch.cuda.is_available() else "not known"
-        print(
-            f"      {taken[batch, bypass]:.3f} s per step  peak memory {measured}, estimated {expected / GIB:.2f} GiB  "
-            f"| batch {batch}, bypass_mode={bypass}",
-            flush=True,
-        )
-    ours, other = taken[batches[0], True], taken[batches[0], False]
-    print(
-        f"{other / ours:.2f}x  bypass_mode=True {ours:.3f} s  False {other:.3f} s  {_machine()}, {precision}, "
-        f"{size.pixels}x{size.pixels}, batch {batches[0]}"
-    )
-
-
-def _machine() -> str:
-    if not torch.cuda.is_available():
-        return f"no GPU, {cores()} cores, torch {torch.__version__}"
-    gpu = torch.cuda.get_device_properties(0)
-    capability = f"{gpu.major}.{gpu.minor}"
-    return f"{gpu.name} {gpu.total_memory / GIB:.0f} GiB sm {capability}, {cores()} cores, torch {torch.__version__}"
-
-
-# --- calibration --------------------------------------------------------------------------------
-
-
-def write_pipeline(folder: Path, size: Size, device: torch.device) -> None:
-    """SDXL with random weights as diffusers saves it, in half precision."""
-    options = guide_options("bf16", size, 1, bypass=True)
-    model = random_model(options, size, device)
-    settings = Path(lorashrink.train.__file__).parent / "sdxl"
-    StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_config(AutoencoderKL.load_config(settings / "vae")).to(torch.float16),
-        unet=model.unet.to(torch.float16),
-        text_encoder=model.encoders[0].to(torch.float16),
-        text_encoder_2=model.encoders[1].to(torch.float16),
-        tokenizer=model.tokenizers[0],
-        tokenizer_2=model.tokenizers[1],
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        add_watermarker=False,
-    ).save_pretrained(folder)
-
-
-def write_adapter(path: Path, model: Path, rank: int) -> None:
-    """A LoRA of every weight, in diffusers' names."""
+    base, _ = shapes(small=run.tiny)
+    counts = Counter((shape[0], math.prod(shape[1:])) for shape in base.values() if len(shape) > 1)
+    gpu_seconds = cpu_seconds = 0.0
+    worst, weights = 0.0, 0
     generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    with open_base(model) as base:
-        for (part, name), views in base.modules("diffusers").items():
-            shape = views[0].shape
-            up, down = factors(shape, rank, _STRENGTH, generator)
-            key = f"{base.family.folder(part)}.{name}"
-            tensors[f"{key}.lora_A.weight"] = down.reshape(rank, *shape[1:])
-            tensors[f"{key}.lora_B.weight"] = up.reshape(shape[0], rank, *(1,) * len(shape[2:]))
-    save_file(tensors, path)
+    for shape, count in run.in_time("shape", sorted(counts.items(), key=lambda item: -math.prod(item[0]) * item[1])):
+        together = max(1, min(count, (1 << 29) // (4 * math.prod(shape))))
+        stacked = (torch.randn(shape, generator=generator) * 0.02).half().expand(together, *shape)
+
+        def on_device(items: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+            return [spectral_norms(items[0].to(device)).cpu()]
+
+        begin = time.perf_counter()
+        (sigma,) = computed(on_device, [stacked], torch.device(run.device))
+        gpu_seconds += (time.perf_counter() - begin) * count / together
+        torch.set_num_threads(1)
+        begin = time.perf_counter()
+        (truth,) = computed(on_device, [stacked[:1]], torch.device("cpu"))
+        cpu_seconds += (time.perf_counter() - begin) * count
+        worst, weights = max(worst, float((sigma[0] - truth[0]).abs() / truth[0])), weights + count
+    run.say(weights=weights, seconds=_short(gpu_seconds), seconds_of_one_core=_short(cpu_seconds), difference=worst)
 
 
-def report_calibration(size: Size, rank: int) -> None:
-    """Seconds and peak memory of `calibrate`, for an adapter and for a table."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as place:
-        model, adapter, prompts = (Path(place) / name for name in ("model", "lora.safetensors", "prompts.txt"))
-        write_pipeline(model, size, device)
+# --- models -------------------------------------------------------------------------------------
+
+
+def _size(run: Run) -> Size:
+    from random_sdxl import SDXL, TINY
+
+    return TINY if run.tiny else SDXL
+
+
+def train(run: Run) -> None:
+    """Training steps with their parts, and peak memory beside the estimate."""
+    import gc
+
+    import torch
+    from random_sdxl import Steps, estimate, guide_options
+
+    cases = [(1, True), (4, True), (1, False)]
+    for batch, bypass in run.in_time("batch, bypass_mode", cases):
+        options = guide_options("bf16", _size(run), batch, bypass)
+        line: dict[str, object] = {"batch": batch, "bypass_mode": bypass, "precision": "bf16"}
+        line["estimated_gib"] = _short(estimate(options, _size(run)) / GIB)
+        begin = time.perf_counter()
+        steps = Steps(options, _size(run))
+        line["made_in"] = _short(time.perf_counter() - begin)
+        if run.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        laps: list[dict[str, float]] = []
+        for _ in range(2):
+            steps.take()
+        for _ in range(6):
+            if laps and run.seconds < 0:
+                break
+            laps.append(steps.take())
+        middle = sorted(laps, key=lambda lap: sum(lap.values()))[len(laps) // 2]
+        line |= {"step": _short(sum(middle.values())), **{name: _short(value) for name, value in middle.items()}}
+        line["limit_norms_launches"] = _launches(lambda steps=steps: steps.network.limit_norms(1.0))
+        if run.device == "cuda":
+            line["peak_gib"] = _short(torch.cuda.max_memory_allocated() / GIB)
+        run.say(**line)
+        del steps
         gc.collect()
-        if device.type == "cuda":
+        if run.device == "cuda":
             torch.cuda.empty_cache()
-        write_adapter(adapter, model, rank)
-        prompts.write_text(f"a cat --w {size.pixels} --h {size.pixels} --s 10 --l 7 --d 1\n")
-        for what, adapters in ((f"a LoRA of rank {rank}", [adapter]), ("a table", [])):
-            done = calibrate(adapters, model=model, output=Path(place) / "s.safetensors", prompts=prompts, force=True)
-            peak = f"{done.peak_bytes / GIB:.1f} GiB at most" if done.peak_bytes else "no GPU memory"
-            print(
-                f"calibrate for {what}: {done.layers} layers, {done.seconds / done.passes:.2f} s per pass of two "
-                f"pictures of {size.pixels} px (loading included), {peak}, file of {done.bytes / 1e6:.0f} MB; "
-                f"{_machine()}"
-            )
+
+
+def _launches(function: Callable[[], object]) -> int:
+    """Operations that torch dispatches, views excepted: about the kernels that a GPU is asked for."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += not func.is_view
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Counting() as counting:
+        function()
+    return counting.count
+
+
+def _model(run: Run) -> tuple[Path, Path, Path]:
+    """(model, adapter, prompts) of the calibration and the pictures, made once."""
+    import torch
+    from random_sdxl import write_adapter, write_pipeline
+
+    model, adapter, prompts = (run.work / name for name in ("model", "adapter.safetensors", "prompts.txt"))
+    if not prompts.exists():
+        begin = time.perf_counter()
+        write_pipeline(model, _size(run), torch.device(run.device))
+        write_adapter(adapter, model, 4 if run.tiny else 32)
+        side = _size(run).pixels
+        prompts.write_text(f"a cat --w {side} --h {side} --s 10 --l 7 --d 1\n")
+        run.say(model_made_in=_short(time.perf_counter() - begin))
+        if run.device == "cuda":
+            torch.cuda.empty_cache()
+    return model, adapter, prompts
+
+
+def calibrate(run: Run) -> None:
+    """Statistics of a random SDXL, for an adapter and for a table."""
+    from lorashrink.calibration.calibrate import calibrate
+
+    model, adapter, prompts = _model(run)
+    for name, adapters in run.in_time("what", [("adapter", [adapter]), ("table", [])]):
+        done = calibrate(
+            adapters, model=model, output=run.work / "statistics.safetensors", prompts=prompts, force=True,
+            device=run.device, steps_used=2,
+        )  # fmt: skip
+        run.say(
+            what=name,
+            layers=done.layers,
+            seconds=_short(done.seconds),
+            seconds_per_pass=_short(done.seconds / done.passes),
+            peak_gib=done.peak_bytes and _short(done.peak_bytes / GIB),
+            file_mb=_short(done.bytes / 1e6),
+        )
+
+
+def pictures(run: Run) -> None:
+    """Two pictures, without and with an adapter."""
+    from lorashrink.errors import NonFinite
+    from lorashrink.pictures.drawing import Studio, shots_of
+    from lorashrink.pictures.prompts import read_prompts
+
+    model, adapter, prompts = _model(run)
+    shots = shots_of(read_prompts(prompts, side=_size(run).pixels), [0])
+    with Studio(model, shots, folder=run.work / "pictures", device=run.device) as studio:
+        for name, path in run.in_time("picture", [("loading and the model's own", None), ("with an adapter", adapter)]):
+            begin, dtype = time.perf_counter(), studio.dtype
+            try:
+                studio.draw(path, name)
+            except NonFinite:  # random numbers may overflow in half precision
+                dtype = "float32"
+                studio.draw(path, name, dtype=dtype)
+            run.say(picture=name, seconds=_short(time.perf_counter() - begin), dtype=dtype)
+
+
+def refine(run: Run) -> None:
+    """Some steps of training a shrunk adapter."""
+    import lorashrink as ls
+    from lorashrink.calibration.refine import refine
+
+    model, adapter, prompts = _model(run)
+    small = run.work / "small.safetensors"
+    ls.resize(adapter, recipes="rank=2", output=small, force=True, device=run.device)
+    laps: list[float] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "refining":
+            laps.append(time.perf_counter())
+
+    begin = time.perf_counter()
+    done = refine(
+        small, like=adapter, model=model, output=run.work / "refined.safetensors", prompts=prompts,
+        steps=4 if run.tiny else 10, batch=2, device=run.device, force=True, progress=progress,
+    )  # fmt: skip
+    step = (laps[-1] - laps[0]) / max(1, len(laps) - 1)
+    run.say(
+        layers=done.layers,
+        steps=done.steps,
+        seconds=_short(time.perf_counter() - begin),
+        seconds_per_step=_short(step),
+        loss_before=done.loss_before,
+        loss_after=done.loss_after,
+    )
 
 
 # --- all ----------------------------------------------------------------------------------------
 
+# Part -> its share of the time.
+PARTS: dict[Callable[[Run], None], float] = {
+    start: 20,
+    tests: 60,
+    rates: 25,
+    engine: 60,
+    files: 45,
+    norms: 20,
+    train: 45,
+    calibrate: 45,
+    pictures: 20,
+    refine: 20,
+}
+_BY_NAME = {part.__name__: part for part in PARTS}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare and measure, or say that there is no GPU."""
+    """Run the parts, or say that there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=JOBS, default=JOBS)
-    parser.add_argument("--rank", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--files", type=int, default=1, help="LoRAs whose layers are decomposed together")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each side; the fastest counts (default 3)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="pictures per training step")
-    parser.add_argument("--steps", type=int, default=8, help="training steps that count (default 8)")
-    parser.add_argument("--precision", choices=["fp16", "bf16"], default="fp16", help="of training (default fp16)")
-    parser.add_argument("--small", action="store_true", help="widths divided by 8, a tiny model: a quick look")
+    parser.add_argument("--parts", nargs="+", choices=_BY_NAME, default=list(_BY_NAME))
+    parser.add_argument("--seconds", type=float, default=345, help="for all parts together (default 345)")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels for packages that are not installed")
+    parser.add_argument("--work", type=Path, help="folder for files, which stay there (default: a temporary one)")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, also without a GPU")
+    parser.add_argument("--part", choices=_BY_NAME, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    there = torch.cuda.is_available()
-    if not there:
-        print("no GPU: torch finds no CUDA device on this machine, nothing was compared")
-    differences = [0.0]
-    if there and "resize" in options.only:
-        made = (deltas(rank, options.files, small=options.small) for rank in options.rank)
-        differences = [compare(layers, options.repeats) for layers in made]
-    if (there or options.small) and "train" in options.only:
-        report_training(TINY if options.small else SDXL, options.precision, options.batch, options.steps)
-    if (there or options.small) and "calibrate" in options.only:
-        report_calibration(TINY if options.small else SDXL, 8 if options.small else 64)
-    return int(max(differences) > TOLERANCE)
+    if options.part:
+        checkout.prepare(options.wheels)
+        work = options.work.resolve()
+        deadline = time.monotonic() + _GRACE * options.seconds
+        _BY_NAME[options.part](Run(options.part, options.tiny, work, options.wheels, deadline))
+        return 0
+    if not options.tiny and not _has_gpu():
+        print("no GPU: torch finds no CUDA device on this machine, nothing was measured")
+        return 0
+    with contextlib.ExitStack() as stack:
+        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        work.mkdir(parents=True, exist_ok=True)
+        return _run_all(options, work)
+
+
+def _run_all(options: argparse.Namespace, work: Path) -> int:
+    stop, failures = time.monotonic() + options.seconds, 0
+    shares = [PARTS[_BY_NAME[name]] for name in options.parts]
+    for index, name in enumerate(options.parts):
+        # What earlier parts did not use goes to the later ones.
+        seconds = max(5.0, (stop - time.monotonic()) * shares[index] / sum(shares[index:]))
+        command = [sys.executable, __file__, "--part", name, "--seconds", str(seconds), "--work", str(work)]
+        command += ["--wheels", str(options.wheels)] if options.wheels else []
+        command += ["--tiny"] if options.tiny else []
+        begin = time.perf_counter()
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        try:
+            _, errors = child.communicate(timeout=seconds)
+            error = errors.strip().splitlines()[-6:] if child.returncode else []
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, 9)
+            child.communicate()
+            error = [f"stopped after {seconds:.0f} s"]
+        line: dict[str, object] = {"part": name, "part_seconds": _short(time.perf_counter() - begin)}
+        failures += bool(error)
+        print(json.dumps(line | ({"error": error} if error else {})), flush=True)
+    return int(failures > 0)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,28 @@ settings.load_profile("lorashrink")
 torch.set_num_threads(1)
 
 PARITY = Path(__file__).parent / "data" / "parity"
+
+GPU = torch.cuda.is_available()
+if GPU:
+    torch.cuda.init()  # before tests hide it from the processes that they start
+
+
+@pytest.fixture(params=["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if GPU else [])])
+def device(request: pytest.FixtureRequest) -> str:
+    """The CPU, and the GPU if this machine has one."""
+    name: str = request.param
+    return name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Tests see a GPU only if they are marked for it: the others hold for the CPU, bit for bit."""
+    if not GPU or item.get_closest_marker("cuda"):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

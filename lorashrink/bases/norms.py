@@ -7,15 +7,21 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from lorashrink.bases import Base, Views, joined, open_base, table_bytes, views_id
-from lorashrink.engine.devices import worker_pool
-from lorashrink.engine.norms import frobenius, spectral
+from lorashrink.bases.views import views_shape
+from lorashrink.engine.accelerators import computed
+from lorashrink.engine.devices import core_device, worker_pool
+from lorashrink.engine.norms import frobenius, spectral_norms
 from lorashrink.errors import NonFinite, NotABase, OutputError
 from lorashrink.files.disk import check_output, user_cache, write_bytes
 
@@ -26,6 +32,9 @@ ALGORITHM = 3
 
 # A file changed this recently could change again within the resolution of its time stamps.
 SETTLED_SECONDS = 2.0
+
+# Bytes of weights that a GPU has at once, as float32; the iteration for spectral norms is as long for many as for one.
+_DEVICE_BYTES = 1 << 29
 
 Norms = dict[str, dict[str, float]]
 
@@ -44,40 +53,72 @@ class BaseNorms:
         names: Collection[str],
         *,
         pool: Executor | None = None,
+        device: str = "cpu",
         progress: Callable[[int, int], None] | None = None,
     ) -> Norms:
         """The norms `names` ("fro", "spn") of base weights, by `views_id`; what is missing is computed and cached.
 
-        Raises NonFinite if a weight holds NaN or infinity.
+        On a GPU weights of equal shape are computed together. Raises NonFinite if a weight holds NaN or infinity.
         """
         views = {views_id(weight): weight for weight in weights}
         missing = {key: [name for name in sorted(names) if name not in self._norms.get(key, {})] for key in views}
         missing = {key: absent for key, absent in missing.items() if absent}
 
-        def compute(key: str) -> dict[str, float]:
-            values = self._compute(views[key], missing[key])
-            if not all(map(math.isfinite, values.values())):
-                raise NonFinite(f"{self.base.path}: the weight {key} contains NaN or infinity; use another copy of it.")
-            return values
+        def compute(batch: Sequence[str]) -> list[dict[str, float]]:
+            return self._compute([views[key] for key in batch], missing[batch[0]], core_device(device))
 
-        computed = map(compute, missing) if pool is None else pool.map(compute, missing)
-        for count, (key, values) in enumerate(zip(missing, computed, strict=True), 1):
-            self._norms.setdefault(key, {}).update(values)
+        batches = _batches(views, missing, core_device(device))
+        results = map(compute, batches) if pool is None else pool.map(compute, batches)
+        done = 0
+        for batch, norms_of_batch in zip(batches, results, strict=True):
+            for key, values in zip(batch, norms_of_batch, strict=True):
+                if not all(map(math.isfinite, values.values())):
+                    raise NonFinite(
+                        f"{self.base.path}: the weight {key} contains NaN or infinity; use another copy of it."
+                    )
+                self._norms.setdefault(key, {}).update(values)
+            done += len(batch)
             if progress:
-                progress(count, len(missing))
+                progress(done, len(missing))
         if missing and self._file:
             _save(self._file, self.base, self._norms)
         return {key: {name: self._norms[key][name] for name in names} for key in views}
 
-    def _compute(self, views: Views, names: Collection[str]) -> dict[str, float]:
-        """The norms of one weight, which is read once."""
-        parts = self.base.parts(views)
-        values = {}
-        if "fro" in names:
-            values["fro"] = math.hypot(*map(frobenius, parts))
+    def _compute(
+        self, weights: Sequence[Views], names: Collection[str], device: torch.device
+    ) -> list[dict[str, float]]:
+        """The norms of weights of equal shape, which are read once."""
+        weights_parts = [self.base.parts(views) for views in weights]
+        values: list[dict[str, float]] = [{} for _ in weights]
+        if "fro" in names:  # by this thread: moving a weight to a GPU takes longer
+            for norms_of_weight, parts in zip(values, weights_parts, strict=True):
+                norms_of_weight["fro"] = math.hypot(*map(frobenius, parts))
         if "spn" in names:
-            values["spn"] = spectral(joined(parts))
+            for norms_of_weight, sigma in zip(values, computed(_spectral_norms, weights_parts, device), strict=True):
+                norms_of_weight["spn"] = sigma
         return values
+
+
+def _spectral_norms(weights: Sequence[Sequence[Tensor]], device: torch.device) -> list[float]:
+    """Of weights of equal shape, in parts."""
+    matrices = [joined([part.to(device) for part in parts]) for parts in weights]
+    sigma: list[float] = spectral_norms(torch.stack(matrices)).tolist()
+    return sigma
+
+
+def _batches(views: Mapping[str, Views], missing: Mapping[str, list[str]], device: torch.device) -> list[list[str]]:
+    """Weights that are computed together: each alone on a CPU, those of equal shape and norms on a GPU."""
+    if device.type == "cpu":
+        return [[key] for key in missing]
+    groups: dict[tuple[int, int, str], list[str]] = defaultdict(list)
+    for key, names in missing.items():
+        rows, *columns = views_shape(views[key])
+        groups[rows, math.prod(columns), ",".join(names)].append(key)
+    batches = []
+    for (height, width, _), keys in groups.items():
+        most = max(1, _DEVICE_BYTES // (4 * height * width))
+        batches += [keys[start : start + most] for start in range(0, len(keys), most)]
+    return batches
 
 
 # --- cache --------------------------------------------------------------------------------------

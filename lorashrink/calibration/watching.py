@@ -20,6 +20,7 @@ from torch.nn import functional
 from lorashrink.calibration.denoising import draw_latents, guided, step_width
 from lorashrink.calibration.sites import Watched, forward_hooks
 from lorashrink.calibration.statistics import Side, Sides
+from lorashrink.engine.devices import core_device
 from lorashrink.engine.gram import Grams
 from lorashrink.errors import NonFinite
 
@@ -55,8 +56,9 @@ class Projected:
     def __init__(self, up: Tensor, down: Tensor, device: str) -> None:
         """up [out, r] and down [r, in·kh·kw], both without the layer's scale."""
         self.up, self.down = up.to(device, torch.float32), down.to(device, torch.float32)
-        rank = up.shape[1]
-        self._sums = {name: torch.zeros(rank, rank, dtype=torch.float64) for name in ("down", "up")}
+        rank, core = up.shape[1], core_device(device)
+        # On the device, so that no layer waits for it.
+        self._sums = {name: torch.zeros(rank, rank, dtype=torch.float64, device=core) for name in ("down", "up")}
         self._count = torch.zeros(1, dtype=torch.float64)
 
     def add_inputs(self, module: nn.Module, batch: Tensor) -> None:
@@ -67,13 +69,13 @@ class Projected:
             rows = positions(projected, module)
         else:
             rows = positions(batch, module) @ self.down.mT
-        self._sums["down"] += (rows.mT @ rows).double().cpu()
+        self._sums["down"] += (rows.mT @ rows).to(self._sums["down"].device).double()
         self._count += len(rows)
 
     def add_gradients(self, gradients: Tensor) -> None:
         """See `Watcher`."""
         rows = gradients @ self.up
-        self._sums["up"] += (rows.mT @ rows).double().cpu()
+        self._sums["up"] += (rows.mT @ rows).to(self._sums["up"].device).double()
 
     def state(self) -> dict[str, Tensor]:
         """See `Watcher`."""
@@ -81,7 +83,8 @@ class Projected:
 
     def result(self, runs: int) -> Grams:
         """The Gram matrices, `down` per position and `up` per run."""
-        return Grams(self._sums["down"] / self._count.clamp(min=1), self._sums["up"] / max(1, runs))
+        down, up = self._sums["down"].cpu(), self._sums["up"].cpu()
+        return Grams(down / self._count.clamp(min=1), up / max(1, runs))
 
 
 class Sketched:
@@ -96,7 +99,8 @@ class Sketched:
         self.rank = rank
         self._sides = {"in": _Sketch(shape[1], rank, device), "out": _Sketch(shape[0], rank, device)}
         taps = math.prod(shape[2:])
-        self._taps = torch.zeros(taps, taps, dtype=torch.float64) if taps > 1 else None
+        core = core_device(device)
+        self._taps = torch.zeros(taps, taps, dtype=torch.float64, device=core) if taps > 1 else None
         self._probe = _random_matrix(shape[1], _PROBES, device) if taps > 1 else None
         self._count = torch.zeros(1, dtype=torch.float64)
 
@@ -111,7 +115,7 @@ class Sketched:
             padding = module.padding if isinstance(module.padding, tuple) else (0, 0)
             patches = functional.unfold(mixed, module.kernel_size, module.dilation, padding, module.stride)
             taps = patches.reshape(len(mixed), _PROBES, len(self._taps), -1)
-            self._taps += torch.einsum("npal,npbl->ab", taps, taps).double().cpu()
+            self._taps += torch.einsum("npal,npbl->ab", taps, taps).to(self._taps.device).double()
 
     def add_gradients(self, gradients: Tensor) -> None:
         """See `Watcher`."""
@@ -128,7 +132,7 @@ class Sketched:
         inputs = self._sides["in"].result(float(self._count.clamp(min=1)))
         if self._taps is not None:
             mean = self._taps.diagonal().mean().clamp(min=_TINY)
-            inputs = Side(inputs.diagonal, inputs.low, (self._taps / mean).float())
+            inputs = Side(inputs.diagonal, inputs.low, (self._taps / mean).float().cpu())
         return Sides(inputs, self._sides["out"].result(max(1, runs)))
 
 
@@ -151,14 +155,14 @@ class _Sketch:
         return {"product": self._product, "diagonal": self._diagonal}
 
     def result(self, count: float) -> Side:
-        product, start = self._product.double().cpu() / count, self._start.double().cpu()
+        product, start = self._product.cpu().double() / count, self._start.cpu().double()
         core = start.mT @ product
         values, vectors = torch.linalg.eigh((core + core.mT) / 2)
         kept = values > _TINY * values[-1:].clamp(min=0)
         factor = product @ (vectors * torch.where(kept, 1 / values.clamp(min=1e-300).sqrt(), 0))
         left, sigma, _ = torch.linalg.svd(factor, full_matrices=False)
         low = (left * sigma)[:, : self.rank]
-        rest = (self._diagonal.double().cpu() / count - (low**2).sum(1)).clamp(min=0)
+        rest = (self._diagonal.cpu().double() / count - (low**2).sum(1)).clamp(min=0)
         return Side(rest.float(), low.float())
 
 
@@ -179,7 +183,7 @@ class Recorder:
         for site, watcher in sites:
             self.sites[site.module].append((site, watcher))
         self.recording = True
-        self.broken: list[str] = []  # weights with gradients of NaN or infinity
+        self._broken: dict[str, Tensor] = {}  # weight -> whether a gradient was NaN or infinity, on the device
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -211,17 +215,20 @@ class Recorder:
 
     def _record_gradient(self, module: nn.Module, gradient: Tensor) -> None:
         rows = positions(gradient, module)
+        broken = ~torch.isfinite(rows).all()
         for site, watcher in self.sites[module]:
-            if not torch.isfinite(rows).all():
-                self.broken.append(str(site.view))
+            name = str(site.view)
+            self._broken[name] = self._broken[name] | broken if name in self._broken else broken
             watcher.add_gradients(rows[:, slice(*site.rows)])
 
     def check(self) -> None:
         """Raises NonFinite, naming a layer, if a gradient was NaN or infinity."""
-        if self.broken:
+        flags = torch.stack(list(self._broken.values())).tolist() if self._broken else []
+        broken = [name for name, flag in zip(self._broken, flags, strict=True) if flag]
+        if broken:
             raise NonFinite(
-                f"the gradient at {self.broken[0]} ({len(self.broken)} in all) is NaN or infinity: the model's numbers "
-                "leave the range of its dtype. Use another --dtype, such as fp32 or bf16."
+                f"the gradient at {broken[0]} ({len(broken)} in all) is NaN or infinity: the model's numbers leave the "
+                "range of its dtype. Use another --dtype, such as fp32 or bf16."
             )
 
 

@@ -3,31 +3,76 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
+from lorashrink.engine.accelerators import start
 from lorashrink.errors import UsageError
 
+log = logging.getLogger(__name__)
 
-def pick_device(device: str) -> str:
-    """The torch device for "auto" or a given name. Raises UsageError if this machine does not have it."""
+# A core shrinks about 200 MB of adapters per second, and a GPU takes a second or two to start.
+_SMALL_BYTES = 1 << 28  # per core
+
+# From here on it pays to start several GPUs.
+_LARGE_BYTES = 1 << 33
+
+
+def pick_device(device: str, files: Iterable[str | Path] | None = None) -> str:
+    """The torch device for "auto" or a given name, started and tested.
+
+    files: what is to be computed with, where the cores may be done with it before a GPU has started: then "auto" is the
+    CPU, and with many bytes "cuda" stays "cuda", which is all GPUs of one kind; otherwise it becomes one of them.
+    Raises UsageError if this machine does not have the device, or it does not work.
+    """
+    size = 0.0 if files is None else sum(map(_size, files))
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        small = files is not None and size < _SMALL_BYTES * _cores()
+        return "cpu" if small or not torch.cuda.is_available() else _working_gpu(size)
     kind, _, number = device.partition(":")
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind not in present or (number and not number.isdigit()):
         raise UsageError(f"device: '{device}' is not one of auto, {', '.join(present)}, cuda:N.")
     if not present[kind] or (kind == "cuda" and number and int(number) >= torch.cuda.device_count()):
         raise UsageError(f"device: this machine has no usable {device}. Use --device auto.")
+    if device == "cuda":
+        device = _gpus_for(size)
+    if kind != "cpu":
+        start(torch.device(device))
     return device
 
 
+def _working_gpu(size: float) -> str:
+    device = _gpus_for(size)
+    try:
+        start(torch.device(device))
+    except UsageError as error:
+        log.warning("%s The CPU computes.", error)
+        return "cpu"
+    return device
+
+
+def _gpus_for(size: float) -> str:
+    return "cuda" if size >= _LARGE_BYTES else f"cuda:{torch.cuda.current_device()}"
+
+
+def _size(path: str | Path) -> float:
+    """Bytes of a file, or of the files in a folder; infinity for what is neither, such as a sum of adapters."""
+    path = Path(path)
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.is_file() else math.inf
+
+
 def core_device(device: str | torch.device) -> torch.device:
-    """Where the r×r part runs: the device itself, or the CPU if it has no float64 (MPS)."""
+    """Where the engine computes: the device itself, or the CPU if it has no float64 (MPS)."""
     device = torch.device(device)
     return torch.device("cpu") if device.type == "mps" else device
 
@@ -37,15 +82,18 @@ def worker_pool(jobs: int | None = None) -> Iterator[ThreadPoolExecutor]:
     """Threads that each do whole layers, while torch and its BLAS stay on one thread apiece."""
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs: {jobs} is not a whole number of at least 1.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with (
         _single_threaded.use(),
-        ThreadPoolExecutor(jobs or cores, "lorashrink", initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ThreadPoolExecutor(jobs or _cores(), "lorashrink", initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _SingleThreaded:

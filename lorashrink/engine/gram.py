@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorashrink.engine.delta import Delta
+from lorashrink.engine.eigen import eigh
 
 # A Gram matrix squares the condition number: below sqrt(eps64)·σ_1 nothing is trustworthy, and counts as 0.
 SIGMA_FLOOR = 2.0**-26
@@ -30,6 +31,9 @@ _ROUNDING, _CANCELLATION = 2.0**-34, 2.0**-44
 
 # Numbers converted to float64 at a time, so that on a CPU they are used while still in its cache.
 CPU_BLOCK = 1 << 17
+
+# Bytes of the factors that a GPU has at once, in their own dtype, float32 and float64.
+_DEVICE_BYTES = 1 << 29
 
 # From this rank on, three products of a quarter of the size are faster than one product.
 _SPLIT_RANK = 96
@@ -69,11 +73,12 @@ def solve(gram_down: Tensor, gram_up: Tensor, *, clip: float = _GRAM_CLIP) -> tu
     """
     finite = _finite(gram_down, gram_up)
     if not finite.all():  # one NaN would make the batched decompositions fail for all layers
-        gram_down, gram_up = (torch.where(finite[:, None, None], gram, 0) for gram in (gram_down, gram_up))
+        identity = torch.eye(gram_down.shape[-1], dtype=gram_down.dtype, device=gram_down.device)
+        gram_down, gram_up = (torch.where(finite[:, None, None], gram, identity) for gram in (gram_down, gram_up))
     units = _units(gram_down)
     gram_down, gram_up = gram_down * (units.mT * units), gram_up / (units.mT * units)
     roots = _roots(gram_down, gram_up, clip)
-    values, vectors = torch.linalg.eigh(roots.root.mT @ roots.partner @ roots.root)
+    values, vectors = eigh(roots.root.mT @ roots.partner @ roots.root)
     # Rounding may leave an eigenvalue of 0 slightly negative.
     sigma, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
     sigma = torch.where(sigma > SIGMA_FLOOR * sigma[:, :1], sigma, 0)
@@ -118,7 +123,7 @@ def _roots(gram_down: Tensor, gram_up: Tensor, clip: float) -> _Roots:
     singular = spread > _MAX_SPREAD
     if singular.any():
         swapped, partner = swapped & ~singular[:, None, None], torch.where(singular[:, None, None], gram_up, partner)
-        values, vectors = torch.linalg.eigh(gram_down[singular])
+        values, vectors = eigh(gram_down[singular])
         positive = values > clip * values[:, -1:]
         root[singular] = vectors * torch.where(positive, values, 0).sqrt()[:, None, :]
     return _Roots(root, partner, swapped, singular)
@@ -167,18 +172,33 @@ def _stacked_grams(factors: Sequence[Tensor], device: torch.device, *, columns: 
     rank = factors[0].shape[1 if columns else 0]
     result = torch.empty(len(factors), rank, rank, dtype=torch.float64, device=device)
     for indices in groups.values():
-        result[indices] = factor_gram(_stacked([factors[i] for i in indices], device), columns=columns)
+        first = factors[indices[0]]
+        most = max(1, _DEVICE_BYTES // max(1, first.numel() * (first.element_size() + 4 + 8)))
+        for start in range(0, len(indices), most):
+            part = indices[start : start + most]
+            result[part] = factor_gram(stacked([factors[i] for i in part], device), columns=columns)
     return result
 
 
-def _stacked(factors: Sequence[Tensor], device: torch.device) -> Tensor:
+def stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Tensors of one shape and dtype on the CPU as one tensor on the device."""
     if device.type == "cuda":
         # From pinned memory the copy runs beside the computation.
-        shape = (len(factors), *factors[0].shape)
-        pinned = torch.empty(shape, dtype=factors[0].dtype, pin_memory=True)
-        torch.stack(list(factors), out=pinned)
+        pinned = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype, pin_memory=True)
+        torch.stack(list(tensors), out=pinned)
         return pinned.to(device, non_blocking=True)
-    return factors[0][None] if len(factors) == 1 else torch.stack(list(factors)).to(device)
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def on_cpu(*tensors: Tensor) -> list[Tensor]:
+    """Copies of tensors on the CPU, which the device makes at once."""
+    if tensors[0].device.type != "cuda":
+        return [tensor.cpu() for tensor in tensors]
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    return copies
 
 
 def factor_gram(factors: Tensor, *, columns: bool) -> Tensor:

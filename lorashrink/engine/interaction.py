@@ -20,6 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lorashrink.engine.eigen import eigh, eigvalsh
 from lorashrink.engine.gram import CPU_BLOCK, SIGMA_FLOOR, doubled, solve
 from lorashrink.engine.norms import still_to_come
 
@@ -243,12 +244,12 @@ def _largest(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor)
         basis[rows], images[rows] = block, image
         block = (image * turns) @ gram_up * turns
         projected[rows, :size] = block @ images[:size].mT
-        tops.append(torch.linalg.eigvalsh(projected[:size, :size])[-2:])
+        tops.append(eigvalsh(projected[:size, :size])[-2:])
         if len(tops) > 2 and bool((still_to_come(*tops[-3:]) <= _CONVERGED * tops[-1][-1]).all()):
             break
     if not size:
         return 0.0, 0.0, torch.zeros_like(length)
-    values, vectors = torch.linalg.eigh(projected[:size, :size])
+    values, vectors = eigh(projected[:size, :size])
     sigma = values.clamp(min=0).sqrt()
     sigma = torch.where(sigma > SIGMA_FLOOR * sigma[-1], sigma, 0)
     return float(sigma[-1]), float(sigma[-2]) if len(sigma) > 1 else 0.0, length * (vectors[:, -1] @ images[:size])
@@ -264,7 +265,7 @@ def _orthonormal(
     for _ in range(2):  # twice is enough for full precision
         overlap = block @ images.mT
         block, image = block - overlap @ basis, image - overlap @ images
-        values, vectors = torch.linalg.eigh(image @ block.mT)
+        values, vectors = eigh(image @ block.mT)
         new = values > _EXHAUSTED
         turn = (vectors[:, new] / values[new].sqrt()).mT
         block, image = turn @ block, turn @ image
@@ -310,7 +311,7 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if matrix.shape[0] > matrix.shape[1]:
         sigma, right, left = _decomposed(matrix.mT)
         return sigma, left, right
-    values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+    values, vectors = eigh(matrix @ matrix.mT)
     sigma, left = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
     sigma = torch.where(sigma > SIGMA_FLOOR * sigma[:1], sigma, 0)
     return sigma, left, matrix.mT @ left * torch.where(sigma > 0, 1 / sigma, 0)

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lorashrink.engine.eigen import eigh, eigvalsh
 from lorashrink.engine.gram import doubled
 
 # Numbers squared at a time in float64: still in a core's cache when they are summed.
@@ -70,7 +71,7 @@ def spectral_norms(weights: Tensor) -> Tensor:
 
 def _of_all_eigenvalues(wide: Tensor) -> Tensor:
     wide = wide.double()
-    top: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)[:, -1].clamp(min=0).sqrt()
+    top: Tensor = eigvalsh(wide @ wide.mT)[:, -1].clamp(min=0).sqrt()
     return top
 
 
@@ -96,7 +97,7 @@ def _of_krylov(wide: Tensor) -> Tensor:
         projected[:, start:stop, :stop] = image @ space[:, :stop].mT
         block = image
         if (step + 1) % _KRYLOV_CHECK == 0:
-            values, vectors = torch.linalg.eigh(projected[:, :stop, :stop])
+            values, vectors = eigh(projected[:, :stop, :stop])
             tops.append(values[:, -1])
             if len(tops) > 2 and (still_to_come(*tops[-3:]) <= _KRYLOV_TOLERANCE * tops[-1]).all():
                 break
@@ -124,7 +125,7 @@ def _new_directions(block: Tensor, space: Tensor) -> Tensor:
         block = block - block @ space.mT @ space
         block = torch.where(block.norm(dim=2, keepdim=True) > _EXHAUSTED * size, block, 0)
         exact = block.double()
-        values, vectors = torch.linalg.eigh(exact @ exact.mT)
+        values, vectors = eigh(exact @ exact.mT)
         new = values > _EXHAUSTED**2 * values[:, -1:]
         block = ((vectors * torch.where(new, 1 / values.sqrt(), 0)[:, None, :]).mT @ exact).float()
         size = torch.ones_like(size)

@@ -21,21 +21,23 @@ Tensors in, tensors out: this module knows nothing of files, names or recipes.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lorashrink.engine.accelerators import computed, start
 from lorashrink.engine.delta import AnyDelta, Delta, Dense, Kronecker, fan_in
 from lorashrink.engine.devices import core_device
-from lorashrink.engine.gram import CPU_BLOCK, SIGMA_FLOOR, Grams, factor_gram, grams, solve
+from lorashrink.engine.eigen import eigh, eigvalsh, solver_device
+from lorashrink.engine.gram import CPU_BLOCK, SIGMA_FLOOR, Grams, factor_gram, grams, on_cpu, solve, stacked
 
 Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -43,7 +45,9 @@ Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 # this part of the largest are rounding.
 _STATISTICS_CLIP = 1e-9
 
-_CUDA_CHUNK_BYTES = 1 << 28
+# On a GPU: layers in a chunk, of which a file has several, so that one is copied while another is computed, and bytes
+# of each of the r×r matrices that solving a chunk takes.
+_DEVICE_LAYERS, _DEVICE_CORE_BYTES = 128, 1 << 26
 
 # Layers of this rank and above are large enough to fill a thread by themselves.
 _LARGE_RANK = 512
@@ -196,19 +200,22 @@ def spectrum(delta: AnyDelta, grams: Grams | None = None, *, limit: int | None =
 def decompose(items: Sequence[Item], pool: Executor, *, device: str | torch.device = "cpu") -> list[PendingSpectrum]:
     """The spectra of many layers, in the order of `items`, while the threads of the pool compute them.
 
-    Layers of equal rank, of whatever files, are solved together as [L, r, r] problems. Each chunk of layers is read,
-    decomposed and forgotten by one thread, so that the factors of no more than a few layers per thread are in memory.
-    Cost: O((out + in)·r²) per layer.
+    Layers of equal rank are solved together as [L, r, r] problems. Each chunk of layers is read, decomposed and
+    forgotten by one thread, so that the factors of no more than a few layers per thread are in memory. On a GPU the
+    last bits of a layer may depend on its chunk, and so on `items`, but not on what else is computed meanwhile. Cost:
+    O((out + in)·r²) per layer.
     """
     device = core_device(device)
-    by_rank: dict[int, list[int]] = defaultdict(list)
+    if device.type != "cpu":
+        start(device)  # in this thread, which can raise what is wrong with it
+    by_rank: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for index, item in enumerate(items):
-        by_rank[item.rank].append(index)
+        by_rank[item.rank, item.grams is None].append(index)
     pending: dict[int, PendingSpectrum] = {}
-    for rank, indices in sorted(by_rank.items(), reverse=True):  # what takes longest begins first
+    for (rank, _), indices in sorted(by_rank.items(), reverse=True):  # what takes longest begins first
         size = _chunk_size(rank, device)
-        for start in range(0, len(indices), size):
-            chunk = indices[start : start + size]
+        for low in range(0, len(indices), size):
+            chunk = indices[low : low + size]
             future = pool.submit(_decompose_chunk, [items[index] for index in chunk], device)
             pending |= {index: PendingSpectrum(future, position) for position, index in enumerate(chunk)}
     return [pending[index] for index in range(len(items))]
@@ -230,39 +237,105 @@ def truncate(
     and contain the delta's own scale. With `width` > len(kept) zeros fill the factors up to that rank. Computed in
     float32, or in float64 if the delta is float64.
     """
-    device = core_device(device) if delta.precision == torch.float64 else torch.device(device)
-    index = torch.as_tensor(kept, dtype=torch.long)
-    half = math.sqrt(abs(scale))
-    up, down = _vectors(delta, spectrum, index, (math.copysign(half, scale), half), device)
-    if factors is not None:
-        root = factors.sqrt().to(up)
-        up, down = up * root, down * root[:, None]
-    extra = (width or len(kept)) - len(kept)
-    if extra:
-        up = torch.nn.functional.pad(up, (0, extra))
-        down = torch.nn.functional.pad(down, (0, 0, 0, extra))
-    return up.cpu(), down.cpu()
+    return _truncated(Cut(delta, spectrum, kept, factors, width, scale), core_device(device))
 
 
-def alignment(delta: AnyDelta, spectrum: Spectrum, weight: Tensor) -> Tensor:
+class Cut(NamedTuple):
+    """One layer to truncate; see `truncate`."""
+
+    delta: AnyDelta
+    spectrum: Spectrum
+    kept: Sequence[int]
+    factors: Tensor | None = None
+    width: int | None = None
+    scale: float = 1.0
+
+    @property
+    def halves(self) -> tuple[float, float]:
+        """What the vectors of both sides are multiplied with."""
+        half = math.sqrt(abs(self.scale))
+        return math.copysign(half, self.scale), half
+
+    @property
+    def index(self) -> Tensor:
+        """[k] int64, the dimensions that are kept."""
+        return torch.as_tensor(self.kept, dtype=torch.long)
+
+    def finished(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """Both factors times the roots of `factors`, and as wide as `width`."""
+        if self.factors is not None:
+            root = self.factors.sqrt().to(up)
+            up, down = up * root, down * root[:, None]
+        extra = (self.width or len(self.kept)) - len(self.kept)
+        if extra:
+            up = torch.nn.functional.pad(up, (0, extra))
+            down = torch.nn.functional.pad(down, (0, 0, 0, extra))
+        return up, down
+
+
+def truncate_together(cuts: Sequence[Cut], device: str | torch.device) -> list[tuple[Tensor, Tensor]]:
+    """`truncate` of many layers, in their order. On a GPU layers of equal shape and dtype are one product."""
+    device = core_device(device)
+    groups: dict[object, list[int]] = defaultdict(list)
+    for index, (delta, spectrum, *_) in enumerate(cuts):
+        batched = device.type != "cpu" and isinstance(delta, Delta) and spectrum.left is not None
+        groups[tuple((tensor.shape, tensor.dtype) for tensor in delta.tensors) if batched else index].append(index)
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for indices in groups.values():
+        results |= zip(indices, computed(_truncated_together, [cuts[index] for index in indices], device), strict=True)
+    return [results[index] for index in range(len(cuts))]
+
+
+def alignment(delta: AnyDelta, spectrum: Spectrum, weight: Tensor, device: str | torch.device = "cpu") -> Tensor:
     """[r] float64: u_iᵀ·W·v_i for each singular pair of ΔW; 0 past the numerical rank. W is [out, in·kh·kw]."""
     rank = spectrum.rank
-    up, down = truncate(delta, spectrum, range(rank))
-    products = ((weight.float() @ down.float().mT) * up.float()).sum(0, dtype=torch.float64)
+    up, down = truncate(delta, spectrum, range(rank), device=device)
+    up, down, weight = (tensor.to(core_device(device)) for tensor in (up, down, weight))
+    products = ((weight.float() @ down.float().mT) * up.float()).sum(0, dtype=torch.float64).cpu()
     return torch.nn.functional.pad(products / spectrum.sigma[:rank], (0, len(spectrum.sigma) - rank))
 
 
 # --- singular vectors ---------------------------------------------------------------------------
 
 
+def _truncated(cut: Cut, device: torch.device) -> tuple[Tensor, Tensor]:
+    up, down = cut.finished(*_vectors(cut.delta, cut.spectrum, cut.index, cut.halves, device))
+    return up.cpu(), down.cpu()
+
+
+def _truncated_together(cuts: Sequence[Cut], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Layers of two factors and of equal shape; or one layer of any form."""
+    if len(cuts) == 1:
+        return [_truncated(cuts[0], device)]
+    dtype, most = cuts[0].delta.precision, max(len(cut.kept) for cut in cuts)
+    maps = [_scaled_maps(cut.spectrum, cut.index, cut.halves) for cut in cuts]
+    # All as wide as the widest: what zeros make is cut off again.
+    lefts = [torch.nn.functional.pad(left, (0, most - left.shape[1])) for left, _ in maps]
+    rights = [torch.nn.functional.pad(right, (0, 0, 0, most - len(right))) for _, right in maps]
+    factors = zip(*(cut.delta.tensors for cut in cuts), strict=True)
+    ups, downs = (stacked(tensors, device).to(dtype) for tensors in factors)
+    ups, downs = on_cpu(ups @ stacked(lefts, device).to(dtype), stacked(rights, device).to(dtype) @ downs)
+    return [
+        cut.finished(up[:, : len(cut.kept)], down[: len(cut.kept)])
+        for cut, up, down in zip(cuts, ups, downs, strict=True)
+    ]
+
+
+def _scaled_maps(spectrum: Spectrum, index: Tensor, factors: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """(left [r, k], right [k, r]) of the dimensions in `index`, each side times its factor."""
+    assert spectrum.left is not None
+    assert spectrum.right is not None
+    return spectrum.left[:, index] * factors[0], spectrum.right[index] * factors[1]
+
+
 def _vectors(
     delta: AnyDelta, spectrum: Spectrum, index: Tensor, factors: tuple[float, float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """√σ_i·u_i [out, k] and √σ_i·v_iᵀ [k, in·kh·kw] of the dimensions in `index`, each side times its factor."""
-    if spectrum.left is not None and spectrum.right is not None:
+    if spectrum.left is not None:
         delta = delta.factored()
         dtype = delta.precision
-        left, right = spectrum.left[:, index] * factors[0], spectrum.right[index] * factors[1]
+        left, right = _scaled_maps(spectrum, index, factors)
         return (
             delta.up.to(device, dtype) @ left.to(device, dtype),
             right.to(device, dtype) @ delta.down.to(device, dtype),
@@ -288,12 +361,12 @@ def _dense_vectors(
     if spectrum.limit is not None:
         sketch, maps = _sketch(delta, spectrum.limit, device)
         return _vectors(sketch, maps, index, factors, device)
-    core, dtype = core_device(device), delta.precision
+    dtype = delta.precision
     matrix = delta.matrix.to(device)
-    vectors = torch.linalg.eigh(_dense_gram(matrix.to(core))).eigenvectors.flip(-1)[:, index.to(core)]  # [r, k]
-    half = spectrum.sigma[index].sqrt().to(core)
+    vectors = eigh(_dense_gram(matrix))[1].flip(-1)[:, index.to(device)]  # [r, k]
+    half = spectrum.sigma[index].sqrt().to(device)
     inverse = torch.where(half > 0, 1 / half, 0) * abs(delta.scale)
-    short, long = (vectors * half).to(device, dtype), (vectors * inverse).to(device, dtype)
+    short, long = (vectors * half).to(dtype), (vectors * inverse).to(dtype)
     sign = math.copysign(factors[0], factors[0] * delta.scale)
     if matrix.shape[0] > matrix.shape[1]:
         return matrix.to(dtype) @ (long * sign), short.mT * factors[1]
@@ -331,9 +404,9 @@ def _of_maps(
 
 def _of_statistics(delta: Delta, statistics: Callable[[Delta], Grams], device: torch.device) -> Spectrum:
     """The spectrum in the norm of Gram matrices from statistics."""
-    own = Grams(*(gram[0].cpu() for gram in grams([delta], device)))
-    stacked = [gram[None].to(device, torch.float64) for gram in statistics(delta)]
-    sigma, left, right = (solution[0].cpu() for solution in solve(*stacked, clip=_STATISTICS_CLIP))
+    (own,) = computed(_grams_each, [delta], device)
+    weighted = [gram[None].double() for gram in statistics(delta)]
+    sigma, left, right = (solution[0] for solution in solve(*weighted, clip=_STATISTICS_CLIP))
     spectrum = _of_maps(delta, sigma, left, right)
     sigma = spectrum.sigma if own.finite else spectrum.sigma * math.nan
     return replace(spectrum, sigma=sigma, plain=_Plain(own, delta.scale))
@@ -342,10 +415,10 @@ def _of_statistics(delta: Delta, statistics: Callable[[Delta], Grams], device: t
 def _of_dense(delta: Dense, limit: int | None, device: torch.device) -> Spectrum:
     if limit is not None and limit + _SKETCH_EXTRA <= _SKETCH_SHARE * delta.rank:
         return _of_sketch(delta, limit, device)
-    gram = _dense_gram(delta.matrix.to(core_device(device)))
+    gram = _dense_gram(delta.matrix.to(device))
     if not torch.isfinite(gram.diagonal().sum()):
         return Spectrum(torch.full((delta.rank,), math.nan, dtype=torch.float64))
-    sigma = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0).sqrt()
+    sigma = eigvalsh(gram).flip(-1).clamp(min=0).sqrt()
     return Spectrum(abs(delta.scale) * torch.where(sigma > SIGMA_FLOOR * sigma[:1], sigma, 0).cpu())
 
 
@@ -394,9 +467,9 @@ def _of_kronecker(delta: Kronecker, device: torch.device) -> Spectrum:
 
 def _chunk_size(rank: int, device: torch.device) -> int:
     """Layers solved at once: on a GPU as many as memory likes, on a CPU enough to hide the overhead of calls."""
-    if device.type == "cuda":
-        # several chunks per file, so that one is copied while another is computed
-        return max(1, min(256, _CUDA_CHUNK_BYTES // (8 * rank * rank)))
+    if device.type != "cpu":
+        layers = _DEVICE_LAYERS if solver_device(device, rank) == device else _DEVICE_LAYERS // 4
+        return max(1, min(layers, _DEVICE_CORE_BYTES // (8 * rank * rank)))
     return 1 if rank >= _LARGE_RANK else max(4, 1024 // rank)
 
 
@@ -408,23 +481,27 @@ def _decompose_chunk(items: Sequence[Item], device: torch.device) -> list[Spectr
             deltas.append(item.load())
         except Exception as error:
             deltas.append(error)
-    with _own_stream(device):
-        solutions = _solve_together(items, deltas, device)
-        outcomes: list[Spectrum | Exception] = []
-        for index, (item, delta) in enumerate(zip(items, deltas, strict=True)):
-            if isinstance(delta, Exception):
-                outcomes.append(delta)
-            elif item.grams is not None:
-                outcomes.append(_of_statistics(delta.factored(), item.grams, device))
-            elif isinstance(delta, Dense):
-                outcomes.append(_of_dense(delta, item.limit, device))
-            elif isinstance(delta, Kronecker):
-                outcomes.append(_of_kronecker(delta, device))
-            else:
-                sigma, left, right, *trace = solutions[index]
-                square, rounding = map(float, trace)
-                outcomes.append(_of_maps(delta, sigma, left, right, item.limit, (square, rounding)))
-        return outcomes
+    solutions = _solve_together(items, deltas, device)
+    outcomes: list[Spectrum | Exception] = []
+    for index, (item, delta) in enumerate(zip(items, deltas, strict=True)):
+        if isinstance(delta, Exception):
+            outcomes.append(delta)
+        elif item.grams is not None:
+            outcomes.append(_of_statistics(delta.factored(), item.grams, device))
+        elif isinstance(delta, Delta):
+            sigma, left, right, *trace = solutions[index]
+            square, rounding = map(float, trace)
+            outcomes.append(_of_maps(delta, sigma, left, right, item.limit, (square, rounding)))
+        else:
+            outcomes += computed(partial(_of_full_rank, limit=item.limit), [delta], device)
+    return outcomes
+
+
+def _of_full_rank(deltas: Sequence[Dense | Kronecker], device: torch.device, limit: int | None) -> list[Spectrum]:
+    return [
+        _of_dense(delta, limit, device) if isinstance(delta, Dense) else _of_kronecker(delta, device)
+        for delta in deltas
+    ]
 
 
 def _solve_together(
@@ -439,18 +516,26 @@ def _solve_together(
         if isinstance(delta, Delta) and item.grams is None:
             by_rank[delta.rank][index] = delta
     solutions: dict[int, tuple[Tensor, ...]] = {}
-    for layers in by_rank.values():
-        own = grams(list(layers.values()), device)
-        batch = (solution.cpu() for solution in (*solve(*own), *own.squares()))
-        solutions |= dict(zip(layers, zip(*batch, strict=True), strict=True))
+    for rank, layers in by_rank.items():
+        batch = list(layers.values())
+        if solver_device(device, rank) == device:
+            results = computed(_solutions, batch, device)
+        else:  # by this thread, while the GPU goes on
+            pairs = computed(_grams_each, batch, device)
+            results = _solved(Grams(*map(torch.stack, zip(*pairs, strict=True))))
+        solutions |= zip(layers, results, strict=True)
     return solutions
 
 
-@contextlib.contextmanager
-def _own_stream(device: torch.device) -> Iterator[None]:
-    """On CUDA a stream for this chunk, so that its copies run while another thread's chunk computes."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
-        yield
+def _solutions(deltas: Sequence[Delta], device: torch.device) -> list[tuple[Tensor, ...]]:
+    return _solved(grams(deltas, device))
+
+
+def _solved(own: Grams) -> list[tuple[Tensor, ...]]:
+    return list(zip(*on_cpu(*solve(*own), *own.squares()), strict=True))
+
+
+def _grams_each(deltas: Sequence[Delta], device: torch.device) -> list[Grams]:
+    """The Gram matrices of each layer, on the CPU."""
+    own = grams(deltas, device)
+    return list(map(Grams, *on_cpu(*own)))

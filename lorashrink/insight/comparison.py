@@ -57,12 +57,12 @@ def compare(
     weight need the base itself. Raises InputError if a file cannot be used, FamilyMismatch or ShapeError if the
     adapters were made for different models, and UsageError if only a base could tell which layers are the same.
     """
-    device = pick_device(device)
     with ExitStack() as stack:
         sides = [
             stack.enter_context(open_adapter(in_memory(side) or only_adapter(side, needed=_ONE_BY_ONE)))
             for side in (a, b)
         ]
+        device = pick_device(device, [path for side in sides for path in side.store.files])
         opened = stack.enter_context(open_base(base)) if base is not None else None
         dictionary, views = matched(sides, opened)
         bound = bind_all(sides, views, opened)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorashrink.engine.accelerators import computed
 from lorashrink.engine.delta import AnyDelta, Delta, Kronecker, fan_in
 from lorashrink.engine.gram import grams
 from lorashrink.linking.pairing import Piece, Unit, stacked_up, wide
@@ -39,6 +40,11 @@ def inner_products(unit: Unit, device: torch.device) -> InnerProducts | None:
     if not unit.bound:
         return None
     deltas = [layer.delta for _, layer in unit.members]
+    (products,) = computed(lambda _, gpu: [_inner_products(unit, deltas, gpu)], [unit], device)
+    return products
+
+
+def _inner_products(unit: Unit, deltas: Sequence[AnyDelta], device: torch.device) -> InnerProducts:
     sides = [side for side, _ in unit.members]
     if sides == [FIRST, SECOND] and len(unit.pieces) == 1:
         a, b = deltas

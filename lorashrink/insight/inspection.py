@@ -67,7 +67,7 @@ def inspect(
     errors: dict[Path | Tensors, LorashrinkError] = {}
     with ExitStack() as stack:
         opened = stack.enter_context(open_base(base)) if base is not None else None
-        measure = None if header else _measuring(stack, opened, spectrum, device, jobs, progress)
+        measure = None if header else _measuring(stack, sources, opened, spectrum, device, jobs, progress)
         for source in sources:
             with boundary(source, partial(errors.__setitem__, source)):
                 with open_adapter(source) as adapter:
@@ -156,7 +156,13 @@ def _norm(rows: Sequence[LayerRow]) -> float | None:
 
 
 def _measuring(
-    stack: ExitStack, base: Base | None, spectrum: bool, device: str, jobs: int | None, progress: Progress | None
+    stack: ExitStack,
+    sources: Sequence[Path],
+    base: Base | None,
+    spectrum: bool,
+    device: str,
+    jobs: int | None,
+    progress: Progress | None,
 ) -> _Measure:
     """The measuring function of this run. torch is imported here, for `header` never."""
     from lorashrink.bases.norms import BaseNorms
@@ -165,7 +171,7 @@ def _measuring(
 
     pool = stack.enter_context(worker_pool(jobs))
     norms = BaseNorms(base) if base else None
-    device = pick_device(device)
+    device = pick_device(device, [*sources, *([base.path] if base else [])])
 
     def measure(adapter: Adapter, views: Sequence[Views]) -> Sequence[Mapping[str, object]]:
         present = [layer for layer in adapter.layers if layer.bound]
@@ -179,7 +185,9 @@ def _measuring(
         base_norms: Norms = {}
         if norms:
             report = partial(progress, "norms of the base") if progress else None
-            base_norms = norms.look_up(list(filter(None, views)), ("fro", "spn"), pool=pool, progress=report)
+            base_norms = norms.look_up(
+                list(filter(None, views)), ("fro", "spn"), pool=pool, device=device, progress=report
+            )
         return [
             _measures(layer, spectra[layer.name], base_norms.get(views_id(rows), {}) if rows else {}, spectrum, widest)
             if layer.name in spectra

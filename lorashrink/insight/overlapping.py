@@ -21,6 +21,7 @@ from lorashrink._version import __version__
 from lorashrink.adapters import Adapter, open_adapter
 from lorashrink.bases import Base, Views, open_base, views_id, views_shape
 from lorashrink.bases.norms import BaseNorms
+from lorashrink.engine.accelerators import computed
 from lorashrink.engine.devices import core_device, pick_device, worker_pool
 from lorashrink.engine.interaction import Interaction, interaction
 from lorashrink.errors import LorashrinkError, NonFinite, Progress, UsageError, boundary
@@ -55,10 +56,10 @@ def overlap(
     twice, or if only a base could tell which layers are the same; and FamilyMismatch or ShapeError if they were made
     for different models.
     """
-    device = pick_device(device)
     if limit is not None and not 0 < limit < math.inf:
         raise UsageError(f"limit: {limit:g} is not above 0.")
     weights = _weights_of(adapters)
+    device = pick_device(device, [*weights] * len(weights))  # the work grows with the square of their number
     failed: dict[Path, LorashrinkError] = {}
     with ExitStack() as stack:
         opened = stack.enter_context(open_base(base)) if base is not None else None
@@ -84,7 +85,7 @@ def overlap(
                 "the checkpoint with --base; a norm table is not enough."
             )
         failures = tuple(Failure(str(path), str(error)) for path, error in failed.items())
-        return measured.report(measured.base_norms(pool, progress), limit, failures)
+        return measured.report(measured.base_norms(pool, device, progress), limit, failures)
 
 
 # --- inputs -------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ class _Measured:
                 errors.setdefault(path, NonFinite(text))
         return errors
 
-    def base_norms(self, pool: Executor, progress: Progress | None) -> list[Mapping[str, float]]:
+    def base_norms(self, pool: Executor, device: str, progress: Progress | None) -> list[Mapping[str, float]]:
         """‖W‖_F and σ_1 of the base weight behind each unit; {} where it is not one weight of the base."""
         if self.base is None:
             return [{}] * len(self.units)
@@ -196,7 +197,9 @@ class _Measured:
             candidates = [by_name[number][layer.name] for number, layer in unit.members]
             weights.append(next((views for views in candidates if views and views_shape(views)[0] == unit.rows), ()))
         report = partial(progress, "norms of the base") if progress else None
-        norms = BaseNorms(self.base).look_up(list(filter(None, weights)), ("fro", "spn"), pool=pool, progress=report)
+        norms = BaseNorms(self.base).look_up(
+            list(filter(None, weights)), ("fro", "spn"), pool=pool, device=device, progress=report
+        )
         return [norms[views_id(views)] if views else {} for views in weights]
 
     def report(
@@ -242,4 +245,6 @@ def _interaction(unit: Unit, weights: Sequence[float], device: torch.device) -> 
         ranks[number] += delta.rank
     ups, downs = stacked_up(deltas, unit.pieces), torch.cat([wide(delta.down) for delta in deltas])
     scales = [delta.scale for delta in deltas for _ in range(delta.rank)]
-    return interaction(ups, downs, scales, list(ranks.values()), [weights[number] for number in ranks], device)
+    arguments = ups, downs, scales, list(ranks.values()), [weights[number] for number in ranks]
+    (result,) = computed(lambda _, gpu: [interaction(*arguments, gpu)], [unit], device)
+    return result

@@ -15,6 +15,7 @@ from lorashrink.adapters import Adapter, Layer
 from lorashrink.bases import Base, Views, views_id
 from lorashrink.bases.norms import Norms
 from lorashrink.calibration.statistics import LayerStatistics, Noise
+from lorashrink.engine.accelerators import computed
 from lorashrink.engine.delta import fan_in
 from lorashrink.engine.rounding import FLOAT8, relative_error
 from lorashrink.engine.spectrum import Spectrum, alignment
@@ -103,9 +104,11 @@ def more_than_delta(layer: Layer) -> bool:
 
 
 def aligned(
-    adapter: Adapter, views: Sequence[Views], spectra: Sequence[Spectrum], base: Base, index: int
+    adapter: Adapter, views: Sequence[Views], spectra: Sequence[Spectrum], base: Base, device: torch.device, index: int
 ) -> Tensor | None:
     """The alignment of a layer's singular pairs with its base weight, None without one."""
     if not views[index] or not spectra[index].rank:
         return None
-    return alignment(adapter.layers[index].delta, spectra[index], base.weight(views[index]))
+    delta, weight = adapter.layers[index].delta, base.weight(views[index])
+    (products,) = computed(lambda spectra, gpu: [alignment(delta, spectra[0], weight, gpu)], [spectra[index]], device)
+    return products

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lorashrink.adapters import adapter_of
-from lorashrink.errors import boundary, explained
+from lorashrink.errors import boundary
 from lorashrink.files.store import ComputedStore
 from lorashrink.linking.loaders import Loads, loads
 from lorashrink.recipes.grammar import Recipe
@@ -22,26 +22,22 @@ from lorashrink.shrinking.ledger import Done, Ledger, Targets
 from lorashrink.shrinking.plan import Plan, file_result
 from lorashrink.shrinking.reuse import OpenSource, own_base, recorded_results
 from lorashrink.shrinking.session import Session
-from lorashrink.shrinking.work import Work, decompose_together
+from lorashrink.shrinking.work import Work
 from lorashrink.shrinking.write import write
 from lorashrink.sums.summing import sources_of
 
-# On a GPU small files are decomposed together until this many layers fill a batch.
-_CUDA_WAVE_LAYERS = 4096
-
-_IN_FLIGHT = 2  # waves whose spectra are in memory: one is decomposed while another is written
+_IN_FLIGHT = 2  # adapters whose spectra are in memory: one is decomposed while another is written
 
 
 def shrink_each(targets: Targets, session: Session, ledger: Ledger) -> None:
-    """Decompose one wave of files while the one before it is written; the ledger gets what becomes of each."""
+    """Decompose one adapter while the one before it is written; the ledger gets what becomes of each."""
     in_flight: list[Future[None]] = []
     with ThreadPoolExecutor(1, "lorashrink-files") as finisher:
         try:
-            for wave in _waves(targets, session, ledger):
-                in_flight += [
-                    finisher.submit(_finish, work, session, ledger) for work in _decompose(wave, session, ledger)
-                ]
-                while len(in_flight) >= _IN_FLIGHT:  # before the next wave takes memory
+            for source, outputs in targets.items():
+                if work := _decompose(source, outputs, session, ledger):
+                    in_flight.append(finisher.submit(_finish, work, session, ledger))
+                while len(in_flight) >= _IN_FLIGHT:  # before the next one takes memory
                     in_flight.pop(0).result()
             for future in in_flight:
                 future.result()
@@ -51,33 +47,17 @@ def shrink_each(targets: Targets, session: Session, ledger: Ledger) -> None:
             raise
 
 
-def _waves(targets: Targets, session: Session, ledger: Ledger) -> Iterator[list[Work]]:
-    """Open adapters in waves that are decomposed together; the ledger gets those that fail or are done already."""
-    enough = _CUDA_WAVE_LAYERS if session.device.startswith("cuda") else 1
-    wave: list[Work] = []
-    for source, outputs in targets.items():
-        with boundary(source, partial(ledger.fail, source)):
-            if work := _begin(source, outputs, session, ledger):
-                wave.append(work)
-        if sum(len(work.adapter) for work in wave) >= enough:
-            yield wave
-            wave = []
-    if wave:
-        yield wave
-
-
-def _decompose(wave: Sequence[Work], session: Session, ledger: Ledger) -> Sequence[Work]:
-    """Begin to decompose a wave; the adapters that are, after each alone where all together cannot be."""
-    try:
-        decompose_together(wave, session)
-    except Exception as error:
-        if len(wave) > 1:
-            return [work for alone in wave for work in _decompose([alone], session, ledger)]
-        (work,) = wave
-        work.adapter.close()
-        ledger.fail(work.source.path, explained(work.source.path, error))
-        return []
-    return wave
+def _decompose(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledger: Ledger) -> Work | None:
+    """Open an adapter and begin to decompose it; the ledger gets one that fails or is done already."""
+    with boundary(source, partial(ledger.fail, source)):
+        if work := _begin(source, outputs, session, ledger):
+            try:
+                work.decompose()
+            except BaseException:
+                work.adapter.close()
+                raise
+        return work
+    return None
 
 
 def _begin(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledger: Ledger) -> Work | None:

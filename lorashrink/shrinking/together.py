@@ -18,7 +18,7 @@ from lorashrink.shrinking.plan import Outline
 from lorashrink.shrinking.request import Job
 from lorashrink.shrinking.reuse import OpenSource, existing_results, source_variant
 from lorashrink.shrinking.session import Session
-from lorashrink.shrinking.work import Work, decompose_together
+from lorashrink.shrinking.work import Work
 from lorashrink.sums.summing import contents_sha256
 
 
@@ -68,7 +68,7 @@ def _outlines(session: Session, ledger: Ledger) -> dict[Path, dict[Path, Outline
             closing(OpenSource.open(source, session.base_of(source), session)) as opened,
         ):
             work = Work.begin(opened, outputs)
-            decompose_together([work], session)
+            work.decompose()
             decomposed = work.decomposed()
             outlines[source] = {path: work.outline(decomposed, recipe) for path, recipe in outputs.items()}
     if report:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lorashrink.adapters import Adapter, adapter_family
@@ -21,7 +22,6 @@ from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.decomposed import Decomposed, aligned
 from lorashrink.shrinking.plan import Outline, Plan, outline, plan
 from lorashrink.shrinking.reuse import OpenSource
-from lorashrink.shrinking.session import Session
 
 _REPORT_EVERY = 16  # layers
 
@@ -57,7 +57,15 @@ class Work:
         """The recipes of the outputs to be made."""
         return list(self.outputs.values())
 
-    def items(self) -> dict[bool, list[Item]]:
+    def decompose(self) -> None:
+        """Begin to decompose the layers in the threads of the session."""
+        session = self.source.session
+        items = self._items()
+        flat = [item for layers in items.values() for item in layers]
+        pending = iter(decompose(flat, session.pool, device=session.device))
+        self.spectra = {calibrated: [next(pending) for _ in layers] for calibrated, layers in items.items()}
+
+    def _items(self) -> dict[bool, list[Item]]:
         """The layers to decompose, as they are (False), calibrated (True), or both."""
         # Recipes that look at the base's weight keep other dimensions than the first ones.
         limits = [None if "weight" in recipe.needs else recipe.limit for recipe in self.recipes]
@@ -106,14 +114,17 @@ class Work:
         names = {"fro"}.union(*(recipe.base_norms for recipe in self.recipes))
         matched = [views for views in self.views if views]
         report = session.reporter("norms of the base")
-        return self.source.against.norms.look_up(matched, names, pool=session.pool, progress=report)
+        return self.source.against.norms.look_up(
+            matched, names, pool=session.pool, device=session.device, progress=report
+        )
 
     def _alignments(self, spectra: Mapping[bool, Sequence[Spectrum]]) -> list[Tensor | None]:
         base, layers = self.source.against.base, range(len(self.adapter))
         if base is None or not any("weight" in recipe.needs for recipe in self.recipes):
             return [None for _ in layers]
-        measure = partial(aligned, self.adapter, self.views, spectra[False], base)
-        return list(self.source.session.pool.map(measure, layers))
+        session = self.source.session
+        measure = partial(aligned, self.adapter, self.views, spectra[False], base, torch.device(session.device))
+        return list(session.pool.map(measure, layers))
 
     def outline(self, decomposed: Mapping[bool, Decomposed], recipe: Recipe) -> Outline:
         """The outline of a recipe's output."""
@@ -155,12 +166,3 @@ class Work:
                 f"{self.source.path}: {key} stays as it is ({reason}), and {session.job.reader} cannot load it."
             )
         return plans
-
-
-def decompose_together(works: Sequence[Work], session: Session) -> None:
-    """Begin to decompose the layers of all these adapters; layers of equal rank are solved together."""
-    items = [work.items() for work in works]
-    flat = [item for kinds in items for layers in kinds.values() for item in layers]
-    futures = iter(decompose(flat, session.pool, device=session.device))
-    for work, kinds in zip(works, items, strict=True):
-        work.spectra = {calibrated: [next(futures) for _ in layers] for calibrated, layers in kinds.items()}

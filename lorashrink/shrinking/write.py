@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from lorashrink.adapters import Layer, adapter_of, peft
+from lorashrink.engine.accelerators import computed
 from lorashrink.engine.delta import AnyDelta, Delta
+from lorashrink.engine.devices import core_device
 from lorashrink.engine.gram import grams
 from lorashrink.engine.rounding import to_float8
-from lorashrink.engine.spectrum import truncate
+from lorashrink.engine.spectrum import Cut, truncate_together
 from lorashrink.errors import OutputError
 from lorashrink.files import hashes
 from lorashrink.files.in_memory import MemoryStore
@@ -85,7 +87,7 @@ def write(
             writer.flush()
             with writer.opened() as store:
                 names = writer.readable_names()
-                warnings[writer.path] = _verify(plan, writer.path, names, store, output.changes, pool, steps)
+                warnings[writer.path] = _verify(plan, writer.path, names, store, output.changes, pool, device, steps)
             writer.replace_metadata(entries.result())
             folder = writer.path.parent
             writer.commit({folder / peft.CONFIG_FILE: peft.to_file(plan.settings)} if plan.adapter.as_folder else None)
@@ -102,15 +104,14 @@ def compute(plan: Plan, *, pool: Executor, device: str = "cpu") -> tuple[dict[st
     changes: Changes = {}
 
     def of_chunk(chunk: Sequence[int]) -> dict[str, Tensor]:
-        planned = (plan.written[index] for index in chunk if index in plan.written)
-        return {
-            key: value for layer in planned for key, value in _values(plan, layer, layer.layer.delta, device, changes)
-        }
+        return dict(_values(plan, chunk, {}, device, changes))
 
     for values in _run(pool, _chunks(range(len(layers))), of_chunk, _Steps(None, 0)):
         tensors |= values
     made = MemoryStore(str(plan.adapter.path), tensors, plan.metadata)
-    return tensors, _verify(plan, Path("the shrunk adapter"), set(tensors), made, changes, pool, _Steps(None, 0))
+    return tensors, _verify(
+        plan, Path("the shrunk adapter"), set(tensors), made, changes, pool, device, _Steps(None, 0)
+    )
 
 
 class _Output(NamedTuple):
@@ -150,27 +151,36 @@ def _run(pool: Executor, chunks: Sequence[Sequence[T]], task: Callable[[Sequence
 
 
 def _write_layers(indices: Sequence[int], outputs: Sequence[_Output], device: str) -> None:
-    for index in indices:
-        delta = None
+    # A GPU computes many layers at once, which are in memory together.
+    size = 1 if core_device(device).type == "cpu" else len(indices)
+    for start in range(0, len(indices), size):
+        deltas: dict[int, AnyDelta] = {}
         for output in outputs:
-            if planned := output.plan.written.get(index):
-                delta = delta or planned.layer.delta
-                _write_layer(output, planned, delta, device)
-
-
-def _write_layer(output: _Output, planned: LayerPlan, delta: AnyDelta, device: str) -> None:
-    for key, value in _values(output.plan, planned, delta, device, output.changes):
-        output.writer.write(key, value)
+            for key, value in _values(output.plan, indices[start : start + size], deltas, device, output.changes):
+                output.writer.write(key, value)
 
 
 def _values(
-    plan: Plan, planned: LayerPlan, delta: AnyDelta, device: str, changes: Changes
+    plan: Plan, indices: Sequence[int], deltas: dict[int, AnyDelta], device: str, changes: Changes
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a layer that is written anew, in their dtypes; `changes` gets what rounding changed."""
+    """The tensors of layers that are written anew, in their dtypes.
+
+    `deltas` has the ΔW that were read before, and gets the others; `changes` gets what rounding changed.
+    """
+    written = [plan.written[index] for index in indices if index in plan.written]
+    cuts = []
+    for planned in written:
+        delta = deltas[planned.index] = deltas.get(planned.index) or planned.layer.delta
+        cuts.append(Cut(delta, planned.spectrum, planned.kept, planned.caps, planned.width, plan.baked(planned)))
+    for planned, (up, down) in zip(written, truncate_together(cuts, device), strict=True):
+        yield from _tensors(plan, planned, up, down, changes)
+
+
+def _tensors(
+    plan: Plan, planned: LayerPlan, up: Tensor, down: Tensor, changes: Changes
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a layer with these factors, in their dtypes."""
     layer, width, scale = planned.layer, planned.width, plan.baked(planned)
-    up, down = truncate(
-        delta, planned.spectrum, planned.kept, factors=planned.caps, width=width, scale=scale, device=device
-    )
     if planned.dtype == FP8:
         rounded = to_float8(up, down, *(planned.energies() or ()))
         up, down = rounded.up, rounded.down
@@ -189,7 +199,14 @@ def _values(
 
 
 def _verify(
-    plan: Plan, path: Path, names: set[str], store: TensorStore, changes: Changes, pool: Executor, steps: _Steps
+    plan: Plan,
+    path: Path,
+    names: set[str],
+    store: TensorStore,
+    changes: Changes,
+    pool: Executor,
+    device: str,
+    steps: _Steps,
 ) -> list[str]:
     """Open the output as every loader does, and compare the norm of each layer with the input's; warnings."""
     by_name = {layer.name: layer for layer in plan.adapter.layers}
@@ -203,20 +220,20 @@ def _verify(
         by_width[planned.width].append(planned)
     chunks = [chunk for layers in by_width.values() for chunk in _chunks(layers)]
     written = {layer.name: layer for layer in adapter_of(path, store, plan.settings)}
-    flushed = _run(pool, chunks, lambda chunk: _check_norms(plan, path, changes, written, chunk), steps)
+    flushed = _run(pool, chunks, lambda chunk: _check_norms(plan, path, changes, written, chunk, device), steps)
     return below_precision([name for names in flushed for name in names])
 
 
 def _check_norms(
-    plan: Plan, path: Path, changes: Changes, written: Mapping[str, Layer], chunk: Sequence[LayerPlan]
+    plan: Plan, path: Path, changes: Changes, written: Mapping[str, Layer], chunk: Sequence[LayerPlan], device: str
 ) -> list[str]:
     """Compare what a reader of the file gets, scale included, with what was to be kept.
 
     Returns the names of layers whose numbers are too small for the dtype, where that is nothing beside the file.
     """
     layers = [written[planned.form.name] for planned in chunk]
-    deltas = [layer.delta for layer in layers]
-    squares = grams([delta for delta in deltas if isinstance(delta, Delta)], torch.device("cpu")).squares()[0].tolist()
+    deltas = [delta for layer in layers for delta in [layer.delta] if isinstance(delta, Delta)]
+    squares = computed(_squares, deltas, core_device(device))
     rescale, flushed = abs(plan.recipe.rescale), []
     for planned, layer, square in zip(chunk, layers, squares, strict=True):
         norm = abs(layer.scale) * math.sqrt(max(0.0, square))  # NaN, if a number overflowed, compares as wrong
@@ -240,3 +257,9 @@ def _check_norms(
             )
         flushed.append(layer.name)
     return flushed
+
+
+def _squares(deltas: Sequence[Delta], device: torch.device) -> list[float]:
+    """‖up · down‖_F² of each layer; they are of equal rank."""
+    squares: list[float] = grams(deltas, device).squares()[0].tolist()
+    return squares

@@ -76,13 +76,13 @@ def test_spectral_norms_of_planted_spectra(name: str, shape: tuple[int, int], si
 
 
 @pytest.mark.parametrize("side", [200, 300])
-def test_matrices_of_one_shape_are_computed_together(side: int) -> None:
+def test_matrices_of_one_shape_are_computed_together(side: int, device: str) -> None:
     """A matrix with NaN among them is NaN alone; zero and huge matrices change nothing."""
     matrices = torch.stack([gaussian(side, 400, seed=n) for n in range(5)])
     matrices[1] = 0
     matrices[2, 3, 4] = torch.nan
     matrices[3] *= 1e25
-    norms = spectral_norms(matrices)
+    norms = spectral_norms(matrices.to(device))
     assert norms.isnan().tolist() == [False, False, True, False, False]
     for index in (0, 1, 3, 4):
         expected = float(torch.linalg.svdvals(matrices[index].double())[0])

@@ -53,12 +53,16 @@ def recorder_of(module: nn.Module, watcher: Watcher) -> Recorder:
     return Recorder([(Watched(View("weight", tuple(module.weight.shape)), module, 0), watcher)])
 
 
-def watch_once(module: nn.Module, watcher: Watcher, inputs: Tensor, projection: Tensor) -> Tensor:
-    """The output of a module on its own, watched once."""
-    with recorder_of(module, watcher).hooked():
-        output: Tensor = module(inputs)
-        (output * projection).sum().backward()
-    return output.detach()
+def watch_once(module: nn.Module, watcher: Watcher, inputs: Tensor, projection: Tensor, device: str = "cpu") -> Tensor:
+    """The output of a module on its own, watched once on a device."""
+    module.to(device)
+    recorder = recorder_of(module, watcher)
+    with recorder.hooked():
+        output: Tensor = module(inputs.to(device))
+        (output * projection.to(device)).sum().backward()
+    recorder.check()
+    module.cpu()
+    return output.detach().cpu()
 
 
 def test_statistics_of_one_position_are_exact() -> None:
@@ -84,16 +88,19 @@ def test_statistics_of_one_position_are_exact() -> None:
         (nn.Conv2d(6, 5, 3, stride=2, padding=1), (2, 6, 8, 8)),
     ],
 )
-def test_sums_are_those_of_inputs_and_gradients(module: nn.Module, shape: tuple[int, ...]) -> None:
+def test_sums_are_those_of_inputs_and_gradients(
+    module: nn.Module, shape: tuple[int, ...], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(1)
     module.requires_grad_(False)
     taps = math.prod(module.weight.shape[2:])
     up, down = torch.randn(5, 3), torch.randn(3, 6 * taps)
     inputs = torch.randn(shape)
     projection = torch.randn(module(inputs).shape)
-    exact, table = Projected(up, down, "cpu"), Sketched(module.weight.shape, 6, "cpu")
+    exact, table = Projected(up, down, device), Sketched(module.weight.shape, 6, device)
     for watcher in (exact, table):
-        watch_once(module, watcher, inputs, projection)
+        watch_once(module, watcher, inputs, projection, device)
     if isinstance(module, nn.Conv2d):
         unfolded = nn.functional.unfold(inputs, module.kernel_size, 1, module.padding, module.stride)
         rows, gradients = unfolded.movedim(1, -1).flatten(0, 1), projection.movedim(1, -1).flatten(0, 2)

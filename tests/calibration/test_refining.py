@@ -116,6 +116,16 @@ def test_the_reported_loss_is_that_of_the_written_file(prompts: Path, refined: d
     assert again.loss_after <= again.loss_before
 
 
+def test_training_gains_on_every_device(small: Path, prompts: Path, tmp_path: Path, device: str) -> None:
+    """In the dtype that is usual there."""
+    result = ls.refine(
+        small, like=STYLE, model=MODEL, output=tmp_path / "r.safetensors", prompts=prompts, steps=10, batch=3,
+        device=device,
+    )  # fmt: skip
+    assert result.improved
+    assert result.loss_after < 0.95 * result.loss_before
+
+
 # --- what it never does -------------------------------------------------------------------------
 
 

@@ -361,17 +361,3 @@ def test_alignment_is_u_w_v_of_every_pair() -> None:
 def test_alignment_past_the_numerical_rank_is_zero() -> None:
     delta = planted([2.0, 1.0], rank=4)
     assert torch.equal(alignment(delta, spectrum(delta), randn(50, 70))[2:], torch.zeros(2, dtype=torch.float64))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
-@pytest.mark.parametrize(("out", "rank", "columns"), SHAPES)
-def test_cuda_gives_the_numbers_of_the_cpu(out: int, rank: int, columns: int) -> None:
-    layers = [random_delta(out, rank, columns, seed=i) for i in range(9)]
-    items = [Item(lambda delta=delta: delta, rank) for delta in layers]
-    real = min(out, rank, columns)
-    with ThreadPoolExecutor(2) as pool:
-        results = [layer.result() for layer in decompose(items, pool, device="cuda")]
-    for delta, result in zip(layers, results, strict=True):
-        assert_close(result.sigma[:real], spectrum(delta).sigma[:real], rtol=1e-9, atol=0)
-        up, down = truncate(delta, result, range(real), device="cuda")
-        assert_close(up.double() @ down.double(), dense(delta), rtol=1e-4, atol=1e-4)

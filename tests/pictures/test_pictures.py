@@ -77,9 +77,10 @@ def expected(
     model: Path,
     lora: Path | None = None,
     prepare: Callable[[Any], None] = lambda pipeline: None,
+    device: str = "cpu",
 ) -> list[np.ndarray]:
     """The four shots of `studio` by diffusers alone, which reads the file itself."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model).to(device)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
         pipeline.load_lora_weights(str(lora))
@@ -101,10 +102,12 @@ def farthest(path: Path, picture: np.ndarray) -> int:
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_pictures_are_those_of_diffusers(studio: Studio, model: Path, lora: Path, adapted: bool) -> None:
+def test_pictures_are_those_of_diffusers(model: Path, lora: Path, adapted: bool, tmp_path: Path, device: str) -> None:
     adapter = lora if adapted else None
-    studio.draw(lora, "before")  # an adapter leaves nothing behind
-    for path, picture in zip(studio.draw(adapter, "x"), expected(model, adapter), strict=True):
+    with Studio(model, studio_shots(), folder=tmp_path, device=device) as studio:
+        studio.draw(lora, "before", dtype="float32")  # an adapter leaves nothing behind
+        drawn = studio.draw(adapter, "x", dtype="float32")
+    for path, picture in zip(drawn, expected(model, adapter, device=device), strict=True):
         assert farthest(path, picture) <= 1
 
 

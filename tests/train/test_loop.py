@@ -11,7 +11,7 @@ import torch
 import training
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training import equal, flags, run
+from training import equal, flags, run, session
 
 from lorashrink.adapters import open_adapter
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
@@ -42,6 +42,19 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(model: Path, data: Path, 
     assert size(first) > 0
     assert equal(first, again)
     assert not equal(first, different)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_run_on_any_device_trains_and_limits_norms(
+    precision: str, model: Path, data: Path, tmp_path: Path, device: str
+) -> None:
+    more = ("--scale_weight_norms=0.05", f"--mixed_precision={precision}", "--no_half_vae", "--cache_latents")
+    with session(flags(model, data, tmp_path, *more)) as ready:
+        assert ready.accelerator.device.type == device
+        path = ready.run()
+    assert size(load_file(path)) > 0
+    with open_adapter(path) as trained:
+        assert max(float(layer.delta.dense().norm()) for layer in trained) <= 0.05 * (1 + 1e-2)
 
 
 def test_global_random_numbers_of_before_do_not_matter(model: Path, data: Path, tmp_path: Path) -> None:

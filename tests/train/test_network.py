@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import fixtures
 import pytest
@@ -19,6 +20,7 @@ from lycoris.kohya import LycorisNetworkKohya, create_network
 from lycoris.logging import logger as lycoris_log
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lorashrink.adapters import open_adapter
@@ -443,6 +445,25 @@ def test_norms_are_limited_as_lycoris_limits_them(base: Path, small: str, algo: 
     theirs.module.apply_max_norm_regularization(1e-3, CPU)
     assert distance(output(our_model), before) > 1e-3
     assert distance(output(our_model), output(their_model)) < 1e-5
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed; a GPU starts a kernel or more for each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_limiting_norms_takes_few_operations_for_many_layers(base: Path) -> None:
+    network = build_network(load(base), options(base, "preset=full"))
+    with Operations() as counted:
+        report = network.limit_norms(1e-3)
+    assert len(network.layers) > 200
+    assert counted.count <= 100
+    assert report.scaled == 0  # a new network changes nothing
 
 
 # --- files and states ---------------------------------------------------------------------------

@@ -72,6 +72,22 @@ def test_every_optimizer_lowers_a_loss(name: str) -> None:
     assert description.split("(")[0].lower().endswith(name.rpartition(".")[2].lower())
 
 
+@pytest.mark.parametrize(("precision", "args"), [("bf16", ()), ("fp16", ()), ("bf16", ("foreach=True",))])
+def test_one_kernel_on_a_gpu_does_all_parameters(device: str, precision: str, args: tuple[str, ...]) -> None:
+    """But not with fp16, whose skipped steps accelerate must see, nor where the user chose."""
+    groups = two_groups()
+    for group in groups:
+        group["params"] = [Parameter(group["params"][0].detach().to(device))]
+    chosen = Options(optimizer_type="AdamW", mixed_precision=precision, optimizer_args=args)
+    optimizer, description = make_optimizer(chosen, groups)
+    fused = device == "cuda" and precision == "bf16" and not args
+    assert {bool(group["fused"]) for group in optimizer.param_groups} == {fused}
+    assert "fused" not in description
+    before = values(groups)
+    step(optimizer, groups)
+    assert not same(values(groups), before)
+
+
 @pytest.mark.parametrize("name", ["AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"])
 def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # None makes the import fail as if the package were not there, on machines that have it too.

@@ -6,7 +6,8 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partialmethod
 from pathlib import Path
@@ -146,14 +147,18 @@ class Network(nn.Module):
         """
         training = self.module.training
         self.module.eval()  # dropout would shorten what is measured
+        factors = [layer for layer in self.layers if isinstance(layer, LoConModule) and not layer.tucker]
         measured = [(layer, norm) for layer in self.layers if (norm := _norm(layer)) is not None]
         self.module.train(training)
-        if not measured:
+        if not factors and not measured:
             return NormReport(0, 0.0, 0.0)
-        norms = torch.stack([norm for _, norm in measured])
+        norms = torch.cat([*_norms_of_factors(factors), *(norm[None] for _, norm in measured)])
         ratios = (limit / norms).clamp(max=1)
-        for (layer, _), ratio in zip(measured, ratios, strict=True):
-            (layer.oft_blocks if isinstance(layer, _ROTATIONS) else layer.scalar).mul_(ratio)
+        scaled_tensors = [
+            layer.oft_blocks if isinstance(layer, _ROTATIONS) else layer.scalar
+            for layer in (*factors, *(layer for layer, _ in measured))
+        ]
+        torch._foreach_mul_(scaled_tensors, list(ratios.unbind()))
         after = norms * ratios
         scaled, average, largest = torch.stack([(ratios < 1).sum(), after.mean(), after.max()]).tolist()
         return NormReport(int(scaled), average, largest)
@@ -175,15 +180,47 @@ def _part(layer: Any) -> str:
     return _ENCODERS.get(layer.lora_name[:8], CONVOLUTIONS if math.prod(layer.shape[2:]) > 1 else _LINEAR)
 
 
+def _norms_of_factors(layers: Sequence[LoConModule]) -> list[Tensor]:
+    """‖ΔW‖_F of layers of two factors, one tensor [layers] on their device, or none without layers.
+
+    ‖BA‖_F² is the sum over BᵀB ∘ AAᵀ. A GPU takes longer to start products of this size than to compute them, so that
+    factors of equal shape are multiplied together.
+    """
+    if not layers:
+        return []
+    by_rank: dict[int, list[int]] = defaultdict(list)
+    for index, layer in enumerate(layers):
+        by_rank[len(layer.lora_down.weight)].append(index)
+    squares = []
+    for indices in by_rank.values():
+        ups = [layers[index].lora_up.weight.flatten(1) for index in indices]
+        downs = [layers[index].lora_down.weight.flatten(1) for index in indices]
+        squares.append((_grams(ups, columns=True) * _grams(downs, columns=False)).sum((1, 2)))
+    order = [index for indices in by_rank.values() for index in indices]
+    device = squares[0].device
+    scales = torch.tensor([float(layers[index].scale) for index in order], device=device)
+    scalars = torch.stack([layers[index].scalar.detach() for index in order])
+    norms = torch.cat(squares).clamp(min=0).sqrt() * scalars.abs() * scales
+    return [norms[torch.tensor(order, device=device).argsort()]]
+
+
+def _grams(matrices: Sequence[Tensor], *, columns: bool) -> Tensor:
+    """[L, r, r] of L matrices [r, n], or [n, r] if `columns`, of one rank."""
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        by_shape[matrix.shape].append(index)
+    grams = []
+    for indices in by_shape.values():
+        stacked = torch.stack([matrices[index] for index in indices])
+        grams.append(stacked.mT @ stacked if columns else stacked @ stacked.mT)
+    order = [index for indices in by_shape.values() for index in indices]
+    return torch.cat(grams)[torch.tensor(order, device=grams[0].device).argsort()]
+
+
 def _norm(layer: Any) -> Tensor | None:
-    """The number that LyCORIS limits, 0-dim, on the layer's device; None where it limits nothing."""
+    """The number that LyCORIS limits, 0-dim, of a layer that is not of two factors; None where it limits nothing."""
     norm: Tensor | None = None
-    if isinstance(layer, LoConModule) and not layer.tucker:
-        # ‖BA‖_F² = tr(BᵀB AAᵀ), without forming BA
-        up, down = layer.lora_up.weight.flatten(1), layer.lora_down.weight.flatten(1)
-        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
-        norm = squared.sqrt() * layer.scalar.abs() * layer.scale
-    elif isinstance(layer, LoConModule):
+    if isinstance(layer, LoConModule) and layer.tucker:
         norm = layer.make_weight().norm() * layer.scale
     elif isinstance(layer, (LohaModule, LokrModule)):
         norm = (layer.get_weight(layer.shape) * layer.scalar).norm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,12 +45,26 @@ def make_optimizer(options: Options, groups: Sequence[Mapping[str, Any]]) -> tup
         _log.warning("Adafactor sets the learning rate itself: %s", hint)
     own = [{key: value for key, value in group.items() if not (relative and key == "lr")} for group in groups]
     with _refusing(flag, "--optimizer_args"):
-        optimizer: Optimizer = kind(own, lr=None if relative else options.learning_rate, **arguments)
+        rate = None if relative else options.learning_rate
+        optimizer: Optimizer = kind(own, lr=rate, **_fused(kind, own, options, arguments), **arguments)
     if "d" in optimizer.defaults:
         _check_adaptive_rates(name, {group["lr"] for group in optimizer.param_groups})
     train_mode(optimizer)
     settings = ",".join(f"{key}={value}" for key, value in arguments.items())
     return optimizer, f"{kind.__module__}.{kind.__name__}" + (f"({settings})" if settings else "")
+
+
+def _fused(
+    kind: Any, groups: Sequence[Mapping[str, Any]], options: Options, arguments: Mapping[str, Any]
+) -> dict[str, bool]:
+    """`fused` for optimizers of torch on a GPU: one kernel for all parameters.
+
+    With fp16 torch would not tell accelerate that a step was skipped.
+    """
+    takes_it = kind.__module__.startswith("torch.optim.") and "fused" in inspect.signature(kind).parameters
+    chosen = {"fused", "foreach", "capturable", "differentiable"} & arguments.keys()
+    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return {"fused": True} if takes_it and on_gpu and not chosen and options.mixed_precision != "fp16" else {}
 
 
 def make_scheduler(options: Options, optimizer: Optimizer, total_steps: int) -> LRScheduler:
