@@ -33,7 +33,7 @@ from lorashrink.shrinking.outputs import (
 from lorashrink.shrinking.request import Job
 from lorashrink.shrinking.reuse import OpenSource
 from lorashrink.shrinking.session import Session, open_session
-from lorashrink.shrinking.work import Work, decompose_together
+from lorashrink.shrinking.work import Work
 
 QUALITY = 40.0  # dB, where pictures are the same at a glance
 
@@ -114,7 +114,7 @@ def _pack_file(source: Path, outputs: Mapping[Path, Recipe], session: Session, g
     (path, recipe), *_ = outputs.items()
     work = Work.begin(OpenSource.open(source, session.base_of(source), session), outputs)
     with closing(work.adapter):
-        decompose_together([work], session)
+        work.decompose()
         decomposed = work.decomposed()[recipe.calibrated]
         outlined = work.outline({recipe.calibrated: decomposed}, recipe)
         traces = session.statistics.traces(work.adapter) if session.statistics else [None] * len(work.adapter)

@@ -31,7 +31,7 @@ from lorashrink.shrinking.plan import Outline, Plan, file_result, kept_energy, l
 from lorashrink.shrinking.request import Job, check_calibration
 from lorashrink.shrinking.reuse import OpenSource, source_variant
 from lorashrink.shrinking.session import checked_dtype, open_session
-from lorashrink.shrinking.work import Work, decompose_together
+from lorashrink.shrinking.work import Work
 from lorashrink.shrinking.write import compute, write
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def prepare(
 
         def decompose() -> Prepared:
             work = replace(Work.begin(current, outputs), started=time.perf_counter())
-            decompose_together([work], session)
+            work.decompose()
             work.decomposed()  # waits, and raises what a layer raises
             return Prepared(work, options)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import lorashrink
+import lorashrink_example
 from lorashrink.adapters import open_adapter
 from lorashrink.cli import app
 from lorashrink.errors import DamagedFile, InputError, LorashrinkError, UsageError
@@ -30,7 +31,7 @@ from lorashrink.files.packed import CODE, INDEX, Form, Index
 from lorashrink.packing.encoding import Encoder, rounded
 from lorashrink.results.packing import Packed
 
-EXAMPLE = Path(lorashrink.__file__).parent / "example"
+EXAMPLE = lorashrink_example.path()
 GOLDEN = Path(__file__).parents[1] / "data" / "packed"
 
 
