@@ -206,7 +206,7 @@ def test_statistics_keep_what_the_model_needs(tmp_path: Path) -> None:
                 error = whole[layer.name] - kept.get(layer.name, torch.zeros_like(whole[layer.name]))
                 flat = error.flatten(1).float()
                 delta = type(layer.delta)(flat, torch.eye(flat.shape[1]), 1.0, layer.shape)
-                grams = of_layer(delta)
+                grams = of_layer.grams(delta)
                 harm += float((grams.up * grams.down).sum())
         harms.append(harm)
     assert harms[0] < 0.5 * harms[1]
