@@ -25,7 +25,7 @@ from lorashrink.cli import app
 
 DOCS = Path(__file__).parents[2] / "docs"
 COMMANDS = tuple(get_command(app).commands)  # type: ignore[attr-defined]
-_WIDTH = 100  # columns of the help
+_WIDTH = 90  # columns of the help
 _INDENT = "\n    "
 
 
