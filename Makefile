@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz lint bench bench-gpu evidence install format example formats clean
+.PHONY: demo docs test fuzz lint bench bench-gpu evidence install format example formats clean
 
 demo: $(VENV)/pictures
 	$(BIN)/lorashrink demo -o demo-out
@@ -54,8 +54,13 @@ example: $(VENV)/core
 formats: $(VENV)/dev
 	PYTHONPATH=tests $(BIN)/python tests/journeys/formats_table.py
 
+# The pages that are taken from the program, and the site in site/; open site/index.html.
+docs: $(VENV)/dev
+	PYTHONPATH=tests $(BIN)/python tests/journeys/site_pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build example/build demo-out evidence-out *.egg-info example/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build example/build demo-out evidence-out site *.egg-info example/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/core: pyproject.toml constraints.txt example/pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -312,57 +312,66 @@ def table(head: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 TEXT = """\
-# Which files does lorashrink read?
+# Formats
 
-Adapters and bases are known by their tensors, whatever the file is called. The tables list what the tests read:
-{adapters} adapters for {models} families of models, and {bases} bases of {families}. Names and shapes are those of
-published files, or those that the named program writes. Some layers of each adapter are filled with numbers, shrunk,
-and compared with what they were.
+lorashrink recognises adapters and base models by their tensors. The name of the file does not matter. The tables list
+what the tests read: {adapters} adapters for {models} families of models, and {bases} bases of {families} families.
+Their names and shapes come from published files, or from the program that writes them. The tests fill some layers of
+each adapter with numbers, shrink them, and compare the result with the original.
 
-- {files} of the {adapters} adapters shrink; the other {rest} are copied.
-- Of {layers} layers, {alone} shrink without a base, {with_base} more with one, and {on_request} more with one and
-  `--as lora`.
-- {stay} tensors beside the layers stay as they are, each with a reason in the report.
+- {files} of the {adapters} adapters shrink. The other {rest} are copied.
+- Of {layers} layers, {alone} shrink without a base, {with_base} more with a base, and {on_request} more with a base
+  and `--as lora`.
+- {stay} other tensors are copied unchanged. The report gives the reason for each.
 
-Other files are read as well: a model needs to be known only where a base is given, and even then a base of an unknown
+Other files work too. The family of the model must be known only if you give a base. Even then, a base of an unknown
 family is searched by its own names.
 
 ## Adapters
 
-- *Layers*: each changes one weight. "Part of a file" and "names only" (the shapes are made up) tell what the list is,
-  where it is no whole file.
-- *Found in the base*: layers whose weight was found, in its right shape, in each layout of the base (see below).
-- *Shrinks*: "yes" is in its own form. Layers that shrink as LoRA stay in their own form where that is the smaller file,
-  or with `--as same`.
-- *Output*: a file, or a folder with `adapter_config.json`; and the tensors of new names that LoRA brings.
+- *Layers*: each changes one weight. "Part of a file" and "names only" (with made-up shapes) mark lists that are not a
+  whole file.
+- *Found in the base*: layers whose weight was found with the right shape in each layout of the base (see below).
+- *Shrinks*: "yes" means in its own form. Layers that shrink as LoRA keep their own form if that gives the smaller
+  file, or with `--as same`.
+- *Output*: a file, or a folder with `adapter_config.json`, and the new names of tensors if a layer becomes LoRA.
 
 {adapter_table}
 
-## What stays as it is
+## What is copied unchanged
 
-These tensors are copied bit by bit. So are layers that need a base, if there is none.
+These tensors are copied bit for bit. Layers that need a base are also copied if there is none.
 
 {reason_table}
 
 ## Where adapters load
 
-`inspect`, `resize`, `convert` and `report` say which programs load a file, and what helps for the others. Two things
-surprise most: ComfyUI knows no names of diffusers for Wan, and of SDXL in diffusers' names only what lies outside the
-attention (`lorashrink convert --naming kohya` or `comfy` helps); diffusers gives one alpha to all layers of a kohya
-file with several, which `inspect` reports as mixed_alpha.
+`inspect`, `resize`, `convert` and `report` tell which programs load a file, and what helps for the others. Two cases
+are surprising:
+
+- ComfyUI does not read diffusers' names for Wan. For SDXL it reads them only outside of the attention layers. Use
+  `lorashrink convert --naming kohya` or `comfy`.
+- If a kohya file has several alphas, diffusers uses one of them for all layers. `inspect` reports this as
+  mixed_alpha.
 
 {loader_table}
 
 ## Bases
 
-Original names and those of diffusers mean the same weights, fused or split, and each finds the other. Bases are read
-from `.safetensors`: one file, shards with their index, or a folder of diffusers or transformers. Also read: pickles
-(`.ckpt`, `.pt`, `.bin`) that hold tensors and no code, GGUF (`pip install gguf`), 8-bit floats with or without scales,
-and int8, nf4 and fp4 of bitsandbytes. GPTQ, AWQ, nvfp4, SVDQuant and other packed formats are refused by name.
+Original names and diffusers' names refer to the same weights, fused or split, so an adapter with one kind of names
+finds a base with the other. Bases are read from `.safetensors`: one file, shards with their index, or a folder of
+diffusers or transformers. These also work:
+
+- pickles (`.ckpt`, `.pt`, `.bin`) that contain only tensors, no code;
+- GGUF (`pip install gguf`);
+- 8-bit floats with or without scales;
+- int8, nf4 and fp4 of bitsandbytes.
+
+GPTQ, AWQ, nvfp4, SVDQuant and other packed formats are refused with a message.
 
 {base_table}
 
-This page is written by `make formats`; a test fails when it no longer holds.
+`make formats` writes this page. A test fails if it is out of date.
 """
 
 
