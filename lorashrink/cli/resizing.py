@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
+from lorashrink.cli.conditions import FailOn, Measured
 from lorashrink.cli.options import (
     Adapters,
     Base,
@@ -46,7 +47,12 @@ _METADATA = 4096
 _KINDS = 8
 
 
-@command(done=lambda report: bool(report.results))
+def _measured(report: Report) -> Iterator[tuple[str, Measured]]:
+    for result in report.results:
+        yield result.output, {"error": result.relative_error, "size": result.bytes_after}
+
+
+@command(done=lambda report: bool(report.results), measure=_measured, quantities=("error", "size"))
 def resize(
     terminal: Terminal,
     files: Adapters,
@@ -105,6 +111,7 @@ def resize(
         bool,
         typer.Option("--space-check/--no-space-check", help="Begin only if the disk could take even what shrinks not."),
     ] = True,
+    fail_on: FailOn = None,
     as_csv: Csv = None,
 ) -> object:
     """Shrink adapters: keep the dimensions that a recipe names, drop the rest.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorashrink.cli.command import Terminal, command
+from lorashrink.cli.conditions import FailOn, Measured
 from lorashrink.cli.options import (
     Adapter,
     Base,
@@ -83,7 +85,13 @@ def _csv_row(point: Point) -> dict[str, Any]:
     return row | {name: number for name, number in pictures.items() if name not in ("files", "values")}
 
 
-@command(print_sweep)
+def _measured(result: Sweep) -> Iterator[tuple[str, Measured]]:
+    for point in result.points:
+        worst = min(point.pictures.values["psnr"]) if point.pictures else None
+        yield point.recipe, {"error": point.relative_error, "psnr": worst, "size": point.bytes}
+
+
+@command(print_sweep, measure=_measured, quantities=("error", "psnr", "size"))
 def sweep(
     terminal: Terminal,
     adapter: Adapter,
@@ -107,6 +115,7 @@ def sweep(
         Path | None, typer.Option("--plot", help="Draw size against error, or against pictures, into a .png or .svg.")
     ] = None,
     force: Force = False,
+    fail_on: FailOn = None,
     as_csv: Csv = None,
 ) -> object:
     """Try many recipes on one adapter: size against error, and which to begin with. Writes no adapter.

@@ -40,7 +40,7 @@ def page(findings: Findings, progress: Progress | None = None) -> bytes:
     table, sweep = findings.table, findings.sweep
     script = files("lorashrink.reports").joinpath("templates/script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = _environment().get_template("page.html")
+    template = new_environment().get_template("page.html")
     text = template.render(
         version=__version__,
         title=Path(table.path).name,
@@ -68,7 +68,7 @@ def page(findings: Findings, progress: Progress | None = None) -> bytes:
 
 
 @functools.cache
-def _environment() -> Environment:
+def new_environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

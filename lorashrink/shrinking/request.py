@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,7 @@ class Job:
     lenient: bool = False  # see `shrink`
     variant: str = ""  # whatever decides what is written, beside the options that every run has
     journal: Path | None = None  # folder
+    most_share: float = math.inf  # outputs that are larger than this share of their input are reported, not written
     weights: Mapping[Path, float] = field(default_factory=dict)  # of each source of a stack; {} without --stack
 
 

@@ -5,6 +5,7 @@ request -> session -> pipeline (or stack) -> ledger -> report
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
@@ -82,6 +83,8 @@ def shrink(
     opener: Opener = open_source,
     lenient: bool = False,
     variant: str = "",
+    most_share: float = math.inf,
+    each: OnResult | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Shrink what `opener` makes of each source, to each of its outputs, source -> output -> recipe.
@@ -89,10 +92,12 @@ def shrink(
     options: of these only those that say how one file is shrunk; `targets` stand for the others. lenient: recipes that
     keep nothing of a file, or cannot reach their size, are left out of its results where another recipe can be carried
     out; otherwise they fail the file. variant: names whatever else decides what is written.
+    most_share: a result whose file would be larger than this share of its input is reported and not written. each: as
+    in `resize`.
     """
     check_calibration([recipe for outputs in targets.values() for recipe in outputs.values()], options.calibration)
-    job = Job(targets, options, opener=opener, lenient=lenient, variant=variant)
-    return _carry_out(job, on_result=None, progress=progress)
+    job = Job(targets, options, opener=opener, lenient=lenient, variant=variant, most_share=most_share)
+    return _carry_out(job, on_result=each, progress=progress)
 
 
 def _carry_out(job: Job, *, on_result: OnResult | None, progress: Progress | None) -> Report:
