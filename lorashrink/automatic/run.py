@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from lorashrink._version import __version__
@@ -203,7 +204,7 @@ class Run:
         """Shrink what no equal run has shrunk."""
         groups: dict[Method, list[Item]] = defaultdict(list)
         for item in items:
-            with boundary(item.source, lambda error, item=item: self._fail(item, error)):
+            with boundary(item.source, partial(self._fail, item)):
                 earlier = self._record(item).result(item)
                 if earlier and self.gallery is None:
                     self.results[item.source] = as_earlier(earlier)
@@ -235,7 +236,7 @@ class Run:
 
         def finish(result: FileResult) -> None:
             item = by_output[result.output]
-            with boundary(item.source, lambda error: self._fail(item, error)):
+            with boundary(item.source, partial(self._fail, item)):
                 self._finish(item, self._shrunk(item, result, method))
 
         report = resize_targets(
@@ -284,7 +285,7 @@ class Run:
                 item.source,
                 method,
                 request.level,
-                lambda source, recipe, file: self._resize(method, source, recipe, file),
+                partial(self._resize, method),
                 guess=expected.bytes_after,
                 most=most,
             )

@@ -9,7 +9,6 @@ import logging
 import signal
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Annotated, Any, NoReturn
 
 import typer

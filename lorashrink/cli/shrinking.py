@@ -12,7 +12,7 @@ import typer
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.conditions import FailOn, Measured
 from lorashrink.cli.options import Base, Calibration, Device, Force, ImagesConfig, Jobs, Model, split_base
-from lorashrink.cli.printing import new_console, new_table, say
+from lorashrink.cli.printing import new_console, new_table, say, some_names
 from lorashrink.text import count_text, decibel_text, share_text, size_text
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def _print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
             console.print(f"and {more} more; -v lists them")
     for reason in dict.fromkeys(result.skipped for result in others):
         names = [Path(result.input).name for result in others if result.skipped == reason]
-        more = f" and {len(names) - 5} more" if len(names) > 5 and not terminal.verbose else ""
-        console.print(f"not written, {reason}: {', '.join(names if terminal.verbose else names[:5])}{more}")
+        console.print(f"not written, {reason}: {some_names(names, terminal.verbose)}")
     _print_sums(report, shrunk)
 
 
