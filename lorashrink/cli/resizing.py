@@ -118,7 +118,7 @@ def resize(
 
     Example: lorashrink resize -o out -r fro_ckpt=1,thr=-3.55 model.safetensors lora.safetensors
     """
-    from lorashrink.recipes.grammar import DEFAULT, parse_recipes
+    from lorashrink.recipes.grammar import DEFAULT_ALONE, parse_recipes
     from lorashrink.shrinking.options import ResizeKeywords
 
     # Parameters that bear the name of an option are passed on; `locals()` comes before any of them changes.
@@ -126,8 +126,10 @@ def resize(
     with Gathered(as_json=terminal.as_json, as_csv=as_csv is not None, everything=terminal.verbose > 0) as gathered:
         check_outputs([*files, base, calibration, group_by_base], force, as_csv=as_csv)
         base, adapters = split_base(files, base)
-        recipes = recipe or [DEFAULT]
+        recipes = recipe or []
         parse_recipes(recipes)  # before torch is imported: a typo is answered at once
+        if not recipes and base is None and group_by_base is None and not (terminal.quiet or terminal.as_json):
+            say(f"no base: every layer keeps {DEFAULT_ALONE}. With --base MODEL files become smaller.", errors=True)
         run = _runner(ray, ray_transfer, gpus_per_task)
         options |= {"base": base, "recipes": recipes, "quantiles": terminal.verbose > 0}
         report = run(adapters, each=gathered.add, progress=terminal.progress, **options)

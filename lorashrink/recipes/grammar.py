@@ -12,6 +12,8 @@ from lorashrink.text import bytes_in
 
 DEFAULT = "fro_ckpt=1,thr=-3.55"
 
+DEFAULT_ALONE = "energy=0.99"  # without a base
+
 
 @dataclass(frozen=True, slots=True)
 class _Range:

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from lorashrink.recipes.grammar import DEFAULT
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResizeOptions:
     """How adapters are shrunk. `resize` says what each option does; it can be sent to other processes."""
 
     base: str | Path | None = None  # checkpoint, diffusers folder or norm table
-    recipes: str | Sequence[str] = DEFAULT
+    recipes: str | Sequence[str] = ()  # none: `DEFAULT` with a base, `DEFAULT_ALONE` without
     output: str | Path | None = None  # folder, or file if there is one output; None: beside the input
     dtype: str = "same"  # "same", "fp16", "bf16" or "fp32"; also "16", "32"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"

@@ -14,7 +14,7 @@ from lorashrink.bases import Base
 from lorashrink.errors import InputError, RecipeError, UsageError
 from lorashrink.linking.inputs import Sum, find_inputs, split_weight
 from lorashrink.linking.renaming import check_naming, renamed
-from lorashrink.recipes.grammar import Recipe, parse_recipes
+from lorashrink.recipes.grammar import DEFAULT, DEFAULT_ALONE, Recipe, parse_recipes
 from lorashrink.shrinking.grouping import read_table
 from lorashrink.shrinking.ledger import Targets
 from lorashrink.shrinking.options import ResizeOptions
@@ -101,7 +101,10 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
         hint="--force to replace it or --skip-existing to keep it",
     )
     if not bases:
-        check_needs(recipes, options.base, next(iter(files.values()))[0])
+        first = next(iter(files.values()))[0]
+        check_needs(recipes, options.base, first)
+        if not options.recipes and options.base is None:
+            open_adapter(first).close()  # it may be the base that was meant, and its own error says more
     check_calibration(recipes, options.calibration)
     if options.space_check and not options.dry_run and sum(map(len, targets.values())) > _FEW_OUTPUTS:
         check_space(_most_bytes(targets, files, options))
@@ -120,7 +123,9 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
 
 def _recipes(options: ResizeOptions, reader: Target | None) -> list[Recipe]:
     """The recipes, with the items that other options add to each of them."""
-    texts = [options.recipes] if isinstance(options.recipes, str) else options.recipes
+    has_base = options.base is not None or options.group_by_base is not None
+    chosen = options.recipes or (DEFAULT if has_base else DEFAULT_ALONE)
+    texts = [chosen] if isinstance(chosen, str) else chosen
     limits = {"clip": options.clip, "fro_limit": options.fro_limit}
     items = [f"{key}={value}" for key, value in limits.items() if value is not None]
     texts = [",".join([recipe, *items]) for text in texts for recipe in text.split(":")]

@@ -41,7 +41,7 @@ def resize(
         recursive: adapters in subfolders too. Default False.
         strict: tensors that belong to no known family are an error. Default False.
     What is kept:
-        recipes: strings as in `lorashrink.recipe`. Default "fro_ckpt=1,thr=-3.55".
+        recipes: strings as in `lorashrink.recipe`. Default "fro_ckpt=1,thr=-3.55", without a base "energy=0.99".
         stack: `size=` is for all adapters together, and their dimensions compete for it; `A:0.7` is then A, whose
             scores are those of 0.7·ΔW. Default False.
         clip, fro_limit: `clip=` and `fro_limit=` of every recipe.
