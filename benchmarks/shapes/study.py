@@ -147,7 +147,7 @@ def one_sided(work: Path, source: Path, side: str) -> Path:
         found = {}
         for layer, make in zip(adapter, statistics.of_layers(adapter), strict=True):
             assert make
-            grams, delta = make(layer.delta), layer.delta
+            grams, delta = make.grams(layer.delta), layer.delta
             own = Grams(delta.down.double() @ delta.down.double().mT, delta.up.double().mT @ delta.up.double())
             up, down = (
                 float(each.trace() / plain.trace().clamp(min=1e-30))

@@ -142,6 +142,7 @@ class Adapter:
     settings: peft.Settings = field(default_factory=dict, repr=False)
     as_folder: bool = False  # whether outputs are PEFT folders
     dropped: Mapping[str, str] = field(default_factory=dict)  # key or layer -> why no output has it
+    notes: tuple[str, ...] = ()  # what users should know of every output
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)

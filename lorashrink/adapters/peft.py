@@ -190,8 +190,10 @@ def _wraps(parameters: object, module: str) -> bool:
     return any(f".{module}".endswith(f".{owner}") for owner in owners)
 
 
-def with_ranks(settings: Settings, ranks: Mapping[str, int], others: Collection[str]) -> Settings:
-    """The settings for layers that now have these ranks, with all scale inside their factors.
+def with_ranks(
+    settings: Settings, ranks: Mapping[str, int], others: Collection[str], *, alpha: int | None = None
+) -> Settings:
+    """The settings for layers that now have these ranks, and this alpha; without one all scale is in their factors.
 
     `others` are tensors that stayed as they are. If there are any, the defaults and patterns stay valid for them, and
     every rank becomes a pattern before these; else the largest rank is the default, for readers that know no patterns.
@@ -204,13 +206,15 @@ def with_ranks(settings: Settings, ranks: Mapping[str, int], others: Collection[
             continue
         _forget_first_numbers(config)
         if others and "r" in config:
-            alphas = {module: rank**0.5 if config.get("use_rslora") else rank for module, rank in stored.items()}
+            roots = {module: rank**0.5 if config.get("use_rslora") else 1 for module, rank in stored.items()}
+            alphas = {module: (alpha or rank) / roots[module] for module, rank in stored.items()}
             config["rank_pattern"] = _before(stored, config.get("rank_pattern"), config["r"])
             config["alpha_pattern"] = _before(alphas, config.get("alpha_pattern"), config.get("lora_alpha"))
         else:
             rank = max(stored.values())
-            config |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
-            config["rank_pattern"] = config["alpha_pattern"] = _patterns(stored, rank)
+            config |= {"r": rank, "lora_alpha": alpha or rank, "use_rslora": False}
+            config["rank_pattern"] = _patterns(stored, rank)
+            config["alpha_pattern"] = {} if alpha else config["rank_pattern"]
     return new
 
 

@@ -42,7 +42,7 @@ class Method:
     def of_level(self, level: Level) -> str:
         """The recipe that keeps as much as a level of quality needs."""
         if self.name == "calibrated":
-            return f"{self.score},energy=0.999"
+            return f"{self.score},quality={level.mean:g}"
         if self.name == "base":
             return f"{self.score},error={error_for(level, BASE_LINE):.3g}"
         return f"energy={1 - error_for(level, ADAPTER_LINE) ** 2:.6g}"

@@ -25,7 +25,6 @@ from lorashrink.errors import InputError, LorashrinkError, Progress, UsageError,
 from lorashrink.files.disk import check_output, write_bytes
 from lorashrink.files.header import read_header
 from lorashrink.files.metadata_keys import SOURCE
-from lorashrink.files.store import OUTPUT_DTYPES
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.reports.before_after import shrunk_page
 from lorashrink.results.automatic import FailedInput, PicturePair, ShrinkReport, Shrunk
@@ -106,7 +105,7 @@ def shrink(
         run = Run(
             request,
             methods,
-            ResizeOptions(dtype="same" if dtype == "auto" else dtype, device=device, jobs=jobs),
+            ResizeOptions(dtype=dtype, device=device, jobs=jobs),
             progress,
         )
         if model_path is not None:
@@ -330,8 +329,9 @@ class Run:
             method=method.name,
             why=method.why,
             recipe=result.recipe,
-            dtype="" if skipped else _dtype_of(item.output),
+            dtype=result.dtype,
             relative_error=result.relative_error,
+            predicted_db=result.predicted_db,
             loads_in=result.loads.loads_in,
             skipped=skipped,
             warnings=result.warnings,
@@ -367,13 +367,3 @@ def _own_output(source: Path) -> Shrunk:
     files = [peft.weights_in(source)] if peft.is_folder(source) else [source]
     count = sum(path.stat().st_size for path in files)
     return Shrunk(str(source), None, count, count, "", "", "", "", 0.0, skipped=OWN_OUTPUT)
-
-
-_WORDS = {name: word for word, name in reversed(OUTPUT_DTYPES.items()) if name}
-
-
-def _dtype_of(output: Path) -> str:
-    """The dtypes of an output's factors as words: `fp16`, `fp8+fp16`."""
-    tensors = read_header(output)[0]
-    names = {info.dtype for key, info in tensors.items() if len(info.shape) > 1}
-    return "+".join(sorted(_WORDS.get(name, name.lower()) for name in names))

@@ -15,6 +15,7 @@ from torch import Tensor
 from lorashrink.bases import FAMILIES, Base, View, Views, views_id
 from lorashrink.engine.delta import Delta
 from lorashrink.engine.gram import Grams
+from lorashrink.engine.rounding import Energy
 from lorashrink.errors import InputError
 from lorashrink.files.disk import sha256_file
 from lorashrink.files.reading import open_tensors
@@ -32,8 +33,16 @@ VERSION = 1
 
 _HASH_DIGITS = 32  # of an adapter's hash, which stands before the names of its layers
 
-# The statistics of one layer: from its factors to their Gram matrices.
-OfLayer = Callable[[Delta], Grams]
+
+class Noise(NamedTuple):
+    """What errors without direction do in a layer: energy per squared length of rows of `down` and columns of `up`.
+
+    `left` is the part of it that the choice of the best rounding leaves.
+    """
+
+    down: float
+    up: float
+    left: float = 1.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -58,6 +67,23 @@ class Side:
         mixed = wide.reshape(len(wide), len(self.diagonal), len(root)) @ root  # [r, n, kh·kw]
         return sum((self._gram(tap) for tap in mixed.unbind(2)), torch.zeros(len(wide), len(wide), dtype=mixed.dtype))
 
+    def energy(self, errors: Tensor) -> Tensor:
+        """[k]: the diagonal of `gram` for errors [k, n] or [k, n·kh·kw] float32, in their precision."""
+        if self.taps is None or len(self.taps) == 1:
+            return self._energy(errors)
+        values, vectors = torch.linalg.eigh(self.taps)
+        mixed = errors.reshape(len(errors), len(self.diagonal), len(vectors)) @ (vectors * values.clamp(min=0).sqrt())
+        return self._energy(mixed.mT.flatten(0, 1)).reshape(len(errors), -1).sum(1)
+
+    def _energy(self, errors: Tensor) -> Tensor:
+        return (errors * errors) @ self.diagonal + ((errors @ self.low) ** 2).sum(1)
+
+    @property
+    def mean(self) -> float:
+        """The mean of its diagonal."""
+        mean = (self.diagonal.double().sum() + (self.low.double() ** 2).sum()) / len(self.diagonal)
+        return float(mean if self.taps is None else mean * self.taps.double().diagonal().mean())
+
     def _gram(self, wide: Tensor) -> Tensor:
         low = wide @ self.low.double()
         return (wide * self.diagonal.double()) @ wide.mT + low @ low.mT
@@ -68,6 +94,73 @@ class Sides(NamedTuple):
 
     inputs: Side  # C
     outputs: Side  # G
+
+
+class _Piece(NamedTuple):
+    """Rows of a layer, and where their statistics are."""
+
+    name: str
+    stored: tuple[int, int]  # rows of the stored statistics
+    rows: tuple[int, int]  # of the layer
+
+
+class _OfRows(NamedTuple):
+    """The statistics of some rows of a layer."""
+
+    inputs: Side
+    outputs: Side
+    rows: slice
+
+
+# --- one layer ----------------------------------------------------------------------------------
+
+# What the best of 16 roundings leaves of the error's energy, where the main directions of statistics decide.
+_BEST_ROUNDING = 0.45
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LayerStatistics:
+    """The statistics of one layer: Gram matrices of its factors, or covariances of the weights that it changes."""
+
+    stored: Callable[[Delta], Grams] | None = None
+    weights: Callable[[], Sequence[_OfRows]] = tuple
+
+    def grams(self, delta: Delta) -> Grams:
+        """The Gram matrices of a layer's factors."""
+        if self.stored:
+            return self.stored(delta)
+        return stacked_grams(
+            [
+                Grams(piece.inputs.gram(delta.down), piece.outputs.gram(delta.up[piece.rows].mT))
+                for piece in self.weights()
+            ]
+        )
+
+    def noise(self) -> Noise | None:
+        """What rounding errors do in this layer, None where only Gram matrices are known."""
+        if self.stored:
+            return None
+        pieces = self.weights()
+        out = sum(len(piece.outputs.diagonal) for piece in pieces)
+        return Noise(
+            sum(piece.inputs.mean for piece in pieces) / len(pieces),
+            sum(piece.outputs.mean * len(piece.outputs.diagonal) for piece in pieces) / out,
+            _BEST_ROUNDING,
+        )
+
+    def energies(self) -> tuple[Energy, Energy] | None:
+        """What errors do: of columns of `up`, given as rows [k, out], and of rows of `down` [k, in·kh·kw]."""
+        if self.stored:
+            return None
+        pieces = self.weights()
+
+        def of_up(errors: Tensor) -> Tensor:
+            return torch.stack([piece.outputs.energy(errors[:, piece.rows]) for piece in pieces]).sum(0)
+
+        def of_down(errors: Tensor) -> Tensor:
+            return torch.stack([piece.inputs.energy(errors) for piece in pieces]).mean(0)
+
+        return of_up, of_down
 
 
 # --- the two kinds of files ---------------------------------------------------------------------
@@ -83,7 +176,7 @@ class Statistics:
     base: Base = field(repr=False)  # has names and shapes of the model's weights, not the weights
     fingerprint: str  # sha256 of the file
 
-    def of_layers(self, adapter: Adapter) -> list[OfLayer | None]:
+    def of_layers(self, adapter: Adapter) -> list[LayerStatistics | None]:
         """The statistics of each layer; None for a layer that has none.
 
         Raises:
@@ -92,7 +185,7 @@ class Statistics:
         """
         if self.kind == "base":
             covers = [self._cover(views) if views else None for views in match(adapter, self.base)]
-            return [partial(self._projected_grams, pieces) if pieces else None for pieces in covers]
+            return [LayerStatistics(weights=partial(self._of_weights, pieces)) if pieces else None for pieces in covers]
         prefix = adapter_key(adapter)
         stored = {key for key in self.store.tensors if key.startswith(f"{prefix}/")}
         if not stored:
@@ -102,7 +195,8 @@ class Statistics:
                 "this adapter, or make a table of its base with calibrate --base-table."
             )
         keys = [f"{prefix}/{layer.name}" for layer in adapter.layers]
-        return [partial(self._stored_grams, key) if f"{key}.down" in stored else None for key in keys]
+        stored_grams = [partial(self._stored_grams, key) if f"{key}.down" in stored else None for key in keys]
+        return [LayerStatistics(grams) if grams else None for grams in stored_grams]
 
     def _stored_grams(self, key: str, delta: Delta) -> Grams:
         down, up = (self.store.read(f"{key}.{side}").double() for side in ("down", "up"))
@@ -110,13 +204,12 @@ class Statistics:
             raise InputError(f"{self.path}: {key} is {list(down.shape)}, and the layer has rank {delta.rank}.")
         return Grams(down, up)
 
-    def _projected_grams(self, pieces: Sequence[_Piece], delta: Delta) -> Grams:
-        grams = []
+    def _of_weights(self, pieces: Sequence[_Piece]) -> list[_OfRows]:
+        found = []
         for piece in pieces:
             inputs, outputs = self.sides(piece.name)
-            up = delta.up[slice(*piece.rows)]
-            grams.append(Grams(inputs.gram(delta.down), outputs.rows(*piece.stored).gram(up.mT)))
-        return stacked_grams(grams)
+            found.append(_OfRows(inputs, outputs.rows(*piece.stored), slice(*piece.rows)))
+        return found
 
     def sides(self, name: str) -> Sides:
         """The statistics of the weight that has this name in the table."""
@@ -155,14 +248,6 @@ class Statistics:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-class _Piece(NamedTuple):
-    """Rows of a layer, and where their statistics are."""
-
-    name: str
-    stored: tuple[int, int]  # rows of the stored statistics
-    rows: tuple[int, int]  # of the layer
 
 
 def stacked_grams(pieces: Sequence[Grams]) -> Grams:

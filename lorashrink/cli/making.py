@@ -42,7 +42,7 @@ def extract(
     vectors: Annotated[
         bool, typer.Option("--vectors", help="Differences of biases and normalisation layers too.")
     ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", "-t", help="fp16, bf16 or fp32 (also 16, 32).")] = "fp16",
+    dtype: Dtype = "fp16",
     device: Device = "auto",
     jobs: Jobs = None,
     force: Force = False,

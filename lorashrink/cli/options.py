@@ -19,7 +19,7 @@ Recipes = Annotated[
 ]
 Sizes = Annotated[str | None, typer.Option("--sizes", help="Sizes to try, such as 4MB,8MB,16MB; bare numbers are MiB.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder, or file name if there is one output.")]
-Dtype = Annotated[str, typer.Option("--dtype", "-t", help="same, fp16, bf16 or fp32 (also 16, 32).")]
+Dtype = Annotated[str, typer.Option("--dtype", "-t", help="same, fp8, mixed (fp8 and fp16), auto, fp16, bf16 or fp32.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Report what would be written, and write nothing.")]
 Base = Annotated[Path | None, typer.Option("--base", help="Base checkpoint, diffusers folder or norm table.")]
 Calibration = Annotated[

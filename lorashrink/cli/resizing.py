@@ -74,6 +74,10 @@ def resize(
         str | None, typer.Option("--target", help="Write for a program that reads less than the format allows: vllm.")
     ] = None,
     calibration: Calibration = None,
+    anchor: Annotated[
+        float | None,
+        typer.Option("--anchor", help="Of predictions for quality=, in dB, as pictures corrected it."),
+    ] = None,
     stack: Annotated[
         bool, typer.Option("--stack", help="Adapters used together: size= is for all of them; A:0.7 counts less.")
     ] = False,
@@ -246,6 +250,8 @@ def _print_details(console: Console, result: FileResult, verbose: int) -> None:
     grown = result.bytes_after - result.bytes_before
     if 0 < grown < _METADATA and not any(warning.startswith("is larger") for warning in result.warnings):
         lines.append(f"{name}: {size_text(grown)} larger than its input, for metadata that says how it was made")
+    if result.predicted_db is not None:
+        lines.append(f"{name}: about {result.predicted_db:.0f} dB to the pictures of the whole adapter, as predicted")
     if result.forms:
         sizes = ", ".join(f"--as {form} {size_text(size)}" for form, size in result.forms.items())
         lines.append(f"{name} {size_text(result.bytes_after)}; {sizes}")

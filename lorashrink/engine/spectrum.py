@@ -155,6 +155,18 @@ class Spectrum:
         removed[list(kept)] *= 0 if factors is None else 1 - factors.numpy()
         return math.sqrt(_square(removed) + self.tail)
 
+    def lengths(self) -> tuple[Values, Values]:
+        """‖√σ_i·u_i‖ and ‖√σ_i·v_i‖ of all dimensions, float64 [r] each; with statistics these are no roots of σ."""
+        if self.plain is None:
+            root = np.sqrt(self._values)
+            return root, root
+        assert self.left is not None
+        assert self.right is not None
+        left, right = self.left.double(), self.right.double()
+        up = ((self.plain.grams.up @ left) * left).sum(0).clamp(min=0).sqrt()
+        down = ((right @ self.plain.grams.down) * right).sum(1).clamp(min=0).sqrt()
+        return up.numpy(), down.numpy()
+
     @property
     def _values(self) -> Values:
         # numpy's calls cost a tenth of torch's, which counts for thousands of layers

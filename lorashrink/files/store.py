@@ -51,17 +51,24 @@ FORMAT_NAMES = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
 FLOATS = frozenset(name for name in DTYPES if name.startswith(("F", "BF")))
 
 # The dtypes in which factors can be written.
-FACTOR_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
+FACTOR_DTYPES = frozenset({"F8_E4M3", "F16", "BF16", "F32", "F64"})
 
 # The user's word for the dtype to write -> the format's name; None keeps the input's.
 OUTPUT_DTYPES: dict[str, str | None] = {
     "same": None,
+    "fp8": "F8_E4M3",
     "fp16": "F16",
     "bf16": "BF16",
     "fp32": "F32",
     "16": "F16",
     "32": "F32",
 }
+
+# Words for a dtype that is chosen layer by layer, fp8 or fp16, by what shrinks the file most.
+MIXTURES = ("mixed", "auto")
+
+# The words for outputs with 8-bit factors.
+IN_8_BITS = ("fp8", *MIXTURES)
 
 COPY_CHUNK = 1 << 24
 

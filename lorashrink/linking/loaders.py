@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 
 from lorashrink.adapters import Adapter, Layer, adapter_family, layer_name
-from lorashrink.bases import BaseFamily, family_named
+from lorashrink.bases import Base, BaseFamily, family_named
 from lorashrink.bases.rules import LAYOUTS
 from lorashrink.errors import UsageError
 from lorashrink.linking.renaming import layer_name_in
@@ -30,8 +30,8 @@ class Names:
     """Layer names that a program reads: what they begin with, and the layouts of what follows.
 
     `families` are the models for which it does, none for all of them. `only` is what the rest of the name must fit,
-    `beside` a tensor that the file must have. `multiplies` says that the program multiplies alpha into the factors,
-    which PyTorch cannot do in 8 bits.
+    `beside` a tensor that the file must have. `multiplies` says that the program multiplies the factors, which PyTorch
+    cannot do in 8 bits: "always", or where there is an "alpha".
     """
 
     begins: tuple[str, ...]
@@ -39,7 +39,11 @@ class Names:
     families: frozenset[str] = frozenset()
     only: str = ""
     beside: str = ""
-    multiplies: bool = False
+    multiplies: str = ""
+
+    def fails_in_8_bits(self, layer: Layer) -> bool:
+        """Whether the program cannot load 8-bit factors of a layer that it reads by this row."""
+        return self.multiplies == "always" or (self.multiplies == "alpha" and "alpha" in layer.keys)
 
     def reads(self, name: str, family: str) -> bool:
         """Whether this row reads a layer of this name, in a file for which it holds."""
@@ -118,7 +122,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 def names(
-    begins: str, layouts: str, families: str = "", *, only: str = "", beside: str = "", multiplies: bool = False
+    begins: str, layouts: str, families: str = "", *, only: str = "", beside: str = "", multiplies: str = ""
 ) -> Names:
     """A row; words in a text stand for several. The prefix `-` is none at all."""
     prefixes = tuple("" if prefix == "-" else prefix for prefix in begins.split())
@@ -219,13 +223,15 @@ LOADERS: tuple[Loader, ...] = (
             names("lora_te2_", "", "sdxl sdxl-refiner"),
             names("unet.", "diffusers", _UNETS),
             names("transformer.", "diffusers"),
-            names("lora_unet_", "native", "flux chroma flux2 wan qwen-image z-image", multiplies=True),
-            names("lora_te1_", "", "flux", multiplies=True),
-            names("diffusion_model.", "native", "flux2 wan ltxv hidream qwen-image lumina2 krea2 anima"),
-            names("diffusion_model.", "native diffusers", "z-image"),
+            names("lora_unet_", "native", "flux chroma flux2 wan qwen-image z-image", multiplies="always"),
+            names("lora_te1_", "", "flux", multiplies="always"),
+            names("diffusion_model.", "native", "flux2 ltxv hidream lumina2 krea2 anima"),
+            names("diffusion_model.", "native", "wan", multiplies="alpha"),
+            names("diffusion_model.", "native", "qwen-image", multiplies="always"),
+            names("diffusion_model.", "native diffusers", "z-image", multiplies="always"),
             names("transformer.", "native", "hunyuan"),
             names("base_model.model.", "native", "flux flux2 krea2"),
-            names("-", "diffusers", "qwen-image"),
+            names("-", "diffusers", "qwen-image", multiplies="alpha"),
             *_FLUX_BARE,
             *_DIFFUSERS_TEXT,
         ),
@@ -473,8 +479,8 @@ class _Reader:
             return f"{_FAMILIES.get(layer.family.name, layer.family.name)} not read"
         if unread or not rows:
             return "names not known"
-        if layer.dtype.startswith("F8") and "alpha" in layer.keys and all(row.multiplies for row in rows):
-            return "alpha multiplied into fp8 factors, which fails"
+        if layer.dtype.startswith("F8") and all(row.fails_in_8_bits(layer) for row in rows):
+            return "fp8 factors multiplied at loading, which fails"
         return ""
 
     def command(self) -> str:
@@ -524,6 +530,65 @@ def _share(count: int, total: int) -> str:
 def _ending(key: str) -> str:
     """What follows the module in the name of a tensor that belongs to no layer."""
     return key[len(layer_name(key)) :] or "." + key.rpartition(".")[2]
+
+
+def open_for_8_bits(
+    open_as: Callable[[str | None], Adapter], base: Base | None, naming: str | None, *, in_8_bits: bool
+) -> Adapter:
+    """The adapter that `open_as` makes for a naming, in another one where its 8-bit factors would not load.
+
+    Raises UsageError if there is none, and what `open_as` raises.
+    """
+    adapter = open_as(naming)
+    if not in_8_bits:
+        return adapter
+    try:
+        other = naming_for_8_bits(adapter, base)
+    except BaseException:
+        adapter.close()
+        raise
+    if other is None:
+        return adapter
+    adapter.close()
+    note = f"has {other} names: under its input's the factors are multiplied at loading, which fails in fp8"
+    adapter = open_as(other)
+    return replace(adapter, notes=(*adapter.notes, note))
+
+
+def naming_for_8_bits(adapter: Adapter, base: Base | None) -> str | None:
+    """A naming in which programs load the adapter's layers with 8-bit factors; None if its own names are fine.
+
+    Raises UsageError if only a base tells other names, and there is none.
+    """
+    family = base.family.name if base else adapter_family(adapter)
+    failing = [loader for loader in LOADERS if family in loader.families and _fails_in_8_bits(loader, adapter, family)]
+    if not failing:
+        return None
+    namings = [naming for naming in ("comfy", "diffusers") if base and _suits(failing, base.family, adapter, naming)]
+    if not namings:
+        raise UsageError(
+            f"{adapter.path}: {failing[0].title} multiplies the factors under these names when it loads them, and "
+            "cannot in fp8. Give the base, or its norm table, from which other names come, or use -t fp16."
+        )
+    return namings[0]
+
+
+def _fails_in_8_bits(loader: Loader, adapter: Adapter, family: str) -> bool:
+    """Whether a program reads names of the adapter by rows alone that multiply factors, alpha or not."""
+    rows = [row for row in loader.names if row.holds(family, adapter)]
+    for layer in adapter.layers:
+        reading = [row for row in rows if row.reads(layer.name, family)]
+        if reading and all(row.multiplies == "always" for row in reading):
+            return True
+    return False
+
+
+def _suits(loaders: Sequence[Loader], family: BaseFamily, adapter: Adapter, naming: str) -> bool:
+    """Whether the programs read this naming by rows that do not always multiply."""
+    plain = [
+        replace(loader, names=tuple(row for row in loader.names if row.multiplies != "always")) for loader in loaders
+    ]
+    return all(_starts_read(loader, family, part, naming) for loader in plain for part in parts(adapter))
 
 
 def parts(adapter: Adapter) -> Sequence[str]:

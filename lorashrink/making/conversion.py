@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorashrink._version import __version__
-from lorashrink.adapters import Adapter, open_adapter, peft
-from lorashrink.bases import open_base
+from lorashrink.adapters import Adapter, adapter_family, open_adapter, peft
+from lorashrink.bases import Base, open_base
 from lorashrink.errors import LorashrinkError, NonFinite, Progress, UsageError, boundary
-from lorashrink.files.store import FLOATS, OUTPUT_DTYPES, ComputedStore, TensorStore, cast, tensor_info
+from lorashrink.files.store import FLOATS, MIXTURES, OUTPUT_DTYPES, ComputedStore, TensorStore, cast, tensor_info
 from lorashrink.files.writing import save_tensors
 from lorashrink.linking.inputs import find_adapters
-from lorashrink.linking.loaders import loads
+from lorashrink.linking.loaders import loads, naming_for_8_bits
 from lorashrink.linking.renaming import Renamed, check_naming, renamed
+from lorashrink.making.eight_bits import in_8_bits
 from lorashrink.results.shrinking import ConversionReport, Converted, Failure, Verbatim
+from lorashrink.shrinking.layout import FP8
 from lorashrink.shrinking.outputs import (
     base_files,
     becomes_folder,
@@ -46,14 +48,17 @@ def convert(
     force: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Write adapters in another naming ("kohya", "diffusers", "comfy", "peft") or dtype ("fp16", "bf16", "fp32").
+    """Write adapters in another naming ("kohya", "diffusers", "comfy", "peft") or dtype (fp8, fp16, bf16 or fp32).
 
     New names come from the base, a checkpoint or a norm table. With an unchanged dtype factors keep their bits, except
-    where a scale can be said nowhere else; `Converted.exact` tells. "peft" writes a folder, the others a file.
+    where a scale can be said nowhere else; `Converted.exact` tells. "peft" writes a folder, the others a file. fp8 is
+    for the factors of LoRA alone: alphas become 1 or go into them, names those under which programs load fp8.
 
     An input that fails is in `ConversionReport.failed`. Raises UsageError, OutputError or InputError if nothing can be
     done at all.
     """
+    if dtype in MIXTURES:
+        raise UsageError(f"dtype: {dtype} chooses fp16 where nothing is dropped, as here. Use -t fp8 or -t fp16.")
     if dtype not in OUTPUT_DTYPES:
         raise UsageError(f"dtype: '{dtype}' is not one of {', '.join(OUTPUT_DTYPES)}.")
     check_naming(naming, base)
@@ -82,8 +87,9 @@ def convert(
         for done, (source, outputs) in enumerate(targets.items(), 1):
             with boundary(source, partial(errors.__setitem__, source)):
                 with open_adapter(source) as adapter:
-                    new = renamed(adapter, naming, opened, kind) if naming and opened else Renamed(adapter, {}, True)
-                    result = _write(source, new, next(iter(outputs)), naming, dtype, kind)
+                    new, written_naming = _renamed(adapter, naming, opened, kind)
+                    family = opened.family.name if opened else adapter_family(adapter)
+                    result = _write(source, new, next(iter(outputs)), written_naming, dtype, kind, family)
                 with open_adapter(result.output) as written:
                     results.append(replace(result, loads=loads(written, opened.family.name if opened else None)))
             if progress:
@@ -92,13 +98,39 @@ def convert(
     return ConversionReport(__version__, opened.info if opened else None, tuple(results), failed)
 
 
-def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: str, kind: str | None) -> Converted:
+def _renamed(adapter: Adapter, naming: str | None, base: Base | None, kind: str | None) -> tuple[Renamed, str | None]:
+    """(the adapter in the naming, or in one in which 8-bit factors load, that naming)."""
+
+    def named(name: str | None, dtype: str | None) -> Renamed:
+        return renamed(adapter, name, base, dtype) if name and base else Renamed(adapter, {}, True)
+
+    if kind != FP8:
+        return named(naming, kind), naming
+    new = named(naming, None)
+    other = naming_for_8_bits(new.adapter, base)
+    return (named(other, None), other) if other else (new, naming)
+
+
+def _write(
+    source: Path,
+    new: Renamed,
+    path: Path,
+    naming: str | None,
+    dtype: str,
+    kind: str | None,
+    family: str | None,
+) -> Converted:
     adapter = new.adapter
     losses: dict[str, float] = {}
-    store = _cast_store(adapter, kind, losses) if kind else adapter.store
+    warnings: list[str] = []
+    store: TensorStore
+    if kind == FP8:
+        store, warnings = in_8_bits(adapter, family)
+    else:
+        store = _cast_store(adapter, kind, losses) if kind else adapter.store
     config = {path.parent / peft.CONFIG_FILE: peft.to_file(adapter.settings)} if adapter.as_folder else {}
     save_tensors(path, {}, store.metadata, source=store, companions=config)
-    same = all(info.dtype == adapter.store.tensors[key].dtype for key, info in store.tensors.items())
+    same = kind != FP8 and all(info.dtype == adapter.store.tensors[key].dtype for key, info in store.tensors.items())
     return Converted(
         source=str(source),
         output=str(shown(path)),
@@ -109,9 +141,13 @@ def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: st
         layers=len(adapter),
         exact=new.exact and same,
         kept=tuple(Verbatim(key, reason) for key, reason in new.kept.items()),
-        warnings=tuple(
-            f"{key} loses {percent_text(loss)} of its norm: its numbers are too small for {kind}. Use -t bf16 or fp32"
-            for key, loss in losses.items()
+        warnings=(
+            *warnings,
+            *(
+                f"{key} loses {percent_text(loss)} of its norm: its numbers are too small for {kind}. Use -t bf16 or "
+                "fp32"
+                for key, loss in losses.items()
+            ),
         ),
     )
 

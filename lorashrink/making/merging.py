@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorashrink.errors import InputError, Progress, UsageError
+from lorashrink.files.store import IN_8_BITS
 from lorashrink.linking.inputs import to_sum
+from lorashrink.linking.loaders import open_for_8_bits
 from lorashrink.linking.renaming import check_naming
 from lorashrink.recipes.grammar import parse_recipes
 from lorashrink.results.shrinking import Report
@@ -43,7 +45,8 @@ def merge(
     adapters: `path` or `path:weight`, several of them also as one text with commas; the weight is 1 where none is
     given. Each recipe gives the best approximation of the exact sum that its ranks allow. The output has the names and
     the container of the first adapter, or with a base those of `naming`. as_base_delta: DoRA is merged as what it adds
-    to the weights of the base, Σ wᵢ·(m·(W + ΔWᵢ)/‖W + ΔWᵢ‖ − W). dtype: "same" is the widest of the adapters'.
+    to the weights of the base, Σ wᵢ·(m·(W + ΔWᵢ)/‖W + ΔWᵢ‖ − W). dtype: as in `resize`; "same" is the widest of the
+    adapters'.
 
     Raises UsageError, RecipeError, OutputError, InputError, FamilyMismatch and ShapeError.
     """
@@ -76,7 +79,12 @@ def merge(
             dry_run=dry_run,
             quantiles=quantiles,
         ),
-        opener=lambda _, opened: combined(terms, opened, naming=naming, as_base_delta=as_base_delta),
+        opener=lambda _, opened: open_for_8_bits(
+            lambda name: combined(terms, opened, naming=name, as_base_delta=as_base_delta),
+            opened,
+            naming,
+            in_8_bits=dtype in IN_8_BITS,
+        ),
         variant=f",naming={naming},as_base_delta={as_base_delta}",
         progress=progress,
     )

@@ -27,6 +27,7 @@ class Selection:
     kept: tuple[tuple[int, ...], ...]  # per layer the kept dimensions, best first; () = removed
     widths: tuple[int, ...]  # per layer the rank to write: len(kept), or more with `uniform`
     threshold: float | None  # lowest kept score; None if no score decided, or everything was kept
+    dtypes: tuple[str, ...] = ()  # per layer the dtype to write, where there is a choice
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -125,14 +126,14 @@ def _by_size(
         return float(ranking.scores[taken - 1]) if 0 < taken < finite else None
 
     def size(taken: int) -> int:
-        return file_size(_widths(recipe, _adjusted(recipe, layers, ranking.counts(taken))), threshold(taken))
+        return file_size(widths_of(recipe, adjusted(recipe, layers, ranking.counts(taken))), threshold(taken))
 
-    if size(0) > _budget(recipe):
+    if size(0) > budget(recipe):
         raise RecipeError(
             f"recipe '{recipe}': the parts of this file that cannot shrink need {size_text(size(0))}; "
-            f"the smallest possible is size={_size_for(size(0))}."
+            f"the smallest possible is size={size_for(size(0))}."
         )
-    taken = _most(finite, _budget(recipe), size)
+    taken = _most(finite, budget(recipe), size)
     return ranking.counts(taken), threshold(taken)
 
 
@@ -225,16 +226,18 @@ def select_together(recipe: Recipe, members: Sequence[Member]) -> list[Selection
 
     def size(taken: int) -> int:
         return sum(
-            member.file_size(_widths(recipe, _adjusted(recipe, member.layers, counts(layers, taken))), threshold(taken))
+            member.file_size(
+                widths_of(recipe, adjusted(recipe, member.layers, counts(layers, taken))), threshold(taken)
+            )
             for member, layers in zip(members, scores, strict=True)
         )
 
-    if size(0) > _budget(recipe):
+    if size(0) > budget(recipe):
         raise RecipeError(
             f"recipe '{recipe}': the parts of these {len(members)} files that cannot shrink need "
-            f"{size_text(size(0))} together; the smallest possible is size={_size_for(size(0))}."
+            f"{size_text(size(0))} together; the smallest possible is size={size_for(size(0))}."
         )
-    taken = _most(len(levels), _budget(recipe), size)
+    taken = _most(len(levels), budget(recipe), size)
     return [
         _selection(recipe, member.layers, _best_first(layers), counts(layers, taken), threshold(taken))
         for member, layers in zip(members, scores, strict=True)
@@ -260,11 +263,12 @@ def _best_first(scores: Sequence[Values]) -> list[Indices]:
     return [np.argsort(-values, kind="stable") for values in scores]
 
 
-def _budget(recipe: Recipe) -> int:
+def budget(recipe: Recipe) -> int:
+    """The bytes of `size=`."""
     return int(recipe.value * 2**20)
 
 
-def _size_for(needed: int) -> str:
+def size_for(needed: int) -> str:
     """What `size=` must be for so many bytes."""
     return f"{math.ceil(needed / 100) / 1e4:.10g}MB"
 
@@ -284,25 +288,25 @@ def _selection(
     counts: Sequence[int],
     threshold: float | None,
 ) -> Selection:
-    counts = _adjusted(recipe, layers, counts)
+    counts = adjusted(recipe, layers, counts)
     kept = tuple(tuple(order[:count].tolist()) for order, count in zip(orders, counts, strict=True))
-    return Selection(kept, tuple(_widths(recipe, counts)), threshold)
+    return Selection(kept, tuple(widths_of(recipe, counts)), threshold)
 
 
-def _adjusted(recipe: Recipe, layers: Sequence[LayerFacts], counts: Sequence[int]) -> list[int]:
+def adjusted(recipe: Recipe, layers: Sequence[LayerFacts], counts: Sequence[int]) -> list[int]:
     """Kept dimensions after the modifiers; never more than the layer has."""
     low = int(recipe.modifiers.get("min_rank", 0))
-    adjusted = [
+    ranks = [
         min(recipe.rounded_rank(max(count, low, 0 if facts.removable else 1)), facts.rank)
         for count, facts in zip(counts, layers, strict=True)
     ]
     if recipe.uniform:
-        widest = recipe.rounded_rank(max(adjusted, default=0))
-        adjusted = [min(widest, facts.rank) if count else 0 for count, facts in zip(adjusted, layers, strict=True)]
-    return adjusted
+        widest = recipe.rounded_rank(max(ranks, default=0))
+        ranks = [min(widest, facts.rank) if count else 0 for count, facts in zip(ranks, layers, strict=True)]
+    return ranks
 
 
-def _widths(recipe: Recipe, counts: Sequence[int]) -> list[int]:
+def widths_of(recipe: Recipe, counts: Sequence[int]) -> list[int]:
     """Ranks to write. Only `uniform` and `pow2` promise ranks that a layer may not have; zeros fill it up to them."""
     widest = max(counts, default=0)
     widths = [widest if recipe.uniform and count else count for count in counts]

@@ -26,7 +26,7 @@ class _Range:
         if self.integer:
             return f"a whole number of at least {self.low:g}"
         if math.isfinite(self.high):
-            return f"a number above {self.low:g} and up to {self.high:g}"
+            return f"a number {'above' if self.open_low else 'from'} {self.low:g} and up to {self.high:g}"
         if math.isfinite(self.low):
             return f"a number {'above' if self.open_low else 'from'} {self.low:g}"
         return "any number"
@@ -48,6 +48,7 @@ _COUNT = _Range(1, math.inf, integer=True)
 SELECTIONS: dict[str, _Range] = {
     "thr": _ANY,
     "size": _Range(0, 2.0**43, open_low=True),  # MiB: what a file system can count
+    "quality": _Range(10, 80),  # dB: PSNR to the pictures of the whole adapter, as predicted
     "rank": _COUNT,
     "energy": _SHARE,
     "sv_fro": _SHARE,
@@ -96,6 +97,8 @@ class Recipe:
         if len(selections) != 1:
             fault = f"has {' and '.join(selections)}" if selections else "has none"
             raise RecipeError(f"recipe '{text}': needs exactly one of {', '.join(SELECTIONS)}; it {fault}.")
+        if selections == ["quality"] and not items.keys() & {*TERMS, BYTES}:
+            items |= {"calib": 1.0, BYTES: 1.0}  # what predicts quality
         weights = tuple((key, items[key]) for key in (*TERMS, BYTES) if key in items)
         modifiers = {key: items[key] for key in MODIFIERS if key in items}
         recipe = cls(selections[0], items[selections[0]], weights, modifiers)
@@ -108,6 +111,11 @@ class Recipe:
             raise RecipeError(f"recipe '{text}': the weights of its score terms sum to 0; change one of them.")
         if len(terms) > 1 and (alone := next((key for key in terms if TERMS[key].alone), None)):
             raise RecipeError(f"recipe '{text}': {alone} stands alone (with {BYTES}); remove the other terms.")
+        if self.select == "quality" and not (self.calibrated and self.bytes_weight == 1):
+            raise RecipeError(
+                f"recipe '{text}': quality= is predicted from statistics of the model and goes with calib,bytes alone. "
+                "Example: quality=40"
+            )
         if self.caps and self.calibrated:
             raise RecipeError(
                 f"recipe '{text}': {' and '.join(self.caps)} limit singular values of ΔW, and calib goes by others. "

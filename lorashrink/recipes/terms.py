@@ -29,6 +29,8 @@ class LayerFacts:
     base_alignment: Values | None = None  # [r], |u_iᵀ·W·v_i|
     tail: float = 0.0  # Σσ² of dimensions that were not computed, because no recipe can keep them
     file_norm: float | None = None  # sqrt(Σσ²) over the file, of calibrated σ, which are comparable across layers
+    # [r]: what rounding to the output dtype changes, relative to σ². None where that is nothing beside what is dropped
+    noise: Values | None = None
 
     @cached_property
     def total(self) -> float:

@@ -85,6 +85,10 @@ class FileResult:
     capped: tuple[Capped, ...] = ()
     kept_energy: float | None = None  # see `energy`; None where it follows from the error, as it does without limits
     loads: Loads = field(default_factory=Loads)  # of the output
+    # With statistics: PSNR in dB to the pictures of the whole adapter, and the loss that it is predicted from
+    predicted_db: float | None = None
+    distortion: float | None = None
+    dtype: str = ""  # of the factors: "fp8", "fp16", ...; "mixed" if there are several
 
     def brief(self) -> FileResult:
         """The same result without the fields that grow with the number of layers."""

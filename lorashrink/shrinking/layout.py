@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lorashrink.adapters import Adapter, Layer, lora_form, peft
 from lorashrink.adapters.family import Family, Infos
 from lorashrink.files.header import Arrangement
-from lorashrink.files.store import FACTOR_DTYPES, OUTPUT_DTYPES, TensorInfo, tensor_info
+from lorashrink.files.store import DTYPES, FACTOR_DTYPES, MIXTURES, OUTPUT_DTYPES, TensorInfo, tensor_info
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.shrinking import metadata
+
+# Families of models with kohya's names, for which diffusers reads 8-bit floats beside an alpha, one for all layers.
+READ_WITH_ALPHA = frozenset({"sd15", "sd2", "sdxl", "sdxl-refiner"})
+
+FP8, FP16 = "F8_E4M3", "F16"
 
 # Bytes of a tensor's header entry beside its name: dtype, shape, two offsets.
 _ENTRY_BYTES = 64
@@ -38,9 +44,14 @@ class Form(NamedTuple):
         for role, shape in self.family.written(self.infos, rank).items():
             # A half precision alpha could not hold every whole number.
             tensors[self.keys[role]] = tensor_info("F32" if role == "alpha" else dtype, shape)
-        if "bias" in self.keys:
-            tensors[self.keys["bias"]] = tensor_info(dtype, self.infos["bias"].shape)
+        if "bias" in self.keys:  # a vector, which gains nothing from 8 bits
+            tensors[self.keys["bias"]] = tensor_info(FP16 if dtype == FP8 else dtype, self.infos["bias"].shape)
         return tensors
+
+    def without_alpha(self) -> Form:
+        """The same form with all scale in the factors."""
+        keys = {role: key for role, key in self.keys.items() if role != "alpha"}
+        return self._replace(keys=keys, infos={role: info for role, info in self.infos.items() if role != "alpha"})
 
 
 class Layout:
@@ -58,18 +69,42 @@ class Layout:
         verbatim: Mapping[str, str],
         dtype: str,
         form: str,
+        family: str | None,
     ) -> None:
         self.adapter, self.recipe, self.origin = adapter, recipe, origin
         self.verbatim, self.dtype, self.form = verbatim, dtype, form
         self.layers = [adapter.layers[index] for index in judged]
         self.forms = [Form.of(layer) for layer in self.layers]
-        own = [layer.dtype if layer.dtype in FACTOR_DTYPES else "F16" for layer in self.layers]
-        self.dtypes = [OUTPUT_DTYPES[dtype] or own_dtype for own_dtype in own]
+        # Per layer the dtypes that it may be written in, the preferred one first.
+        self.options = [dtypes_for(dtype, layer.dtype) for layer in self.layers]
+        self.dtypes: Sequence[str] = [options[0] for options in self.options]
+        self.small = any(FP8 in options for options in self.options)
+        if self.small and family not in READ_WITH_ALPHA:
+            self.forms = [form.without_alpha() for form in self.forms]
         self._copied = {key: adapter.store.tensors[key] for key in verbatim}
         # Layers whose own form cannot have any rank.
         self._converted = frozenset(position for position, layer in enumerate(self.layers) if not layer.family.written)
         # Layers whose core is multiplied into a factor, which may become larger than both.
         self._folded = frozenset(position for position, layer in enumerate(self.layers) if "mid" in layer.keys)
+
+    def in_dtypes(self, dtypes: Sequence[str]) -> Layout:
+        """The layout with the layers in other dtypes."""
+        other = copy.copy(self)
+        other.dtypes = list(dtypes)
+        return other
+
+    def states_alpha(self, position: int) -> bool:
+        """Whether readers of the output multiply a layer with alpha / rank, beside what is in its factors."""
+        return "alpha" in self.forms[position].keys or (self.small and self.adapter.as_folder)
+
+    def alpha(self, widths: Sequence[int]) -> int:
+        """The alpha of all layers that state one.
+
+        One number, because diffusers (0.42) gives the most frequent alpha of a kohya file to all of its layers. It is
+        the largest rank; a layer of a lower rank has factors that are smaller by √(rank/alpha) to make up for it. In
+        8-bit floats it is 1, so that numbers are as large as can be, and not among those with few digits.
+        """
+        return 1 if self.small else max((widths[position] for position in self.written(widths)), default=0)
 
     def size(self, widths: Sequence[int], threshold: float | None, form: str | None = None) -> int:
         """Bytes of the file."""
@@ -149,6 +184,7 @@ class Layout:
             settings=self.settings(widths, form),
             became_lora=self._became_lora(widths, form),
             energy=energy,
+            alpha=1 if self.small and any("alpha" in form.keys for form in self.forms) else None,
         )
 
     def settings(self, widths: Sequence[int], form: str | None = None) -> peft.Settings:
@@ -158,13 +194,26 @@ class Layout:
             settings = peft.as_lora(settings)
         magnitudes = {layer.keys.get("magnitude") for layer in self.adapter.layers}
         names = {self.forms[position].name for position in self.stays(widths, form)}
-        return peft.with_ranks(settings, self._ranks(widths, form), (self.verbatim.keys() - magnitudes) | names)
+        return peft.with_ranks(
+            settings,
+            self._ranks(widths, form),
+            (self.verbatim.keys() - magnitudes) | names,
+            alpha=1 if self.small and self.adapter.as_folder else None,
+        )
 
     def _became_lora(self, widths: Sequence[int], form: str | None) -> bool:
         return not self._converted.isdisjoint(self.written(widths, form))
 
     def _ranks(self, widths: Sequence[int], form: str | None) -> dict[str, int]:
         return {self.forms[position].name: widths[position] for position in self.written(widths, form)}
+
+
+def dtypes_for(dtype: str, own: str) -> tuple[str, ...]:
+    """The dtypes of the format that a layer of this dtype may be written in, by the user's word for it."""
+    if dtype in MIXTURES:
+        return FP8, FP16
+    chosen = OUTPUT_DTYPES[dtype] or (own if own in FACTOR_DTYPES else FP8 if DTYPES[own][0] == 1 else FP16)
+    return (FP8, FP16) if chosen == FP8 else (chosen,)
 
 
 def file_size(tensors: Mapping[str, TensorInfo], entries: Mapping[str, str]) -> int:

@@ -54,19 +54,21 @@ def shrunk(
     settings: peft.Settings,
     became_lora: bool = False,
     energy: float | None = None,
+    alpha: int | None = None,
 ) -> dict[str, str]:
     """Metadata of the output. `ranks` maps the names of the layers that are written to their ranks.
 
     `error` is the relative error of the file, `energy` the share that was kept, if that does not follow from the error,
     which it does where no limit changes what is kept. `settings` are PEFT's for these ranks. Hashes of the contents are
-    placeholders of the right length, see `with_hashes`. `became_lora`: layers of another family are LoRA now.
+    placeholders of the right length, see `with_hashes`. `became_lora`: layers of another family are LoRA now. `alpha`:
+    of all layers, by default the largest rank.
     """
     new = dict(old)
     widest = str(max(ranks.values(), default=0))
     # Without layers that are written anew the old numbers are still true.
     if ranks and ("ss_network_dim" in old or "ss_network_alpha" in old):
         # Whole numbers as text: words such as "Dynamic" break readers that parse them.
-        new |= {"ss_network_dim": widest, "ss_network_alpha": widest}
+        new |= {"ss_network_dim": widest, "ss_network_alpha": widest if alpha is None else str(alpha)}
     if became_lora and "ss_network_module" in old:
         new |= {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
     if any(key.startswith("ss_") for key in old):

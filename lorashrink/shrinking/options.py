@@ -15,7 +15,7 @@ class ResizeOptions:
     base: str | Path | None = None  # checkpoint, diffusers folder or norm table
     recipes: str | Sequence[str] = ()  # none: `DEFAULT` with a base, `DEFAULT_ALONE` without
     output: str | Path | None = None  # folder, or file if there is one output; None: beside the input
-    dtype: str = "same"  # "same", "fp16", "bf16" or "fp32"; also "16", "32"
+    dtype: str = "same"  # "same", "fp8", "mixed", "auto", "fp16", "bf16" or "fp32"; also "16", "32"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
     jobs: int | None = None  # threads; None: one per core
     unmapped: str = "keep"  # "keep", "drop" or "error"
@@ -24,6 +24,7 @@ class ResizeOptions:
     target: str | None = None  # a key of TARGETS
     group_by_base: str | Path | None = None  # .toml or .json file, family -> base
     calibration: str | Path | None = None  # statistics that `calibrate` wrote
+    anchor: float | None = None  # of predictions of quality, in dB
     stack: bool = False
     clip: float | None = None  # times the spectral norm of the base weight
     fro_limit: float | None = None  # times the Frobenius norm of the base weight
@@ -52,6 +53,7 @@ class ResizeKeywords(TypedDict, total=False):
     target: str | None
     group_by_base: str | Path | None
     calibration: str | Path | None
+    anchor: float | None
     stack: bool
     clip: float | None
     fro_limit: float | None

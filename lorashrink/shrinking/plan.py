@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorashrink.adapters import Adapter, Layer, peft
+from lorashrink.calibration.statistics import LayerStatistics
+from lorashrink.engine.rounding import Energy
 from lorashrink.engine.spectrum import Spectrum
 from lorashrink.errors import InputError, RecipeError
 from lorashrink.files.header import Arrangement
-from lorashrink.files.store import TensorInfo
-from lorashrink.recipes.choice import Selection, caps, quantiles, score, select
+from lorashrink.files.store import OUTPUT_DTYPES, TensorInfo
+from lorashrink.recipes.choice import Selection, caps, quantiles, score
 from lorashrink.recipes.grammar import Recipe
+from lorashrink.recipes.pricing import Offer, fine_enough, select_in_dtypes
+from lorashrink.recipes.quality import ANCHOR, distortion, predicted_db
 from lorashrink.recipes.terms import LayerFacts
 from lorashrink.results.shrinking import Capped, FileResult, LayerResult, Removed, Verbatim
 from lorashrink.shrinking import metadata
@@ -47,15 +51,21 @@ class Outline:
 
     recipe: Recipe
     judged: Sequence[int]  # indices of the layers that the recipe can judge
-    facts: Sequence[LayerFacts]  # of these
+    offers: Sequence[Offer]  # of these: what is known of them in each dtype that they may be written in
     verbatim: Mapping[str, str]  # key -> reason
     removed: Mapping[str, str]  # layer or key -> reason
     layout: Layout
     anchors: Sequence[Anchor]  # layers that keep text encoders readable
 
-    def size(self, widths: Sequence[int], threshold: float | None) -> int:
+    @cached_property
+    def facts(self) -> list[LayerFacts]:
+        """What is known of the judged layers in the dtype that comes first."""
+        return [next(iter(offer.values())) for offer in self.offers]
+
+    def size(self, widths: Sequence[int], threshold: float | None, dtypes: Sequence[str] = ()) -> int:
         """Bytes of the file for what a selection keeps."""
-        return self.layout.size(readable(self.recipe, self.anchors, widths), threshold)
+        layout = self.layout.in_dtypes(dtypes) if dtypes else self.layout
+        return layout.size(readable(self.recipe, self.anchors, widths), threshold)
 
     def chosen(self, selection: Selection) -> Selection:
         """The selection with the dimensions that keep text encoders readable."""
@@ -80,6 +90,9 @@ class LayerPlan:
     form: Form  # how it is written
     kept: Sequence[int]  # dimensions, best first; () = removed
     width: int  # the rank to write
+    dtype: str  # of its factors, the format's name
+    states_alpha: bool  # whether readers multiply it with alpha / rank
+    statistics: LayerStatistics | None  # by which its spectrum is calibrated
     stays: bool  # it is copied, because its own form is the smaller one
     limits: Tensor | None  # [kept]: what the recipe's limits multiply the kept dimensions with, if they do
 
@@ -87,6 +100,10 @@ class LayerPlan:
     def written(self) -> bool:
         """Whether it is written anew."""
         return bool(self.width) and not self.stays
+
+    def energies(self) -> tuple[Energy, Energy] | None:
+        """What errors of its factors do, None if nothing but their length tells."""
+        return self.statistics.energies() if self.statistics else None
 
     @property
     def caps(self) -> Tensor | None:
@@ -166,6 +183,9 @@ class Plan:
     warnings: Sequence[str]
     settings: peft.Settings  # PEFT's, for the new ranks
     form_sizes: Mapping[str, int]  # see FileResult.forms
+    alpha: int  # of every layer of the output that states one
+    lost: float | None  # what it does to pictures, in the unit of `recipes.quality`; None where nothing tells
+    predicted_db: float | None  # PSNR of pictures
 
     @cached_property
     def arrangement(self) -> Arrangement:
@@ -182,14 +202,12 @@ class Plan:
         """Index in the adapter -> plan, of the layers that are written anew."""
         return {layer.index: layer for layer in self.layers if layer.written}
 
-    @cached_property
-    def alpha(self) -> int:
-        """The alpha of every layer of the output.
-
-        One number, because diffusers (0.42) gives the most frequent alpha of a kohya file to all of its layers. It is
-        the largest rank; a layer of a lower rank has factors that are smaller by √(rank/alpha) to make up for it.
-        """
-        return max((layer.width for layer in self.written.values()), default=0)
+    @property
+    def dtype(self) -> str:
+        """The user's word for the dtype of the layers that are written anew; "mixed" if there are several."""
+        words = {kind: word for word, kind in OUTPUT_DTYPES.items() if not word.isdigit()}
+        kinds = {layer.dtype for layer in self.written.values()}
+        return "mixed" if len(kinds) > 1 else words.get(next(iter(kinds), None), "")
 
     @cached_property
     def norm(self) -> float:
@@ -198,13 +216,23 @@ class Plan:
 
     def baked(self, layer: LayerPlan) -> float:
         """Scale of a layer's factors relative to its truncated ΔW; the reader multiplies by alpha / rank."""
-        return self.recipe.rescale * (layer.width / self.alpha if "alpha" in layer.form.keys else 1.0)
+        return self.recipe.rescale * (layer.width / self.alpha if layer.states_alpha else 1.0)
 
 
 def outline(
-    decomposed: Decomposed, recipe: Recipe, *, dtype: str, unmapped: str, form: str, origin: metadata.Origin
+    decomposed: Decomposed,
+    recipe: Recipe,
+    *,
+    dtype: str,
+    unmapped: str,
+    form: str,
+    family: str | None,
+    origin: metadata.Origin,
 ) -> Outline:
-    """Sort the layers into judged, copied and removed ones. Raises InputError (`unmapped="error"`)."""
+    """Sort the layers into judged, copied and removed ones. Raises InputError (`unmapped="error"`).
+
+    family: of models that the adapter is for, if that is known.
+    """
     adapter = decomposed.adapter
     judged: list[int] = []
     verbatim, removed = dict(adapter.others), dict(adapter.dropped)
@@ -222,7 +250,7 @@ def outline(
                 removed[layer.name] = misfit or "changes no weight of the base"
             else:
                 stays = misfit or "its layer changes no weight of the base"
-        elif recipe.calibrated and not decomposed.calibrated[index]:
+        elif recipe.calibrated and not decomposed.statistics[index]:
             stays = "the calibration has no statistics of its weight"
         elif spectrum.rank == 0 and more_than_delta(layer):
             stays = "its ΔW is zero, but its other tensors change the model"
@@ -235,21 +263,31 @@ def outline(
                 verbatim[layer.keys["magnitude"]] = "DoRA's magnitude, which belongs to the factors beside it"
         if stays:
             verbatim |= dict.fromkeys(layer.keys.values(), stays)
-    layout = Layout(adapter, recipe, origin, judged, verbatim, dtype, form)
-    facts = [decomposed.facts(index, kind) for index, kind in zip(judged, layout.dtypes, strict=True)]
-    best = [float(score(recipe, of_layer).max()) for of_layer in facts]
-    return Outline(recipe, judged, facts, verbatim, removed, layout, anchors(layout.layers, best, verbatim))
+    layout = Layout(adapter, recipe, origin, judged, verbatim, dtype, form, family)
+    offers = [
+        fine_enough({kind: decomposed.facts(index, kind, with_alpha=layout.states_alpha(position)) for kind in options})
+        for position, (index, options) in enumerate(zip(judged, layout.options, strict=True))
+    ]
+    layout = layout.in_dtypes([next(iter(offer)) for offer in offers])
+    best = [float(score(recipe, next(iter(offer.values()))).max()) for offer in offers]
+    return Outline(recipe, judged, offers, verbatim, removed, layout, anchors(layout.layers, best, verbatim))
 
 
-def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None = None) -> Plan:
+def plan(
+    decomposed: Decomposed, outlined: Outline, selection: Selection | None = None, *, anchor: float | None = None
+) -> Plan:
     """Decide what is kept, what is removed, and what the output looks like to the last byte.
 
-    selection: what was chosen already, together with other files. Raises RecipeError (nothing would be left, or `size=`
-    cannot be met).
+    selection: what was chosen already, together with other files. anchor: see `recipes.quality`. Raises RecipeError
+    (nothing would be left, or `size=` or `quality=` cannot be met).
     """
-    adapter, recipe, layout, facts = decomposed.adapter, outlined.recipe, outlined.layout, outlined.facts
-    selected = selection or select(recipe, facts, outlined.size)
+    adapter, recipe = decomposed.adapter, outlined.recipe
+    selected = selection or select_in_dtypes(
+        recipe, outlined.offers, outlined.layout.dtype, outlined.size, ANCHOR if anchor is None else anchor
+    )
     selection = outlined.chosen(selected)
+    layout = outlined.layout.in_dtypes(selection.dtypes) if selection.dtypes else outlined.layout
+    facts = [offer[dtype] for offer, dtype in zip(outlined.offers, layout.dtypes, strict=True)]
     widths = selection.widths
     if adapter.layers and not outlined.verbatim and not any(widths):
         raise RecipeError(_nothing_left(adapter, recipe, facts))
@@ -263,11 +301,15 @@ def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None 
             form=layout.forms[position],
             kept=selection.kept[position],
             width=widths[position],
+            dtype=layout.dtypes[position],
+            states_alpha=layout.states_alpha(position),
+            statistics=decomposed.statistics[index] if decomposed.statistics else None,
             stays=position in stays,
             limits=_limits(recipe, facts[position], selection.kept[position]),
         )
         for position, index in enumerate(outlined.judged)
     ]
+    lost = _distortion(layers) if recipe.calibrated else None
     tensors = layout.tensors(widths)
     verbatim, removed = dict(outlined.verbatim), dict(outlined.removed)
     for layer in layers:
@@ -294,7 +336,23 @@ def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None 
         ],
         settings=layout.settings(widths),
         form_sizes=layout.form_sizes(widths, selection.threshold),
+        alpha=layout.alpha(widths),
+        lost=lost,
+        predicted_db=None if lost is None else predicted_db(lost, ANCHOR if anchor is None else anchor),
     )
+
+
+def _distortion(layers: Sequence[LayerPlan]) -> float:
+    """What the output does to pictures, in the unit of calibrated σ²."""
+    dropped = rounding = 0.0
+    for layer in layers:
+        if not layer.stays:
+            squares = layer.facts.sigma**2
+            kept = list(layer.kept)
+            dropped += layer.facts.total - float(squares[kept].sum())
+            if layer.facts.noise is not None:
+                rounding += float((layer.facts.noise * squares)[kept].sum())
+    return distortion(max(0.0, dropped), rounding)
 
 
 def _limits(recipe: Recipe, facts: LayerFacts, kept: Sequence[int]) -> Tensor | None:
@@ -314,8 +372,10 @@ def _sort_tensors(
     elif not planned.width:
         removed[layer.name] = "no dimension passes the recipe"
     elif layer.family.written:
-        folded = [key for key in layer.keys.values() if key not in tensors]
-        removed |= dict.fromkeys(folded, "folded into the factors, which every loader reads")
+        folded = {role: key for role, key in layer.keys.items() if key not in tensors}
+        if alpha := folded.pop("alpha", None):
+            removed[alpha] = "its scale is in the factors: not every loader multiplies 8-bit floats with it"
+        removed |= dict.fromkeys(folded.values(), "folded into the factors, which every loader reads")
 
 
 def _nothing_left(adapter: Adapter, recipe: Recipe, facts: Sequence[LayerFacts]) -> str:
@@ -352,4 +412,7 @@ def file_result(
         capped=tuple(row for row in capped if row),
         kept_energy=kept_energy(recipe, layers),
         quantiles={f"{share:g}": value for share, value in at.items()},
+        predicted_db=planned.predicted_db,
+        distortion=planned.lost,
+        dtype=planned.dtype,
     )

@@ -8,12 +8,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lorashrink.adapters import Layer
 from lorashrink.bases import views_id
-from lorashrink.files.store import FACTOR_DTYPES, TensorInfo
+from lorashrink.files.store import MIXTURES, TensorInfo
 from lorashrink.recipes.grammar import CAPS, Recipe
 from lorashrink.recipes.terms import LayerFacts
 from lorashrink.shrinking.decomposed import Decomposed
 from lorashrink.shrinking.encoders import Anchor
 from lorashrink.shrinking.layout import Layout
+from lorashrink.text import count_text
 
 # A text encoder's layers in kohya's names.
 _ENCODER = re.compile(r"lora_te\d?(?=_text_model_encoder_layers_)")
@@ -21,7 +22,7 @@ _ENCODER = re.compile(r"lora_te\d?(?=_text_model_encoder_layers_)")
 
 def output_warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int]) -> list[str]:
     """Warnings about the layers and the form of the output."""
-    warnings = []
+    warnings = [*decomposed.adapter.notes]
     layers = decomposed.adapter.layers
     if not layout.written(widths):
         warnings.append(
@@ -30,8 +31,16 @@ def output_warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int
     off = [layer.name for layer in layers if layer.off]
     if off:
         warnings.append(f"alpha is 0 in {len(off)} layers, first {off[0]}; sd-scripts reads that as full strength")
-    if layout.dtype == "same" and layout.dtypes != [layer.dtype for layer in layout.layers]:
-        warnings.append("factors in 8-bit floats are written as fp16, because truncated ones do not fit into 8 bits")
+    coarse = [
+        layer.name
+        for layer, options, dtype, width in zip(layout.layers, layout.options, layout.dtypes, widths, strict=True)
+        if width and dtype != options[0] and layout.dtype not in MIXTURES
+    ]
+    if coarse:
+        warnings.append(
+            f"{count_text(len(coarse), 'layer')}, first {coarse[0]}, stay in fp16: their numbers are outside of what "
+            "fp8 has more than two digits for"
+        )
     dora = sum("magnitude" in layer.keys for layer in layers)
     if dora:
         warnings.append(f"{dora} layers are DoRA; their errors are those of ΔW, before the magnitude is applied")
@@ -76,7 +85,6 @@ def grown(layout: Layout, tensors: Mapping[str, TensorInfo]) -> list[str]:
         f"their dtype is {layout.dtype}": layout.dtype != "same",
         "all layers are LoRA": layout.form == "lora",
         f"{' and '.join(rounding)} pad ranks": bool(rounding),
-        "factors in 8-bit floats are written as fp16": any(layer.dtype not in FACTOR_DTYPES for layer in layout.layers),
     }
     why = ", ".join(cause for cause, holds in causes.items() if holds) or "the recipe keeps more than the file stores"
     return [f"is larger than its input: {why}"]

@@ -12,7 +12,9 @@ from pathlib import Path
 from lorashrink.adapters import UNKNOWN, Adapter, open_adapter, peft
 from lorashrink.bases import Base
 from lorashrink.errors import InputError, RecipeError, UsageError
+from lorashrink.files.store import IN_8_BITS, MIXTURES
 from lorashrink.linking.inputs import Sum, find_inputs, split_weight
+from lorashrink.linking.loaders import open_for_8_bits
 from lorashrink.linking.renaming import check_naming, renamed
 from lorashrink.recipes.grammar import DEFAULT, DEFAULT_ALONE, Recipe, parse_recipes
 from lorashrink.shrinking.grouping import read_table
@@ -72,6 +74,8 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     entries = [adapters] if isinstance(adapters, (str, Path)) else adapters
     if not entries:
         raise UsageError("no adapters. Name files, folders or globs.")
+    if options.stack and options.dtype in MIXTURES:
+        raise UsageError(f"--stack: shares out bytes of one dtype; use -t fp8 or -t fp16 instead of {options.dtype}.")
     weights = _stack(entries, recipes, options) if options.stack else {}
     inputs = dict.fromkeys(weights) if options.stack else find_inputs(entries, recursive=options.recursive)
     sums = {source: terms for source, terms in inputs.items() if terms}
@@ -111,7 +115,15 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     return Job(
         targets,
         replace(options, form="lora") if reader else options,
-        opener=partial(_open, sums=sums, naming=options.naming, target=reader, strict=options.strict),
+        opener=partial(
+            _open,
+            sums=sums,
+            naming=options.naming,
+            target=reader,
+            strict=options.strict,
+            in_8_bits=options.dtype in IN_8_BITS
+            or (options.dtype == "same" and any(recipe.select == "quality" for recipe in recipes)),
+        ),
         bases=bases,
         reader=reader.title if reader else "",
         variant=(f",naming={options.naming}" if options.naming else "")
@@ -209,8 +221,19 @@ def _open(
     naming: str | None,
     target: Target | None,
     strict: bool,
+    in_8_bits: bool,
 ) -> Adapter:
-    adapter = combined(sums[source], base, naming=naming) if source in sums else open_adapter(source)
+    def open_as(name: str | None) -> Adapter:
+        if source in sums:
+            return combined(sums[source], base, naming=name)
+        adapter = open_adapter(source)
+        try:
+            return renamed(adapter, name, base).adapter if name and base else adapter
+        except BaseException:
+            adapter.close()
+            raise
+
+    adapter = open_for_8_bits(open_as, base, naming, in_8_bits=in_8_bits)
     try:
         unknown = [key for key, reason in adapter.others.items() if reason == UNKNOWN]
         if strict and unknown:
@@ -218,8 +241,6 @@ def _open(
                 f"{source}: {len(unknown)} tensors belong to no known family, first {unknown[0]}. "
                 "Without --strict they are copied as they are."
             )
-        if naming and base and source not in sums:
-            adapter = renamed(adapter, naming, base).adapter
         return target.fit(adapter) if target else adapter
     except BaseException:
         adapter.close()

@@ -38,6 +38,8 @@ def resize(
         group_by_base: in place of a base, a .toml or .json file, family of models -> base, of which each adapter gets
             its own.
         calibration: statistics that `calibrate` wrote, for recipes with `calib`.
+        anchor: the decibels from which quality is predicted, where pictures corrected them; see
+            `lorashrink.recipes.quality`.
         recursive: adapters in subfolders too. Default False.
         strict: tensors that belong to no known family are an error. Default False.
     What is kept:
@@ -48,7 +50,9 @@ def resize(
         unmapped: layers that change no weight of the base when a recipe needs one: "keep" (default), "drop" or "error".
     What is written:
         output: a folder, or a file name if there is exactly one output; default is beside the input.
-        dtype: "same" (default), "fp16", "bf16" or "fp32".
+        dtype: "same" (default), "fp8", "fp16", "bf16" or "fp32"; "mixed" is fp8 or fp16 layer by layer, by what a byte
+            is worth, and "auto" is fp8 as far as its rounding does not show, and mixed above. `quality=` takes "mixed"
+            in place of "same".
         form: what becomes of layers that are not LoRA: "lora" (all that can be are written as LoRA), "same" (they stay
             as they are) or "auto" (default; each is written in the smaller form).
         naming: "kohya", "diffusers", "comfy" or "peft" for other names than the input's, which needs a base.

@@ -17,7 +17,7 @@ from lorashrink.calibration.statistics import Statistics, open_statistics
 from lorashrink.engine.devices import pick_device, worker_pool
 from lorashrink.errors import Progress, UsageError
 from lorashrink.files.disk import sha256_file
-from lorashrink.files.store import OUTPUT_DTYPES
+from lorashrink.files.store import MIXTURES, OUTPUT_DTYPES
 from lorashrink.linking.matching import FORMS
 from lorashrink.recipes.choice import Selection
 from lorashrink.shrinking.grouping import base_for
@@ -65,7 +65,9 @@ class Session:
         """The options that change what is written, as text for metadata and journal."""
         options, calibration = self.options, self.options.calibration
         statistics = f",calibration={sha256_file(Path(calibration))[:16]}" if calibration else ""
-        return f"dtype={options.dtype},unmapped={options.unmapped},as={options.form}{self.job.variant}{statistics}"
+        anchor = "" if options.anchor is None else f",anchor={options.anchor!r}"
+        variant = f"{self.job.variant}{statistics}{anchor}"
+        return f"dtype={options.dtype},unmapped={options.unmapped},as={options.form}{variant}"
 
     @property
     def infos(self) -> tuple[BaseInfo, ...]:
@@ -83,7 +85,7 @@ def open_session(job: Job, *, progress: Progress | None = None) -> Iterator[Sess
     """Open the bases and a pool of threads. Raises UsageError, InputError or NotABase."""
     options = job.options
     for name, value, allowed in (
-        ("dtype", options.dtype, tuple(OUTPUT_DTYPES)),
+        ("dtype", options.dtype, (*OUTPUT_DTYPES, *MIXTURES)),
         ("unmapped", options.unmapped, UNMAPPED),
         ("as", options.form, FORMS),
     ):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorashrink.adapters import Adapter
+from lorashrink.adapters import Adapter, adapter_family
 from lorashrink.bases import Views
 from lorashrink.bases.norms import Norms
-from lorashrink.calibration.statistics import OfLayer
+from lorashrink.calibration.statistics import LayerStatistics
 from lorashrink.engine.spectrum import Item, PendingSpectrum, Spectrum, decompose
 from lorashrink.errors import InputError, RecipeError
 from lorashrink.linking.matching import bind, match, misfits, part
@@ -34,7 +34,7 @@ class Work:
     outputs: Mapping[Path, Recipe]  # to be made
     adapter: Adapter  # the source, with weights of the base where its layers need them
     views: Sequence[Views]  # per layer
-    statistics: Sequence[OfLayer | None] = ()  # per layer, of calibrated recipes
+    statistics: Sequence[LayerStatistics | None] = ()  # per layer, of calibrated recipes
     started: float = 0.0
     skipped: tuple[FileResult, ...] = ()  # results of outputs that are not made again
     traced: Mapping[Path, Recipe] = field(default_factory=dict)  # outputs of which the journal is to know
@@ -67,8 +67,8 @@ class Work:
         for calibrated in sorted({recipe.calibrated for recipe in self.recipes}):
             statistics = self.statistics if calibrated else [None for _ in self.adapter.layers]
             items[calibrated] = [
-                Item(partial(getattr, layer, "delta"), layer.width, grams, limit)
-                for layer, grams in zip(self.adapter.layers, statistics, strict=True)
+                Item(partial(getattr, layer, "delta"), layer.width, of_layer and of_layer.grams, limit)
+                for layer, of_layer in zip(self.adapter.layers, statistics, strict=True)
             ]
         return items
 
@@ -76,7 +76,6 @@ class Work:
         """The adapter with spectra, base norms and alignments, calibrated or not; waits for the spectra."""
         spectra = self._wait()
         norms, alignments = self._base_norms(), self._alignments(spectra)
-        has_statistics = [statistics is not None for statistics in self.statistics]
         return {
             calibrated: Decomposed(
                 self.adapter,
@@ -84,7 +83,7 @@ class Work:
                 computed,
                 norms,
                 alignments,
-                has_statistics if calibrated else (),
+                self.statistics if calibrated else (),
                 self.misfits,
             )
             for calibrated, computed in spectra.items()
@@ -118,13 +117,15 @@ class Work:
 
     def outline(self, decomposed: Mapping[bool, Decomposed], recipe: Recipe) -> Outline:
         """The outline of a recipe's output."""
-        options = self.source.session.options
+        options, base = self.source.session.options, self.source.against.base
+        dtype = "mixed" if (recipe.select, options.dtype) == ("quality", "same") else options.dtype
         return outline(
             decomposed[recipe.calibrated],
             recipe,
-            dtype=options.dtype,
+            dtype=dtype,
             unmapped=options.unmapped,
             form=options.form,
+            family=base.family.name if base else adapter_family(self.adapter),
             origin=self.source.origin(recipe),
         )
 
@@ -137,7 +138,12 @@ class Work:
         for path, recipe in self.outputs.items():
             try:
                 outlined = self.outline(decomposed, recipe)
-                plans[path] = plan(decomposed[recipe.calibrated], outlined, session.selections.get(path))
+                plans[path] = plan(
+                    decomposed[recipe.calibrated],
+                    outlined,
+                    session.selections.get(path),
+                    anchor=session.options.anchor,
+                )
             except RecipeError as error:
                 refusals.append(error)
         if refusals and not (session.job.lenient and plans):

@@ -8,23 +8,29 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from lorashrink.adapters import Layer, adapter_of, peft
 from lorashrink.engine.delta import AnyDelta, Delta
 from lorashrink.engine.gram import grams
+from lorashrink.engine.rounding import to_float8
 from lorashrink.engine.spectrum import truncate
 from lorashrink.errors import OutputError
 from lorashrink.files import hashes
 from lorashrink.files.store import torch_dtype
 from lorashrink.files.writing import SafetensorsWriter
+from lorashrink.shrinking.layout import FP8
 from lorashrink.shrinking.plan import LayerPlan, Plan
 from lorashrink.shrinking.remarks import below_precision
 
 # Relative difference of a layer's norm before and after rounding to the dtype that still is rounding.
-_NORM_TOLERANCE = {"F64": 1e-6, "F32": 1e-5, "F16": 1e-2, "BF16": 2e-2}
+_NORM_TOLERANCE = {"F64": 1e-6, "F32": 1e-5, "F16": 1e-2, "BF16": 2e-2, "F8_E4M3": 1e-3}
+
+# What rounding to 8 bits may change of a layer, as a part of its norm; and of a layer that changes more, as a part of
+# the file's.
+_COARSEST, _COARSEST_IN_FILE = 0.4, 1e-2
 
 # What rounding may take from a layer whose numbers are too small for the dtype, as a part of the file's norm: far less
 # than it takes from the others.
@@ -55,26 +61,37 @@ def write(
     layers = next(iter(plans.values())).adapter.layers
     steps = _Steps(progress, len(layers) + sum(len(plan.written) for plan in plans.values()))
     with ExitStack() as stack:
-        pairs = [
-            (plan, stack.enter_context(SafetensorsWriter(path, plan.arrangement, plan.metadata, in_memory=True)))
+        outputs = [
+            _Output(
+                plan, stack.enter_context(SafetensorsWriter(path, plan.arrangement, plan.metadata, in_memory=True)), {}
+            )
             for path, plan in plans.items()
         ]
-        _run(pool, _chunks(range(len(layers))), lambda chunk: _write_layers(chunk, pairs, device), steps)
-        for plan, writer in pairs:
+        _run(pool, _chunks(range(len(layers))), lambda chunk: _write_layers(chunk, outputs, device), steps)
+        for plan, writer, _ in outputs:
             for key in plan.verbatim:
                 writer.copy(key, plan.adapter.store, key)
         # Hashing is one thread's work; it goes on while the others read the files back.
         hashed = [
             pool.submit(hashes.with_hashes, plan.metadata, plan.arrangement, writer.data_chunks)
-            for plan, writer in pairs
+            for plan, writer, _ in outputs
         ]
-        for (plan, writer), entries in zip(pairs, hashed, strict=True):
+        for output, entries in zip(outputs, hashed, strict=True):
+            plan, writer, _ = output
             writer.flush()
-            warnings[writer.path] = _verify(plan, writer, pool, steps)
+            warnings[writer.path] = _verify(output, pool, steps)
             writer.replace_metadata(entries.result())
             folder = writer.path.parent
             writer.commit({folder / peft.CONFIG_FILE: peft.to_file(plan.settings)} if plan.adapter.as_folder else None)
     return warnings
+
+
+class _Output(NamedTuple):
+    """A file that is being written."""
+
+    plan: Plan
+    writer: SafetensorsWriter
+    changes: dict[int, float]  # layer -> ‖ΔW'' − ΔW'‖_F by rounding to 8 bits
 
 
 class _Steps:
@@ -105,20 +122,26 @@ def _run(pool: Executor, chunks: Sequence[Sequence[T]], task: Callable[[Sequence
             future.cancel()
 
 
-def _write_layers(indices: Sequence[int], pairs: Sequence[tuple[Plan, SafetensorsWriter]], device: str) -> None:
+def _write_layers(indices: Sequence[int], outputs: Sequence[_Output], device: str) -> None:
     for index in indices:
         delta = None
-        for plan, writer in pairs:
-            if planned := plan.written.get(index):
+        for output in outputs:
+            if planned := output.plan.written.get(index):
                 delta = delta or planned.layer.delta
-                _write_layer(plan, planned, delta, writer, device)
+                _write_layer(output, planned, delta, device)
 
 
-def _write_layer(plan: Plan, planned: LayerPlan, delta: AnyDelta, writer: SafetensorsWriter, device: str) -> None:
+def _write_layer(output: _Output, planned: LayerPlan, delta: AnyDelta, device: str) -> None:
+    plan, writer, changes = output
     layer, width, scale = planned.layer, planned.width, plan.baked(planned)
     up, down = truncate(
         delta, planned.spectrum, planned.kept, factors=planned.caps, width=width, scale=scale, device=device
     )
+    if planned.dtype == FP8:
+        rounded = to_float8(up, down, *(planned.energies() or ()))
+        up, down = rounded.up, rounded.down
+        # readers multiply with what the factors lack
+        changes[planned.index] = rounded.error * abs(plan.recipe.rescale / scale)
     _, family, keys, infos = planned.form
     assert family.written
     values = dict(family.pack(up, down) if family.pack else {"up": up, "down": down})
@@ -131,8 +154,9 @@ def _write_layer(plan: Plan, planned: LayerPlan, delta: AnyDelta, writer: Safete
         writer.write(keys[role], values[role].to(torch_dtype(info.dtype)))
 
 
-def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> list[str]:
+def _verify(output: _Output, pool: Executor, steps: _Steps) -> list[str]:
     """Open the written file as every loader does, and compare the norm of each layer with the input's; warnings."""
+    plan, writer, _ = output
     names = writer.readable_names()
     by_name = {layer.name: layer for layer in plan.adapter.layers}
     gone = {key for name in plan.removed for key in (by_name[name].keys.values() if name in by_name else [name])}
@@ -146,33 +170,39 @@ def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps
     chunks = [chunk for layers in by_width.values() for chunk in _chunks(layers)]
     with writer.opened() as store:
         written = {layer.name: layer for layer in adapter_of(writer.path, store, plan.settings)}
-        flushed = _run(pool, chunks, lambda chunk: _check_norms(plan, writer.path, written, chunk), steps)
+        flushed = _run(pool, chunks, lambda chunk: _check_norms(output, written, chunk), steps)
     return below_precision([name for names in flushed for name in names])
 
 
-def _check_norms(plan: Plan, path: Path, written: Mapping[str, Layer], chunk: Sequence[LayerPlan]) -> list[str]:
+def _check_norms(output: _Output, written: Mapping[str, Layer], chunk: Sequence[LayerPlan]) -> list[str]:
     """Compare what a reader of the file gets, scale included, with what was to be kept.
 
     Returns the names of layers whose numbers are too small for the dtype, where that is nothing beside the file.
     """
+    plan, path = output.plan, output.writer.path
     layers = [written[planned.form.name] for planned in chunk]
     deltas = [layer.delta for layer in layers]
     squares = grams([delta for delta in deltas if isinstance(delta, Delta)], torch.device("cpu")).squares()[0].tolist()
     rescale, flushed = abs(plan.recipe.rescale), []
     for planned, layer, square in zip(chunk, layers, squares, strict=True):
-        tolerance = _NORM_TOLERANCE[layer.dtype]
         norm = abs(layer.scale) * math.sqrt(max(0.0, square))  # NaN, if a number overflowed, compares as wrong
         expected = rescale * planned.norm
+        # a norm moves by no more than what rounding changed, and mostly by far less
+        change = output.changes.get(planned.index, 0.0)
+        tolerance = _NORM_TOLERANCE[planned.dtype] + (change / expected if expected else 0.0)
         # Singular values cannot vouch for themselves: the norm of the input, less what was cut off, must be left.
         remaining = rescale * planned.remaining
-        if abs(norm - expected) <= tolerance * expected and (
-            abs(norm**2 - remaining**2) <= 2 * tolerance * rescale**2 * planned.total
+        if change <= _COARSEST * expected and (
+            abs(norm - expected) <= tolerance * expected
+            and abs(norm**2 - remaining**2) <= (2 + tolerance) * tolerance * rescale**2 * planned.total
         ):
             continue
-        if not abs(norm - expected) <= _NEGLIGIBLE * rescale * plan.norm:
+        negligible = _COARSEST_IN_FILE if change else _NEGLIGIBLE
+        if not max(change, abs(norm - expected)) <= negligible * rescale * plan.norm:
             raise OutputError(
                 f"{path}: layer {layer.name} has norm {norm:.4g} after writing, {expected:.4g} before. "
-                "Its numbers do not fit the dtype; use -t fp32 or -t bf16. Nothing was written."
+                f"Its numbers do not fit the dtype; use -t {'fp16' if change else 'fp32 or -t bf16'}. "
+                "Nothing was written."
             )
         flushed.append(layer.name)
     return flushed

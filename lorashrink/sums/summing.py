@@ -61,7 +61,7 @@ def combined(
         slots = output_slots(bound, views, weights, names)
         dtypes = [layer.dtype if layer.dtype in FACTOR_DTYPES else "F16" for side in bound for layer in side]
         dtype = max(dtypes, key=lambda name: DTYPES[name][0], default="F16")  # of those with 16 bits the first one's
-        extras = collect_extras(bound, weights, names, dtype)
+        extras = collect_extras(bound, weights, names, dtype if DTYPES[dtype][0] > 1 else "F16")
         hashes = [sha256_file(side.store.files[0]) for side in bound]
         origins = [
             metadata.Summand(path.name, digest, weight, side.store.metadata)

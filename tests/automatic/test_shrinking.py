@@ -100,7 +100,8 @@ def test_outputs_have_the_error_of_the_level(collection: Path, base: Path) -> No
     wanted = error_for(LEVELS["small"], BASE_LINE)
     assert result.relative_error <= wanted
     assert error_between(collection / "lora.safetensors", Path(str(result.output))) == pytest.approx(
-        result.relative_error, abs=2e-3
+        result.relative_error,
+        abs=5e-3,  # what 8 bits add
     )
     assert any("pictures not checked" in note and "22.4 %" in note for note in report.notes)
 
@@ -182,13 +183,13 @@ def test_files_that_would_gain_little_are_listed(tmp_path: Path) -> None:
     name = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
     flat = torch.linalg.qr(torch.randn(64, 8))[0]
     tensors = {
-        f"{name}.lora_up.weight": flat.contiguous(),
-        f"{name}.lora_down.weight": flat.T.contiguous(),
+        f"{name}.lora_up.weight": flat.contiguous().half(),
+        f"{name}.lora_down.weight": flat.T.contiguous().half(),
         f"{name}.alpha": torch.tensor(8.0),
     }
     save_file(tensors, tmp_path / "flat.safetensors")
     (tmp_path / "flat.txt").write_text("what it is")
-    text = run("shrink", tmp_path)
+    text = run("shrink", "-t", "same", tmp_path)
     assert "not written, would" in text
     assert not (tmp_path / "shrunk" / "flat.safetensors").exists()
     assert not (tmp_path / "shrunk" / "flat.txt").exists()

@@ -157,7 +157,7 @@ def test_a_table_gives_every_layer_the_grams_of_its_weight(table: Path) -> None:
             assert maker
             (view,) = statistics.base.find(layer.name)
             sides = statistics.sides(str(view))
-            grams = maker(layer.delta)
+            grams = maker.grams(layer.delta)
             torch.testing.assert_close(grams.down, sides.inputs.gram(layer.delta.down))
             torch.testing.assert_close(grams.up, sides.outputs.gram(layer.delta.up.mT))
 
@@ -215,7 +215,7 @@ def test_energy_counts_the_squares_of_all_layers_together(table: Path, tmp_path:
     with open_statistics(table) as statistics, open_adapter(STYLE) as adapter:
         makers = statistics.of_layers(adapter)
         sigmas = [
-            spectrum(layer.delta, maker(layer.delta)).sigma
+            spectrum(layer.delta, maker.grams(layer.delta)).sigma
             for layer, maker in zip(adapter, makers, strict=True)
             if maker
         ]

@@ -702,7 +702,7 @@ def test_a_recipe_given_twice_is_refused(good: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--dtype", "fp8"], ("dtype", "'fp8'", "bf16")),
+        (["--dtype", "fp4"], ("dtype", "'fp4'", "bf16")),
         (["-t", ""], ("dtype", "''")),
         (["--device", "nonsense"], ("device", "'nonsense'", "auto")),
         (["--device", "cuda:x"], ("device", "'cuda:x'")),

@@ -161,7 +161,7 @@ def test_8_bit_factors_with_alpha_do_not_load_where_alpha_is_multiplied_in(tmp_p
     save_file({f"{name}.{end}": tensor for end, tensor in (factors | {"alpha": torch.tensor(1.0)}).items()}, path)
     with open_adapter(path) as adapter:
         result = loads(adapter)
-    assert result.loads_not == {"diffusers": "alpha multiplied into fp8 factors, which fails"}
+    assert result.loads_not == {"diffusers": "fp8 factors multiplied at loading, which fails"}
     assert "ComfyUI" in result.loads_in
 
 

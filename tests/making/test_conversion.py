@@ -913,7 +913,8 @@ def test_new_names_need_a_base(small: Path, tmp_path: Path) -> None:
     [
         ({}, "nothing to do"),
         ({"naming": "a1111"}, "'a1111' is not one of kohya, diffusers, comfy, peft"),
-        ({"dtype": "fp8"}, "'fp8' is not one of"),
+        ({"dtype": "int8"}, "'int8' is not one of"),
+        ({"dtype": "mixed"}, "mixed chooses fp16 where nothing is dropped"),
     ],
 )
 def test_contradicting_options_are_refused(small: Path, tmp_path: Path, options: dict, says: str) -> None:

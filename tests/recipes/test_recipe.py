@@ -93,6 +93,12 @@ def test_a_recipe_names_what_must_be_looked_up() -> None:
         ("calib,fro_ckpt,thr=-3", "stands alone"),
         ("calib,thr=-3,clip=1", "clip limit singular values of ΔW, and calib goes by others"),
         ("thr=-3,fro_limit=0", "above 0"),
+        ("quality=5", "from 10 and up to 80"),
+        ("quality=90", "from 10 and up to 80"),
+        ("fro_ckpt,bytes,quality=40", "goes with calib,bytes alone"),
+        ("calib,quality=40", "goes with calib,bytes alone"),
+        ("quality=40,clip=1", "clip limit singular values"),
+        ("quality=40,size=3", "needs exactly one of"),
         ("energy=.9,conv_rank=4", "goes with rank="),
         ("rank=4,rescale=0", "rescale=0"),
         ("rank=4,min_rank=9,max_rank=8", "min_rank=9 is above max_rank=8"),
@@ -108,6 +114,13 @@ def test_errors_name_the_recipe_and_the_fault(text: str, says: str) -> None:
     assert text in str(caught.value)
 
 
+def test_quality_alone_goes_by_calibrated_dimensions_per_byte() -> None:
+    recipe = Recipe.parse("quality=40")
+    assert str(recipe) == "calib=1,bytes=1,quality=40"
+    assert recipe == Recipe.parse("calib,bytes,quality=40")
+    assert recipe.calibrated
+
+
 def test_the_same_recipe_twice_is_an_error() -> None:
     with pytest.raises(RecipeError, match="twice"):
         parse_recipes(["rank=4:rank=4.0"])
@@ -117,6 +130,7 @@ numbers = st.floats(-50, 50).map(lambda x: round(x, 3)).filter(bool)
 VALUES = {
     "thr": st.floats(-9, 9),
     "size": st.floats(0.001, 5000),
+    "quality": st.floats(10, 80),
     "rank": st.integers(1, 512),
     "energy": st.floats(0.01, 1),
     "sv_fro": st.floats(0.01, 1),
@@ -130,6 +144,8 @@ VALUES = {
 def recipes(draw: st.DrawFn) -> str:
     key = draw(st.sampled_from(sorted(SELECTIONS)))
     items = [f"{key}={draw(VALUES[key])!r}"]
+    if key == "quality":  # no other term predicts it, and no limit suits that
+        return items[0]
     beside = sorted(key for key, term in TERMS.items() if not term.alone)
     terms = draw(st.dictionaries(st.sampled_from(beside), st.floats(0.125, 8), max_size=3))
     items += [f"{term}={weight!r}" for term, weight in terms.items()]

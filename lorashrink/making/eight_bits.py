@@ -1,0 +1,97 @@
+"""An adapter with its LoRA factors in 8-bit floats; nothing else of it changes."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lorashrink.adapters import Adapter, Layer
+from lorashrink.errors import NonFinite
+from lorashrink.files.store import DTYPES, FLOATS, ComputedStore, TensorInfo, TensorStore, cast, tensor_info
+from lorashrink.linking.renaming import LazyTensor
+from lorashrink.shrinking.layout import FP8, FP16, READ_WITH_ALPHA
+from lorashrink.text import count_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorashrink.engine.rounding import Rounded
+
+# Layers that 8 bits change by more than this part of their norm stay in 16.
+_COARSE = 0.25
+
+
+def in_8_bits(adapter: Adapter, family: str | None) -> tuple[TensorStore, list[str]]:
+    """(the adapter's tensors with LoRA factors in e4m3, warnings). Other floats have at most 16 bits.
+
+    family: of models. The scale of a layer with an alpha goes into its factors; for models whose 8-bit files are read
+    with an alpha, that is 1. Raises NonFinite.
+    """
+    store, keeps_alpha = adapter.store, family in READ_WITH_ALPHA
+    factors: dict[str, LazyTensor] = {}
+    alphas: dict[str, LazyTensor | None] = {}
+    coarse = []
+    for layer in adapter.layers:
+        if layer.family.name != "lora" or "mid" in layer.keys or DTYPES[layer.dtype][0] == 1:
+            continue
+        rounded = _rounded(layer, keeps_alpha)
+        if not math.isfinite(rounded.norm):
+            raise NonFinite(f"{store.path}: layer {layer.name} contains NaN or infinity. Use an earlier checkpoint.")
+        if rounded.error > _COARSE * rounded.norm:
+            coarse.append(layer.name)
+        small = rounded.error <= _COARSE * rounded.norm
+        for role in ("up", "down"):
+            shape = layer.infos[role].shape
+            factors[layer.keys[role]] = (
+                tensor_info(FP8 if small else FP16, shape),
+                partial(_factor, layer, keeps_alpha, role, small),
+            )
+        if "alpha" in layer.keys:
+            alphas[layer.keys["alpha"]] = (tensor_info("F32", ()), _one) if keeps_alpha else None
+    tensors: dict[str, LazyTensor] = {}
+    for key, info in store.tensors.items():
+        tensor = alphas[key] if key in alphas else factors.get(key) or _in_16_bits(store, key, info)
+        if tensor:
+            tensors[key] = tensor
+    metadata = dict(store.metadata)
+    if "ss_network_alpha" in metadata and alphas:
+        metadata["ss_network_alpha"] = "1" if keeps_alpha else metadata.get("ss_network_dim", "1")
+    warnings = [
+        f"{count_text(len(coarse), 'layer')}, first {coarse[0]}, stay in fp16: fp8 would round away a quarter of them"
+    ] * bool(coarse)
+    return ComputedStore(store.path, tensors, metadata, store.files, store.headers), warnings
+
+
+def _in_16_bits(store: TensorStore, key: str, info: TensorInfo) -> LazyTensor:
+    if info.dtype not in FLOATS or DTYPES[info.dtype][0] <= 2 or not info.shape:
+        return info, partial(store.read, key)
+    return tensor_info(FP16, info.shape), lambda: cast(store.read(key), FP16)
+
+
+def _one() -> Tensor:
+    import torch
+
+    return torch.tensor(1.0)
+
+
+def _scaled(layer: Layer, keeps_alpha: bool) -> tuple[Tensor, Tensor]:
+    """up [out, r] and down [r, n] as they are written: with the scale of an alpha that is no more, or is 1 now."""
+    up, down = (layer.store.read(layer.keys[role]).flatten(1).double() for role in ("up", "down"))
+    factor = (layer.scale * (layer.rank if keeps_alpha else 1)) if "alpha" in layer.keys else 1.0
+    half = math.sqrt(abs(factor))
+    return up * math.copysign(half, factor), down * half
+
+
+def _rounded(layer: Layer, keeps_alpha: bool) -> Rounded:
+    from lorashrink.engine.rounding import to_float8
+
+    return to_float8(*_scaled(layer, keeps_alpha))
+
+
+def _factor(layer: Layer, keeps_alpha: bool, role: str, small: bool) -> Tensor:
+    if small:
+        rounded = _rounded(layer, keeps_alpha)
+        return rounded.up if role == "up" else rounded.down
+    up, down = _scaled(layer, keeps_alpha)
+    return cast(up if role == "up" else down, FP16)

@@ -1,0 +1,275 @@
+"""Ranks and dtypes chosen together, by one price per byte.
+
+For a price, every layer takes the rank and the dtype at which dropped + 0.01 · rounding + price · bytes is least. The
+price is then the lowest for which the file fits, or the highest for which the predicted quality is reached.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from lorashrink.errors import RecipeError
+from lorashrink.recipes.choice import Selection, adjusted, budget, score, select, size_for, widths_of
+from lorashrink.recipes.grammar import Recipe
+from lorashrink.recipes.quality import ANCHOR, ROUNDING_IN_CHOICES, allowed_distortion, distortion, predicted_db
+from lorashrink.recipes.terms import LayerFacts
+from lorashrink.text import size_text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+# What is known of a layer in each dtype that it may be written in, the preferred one first.
+Offer = Mapping[str, LayerFacts]
+
+# Factors that 8 bits change by more than this part of the layer's norm are kept in the next dtype on offer.
+_COARSE = 0.25
+
+# (rank to write of each layer, threshold, dtype of each layer) -> exact bytes of the file
+SizeInDtypes = Callable[[Sequence[int], float | None, Sequence[str]], int]
+
+# `auto` leaves one dtype where mixing them could gain no more than this part of what is lost, 0.3 dB.
+_SHOWS = 0.1
+
+_ROUNDS = 30  # of bisection: 20 decades of prices to the seventh digit
+
+
+def fine_enough(offer: Offer) -> Offer:
+    """What is on offer without dtypes that round the layer too coarsely; the last one always stays."""
+    *others, last = offer
+    return {name: offer[name] for name in others if not _coarse(offer[name])} | {last: offer[last]}
+
+
+def _coarse(facts: LayerFacts) -> bool:
+    squares = facts.sigma**2
+    return facts.noise is not None and float((facts.noise * squares).sum()) > _COARSE**2 * float(squares.sum())
+
+
+def select_in_dtypes(
+    recipe: Recipe, offers: Sequence[Offer], dtype: str, file_size: SizeInDtypes, anchor: float = ANCHOR
+) -> Selection:
+    """What a recipe keeps of each layer, and in which of the dtypes on offer.
+
+    dtype: "mixed" and "auto" choose dtypes by price; any other word takes the first of each layer. anchor: see
+    `recipes.quality`. Raises RecipeError if `size=` or `quality=` cannot be reached.
+    """
+    plain = [dict([next(iter(offer.items()))]) for offer in offers]
+    if dtype == "mixed":
+        return _selected(recipe, offers, file_size, anchor)
+    try:
+        selection = _selected(recipe, plain, file_size, anchor)
+    except RecipeError:
+        if dtype != "auto" or recipe.select != "quality":
+            raise
+        return _selected(recipe, offers, file_size, anchor)
+    if dtype == "auto":
+        market = _Market(recipe, plain)
+        dropped, rounding = market.losses([len(kept) for kept in selection.kept], selection.dtypes)
+        if ROUNDING_IN_CHOICES * rounding > _SHOWS * dropped:
+            return _selected(recipe, offers, file_size, anchor)
+    return selection
+
+
+def _selected(recipe: Recipe, offers: Sequence[Offer], file_size: SizeInDtypes, anchor: float) -> Selection:
+    several = any(len(offer) > 1 for offer in offers)
+    if recipe.select == "quality":
+        return _by_quality(recipe, offers, anchor)
+    if recipe.select == "size" and several:
+        return _by_size(recipe, offers, file_size)
+    dtypes = tuple(next(iter(offer)) for offer in offers)
+    facts = [next(iter(offer.values())) for offer in offers]
+    selection = select(recipe, facts, lambda widths, threshold: file_size(widths, threshold, dtypes))
+    if several:
+        market = _Market(recipe, offers)
+        counts = [len(kept) for kept in selection.kept]
+        dtypes = market.dtypes(counts, market.price_of(counts, selection.threshold))
+    return replace(selection, dtypes=dtypes)
+
+
+def _by_quality(recipe: Recipe, offers: Sequence[Offer], anchor: float) -> Selection:
+    market = _Market(recipe, offers)
+    allowed = allowed_distortion(recipe.value, anchor)
+
+    def reached(price: float) -> bool:
+        return distortion(*market.losses_at(price)) <= allowed
+
+    if not reached(market.lowest):
+        best = predicted_db(distortion(*market.losses_at(market.lowest)), anchor)
+        raise RecipeError(
+            f"recipe '{recipe}': about {best:.1f} dB is the most that these layers have in "
+            f"{' and '.join(market.names)}. Use -t mixed, or a lower quality."
+        )
+    return market.selection(_last(market, reached))
+
+
+def _by_size(recipe: Recipe, offers: Sequence[Offer], file_size: SizeInDtypes) -> Selection:
+    market = _Market(recipe, offers)
+
+    def size(price: float) -> int:
+        selection = market.selection(price)
+        return file_size(selection.widths, selection.threshold, selection.dtypes)
+
+    least = size(market.highest)
+    if least > budget(recipe):
+        raise RecipeError(
+            f"recipe '{recipe}': the parts of this file that cannot shrink need {size_text(least)}; "
+            f"the smallest possible is size={size_for(least)}."
+        )
+    if size(market.lowest) <= budget(recipe):
+        return market.selection(market.lowest)
+    return market.selection(_first(market, lambda price: size(price) <= budget(recipe)))
+
+
+def _last(market: _Market, holds: Callable[[float], bool]) -> float:
+    """The highest price for which it holds; it holds for the lowest."""
+    low, high = market.lowest, market.highest
+    for _ in range(_ROUNDS):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _first(market: _Market, holds: Callable[[float], bool]) -> float:
+    """The lowest price for which it holds; it holds for the highest."""
+    low, high = market.lowest, market.highest
+    for _ in range(_ROUNDS):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+@dataclass(eq=False)
+class _Market:
+    """All layers with what their dimensions are worth, what rounding them costs, and their bytes."""
+
+    recipe: Recipe
+    offers: Sequence[Offer]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All dtypes on offer."""
+        return tuple(dict.fromkeys(name for offer in self.offers for name in offer))
+
+    @cached_property
+    def _facts(self) -> list[LayerFacts]:
+        return [next(iter(offer.values())) for offer in self.offers]
+
+    @cached_property
+    def _worth(self) -> list[Array]:
+        """Per layer [r]: what each dimension is worth, whatever its bytes; that is σ² where it is calibrated."""
+        by_size = [0.5 * self.recipe.bytes_weight * math.log10(facts.bytes_per_rank) for facts in self._facts]
+        scores = [score(self.recipe, facts) + own for facts, own in zip(self._facts, by_size, strict=True)]
+        unit = (self._facts[0].file_norm or 1.0) ** 2 if self._facts else 1.0
+        return [unit * 10.0 ** (2 * values) for values in scores]
+
+    @cached_property
+    def _orders(self) -> list[Array]:
+        import numpy as np
+
+        return [np.argsort(-worth, kind="stable") for worth in self._worth]
+
+    @cached_property
+    def _width(self) -> int:
+        return max((len(worth) for worth in self._worth), default=0) + 1
+
+    @cached_property
+    def _dropped(self) -> Array:
+        """[layers, k]: what is lost if k dimensions are kept; infinite past the rank."""
+        import numpy as np
+
+        table = np.full((len(self.offers), self._width), np.inf)
+        for row, worth, order, facts in zip(table, self._worth, self._orders, self._facts, strict=True):
+            rest = worth[order][::-1].cumsum()[::-1]
+            row[: facts.rank + 1] = np.append(rest, 0.0)[: facts.rank + 1]
+        return table
+
+    @cached_property
+    def _rounding(self) -> Array:
+        """[layers, dtypes, k]: what rounding k dimensions costs; infinite in dtypes that are not on offer."""
+        import numpy as np
+
+        table = np.full((len(self.offers), len(self.names), self._width), np.inf)
+        for row, offer, worth, order in zip(table, self.offers, self._worth, self._orders, strict=True):
+            for name, facts in offer.items():
+                noise = np.zeros(len(worth)) if facts.noise is None else facts.noise
+                row[self.names.index(name), : len(worth) + 1] = np.append(0.0, (noise * worth)[order].cumsum())
+        return table
+
+    @cached_property
+    def _bytes(self) -> Array:
+        """[layers, dtypes]: bytes of one rank."""
+        import numpy as np
+
+        return np.array(
+            [[offer[name].bytes_per_rank if name in offer else 0 for name in self.names] for offer in self.offers]
+        )
+
+    @cached_property
+    def highest(self) -> float:
+        """A price for which nothing is kept."""
+        return 2 * self._extreme(max)
+
+    @cached_property
+    def lowest(self) -> float:
+        """A price for which everything is kept in the best dtype."""
+        return 1e-9 * self._extreme(min)
+
+    def _extreme(self, choose: Callable[[Sequence[float]], float]) -> float:
+        prices = [
+            worth[worth > 0] / facts.bytes_per_rank for worth, facts in zip(self._worth, self._facts, strict=True)
+        ]
+        return choose([float(choose(list(values))) for values in prices if len(values)] or [1.0])
+
+    def _best(self, price: float) -> tuple[list[int], list[str]]:
+        """(dimensions, dtype) of each layer that cost least."""
+        import numpy as np
+
+        ranks = np.arange(self._width)
+        costs = (
+            self._dropped[:, None, :] + ROUNDING_IN_CHOICES * self._rounding + price * self._bytes[:, :, None] * ranks
+        )
+        flat = costs.reshape(len(costs), -1).argmin(1)
+        return (flat % self._width).tolist(), [self.names[index] for index in (flat // self._width).tolist()]
+
+    def selection(self, price: float) -> Selection:
+        """What is kept at a price per byte."""
+        counts, dtypes = self._best(price)
+        counts = adjusted(self.recipe, self._facts, counts)
+        kept = tuple(tuple(order[:count].tolist()) for order, count in zip(self._orders, counts, strict=True))
+        unit = (self._facts[0].file_norm or 1.0) ** 2 if self._facts else 1.0
+        everything = all(count == facts.rank for count, facts in zip(counts, self._facts, strict=True))
+        threshold = None if everything else 0.5 * math.log10(price / unit)
+        return Selection(kept, tuple(widths_of(self.recipe, counts)), threshold, tuple(dtypes))
+
+    def losses_at(self, price: float) -> tuple[float, float]:
+        """(dropped, rounding) of what is kept at a price."""
+        selection = self.selection(price)
+        return self.losses([len(kept) for kept in selection.kept], selection.dtypes)
+
+    def losses(self, counts: Sequence[int], dtypes: Sequence[str]) -> tuple[float, float]:
+        """(dropped, rounding) of so many dimensions of each layer in these dtypes."""
+        rows = range(len(counts))
+        columns = [self.names.index(name) for name in dtypes]
+        dropped = self._dropped[rows, list(counts)].sum()
+        return float(dropped), float(self._rounding[rows, columns, list(counts)].sum())
+
+    def price_of(self, counts: Sequence[int], threshold: float | None) -> float:
+        """The price per byte that a selection pays: that of its threshold, or of one rank less in every layer."""
+        unit = (self._facts[0].file_norm or 1.0) ** 2 if self._facts else 1.0
+        if threshold is not None and self.recipe.bytes_weight == 1:
+            return unit * 10.0 ** (2 * threshold)
+        kept = [(count, row) for row, count in enumerate(counts) if count]
+        worth = sum(float(self._worth[row][self._orders[row][count - 1]]) for count, row in kept)
+        return worth / max(1, sum(self._facts[row].bytes_per_rank for _, row in kept))
+
+    def dtypes(self, counts: Sequence[int], price: float) -> tuple[str, ...]:
+        """The dtype of each layer that costs least for a rank that is decided."""
+        rows = range(len(counts))
+        ranks = [[count] for count in counts]
+        costs = ROUNDING_IN_CHOICES * self._rounding[rows, :, list(counts)] + price * self._bytes * ranks
+        return tuple(self.names[index] for index in costs.argmin(1).tolist())
