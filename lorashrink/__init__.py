@@ -16,6 +16,7 @@ from lorashrink.errors import LorashrinkError as LorashrinkError
 if TYPE_CHECKING:
     from lorashrink.adapters import Tensors as Tensors
     from lorashrink.adapters import open_adapter as open_adapter
+    from lorashrink.automatic.run import shrink as shrink
     from lorashrink.bases import open_base as open_base
     from lorashrink.bases.norms import norms as norms
     from lorashrink.calibration.calibrate import calibrate as calibrate
@@ -55,6 +56,7 @@ _MODULES = {
     "pack": "packing.pack",
     "report": "reports.report",
     "resize": "shrinking.run",
+    "shrink": "automatic.run",
     "sweep": "sweeping.sweep",
     "unpack": "packing.unpack",
 }

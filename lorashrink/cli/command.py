@@ -7,13 +7,14 @@ import functools
 import inspect
 import logging
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from lorashrink._version import __version__
+from lorashrink.cli.conditions import Condition, Measure, Measured
 from lorashrink.cli.printing import print_json, say
 from lorashrink.cli.progress import progress_bars
 from lorashrink.errors import Progress, explained
@@ -23,7 +24,7 @@ from lorashrink.text import count_text, printable
 
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-EXIT_SOME_FAILED, EXIT_NOTHING_DONE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_SOME_FAILED, EXIT_NOTHING_DONE, EXIT_CONDITION, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +43,26 @@ def command(
     *,
     done: Callable[[Any], bool] = lambda result: True,
     verbose_help: str = "Say more; -vv lists every layer.",
+    measure: Measure | None = None,
+    quantities: Collection[str] = (),
 ) -> Callable[[Callable[..., object]], Callable[..., None]]:
     """Make a command of a function that calls one public function and returns the result.
 
     The function takes a `Terminal` before its own options; the command has the options of all commands behind these.
     It prints the result as JSON or by `show`; without `show` the function prints it itself. The exit status
     follows from the `failed` of the result, and from whether something was `done` in spite of them.
+    measure, quantities: what `--fail-on` compares, for functions with that option.
     """
 
     def decorate(function: Callable[..., object]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*, as_json: bool, verbose: int, quiet: bool, debug: bool, **arguments: Any) -> None:
             with _session(as_json, verbose, quiet, debug) as progress:
+                conditions = [Condition.parse(text, quantities) for text in arguments.pop("fail_on", None) or ()]
                 terminal = Terminal(as_json, verbose, quiet, arguments.get("dry_run", False), progress)
                 result = function(terminal, **arguments)
             if show and as_json:
-                print_json({"version": __version__, **plain(result)})
+                print_json({"version": __version__, "command": function.__name__, **plain(result)})
             elif show and not quiet:
                 show(result, terminal)
             failed = getattr(result, "failed", ())
@@ -65,12 +70,24 @@ def command(
                 _print_error(failure.error)
             if failed:
                 raise typer.Exit(EXIT_SOME_FAILED if done(result) else EXIT_NOTHING_DONE)
+            if measure and _print_faults(conditions, measure(result)):
+                raise typer.Exit(EXIT_CONDITION)
 
         run.__annotations__ = {}  # typer reads the options of a command from its signature
         run.__signature__ = _signature(function, verbose_help)  # type: ignore[attr-defined]
         return run
 
     return decorate
+
+
+def _print_faults(conditions: Sequence[Condition], results: Iterable[tuple[str, Measured]]) -> int:
+    """Name the results that meet a condition; how many there are."""
+    faults = [
+        (name, fault) for name, measured in results for condition in conditions if (fault := condition.fault(measured))
+    ]
+    for name, fault in faults:
+        _print_error(f"{name}: {fault}")
+    return len(faults)
 
 
 def _signature(function: Callable[..., object], verbose_help: str) -> inspect.Signature:

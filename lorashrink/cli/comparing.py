@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorashrink.cli.command import Terminal, command
+from lorashrink.cli.conditions import FailOn, Measured
 from lorashrink.cli.options import Base, Csv, Device, Force, Jobs, split_base
 from lorashrink.cli.printing import check_outputs, new_console, new_table, some_names, write_csv
 from lorashrink.errors import UsageError
@@ -86,7 +88,11 @@ def _verdict(total: BlockDifference, bytes_kept: float) -> str:
     return f"B is A with {error} error, {size} ({facts})"
 
 
-@command(_print_comparison, verbose_help="List every layer.")
+def _measured(comparison: Comparison) -> Iterator[tuple[str, Measured]]:
+    yield comparison.b.path, {"error": comparison.total.relative_difference, "size": comparison.b.bytes}
+
+
+@command(_print_comparison, verbose_help="List every layer.", measure=_measured, quantities=("error", "size"))
 def compare(
     terminal: Terminal,
     files: Annotated[
@@ -99,6 +105,7 @@ def compare(
         Path | None, typer.Option("--plot", help="Draw the difference of each block into this .png or .svg.")
     ] = None,
     force: Force = False,
+    fail_on: FailOn = None,
     as_csv: Csv = None,
 ) -> object:
     """Compare what two adapters add to the base, whatever their names, families and ranks.

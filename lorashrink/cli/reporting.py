@@ -23,8 +23,8 @@ from lorashrink.cli.options import (
     Seeds,
     Sizes,
     Text,
-    numbers_of,
     seeds_of,
+    sizes_of,
     split_base,
 )
 from lorashrink.cli.printing import new_console
@@ -86,7 +86,7 @@ def report(
         adapters[0],
         base=base,
         recipes=recipe or (),
-        sizes=numbers_of("--sizes", sizes),
+        sizes=sizes_of("--sizes", sizes),
         calibration=calibration,
         images=images,
         prompts=prompts,

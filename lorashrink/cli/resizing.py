@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
+from lorashrink.cli.conditions import FailOn, Measured
 from lorashrink.cli.options import (
     Adapters,
     Base,
@@ -46,7 +47,12 @@ _METADATA = 4096
 _KINDS = 8
 
 
-@command(done=lambda report: bool(report.results))
+def _measured(report: Report) -> Iterator[tuple[str, Measured]]:
+    for result in report.results:
+        yield result.output, {"error": result.relative_error, "size": result.bytes_after}
+
+
+@command(done=lambda report: bool(report.results), measure=_measured, quantities=("error", "size"))
 def resize(
     terminal: Terminal,
     files: Adapters,
@@ -109,13 +115,14 @@ def resize(
         bool,
         typer.Option("--space-check/--no-space-check", help="Begin only if the disk could take even what shrinks not."),
     ] = True,
+    fail_on: FailOn = None,
     as_csv: Csv = None,
 ) -> object:
     """Shrink adapters: keep the dimensions that a recipe names, drop the rest.
 
     Example: lorashrink resize -o out -r fro_ckpt=1,thr=-3.55 model.safetensors lora.safetensors
     """
-    from lorashrink.recipes.grammar import DEFAULT, parse_recipes
+    from lorashrink.recipes.grammar import DEFAULT_ALONE, parse_recipes
     from lorashrink.shrinking.options import ResizeKeywords
 
     # Parameters that bear the name of an option are passed on; `locals()` comes before any of them changes.
@@ -123,8 +130,10 @@ def resize(
     with Gathered(as_json=terminal.as_json, as_csv=as_csv is not None, everything=terminal.verbose > 0) as gathered:
         check_outputs([*files, base, calibration, group_by_base], force, as_csv=as_csv)
         base, adapters = split_base(files, base)
-        recipes = recipe or [DEFAULT]
+        recipes = recipe or []
         parse_recipes(recipes)  # before torch is imported: a typo is answered at once
+        if not recipes and base is None and group_by_base is None and not (terminal.quiet or terminal.as_json):
+            say(f"no base: every layer keeps {DEFAULT_ALONE}. With --base MODEL files become smaller.", errors=True)
         run = _runner(ray, ray_transfer, gpus_per_task)
         options |= {"base": base, "recipes": recipes, "quantiles": terminal.verbose > 0}
         report = run(adapters, each=gathered.add, progress=terminal.progress, **options)

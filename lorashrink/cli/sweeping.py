@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorashrink.cli.command import Terminal, command
+from lorashrink.cli.conditions import FailOn, Measured
 from lorashrink.cli.options import (
     Adapter,
     Base,
@@ -26,8 +28,8 @@ from lorashrink.cli.options import (
     Seeds,
     Sizes,
     Text,
-    numbers_of,
     seeds_of,
+    sizes_of,
     split_base,
 )
 from lorashrink.cli.printing import check_outputs, new_console, new_table, write_csv
@@ -98,7 +100,13 @@ def _csv_row(point: Point) -> dict[str, Any]:
     return row | {name: number for name, number in pictures.items() if name not in ("files", "values")}
 
 
-@command(print_sweep)
+def _measured(result: Sweep) -> Iterator[tuple[str, Measured]]:
+    for point in result.points:
+        worst = min(point.pictures.values["psnr"]) if point.pictures else None
+        yield point.recipe, {"error": point.relative_error, "psnr": worst, "size": point.bytes}
+
+
+@command(print_sweep, measure=_measured, quantities=("error", "psnr", "size"))
 def sweep(
     terminal: Terminal,
     adapter: Adapter,
@@ -123,6 +131,7 @@ def sweep(
         Path | None, typer.Option("--plot", help="Draw size against error, or against pictures, into a .png or .svg.")
     ] = None,
     force: Force = False,
+    fail_on: FailOn = None,
     as_csv: Csv = None,
 ) -> object:
     """Try many recipes on one adapter: size against error, with a recommendation. Writes no adapter.
@@ -155,7 +164,7 @@ def sweep(
         adapters[0],
         base=base,
         recipes=recipe or (),
-        sizes=numbers_of("--sizes", sizes),
+        sizes=sizes_of("--sizes", sizes),
         dtype=dtype,
         device=device,
         jobs=jobs,

@@ -166,8 +166,12 @@ class Studio:
         *,
         dtype: str | None = None,
         progress: Callable[[int, int], None] | None = None,
+        enough: Callable[[int, Path], bool] | None = None,
     ) -> list[Path]:
         """The picture files of all shots, with an adapter or with none; `label` is part of the names of new ones.
+
+        enough: told the number and the file of each picture in turn; no more are drawn after the first for which it
+        is true.
 
         Raises:
             InputError: the adapter cannot be loaded.
@@ -192,6 +196,9 @@ class Studio:
                         paths[index] = _write_png(self.folder / name, picture)
                     if progress:
                         progress(index + 1, len(self.shots))
+                    path = paths[index]
+                    if enough and path and enough(index, path):
+                        break
         complete = [path for path in paths if path is not None]
         self._used.update(complete)
         return complete

@@ -13,10 +13,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lorashrink.errors import RecipeError
-from lorashrink.recipes.choice import Selection, adjusted, budget, mebibytes, score, select, widths_of
+from lorashrink.recipes.choice import Selection, adjusted, budget, score, select, size_for, widths_of
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.recipes.quality import ANCHOR, ROUNDING_IN_CHOICES, allowed_distortion, distortion, predicted_db
 from lorashrink.recipes.terms import LayerFacts
+from lorashrink.text import size_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,8 +130,8 @@ def _by_size(recipe: Recipe, offers: Sequence[Offer], file_size: SizeInDtypes) -
     least = size(market.highest)
     if least > budget(recipe):
         raise RecipeError(
-            f"recipe '{recipe}': the parts of this file that cannot shrink need {least / 2**20:.4f} MiB; "
-            f"the smallest possible is size={mebibytes(least)}."
+            f"recipe '{recipe}': the parts of this file that cannot shrink need {size_text(least)}; "
+            f"the smallest possible is size={size_for(least)}."
         )
     if size(market.lowest) <= budget(recipe):
         return market.selection(market.lowest)

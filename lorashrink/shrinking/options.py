@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from lorashrink.bases import Base
-from lorashrink.recipes.grammar import DEFAULT, Recipe
+from lorashrink.recipes.grammar import Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +17,7 @@ class ResizeOptions:
 
     # A checkpoint, diffusers folder or norm table; tensors of a model by their names; a base that is open already.
     base: str | Path | Mapping[str, Any] | Base | None = None
-    recipes: str | Recipe | Sequence[str | Recipe] = DEFAULT
+    recipes: str | Recipe | Sequence[str | Recipe] = ()  # none: `DEFAULT` with a base, `DEFAULT_ALONE` without
     output: str | Path | None = None  # folder, or file if there is one output; None: beside the input
     dtype: str = "same"  # "same", "fp8", "mixed", "auto", "fp16", "bf16" or "fp32"; also "16", "32"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"

@@ -97,7 +97,9 @@ def _finish(work: Work, session: Session, ledger: Ledger) -> None:
         warnings: Mapping[Path, list[str]] = {}
         if not options.dry_run:
             report = session.reporter(f"writing {source.path.name}")
-            warnings = write(plans, pool=session.pool, device=session.device, progress=report)
+            most = session.job.most_share * sum(path.stat().st_size for path in work.adapter.store.files)
+            worthy = {path: plan for path, plan in plans.items() if plan.nbytes <= most}
+            warnings = write(worthy, pool=session.pool, device=session.device, progress=report) if worthy else {}
         base, sources = own_base(source.against, session), sources_of(work.adapter)
         results = []
         for path, plan in plans.items():

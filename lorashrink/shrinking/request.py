@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from lorashrink.files.store import IN_8_BITS, MIXTURES
 from lorashrink.linking.inputs import Sum, check_exists, find_inputs, split_weight
 from lorashrink.linking.loaders import open_for_8_bits
 from lorashrink.linking.renaming import check_naming, renamed
-from lorashrink.recipes.grammar import Recipe, parse_recipes
+from lorashrink.recipes.grammar import DEFAULT, DEFAULT_ALONE, Recipe, parse_recipes
 from lorashrink.shrinking.grouping import read_table
 from lorashrink.shrinking.ledger import Targets
 from lorashrink.shrinking.options import ResizeOptions
@@ -54,6 +55,7 @@ class Job:
     lenient: bool = False  # see `shrink`
     variant: str = ""  # whatever decides what is written, beside the options that every run has
     journal: Path | None = None  # folder
+    most_share: float = math.inf  # outputs that are larger than this share of their input are reported, not written
     weights: Mapping[Path, float] = field(default_factory=dict)  # of each source of a stack; {} without --stack
 
 
@@ -110,7 +112,10 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
         hint="--force to replace it or --skip-existing to keep it",
     )
     if not bases:
-        check_needs(recipes, options.base, next(iter(files.values()))[0])
+        first = next(iter(files.values()))[0]
+        check_needs(recipes, options.base, first)
+        if not options.recipes and options.base is None:
+            open_adapter(first).close()  # it may be the base that was meant, and its own error says more
     check_calibration(recipes, options.calibration)
     if options.space_check and not options.dry_run and sum(map(len, targets.values())) > _FEW_OUTPUTS:
         check_space(_most_bytes(targets, files, options))
@@ -137,8 +142,9 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
 
 def requested_recipes(options: ResizeOptions, reader: Target | None) -> list[Recipe]:
     """The recipes, with the items that other options add to each of them."""
-    recipes = [options.recipes] if isinstance(options.recipes, (str, Recipe)) else options.recipes
-    texts = [str(recipe) for recipe in recipes]
+    has_base = options.base is not None or options.group_by_base is not None
+    chosen = options.recipes or (DEFAULT if has_base else DEFAULT_ALONE)
+    texts = [str(recipe) for recipe in ([chosen] if isinstance(chosen, (str, Recipe)) else chosen)]
     limits = {"clip": options.clip, "fro_limit": options.fro_limit}
     items = [f"{key}={value}" for key, value in limits.items() if value is not None]
     texts = [",".join([recipe, *items]) for text in texts for recipe in text.split(":")]

@@ -5,6 +5,7 @@ request -> session -> pipeline (or stack) -> ledger -> report
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -45,7 +46,7 @@ def resize(
         recursive: adapters in subfolders too. Default False.
         strict: tensors that belong to no known family are an error. Default False.
     What is kept:
-        recipes: strings, or `Recipe` objects. Default "fro_ckpt=1,thr=-3.55".
+        recipes: strings, or `Recipe` objects. Default "fro_ckpt=1,thr=-3.55", without a base "energy=0.99".
         stack: `size=` is for all adapters together, and their dimensions compete for it; `A:0.7` is then A, whose
             scores are those of 0.7·ΔW. Default False.
         clip, fro_limit: `clip=` and `fro_limit=` of every recipe.
@@ -97,6 +98,8 @@ def shrink(
     opener: Opener = open_source,
     lenient: bool = False,
     variant: str = "",
+    most_share: float = math.inf,
+    each: OnResult | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Shrink what `opener` makes of each source, to each of its outputs, source -> output -> recipe.
@@ -104,10 +107,12 @@ def shrink(
     options: of these only those that say how one file is shrunk; `targets` stand for the others. lenient: recipes that
     keep nothing of a file, or cannot reach their size, are left out of its results where another recipe can be carried
     out; otherwise they fail the file. variant: names whatever else decides what is written.
+    most_share: a result whose file would be larger than this share of its input is reported and not written. each: as
+    in `resize`.
     """
     check_calibration([recipe for outputs in targets.values() for recipe in outputs.values()], options.calibration)
-    job = Job(targets, options, opener=opener, lenient=lenient, variant=variant)
-    return _carry_out(job, on_result=None, progress=progress)
+    job = Job(targets, options, opener=opener, lenient=lenient, variant=variant, most_share=most_share)
+    return _carry_out(job, on_result=each, progress=progress)
 
 
 def _carry_out(job: Job, *, on_result: OnResult | None, progress: Progress | None) -> Report:

@@ -39,6 +39,18 @@ def test_resize_defaults_to_the_recipe_of_training_guides(adapter: Path, base: P
     assert [path.name for path in tmp_path.iterdir()] == ["lora_frockpt1_th-3.55.safetensors"]
 
 
+def test_resize_without_a_base_keeps_99_percent_of_the_energy(adapter: Path, tmp_path: Path) -> None:
+    run("resize", "-o", tmp_path, adapter)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora_energy0.99.safetensors"]
+
+
+def test_resize_without_a_recipe_names_a_base_that_is_missing(adapter: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["resize", "-o", str(tmp_path), str(tmp_path / "model.safetensors"), str(adapter)])
+    assert result.exit_code == 2
+    assert "model.safetensors: cannot be read" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_resize_json_has_the_documented_fields(adapter: Path, base: Path, tmp_path: Path) -> None:
     document = json.loads(run("resize", "-o", tmp_path, "-r", "fro_ckpt,thr=-1.6", "--json", base, adapter))
     assert document["version"] == __version__

@@ -1,0 +1,1 @@
+"""Shrinking without a recipe: the method, the size and the dtype follow from what is at hand."""

@@ -1,0 +1,179 @@
+"""The best method at hand for an adapter: a calibration table, else the base, else the adapter alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+from lorashrink.adapters import Adapter, open_adapter
+from lorashrink.automatic.levels import ADAPTER_LINE, BASE_LINE, Level, error_for
+from lorashrink.bases import Base, open_base
+from lorashrink.calibration.statistics import FORMAT, Statistics, open_statistics
+from lorashrink.errors import FamilyMismatch, InputError, ShapeError, UsageError
+from lorashrink.files.disk import user_cache
+from lorashrink.files.header import read_header
+from lorashrink.linking.matching import match
+from lorashrink.text import percent_text
+
+# A file that is larger is no table, and its header need not be read.
+_LARGEST_TABLE = 1 << 30
+
+_CALIBRATE = "lorashrink calibrate --base-table MODEL -o TABLE"
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What the dimensions of an adapter are compared with."""
+
+    name: str  # "calibrated", "base" or "adapter"
+    why: str
+    base: Path | None = None
+    calibration: Path | None = None
+
+    @property
+    def score(self) -> str:
+        """The part of recipes that says which dimensions go first."""
+        return {"calibrated": "calib,bytes", "base": "fro_ckpt,bytes", "adapter": "bytes"}[self.name]
+
+    def of_level(self, level: Level) -> str:
+        """The recipe that keeps as much as a level of quality needs."""
+        if self.name == "calibrated":
+            return f"{self.score},quality={level.mean:g}"
+        if self.name == "base":
+            return f"{self.score},error={error_for(level, BASE_LINE):.3g}"
+        return f"energy={1 - error_for(level, ADAPTER_LINE) ** 2:.6g}"
+
+    def of_size(self, size: float) -> str:
+        """The recipe of a file of so many bytes at most."""
+        return f"{self.score},size={size / 2**20!r}"
+
+    def of_rank(self, rank: int) -> str:
+        """The recipe of one rank for all layers."""
+        return f"calib,rank={rank}" if self.name == "calibrated" else f"rank={rank}"
+
+    def stands_in(self, level: Level) -> str:
+        """Which numbers stand for a level where nothing predicts pictures, and where they come from; "" otherwise."""
+        if self.name == "calibrated":
+            return ""
+        error = error_for(level, BASE_LINE if self.name == "base" else ADAPTER_LINE)
+        energy = f" (energy {1 - error**2:.4g})" if self.name == "adapter" else ""
+        return (
+            f"pictures not checked: {percent_text(error)} error of the weights{energy} stands for {level.mean:g} dB, "
+            "as measured on a small model in docs/evidence.md"
+        )
+
+
+class Methods:
+    """The base and the tables at hand, opened when the first adapter needs them. Use it as a context manager."""
+
+    def __init__(self, base: Path | None, calibration: Path | None) -> None:
+        self._base_path, self._calibration = base, calibration
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Methods:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    @cached_property
+    def _base(self) -> Base | None:
+        return self._stack.enter_context(open_base(self._base_path)) if self._base_path is not None else None
+
+    @cached_property
+    def _tables(self) -> list[tuple[Statistics, str]]:
+        """Tables that are tried in turn, with where they were found. Raises InputError for the one that was named."""
+        tables = []
+        if self._calibration is not None:
+            tables.append((self._stack.enter_context(open_statistics(self._calibration)), "as --calibration says"))
+        near = [(path, "beside the model") for path in _tables_beside(self._base_path)]
+        cached = [(path, "from the user's cache") for path in _tables_in(table_folder())]
+        for path, where in (*near, *cached):
+            tables.append((self._stack.enter_context(open_statistics(path)), where))
+        base = self._base
+        # Those of the model itself before those of its relatives; Python's sort keeps the order otherwise.
+        return sorted(
+            tables,
+            key=lambda table: (
+                table[0].path != self._calibration,
+                base is not None and table[0].base.fingerprint != base.fingerprint,
+            ),
+        )
+
+    def check(self) -> None:
+        """Open what was named, before any work. Raises InputError or NotABase."""
+        assert self._base is None or self._base.shapes
+        assert self._tables is not None
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """What the base and the tables are, for comparison with an earlier run."""
+        return (self._base.fingerprint if self._base else "", *(table.fingerprint for table, _ in self._tables))
+
+    def of(self, source: Path) -> Method:
+        """The best method for an adapter. Raises InputError if the adapter cannot be read."""
+        if self._base is None and not self._tables:
+            return Method(
+                "adapter", f"by the adapter alone (with a table of the model about 40 % smaller: {_CALIBRATE})"
+            )
+        misfits: list[str] = []
+        with open_adapter(source) as adapter:
+            for table, where in self._tables:
+                if _fits(adapter, table, misfits):
+                    return Method(
+                        "calibrated", f"calibrated with {table.path.name}, {where}", self._base_of(adapter), table.path
+                    )
+            if base := self._base_of(adapter, misfits):
+                why = f"compared with {base.name} (with a table of the model about 30 % smaller: {_CALIBRATE})"
+                return Method("base", why, base)
+        return Method("adapter", f"by the adapter alone: {misfits[0]}" if misfits else "by the adapter alone")
+
+    def _base_of(self, adapter: Adapter, misfits: list[str] | None = None) -> Path | None:
+        base = self._base
+        return self._base_path if base and _fits(adapter, base, [] if misfits is None else misfits) else None
+
+
+def _fits(adapter: Adapter, means: Statistics | Base, misfits: list[str]) -> bool:
+    """Whether a table or base is for this adapter; why it is not is added to `misfits`."""
+    try:
+        if isinstance(means, Statistics):
+            return any(means.of_layers(adapter))
+        return any(match(adapter, means))
+    except (FamilyMismatch, ShapeError, InputError, UsageError) as error:
+        misfits.append(str(error))
+        return False
+
+
+def table_folder() -> Path | None:
+    """The folder in the user's cache where tables are looked for; None for a user without a home."""
+    folder = user_cache()
+    return folder and folder / "tables"
+
+
+def _tables_beside(model: Path | None) -> Sequence[Path]:
+    if model is None:
+        return ()
+    folders = [model.parent, *([model] if model.is_dir() else ())]
+    return [path for folder in folders for path in _tables_in(folder)]
+
+
+def _tables_in(folder: Path | None) -> Iterator[Path]:
+    """The calibration tables in a folder, the newest first."""
+    if folder is None or not folder.is_dir():
+        return
+    files = [path for path in folder.glob("*.safetensors") if path.is_file()]
+    for path in sorted(files, key=lambda path: -path.stat().st_mtime):
+        if path.stat().st_size < _LARGEST_TABLE and _is_table(path):
+            yield path
+
+
+def _is_table(path: Path) -> bool:
+    try:
+        entries = read_header(path)[1]
+    except InputError:
+        return False
+    return entries.get("format") == FORMAT and entries.get("kind") == "base"

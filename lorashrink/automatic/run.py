@@ -1,0 +1,369 @@
+"""`shrink`: make adapters smaller without a recipe.
+
+collect -> method and level -> recipe (by prediction, or by pictures) -> resize -> record and page
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from lorashrink._version import __version__
+from lorashrink.adapters import open_adapter, peft
+from lorashrink.automatic.collecting import Item, check_existing, collect, copy_sidecars
+from lorashrink.automatic.drawing import Gallery, Series, recipe_by_pictures, worst_of
+from lorashrink.automatic.levels import Level, level_of
+from lorashrink.automatic.methods import Method, Methods
+from lorashrink.automatic.record import Record, as_earlier, source_stamp
+from lorashrink.errors import InputError, LorashrinkError, Progress, UsageError, boundary
+from lorashrink.files.disk import check_output, write_bytes
+from lorashrink.files.header import read_header
+from lorashrink.files.metadata_keys import SOURCE
+from lorashrink.recipes.grammar import Recipe
+from lorashrink.reports.before_after import shrunk_page
+from lorashrink.results.automatic import FailedInput, PicturePair, ShrinkReport, Shrunk
+from lorashrink.results.shrinking import FileResult
+from lorashrink.shrinking.options import ResizeOptions
+from lorashrink.shrinking.outputs import shown, source_files
+from lorashrink.shrinking.run import shrink as resize_targets
+from lorashrink.sums.summing import contents_sha256
+from lorashrink.text import bytes_in, size_text
+
+LEAST_GAIN = 0.1  # a file that would shrink by less is left alone
+
+PAGE = "before-after.html"
+
+OWN_OUTPUT = "is smaller already, made by lorashrink"
+
+
+def shrink(
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    model: str | Path | None = None,
+    base: str | Path | None = None,
+    calibration: str | Path | None = None,
+    quality: str | float = "high",
+    size: str | float | None = None,
+    rank: int | None = None,
+    dtype: str = "auto",
+    output: str | Path | None = None,
+    prompts: str | Path | None = None,
+    settings: str | Path | None = None,
+    force: bool = False,
+    device: str = "auto",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> ShrinkReport:
+    """Shrink adapters by the best method at hand, into a folder `shrunk` with the same names and the same tree.
+
+    adapters: files, PEFT folders, globs, and folders with all that is below them. Outputs of earlier runs are left
+    alone, files that would shrink by less than 10 % are reported and not written, and what other programs keep beside
+    an adapter (previews, descriptions) is copied. A rerun goes on where the last one stopped.
+
+    model: the model that the adapters are for; it is the base, and where it can draw, the worst of the pictures that
+    call an adapter decides its size. base: a checkpoint or norm table that only gives norms. calibration: a table that
+    `calibrate` wrote; without it one is looked for beside the model and in the user's cache.
+    quality: "same", "high", "small" or a number of dB. size: of each file, such as "50MB" or a number of MiB. rank: of
+    all layers. Size and rank stand in place of a quality.
+    dtype: "auto" (default) or as in `resize`. output: a folder; default is `shrunk` beside a file and inside a folder.
+    prompts: a file of prompts, or the text of one; default are those that an adapter's metadata suggest. settings: for
+    a model in a single file, a folder of such a model.
+    force: replace outputs that were made from something else.
+
+    An adapter that fails is listed in `failed` and the others are done. Raises UsageError, InputError or OutputError if
+    nothing can be done at all.
+    """
+    entries = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
+    if not entries:
+        raise UsageError("no adapters. Name files, folders or globs.")
+    if size is not None and rank is not None:
+        raise UsageError("--size and --rank: give one of them.")
+    if rank is not None and rank < 1:
+        raise UsageError(f"--rank {rank}: a rank is at least 1.")
+    request = Request(
+        level=level_of(quality),
+        size=None if size is None else _bytes_of(size),
+        rank=rank,
+        dtype=dtype,
+        prompts=prompts,
+        force=force,
+    )
+    folder = None if output is None else Path(output)
+    model_path, base_path, table = (None if path is None else Path(path) for path in (model, base, calibration))
+    collection = collect(entries, folder)
+    for item in collection.items:
+        check_output(item.output, force=True, inputs=source_files(item.source))
+    with ExitStack() as stack:
+        methods = stack.enter_context(Methods(base_path or model_path, table))
+        methods.check()
+        run = Run(
+            request,
+            methods,
+            ResizeOptions(dtype=dtype, device=device, jobs=jobs),
+            progress,
+        )
+        if model_path is not None:
+            try:
+                gallery = Gallery(model_path, settings=_path(settings), device=device, progress=progress)
+                run.gallery = stack.enter_context(gallery)
+            except (UsageError, InputError) as error:
+                run.notes.append(f"no pictures were drawn: {error}")
+        run.of_all(collection.items)
+    for source in collection.own:
+        run.results[source] = _own_output(source)
+    report = run.report()
+    return replace(report, page=_write_page(report, [item.folder for item in collection.items]))
+
+
+def _write_page(report: ShrinkReport, folders: Sequence[Path]) -> str | None:
+    """The page of the run in the folder of its outputs, or in the first one's."""
+    if not report.written:
+        return None
+    path = folders[0] / PAGE
+    write_bytes(path, shrunk_page(report, folders[0]))
+    return str(path)
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _bytes_of(size: str | float) -> float:
+    try:
+        count = bytes_in(str(size))
+    except ValueError:
+        count = 0.0
+    if not 0 < count < float("inf"):
+        raise UsageError(f"--size {size}: a size is a number above 0 with a unit, such as 50MB.")
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user wants of each adapter."""
+
+    level: Level
+    size: float | None  # bytes
+    rank: int | None
+    dtype: str
+    prompts: str | Path | None
+    force: bool
+
+    @property
+    def most_share(self) -> float:
+        """The largest share of an input that is worth writing."""
+        return 1.0 if self.size is not None else 1 - LEAST_GAIN
+
+    def recipe(self, method: Method) -> Recipe:
+        """The recipe without a look at pictures."""
+        if self.size is not None:
+            return Recipe.parse(method.of_size(self.size))
+        return Recipe.parse(method.of_level(self.level) if self.rank is None else method.of_rank(self.rank))
+
+    def key(self, methods: Methods, drawing: bool) -> str:
+        """Text that differs where results may differ, for the record."""
+        prompts = self.prompts
+        if prompts is not None and os.path.isfile(prompts):
+            prompts = Path(prompts).read_text(encoding="utf-8", errors="replace")
+        facts = [
+            __version__,
+            self.level.name,
+            self.size,
+            self.rank,
+            self.dtype,
+            prompts,
+            drawing,
+            *methods.fingerprints,
+        ]
+        return json.dumps([fact if fact is None else str(fact) for fact in facts])
+
+
+@dataclass(eq=False)
+class Run:
+    """One call of `shrink`, adapter after adapter."""
+
+    request: Request
+    methods: Methods
+    options: ResizeOptions
+    progress: Progress | None
+    gallery: Gallery | None = None
+    notes: list[str] = field(default_factory=list)
+    results: dict[Path, Shrunk] = field(default_factory=dict)
+    failed: dict[Path, FailedInput] = field(default_factory=dict)
+    _records: dict[Path, Record] = field(default_factory=dict)
+    _stamps: dict[Path, object] = field(default_factory=dict)
+
+    def of_all(self, items: Sequence[Item]) -> None:
+        """Shrink what no equal run has shrunk."""
+        groups: dict[Method, list[Item]] = defaultdict(list)
+        for item in items:
+            with boundary(item.source, partial(self._fail, item)):
+                earlier = self._record(item).result(item)
+                if earlier and self.gallery is None:
+                    self.results[item.source] = as_earlier(earlier)
+                    continue
+                self._stamps[item.source] = source_stamp(item)
+                if not (earlier or self.request.force):
+                    check_existing(item)
+                method = self.methods.of(item.source)
+                if self.gallery is None:
+                    groups[method].append(item)
+                elif earlier:
+                    self.results[item.source] = self._with_pictures(item, as_earlier(earlier), self.gallery)
+                else:
+                    self._draw(item, method, self.gallery)
+        for method, members in groups.items():
+            self._resize_unseen(members, method)
+
+    # --- by prediction --------------------------------------------------------------------------
+
+    def _resize_unseen(self, items: Sequence[Item], method: Method) -> None:
+        """Shrink adapters without a look at pictures."""
+        request = self.request
+        self._resize_all({item: request.recipe(method) for item in items}, method)
+        if request.size is None and request.rank is None and (note := method.stands_in(request.level)):
+            self.notes = list(dict.fromkeys((*self.notes, note)))
+
+    def _resize_all(self, recipes: Mapping[Item, Recipe], method: Method) -> None:
+        by_output = {str(shown(item.output)): item for item in recipes}
+
+        def finish(result: FileResult) -> None:
+            item = by_output[result.output]
+            with boundary(item.source, partial(self._fail, item)):
+                self._finish(item, self._shrunk(item, result, method))
+
+        report = resize_targets(
+            {item.source: {item.output: recipe} for item, recipe in recipes.items()},
+            self._options(method),
+            most_share=self.request.most_share,
+            each=finish,
+            progress=self.progress,
+        )
+        items = {str(item.source): item for item in recipes}
+        for failure in report.failed:
+            item = items[failure.source]
+            self.failed[item.source] = FailedInput.of(failure.source, failure.error)
+
+    def _options(self, method: Method) -> ResizeOptions:
+        return replace(self.options, base=method.base, calibration=method.calibration)
+
+    def _resize(self, method: Method, source: Path, recipe: Recipe, file: Path | None) -> FileResult:
+        """What a recipe makes of one adapter, as `drawing.Resize`. Raises InputError."""
+        options = replace(self._options(method), dry_run=file is None)
+        report = resize_targets({source: {file or source.with_name("_.safetensors"): recipe}}, options)
+        if report.failed:
+            raise InputError(report.failed[0].error)
+        return report.results[0]
+
+    # --- by pictures ----------------------------------------------------------------------------
+
+    def _draw(self, item: Item, method: Method, gallery: Gallery) -> None:
+        """Shrink one adapter by what its pictures look like."""
+        request = self.request
+        try:
+            series = gallery.of(item.source, request.prompts)
+        except (UsageError, InputError) as error:
+            self._resize_unseen([item], method)
+            if result := self.results.get(item.source):
+                unchecked = f"pictures not checked: {error}"
+                self.results[item.source] = replace(result, warnings=(*result.warnings, unchecked))
+            return
+        recipe: Recipe | None = request.recipe(method)
+        assert recipe
+        if request.size is None and request.rank is None:
+            expected = self._resize(method, item.source, recipe, None)
+            most = request.most_share * expected.bytes_before
+            recipe = recipe_by_pictures(
+                series,
+                item.source,
+                method,
+                request.level,
+                partial(self._resize, method),
+                guess=expected.bytes_after,
+                most=most,
+            )
+            if recipe is None:
+                why = f"no file below {size_text(most)} has a worst picture of {request.level.worst:g} dB"
+                self._finish(item, replace(self._shrunk(item, expected, method), output=None, skipped=why))
+                return
+        self._resize_all({item: recipe}, method)
+        if (result := self.results.get(item.source)) and result.output:
+            self._finish(item, self._drawn(item, result, series))
+
+    def _with_pictures(self, item: Item, result: Shrunk, gallery: Gallery) -> Shrunk:
+        """An earlier result with its pictures, which are kept in the user's cache."""
+        if result.output is None or result.worst_picture_db is None:
+            return result
+        return self._drawn(item, result, gallery.of(item.source, self.request.prompts))
+
+    def _drawn(self, item: Item, result: Shrunk, series: Series) -> Shrunk:
+        pairs: tuple[PicturePair, ...] = series.pairs(shown(item.output))
+        worst, warnings = worst_of(pairs), result.warnings
+        if worst < self.request.level.worst and not result.skipped:
+            warnings = (
+                *warnings,
+                f"its worst picture has {worst:.1f} dB, under the {self.request.level.worst:g} dB of quality "
+                f"{self.request.level.name}",
+            )
+        return replace(result, worst_picture_db=worst, pictures=pairs, warnings=warnings)
+
+    # --- results --------------------------------------------------------------------------------
+
+    def _shrunk(self, item: Item, result: FileResult, method: Method) -> Shrunk:
+        """The result of one adapter; a file that was not worth writing has no output."""
+        gain = 1 - result.bytes_after / result.bytes_before
+        skipped = None
+        if result.bytes_after > self.request.most_share * result.bytes_before:
+            skipped = f"would shrink by {gain:.0%} only" if gain > 0 else "would not shrink"
+        return Shrunk(
+            input=str(item.source),
+            output=None if skipped else result.output,
+            bytes_before=result.bytes_before,
+            bytes_after=result.bytes_after,
+            method=method.name,
+            why=method.why,
+            recipe=result.recipe,
+            dtype=result.dtype,
+            relative_error=result.relative_error,
+            predicted_db=result.predicted_db,
+            loads_in=result.loads.loads_in,
+            skipped=skipped,
+            warnings=result.warnings,
+        )
+
+    def _finish(self, item: Item, result: Shrunk) -> None:
+        """Keep a result, and write down that the adapter is done."""
+        self.results[item.source] = result
+        if result.output:
+            copy_sidecars(item)
+            sha256 = read_header(item.output)[1][SOURCE]
+        else:
+            with open_adapter(item.source) as adapter:
+                sha256 = contents_sha256(adapter)
+        self._record(item).add(item, result, self._stamps[item.source], sha256)
+
+    def _fail(self, item: Item, error: LorashrinkError) -> None:
+        self.failed[item.source] = FailedInput.of(str(item.source), str(error))
+
+    def _record(self, item: Item) -> Record:
+        if item.folder not in self._records:
+            self._records[item.folder] = Record(item.folder, self.request.key(self.methods, self.gallery is not None))
+        return self._records[item.folder]
+
+    def report(self) -> ShrinkReport:
+        """All results, in the order of their paths."""
+        ordered = [self.results[source] for source in sorted(self.results)]
+        failed = [self.failed[source] for source in sorted(self.failed)]
+        return ShrinkReport(__version__, tuple(ordered), tuple(failed), notes=tuple(self.notes))
+
+
+def _own_output(source: Path) -> Shrunk:
+    files = [peft.weights_in(source)] if peft.is_folder(source) else [source]
+    count = sum(path.stat().st_size for path in files)
+    return Shrunk(str(source), None, count, count, "", "", "", "", 0.0, skipped=OWN_OUTPUT)

@@ -1,0 +1,61 @@
+"""The smallest size whose worst picture is good enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+# dB that twice the bytes gain, until two sizes have been drawn; what was measured lies between the two limits.
+_GAIN, _LEAST_GAIN, _MOST_GAIN = 12.0, 4.0, 30.0
+
+_CLOSE = 1.06  # two sizes of a smaller ratio are not told apart
+
+_MARGIN, _ENOUGH = 0.4, 1.0  # dB above what is wanted: what is aimed at, and what needs no further search
+
+DRAWS = 6
+
+
+def smallest_size(
+    worst_at: Callable[[float], float], *, guess: float, most: float, wanted: float, draws: int = DRAWS
+) -> float | None:
+    """The smallest of the sizes tried at which `worst_at` is at least `wanted`, None if none is.
+
+    worst_at: PSNR in dB of the worst picture at a size in bytes, -inf if there is no file of that size; it rises with
+    the size, mostly. guess: the size that is tried first. most: no larger size is tried. The search is a bisection of
+    the logarithm of the size, with steps as the pictures suggest them.
+    """
+    levels: dict[float, float] = {}
+    low, high = 0.0, math.inf
+    size = min(guess, most)
+    for _ in range(draws):
+        levels[size] = worst_at(size)
+        if levels[size] >= wanted:
+            high = min(high, size)
+            if levels[size] <= wanted + _ENOUGH:
+                break
+        else:
+            low = max(low, size)
+        if low >= min(most, high) / _CLOSE:
+            break
+        size = _next_size(levels, size, low, min(high, most), wanted)
+    return high if math.isfinite(high) else None
+
+
+def _next_size(levels: dict[float, float], size: float, low: float, high: float, wanted: float) -> float:
+    level = levels[size]
+    if not math.isfinite(level):
+        return math.sqrt(size * high)
+    step = min(max((wanted + _MARGIN - level) / _gain(levels), -2.0), 2.0)
+    proposed = size * 2**step
+    inside = low * _CLOSE < proposed < high / _CLOSE
+    if inside or (proposed >= high and high not in levels):
+        return min(proposed, high)
+    return math.sqrt(low * high) if low else high / 2
+
+
+def _gain(levels: dict[float, float]) -> float:
+    """dB for twice the bytes between the two sizes that were drawn last in the order of sizes."""
+    drawn = sorted((size, level) for size, level in levels.items() if math.isfinite(level))
+    gains = [(upper - lower) / math.log2(large / small) for (small, lower), (large, upper) in pairwise(drawn)]
+    return min(max(sum(gains) / len(gains), _LEAST_GAIN), _MOST_GAIN) if gains else _GAIN

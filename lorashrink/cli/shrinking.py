@@ -1,0 +1,152 @@
+"""`shrink`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorashrink.cli.command import Terminal, command
+from lorashrink.cli.conditions import FailOn, Measured
+from lorashrink.cli.options import Base, Calibration, Device, Force, ImagesConfig, Jobs, Model, split_base
+from lorashrink.cli.printing import new_console, new_table, say, some_names
+from lorashrink.text import count_text, decibel_text, share_text, size_text
+
+if TYPE_CHECKING:
+    from lorashrink.results.automatic import ShrinkReport, Shrunk
+
+_WIDEST_NAME = 34  # columns, so that the table fits into 80
+
+_MOST_ROWS = 40  # without -v
+
+
+def _print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
+    console = new_console()
+    shrunk, others = report.written, [result for result in report.results if not result.output]
+    for line in dict.fromkeys(result.why for result in shrunk):
+        console.print(line)
+    for line in report.notes:
+        console.print(line)
+    for result in report.results:
+        for warning in result.warnings:
+            say(f"{result.input}: {warning}", errors=True)
+    if shrunk:
+        table = new_table("file", "before", "after", "share", "worst picture" if _drawn(shrunk) else "quality")
+        table.columns[0].max_width = _WIDEST_NAME
+        listed = shrunk if terminal.verbose else shrunk[:_MOST_ROWS]
+        root = os.path.commonpath([Path(result.input).absolute().parent for result in shrunk])
+        for result in listed:
+            name = os.path.relpath(os.path.abspath(result.input), root)
+            before, after = size_text(result.bytes_before), size_text(result.bytes_after)
+            table.add_row(name, before, after, f"{result.share:.0%}", quality_text(result))
+        console.print(table)
+        if more := len(shrunk) - len(listed):
+            console.print(f"and {more} more; -v lists them")
+    for reason in dict.fromkeys(result.skipped for result in others):
+        names = [Path(result.input).name for result in others if result.skipped == reason]
+        console.print(f"not written, {reason}: {some_names(names, terminal.verbose)}")
+    _print_sums(report, shrunk)
+
+
+def _print_sums(report: ShrinkReport, shrunk: Sequence[Shrunk]) -> None:
+    console = new_console()
+    new = [result for result in shrunk if not result.skipped]
+    if shrunk:
+        before, after = (sum(sizes) for sizes in zip(*((r.bytes_before, r.bytes_after) for r in shrunk), strict=True))
+        earlier = f", {len(shrunk) - len(new)} there already" if len(new) < len(shrunk) else ""
+        console.print(
+            f"{count_text(len(new), 'file')} written{earlier}: {size_text(before)} -> {size_text(after)}, "
+            f"{1 - after / before:.0%} saved"
+        )
+    elif not report.failed:
+        console.print("nothing to shrink")
+    if report.page:
+        console.print(f"before and after: {report.page}")
+
+
+def _drawn(results: Sequence[Shrunk]) -> bool:
+    return any(result.worst_picture_db is not None for result in results)
+
+
+def quality_text(result: Shrunk) -> str:
+    """How good an output is: by its worst picture, by what is predicted, or by the error of its weights."""
+    if result.worst_picture_db is not None:
+        return decibel_text(result.worst_picture_db)
+    if result.predicted_db is not None:
+        return f"about {result.predicted_db:.0f} dB"
+    return f"error {share_text(result.relative_error)}"
+
+
+def _measured(report: ShrinkReport) -> Iterator[tuple[str, Measured]]:
+    for result in report.written:
+        level = result.predicted_db if result.worst_picture_db is None else result.worst_picture_db
+        yield str(result.output), {"error": result.relative_error, "psnr": level, "size": result.bytes_after}
+
+
+@command(
+    _print_shrunk,
+    done=lambda report: bool(report.results),
+    measure=_measured,
+    quantities=("error", "psnr", "size"),
+)
+def shrink(
+    terminal: Terminal,
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE|FOLDER...", help="LoRA files, or folders with all that is below them.")
+    ],
+    model: Model = None,
+    base: Base = None,
+    calibration: Calibration = None,
+    quality: Annotated[
+        str, typer.Option("--quality", help="same, high or small, or dB between the pictures: 40.")
+    ] = "high",
+    size: Annotated[
+        str | None, typer.Option("--size", help="Size of each file, such as 50MB, in place of a quality.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="One rank for all layers, in place of a quality.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", "-t", help="auto, fp8, mixed, fp16, bf16 or same. Auto is what programs can load.")
+    ] = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the results. The default is 'shrunk'.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE|TEXT", help="What is drawn. The default comes from each LoRA itself."),
+    ] = None,
+    images_config: ImagesConfig = None,
+    force: Force = False,
+    device: Device = "auto",
+    jobs: Jobs = None,
+    fail_on: FailOn = None,
+) -> object:
+    """Make LoRAs smaller by the best method at hand. No recipe is needed.
+
+    Example: lorashrink shrink loras/
+    Example: lorashrink shrink --model sdxl/ --quality same lora.safetensors
+    """
+    base, adapters = (base, files) if base or model else split_base(files, None)
+    from lorashrink.automatic.run import shrink as run
+
+    return run(
+        adapters,
+        model=model,
+        base=base,
+        calibration=calibration,
+        quality=quality,
+        size=size,
+        rank=rank,
+        dtype=dtype,
+        output=output,
+        prompts=prompts,
+        settings=images_config,
+        force=force,
+        device=device,
+        jobs=jobs,
+        progress=terminal.progress,
+    )

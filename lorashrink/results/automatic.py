@@ -1,0 +1,73 @@
+"""The result of `shrink`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PicturePair:
+    """One prompt, drawn with the adapter and with its smaller version."""
+
+    label: str
+    none: str  # path, without an adapter
+    before: str
+    after: str
+    psnr: float  # dB, between before and after
+    counts: bool  # it calls what the adapter was made for, and the worst of these decides
+
+
+@dataclass(frozen=True, slots=True)
+class Shrunk:
+    """One adapter, and what became of it."""
+
+    input: str
+    output: str | None  # None: nothing was written
+    bytes_before: int
+    bytes_after: int  # of the output, or of the one that was not worth writing
+    method: str  # "calibrated", "base" or "adapter": what the dimensions were compared with
+    why: str  # why this method, and what would be better
+    recipe: str
+    dtype: str
+    relative_error: float  # of the weights: sqrt(Σ‖lost‖² / Σ‖ΔW‖²)
+    predicted_db: float | None = None  # mean PSNR of pictures; None without statistics of the model
+    worst_picture_db: float | None = None  # None: no pictures were drawn
+    pictures: tuple[PicturePair, ...] = ()
+    loads_in: tuple[str, ...] | None = None  # programs; None: the names tell no family of models
+    skipped: str | None = None  # why nothing was written in this run
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Size of the output as a share of the input's."""
+        return self.bytes_after / self.bytes_before
+
+
+@dataclass(frozen=True, slots=True)
+class FailedInput:
+    """An input that could not be shrunk."""
+
+    input: str
+    error: str  # what is wrong, and what to do
+    hint: str  # what to do; "" where the error says no more
+
+    @classmethod
+    def of(cls, path: str, error: str) -> FailedInput:
+        """The failure of an input; the sentences after the first say what to do."""
+        return cls(path, error, error.partition(". ")[2])
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkReport:
+    """The outcome of a run over one or many adapters."""
+
+    version: str
+    results: tuple[Shrunk, ...]
+    failed: tuple[FailedInput, ...]
+    page: str | None = None  # the file that shows the run; None where nothing was shrunk
+    notes: tuple[str, ...] = ()  # on the run as a whole, such as why no pictures were drawn
+
+    @property
+    def written(self) -> tuple[Shrunk, ...]:
+        """The results that have an output, of this run or an earlier one."""
+        return tuple(result for result in self.results if result.output)
