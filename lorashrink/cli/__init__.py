@@ -14,13 +14,14 @@ from lorashrink.cli.overlapping import overlap
 from lorashrink.cli.refining import refine
 from lorashrink.cli.reporting import report
 from lorashrink.cli.resizing import resize
+from lorashrink.cli.serving import ui
 from lorashrink.cli.sweeping import sweep
 from lorashrink.cli.training import OWN_PARSER, train
 
 # In the order of the help.
 COMMANDS = (
     *(resize, inspect, compare, overlap, sweep, calibrate, refine),
-    *(merge, report, extract, convert, norms, demo),
+    *(merge, report, extract, convert, norms, demo, ui),
 )
 
 for _command in COMMANDS:

@@ -1,0 +1,61 @@
+"""What a person wants of an adapter, in words, and the recipe that it stands for."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorashrink.errors import UsageError
+from lorashrink.recipes.grammar import Recipe
+
+# Quality -> the share of each layer's σ² that is kept. On the models of docs/evidence.md that left pictures at about
+# 50, 41 and 35 dB; half precision alone leaves them at 61.
+QUALITIES: Mapping[str, float] = {"same": 0.999, "high": 0.99, "small": 0.95}
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Help:
+    """The files that help to choose what is kept."""
+
+    base: Path | None = None  # checkpoint, model folder or norm table
+    calibration: Path | None = None  # what `calibrate` wrote
+
+    @property
+    def score(self) -> str:
+        """The best score that these files allow, with a comma behind it."""
+        return "calib,bytes," if self.calibration else "fro_ckpt,bytes," if self.base else "bytes,"
+
+
+def recipe_of(goal: Mapping[str, Any], help: Help) -> Recipe:
+    """The recipe of a goal: `{"by": "quality" | "size" | "rank" | "recipe", "value": ...}`, a size in bytes.
+
+    Raises UsageError or RecipeError.
+    """
+    by, value = goal.get("by"), goal.get("value")
+    if by == "recipe" and isinstance(value, str):
+        return Recipe.parse(value)
+    if by == "quality" and value in QUALITIES:
+        return Recipe.parse(f"energy={QUALITIES[str(value)]}")
+    if isinstance(value, (int, float)) and math.isfinite(value) and value > 0:
+        if by == "size":
+            return Recipe.parse(f"{help.score}size={value / _MIB:.6f}")
+        if by == "rank":
+            return Recipe.parse(f"rank={value:.0f}")
+    words = ", ".join(QUALITIES)
+    raise UsageError(f"'{by} {value}' is no goal. Give a quality ({words}), a size in bytes, a rank or a recipe.")
+
+
+def command_line(recipe: Recipe, help: Help, source: Path, output: Path) -> str:
+    """The same in a shell."""
+    words: list[object] = ["lorashrink", "resize", "-r", recipe]
+    if recipe.needs_base and help.base:
+        words += ["--base", help.base]
+    if recipe.calibrated and help.calibration:
+        words += ["--calibration", help.calibration]
+    return shlex.join(map(str, [*words, "-o", output, source]))
