@@ -42,7 +42,9 @@ def server_app(
 
     async def upload(request: Request) -> Response:
         try:
-            return JSONResponse({"id": await application.upload(request.query_params.get("name", ""), request.stream())})
+            return JSONResponse(
+                {"id": await application.upload(request.query_params.get("name", ""), request.stream())}
+            )
         except ClientDisconnect:
             raise
         except Exception as error:
@@ -54,6 +56,14 @@ def server_app(
             if not path.is_file():
                 raise InputError(f"{path.name}: is a folder, and folders cannot be downloaded. Copy it from the disk.")
             return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+        except LorashrinkError as error:
+            return _refused(request, error)
+
+    async def picture(request: Request) -> Response:
+        try:
+            return FileResponse(
+                application.picture(path_id(request), request.path_params["name"]), media_type="image/png"
+            )
         except LorashrinkError as error:
             return _refused(request, error)
 
@@ -76,6 +86,7 @@ def server_app(
         ("/api/adapters/{id}/curve", get, lambda request, values: application.curve(path_id(request), values)),
         ("/api/adapters/{id}/at", get, lambda request, values: application.at(path_id(request), _goal(values))),
         ("/api/shrink", post, lambda request, values: application.shrink(values).document()),
+        ("/api/pictures", post, lambda request, values: application.draw(values).document()),
         ("/api/jobs/{id}", get, lambda request, values: application.jobs.get(path_id(request)).document()),
         ("/api/jobs/{id}/cancel", post, lambda request, values: application.cancel(path_id(request))),
         ("/api/jobs/{id}/undo", post, lambda request, values: application.undo(path_id(request))),
@@ -86,13 +97,16 @@ def server_app(
             Route("/static/{name}", page),
             Route("/api/upload", upload, methods=["PUT"]),
             Route("/api/files/{id}", download),
+            Route("/api/pictures/{id}/{name}", picture),
             *(Route(path, answer(ask), methods=methods) for path, methods, ask in routes),
         ]
     )
     return Guard(app, token=token, names=names, any_address=any_address)
 
 
-_STATIC = {item.name: item.read_bytes() for item in files("lorashrink.ui").joinpath("static").iterdir() if item.is_file()}
+_STATIC = {
+    item.name: item.read_bytes() for item in files("lorashrink.ui").joinpath("static").iterdir() if item.is_file()
+}
 
 
 async def _values(request: Request) -> Mapping[str, Any]:

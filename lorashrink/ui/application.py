@@ -18,7 +18,7 @@ from lorashrink.adapters import peft
 from lorashrink.errors import InputError, OutputError, UsageError, explained
 from lorashrink.shrinking.outputs import shown, source_files
 from lorashrink.text import count_text
-from lorashrink.ui import measuring
+from lorashrink.ui import drawing, measuring
 from lorashrink.ui.folders import Folders
 from lorashrink.ui.goals import QUALITIES, Help, command_line, recipe_of
 from lorashrink.ui.jobs import Job, Jobs
@@ -26,6 +26,7 @@ from lorashrink.ui.library import Entry, Library, Saving, identity_of
 from lorashrink.ui.outputs import Written, free_output
 
 _STOP_SECONDS = 10.0  # that a job gets to end
+_MOST_STEPS = 100  # of a picture
 _SAVING_GOAL = {"by": "quality", "value": "high"}
 
 
@@ -126,7 +127,14 @@ class Application:
             "blocks": [asdict(row) for row in table.blocks],
             "bases": self._for_family(table.family, "norms", "model"),
             "calibrations": self._for_family(table.family, "statistics"),
+            "models": self._models(table.family),
+            "cannot_draw": drawing.cannot_draw(),
         }
+
+    def _models(self, family: str | None) -> list[dict[str, Any]]:
+        """Entries of models that can draw with an adapter of this family."""
+        models = self._for_family(family, "model") if family in drawing.FAMILIES else []
+        return [model for model in models if not model["name"].endswith(".gguf")]
 
     def _for_family(self, family: str | None, *kinds: str) -> list[dict[str, Any]]:
         """Entries of these kinds for a family of models, in the order of the kinds."""
@@ -218,6 +226,7 @@ class Application:
             "name": entry.path.name,
             "output": str(shown(file)),
             "output_name": output.name,
+            "output_id": identity_of(output),
             "recipe": result.recipe,
             "bytes_before": result.bytes_before,
             "bytes_after": result.bytes_after,
@@ -225,6 +234,35 @@ class Application:
             "loads": result.loads.lines,
             "warnings": list(result.warnings),
         }
+
+    # --- pictures -----------------------------------------------------------------------------------
+
+    def draw(self, request: Mapping[str, Any]) -> Job:
+        """Begin to draw with the adapter `id` before and after. Raises UsageError, RecipeError or InputError."""
+        entry, model = (self.library.get(str(request.get(key, ""))) for key in ("id", "model"))
+        help = self.help(request)
+        recipe = recipe_of(request, help)
+        steps = request.get("steps", 20)
+        if not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
+            raise UsageError(f"steps: a whole number from 1 to {_MOST_STEPS}, not {steps}.")
+        prompts = drawing.prompts_of(str(request.get("prompts", "")), steps, model.path)
+
+        def work(job: Job) -> None:
+            drawing.draw(job, entry.path, recipe, help, model.path, prompts)
+
+        job = Job("pictures", f"Pictures with {entry.path.stem}", work)
+        job.facts = {"adapter": entry.id, "recipe": str(recipe)}
+        return self.jobs.add(job)
+
+    def picture(self, identity: str, name: str) -> Path:
+        """A picture of a job: `0-before`, `0-after` and so on. Raises InputError."""
+        number, _, side = name.partition("-")
+        results = self.jobs.get(identity).results
+        if not number.isdecimal() or int(number) >= len(results) or side not in ("before", "after"):
+            raise InputError("there is no such picture.")
+        return Path(results[int(number)][side])
+
+    # --- jobs ---------------------------------------------------------------------------------------
 
     def cancel(self, identity: str) -> dict[str, Any]:
         """End a job after the step that is being done."""

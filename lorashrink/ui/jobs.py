@@ -7,6 +7,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lorashrink.errors import InputError, LorashrinkError, explained
@@ -33,6 +34,7 @@ class Job:
     error: str = ""
     results: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # of this kind of job alone
     undo: Callable[[], int] | None = field(default=None, repr=False)  # deletes what was written; the number of files
     undone: bool = False
     cancelled: bool = False  # whether it is to end
@@ -57,10 +59,15 @@ class Job:
         names = ("id", "kind", "title", "state", "text", "done", "total", "error", "undone")
         return {
             **{name: getattr(self, name) for name in names},
-            "results": list(self.results),
+            **self.facts,
+            "results": [self._result(number, result) for number, result in enumerate(list(self.results))],
             "failed": list(self.failed),
             "can_undo": self.undo is not None and self.over and not self.undone,
         }
+
+    def _result(self, number: int, result: dict[str, Any]) -> dict[str, Any]:
+        """A result as JSON: for a picture the address below `/api/pictures/`, not the path."""
+        return {key: f"{self.id}/{number}-{key}" if isinstance(value, Path) else value for key, value in result.items()}
 
 
 class Jobs:

@@ -1,0 +1,89 @@
+"""Pictures before and after: a model draws the same prompts with an adapter and with what a recipe keeps of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lorashrink.adapters import peft
+from lorashrink.errors import InputError, UsageError
+from lorashrink.pictures.pipelines import KINDS, check_model, check_packages, own_side
+from lorashrink.pictures.prompts import OWN, Prompt, read_prompts
+from lorashrink.recipes.grammar import Recipe
+from lorashrink.ui.goals import Help
+from lorashrink.ui.jobs import Job
+
+_MOST_PROMPTS = 16
+
+# The least PSNR in dB of a picture, and what that means to an eye.
+_VERDICTS: Mapping[float, str] = {
+    42.0: "Looks the same.",
+    33.0: "Hardly any difference.",
+    27.0: "Small differences.",
+    0.0: "Visibly different.",
+}
+
+FAMILIES = frozenset(kind.family for kind in KINDS.values())  # of models that draw
+
+
+def cannot_draw() -> str:
+    """Why no pictures can be drawn here; empty if they can."""
+    try:
+        check_packages()
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def prompts_of(text: str, steps: int, model: Path) -> tuple[Prompt, ...]:
+    """The prompts of some lines, in the form of sd-scripts; `steps` for those that name none. Raises UsageError."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UsageError("there is nothing to draw. Write what the pictures should show, one a line.")
+    if len(lines) > _MOST_PROMPTS:
+        raise UsageError(f"{len(lines)} prompts; at most {_MOST_PROMPTS} are drawn at once.")
+    lines = [line if " --s " in f"{line} " else f"{line} --s {steps}" for line in lines]
+    kind = KINDS[check_model(model, None)]
+    with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
+        path = Path(folder, "prompts.txt")
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return read_prompts(path, sampler=OWN, scale=kind.scale, side=own_side(model, None))
+
+
+def draw(job: Job, adapter: Path, recipe: Recipe, help: Help, model: Path, prompts: tuple[Prompt, ...]) -> None:
+    """Draw every prompt before and after into `job.results`, with paths; pictures that exist are not drawn again."""
+    from lorashrink.pictures.drawing import Studio, read_picture, shots_of
+    from lorashrink.pictures.likeness import psnr
+    from lorashrink.shrinking.options import ResizeOptions
+    from lorashrink.shrinking.run import shrink
+
+    shots = shots_of(prompts, (0,))
+    steps = 2 * len(shots)
+    job.report("opening the model", 0, steps)
+
+    def report(start: int, text: str, done: int, total: int) -> None:
+        job.report(text, start + done, steps)
+
+    with Studio(model, shots) as studio, tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
+        studio.check(adapter)
+        smaller = Path(folder, peft.WEIGHTS_FILE if peft.is_folder(adapter) else "smaller.safetensors")
+        options = ResizeOptions(base=help.base, calibration=help.calibration)
+        outcome = shrink({adapter: {smaller: recipe}}, options)
+        for failure in outcome.failed:
+            raise InputError(failure.error)
+        job.check()
+        before = studio.draw(adapter, "whole", progress=partial(report, 0, "drawing with the whole LoRA"))
+        after = studio.draw(
+            Path(outcome.results[0].output),
+            recipe.file_items(),
+            progress=partial(report, len(shots), "drawing with the smaller one"),
+        )
+        for shot, paths in zip(shots, zip(before, after, strict=True), strict=True):
+            level = psnr(*map(read_picture, paths))
+            verdict = next(text for least, text in _VERDICTS.items() if level >= least)
+            result: dict[str, Any] = {"label": shot.prompt.prompt, "psnr": level, "verdict": verdict}
+            job.results.append({**result, "before": paths[0], "after": paths[1]})
+        job.report("", steps, steps)
