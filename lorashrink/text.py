@@ -29,6 +29,19 @@ def size_text(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
+_UNITS = {"": 2**20, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+_SIZE = re.compile(r"(?P<number>[-+.\de]+?) ?(?P<unit>(?:[kmg]i?)?b)?", re.IGNORECASE)
+
+
+def bytes_in(text: str) -> float:
+    """Bytes of a size such as `300MB`, `0.4 MiB` or `1.5GB`; a bare number counts MiB. Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(text)
+    return float(match["number"]) * _UNITS[(match["unit"] or "").upper()]
+
+
 def number_text(value: float | None, form: str = ".4g") -> str:
     """The value in the format `form`; a dash for None."""
     return "-" if value is None else format(value, form)

@@ -6,6 +6,7 @@ import pytest
 
 from lorashrink.text import (
     bare_percent_text,
+    bytes_in,
     count_text,
     decibel_text,
     number_text,
@@ -21,6 +22,20 @@ from lorashrink.text import (
 )
 def test_sizes_are_in_decimal_units(count: float, text: str) -> None:
     assert size_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("300MB", 300e6), ("0.4 MiB", 0.4 * 2**20), ("0.4", 0.4 * 2**20), ("1.5gb", 1.5e9), ("12kB", 12e3), ("7B", 7)],
+)
+def test_sizes_are_read_with_units_and_bare_numbers_are_mebibytes(text: str, count: float) -> None:
+    assert bytes_in(text) == pytest.approx(count)
+
+
+@pytest.mark.parametrize("text", ["MB", "3 TB", "1,5MB", "3MB2"])
+def test_texts_that_are_no_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        bytes_in(text)
 
 
 def test_shares_have_two_decimals() -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lorashrink.errors import UsageError
+from lorashrink.text import bytes_in
 
 Adapters = Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="Adapters: files, folders or globs.")]
 Adapter = Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="One adapter: a file or PEFT folder.")]
@@ -16,7 +17,7 @@ Recipes = Annotated[
     list[str] | None,
     typer.Option("--recipe", "-r", help="What to keep, e.g. fro_ckpt=1,thr=-3.55; several give several files."),
 ]
-Sizes = Annotated[str | None, typer.Option("--sizes", help="Sizes to try, in MiB: 4,8,16,32.")]
+Sizes = Annotated[str | None, typer.Option("--sizes", help="Sizes to try, such as 4MB,8MB,16MB; bare numbers are MiB.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder, or file name if there is one output.")]
 Dtype = Annotated[str, typer.Option("--dtype", "-t", help="same, fp16, bf16 or fp32 (also 16, 32).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Report what would be written, and write nothing.")]
@@ -73,6 +74,14 @@ def numbers_of(option: str, text: str | None) -> list[float]:
         return [float(number) for number in text.split(",")] if text else []
     except ValueError:
         raise UsageError(f"{option} {text}: numbers with commas between them, such as 4,8,16.") from None
+
+
+def sizes_of(option: str, text: str | None) -> list[float]:
+    """Sizes in MiB, written with commas between them and with units or without."""
+    try:
+        return [bytes_in(size) / 2**20 for size in text.split(",")] if text else []
+    except ValueError:
+        raise UsageError(f"{option} {text}: sizes with commas between them, such as 4MB,8MB.") from None
 
 
 def seeds_of(text: str) -> list[int]:

@@ -22,8 +22,8 @@ from lorashrink.cli.options import (
     Recipes,
     Seeds,
     Sizes,
-    numbers_of,
     seeds_of,
+    sizes_of,
     split_base,
 )
 from lorashrink.cli.printing import new_console
@@ -78,7 +78,7 @@ def report(
         adapters[0],
         base=base,
         recipes=recipe or (),
-        sizes=numbers_of("--sizes", sizes),
+        sizes=sizes_of("--sizes", sizes),
         calibration=calibration,
         images=images,
         prompts=prompts,

@@ -25,8 +25,8 @@ from lorashrink.cli.options import (
     Recipes,
     Seeds,
     Sizes,
-    numbers_of,
     seeds_of,
+    sizes_of,
     split_base,
 )
 from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, write_csv
@@ -137,7 +137,7 @@ def sweep(
         adapters[0],
         base=base,
         recipes=recipe or (),
-        sizes=numbers_of("--sizes", sizes),
+        sizes=sizes_of("--sizes", sizes),
         dtype=dtype,
         device=device,
         jobs=jobs,

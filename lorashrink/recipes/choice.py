@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lorashrink.errors import RecipeError
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.recipes.terms import TERMS, LayerFacts
+from lorashrink.text import size_text
 
 if TYPE_CHECKING:
     from lorashrink.recipes.terms import Indices, Values
@@ -98,8 +99,10 @@ def select(recipe: Recipe, layers: Sequence[LayerFacts], file_size: FileSize) ->
     threshold: float | None = None
     if recipe.select == "size":
         counts, threshold = _by_size(recipe, layers, scores, file_size)
+    elif recipe.select == "error":
+        counts, threshold = _by_energy_of_file(layers, scores, 1 - recipe.value**2)
     elif recipe.select == "energy" and recipe.calibrated:
-        counts, threshold = _by_energy_of_file(recipe, layers, scores)
+        counts, threshold = _by_energy_of_file(layers, scores, recipe.value)
     elif recipe.select == "thr":
         threshold = recipe.value
         counts = [int((values >= threshold).sum()) for values in scores]
@@ -126,20 +129,24 @@ def _by_size(
 
     if size(0) > _budget(recipe):
         raise RecipeError(
-            f"recipe '{recipe}': the parts of this file that cannot shrink need {size(0) / 2**20:.4f} MiB; "
-            f"the smallest possible is size={_mebibytes(size(0))}."
+            f"recipe '{recipe}': the parts of this file that cannot shrink need {size_text(size(0))}; "
+            f"the smallest possible is size={_size_for(size(0))}."
         )
     taken = _most(finite, _budget(recipe), size)
     return ranking.counts(taken), threshold(taken)
 
 
 def _by_energy_of_file(
-    recipe: Recipe, layers: Sequence[LayerFacts], scores: Sequence[Values]
+    layers: Sequence[LayerFacts], scores: Sequence[Values], share: float
 ) -> tuple[list[int], float | None]:
     """The fewest dimensions of best score that together have this share of the file's energy, and the lowest score."""
+    import numpy as np
+
     ranking = _Ranking(scores)
     energies = _joined([facts.sigma**2 for facts in layers])[ranking.order]
-    taken = _smallest(energies.cumsum(), recipe.value)
+    tail = sum(facts.tail for facts in layers)
+    taken = _smallest(np.append(energies.cumsum(), energies.sum() + tail), share)
+    taken = min(taken, len(energies))
     return ranking.counts(taken), float(ranking.scores[taken - 1]) if taken else None
 
 
@@ -225,7 +232,7 @@ def select_together(recipe: Recipe, members: Sequence[Member]) -> list[Selection
     if size(0) > _budget(recipe):
         raise RecipeError(
             f"recipe '{recipe}': the parts of these {len(members)} files that cannot shrink need "
-            f"{_mebibytes(size(0))} MiB together; the smallest possible is size={_mebibytes(size(0))}."
+            f"{size_text(size(0))} together; the smallest possible is size={_size_for(size(0))}."
         )
     taken = _most(len(levels), _budget(recipe), size)
     return [
@@ -257,9 +264,9 @@ def _budget(recipe: Recipe) -> int:
     return int(recipe.value * 2**20)
 
 
-def _mebibytes(needed: int) -> str:
-    """MiB for `size=` that are enough for so many bytes."""
-    return f"{math.ceil(needed / 2**20 * 1e4) / 1e4:.10g}"
+def _size_for(needed: int) -> str:
+    """What `size=` must be for so many bytes."""
+    return f"{math.ceil(needed / 100) / 1e4:.10g}MB"
 
 
 def _most(count: int, limit: int, size: Callable[[int], int]) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from lorashrink.errors import RecipeError, nearest
 from lorashrink.recipes.terms import BYTES, NORMS, TERMS
+from lorashrink.text import bytes_in
 
 DEFAULT = "fro_ckpt=1,thr=-3.55"
 
@@ -50,6 +51,7 @@ SELECTIONS: dict[str, _Range] = {
     "sv_fro": _SHARE,
     "sv_cumulative": _SHARE,
     "sv_ratio": _Range(1, math.inf),
+    "error": _SHARE,
 }
 
 MODIFIERS: dict[str, _Range] = {
@@ -202,7 +204,7 @@ class Recipe:
 
     def __str__(self) -> str:
         items = [*self.weights, (self.select, self.value), *self.modifiers.items()]
-        return ",".join(f"{key}={_shortest(value)}" for key, value in items)
+        return ",".join(f"{key}={_value_text(key, value)}" for key, value in items)
 
     def file_items(self) -> str:
         """The recipe as a part of a file name: `frockpt1_th-3.55`."""
@@ -213,8 +215,22 @@ class Recipe:
                 items.append(_file_item(key, value))
         if self.rescale != 1:
             items.append(_file_item("scale", self.rescale))
-        items.append(_file_item("th" if self.select == "thr" else self.select, self.value))
+        if self.select == "size":
+            items.append(f"size{_size_text(self.value, '.10g')}")
+        else:
+            items.append(_file_item("th" if self.select == "thr" else self.select, self.value))
         return "_".join(items)
+
+
+def _value_text(key: str, value: float) -> str:
+    return _size_text(value) if key == "size" else _shortest(value)
+
+
+def _size_text(value: float, form: str = "") -> str:
+    """A number of MiB, in MB where that is as exact and shorter."""
+    own = format(value, form) if form else _shortest(value)
+    megabytes = f"{value * 2**20 / 1e6:.10g}MB"
+    return megabytes if len(megabytes) < len(own) and bytes_in(megabytes) / 2**20 == value else own
 
 
 def _shortest(value: float) -> str:
@@ -258,9 +274,10 @@ def _item_value(text: str, key: str, equals: str, number: str) -> float:
     if not equals and (key in TERMS or key == BYTES or key in _SWITCHES):
         return 1.0
     try:
-        value = float(number)
+        value = bytes_in(number) / 2**20 if key == "size" else float(number)
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value not in allowed:
-        raise RecipeError(f"recipe '{text}': {key}= needs {allowed}, not '{number}'.")
+        unit = ", in MiB or with a unit such as 300MB" if key == "size" else ""
+        raise RecipeError(f"recipe '{text}': {key}= needs {allowed}{unit}, not '{number}'.")
     return value

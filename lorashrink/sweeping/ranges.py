@@ -7,14 +7,17 @@ from collections.abc import Sequence
 
 from lorashrink.errors import RecipeError
 from lorashrink.recipes.grammar import SELECTIONS
+from lorashrink.text import bytes_in
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 
-_RANGE = re.compile(rf"(?P<key>\w+)=(?P<low>{_NUMBER})\.\.(?P<high>{_NUMBER})/(?P<count>\d+)")
+_UNIT = "(?: ?(?:[kmgKMG][iI]?)?[bB])?"
+
+_RANGE = re.compile(rf"(?P<key>\w+)=(?P<low>{_NUMBER}{_UNIT})\.\.(?P<high>{_NUMBER}{_UNIT})/(?P<count>\d+)")
 
 _INTEGERS = ("rank", "conv_rank", "max_rank", "min_rank", "multiple")
 
-_SHARES = ("energy", "sv_fro", "sv_cumulative")
+_SHARES = ("energy", "sv_fro", "sv_cumulative", "error")
 
 _DIGITS = 4  # of the numbers that ranges are expanded to
 
@@ -28,7 +31,7 @@ def expand_all(recipes: Sequence[str], sizes: Sequence[float], has_base: bool) -
             return any(item.split("=")[0].strip() in SELECTIONS for item in text.split(","))
 
         scores = [text for text in texts if not selects(text)] or (["fro_ckpt,bytes"] if has_base else ["bytes"])
-        texts = list(filter(selects, texts)) + [f"{score},size={size:g}" for score in scores for size in sizes]
+        texts = list(filter(selects, texts)) + [f"{score},size={size!r}" for score in scores for size in sizes]
     return list(dict.fromkeys(recipe for text in texts for recipe in expand(text)))
 
 
@@ -48,15 +51,22 @@ def expand(text: str) -> list[str]:
     if not ranges:
         return [text]
     match = ranges[0]
-    low, high, count = float(match["low"]), float(match["high"]), int(match["count"])
+    key, count = match["key"], int(match["count"])
+    low, high = (_number(text, key, match[end]) for end in ("low", "high"))
     if count < 2:
         raise RecipeError(f"recipe '{text}': a range has at least 2 points.")
-    key = match["key"]
     if key in (*_INTEGERS, "size") and not (low > 0 and high > 0):
         raise RecipeError(f"recipe '{text}': {key} is above 0.")
     start, end = match.span()
     numbers = _spaced(key, low, high, count)
     return [f"{text[:start]}{key}={number:.{_DIGITS}g}{text[end:]}" for number in numbers]
+
+
+def _number(text: str, key: str, limit: str) -> float:
+    try:
+        return bytes_in(limit) / 2**20 if key == "size" else float(limit)
+    except ValueError:
+        raise RecipeError(f"recipe '{text}': {key}= has no unit; only sizes have one.") from None
 
 
 def _spaced(key: str, low: float, high: float, count: int) -> list[float]:

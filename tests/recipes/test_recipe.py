@@ -121,6 +121,7 @@ VALUES = {
     "energy": st.floats(0.01, 1),
     "sv_fro": st.floats(0.01, 1),
     "sv_cumulative": st.floats(0.01, 1),
+    "error": st.floats(0.01, 1),
     "sv_ratio": st.floats(1, 100),
 }
 
@@ -326,8 +327,32 @@ def test_a_budget_above_everything_keeps_all_without_a_threshold() -> None:
     assert [len(dimensions) for dimensions in selection.kept] == [2, 1]
 
 
+@pytest.mark.parametrize(
+    ("size", "text", "name"),
+    [
+        ("300MB", "300MB", "size300MB"),
+        ("0.4MiB", "0.4", "size0.4"),
+        ("0.4", "0.4", "size0.4"),
+        ("2GB", "2000MB", "size2000MB"),
+    ],
+)
+def test_sizes_have_units_and_print_as_they_were_written(size: str, text: str, name: str) -> None:
+    recipe = Recipe.parse(f"size={size}")
+    assert str(recipe) == f"size={text}"
+    assert recipe.file_items() == name
+    assert Recipe.parse(str(recipe)) == recipe
+
+
+def test_error_keeps_the_fewest_best_dimensions_of_the_file() -> None:
+    layers = [facts(3.0, 1.0), facts(2.0, 0.5)]
+    total = 9 + 1 + 4 + 0.25
+    for lost, kept in ((0.25, [2, 1]), (1.25, [1, 1]), (5.25, [1, 0])):
+        selection = select(Recipe.parse(f"error={(lost / total) ** 0.5 + 1e-9}"), layers, size_of(layers))
+        assert [len(dimensions) for dimensions in selection.kept] == kept
+
+
 def test_an_impossible_budget_names_the_smallest_possible() -> None:
-    with pytest.raises(RecipeError, match="smallest possible is size=2"):
+    with pytest.raises(RecipeError, match=r"smallest possible is size=2\.0972MB"):
         select(Recipe.parse("size=1"), [facts(1.0)], size_of([facts(1.0)], fixed=2 * 2**20))
 
 
