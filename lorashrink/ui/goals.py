@@ -12,9 +12,9 @@ from typing import Any
 from lorashrink.errors import UsageError
 from lorashrink.recipes.grammar import Recipe
 
-# Quality -> the share of each layer's σ² that is kept. On the models of docs/evidence.md that left pictures at about
-# 50, 41 and 35 dB; half precision alone leaves them at 61.
-QUALITIES: Mapping[str, float] = {"same": 0.999, "high": 0.99, "small": 0.95}
+# Quality -> the largest error of the whole file. In docs/evidence.md such errors left pictures at about 50, 43 and
+# 36 dB; half precision alone leaves them at 61.
+QUALITIES: Mapping[str, float] = {"same": 0.03, "high": 0.1, "small": 0.22}
 
 _MIB = 2**20
 
@@ -28,8 +28,13 @@ class Help:
 
     @property
     def score(self) -> str:
-        """The best score that these files allow, with a comma behind it."""
-        return "calib,bytes," if self.calibration else "fro_ckpt,bytes," if self.base else "bytes,"
+        """The best score for a size that these files allow, with a comma behind it."""
+        return "calib,bytes," if self.calibration else self.plain_score
+
+    @property
+    def plain_score(self) -> str:
+        """The best score for an error, which is one of the weights and not of what a table says of them."""
+        return "fro_ckpt,bytes," if self.base else "bytes,"
 
 
 def recipe_of(goal: Mapping[str, Any], help: Help) -> Recipe:
@@ -41,7 +46,7 @@ def recipe_of(goal: Mapping[str, Any], help: Help) -> Recipe:
     if by == "recipe" and isinstance(value, str):
         return Recipe.parse(value)
     if by == "quality" and value in QUALITIES:
-        return Recipe.parse(f"energy={QUALITIES[str(value)]}")
+        return Recipe.parse(f"{help.plain_score}error={QUALITIES[str(value)]}")
     if isinstance(value, (int, float)) and math.isfinite(value) and value > 0:
         if by == "size":
             return Recipe.parse(f"{help.score}size={value / _MIB:.6f}")

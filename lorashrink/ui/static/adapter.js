@@ -56,7 +56,7 @@ export class AdapterView {
   // --- the page of one LoRA ---------------------------------------------------------------------
 
   closeButton() {
-    return el("button", { type: "button", className: "close", onclick: () => this.close() }, "Back to the list");
+    return el("button", { type: "button", className: "close", onclick: () => this.close() }, "Close");
   }
 
   build() {
@@ -69,7 +69,7 @@ export class AdapterView {
       this.closeButton(),
       title,
       el("p", { className: "facts" }, kind.filter(Boolean).join(", ")),
-      about.shrunk ? el("p", { className: "note" }, "This one was made smaller by lorashrink already.") : null ?? "",
+      about.shrunk ? el("p", { className: "note" }, "This one was made smaller by lorashrink already.") : "",
       ...this.findings(),
       ...(about.layers ? this.sizePart() : []),
       this.inside(),

@@ -245,7 +245,7 @@ export class LibraryView {
     set(byId("totals"), parts.join("; "));
     set(byId("folders"), (this.folders ?? []).join("\n"));
     const note = this.outside
-      ? `${countText(this.outside, "link")} that lead out of the folder are left out; start lorashrink ui with their folder too.`
+      ? `Left out: ${countText(this.outside, "link")} to files outside of the folder. Start lorashrink ui with their folder too.`
       : "";
     set(byId("library-note"), note);
   }
@@ -269,7 +269,7 @@ function savingCell(row) {
 }
 
 function spacer(height) {
-  const row = el("tr", { "aria-hidden": "true", className: "spacer" }, el("td", { colSpan: 6 }));
+  const row = el("tr", { "aria-hidden": "true", className: "spacer" }, el("td", {}));
   row.style.setProperty("height", `${height}px`);
   return row;
 }
