@@ -14,6 +14,7 @@ from lorashrink._version import __version__ as __version__
 from lorashrink.errors import LorashrinkError as LorashrinkError
 
 if TYPE_CHECKING:
+    from lorashrink.adapters import Tensors as Tensors
     from lorashrink.adapters import open_adapter as open_adapter
     from lorashrink.bases import open_base as open_base
     from lorashrink.bases.norms import norms as norms
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lorashrink.making.merging import merge as merge
     from lorashrink.recipes.grammar import Recipe as Recipe
     from lorashrink.reports.report import report as report
+    from lorashrink.shrinking.prepared import prepare as prepare
     from lorashrink.shrinking.run import resize as resize
     from lorashrink.sweeping.sweep import sweep as sweep
 
@@ -42,9 +44,11 @@ _MODULES = {
     "inspect": "insight.inspection",
     "merge": "making.merging",
     "norms": "bases.norms",
+    "Tensors": "adapters",
     "open_adapter": "adapters",
     "open_base": "bases",
     "overlap": "insight.overlapping",
+    "prepare": "shrinking.prepared",
     "refine": "calibration.refine",
     "report": "reports.report",
     "resize": "shrinking.run",

@@ -6,17 +6,21 @@ Read `family.py` first (the row), then `lora.py` (the plainest family), `familie
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lorashrink.adapters import peft
 from lorashrink.adapters.families import FAMILIES
+from lorashrink.adapters.in_memory import Tensors, in_memory
 from lorashrink.adapters.layer import Adapter, Layer
 from lorashrink.adapters.lora import lora_form
 from lorashrink.adapters.model_family import family_of
 from lorashrink.adapters.peft_keys import check_keys
 from lorashrink.adapters.sorting import UNKNOWN, layer_name, looks_like_adapter, sort_keys
 from lorashrink.errors import NotAnAdapter
+from lorashrink.files.in_memory import MemoryStore
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import TensorStore
 
@@ -25,22 +29,34 @@ __all__ = [
     "UNKNOWN",
     "Adapter",
     "Layer",
+    "Source",
+    "Tensors",
     "adapter_family",
     "adapter_of",
+    "in_memory",
     "layer_name",
     "looks_like_adapter",
     "lora_form",
     "open_adapter",
 ]
 
+# An adapter to open: a path, or one that is in memory (see `in_memory`).
+Source = str | Path | Mapping[str, Any] | Tensors | Any
 
-def open_adapter(path: str | Path) -> Adapter:
-    """Open an adapter file or PEFT folder and sort its keys into layers, from the header alone.
+
+def open_adapter(source: Source) -> Adapter:
+    """Open an adapter and sort its keys into layers, of a file or PEFT folder from the header alone.
+
+    source: a path, a mapping of names to tensors, `Tensors`, a PeftModel, or a diffusers pipeline with one adapter.
 
     Raises InputError or DamagedFile (unreadable, or a setting of unknown meaning), NotAnAdapter (no key looks like an
     adapter's), and ShapeError (a factor is missing, or the factors of a layer do not fit each other).
     """
-    path = Path(path)
+    held = in_memory(source)
+    if held is not None:
+        settings = held.settings or peft.from_metadata(held.metadata)
+        return adapter_of(Path(held.name), MemoryStore(held.name, held.tensors, held.metadata), settings)
+    path = Path(source)  # type: ignore[arg-type]  # what is not in memory is a path
     folder = path if peft.is_folder(path) else path.parent
     # A file that PEFT saved is half an adapter: its scale is in the file beside it.
     as_folder = peft.is_folder(folder) and path in (folder, *(folder / name for name in peft.WEIGHTS_FILES))

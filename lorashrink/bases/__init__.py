@@ -17,10 +17,12 @@ from lorashrink.bases import norm_table
 from lorashrink.bases.containers import open_store
 from lorashrink.bases.families import FAMILIES, family_named, recognise
 from lorashrink.bases.family import BaseFamily
+from lorashrink.bases.quantised import unpacked
 from lorashrink.bases.views import BaseInfo, View, Views, views_id, views_shape
 from lorashrink.bases.weights import Weights, name_weights, relevant
 from lorashrink.errors import NotABase
 from lorashrink.files.disk import content_fingerprint
+from lorashrink.files.in_memory import MemoryStore
 from lorashrink.files.store import FLOATS, TensorStore
 from lorashrink.names import address
 
@@ -48,7 +50,7 @@ class Base:
     """An open base. `norms` is filled only if the base is a norm table, and then no weight can be read."""
 
     path: Path
-    kind: str  # "file", "shards", "folder" or "norms"
+    kind: str  # "file", "shards", "folder", "memory" or "norms"
     family: BaseFamily
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of the tensors that hold weights
     fingerprint: str
@@ -126,16 +128,22 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
-def open_base(path: str | Path) -> Base:
-    """Open a checkpoint, a folder of a model, or a norm table. Reads headers only.
+def open_base(source: str | Path | Mapping[str, Tensor]) -> Base:
+    """Open a checkpoint, a folder of a model, or a norm table, of which headers only are read; or a mapping of tensors.
 
     Raises InputError (unreadable) and NotABase (no weights in it, or an adapter).
     """
-    path = Path(path)
+    if isinstance(source, Mapping):
+        path = Path("model in memory")
+        return _base_of(path, unpacked(MemoryStore(str(path), source, {})), "memory")
+    path = Path(source)
     if path.suffix == ".json" and ".index." not in path.name:
         table = norm_table.read(path)
         return Base(path, "norms", table.family, table.shapes, table.fingerprint, norms=table.norms)
-    store, kind = open_store(path)
+    return _base_of(path, *open_store(path))
+
+
+def _base_of(path: Path, store: TensorStore, kind: str) -> Base:
     try:
         shapes = relevant({name: info.shape for name, info in store.tensors.items() if info.dtype in FLOATS})
         family = recognise(shapes)

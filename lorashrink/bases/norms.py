@@ -35,7 +35,7 @@ class BaseNorms:
 
     def __init__(self, base: Base, *, cache: bool = True) -> None:
         self.base = base
-        self._file = _cache_file(base) if cache and base.store is not None else None
+        self._file = _cache_file(base) if cache and base.store is not None and base.store.files else None
         self._norms = _load(self._file) if self._file else {key: dict(norms) for key, norms in base.norms.items()}
 
     def look_up(

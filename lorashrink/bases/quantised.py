@@ -89,6 +89,10 @@ class UnpackedStore(DecodedStore):
         packed = self._packed.get(name)
         return packed.read(self._inner, rows) if packed else self._inner.read(name, rows)
 
+    def sample(self, pieces: int = 64, size: int = 4096) -> Iterator[bytes]:
+        """As the store with the packed weights."""
+        return self._inner.sample(pieces, size)
+
     def close(self) -> None:
         """Close the files."""
         self._inner.close()

@@ -14,10 +14,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lorashrink._version import __version__
-from lorashrink.cli.printing import plain, print_json, say
+from lorashrink.cli.printing import print_json, say
 from lorashrink.cli.progress import progress_bars
 from lorashrink.errors import Progress, explained
 from lorashrink.files.disk import count_finished, discard_unfinished
+from lorashrink.results.shown import plain
 from lorashrink.text import count_text, printable
 
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

@@ -9,8 +9,9 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Base, Csv, Device, Force, Jobs, split_base
-from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, some_names, write_csv
+from lorashrink.cli.printing import check_outputs, new_console, new_table, some_names, write_csv
 from lorashrink.errors import UsageError
+from lorashrink.results.shown import plain
 from lorashrink.text import number_text, percent_text, share_text, size_text
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Adapters, Base, Csv, Device, Force, Jobs, Recursive, split_base
-from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, write_csv
+from lorashrink.cli.printing import check_outputs, new_console, new_table, write_csv
 from lorashrink.errors import UsageError
+from lorashrink.results.shown import plain
 from lorashrink.text import number_text, share_text, size_text, span_text
 
 if TYPE_CHECKING:

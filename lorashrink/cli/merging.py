@@ -9,8 +9,9 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Base, Csv, Device, DryRun, Dtype, Force, Jobs, Naming, split_base
-from lorashrink.cli.printing import check_outputs, plain, write_csv
+from lorashrink.cli.printing import check_outputs, write_csv
 from lorashrink.cli.resizing import print_report
+from lorashrink.results.shown import plain
 
 
 @command(print_report)

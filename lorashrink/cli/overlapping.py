@@ -10,7 +10,8 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Base, Csv, Device, Force, Jobs, split_base
-from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, write_csv
+from lorashrink.cli.printing import check_outputs, new_console, new_table, write_csv
+from lorashrink.results.shown import plain
 from lorashrink.text import number_text, share_text
 
 if TYPE_CHECKING:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,19 +25,6 @@ _NAMES_OF_ADAPTERS = ("adapter_config.json", ".lorashrink-journal.sqlite3")
 
 # Columns of words; all others are numbers and stand to the right.
 _WORDS = frozenset(("layer", "block", "file", "recipe", "algo", "flags", "kind"))
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, mappings and tuples as JSON knows them; numbers that JSON does not know as null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def say(text: str, *, errors: bool = False) -> None:

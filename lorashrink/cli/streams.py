@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lorashrink.cli.printing import cells, plain
+from lorashrink.cli.printing import cells
+from lorashrink.results.shown import plain
 
 if TYPE_CHECKING:
     from lorashrink.results.shrinking import FileResult, Report

@@ -29,8 +29,9 @@ from lorashrink.cli.options import (
     sizes_of,
     split_base,
 )
-from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, write_csv
+from lorashrink.cli.printing import check_outputs, new_console, new_table, write_csv
 from lorashrink.errors import UsageError
+from lorashrink.results.shown import plain
 from lorashrink.text import count_text, number_text, share_text, size_text
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,76 @@ class Arrangement:
             info, start = tensors[name], self.nbytes
             self.offsets[name] = start
             self.nbytes += info.nbytes
-            shape = ",".join(map(str, info.shape))
-            entries.append(
-                f'{_compact(name)}:{{"dtype":"{info.dtype}","shape":[{shape}],"data_offsets":[{start},{self.nbytes}]}}'
-            )
+            head, tail = _entry(name, info)
+            entries.append(f"{head}{start},{self.nbytes}{tail}")
         self._entries = ",".join(entries)
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """Length and header of the file with this metadata, padded to 8 bytes."""
-        start = f'"__metadata__":{_compact(dict(metadata))}' if metadata else ""
+        start = _metadata_entry(metadata)
         raw = ("{" + start + ("," if start and self._entries else "") + self._entries + "}").encode()
         raw += b" " * (-len(raw) % 8)
         return struct.pack("<Q", len(raw)) + raw
+
+
+class Sizes:
+    """Exact sizes of files that hold some of many tensors, without laying out each file.
+
+    tensors: all that may be in a file, in any shape. A group is what `group` makes of tensors that come together.
+    """
+
+    Group = tuple[Any, Any, Any]  # int64 arrays: place in the order of writing, bytes, characters of the entry
+
+    def __init__(self, tensors: Iterable[tuple[str, TensorInfo]]) -> None:
+        self._places: dict[tuple[str, str], int] = {}
+        entries = {(info.dtype, name) for name, info in tensors}
+        for dtype, name in sorted(entries, key=lambda entry: (_WRITE_ORDER.get(entry[0], -1), entry[1])):
+            self._places[dtype, name] = len(self._places)
+
+    def group(self, tensors: Mapping[str, TensorInfo]) -> Group:
+        """Tensors that come together into a file."""
+        import numpy as np
+
+        rows = []
+        for name, info in tensors.items():
+            start, end = _entry(name, info)
+            rows.append((self._places[info.dtype, name], info.nbytes, len(f"{start},{end}".encode())))
+        places, sizes, characters = np.array(rows, np.int64).reshape(-1, 3).T
+        return places, sizes, characters
+
+    def size(self, groups: Sequence[Group], metadata: Mapping[str, str]) -> int:
+        """Bytes of the file with these groups and this metadata."""
+        import numpy as np
+
+        places, sizes, characters = (np.concatenate(arrays) for arrays in zip(*groups, strict=True))
+        by_place = np.zeros((2, len(self._places)), np.int64)
+        by_place[:, places] = sizes, characters
+        present = by_place[:, by_place[1] > 0]
+        ends = present[0].cumsum()
+        offsets = np.concatenate([ends, ends - present[0]])
+        digits = 1 + np.searchsorted(_POWERS, offsets, side="right")
+        entries = int(present[1].sum() + digits.sum()) + max(0, present.shape[1] - 1)
+        return _header_length(metadata, entries) + int(present[0].sum())
+
+
+_POWERS = [10**power for power in range(1, 19)]
+
+
+def _entry(name: str, info: TensorInfo) -> tuple[str, str]:
+    """A tensor's entry before its first offset and behind its second one; a comma is between these."""
+    shape = ",".join(map(str, info.shape))
+    return f'{_compact(name)}:{{"dtype":"{info.dtype}","shape":[{shape}],"data_offsets":[', "]}"
+
+
+def _header_length(metadata: Mapping[str, str], entries: int) -> int:
+    """Bytes of length and header whose entries of tensors have so many."""
+    start = len(_metadata_entry(metadata).encode())
+    length = 2 + start + (1 if start and entries else 0) + entries
+    return 8 + length + -length % 8
+
+
+def _metadata_entry(metadata: Mapping[str, str]) -> str:
+    return f'"__metadata__":{_compact(dict(metadata))}' if metadata else ""
 
 
 def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:

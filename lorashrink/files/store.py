@@ -172,6 +172,11 @@ class TensorStore:
         self._open_files: dict[int, Any] = {}
         self._lock = threading.Lock()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files."""
+        return sum(path.stat().st_size for path in self.files)
+
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """The tensor `name`, or its rows `[start, stop)` alone, in the dtype of the file.
 

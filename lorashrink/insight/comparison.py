@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from lorashrink._version import __version__
-from lorashrink.adapters import Adapter, layer_name, open_adapter, peft
+from lorashrink.adapters import Adapter, Source, in_memory, layer_name, open_adapter, peft
 from lorashrink.bases import Base, open_base
 from lorashrink.engine.devices import core_device, pick_device, worker_pool
 from lorashrink.errors import Progress, UsageError
 from lorashrink.insight.differences import FIRST, SECOND, InnerProducts, inner_products
 from lorashrink.insight.summaries import by_block, joined, summary
-from lorashrink.linking.inputs import find_adapters
+from lorashrink.linking.inputs import only_adapter
 from lorashrink.linking.pairing import Unit, bind_all, matched, units
 from lorashrink.names import address, block
 from lorashrink.results.comparison import (
@@ -38,25 +38,31 @@ from lorashrink.results.comparison import (
     Side,
 )
 
+_ONE_BY_ONE = "two are compared, one by one"
+
 
 def compare(
-    a: str | Path,
-    b: str | Path,
+    a: Source,
+    b: Source,
     *,
-    base: str | Path | None = None,
+    base: str | Path | Mapping[str, Tensor] | None = None,
     device: str = "auto",
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare what two adapters add to the base. The base, or its norm table, tells which layers belong together.
 
+    a, b: paths, mappings of names to tensors, PeftModels, or pipelines. base: also the tensors of a model by name.
     Without one, equal names do, and names of two programs where one of them writes dots. Layers that multiply the base
     weight need the base itself. Raises InputError if a file cannot be used, FamilyMismatch or ShapeError if the
     adapters were made for different models, and UsageError if only a base could tell which layers are the same.
     """
     device = pick_device(device)
     with ExitStack() as stack:
-        sides = [stack.enter_context(open_adapter(_one_adapter(path))) for path in (a, b)]
+        sides = [
+            stack.enter_context(open_adapter(in_memory(side) or only_adapter(side, needed=_ONE_BY_ONE)))
+            for side in (a, b)
+        ]
         opened = stack.enter_context(open_base(base)) if base is not None else None
         dictionary, views = matched(sides, opened)
         bound = bind_all(sides, views, opened)
@@ -89,15 +95,6 @@ def compare(
             others_equal=equal,
             metadata=_metadata(*bound),
         )
-
-
-def _one_adapter(path: str | Path) -> Path:
-    adapters = find_adapters([path])
-    if len(adapters) != 1:
-        raise UsageError(
-            f"{path}: stands for {len(adapters)} adapters, and two are compared, one by one. Name one file."
-        )
-    return adapters[0]
 
 
 # --- tables -------------------------------------------------------------------------------------

@@ -8,15 +8,15 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lorashrink.adapters import Adapter, Layer, open_adapter
+from lorashrink.adapters import Adapter, Layer, Tensors, in_memory, open_adapter
 from lorashrink.bases import Base, Views, open_base, views_id
 from lorashrink.errors import LorashrinkError, Progress, UsageError, boundary
 from lorashrink.insight.health import SPIKE, check_health
 from lorashrink.insight.summaries import by_block, joined, norm_ratio, summary
 from lorashrink.insight.training_notes import training_notes
-from lorashrink.linking.inputs import find_adapters
+from lorashrink.linking.inputs import check_exists, find_adapters
 from lorashrink.linking.loaders import loads
 from lorashrink.linking.matching import bind, find_fitting
 from lorashrink.names import block, kind
@@ -24,6 +24,8 @@ from lorashrink.results.inspection import AdapterTable, BlockRow, Inspection, La
 from lorashrink.results.shrinking import Failure
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lorashrink.bases.norms import Norms
     from lorashrink.engine.spectrum import Spectrum
 
@@ -36,9 +38,9 @@ _WITH_BASE, _ANYWAY = ("fro_ckpt=1,thr=-3.55",), ("energy=0.99", "energy=0.95")
 
 
 def inspect(
-    adapters: str | Path | Sequence[str | Path],
+    adapters: Any,
     *,
-    base: str | Path | None = None,
+    base: str | Path | Mapping[str, Tensor] | None = None,
     header: bool = False,
     spectrum: bool = False,
     recommend: bool = False,
@@ -47,7 +49,10 @@ def inspect(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Look into adapters. `header` answers from headers alone; `spectrum` lists all singular values.
+    """Look into adapters: files, folders or globs, or one in memory (a mapping of names to tensors, a PeftModel, ...).
+
+    base: also the tensors of a model by their names. `header` answers from headers alone; `spectrum` lists all
+    singular values.
 
     `recommend` tells what some recipes would make of each file, as `resize` with a dry run does; recipes that keep
     nothing of it, or cannot reach their size, are left out.
@@ -57,9 +62,9 @@ def inspect(
     """
     if header and (spectrum or recommend):
         raise UsageError("header: headers alone tell neither singular values nor what a recipe would keep.")
-    sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, recursive=recursive)
+    sources = _sources(adapters, recursive)
     files: list[AdapterTable] = []
-    errors: dict[Path, LorashrinkError] = {}
+    errors: dict[Path | Tensors, LorashrinkError] = {}
     with ExitStack() as stack:
         opened = stack.enter_context(open_base(base)) if base is not None else None
         measure = None if header else _measuring(stack, opened, spectrum, device, jobs, progress)
@@ -71,6 +76,16 @@ def inspect(
                     table = replace(table, recommendations=_recommended(source, table, base, device, jobs))
                 files.append(table)
     return Inspection(tuple(files), tuple(Failure(str(source), str(error)) for source, error in errors.items()))
+
+
+def _sources(adapters: Any, recursive: bool) -> Sequence[Path | Tensors]:
+    held = in_memory(adapters)
+    if held is not None:
+        return [held]
+    if isinstance(adapters, (str, Path)):
+        check_exists(adapters)
+        adapters = [adapters]
+    return find_adapters(adapters, recursive=recursive)
 
 
 # Of an adapter and the base weights that its layers change: the measured fields of each layer's row.
@@ -223,7 +238,11 @@ def _flags(layer: Layer, spectrum: Spectrum, widest: int) -> tuple[str, ...]:
 
 
 def _recommended(
-    source: Path, table: AdapterTable, base: str | Path | None, device: str, jobs: int | None
+    source: Path | Tensors,
+    table: AdapterTable,
+    base: str | Path | Mapping[str, Tensor] | None,
+    device: str,
+    jobs: int | None,
 ) -> tuple[Recommendation, ...]:
     """What a handful of recipes would make of a file, in their order; nothing of one that adds nothing."""
     if not table.fro:
@@ -235,7 +254,8 @@ def _recommended(
     score = "bytes" if base is None else "fro_ckpt,bytes"
     sizes = [f"{score},size={share * table.bytes / 2**20:.4g}" for share in _SHARES if table.bytes > _WORTH_IT]
     recipes = parse_recipes([*(_WITH_BASE if base is not None else ()), *_ANYWAY, *sizes])
-    unwritten = {source.with_name(f"{index}.safetensors"): recipe for index, recipe in enumerate(recipes)}
+    path = Path(str(source))
+    unwritten = {path.with_name(f"{index}.safetensors"): recipe for index, recipe in enumerate(recipes)}
     options = ResizeOptions(base=base, device=device, jobs=jobs, dry_run=True)
-    report = shrink({source: unwritten}, options, lenient=True)
+    report = shrink({path: unwritten}, options, opener=lambda path, base: open_adapter(source), lenient=True)
     return tuple(Recommendation(run.recipe, run.bytes_after, run.relative_error, run.energy) for run in report.results)

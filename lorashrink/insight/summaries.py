@@ -23,7 +23,7 @@ def summary(adapter: Adapter) -> dict[str, Any]:
     ranks = [layer.rank for layer in adapter]
     return {
         "path": str(adapter.path),
-        "bytes": sum(path.stat().st_size for path in adapter.store.files),
+        "bytes": adapter.store.nbytes,
         "family": adapter_family(adapter),
         "algo": joined(layer.algo for layer in adapter) or "none",
         "naming": naming([layer.name for layer in adapter]),

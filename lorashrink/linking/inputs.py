@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorashrink.adapters import looks_like_adapter, peft
 from lorashrink.bases.containers import is_model_folder
@@ -30,6 +31,21 @@ def find_adapters(entries: Sequence[str | Path], *, recursive: bool = False) -> 
             adapter = path.parent if in_folder else path
             files.setdefault(os.path.realpath(adapter), adapter)
     return list(files.values())
+
+
+def only_adapter(entry: Any, *, needed: str = "one adapter is needed") -> Path:
+    """The one adapter that an argument stands for. Raises InputError if there is none, UsageError if there are more."""
+    adapters = find_adapters([entry])
+    if len(adapters) != 1:
+        raise UsageError(f"{entry}: stands for {len(adapters)} adapters, and {needed}. Name one file.")
+    check_exists(adapters[0])
+    return adapters[0]
+
+
+def check_exists(entry: str | Path) -> None:
+    """Raises InputError if this is a path at which there is nothing."""
+    if not os.path.lexists(entry) and not glob.has_magic(str(entry)) and not is_sum(entry):
+        raise InputError(f"{entry}: no such file or folder.")
 
 
 def _adapters_at(entry: str, recursive: bool) -> list[Path]:

@@ -104,7 +104,7 @@ def _write(source: Path, new: Renamed, path: Path, naming: str | None, dtype: st
         output=str(shown(path)),
         naming=naming,
         dtype=dtype,
-        bytes_before=sum(file.stat().st_size for file in adapter.store.files),
+        bytes_before=adapter.store.nbytes,
         bytes_after=path.stat().st_size,
         layers=len(adapter),
         exact=new.exact and same,

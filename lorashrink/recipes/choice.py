@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from lorashrink.errors import RecipeError
@@ -86,15 +86,17 @@ def caps(recipe: Recipe, facts: LayerFacts, kept: Sequence[int]) -> Values | Non
 # --- one file -----------------------------------------------------------------------------------
 
 
-def select(recipe: Recipe, layers: Sequence[LayerFacts], file_size: FileSize) -> Selection:
+def select(
+    recipe: Recipe, layers: Sequence[LayerFacts], file_size: FileSize, scores: Sequence[Values] | None = None
+) -> Selection:
     """Apply a recipe to all layers of a file.
 
-    `file_size` is asked only by `size=`. Raises RecipeError if `size=` is smaller than the parts of the file that
-    cannot shrink.
+    `file_size` is asked only by `size=`; `scores` are those of `score`, where they are known already. Raises
+    RecipeError if `size=` is smaller than the parts of the file that cannot shrink.
     """
     import numpy as np
 
-    scores = [score(recipe, facts) for facts in layers]
+    scores = scores or [score(recipe, facts) for facts in layers]
     orders = _best_first(scores)
     threshold: float | None = None
     if recipe.select == "size":
@@ -124,6 +126,7 @@ def _by_size(
     def threshold(taken: int) -> float | None:
         return float(ranking.scores[taken - 1]) if 0 < taken < finite else None
 
+    @cache
     def size(taken: int) -> int:
         return file_size(_widths(recipe, _adjusted(recipe, layers, ranking.counts(taken))), threshold(taken))
 
@@ -132,7 +135,9 @@ def _by_size(
             f"recipe '{recipe}': the parts of this file that cannot shrink need {size_text(size(0))}; "
             f"the smallest possible is size={_size_for(size(0))}."
         )
-    taken = _most(finite, _budget(recipe), size)
+    of_owner = np.array([facts.bytes_per_rank for facts in layers], np.int64)
+    numbers = np.concatenate([[0], of_owner[ranking.owners[:finite]].cumsum()])
+    taken = _most(finite, _budget(recipe), size, numbers)
     return ranking.counts(taken), threshold(taken)
 
 
@@ -159,14 +164,14 @@ class _Ranking:
         joined = _joined(scores)
         self.order = np.argsort(-joined, kind="stable")
         self.scores = joined[self.order]
-        self._owners = np.repeat(np.arange(len(scores)), [len(values) for values in scores])[self.order]
+        self.owners = np.repeat(np.arange(len(scores)), [len(values) for values in scores])[self.order]
         self._layers = len(scores)
 
     def counts(self, taken: int) -> list[int]:
         """How many of the best dimensions belong to each layer."""
         import numpy as np
 
-        return [int(count) for count in np.bincount(self._owners[:taken], minlength=self._layers)]
+        return [int(count) for count in np.bincount(self.owners[:taken], minlength=self._layers)]
 
 
 # .8² is a little above .64; shares that close are equal.
@@ -234,7 +239,7 @@ def select_together(recipe: Recipe, members: Sequence[Member]) -> list[Selection
             f"recipe '{recipe}': the parts of these {len(members)} files that cannot shrink need "
             f"{size_text(size(0))} together; the smallest possible is size={_size_for(size(0))}."
         )
-    taken = _most(len(levels), _budget(recipe), size)
+    taken = _most(len(levels), _budget(recipe), size, np.zeros(len(levels) + 1))
     return [
         _selection(recipe, member.layers, _best_first(layers), counts(layers, taken), threshold(taken))
         for member, layers in zip(members, scores, strict=True)
@@ -269,9 +274,25 @@ def _size_for(needed: int) -> str:
     return f"{math.ceil(needed / 100) / 1e4:.10g}MB"
 
 
-def _most(count: int, limit: int, size: Callable[[int], int]) -> int:
-    """The largest number up to `count` whose size is within the limit; size(0) is."""
-    taken = count - bisect_left(range(count, 0, -1), True, key=lambda number: size(number) <= limit)
+def _most(count: int, limit: int, size: Callable[[int], int], about: Values) -> int:
+    """The largest number up to `count` whose size is within the limit; size(0) is.
+
+    about: [count + 1], rising, how sizes grow by and large. Each guess is what it says, moved by what it was wrong
+    about before; every fourth guess is the middle, so that it need not be right.
+    """
+    import numpy as np
+
+    taken, above = 0, count + 1  # within the limit, and not
+    wrong, guesses = size(0) - float(about[0]), 0
+    while above - taken > 1:
+        guesses += 1
+        guess = (taken + above) // 2
+        if guesses % 4:
+            guess = int(np.searchsorted(about, limit - wrong, side="right")) - 1
+            guess = min(max(guess, taken + 1), above - 1)
+        actual = size(guess)
+        wrong = actual - float(about[guess])
+        taken, above = (guess, above) if actual <= limit else (taken, guess)
     while size(taken) > limit:  # the text of a threshold may be some bytes longer than its neighbour's
         taken -= 1
     return taken

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorashrink.bases.views import BaseInfo
+from lorashrink.results.shown import Shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,11 @@ class MetadataDifference:
     b: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Shown):
     """B against A. Layers that only one side has count in blocks and total, with a zero on the other side."""
+
+    table = "layers"
 
     version: str
     base: BaseInfo | None

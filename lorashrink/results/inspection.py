@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorashrink.linking.loaders import Loads
+from lorashrink.results.shown import Shown
 from lorashrink.results.shrinking import Failure
 
 
@@ -68,9 +69,11 @@ class Recommendation:
     energy: float
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterTable:
+@dataclass(frozen=True, slots=True, repr=False)
+class AdapterTable(Shown):
     """One adapter file."""
+
+    table = "layers"
 
     path: str
     bytes: int
@@ -90,9 +93,11 @@ class AdapterTable:
     loads: Loads = field(default_factory=Loads)
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
+@dataclass(frozen=True, slots=True, repr=False)
+class Inspection(Shown):
     """The outcome for one or many files."""
+
+    table = "files"
 
     files: tuple[AdapterTable, ...]
     failed: tuple[Failure, ...] = ()

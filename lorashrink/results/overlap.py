@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorashrink.bases.views import BaseInfo
+from lorashrink.results.shown import Shown
 from lorashrink.results.shrinking import Failure
 
 Table = tuple[tuple[float | None, ...], ...]  # N×N, in the order of the adapters
@@ -119,9 +120,11 @@ class Advice:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Overlap:
+@dataclass(frozen=True, slots=True, repr=False)
+class Overlap(Shown):
     """How several adapters relate to each other; tables are N×N, None where an adapter adds nothing."""
+
+    table = "layers"
 
     version: str
     base: BaseInfo | None

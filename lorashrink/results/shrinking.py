@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorashrink.bases.views import BaseInfo
+from lorashrink.errors import UsageError
 from lorashrink.linking.loaders import Loads
+from lorashrink.results.shown import NOT_PLAIN, Shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +65,11 @@ class Capped:
     fro_after: float
 
 
-@dataclass(frozen=True, slots=True)
-class FileResult:
-    """One written file (or, with a dry run, one that would be)."""
+@dataclass(frozen=True, slots=True, repr=False)
+class FileResult(Shown):
+    """One written file (or, with a dry run, one that would be), or one adapter in memory."""
+
+    table = "layers"
 
     source: str
     output: str
@@ -85,6 +92,10 @@ class FileResult:
     capped: tuple[Capped, ...] = ()
     kept_energy: float | None = None  # see `energy`; None where it follows from the error, as it does without limits
     loads: Loads = field(default_factory=Loads)  # of the output
+    # Of an adapter in memory, which is not written: the tensors, the header's metadata, and PEFT's settings
+    state_dict: Mapping[str, Tensor] | None = field(default=None, compare=False, metadata=NOT_PLAIN)
+    metadata: Mapping[str, str] = field(default_factory=dict, compare=False, metadata=NOT_PLAIN)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, metadata=NOT_PLAIN)
 
     def brief(self) -> FileResult:
         """The same result without the fields that grow with the number of layers."""
@@ -129,9 +140,11 @@ class StackBudget:
     threshold: float | None  # lowest kept score in any adapter, None if everything was kept
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+@dataclass(frozen=True, slots=True, repr=False)
+class Report(Shown):
     """The outcome of a run over one or many adapters."""
+
+    table = "results"
 
     version: str
     base: BaseInfo | None
@@ -140,6 +153,14 @@ class Report:
     bases: tuple[BaseInfo, ...] = ()  # used instead of `base` if a table gives several
     space: Space | None = None  # only with a dry run
     stacks: tuple[StackBudget, ...] = ()  # one for each recipe if the adapters share a budget
+
+    @property
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """The tensors of the one result of an adapter in memory. Raises UsageError if there is none such."""
+        states = [result.state_dict for result in self.results if result.state_dict is not None]
+        if len(states) != 1:
+            raise UsageError(f"state_dict: {len(states)} results are in memory; take it from one of `results`.")
+        return states[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +180,11 @@ class Converted:
     loads: Loads = field(default_factory=Loads)  # of the output
 
 
-@dataclass(frozen=True, slots=True)
-class ConversionReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class ConversionReport(Shown):
     """The outcome of a conversion of one or many adapters."""
+
+    table = "results"
 
     version: str
     base: BaseInfo | None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorashrink.pictures.prompts import Prompt
+from lorashrink.results.shown import Shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,11 @@ class Suggestion:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Sweep:
+@dataclass(frozen=True, slots=True, repr=False)
+class Sweep(Shown):
     """Size against error for one adapter; points by size, smallest first."""
+
+    table = "points"
 
     source: str
     bytes: int

@@ -71,6 +71,10 @@ def resize(
     """
     if options.get("stack"):
         raise UsageError("--stack: is not for --ray, because what becomes of each adapter depends on all others.")
+    if not isinstance(options.get("base"), (str, Path, type(None))):
+        raise UsageError(
+            "base: a model in memory cannot be sent to a cluster. Give the path of a file, or a norm table."
+        )
     try:
         import ray
     except ImportError:
@@ -149,7 +153,7 @@ class _Driver:
     def run(self) -> None:
         tables: dict[Path, bytes] = {}
         if self.transfer:  # norm tables are small enough to be sent
-            bases = [Path(self.job.options.base)] if self.job.options.base is not None else self.job.bases.values()
+            bases = [Path(str(self.job.options.base))] if self.job.options.base is not None else self.job.bases.values()
             paths = [path for path in bases if path.suffix == ".json" and ".index." not in path.name]
             tables = {path: path.read_bytes() for path in paths}
         shared = self.ray.put((replace(self.job, targets={}), tables))
@@ -262,7 +266,7 @@ def _with_tables(job: Job, tables: Mapping[Path, bytes], folder: Path) -> Job:
     for path, copy in copies.items():
         copy.write_bytes(tables[path])
     base = job.options.base
-    options = job.options if base is None else replace(job.options, base=copies.get(Path(base), Path(base)))
+    options = job.options if base is None else replace(job.options, base=copies.get(Path(str(base)), Path(str(base))))
     bases = {family: copies.get(path, path) for family, path in job.bases.items()}
     return replace(job, options=options, bases=bases)
 

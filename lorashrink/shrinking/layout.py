@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 from lorashrink.adapters import Adapter, Layer, lora_form, peft
 from lorashrink.adapters.family import Family, Infos
-from lorashrink.files.header import Arrangement
+from lorashrink.files.header import Sizes
 from lorashrink.files.store import FACTOR_DTYPES, OUTPUT_DTYPES, TensorInfo, tensor_info
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.shrinking import metadata
@@ -70,10 +73,19 @@ class Layout:
         self._converted = frozenset(position for position, layer in enumerate(self.layers) if not layer.family.written)
         # Layers whose core is multiplied into a factor, which may become larger than both.
         self._folded = frozenset(position for position, layer in enumerate(self.layers) if "mid" in layer.keys)
+        self._groups: dict[tuple[int, int], Sizes.Group] = {}  # (position, rank) -> its tensors
+
+    def of(self, recipe: Recipe) -> Layout:
+        """The layout for a recipe that differs from this one's in its selection alone."""
+        layout = copy(self)
+        layout._sizes = self._sizes  # computed once for all of them
+        layout.recipe, layout.origin = recipe, replace(self.origin, recipe=str(recipe))
+        return layout
 
     def size(self, widths: Sequence[int], threshold: float | None, form: str | None = None) -> int:
         """Bytes of the file."""
-        return file_size(self.tensors(widths, form), self.metadata(widths, threshold, form=form))
+        groups = [self._sizes.group(self._copied), *(self._group(*item) for item in self._parts(widths, form))]
+        return self._sizes.size(groups, self.metadata(widths, threshold, form=form))
 
     def form_sizes(self, widths: Sequence[int], threshold: float | None) -> dict[str, int]:
         """Bytes of the file with all layers that are no LoRA left as they are, or all written as LoRA."""
@@ -119,15 +131,38 @@ class Layout:
     def tensors(self, widths: Sequence[int], form: str | None = None) -> dict[str, TensorInfo]:
         """All tensors of the file."""
         tensors = dict(self._copied)
-        stays = self.stays(widths, form)
-        for position, width in enumerate(widths):
-            if position in stays:
-                layer = self.layers[position]
-                keys = [*layer.keys.values(), *layer.common.values()]
-                tensors |= {key: self.adapter.store.tensors[key] for key in keys}
-            elif width:
-                tensors |= self.forms[position].tensors(width, self.dtypes[position])
+        for position, width in self._parts(widths, form):
+            tensors |= self._of_layer(position, width)
         return tensors
+
+    def _parts(self, widths: Sequence[int], form: str | None) -> list[tuple[int, int]]:
+        """(position, rank to write) of each layer that is in the file; 0 where it stays in its own form."""
+        stays = self.stays(widths, form)
+        return [
+            (position, 0 if position in stays else width)
+            for position, width in enumerate(widths)
+            if width or position in stays
+        ]
+
+    def _of_layer(self, position: int, width: int) -> dict[str, TensorInfo]:
+        """The tensors of a layer at a rank, or with 0 in its own form."""
+        if width:
+            return self.forms[position].tensors(width, self.dtypes[position])
+        layer = self.layers[position]
+        keys = [*layer.keys.values(), *layer.common.values()]
+        return {key: self.adapter.store.tensors[key] for key in keys}
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        tables = [self._copied]
+        for position in range(len(self.layers)):
+            tables += [self._of_layer(position, 0), self._of_layer(position, 1)]
+        return Sizes(item for table in tables for item in table.items())
+
+    def _group(self, position: int, width: int) -> Sizes.Group:
+        if (position, width) not in self._groups:
+            self._groups[position, width] = self._sizes.group(self._of_layer(position, width))
+        return self._groups[position, width]
 
     def metadata(
         self,
@@ -154,6 +189,8 @@ class Layout:
     def settings(self, widths: Sequence[int], form: str | None = None) -> peft.Settings:
         """PEFT's settings for these ranks."""
         settings = self.adapter.settings
+        if not settings:
+            return settings
         if self._became_lora(widths, form):
             settings = peft.as_lora(settings)
         magnitudes = {layer.keys.get("magnitude") for layer in self.adapter.layers}
@@ -165,12 +202,6 @@ class Layout:
 
     def _ranks(self, widths: Sequence[int], form: str | None) -> dict[str, int]:
         return {self.forms[position].name: widths[position] for position in self.written(widths, form)}
-
-
-def file_size(tensors: Mapping[str, TensorInfo], entries: Mapping[str, str]) -> int:
-    """Bytes of a safetensors file with these tensors and metadata."""
-    arrangement = Arrangement(tensors)
-    return len(arrangement.header(entries)) + arrangement.nbytes
 
 
 def _about_bytes(tensors: Mapping[str, TensorInfo]) -> int:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from lorashrink.recipes.grammar import DEFAULT
+from lorashrink.bases import Base
+from lorashrink.recipes.grammar import DEFAULT, Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResizeOptions:
     """How adapters are shrunk. `resize` says what each option does; it can be sent to other processes."""
 
-    base: str | Path | None = None  # checkpoint, diffusers folder or norm table
-    recipes: str | Sequence[str] = DEFAULT
+    # A checkpoint, diffusers folder or norm table; tensors of a model by their names; a base that is open already.
+    base: str | Path | Mapping[str, Any] | Base | None = None
+    recipes: str | Recipe | Sequence[str | Recipe] = DEFAULT
     output: str | Path | None = None  # folder, or file if there is one output; None: beside the input
     dtype: str = "same"  # "same", "fp16", "bf16" or "fp32"; also "16", "32"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:N" or "mps"
@@ -42,8 +44,8 @@ class ResizeOptions:
 class ResizeKeywords(TypedDict, total=False):
     """The fields of `ResizeOptions` as keywords, for type checkers."""
 
-    base: str | Path | None
-    recipes: str | Sequence[str]
+    base: str | Path | Mapping[str, Any] | Base | None
+    recipes: str | Recipe | Sequence[str | Recipe]
     output: str | Path | None
     dtype: str
     device: str

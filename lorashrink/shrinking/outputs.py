@@ -72,9 +72,9 @@ def becomes_folder(source: Path, naming: str | None) -> bool:
     return peft.is_folder(source) if naming is None else naming == "peft"
 
 
-def base_files(base: str | Path | None) -> list[Path]:
-    """Every file that may be a part of the base, found without opening it."""
-    if base is None:
+def base_files(base: object) -> list[Path]:
+    """Every file that may be a part of the base, found without opening it; none of a base in memory."""
+    if not isinstance(base, (str, Path)):
         return []
     path = Path(base)
     folder = path if path.is_dir() else path.parent if ".index." in path.name else None

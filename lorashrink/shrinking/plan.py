@@ -38,6 +38,8 @@ from lorashrink.shrinking.remarks import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lorashrink.recipes.terms import Values
+
 UNMAPPED = ("keep", "drop", "error")
 
 
@@ -48,10 +50,15 @@ class Outline:
     recipe: Recipe
     judged: Sequence[int]  # indices of the layers that the recipe can judge
     facts: Sequence[LayerFacts]  # of these
+    scores: Sequence[Values]  # of these
     verbatim: Mapping[str, str]  # key -> reason
     removed: Mapping[str, str]  # layer or key -> reason
     layout: Layout
     anchors: Sequence[Anchor]  # layers that keep text encoders readable
+
+    def of(self, recipe: Recipe) -> Outline:
+        """The outline of a recipe that differs from this one's in its selection alone."""
+        return replace(self, recipe=recipe, layout=self.layout.of(recipe))
 
     def size(self, widths: Sequence[int], threshold: float | None) -> int:
         """Bytes of the file for what a selection keeps."""
@@ -63,9 +70,8 @@ class Outline:
         kept = list(selection.kept)
         for position, (old, new) in enumerate(zip(selection.widths, widths, strict=True)):
             if new != old:
-                of_layer = self.facts[position]
-                order = (-score(self.recipe, of_layer)).argsort(kind="stable")
-                kept[position] = tuple(order[: min(new, of_layer.rank)].tolist())
+                order = (-self.scores[position]).argsort(kind="stable")
+                kept[position] = tuple(order[: min(new, self.facts[position].rank)].tolist())
         return replace(selection, kept=tuple(kept), widths=tuple(widths))
 
 
@@ -237,8 +243,9 @@ def outline(
             verbatim |= dict.fromkeys(layer.keys.values(), stays)
     layout = Layout(adapter, recipe, origin, judged, verbatim, dtype, form)
     facts = [decomposed.facts(index, kind) for index, kind in zip(judged, layout.dtypes, strict=True)]
-    best = [float(score(recipe, of_layer).max()) for of_layer in facts]
-    return Outline(recipe, judged, facts, verbatim, removed, layout, anchors(layout.layers, best, verbatim))
+    scores = [score(recipe, of_layer) for of_layer in facts]
+    best = [float(values.max()) for values in scores]
+    return Outline(recipe, judged, facts, scores, verbatim, removed, layout, anchors(layout.layers, best, verbatim))
 
 
 def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None = None) -> Plan:
@@ -248,26 +255,10 @@ def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None 
     cannot be met).
     """
     adapter, recipe, layout, facts = decomposed.adapter, outlined.recipe, outlined.layout, outlined.facts
-    selected = selection or select(recipe, facts, outlined.size)
+    selected = selection or select(recipe, facts, outlined.size, outlined.scores)
     selection = outlined.chosen(selected)
     widths = selection.widths
-    if adapter.layers and not outlined.verbatim and not any(widths):
-        raise RecipeError(_nothing_left(adapter, recipe, facts))
-    stays = layout.stays(widths)
-    layers = [
-        LayerPlan(
-            index=index,
-            layer=layout.layers[position],
-            spectrum=decomposed.spectra[index],
-            facts=facts[position],
-            form=layout.forms[position],
-            kept=selection.kept[position],
-            width=widths[position],
-            stays=position in stays,
-            limits=_limits(recipe, facts[position], selection.kept[position]),
-        )
-        for position, index in enumerate(outlined.judged)
-    ]
+    layers = layer_plans(decomposed, outlined, selection)
     tensors = layout.tensors(widths)
     verbatim, removed = dict(outlined.verbatim), dict(outlined.removed)
     for layer in layers:
@@ -295,6 +286,28 @@ def plan(decomposed: Decomposed, outlined: Outline, selection: Selection | None 
         settings=layout.settings(widths),
         form_sizes=layout.form_sizes(widths, selection.threshold),
     )
+
+
+def layer_plans(decomposed: Decomposed, outlined: Outline, selection: Selection) -> list[LayerPlan]:
+    """What becomes of each judged layer. Raises RecipeError if nothing would be left of the file."""
+    adapter, recipe, layout, facts = decomposed.adapter, outlined.recipe, outlined.layout, outlined.facts
+    if adapter.layers and not outlined.verbatim and not any(selection.widths):
+        raise RecipeError(_nothing_left(adapter, recipe, facts))
+    stays = layout.stays(selection.widths)
+    return [
+        LayerPlan(
+            index=index,
+            layer=layout.layers[position],
+            spectrum=decomposed.spectra[index],
+            facts=facts[position],
+            form=layout.forms[position],
+            kept=selection.kept[position],
+            width=selection.widths[position],
+            stays=position in stays,
+            limits=_limits(recipe, facts[position], selection.kept[position]),
+        )
+        for position, index in enumerate(outlined.judged)
+    ]
 
 
 def _limits(recipe: Recipe, facts: LayerFacts, kept: Sequence[int]) -> Tensor | None:
@@ -340,7 +353,7 @@ def file_result(
         output=str(shown(output)),
         recipe=str(recipe),
         threshold=planned.threshold,
-        bytes_before=sum(path.stat().st_size for path in planned.adapter.store.files),
+        bytes_before=planned.adapter.store.nbytes,
         bytes_after=planned.nbytes,
         relative_error=relative_error(layers),
         seconds=time.perf_counter() - started,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -69,7 +68,7 @@ def grown(layout: Layout, tensors: Mapping[str, TensorInfo]) -> list[str]:
     """A warning that the tensors of the output are larger than its input, and what asks for that."""
     store, recipe = layout.adapter.store, layout.recipe
     after = sum(info.nbytes for info in tensors.values())
-    if after <= max(sum(info.nbytes for info in store.tensors.values()), sum(os.path.getsize(f) for f in store.files)):
+    if after <= max(sum(info.nbytes for info in store.tensors.values()), store.nbytes):
         return []
     rounding = [key for key in ("min_rank", "multiple", "pow2", "uniform") if recipe.modifiers.get(key)]
     causes = {

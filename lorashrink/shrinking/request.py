@@ -11,7 +11,7 @@ from pathlib import Path
 from lorashrink.adapters import UNKNOWN, Adapter, open_adapter, peft
 from lorashrink.bases import Base
 from lorashrink.errors import InputError, RecipeError, UsageError
-from lorashrink.linking.inputs import Sum, find_inputs, split_weight
+from lorashrink.linking.inputs import Sum, check_exists, find_inputs, split_weight
 from lorashrink.linking.renaming import check_naming, renamed
 from lorashrink.recipes.grammar import Recipe, parse_recipes
 from lorashrink.shrinking.grouping import read_table
@@ -64,9 +64,11 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     if options.base is not None and options.group_by_base is not None:
         raise UsageError("give one base, or a table of them with --group-by-base, and not both.")
     reader = TARGETS[options.target] if options.target else None
-    recipes = _recipes(options, reader)
+    recipes = requested_recipes(options, reader)
     bases = read_table(options.group_by_base) if options.group_by_base is not None else {}
     check_naming(options.naming, next(iter(bases.values()), options.base))
+    if isinstance(adapters, (str, Path)):
+        check_exists(adapters)
     entries = [adapters] if isinstance(adapters, (str, Path)) else adapters
     if not entries:
         raise UsageError("no adapters. Name files, folders or globs.")
@@ -93,7 +95,12 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
         [
             *(path for paths in files.values() for path in paths),
             *([Path(options.calibration)] if options.calibration else ()),
-            *(path for base in (options.base, *bases.values()) for path in base_files(base)),
+            *(
+                path
+                for base in (options.base, *bases.values())
+                if isinstance(base, (str, Path))
+                for path in base_files(base)
+            ),
         ],
         force=options.force or options.skip_existing or options.dry_run,
         hint="--force to replace it or --skip-existing to keep it",
@@ -116,9 +123,10 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     )
 
 
-def _recipes(options: ResizeOptions, reader: Target | None) -> list[Recipe]:
+def requested_recipes(options: ResizeOptions, reader: Target | None) -> list[Recipe]:
     """The recipes, with the items that other options add to each of them."""
-    texts = [options.recipes] if isinstance(options.recipes, str) else options.recipes
+    recipes = [options.recipes] if isinstance(options.recipes, (str, Recipe)) else options.recipes
+    texts = [str(recipe) for recipe in recipes]
     limits = {"clip": options.clip, "fro_limit": options.fro_limit}
     items = [f"{key}={value}" for key, value in limits.items() if value is not None]
     texts = [",".join([recipe, *items]) for text in texts for recipe in text.split(":")]
@@ -170,7 +178,7 @@ def _most_bytes(targets: Targets, files: Mapping[Path, Sequence[Path]], options:
     return most
 
 
-def check_needs(recipes: Sequence[Recipe], base: str | Path | None, source: Path) -> None:
+def check_needs(recipes: Sequence[Recipe], base: object, source: Path) -> None:
     """Check that recipes which need a base have one.
 
     Raises:

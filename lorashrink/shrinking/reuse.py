@@ -43,14 +43,15 @@ class OpenSource:
     sha256: Future[str]  # of its contents
 
     @classmethod
-    def open(cls, path: Path, against: AdapterBase, session: Session) -> OpenSource:
-        """Open the adapter, read it into memory if there is room, and begin to hash it in the pool."""
+    def open(cls, path: Path, against: AdapterBase, session: Session, *, load: bool = True) -> OpenSource:
+        """Open the adapter, `load` it into memory if there is room, and begin to hash it in the pool."""
         adapter = session.job.opener(path, against.base)
         try:
             folders = [file.parent for file in adapter.store.files if file.name in peft.WEIGHTS_FILES]
             configs = [folder / peft.CONFIG_FILE for folder in folders if peft.is_folder(folder)]
             before = stamps([*adapter.store.files, *configs])
-            adapter.store.load()
+            if load:
+                adapter.store.load()
             sha256 = session.pool.submit(contents_sha256, adapter)
             return cls(path, adapter, against, session, source_variant(path, session), before, sha256)
         except BaseException:
@@ -112,7 +113,7 @@ class OpenSource:
             recipe,
             base=own_base(self.against, self.session),
             threshold=json.loads(entries["resize_params"])["threshold"],
-            bytes_before=sum(file.stat().st_size for file in self.adapter.store.files),
+            bytes_before=self.adapter.store.nbytes,
             bytes_after=output.stat().st_size,
             relative_error=float(entries[ERROR]) if recipe.caps else (1 - energy) ** 0.5,
         )

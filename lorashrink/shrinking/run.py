@@ -5,13 +5,14 @@ request -> session -> pipeline (or stack) -> ledger -> report
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from lorashrink._version import __version__
+from lorashrink.adapters import in_memory
 from lorashrink.errors import Progress
 from lorashrink.results.shrinking import Report
+from lorashrink.shrinking.in_memory import resize_in_memory
 from lorashrink.shrinking.ledger import Ledger, OnResult, Targets
 from lorashrink.shrinking.options import ResizeKeywords, ResizeOptions
 from lorashrink.shrinking.outputs import clear_outputs, space_for
@@ -22,7 +23,7 @@ from lorashrink.shrinking.together import shrink_together, stack_budgets
 
 
 def resize(
-    adapters: str | Path | Sequence[str | Path],
+    adapters: Any,
     *,
     each: OnResult | None = None,
     progress: Progress | None = None,
@@ -30,17 +31,19 @@ def resize(
 ) -> Report:
     """Shrink adapters, each by each recipe.
 
-    adapters: files, folders of files, globs, or weighted sums `A:0.7,B:0.5` as `merge` makes them.
+    adapters: files, folders of files, globs, or weighted sums `A:0.7,B:0.5` as `merge` makes them; or one adapter in
+        memory, see below.
 
     What goes in:
-        base: a checkpoint, diffusers folder or norm table; needed by recipes that name it. Default None.
+        base: a checkpoint, diffusers folder or norm table, the tensors of a model by their names, or what `open_base`
+            returns; needed by recipes that name it. Default None.
         group_by_base: in place of a base, a .toml or .json file, family of models -> base, of which each adapter gets
             its own.
         calibration: statistics that `calibrate` wrote, for recipes with `calib`.
         recursive: adapters in subfolders too. Default False.
         strict: tensors that belong to no known family are an error. Default False.
     What is kept:
-        recipes: strings as in `lorashrink.recipe`. Default "fro_ckpt=1,thr=-3.55".
+        recipes: strings, or `Recipe` objects. Default "fro_ckpt=1,thr=-3.55".
         stack: `size=` is for all adapters together, and their dimensions compete for it; `A:0.7` is then A, whose
             scores are those of 0.7·ΔW. Default False.
         clip, fro_limit: `clip=` and `fro_limit=` of every recipe.
@@ -68,9 +71,17 @@ def resize(
             without their lists of layers and tensors, so that memory does not grow with them.
         progress: called with (what is being done, steps done, steps in all).
 
+    In memory: a mapping of names to tensors, `lorashrink.Tensors`, a PeftModel, or a diffusers pipeline with one active
+    adapter. No file is written: `Report.state_dict` has the tensors, and in a PeftModel or pipeline the shrunk adapter
+    takes the place of the old one. Options that are about files are errors, and so is a failure.
+
     An input that fails is listed in `Report.failed` and the others are done. Raises UsageError, RecipeError,
-    OutputError or InputError if nothing can be done at all; that is found out before any work.
+    OutputError or InputError if nothing can be done at all, such as with one file that does not exist; that is found
+    out before any work.
     """
+    held = in_memory(adapters)
+    if held is not None:
+        return resize_in_memory(held, options, each=each, progress=progress)
     job = prepare(adapters, ResizeOptions(**options))
     return _carry_out(job, on_result=each, progress=progress)
 

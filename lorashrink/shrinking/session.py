@@ -78,22 +78,25 @@ class Session:
         return None if progress is None else lambda done, total: progress(text, done, total)
 
 
+def checked_dtype(dtype: str) -> str:
+    """The name of a dtype of outputs. Raises UsageError."""
+    if dtype not in OUTPUT_DTYPES:
+        raise UsageError(f"dtype: '{dtype}' is not one of {', '.join(OUTPUT_DTYPES)}.")
+    return {"16": "fp16", "32": "fp32"}.get(dtype, dtype)
+
+
 @contextlib.contextmanager
 def open_session(job: Job, *, progress: Progress | None = None) -> Iterator[Session]:
     """Open the bases and a pool of threads. Raises UsageError, InputError or NotABase."""
-    options = job.options
-    for name, value, allowed in (
-        ("dtype", options.dtype, tuple(OUTPUT_DTYPES)),
-        ("unmapped", options.unmapped, UNMAPPED),
-        ("as", options.form, FORMS),
-    ):
+    options = replace(job.options, dtype=checked_dtype(job.options.dtype))
+    for name, value, allowed in (("unmapped", options.unmapped, UNMAPPED), ("as", options.form, FORMS)):
         if value not in allowed:
             raise UsageError(f"{name}: '{value}' is not one of {', '.join(allowed)}.")
-    options = replace(options, dtype={"16": "fp16", "32": "fp32"}.get(options.dtype, options.dtype))
     device = pick_device(options.device)
-    paths = [Path(options.base)] if options.base is not None else list(dict.fromkeys(job.bases.values()))
+    sources = [options.base] if options.base is not None else list(dict.fromkeys(job.bases.values()))
     with contextlib.ExitStack() as stack:
-        bases = {path: stack.enter_context(open_base(path)) for path in paths}
+        opened = [source if isinstance(source, Base) else stack.enter_context(open_base(source)) for source in sources]
+        bases = {base.path: base for base in opened}
         for family, path in job.bases.items():
             if bases[path].family.name != family:
                 raise UsageError(f"{path}: is for {bases[path].family.name}, and the table of bases says {family}.")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from lorashrink.adapters import Layer, adapter_of, peft
 from lorashrink.engine.delta import AnyDelta, Delta
@@ -18,7 +19,8 @@ from lorashrink.engine.gram import grams
 from lorashrink.engine.spectrum import truncate
 from lorashrink.errors import OutputError
 from lorashrink.files import hashes
-from lorashrink.files.store import torch_dtype
+from lorashrink.files.in_memory import MemoryStore
+from lorashrink.files.store import TensorStore, torch_dtype
 from lorashrink.files.writing import SafetensorsWriter
 from lorashrink.shrinking.plan import LayerPlan, Plan
 from lorashrink.shrinking.remarks import below_precision
@@ -70,11 +72,30 @@ def write(
         ]
         for (plan, writer), entries in zip(pairs, hashed, strict=True):
             writer.flush()
-            warnings[writer.path] = _verify(plan, writer, pool, steps)
+            with writer.opened() as store:
+                warnings[writer.path] = _verify(plan, writer.path, writer.readable_names(), store, pool, steps)
             writer.replace_metadata(entries.result())
             folder = writer.path.parent
             writer.commit({folder / peft.CONFIG_FILE: peft.to_file(plan.settings)} if plan.adapter.as_folder else None)
     return warnings
+
+
+def compute(plan: Plan, *, pool: Executor, device: str = "cpu") -> tuple[dict[str, Tensor], list[str]]:
+    """(the tensors of an output on the CPU, warnings as those of `write`), checked in the same way but not written.
+
+    Raises OutputError as `write`.
+    """
+    layers, store = plan.adapter.layers, plan.adapter.store
+    tensors = {key: store.read(key).clone() for key in plan.verbatim}
+
+    def of_chunk(chunk: Sequence[int]) -> dict[str, Tensor]:
+        planned = (plan.written[index] for index in chunk if index in plan.written)
+        return {key: value for layer in planned for key, value in _values(plan, layer, layer.layer.delta, device)}
+
+    for values in _run(pool, _chunks(range(len(layers))), of_chunk, _Steps(None, 0)):
+        tensors |= values
+    made = MemoryStore(str(plan.adapter.path), tensors, plan.metadata)
+    return tensors, _verify(plan, Path("the shrunk adapter"), set(tensors), made, pool, _Steps(None, 0))
 
 
 class _Steps:
@@ -115,6 +136,12 @@ def _write_layers(indices: Sequence[int], pairs: Sequence[tuple[Plan, Safetensor
 
 
 def _write_layer(plan: Plan, planned: LayerPlan, delta: AnyDelta, writer: SafetensorsWriter, device: str) -> None:
+    for key, value in _values(plan, planned, delta, device):
+        writer.write(key, value)
+
+
+def _values(plan: Plan, planned: LayerPlan, delta: AnyDelta, device: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a layer that is written anew, in their dtypes."""
     layer, width, scale = planned.layer, planned.width, plan.baked(planned)
     up, down = truncate(
         delta, planned.spectrum, planned.kept, factors=planned.caps, width=width, scale=scale, device=device
@@ -128,25 +155,23 @@ def _write_layer(plan: Plan, planned: LayerPlan, delta: AnyDelta, writer: Safete
         values["bias"] = layer.store.read(keys["bias"]).float() * (layer.scale * scale)
     for role in (*family.written(infos, width), *({"bias"} & keys.keys())):
         info = plan.tensors[keys[role]]
-        writer.write(keys[role], values[role].to(torch_dtype(info.dtype)))
+        yield keys[role], values[role].to(torch_dtype(info.dtype)).reshape(info.shape)
 
 
-def _verify(plan: Plan, writer: SafetensorsWriter, pool: Executor, steps: _Steps) -> list[str]:
-    """Open the written file as every loader does, and compare the norm of each layer with the input's; warnings."""
-    names = writer.readable_names()
+def _verify(plan: Plan, path: Path, names: set[str], store: TensorStore, pool: Executor, steps: _Steps) -> list[str]:
+    """Open the output as every loader does, and compare the norm of each layer with the input's; warnings."""
     by_name = {layer.name: layer for layer in plan.adapter.layers}
     gone = {key for name in plan.removed for key in (by_name[name].keys.values() if name in by_name else [name])}
     replaced = {key for planned in plan.written.values() for key in planned.layer.keys.values()}
     stored = plan.adapter.store.tensors.keys()
     if names != set(plan.tensors) or not gone & stored <= stored - names <= gone | replaced:
-        raise OutputError(f"{writer.path}: the written file has other tensors than planned; please report this.")
+        raise OutputError(f"{path}: the written file has other tensors than planned; please report this.")
     by_width: dict[int, list[LayerPlan]] = defaultdict(list)
     for planned in plan.written.values():
         by_width[planned.width].append(planned)
     chunks = [chunk for layers in by_width.values() for chunk in _chunks(layers)]
-    with writer.opened() as store:
-        written = {layer.name: layer for layer in adapter_of(writer.path, store, plan.settings)}
-        flushed = _run(pool, chunks, lambda chunk: _check_norms(plan, writer.path, written, chunk), steps)
+    written = {layer.name: layer for layer in adapter_of(path, store, plan.settings)}
+    flushed = _run(pool, chunks, lambda chunk: _check_norms(plan, path, written, chunk), steps)
     return below_precision([name for names in flushed for name in names])
 
 

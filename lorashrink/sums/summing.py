@@ -17,6 +17,7 @@ from lorashrink.bases import Base
 from lorashrink.bases.families import family_title
 from lorashrink.errors import FamilyMismatch, UsageError
 from lorashrink.files.disk import sha256_file, sha256_store
+from lorashrink.files.in_memory import sha256_tensors
 from lorashrink.files.store import DTYPES, FACTOR_DTYPES, ComputedStore
 from lorashrink.linking.inputs import Sum
 from lorashrink.linking.pairing import bind_all, matched
@@ -90,7 +91,9 @@ def combined(
 
 def contents_sha256(adapter: Adapter) -> str:
     """SHA-256 of an adapter's contents: of its file, or of all that a sum is made of."""
-    return adapter.identity if isinstance(adapter, SumAdapter) else sha256_store(adapter.store)
+    if isinstance(adapter, SumAdapter):
+        return adapter.identity
+    return sha256_store(adapter.store) if adapter.store.files else sha256_tensors(adapter.store, repr(adapter.settings))
 
 
 def sources_of(adapter: Adapter) -> tuple[WeightedSource, ...]:

@@ -547,7 +547,7 @@ def test_wrong_commands_end_with_status_2(pair: tuple[Path, Path], base: Path, t
     assert "takes two adapters" in run("compare", pair[0], status=2)
     assert "takes two adapters" in run("compare", base, pair[0], status=2)
     assert "no adapter layer" in run("compare", pair[0], base, status=2)
-    assert "cannot be read" in run("compare", pair[0], tmp_path / "nowhere.safetensors", status=2)
+    assert "no such file" in run("compare", pair[0], tmp_path / "nowhere.safetensors", status=2)
     assert ".png or .svg" in run("compare", "--plot", tmp_path / "d.bmp", *pair, status=2)
     assert "--csv" in run("compare", "--csv", pair[1], *pair, status=2)
     error = json.loads(run("compare", "--json", pair[0], tmp_path / "nowhere.safetensors", status=2).splitlines()[0])
