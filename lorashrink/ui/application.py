@@ -16,18 +16,19 @@ from typing import Any
 from lorashrink._version import __version__
 from lorashrink.adapters import peft
 from lorashrink.errors import InputError, OutputError, UsageError, explained
-from lorashrink.shrinking.outputs import shown, source_files
+from lorashrink.results.shrinking import FileResult
+from lorashrink.shrinking.outputs import source_files
 from lorashrink.text import count_text
 from lorashrink.ui import drawing, measuring
 from lorashrink.ui.folders import Folders
-from lorashrink.ui.goals import QUALITIES, Help, command_line, recipe_of
-from lorashrink.ui.jobs import Job, Jobs
+from lorashrink.ui.goals import Help, command_line, recipe_of
+from lorashrink.ui.jobs import Cancelled, Job, Jobs
 from lorashrink.ui.library import Entry, Library, Saving, identity_of
+from lorashrink.ui.measuring import Measurer
 from lorashrink.ui.outputs import Written, free_output
 
 _STOP_SECONDS = 10.0  # that a job gets to end
 _MOST_STEPS = 100  # of a picture
-_SAVING_GOAL = {"by": "quality", "value": "high"}
 
 
 class Application:
@@ -40,6 +41,7 @@ class Application:
         self.folders = Folders.open(folders, self.uploads)
         self.library = Library(self.folders)
         self.jobs = Jobs()
+        self.measurer = Measurer()
         self._to_measure: list[str] = []  # ids, those that are on the screen first
         self._measure = threading.Event()
         self._in_front = 0  # requests that somebody waits for
@@ -83,8 +85,8 @@ class Application:
             if entry.kind != "adapter" or entry.saving or entry.saving_error:
                 return
             try:
-                point = measuring.at(entry.path, recipe_of(_SAVING_GOAL, Help()), Help())
-                self.library.update(identity, saving=Saving(point["bytes"], point["error"]))
+                point = measuring.saving(entry.path)
+                self.library.update(identity, saving=Saving(**point))
             except Exception as error:
                 self.library.update(identity, saving_error=str(explained(entry.path, error)))
 
@@ -160,15 +162,10 @@ class Application:
         """Size against error of an adapter, and what each quality would give."""
         entry, help = self.library.get(identity), self.help(request)
         with self._waited_for():
-            points = measuring.curve(entry.path, help)
-            qualities = {
-                name: measuring.at(entry.path, recipe_of({"by": "quality", "value": name}, help), help)
-                for name in QUALITIES
-            }
-        if not (entry.saving or entry.saving_error):
-            high = qualities["high"]
-            self.library.update(identity, saving=Saving(high["bytes"], high["error"]))
-        return {"bytes": entry.bytes, "points": points, "qualities": qualities}
+            measured = self.measurer.curve(entry.path, help)
+        if help == Help() and not entry.saving:
+            self.library.update(identity, saving=Saving(**measured["qualities"]["high"]))
+        return measured
 
     def at(self, identity: str, request: Mapping[str, Any]) -> dict[str, Any]:
         """What a goal gives: recipe, size, error, ranks per block, and the command line that does the same."""
@@ -176,7 +173,7 @@ class Application:
         recipe = recipe_of(request, help)
         output = free_output(entry.path, self.folders)
         with self._waited_for():
-            point = measuring.at(entry.path, recipe, help)
+            point = self.measurer.at(entry.path, recipe, help)
         return {**point, "command": command_line(recipe, help, entry.path, output)}
 
     # --- shrinking ----------------------------------------------------------------------------------
@@ -188,15 +185,26 @@ class Application:
             raise UsageError("no adapter is chosen; tick at least one.")
         entries = [self.library.get(str(identity)) for identity in identities]
         help = self.help(request)
-        recipe_of(request, help)
+        recipe, dtype = recipe_of(request, help), str(request.get("dtype", "same"))
         written = Written()
+
+        def save(job: Job, entry: Entry) -> dict[str, Any]:
+            prepared = self.measurer.prepared(entry.path, help, lambda text, done, total: job.check())
+            output = free_output(entry.path, self.folders)
+            file = output / peft.WEIGHTS_FILE if peft.is_folder(entry.path) else output
+            written.expect(file)
+            result = prepared.save(recipe, file, dtype=dtype)
+            written.add(source_files(output))
+            return _shrunk(entry, output, result)
 
         def work(job: Job) -> None:
             try:
                 for index, entry in enumerate(entries):
                     job.report(entry.path.name, index, len(entries))
                     try:
-                        job.results.append(self._shrink(entry, request, help, written))
+                        job.results.append(save(job, entry))
+                    except Cancelled:
+                        raise
                     except Exception as error:
                         job.failed.append({"input": str(entry.path), "error": str(explained(entry.path, error))})
                 job.report("", len(entries), len(entries))
@@ -206,34 +214,6 @@ class Application:
                 self.library.scan()
 
         return self.jobs.add(Job("shrink", f"Shrink {count_text(len(entries), 'LoRA')}", work))
-
-    def _shrink(self, entry: Entry, request: Mapping[str, Any], help: Help, written: Written) -> dict[str, Any]:
-        from lorashrink.shrinking.options import ResizeOptions
-        from lorashrink.shrinking.run import shrink
-
-        recipe = recipe_of(request, help)
-        output = free_output(entry.path, self.folders)
-        file = output / peft.WEIGHTS_FILE if peft.is_folder(entry.path) else output
-        written.expect(file)
-        options = ResizeOptions(base=help.base, calibration=help.calibration, dtype=str(request.get("dtype", "same")))
-        report = shrink({entry.path: {file: recipe}}, options)
-        for failure in report.failed:
-            raise InputError(failure.error)
-        (result,) = report.results
-        written.add(source_files(output))
-        return {
-            "id": entry.id,
-            "name": entry.path.name,
-            "output": str(shown(file)),
-            "output_name": output.name,
-            "output_id": identity_of(output),
-            "recipe": result.recipe,
-            "bytes_before": result.bytes_before,
-            "bytes_after": result.bytes_after,
-            "error": result.relative_error,
-            "loads": result.loads.lines,
-            "warnings": list(result.warnings),
-        }
 
     # --- pictures -----------------------------------------------------------------------------------
 
@@ -248,7 +228,10 @@ class Application:
         prompts = drawing.prompts_of(str(request.get("prompts", "")), steps, model.path)
 
         def work(job: Job) -> None:
-            drawing.draw(job, entry.path, recipe, help, model.path, prompts)
+            def save(path: Path) -> None:
+                self.measurer.prepared(entry.path, help).save(recipe, path)
+
+            drawing.draw(job, entry.path, save, recipe.file_items(), model.path, prompts)
 
         job = Job("pictures", f"Pictures with {entry.path.stem}", work)
         job.facts = {"adapter": entry.id, "recipe": str(recipe)}
@@ -308,7 +291,24 @@ class Application:
         return identity_of(path)
 
 
+def _shrunk(entry: Entry, output: Path, result: FileResult) -> dict[str, Any]:
+    """What a page tells of a file that was written."""
+    return {
+        "id": entry.id,
+        "name": entry.path.name,
+        "output": str(output),
+        "output_name": output.name,
+        "output_id": identity_of(output),
+        "recipe": result.recipe,
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
+        "error": result.relative_error,
+        "loads": result.loads.lines,
+        "warnings": list(result.warnings),
+    }
+
+
 def _warm_up() -> None:
     """Import what takes seconds, so that nobody waits for it later."""
     with contextlib.suppress(ImportError):
-        import lorashrink.shrinking.run  # noqa: F401
+        import lorashrink.shrinking.prepared  # noqa: F401

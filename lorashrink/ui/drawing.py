@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorashrink.adapters import peft
-from lorashrink.errors import InputError, UsageError
+from lorashrink.errors import UsageError
 from lorashrink.pictures.pipelines import KINDS, check_model, check_packages, own_side
 from lorashrink.pictures.prompts import OWN, Prompt, read_prompts
-from lorashrink.recipes.grammar import Recipe
-from lorashrink.ui.goals import Help
 from lorashrink.ui.jobs import Job
 
 _MOST_PROMPTS = 16
@@ -53,12 +51,15 @@ def prompts_of(text: str, steps: int, model: Path) -> tuple[Prompt, ...]:
         return read_prompts(path, sampler=OWN, scale=kind.scale, side=own_side(model, None))
 
 
-def draw(job: Job, adapter: Path, recipe: Recipe, help: Help, model: Path, prompts: tuple[Prompt, ...]) -> None:
-    """Draw every prompt before and after into `job.results`, with paths; pictures that exist are not drawn again."""
+def draw(
+    job: Job, adapter: Path, save: Callable[[Path], object], label: str, model: Path, prompts: Sequence[Prompt]
+) -> None:
+    """Draw every prompt before and after into `job.results`, with paths; pictures that exist are not drawn again.
+
+    save: writes the smaller adapter under a name. label: names it in the files of pictures.
+    """
     from lorashrink.pictures.drawing import Studio, read_picture, shots_of
     from lorashrink.pictures.likeness import psnr
-    from lorashrink.shrinking.options import ResizeOptions
-    from lorashrink.shrinking.run import shrink
 
     shots = shots_of(prompts, (0,))
     steps = 2 * len(shots)
@@ -70,17 +71,11 @@ def draw(job: Job, adapter: Path, recipe: Recipe, help: Help, model: Path, promp
     with Studio(model, shots) as studio, tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
         studio.check(adapter)
         smaller = Path(folder, peft.WEIGHTS_FILE if peft.is_folder(adapter) else "smaller.safetensors")
-        options = ResizeOptions(base=help.base, calibration=help.calibration)
-        outcome = shrink({adapter: {smaller: recipe}}, options)
-        for failure in outcome.failed:
-            raise InputError(failure.error)
+        save(smaller)
         job.check()
         before = studio.draw(adapter, "whole", progress=partial(report, 0, "drawing with the whole LoRA"))
-        after = studio.draw(
-            Path(outcome.results[0].output),
-            recipe.file_items(),
-            progress=partial(report, len(shots), "drawing with the smaller one"),
-        )
+        smaller = smaller.parent if peft.is_folder(adapter) else smaller
+        after = studio.draw(smaller, label, progress=partial(report, len(shots), "drawing with the smaller one"))
         for shot, paths in zip(shots, zip(before, after, strict=True), strict=True):
             level = psnr(*map(read_picture, paths))
             verdict = next(text for least, text in _VERDICTS.items() if level >= least)

@@ -33,7 +33,7 @@ class Saving:
     """How small an adapter could be."""
 
     bytes: int
-    relative_error: float
+    error: float  # relative, of ΔW
 
 
 @dataclass(frozen=True, slots=True)
