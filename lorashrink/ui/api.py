@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from importlib.resources import files
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 from anyio.to_thread import run_sync
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from lorashrink.errors import InputError, LorashrinkError, UsageError, explained
+from lorashrink.text import printable
 from lorashrink.ui.application import Application
 from lorashrink.ui.guard import Guard
 
@@ -34,7 +36,7 @@ def server_app(
         async def handle(request: Request) -> Response:
             try:
                 values = await _values(request)
-                return JSONResponse(await run_sync(ask, request, values))
+                return _Json(await run_sync(ask, request, values))
             except Exception as error:
                 return _refused(request, error)
 
@@ -42,9 +44,8 @@ def server_app(
 
     async def upload(request: Request) -> Response:
         try:
-            return JSONResponse(
-                {"id": await application.upload(request.query_params.get("name", ""), request.stream())}
-            )
+            identity = await application.upload(request.query_params.get("name", ""), request.stream())
+            return _Json({"id": identity})
         except ClientDisconnect:
             raise
         except Exception as error:
@@ -55,15 +56,15 @@ def server_app(
             path = application.library.get(request.path_params["id"]).path
             if not path.is_file():
                 raise InputError(f"{path.name}: is a folder, and folders cannot be downloaded. Copy it from the disk.")
-            return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+            real = os.path.realpath(path)  # which was checked, wherever the path leads by now
+            return FileResponse(real, media_type="application/octet-stream", filename=printable(path.name))
         except LorashrinkError as error:
             return _refused(request, error)
 
     async def picture(request: Request) -> Response:
         try:
-            return FileResponse(
-                application.picture(path_id(request), request.path_params["name"]), media_type="image/png"
-            )
+            path = application.picture(path_id(request), request.path_params["name"])
+            return FileResponse(path, media_type="image/png")
         except LorashrinkError as error:
             return _refused(request, error)
 
@@ -107,6 +108,15 @@ def server_app(
 _STATIC = {
     item.name: item.read_bytes() for item in files("lorashrink.ui").joinpath("static").iterdir() if item.is_file()
 }
+
+
+class _Json(Response):
+    """A JSON document in ASCII, since names of files may be no text in any encoding."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 async def _values(request: Request) -> Mapping[str, Any]:
@@ -155,4 +165,4 @@ def _ids(values: Mapping[str, Any]) -> list[str]:
 def _refused(request: Request, error: Exception) -> Response:
     expected = isinstance(error, LorashrinkError)
     text = str(error if expected else explained(request.url.path, error))
-    return JSONResponse({"error": text}, status_code=400 if expected else 500)
+    return _Json({"error": text}, status_code=400 if expected else 500)

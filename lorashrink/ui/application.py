@@ -21,7 +21,7 @@ from lorashrink.shrinking.outputs import source_files
 from lorashrink.text import count_text
 from lorashrink.ui import drawing, measuring
 from lorashrink.ui.folders import Folders
-from lorashrink.ui.goals import Help, command_line, recipe_of
+from lorashrink.ui.goals import DTYPES, Help, command_line, dtype_of, recipe_of
 from lorashrink.ui.jobs import Cancelled, Job, Jobs
 from lorashrink.ui.library import Entry, Library, Saving, identity_of
 from lorashrink.ui.measuring import Measurer
@@ -129,6 +129,8 @@ class Application:
             "blocks": [asdict(row) for row in table.blocks],
             "bases": self._for_family(table.family, "norms", "model"),
             "calibrations": self._for_family(table.family, "statistics"),
+            "dtypes": DTYPES,
+            "prompts": drawing.suggested_prompts(table.notes),
             "models": self._models(table.family),
             "cannot_draw": drawing.cannot_draw(),
         }
@@ -160,21 +162,21 @@ class Application:
 
     def curve(self, identity: str, request: Mapping[str, Any]) -> dict[str, Any]:
         """Size against error of an adapter, and what each quality would give."""
-        entry, help = self.library.get(identity), self.help(request)
+        entry, help, dtype = self.library.get(identity), self.help(request), dtype_of(request)
         with self._waited_for():
-            measured = self.measurer.curve(entry.path, help)
-        if help == Help() and not entry.saving:
+            measured = self.measurer.curve(entry.path, help, dtype)
+        if help == Help() and dtype == "same" and not entry.saving:
             self.library.update(identity, saving=Saving(**measured["qualities"]["high"]))
         return measured
 
     def at(self, identity: str, request: Mapping[str, Any]) -> dict[str, Any]:
         """What a goal gives: recipe, size, error, ranks per block, and the command line that does the same."""
-        entry, help = self.library.get(identity), self.help(request)
+        entry, help, dtype = self.library.get(identity), self.help(request), dtype_of(request)
         recipe = recipe_of(request, help)
         output = free_output(entry.path, self.folders)
         with self._waited_for():
-            point = self.measurer.at(entry.path, recipe, help)
-        return {**point, "command": command_line(recipe, help, entry.path, output)}
+            point = self.measurer.at(entry.path, recipe, help, dtype)
+        return {**point, "command": command_line(recipe, help, dtype, entry.path, output)}
 
     # --- shrinking ----------------------------------------------------------------------------------
 
@@ -185,7 +187,7 @@ class Application:
             raise UsageError("no adapter is chosen; tick at least one.")
         entries = [self.library.get(str(identity)) for identity in identities]
         help = self.help(request)
-        recipe, dtype = recipe_of(request, help), str(request.get("dtype", "same"))
+        recipe, dtype = recipe_of(request, help), dtype_of(request)
         written = Written()
 
         def save(job: Job, entry: Entry) -> dict[str, Any]:
@@ -220,7 +222,7 @@ class Application:
     def draw(self, request: Mapping[str, Any]) -> Job:
         """Begin to draw with the adapter `id` before and after. Raises UsageError, RecipeError or InputError."""
         entry, model = (self.library.get(str(request.get(key, ""))) for key in ("id", "model"))
-        help = self.help(request)
+        help, dtype = self.help(request), dtype_of(request)
         recipe = recipe_of(request, help)
         steps = request.get("steps", 20)
         if not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
@@ -229,9 +231,9 @@ class Application:
 
         def work(job: Job) -> None:
             def save(path: Path) -> None:
-                self.measurer.prepared(entry.path, help).save(recipe, path)
+                self.measurer.prepared(entry.path, help).save(recipe, path, dtype=dtype)
 
-            drawing.draw(job, entry.path, save, recipe.file_items(), model.path, prompts)
+            drawing.draw(job, entry.path, save, f"{recipe.file_items()}_{dtype}", model.path, prompts)
 
         job = Job("pictures", f"Pictures with {entry.path.stem}", work)
         job.facts = {"adapter": entry.id, "recipe": str(recipe)}

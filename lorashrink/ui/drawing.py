@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,7 +15,9 @@ from lorashrink.pictures.pipelines import KINDS, check_model, check_packages, ow
 from lorashrink.pictures.prompts import OWN, Prompt, read_prompts
 from lorashrink.ui.jobs import Job
 
-_MOST_PROMPTS = 16
+_MOST_PROMPTS, _SUGGESTED = 16, 2
+
+_TAG = re.compile(r"(\S.*?) \(\d+\)(?:, |$)")  # `a tag (12), ` in a note
 
 # The least PSNR in dB of a picture, and what that means to an eye.
 _VERDICTS: Mapping[float, str] = {
@@ -34,6 +37,14 @@ def cannot_draw() -> str:
     except UsageError as error:
         return str(error)
     return ""
+
+
+def suggested_prompts(notes: Mapping[str, str]) -> list[str]:
+    """Prompts that call an adapter, from what `inspect` notes of its training; none where it notes no words."""
+    tags = _TAG.findall(notes.get("frequent tags", ""))
+    trigger = notes.get("trigger words") or next(iter(tags), "")
+    subjects = [tag for tag in tags if tag != trigger][:_SUGGESTED]
+    return [f"{trigger}, {subject}" for subject in subjects] or [trigger] * bool(trigger)
 
 
 def prompts_of(text: str, steps: int, model: Path) -> tuple[Prompt, ...]:

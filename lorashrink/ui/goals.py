@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lorashrink.errors import UsageError
+from lorashrink.files.store import OUTPUT_DTYPES
 from lorashrink.recipes.grammar import Recipe
 
 # Quality -> the largest error of the whole file. In docs/evidence.md such errors left pictures at about 50, 43 and
 # 36 dB; half precision alone leaves them at 61.
 QUALITIES: Mapping[str, float] = {"same": 0.03, "high": 0.1, "small": 0.22}
+
+# The dtypes to write, without those that are numbers.
+DTYPES = tuple(dtype for dtype in OUTPUT_DTYPES if not dtype.isdecimal())
 
 _MIB = 2**20
 
@@ -56,11 +60,21 @@ def recipe_of(goal: Mapping[str, Any], help: Help) -> Recipe:
     raise UsageError(f"'{by} {value}' is no goal. Give a quality ({words}), a size in bytes, a rank or a recipe.")
 
 
-def command_line(recipe: Recipe, help: Help, source: Path, output: Path) -> str:
+def dtype_of(request: Mapping[str, Any]) -> str:
+    """The dtype to write, in the user's words. Raises UsageError."""
+    dtype = request.get("dtype") or "same"
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: '{dtype}' is not one of {', '.join(DTYPES)}.")
+    return str(dtype)
+
+
+def command_line(recipe: Recipe, help: Help, dtype: str, source: Path, output: Path) -> str:
     """The same in a shell."""
     words: list[object] = ["lorashrink", "resize", "-r", recipe]
     if recipe.needs_base and help.base:
         words += ["--base", help.base]
     if recipe.calibrated and help.calibration:
         words += ["--calibration", help.calibration]
+    if dtype != "same":
+        words += ["-t", dtype]
     return shlex.join(map(str, [*words, "-o", output, source]))

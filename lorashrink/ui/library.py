@@ -80,7 +80,7 @@ class Library:
         self._lock = threading.RLock()
         self._scanning = threading.Lock()
         self._unread = threading.Event()
-        self._stopped = False
+        self._stopped = threading.Event()
 
     # --- what the page asks -----------------------------------------------------------------------
 
@@ -147,18 +147,18 @@ class Library:
 
     def read_headers(self) -> None:
         """Read headers whenever there are unread ones, until `stop`. Runs in a thread of its own."""
-        while self._unread.wait() and not self._stopped:
+        while self._unread.wait() and not self._stopped.is_set():
             self._unread.clear()
             with self._lock:
                 unread = [entry for entry in self._entries.values() if entry.state == "listed"]
             for entry in unread:
-                if self._stopped:
+                if self._stopped.is_set():
                     return
                 self.update(entry.id, **_facts(entry.path))
 
     def stop(self) -> None:
         """End `read_headers`."""
-        self._stopped = True
+        self._stopped.set()
         self._unread.set()
 
     def _list(self, folder: Path, root: Path) -> Iterator[Entry]:

@@ -46,18 +46,18 @@ class Measurer:
                         self._locks.pop(oldest, None)
             return self._kept[key]
 
-    def curve(self, path: Path, help: Help) -> dict[str, Any]:
+    def curve(self, path: Path, help: Help, dtype: str) -> dict[str, Any]:
         """Points of size (bytes) against error (relative, of ΔW), smallest first, and what each quality gives."""
         prepared = self.prepared(path, help)
-        curve = prepared.curve(help.score.rstrip(","))
+        curve = prepared.curve(help.score.rstrip(","), dtype=dtype)
         qualities = {name: _point(prepared.at(recipe_of({"by": "quality", "value": name}, help))) for name in QUALITIES}
         points = [{"bytes": size, "error": error} for size, error in curve.points]
         return {"points": points, "qualities": qualities}
 
-    def at(self, path: Path, recipe: Recipe, help: Help) -> dict[str, Any]:
+    def at(self, path: Path, recipe: Recipe, help: Help, dtype: str) -> dict[str, Any]:
         """Size, error and ranks per block that a recipe gives. Raises as `Prepared.at`."""
         prepared = self.prepared(path, help)
-        outcome = prepared.at(recipe)
+        outcome = prepared.at(recipe, dtype=dtype)
         return {**_point(outcome), "recipe": outcome.recipe, "blocks": _blocks(prepared, outcome)}
 
 

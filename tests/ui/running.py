@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 TOKEN = "token-of-the-tests-0123456789"
-PATIENCE = 240.0  # seconds; machines of tests are shared
+PATIENCE = 120.0  # seconds; machines of tests are shared
 
 
 class Server:
@@ -40,6 +40,7 @@ class Server:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._errors: str | None = None
         assert self.process.stdout
         self.first_line = self.process.stdout.readline().strip()
         self.url = self.first_line.partition("/?")[0]
@@ -92,10 +93,10 @@ class Server:
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """End the program by a signal: its exit status, and what it said on stderr."""
-        if self.process.poll() is None:
+        if self._errors is None:
             self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, errors
+            _, self._errors = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, self._errors
 
 
 def until(ask: Callable[[], Any], right: Callable[[Any], bool]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import lorashrink as ls
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+Start = Callable[..., Server]
 
 EXAMPLE = Path(ls.__file__).parent / "example"
 STYLE, HEART = EXAMPLE / "loras" / "style.safetensors", EXAMPLE / "loras" / "heart.safetensors"
@@ -151,7 +153,7 @@ def test_keys_move_through_the_list_open_a_lora_and_come_back(front: Opened) -> 
     expect(page.get_by_role("button", name="heart", exact=True)).to_be_focused()
 
 
-def test_thousands_of_files_scroll_with_few_elements(browser: Browser, tmp_path: Path) -> None:
+def test_thousands_of_files_scroll_with_few_elements(browser: Browser, start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "many"
     folder.mkdir()
     source = tmp_path / "source.safetensors"
@@ -161,7 +163,7 @@ def test_thousands_of_files_scroll_with_few_elements(browser: Browser, tmp_path:
     )
     for number in range(5000):
         (folder / f"lora-{number:04d}.safetensors").hardlink_to(source)
-    server = Server([folder], cache=tmp_path / "cache")
+    server = start(folder)
     with opened(browser, server) as page:
         expect(page.page.locator("#totals")).to_contain_text("5,000 LoRAs")
         assert page.page.locator("#files tr[data-id]").count() < 60
@@ -180,7 +182,6 @@ def test_thousands_of_files_scroll_with_few_elements(browser: Browser, tmp_path:
         expect(page.page.locator("#files")).to_have_attribute("aria-rowcount", "101")
         assert names(page.page)[0] == "lora-3100"
         assert page.messages == []
-    server.stop()
 
 
 # --- one LoRA ---------------------------------------------------------------------------------------
@@ -205,8 +206,12 @@ def test_the_slider_shows_size_and_error_of_what_would_be_written(front: Opened,
     expect(tile(page, "would be")).to_contain_text(f"{result.bytes_after / 1e3:.1f} kB")
 
 
-def test_ranks_and_recipes_can_be_said_and_mistakes_are_explained(front: Opened) -> None:
-    page = front.open("style")
+def test_ranks_and_recipes_can_be_said_and_mistakes_are_explained(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as front:
+        check_ranks_and_recipes(front.open("style"))
+
+
+def check_ranks_and_recipes(page: Page) -> None:
     page.get_by_text("More ways to say it").click()
     page.get_by_label("Rank of all layers").fill("2")
     page.get_by_text("The same in a shell").click()
@@ -239,14 +244,14 @@ def test_three_clicks_lead_to_a_smaller_file_and_one_more_undoes_it(front: Opene
     expect(page.locator(".job")).to_have_count(0)
 
 
-def test_ticked_loras_are_shrunk_together_and_can_be_cancelled(browser: Browser, tmp_path: Path) -> None:
+def test_ticked_loras_are_shrunk_together_and_can_be_cancelled(browser: Browser, start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "loras"
     folder.mkdir()
     for number in range(40):
         shutil.copy(STYLE, folder / f"{number:02d}.safetensors")
-    server = Server([folder], cache=tmp_path / "cache")
+    server = start(folder)
     with opened(browser, server) as page:
-        expect(page.page.locator("#totals")).not_to_contain_text("reading")
+        expect(page.page.locator("#totals")).to_contain_text("40 LoRAs")
         page.page.get_by_label("Tick all that are shown").check()
         expect(page.page.locator("#ticked-count")).to_contain_text("40 LoRAs ticked")
         page.page.get_by_role("button", name="Shrink 40 LoRAs").click()
@@ -258,12 +263,11 @@ def test_ticked_loras_are_shrunk_together_and_can_be_cancelled(browser: Browser,
         count = len(list((folder / "shrunk").iterdir())) if (folder / "shrunk").exists() else 0
         assert count < 40
         assert page.messages == []
-    server.stop()
 
 
 def test_a_dropped_file_opens_and_one_from_the_folder_is_not_sent(front: Opened, tmp_path: Path) -> None:
     page = front.page
-    expect(page.locator("#files .open")).to_have_count(3)
+    expect(page.get_by_role("button", name="style", exact=True)).to_be_visible()
     page.locator("#file").set_input_files(STYLE)
     expect(page.get_by_role("heading", name="style")).to_be_visible()
     assert not any("/api/upload" in url for url in front.requested)
@@ -275,12 +279,12 @@ def test_a_dropped_file_opens_and_one_from_the_folder_is_not_sent(front: Opened,
     expect(page.locator("#files")).to_contain_text("dropped here")
 
 
-def test_hostile_names_and_metadata_do_nothing(browser: Browser, tmp_path: Path) -> None:
+def test_hostile_names_and_metadata_do_nothing(browser: Browser, start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "loras"
     folder.mkdir()
     path = folder / "evil'\"<img src=x onerror=document.title=1>\u202e&.safetensors"
     save_file(load_file(HEART), path, metadata={"modelspec.title": EVIL, "modelspec.trigger_phrase": EVIL})
-    server = Server([folder], cache=tmp_path / "cache")
+    server = start(folder)
     with opened(browser, server) as page:
         button = page.page.locator("#files .open")
         expect(button).to_have_count(1)
@@ -292,7 +296,6 @@ def test_hostile_names_and_metadata_do_nothing(browser: Browser, tmp_path: Path)
         assert page.page.locator("img").count() == 0
         assert page.page.title() == "lorashrink"
         assert page.messages == []
-    server.stop()
 
 
 def test_pictures_before_and_after_lie_under_a_divider(front: Opened) -> None:
@@ -334,7 +337,7 @@ def test_every_control_has_a_name_and_headings_leave_no_level_out(front: Opened)
 
 def test_a_phone_shows_one_thing_at_a_time_without_sideways_scrolling(browser: Browser, server: Server) -> None:
     with opened(browser, server, viewport={"width": 390, "height": 844}) as page:
-        expect(page.page.locator("#files .open")).to_have_count(3)
+        expect(page.page.get_by_role("button", name="style", exact=True)).to_be_visible()
         assert page.page.evaluate("document.documentElement.scrollWidth") <= 390
         assert page.page.locator("#list").evaluate("list => list.scrollWidth <= list.clientWidth")
         page.open("style")
@@ -352,21 +355,22 @@ def test_the_page_is_dark_for_people_who_prefer_dark(browser: Browser, server: S
 # --- when the server goes away --------------------------------------------------------------------------
 
 
-def test_the_page_says_that_the_server_is_gone_and_goes_on_when_it_is_back(browser: Browser, tmp_path: Path) -> None:
+def test_the_page_says_that_the_server_is_gone_and_goes_on_when_it_is_back(
+    browser: Browser, start: Start, tmp_path: Path
+) -> None:
     folder = tmp_path / "loras"
     folder.mkdir()
     shutil.copy(HEART, folder)
-    server = Server([folder], cache=tmp_path / "cache")
+    server = start(folder)
     page = Opened(browser, server.first_line)
     expect(page.page.locator("#files .open")).to_have_count(1)
     server.stop()
     expect(page.page.get_by_role("alert")).to_contain_text("not running any more")
     shutil.copy(STYLE, folder)
-    again = Server([folder], cache=tmp_path / "cache", port=server.port)
+    start(folder, port=server.port)
     expect(page.page.locator("#files .open")).to_have_count(2)
     expect(page.page.get_by_role("alert")).to_be_hidden()
     page.page.close()
-    again.stop()
 
 
 def test_a_page_without_the_right_token_says_what_to_open(browser: Browser, server: Server) -> None:

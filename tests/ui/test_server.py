@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 import lorashrink as ls
 from lorashrink.cli import app
+
+Start = Callable[..., Server]
 
 EXAMPLE = Path(ls.__file__).parent / "example"
 STYLE, HEART = EXAMPLE / "loras" / "style.safetensors", EXAMPLE / "loras" / "heart.safetensors"
@@ -165,6 +167,20 @@ def test_only_what_changed_is_sent_again(server: Server) -> None:
     assert 0 < changes["rows"][0]["saving"]["bytes"] < HEART.stat().st_size
 
 
+def test_names_that_are_no_text_are_listed_and_shrunk(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    path = folder / os.fsdecode(b"caf\xe9.safetensors")
+    shutil.copy(HEART, path)
+    server = start(folder)
+    (row,) = server.rows()
+    assert row["name"] == path.name
+    assert server.request(f"/api/files/{row['id']}")[2] == HEART.read_bytes()
+    job = server.finished(server.post("shrink", ids=[row["id"]], by="rank", value=2))
+    assert job["state"] == "done"
+    assert [failure["error"] for failure in job["failed"] if "UTF-8" not in failure["error"]] == []
+
+
 # --- one adapter ------------------------------------------------------------------------------------
 
 
@@ -241,7 +257,7 @@ def test_shrinking_writes_what_resize_writes_and_undo_deletes_only_that(
     assert {path: path.read_bytes() for path in library.rglob("*.safetensors")} == before
 
 
-def test_a_peft_folder_is_shrunk_into_a_folder_and_undone(tmp_path: Path) -> None:
+def test_a_peft_folder_is_shrunk_into_a_folder_and_undone(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "loras"
     folder.mkdir()
     down, up = torch.randn(8, 32), torch.randn(32, 8)
@@ -250,7 +266,7 @@ def test_a_peft_folder_is_shrunk_into_a_folder_and_undone(tmp_path: Path) -> Non
     path.mkdir()
     write_tensors(path / "adapter_model.safetensors", {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up})
     (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
-    server = Server([folder], cache=tmp_path / "cache")
+    server = start(folder)
     job = server.finished(server.post("shrink", ids=[server.row("adapter")["id"]], by="rank", value=2))
     assert job["failed"] == []
     output = folder / "shrunk" / "adapter"
@@ -259,15 +275,14 @@ def test_a_peft_folder_is_shrunk_into_a_folder_and_undone(tmp_path: Path) -> Non
     assert load_file(output / "adapter_model.safetensors")[f"{name}.lora_A.weight"].shape == (2, 32)
     assert server.post(f"jobs/{job['id']}/undo")["deleted"] == 2
     assert os.listdir(folder) == ["adapter"]
-    server.stop()
 
 
-def test_a_job_that_is_cancelled_keeps_what_is_finished(tmp_path: Path) -> None:
+def test_a_job_that_is_cancelled_keeps_what_is_finished(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "loras"
     folder.mkdir()
     for number in range(30):
         shutil.copy(STYLE, folder / f"{number:02d}.safetensors")
-    server = Server([folder], cache=tmp_path / "cache")
+    server = start(folder)
     identities = [row["id"] for row in server.rows()]
     job = server.post("shrink", ids=identities, by="quality", value="high")
     until(lambda: server.get(f"jobs/{job['id']}"), lambda job: len(job["results"]) >= 1)
@@ -279,7 +294,6 @@ def test_a_job_that_is_cancelled_keeps_what_is_finished(tmp_path: Path) -> None:
     assert len(written) < 30
     assert server.post(f"jobs/{job['id']}/undo")["deleted"] == len(written)
     assert not (folder / "shrunk").exists()
-    server.stop()
 
 
 # --- files that are dropped -------------------------------------------------------------------------
@@ -332,13 +346,13 @@ def test_an_upload_that_breaks_off_leaves_nothing(server: Server) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_stop_it_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_signals_stop_it_cleanly(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     folder, temporary = tmp_path / "loras", tmp_path / "tmp"
     folder.mkdir()
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     shutil.copy(HEART, folder)
-    server = Server([folder], cache=tmp_path / "cache")
+    server = start(folder)
     server.request("/api/upload?name=a.safetensors", data=HEART.read_bytes(), method="PUT")
     assert list(temporary.iterdir())
     status, errors = server.stop(number)
@@ -349,12 +363,12 @@ def test_signals_stop_it_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         socket.create_connection(("127.0.0.1", server.port))
 
 
-def test_a_stop_during_work_leaves_no_unfinished_file(tmp_path: Path) -> None:
+def test_a_stop_during_work_leaves_no_unfinished_file(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "loras"
     folder.mkdir()
     for number in range(30):
         shutil.copy(STYLE, folder / f"{number:02d}.safetensors")
-    server = Server([folder], cache=tmp_path / "cache")
+    server = start(folder)
     job = server.post("shrink", ids=[row["id"] for row in server.rows()], by="quality", value="high")
     until(lambda: server.get(f"jobs/{job['id']}"), lambda job: job["results"])
     assert server.stop()[0] == 0
@@ -383,8 +397,8 @@ def test_without_its_packages_the_command_says_what_to_install(tmp_path: Path, m
     assert "pip install 'lorashrink[ui]'" in result.output
 
 
-def test_a_public_address_is_served_with_a_warning(tmp_path: Path) -> None:
-    server = Server([tmp_path], "--host", "0.0.0.0", cache=tmp_path / "cache")
+def test_a_public_address_is_served_with_a_warning(start: Start, tmp_path: Path) -> None:
+    server = start(tmp_path, "--host", "0.0.0.0")
     assert server.first_line.startswith("http://127.0.0.1:")
     assert server.request("/api/state", headers={"Host": "192.168.0.7"})[0] == 200
     assert server.request("/api/state", headers={"Host": "evil.example"})[0] == 403

@@ -22,17 +22,18 @@ export class AdapterView {
     this.abort?.abort();
     this.abort = new AbortController();
     const { signal } = this.abort;
+    this.asking = false;
     this.id = id;
     this.section.hidden = false;
     this.section.replaceChildren(this.closeButton(), el("p", { role: "status" }, "Reading …"));
     try {
       this.about = await get(`adapters/${id}`, {}, signal);
       this.goal = { by: "quality", value: "high" };
-      this.help = { base: this.about.bases[0]?.id ?? "", calibration: this.about.calibrations[0]?.id ?? "" };
+      this.help = { base: this.about.bases[0]?.id ?? "", calibration: this.about.calibrations[0]?.id ?? "", dtype: "" };
       this.build();
       if (this.about.layers === 0) return;
       // Without a base it takes a moment, with one that was never read before some seconds: both, one after the other.
-      if (this.help.base || this.help.calibration) await this.measure({ base: "", calibration: "" }, signal);
+      if (this.help.base || this.help.calibration) await this.measure({}, signal);
       await this.measure(this.help, signal);
     } catch (error) {
       this.fail(error);
@@ -132,6 +133,9 @@ export class AdapterView {
       el("div", { className: "controls" },
         el("div", {}, el("label", { htmlFor: "rank" }, "Rank of all layers"), number),
         el("div", {}, el("label", { htmlFor: "recipe" }, "Recipe"), recipe),
+        el("div", {}, el("label", { htmlFor: "dtype" }, "Numbers as"),
+          el("select", { id: "dtype", onchange: choose("dtype") }, this.about.dtypes.map((dtype) =>
+            el("option", { value: dtype === "same" ? "" : dtype }, dtype === "same" ? "in the file" : dtype)))),
         select("base", "Compare with the model", "base", bases, "no model"),
         select("calibration", "Calibration table", "calibration", calibrations, "none")),
       bases.length ? null : el("p", { className: "note" },
@@ -141,15 +145,17 @@ export class AdapterView {
   // --- measuring --------------------------------------------------------------------------------
 
   async measure(help, signal) {
-    this.help = this.help ?? help;
     const measured = await get(`adapters/${this.id}/curve`, help, signal);
     this.qualities = measured.qualities;
+    this.measuredWith = help;
     const bytes = measured.points.map((point) => point.bytes);
     this.curve = new Curve(measured.points, bytes[0], Math.max(this.about.bytes, ...bytes));
     this.figure.replaceChildren(this.curve.element);
     this.slider.disabled = false;
     this.shrinkButton.disabled = false;
+    const focused = this.choices.contains(document.activeElement) ? document.activeElement.value : "";
     this.choices.replaceChildren(this.choices.firstChild, ...Object.entries(QUALITIES).map(([name, label]) => this.quality(name, label)));
+    if (focused) this.choices.querySelector(`[value="${focused}"]`)?.focus();
     const base = this.about.bases.find((entry) => entry.id === help.base);
     const table = this.about.calibrations.find((entry) => entry.id === help.calibration);
     this.basis = table ? `Chosen by the table ${table.name}.` : base ? `Compared with ${base.name}.` : "Measured on the LoRA alone.";
@@ -172,23 +178,23 @@ export class AdapterView {
 
   // One request at a time, and the last goal wins.
   async setGoal(goal) {
-    this.goal = goal;
+    this.goal = { ...goal };
     for (const radio of this.choices.querySelectorAll("input")) radio.checked = goal.by === "quality" && radio.value === goal.value;
     if (this.asking) return;
     this.asking = true;
-    const id = this.id;
+    const { signal } = this.abort;
     try {
       let sent;
       do {
         sent = this.goal;
-        const point = await get(`adapters/${id}/at`, { ...sent, ...this.help }, this.abort.signal);
-        if (this.goal === sent && this.id === id) this.show(point, true);
+        const point = await get(`adapters/${this.id}/at`, { ...sent, ...this.measuredWith }, signal);
+        if (this.goal === sent) this.show(point, true);
       } while (this.goal !== sent);
       this.status.textContent = this.basis;
     } catch (error) {
       this.fail(error);
     } finally {
-      this.asking = false;
+      if (signal === this.abort.signal) this.asking = false;
     }
   }
 

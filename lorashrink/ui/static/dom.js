@@ -11,7 +11,7 @@ export function el(tag, properties = {}, ...children) {
     else if (name in element && !name.startsWith("aria-") && name !== "list") element[name] = value;
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false).map(text));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false).map(text));
   return element;
 }
 

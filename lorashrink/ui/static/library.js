@@ -31,7 +31,7 @@ export class LibraryView {
 
     this.list.addEventListener("scroll", () => this.draw(), { passive: true });
     new ResizeObserver(() => this.draw()).observe(this.list);
-    for (const id of ["search", "family", "show"]) byId(id).addEventListener("input", () => this.filter());
+    for (const id of ["search", "family", "show"]) byId(id).addEventListener("input", () => this.refine());
     for (const head of this.list.querySelectorAll("[data-sort]")) {
       head.querySelector("button").addEventListener("click", () => this.sortBy(head.dataset.sort));
     }
@@ -41,7 +41,10 @@ export class LibraryView {
 
   // What the server says of files that changed.
   update({ rows, removed, unread, outside }, folders) {
-    for (const row of rows) this.rows.set(row.id, row);
+    for (const row of rows) {
+      this.rows.set(row.id, row);
+      if (!canTick(row)) this.ticked.delete(row.id);
+    }
     for (const id of removed) {
       this.rows.delete(id);
       this.ticked.delete(id);
@@ -98,6 +101,12 @@ export class LibraryView {
     this.sayTicked();
   }
 
+  // Filters that changed show the first rows.
+  refine() {
+    this.list.scrollTop = 0;
+    this.filter();
+  }
+
   fillFamilies(adapters) {
     const select = byId("family");
     const families = [...new Set(adapters.map((row) => row.family).filter(Boolean))].sort();
@@ -111,16 +120,17 @@ export class LibraryView {
   sortBy(key) {
     const falling = this.sort.key === key ? !this.sort.falling : ["bytes", "saving", "rank"].includes(key);
     this.sort = { key, falling };
-    this.list.scrollTop = 0;
-    this.filter();
+    this.refine();
   }
 
   // --- rows on the screen ---------------------------------------------------------------------
 
   draw(anew = false) {
     const height = parseFloat(getComputedStyle(this.list).getPropertyValue("--row"));
-    const first = Math.max(0, Math.floor(this.list.scrollTop / height) - ABOVE);
-    const last = Math.min(this.shown.length, Math.ceil((this.list.scrollTop + this.list.clientHeight) / height) + ABOVE);
+    // A list that just became shorter has not been scrolled up yet.
+    const top = Math.min(this.list.scrollTop, Math.max(0, this.shown.length * height - this.list.clientHeight));
+    const first = Math.max(0, Math.floor(top / height) - ABOVE);
+    const last = Math.min(this.shown.length, Math.ceil((top + this.list.clientHeight) / height) + ABOVE);
     if (!anew && this.first === first && this.last === last) return;
     [this.first, this.last] = [first, last];
     const active = document.activeElement?.closest?.("tr[data-id]");
@@ -139,7 +149,7 @@ export class LibraryView {
       "tr",
       { "data-id": row.id, "aria-rowindex": index + 2, className: row.id === this.chosen ? "chosen" : "" },
       el("td", { className: "tick" }, el("input", {
-        type: "checkbox", className: "box", checked: this.ticked.has(row.id), disabled: row.kind !== "adapter",
+        type: "checkbox", className: "box", checked: this.ticked.has(row.id), disabled: !canTick(row),
         "aria-label": `Tick ${name}`, onchange: (event) => this.setTicked(row.id, event.target.checked),
       })),
       el("th", { scope: "row", className: "text name" },
@@ -214,14 +224,14 @@ export class LibraryView {
   }
 
   tickShown(on) {
-    for (const row of this.shown) if (row.kind === "adapter") this.setTicked(row.id, on);
+    for (const row of this.shown) if (canTick(row)) this.setTicked(row.id, on);
     this.draw(true);
   }
 
   sayTicked() {
     const rows = [...this.ticked].map((id) => this.rows.get(id)).filter(Boolean);
     const bytes = rows.reduce((sum, row) => sum + row.bytes, 0);
-    const all = this.shown.filter((row) => row.kind === "adapter");
+    const all = this.shown.filter(canTick);
     const box = byId("tick-all");
     box.checked = all.length > 0 && all.every((row) => this.ticked.has(row.id));
     box.indeterminate = !box.checked && all.some((row) => this.ticked.has(row.id));
@@ -257,6 +267,11 @@ function set(element, text) {
 
 function needsSize(row) {
   return row.kind === "adapter" && row.layers > 0 && !row.saving && !row.saving_error;
+}
+
+// Files whose header was not read yet may turn out to be something else.
+function canTick(row) {
+  return row.state === "listed" || (row.kind === "adapter" && row.layers > 0);
 }
 
 function savingCell(row) {

@@ -15,7 +15,7 @@ export class PicturesView {
   }
 
   build() {
-    const { models, trigger, cannot_draw: reason } = this.about;
+    const { models, prompts, cannot_draw: reason } = this.about;
     if (reason || !models.length) {
       const family = this.about.family ? ` of ${this.about.family}` : "";
       this.element.append(el("p", { className: "note" }, reason ||
@@ -23,7 +23,7 @@ export class PicturesView {
       return;
     }
     this.model = el("select", { id: "model" }, models.map((entry) => el("option", { value: entry.id }, `${entry.name} (${sizeText(entry.bytes)})`)));
-    this.prompts = el("textarea", { id: "prompts", rows: 3, value: trigger || "", placeholder: "what to draw, one picture a line" });
+    this.prompts = el("textarea", { id: "prompts", rows: 3, value: prompts.join("\n"), placeholder: "what to draw, one picture a line" });
     this.steps = el("input", { id: "steps", type: "number", min: 1, max: 100, value: 20 });
     this.message = el("p", { className: "note", role: "status" });
     this.result = el("div", {});
