@@ -15,6 +15,7 @@ from lorashrink.cli.packing import pack, unpack
 from lorashrink.cli.refining import refine
 from lorashrink.cli.reporting import report
 from lorashrink.cli.resizing import resize
+from lorashrink.cli.serving import ui
 from lorashrink.cli.shrinking import shrink
 from lorashrink.cli.sweeping import sweep
 from lorashrink.cli.training import OWN_PARSER, train
@@ -22,7 +23,7 @@ from lorashrink.cli.training import OWN_PARSER, train
 # In the order of the help.
 COMMANDS = (
     *(shrink, resize, inspect, compare, overlap, sweep, calibrate, refine),
-    *(merge, report, extract, convert, norms, demo),
+    *(merge, report, extract, convert, norms, demo, ui),
     *(pack, unpack),
 )
 

@@ -1,0 +1,316 @@
+"""The state of the page, and what happens when something is asked of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lorashrink._version import __version__
+from lorashrink.adapters import peft
+from lorashrink.errors import InputError, OutputError, UsageError, explained
+from lorashrink.results.shrinking import FileResult
+from lorashrink.shrinking.outputs import source_files
+from lorashrink.text import count_text
+from lorashrink.ui import drawing, measuring
+from lorashrink.ui.folders import Folders
+from lorashrink.ui.goals import DTYPES, Help, command_line, dtype_of, recipe_of
+from lorashrink.ui.jobs import Cancelled, Job, Jobs
+from lorashrink.ui.library import Entry, Library, Saving, identity_of
+from lorashrink.ui.measuring import Measurer
+from lorashrink.ui.outputs import Written, free_output
+
+_STOP_SECONDS = 10.0  # that a job gets to end
+_MOST_STEPS = 100  # of a picture
+
+
+class Application:
+    """Library, jobs and their threads. Use it as a context manager."""
+
+    def __init__(self, folders: Sequence[str | Path]) -> None:
+        """Raises UsageError if a folder cannot be read."""
+        self.run = secrets.token_hex(6)  # tells a page that the server was started again
+        self.uploads = Path(os.path.realpath(tempfile.mkdtemp(prefix="lorashrink-ui-")))
+        self.folders = Folders.open(folders, self.uploads)
+        self.library = Library(self.folders)
+        self.jobs = Jobs()
+        self.measurer = Measurer()
+        self._to_measure: list[str] = []  # ids, those that are on the screen first
+        self._measure = threading.Event()
+        self._in_front = 0  # requests that somebody waits for
+        self._stopped = False
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Application:
+        for work in (_warm_up, self._read, self._measure_savings, self.jobs.run):
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stopped = True
+        self.library.stop()
+        self.jobs.stop()
+        self._measure.set()
+        for thread in self._threads:
+            thread.join(_STOP_SECONDS)
+        shutil.rmtree(self.uploads, ignore_errors=True)
+
+    # --- in the background --------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        self.library.scan()
+        self.library.read_headers()
+
+    def _measure_savings(self) -> None:
+        while self._measure.wait() and not self._stopped:
+            self._measure.clear()
+            while self._to_measure and not self._stopped:
+                if self._in_front or any(not job.over for job in self.jobs.all()):
+                    self._measure.wait(0.2)
+                    continue
+                self._measure_saving(self._to_measure.pop(0))
+
+    def _measure_saving(self, identity: str) -> None:
+        with contextlib.suppress(InputError):  # it was deleted meanwhile
+            entry = self.library.get(identity)
+            if entry.kind != "adapter" or entry.saving or entry.saving_error:
+                return
+            try:
+                point = measuring.saving(entry.path)
+                self.library.update(identity, saving=Saving(**point))
+            except Exception as error:
+                self.library.update(identity, saving_error=str(explained(entry.path, error)))
+
+    @contextlib.contextmanager
+    def _waited_for(self) -> Iterator[None]:
+        self._in_front += 1
+        try:
+            yield
+        finally:
+            self._in_front -= 1
+
+    # --- the library --------------------------------------------------------------------------------
+
+    def state(self, since: int) -> dict[str, Any]:
+        """What changed in the library after a revision, and all jobs."""
+        return {
+            "version": __version__,
+            "run": self.run,
+            "folders": [str(root) for root in self.folders.roots],
+            "library": self.library.changes(since),
+            "jobs": [job.document() for job in self.jobs.all()],
+        }
+
+    def measure(self, identities: Sequence[str]) -> None:
+        """Find out in the background how small these adapters could be; what was asked for before is dropped."""
+        self._to_measure = list(identities)
+        self._measure.set()
+
+    def adapter(self, identity: str) -> dict[str, Any]:
+        """What the header of an adapter tells, and the files that help to shrink it."""
+        table = self.library.table(identity)
+        entry = self.library.get(identity)
+        return {
+            **entry.row(),
+            "path": str(entry.path),
+            "naming": table.naming,
+            "notes": dict(table.notes),
+            "health": [asdict(finding) for finding in table.health],
+            "loads": table.loads.lines,
+            "blocks": [asdict(row) for row in table.blocks],
+            "bases": self._for_family(table.family, "norms", "model"),
+            "calibrations": self._for_family(table.family, "statistics"),
+            "dtypes": DTYPES,
+            "prompts": drawing.suggested_prompts(table.notes),
+            "models": self._models(table.family),
+            "cannot_draw": drawing.cannot_draw(),
+        }
+
+    def _models(self, family: str | None) -> list[dict[str, Any]]:
+        """Entries of models that can draw with an adapter of this family."""
+        models = self._for_family(family, "model") if family in drawing.FAMILIES else []
+        return [model for model in models if not model["name"].endswith(".gguf")]
+
+    def _for_family(self, family: str | None, *kinds: str) -> list[dict[str, Any]]:
+        """Entries of these kinds for a family of models, in the order of the kinds."""
+        entries = [entry for entry in self.library.entries() if family and entry.family == family]
+        return [
+            {"id": entry.id, "name": entry.path.name, "kind": kind, "bytes": entry.bytes}
+            for kind in kinds
+            for entry in entries
+            if entry.kind == kind
+        ]
+
+    def help(self, request: Mapping[str, Any]) -> Help:
+        """The files that a request names by the ids `base` and `calibration`."""
+        base, calibration = (request.get(key) or None for key in ("base", "calibration"))
+        return Help(
+            self.library.get(str(base)).path if base else None,
+            self.library.get(str(calibration)).path if calibration else None,
+        )
+
+    # --- one adapter --------------------------------------------------------------------------------
+
+    def curve(self, identity: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Size against error of an adapter, and what each quality would give."""
+        entry, help, dtype = self.library.get(identity), self.help(request), dtype_of(request)
+        with self._waited_for():
+            measured = self.measurer.curve(entry.path, help, dtype)
+        if help == Help() and dtype == "same" and not entry.saving:
+            self.library.update(identity, saving=Saving(**measured["qualities"]["high"]))
+        return measured
+
+    def at(self, identity: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What a goal gives: recipe, size, error, ranks per block, and the command line that does the same."""
+        entry, help, dtype = self.library.get(identity), self.help(request), dtype_of(request)
+        recipe = recipe_of(request, help)
+        output = free_output(entry.path, self.folders)
+        with self._waited_for():
+            point = self.measurer.at(entry.path, recipe, help, dtype)
+        return {**point, "command": command_line(recipe, help, dtype, entry.path, output)}
+
+    # --- shrinking ----------------------------------------------------------------------------------
+
+    def shrink(self, request: Mapping[str, Any]) -> Job:
+        """Begin to shrink the adapters `ids`, each to the same goal. Raises UsageError, RecipeError or InputError."""
+        identities = request.get("ids")
+        if not isinstance(identities, list) or not identities:
+            raise UsageError("no adapter is chosen; tick at least one.")
+        entries = [self.library.get(str(identity)) for identity in identities]
+        help = self.help(request)
+        recipe, dtype = recipe_of(request, help), dtype_of(request)
+        written = Written()
+
+        def save(job: Job, entry: Entry) -> dict[str, Any]:
+            prepared = self.measurer.prepared(entry.path, help, lambda text, done, total: job.check())
+            output = free_output(entry.path, self.folders)
+            file = output / peft.WEIGHTS_FILE if peft.is_folder(entry.path) else output
+            written.expect(file)
+            result = prepared.save(recipe, file, dtype=dtype)
+            written.add(source_files(output))
+            return _shrunk(entry, output, result)
+
+        def work(job: Job) -> None:
+            try:
+                for index, entry in enumerate(entries):
+                    job.report(entry.path.name, index, len(entries))
+                    try:
+                        job.results.append(save(job, entry))
+                    except Cancelled:
+                        raise
+                    except Exception as error:
+                        job.failed.append({"input": str(entry.path), "error": str(explained(entry.path, error))})
+                job.report("", len(entries), len(entries))
+            finally:
+                if written.files:
+                    job.undo = lambda: self._undo(job, written)
+                self.library.scan()
+
+        return self.jobs.add(Job("shrink", f"Shrink {count_text(len(entries), 'LoRA')}", work))
+
+    # --- pictures -----------------------------------------------------------------------------------
+
+    def draw(self, request: Mapping[str, Any]) -> Job:
+        """Begin to draw with the adapter `id` before and after. Raises UsageError, RecipeError or InputError."""
+        entry, model = (self.library.get(str(request.get(key, ""))) for key in ("id", "model"))
+        help, dtype = self.help(request), dtype_of(request)
+        recipe = recipe_of(request, help)
+        steps = request.get("steps", 20)
+        if not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
+            raise UsageError(f"steps: a whole number from 1 to {_MOST_STEPS}, not {steps}.")
+        prompts = drawing.prompts_of(str(request.get("prompts", "")), steps, model.path)
+
+        def work(job: Job) -> None:
+            def save(path: Path) -> None:
+                self.measurer.prepared(entry.path, help).save(recipe, path, dtype=dtype)
+
+            drawing.draw(job, entry.path, save, f"{recipe.file_items()}_{dtype}", model.path, prompts)
+
+        job = Job("pictures", f"Pictures with {entry.path.stem}", work)
+        job.facts = {"adapter": entry.id, "recipe": str(recipe)}
+        return self.jobs.add(job)
+
+    def picture(self, identity: str, name: str) -> Path:
+        """A picture of a job: `0-before`, `0-after` and so on. Raises InputError."""
+        number, _, side = name.partition("-")
+        results = self.jobs.get(identity).results
+        if not number.isdecimal() or int(number) >= len(results) or side not in ("before", "after"):
+            raise InputError("there is no such picture.")
+        return Path(results[int(number)][side])
+
+    # --- jobs ---------------------------------------------------------------------------------------
+
+    def cancel(self, identity: str) -> dict[str, Any]:
+        """End a job after the step that is being done."""
+        job = self.jobs.get(identity)
+        job.cancelled = True
+        return job.document()
+
+    def undo(self, identity: str) -> dict[str, Any]:
+        """Delete what a job wrote, and nothing else. Raises UsageError if there is nothing to undo."""
+        job = self.jobs.get(identity)
+        if job.undo is None or not job.over or job.undone:
+            raise UsageError("there is nothing to undo.")
+        return {"deleted": job.undo(), **job.document()}
+
+    def _undo(self, job: Job, written: Written) -> int:
+        job.undone = True
+        count = written.delete()
+        self.library.scan()
+        return count
+
+    # --- files --------------------------------------------------------------------------------------
+
+    async def upload(self, name: str, pieces: AsyncIterator[bytes]) -> str:
+        """Keep a file that was dropped onto the page until the server stops; its id.
+
+        Only safetensors are taken, which hold numbers and no code. Raises UsageError, InputError or OutputError.
+        """
+        clean = Path(name.replace("\\", "/")).name
+        if not clean.endswith(".safetensors") or clean.startswith("."):
+            raise UsageError(f"{name[:100]}: only .safetensors files can be dropped here.")
+        folder = Path(tempfile.mkdtemp(dir=self.uploads))
+        path = folder / clean
+        try:
+            with open(path, "xb") as handle:
+                async for piece in pieces:
+                    handle.write(piece)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise OutputError(f"{clean}: cannot be kept ({error.strerror or error}).") from error
+            raise
+        self.library.scan()
+        return identity_of(path)
+
+
+def _shrunk(entry: Entry, output: Path, result: FileResult) -> dict[str, Any]:
+    """What a page tells of a file that was written."""
+    return {
+        "id": entry.id,
+        "name": entry.path.name,
+        "output": str(output),
+        "output_name": output.name,
+        "output_id": identity_of(output),
+        "recipe": result.recipe,
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
+        "error": result.relative_error,
+        "loads": result.loads.lines,
+        "warnings": list(result.warnings),
+    }
+
+
+def _warm_up() -> None:
+    """Import what takes seconds, so that nobody waits for it later."""
+    with contextlib.suppress(ImportError):
+        import lorashrink.shrinking.prepared  # noqa: F401

@@ -1,0 +1,89 @@
+"""One adapter at any size: decomposed once, then asked as often as a slider moves."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorashrink.adapters import peft
+from lorashrink.errors import Progress
+from lorashrink.names import block
+from lorashrink.recipes.grammar import Recipe
+from lorashrink.ui.goals import QUALITIES, Help, recipe_of
+
+if TYPE_CHECKING:
+    from lorashrink.results.prepared import Outcome
+    from lorashrink.shrinking.prepared import Prepared
+
+_KEPT = 3  # prepared adapters that answer at once
+
+_Key = tuple[Path, int, int, Help]  # path, bytes, time of the last change
+
+
+class Measurer:
+    """Adapters that were looked at last, decomposed. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[_Key, Prepared] = OrderedDict()
+        self._locks: dict[_Key, threading.Lock] = defaultdict(threading.Lock)
+        self._lock = threading.Lock()
+
+    def prepared(self, path: Path, help: Help, progress: Progress | None = None) -> Prepared:
+        """The decomposed adapter. Raises as `lorashrink.prepare`."""
+        from lorashrink.shrinking.prepared import prepare
+
+        stat = (peft.weights_in(path) if peft.is_folder(path) else path).stat()
+        key = (path, stat.st_size, stat.st_mtime_ns, help)
+        with self._locks[key]:  # a second request for the same adapter waits for the first
+            if key not in self._kept:
+                made = prepare(path, base=help.base, calibration=help.calibration, progress=progress)
+                with self._lock:
+                    self._kept[key] = made
+                    while len(self._kept) > _KEPT:
+                        oldest, _ = self._kept.popitem(last=False)
+                        self._locks.pop(oldest, None)
+            return self._kept[key]
+
+    def curve(self, path: Path, help: Help, dtype: str) -> dict[str, Any]:
+        """Points of size (bytes) against error (relative, of ΔW), smallest first, and what each quality gives."""
+        prepared = self.prepared(path, help)
+        curve = prepared.curve(help.score.rstrip(","), dtype=dtype)
+        qualities = {name: _point(prepared.at(recipe_of({"by": "quality", "value": name}, help))) for name in QUALITIES}
+        points = [{"bytes": size, "error": error} for size, error in curve.points]
+        return {"points": points, "qualities": qualities}
+
+    def at(self, path: Path, recipe: Recipe, help: Help, dtype: str) -> dict[str, Any]:
+        """Size, error and ranks per block that a recipe gives. Raises as `Prepared.at`."""
+        prepared = self.prepared(path, help)
+        outcome = prepared.at(recipe, dtype=dtype)
+        return {**_point(outcome), "recipe": outcome.recipe, "blocks": _blocks(prepared, outcome)}
+
+
+def saving(path: Path) -> dict[str, Any]:
+    """Size and error at high quality, of the adapter alone. Raises as `lorashrink.prepare`."""
+    from lorashrink.shrinking.prepared import prepare
+
+    help = Help()
+    return _point(prepare(path).at(recipe_of({"by": "quality", "value": "high"}, help)))
+
+
+def _point(outcome: Outcome) -> dict[str, Any]:
+    return {"bytes": outcome.bytes, "error": outcome.relative_error}
+
+
+def _blocks(prepared: Prepared, outcome: Outcome) -> list[dict[str, Any]]:
+    """Mean ranks of the layers of each block, before and after."""
+    rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for layer in prepared.adapter.layers:
+        rows[block(layer.name)].append((layer.rank, outcome.ranks.get(layer.name, 0)))
+    return [
+        {
+            "block": name,
+            "layers": len(ranks),
+            "before": sum(before for before, _ in ranks) / len(ranks),
+            "after": sum(after for _, after in ranks) / len(ranks),
+        }
+        for name, ranks in sorted(rows.items())
+    ]

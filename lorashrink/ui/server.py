@@ -1,0 +1,119 @@
+"""Start and stop of the server: one process, loopback unless the user says otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import secrets
+import signal
+import socket
+import threading
+import webbrowser
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from lorashrink.errors import UsageError
+from lorashrink.files.disk import discard_unfinished
+
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8432
+TOKEN_VARIABLE = "LORASHRINK_UI_TOKEN"  # programs that start the server may set the token
+
+_PACKAGES = ("starlette", "uvicorn")
+_SHORTEST_TOKEN = 16
+_STOP_SECONDS = 3  # that open connections get to end
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the server listens."""
+
+    url: str  # with the token
+    host: str
+    port: int
+    loopback: bool
+
+
+def serve(
+    folders: Sequence[str | Path],
+    *,
+    host: str = DEFAULT_HOST,
+    port: int | None = None,
+    browser: bool = True,
+    announce: Callable[[Address], None] = lambda address: None,
+) -> None:
+    """Serve the page about the adapters in some folders, until SIGTERM, SIGINT or SIGHUP ends it.
+
+    port: default is 8432, or a free one if that is taken; 0 is a free one. announce: called with the address when
+    the server listens and before it answers. The token is that of the variable LORASHRINK_UI_TOKEN, or a new one.
+
+    Raises UsageError if a package, a folder or the address is missing.
+    """
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"the page needs {' and '.join(missing)}: pip install 'lorashrink[ui]'")
+    from lorashrink.ui.api import server_app
+    from lorashrink.ui.application import Application
+
+    token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+    if len(token) < _SHORTEST_TOKEN:
+        raise UsageError(f"{TOKEN_VARIABLE}: a token has at least {_SHORTEST_TOKEN} characters.")
+    with contextlib.closing(_listen(host, port)) as listener, Application(folders) as application:
+        address = _address(listener, host, token)
+        names = () if address.loopback else (host, socket.gethostname())
+        app = server_app(application, token, names=names, any_address=not address.loopback)
+        announce(address)
+        if browser:
+            threading.Thread(target=webbrowser.open, args=(address.url,), daemon=True).start()
+        _run(app, listener)
+    discard_unfinished()
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for number in (DEFAULT_PORT, 0) if port is None else (port,):
+        try:
+            return socket.create_server((host, number), family=family)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+    option = f"--port {port}" if port is not None else f"--host {host}"
+    raise UsageError(f"{option}: cannot be listened on ({reason}). Choose another one, or leave the option out.")
+
+
+def _address(listener: socket.socket, host: str, token: str) -> Address:
+    number = listener.getsockname()[1]
+    bound = ipaddress.ip_address(listener.getsockname()[0])
+    shown = "127.0.0.1" if bound.is_unspecified else host
+    shown = f"[{shown}]" if ":" in shown else shown
+    return Address(f"http://{shown}:{number}/?token={token}", host, number, bound.is_loopback)
+
+
+def _run(app: object, listener: socket.socket) -> None:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Signals end the server, and are the usual way to do so: no error follows from them."""
+            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+            before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]  # an ASGI app
+        log_level="error",
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=_STOP_SECONDS,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+    )
+    Server(config).run(sockets=[listener])
