@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bits import FORMS
+from bits import RESULTS as BITS
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -153,6 +155,29 @@ def small_table(results: Mapping[str, Entry]) -> str:
     return table(["size", "", "style seen", "shape and colours right", "the same without the style's word"], rows)
 
 
+def bits_table(bits: Mapping[str, Entry]) -> str:
+    """kB of numbers for a mean PSNR, between the sizes that were drawn."""
+    curves: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for key, entry in bits.items():
+        name, recipe, dtype, _ = key.split("|")
+        curves.setdefault((recipe, dtype, name), []).append((mean(entry), entry["payload"] / 1000))
+    rows = []
+    for recipe, dtype in FORMS:
+        cells = []
+        for quality in (30, 35, 40, 45):
+            sizes = [_size_at(curves[recipe, dtype, name], quality) for name in ("style", "heart")]
+            cells.append(" / ".join("–" if size is None else f"{size:.0f}" for size in sizes))
+        rows.append([f"`{recipe}`, {dtype}", *cells])
+    return table(["style / heart", "30 dB", "35 dB", "40 dB", "45 dB"], rows)
+
+
+def _size_at(curve: Sequence[tuple[float, float]], quality: float) -> float | None:
+    seen, sizes = np.array(sorted(curve)).T
+    if not seen[0] <= quality <= seen[-1]:
+        return None
+    return float(np.exp(np.interp(quality, seen, np.log(sizes))))
+
+
 def stacks_table(results: Mapping[str, Entry]) -> str:
     rows = []
     for key, entry in results.items():
@@ -228,6 +253,7 @@ def page(results: Mapping[str, Entry]) -> str:
             floor=f"{floor:.1f}",
             pictures=len(results["floor|style-32"]["psnr"]),
             refined=refined_table(results),
+            bits=bits_table(json.loads(BITS.read_text())),
         )
     )
 

@@ -8,6 +8,7 @@ without them it is luck over all numbers of a vector, and worth a decibel in nar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -53,19 +54,28 @@ def to_float8(up: Tensor, down: Tensor, of_up: Energy = squares, of_down: Energy
 
     `of_up` and `of_down` are energies from statistics. Numbers beyond 448 become 448.
     """
-    up, down = up.mT.float().contiguous(), down.float()
-    lengths = [squares(factor).div(factor.shape[1]).sqrt() for factor in (up, down)]
-    ratio = torch.where(lengths[0] * lengths[1] > 0, (lengths[1] / lengths[0]).sqrt(), 1.0)[:, None]
-    up, down = up * ratio, down / ratio
+    up, down = up.mT.contiguous().float(), down.float()
+    lengths = [torch.linalg.vector_norm(factor, dim=1) for factor in (up, down)]
+    ratio = lengths[1] / lengths[0] * math.sqrt(up.shape[1] / down.shape[1])
+    balance = torch.where(lengths[0] * lengths[1] > 0, ratio.sqrt(), 1.0)[:, None]
     if of_up is not squares or max(up.shape[1], down.shape[1]) <= _NARROW:
-        balance = _best_balance(up, down, of_up, of_down)
-        up, down = up * balance, down / balance
+        balance = balance * _best_balance(up * balance, down / balance, of_up, of_down)
+    up, down = up * balance, down / balance
     rounded_up, rounded_down = _nearest(up), _nearest(down)
-    before = squares(up) * squares(down)  # ‖u·vᵀ‖² of each dimension
-    mixed = (up * rounded_up).sum(1) * (down * rounded_down).sum(1)
-    changes = squares(rounded_up) * squares(rounded_down) - 2 * mixed + before
-    error, norm = (float(each.double().clamp(min=0).sum().sqrt()) for each in (changes, before))
-    return Rounded(rounded_up.mT.to(FLOAT8), rounded_down.to(FLOAT8), error, norm)
+    norms = lengths[0] * lengths[1]  # ‖u·vᵀ‖ of each dimension
+    changes = _change(up, rounded_up) * (lengths[1] / balance[:, 0]).square()
+    changes += _change(down, rounded_down) * (lengths[0] * balance[:, 0]).square()
+    return Rounded(
+        rounded_up.to(FLOAT8).mT,
+        rounded_down.to(FLOAT8),
+        float(changes.double().sum().sqrt()),
+        float(norms.double().square().sum().sqrt()),
+    )
+
+
+def _change(factor: Tensor, rounded: Tensor) -> Tensor:
+    """[k]: the squared length of what rounding changes; `factor` is used up."""
+    return torch.linalg.vector_norm(factor.sub_(rounded), dim=1).square()
 
 
 def _best_balance(up: Tensor, down: Tensor, of_up: Energy, of_down: Energy) -> Tensor:
@@ -89,7 +99,7 @@ def _nearest(tensor: Tensor) -> Tensor:
 
     In float16 a number divided by 2⁸ is normal and subnormal where it is in e4m3; 7 bits of mantissa are too many.
     """
-    bits = tensor.clamp(-_LARGEST, _LARGEST).mul_(2.0**-8).half().view(torch.int16)
+    bits = tensor.mul(2.0**-8).half().clamp_(-_LARGEST * 2.0**-8, _LARGEST * 2.0**-8).view(torch.int16)
     return bits.add_(64).bitwise_and_(-128).view(torch.float16).float().mul_(2.0**8)
 
 

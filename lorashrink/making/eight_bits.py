@@ -57,9 +57,10 @@ def in_8_bits(adapter: Adapter, family: str | None) -> tuple[TensorStore, list[s
     metadata = dict(store.metadata)
     if "ss_network_alpha" in metadata and alphas:
         metadata["ss_network_alpha"] = "1" if keeps_alpha else metadata.get("ss_network_dim", "1")
-    warnings = [
-        f"{count_text(len(coarse), 'layer')}, first {coarse[0]}, stay in fp16: fp8 would round away a quarter of them"
-    ] * bool(coarse)
+    warnings = []
+    if coarse:
+        what = f"{count_text(len(coarse), 'layer')}, first {coarse[0]}"
+        warnings.append(f"{what}, stay in fp16: fp8 would round away more than a quarter of them")
     return ComputedStore(store.path, tensors, metadata, store.files, store.headers), warnings
 
 

@@ -36,7 +36,7 @@ SizeInDtypes = Callable[[Sequence[int], float | None, Sequence[str]], int]
 # `auto` leaves one dtype where mixing them could gain no more than this part of what is lost, 0.3 dB.
 _SHOWS = 0.1
 
-_ROUNDS = 30  # of bisection: 20 decades of prices to the seventh digit
+_SAME_PRICE = 1 + 1e-5
 
 
 def fine_enough(offer: Offer) -> Offer:
@@ -141,7 +141,7 @@ def _by_size(recipe: Recipe, offers: Sequence[Offer], file_size: SizeInDtypes) -
 def _last(market: _Market, holds: Callable[[float], bool]) -> float:
     """The highest price for which it holds; it holds for the lowest."""
     low, high = market.lowest, market.highest
-    for _ in range(_ROUNDS):
+    while high > low * _SAME_PRICE:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
@@ -150,7 +150,7 @@ def _last(market: _Market, holds: Callable[[float], bool]) -> float:
 def _first(market: _Market, holds: Callable[[float], bool]) -> float:
     """The lowest price for which it holds; it holds for the highest."""
     low, high = market.lowest, market.highest
-    for _ in range(_ROUNDS):
+    while high > low * _SAME_PRICE:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high

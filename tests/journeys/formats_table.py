@@ -356,6 +356,26 @@ are surprising:
 
 {loader_table}
 
+## 8-bit factors
+
+`-t fp8` writes the factors of LoRA in e4m3, half the bytes of fp16. Each dimension is balanced between its two sides,
+and with statistics rounded so that the model's output changes least. Numbers have 3 bits of mantissa, so a layer
+changes by about 4 %.
+
+- SD and SDXL in kohya's names, and PEFT folders: one alpha of 1 for all layers, which keeps numbers out of the range
+  where e4m3 has few digits.
+- All others: no alpha, and the scale is in the factors. In wide layers numbers come near the smallest ones: a layer
+  of FLUX with a norm of 1 then changes by 8 %, of 0.3 by 14 %. Layers that would change by more than 25 % stay in
+  fp16, and a warning says so.
+- Under kohya's names for FLUX, Wan, Qwen-Image, Chroma, FLUX.2 and Z-Image, and ComfyUI's for Qwen-Image and Z-Image,
+  diffusers multiplies the factors at loading, which PyTorch cannot do in 8 bits. With a base such files get other
+  names (`diffusion_model.` for Wan, `transformer.` for the others); without one `-t fp8` is refused. `-t same` keeps
+  8-bit factors under the names that they have.
+- What is no factor of LoRA keeps 16 bits or more. `convert -t fp8` leaves other families as they are.
+
+`-t mixed` takes fp8 or fp16 per layer, by what a byte is worth; `-t auto` is fp8 as far as its rounding does not show
+beside what is dropped, and mixed above. int8 is not written: programs load it without its scale.
+
 ## Bases
 
 Original names and diffusers' names refer to the same weights, fused or split, so an adapter with one kind of names

@@ -701,3 +701,118 @@ def test_diffusers_loads_encoders_whose_out_proj_are_weak(pipe, folder, tmp_path
     assert layers == len([row for row in result.layers if row.rank_after])
     with merged(pipe, folder, result.output):
         assert max(differences(actual, outputs(pipe)).values()) < SAME
+
+
+# --- 8-bit factors --------------------------------------------------------------------------------
+
+
+def eight_bits(source, output, **options):
+    report = resize(source, dtype="fp8", output=output, **options)
+    assert report.failed == ()
+    (result,) = report.results
+    tensors = load_file(adapter_file(result.output))
+    small = {key for key, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert small == {key for key in tensors if re.search(r"lora_(up|down|A|B)\.", key)}
+    return result
+
+
+def adapter_file(path):
+    path = Path(path)
+    return path / "adapter_model.safetensors" if path.is_dir() else path
+
+
+def numbers_in(tensors):
+    """The numbers of factors, whatever they are called."""
+    return sorted(tensor.float().flatten().tolist() for tensor in tensors)
+
+
+def loaded_factors(pipe, path):
+    """The numbers that diffusers put into the pipeline's modules."""
+    try:
+        pipe.load_lora_weights(str(path))
+        modules = [m for name in components(pipe) for m in getattr(pipe, name).modules() if hasattr(m, "lora_A")]
+        return numbers_in(
+            layer["default_0"].weight.detach() for module in modules for layer in (module.lora_A, module.lora_B)
+        )
+    finally:
+        pipe.unload_lora_weights()
+
+
+def test_diffusers_loads_8_bit_factors_of_sdxl_to_the_last_bit(pipe, folder, original, tmp_path):
+    result = eight_bits(original.path, tmp_path / "out.safetensors", base=folder, recipes="rank=2")
+    assert "diffusers" in result.loads.loads_in
+    tensors = load_file(result.output)
+    assert loaded_factors(pipe, result.output) == numbers_in(t for t in tensors.values() if t.ndim > 1)
+    assert {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")} <= {1.0}
+    actual, layers = loaded(pipe, result.output)
+    assert layers == original.layers
+    with merged(pipe, folder, result.output):
+        assert max(differences(actual, outputs(pipe)).values()) < SAME
+    exact, _ = shrink(original.path, folder, "rank=2", tmp_path / "exact.safetensors")
+    assert max(differences(actual, loaded(pipe, exact)[0]).values()) < 0.3
+
+
+def test_diffusers_loads_8_bit_factors_of_every_small_pipeline(small, tmp_path):
+    for naming in (None, *small.namings):
+        result = eight_bits(small.path, tmp_path / f"{naming}", base=small.folder, recipes="energy=0.9", naming=naming)
+        assert "diffusers" in result.loads.loads_in
+        actual, _ = loaded(small.pipe, result.output)
+        with merged(small.pipe, small.folder, result.output):
+            assert max(differences(actual, outputs(small.pipe)).values()) < SAME, naming
+        (changed,) = convert(
+            small.path, base=small.folder, naming=naming, dtype="fp8", output=tmp_path / f"c{naming}"
+        ).results
+        actual, _ = loaded(small.pipe, changed.output)
+        assert max(differences(actual, small.outputs).values()) < 0.1, naming
+
+
+def test_peft_loads_a_folder_in_8_bits(tmp_path):
+    torch.manual_seed(0)
+    pipe = small_flux()
+    pipe.transformer.save_pretrained(tmp_path / "base" / "transformer")
+    pipe.text_encoder = None
+    source = fixtures.write_tensors(
+        tmp_path / "lora.safetensors",
+        {
+            f"transformer.{name}.lora_{letter}.weight": factor
+            for (_, name), pair in trained(pipe, lambda name: True).items()
+            for letter, factor in zip("BA", pair, strict=True)
+        },
+    )
+    result = eight_bits(source, tmp_path / "out", base=tmp_path / "base", recipes="energy=0.9", naming="peft")
+    pipe.transformer = PeftModel.from_pretrained(
+        FluxTransformer2DModel.from_pretrained(tmp_path / "base" / "transformer"), result.output
+    )
+    factors = [tensor for key, tensor in pipe.transformer.named_parameters() if ".lora_" in key]
+    assert numbers_in(factors) == numbers_in(load_file(adapter_file(result.output)).values())
+    with open_adapter(result.output) as adapter:
+        deltas = {layer.name.removeprefix("base_model.model."): layer.delta.dense() for layer in adapter}
+    for name, module in pipe.transformer.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            delta = deltas[name.removeprefix("base_model.model.")]
+            assert torch.allclose(module.get_delta_weight("default").detach(), delta, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wan21_1_3b_lora_musubi", "qwen_image_lora_musubi", "z_image_lora_aitoolkit"])
+def test_diffusers_renames_8_bit_factors_of_wide_models(tmp_path, name):
+    """Where diffusers multiplies factors under the input's names, the output has others, and reads the same ΔW."""
+    pipeline, native, _, _ = RENAMED[name]
+    generator = torch.Generator().manual_seed(3)
+    shapes = with_rank(first_blocks(name), 4)
+    tensors = {
+        key: torch.randn(shape, generator=generator) / 10 if shape else torch.tensor(2.5)
+        for key, shape in shapes.items()
+    }
+    source = fixtures.write_tensors(tmp_path / "lora.safetensors", tensors)
+    base = fixtures.write_header(tmp_path / "base.safetensors", fixtures.shapes(f"base_{native}"))
+    probe = functools.cache(lambda width: torch.randn(width, 2, generator=torch.Generator().manual_seed(width)))
+    exact = resize(source, base=base, recipes="rank=3", naming="diffusers", dtype="fp32", output=tmp_path / "exact")
+    expected = read_by(pipeline, exact.results[0].output, probe)
+    result = eight_bits(source, tmp_path / "small", base=base, recipes="rank=3")
+    assert "diffusers" in result.loads.loads_in
+    assert any("names" in warning for warning in result.warnings)
+    state = pipeline.lora_state_dict(result.output)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float8_e4m3fn}
+    for key, delta in expected.items():
+        up, down = (state[f"{key}.lora_{letter}.weight"].float() for letter in "BA")
+        assert float((up @ (down @ probe(down.shape[1])) - delta).norm()) < 0.1 * float(delta.norm())
