@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from lorashrink.automatic.run import shrink
 from lorashrink.errors import OutputError, Progress, UsageError
 from lorashrink.insight.inspection import inspect
 from lorashrink.pictures.pipelines import PACKAGES
 from lorashrink.recipes.grammar import DEFAULT
 from lorashrink.reports.report import ReportFile, report
+from lorashrink.results.automatic import ShrinkReport
 from lorashrink.results.inspection import Inspection
-from lorashrink.results.shrinking import Report
+from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.run import resize
 
 _RECIPES = (DEFAULT, "rank=1", "fro_ckpt=1,thr=-2", "fro_ckpt,bytes", "calib,bytes")
@@ -27,28 +30,31 @@ class Demo:
 
     commands: tuple[str, ...]  # the same by hand
     inspection: Inspection
-    shrunk: Report
+    shrunk: ShrinkReport
     page: ReportFile
     pictures: tuple[str, ...]  # figures; without a model that draws, of sizes and errors only
 
 
 def demo(output: str | Path = "demo-out", *, progress: Progress | None = None) -> Demo:
-    """Inspect a style that was trained on the example model, shrink it as training guides do, and try other recipes.
+    """Inspect a style that was trained on the example model, shrink it, and try recipes.
 
     With the packages of `lorashrink[pictures]` the model draws with every one of them. Writes the adapter, figures and
-    a report into the folder `output`, over those of an earlier demo. Raises UsageError without the package
+    pages into the folder `output`, over those of an earlier demo. Raises UsageError without the package
     lorashrink_example, and OutputError.
     """
     example, folder = _example(), Path(output)
     drawing = all(find_spec(name) for name in PACKAGES)
     inspection = inspect(example.adapter, base=example.model, progress=progress)
-    shrunk = resize(example.adapter, base=example.model, recipes=DEFAULT, output=folder, force=True, progress=progress)
+    means: dict[str, Any] = {"model": example.model, "prompts": example.prompts} if drawing else {"base": example.model}
+    shrunk = shrink(example.adapter, **means, output=folder / "shrunk", force=True, progress=progress)
+    shared: dict[str, Any] = {"base": example.model, "calibration": example.table}
+    recipe = shrunk.results[0].recipe
+    plan = resize(example.adapter, **shared, recipes=recipe, dtype="auto", output=folder, dry_run=True)
     page = report(
         example.adapter,
-        base=example.model,
+        **shared,
         recipes=_RECIPES,
         sizes=_SIZES,
-        calibration=example.table,
         output=folder / "report.html",
         force=True,
         images=example.model if drawing else None,
@@ -57,7 +63,7 @@ def demo(output: str | Path = "demo-out", *, progress: Progress | None = None) -
         progress=progress,
     )
     try:
-        pictures = _figures(page, shrunk, folder)
+        pictures = _figures(page, plan.results[0], folder)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written into ({error.strerror or error}).") from error
     return Demo(_commands(example, folder, drawing), inspection, shrunk, page, pictures)
@@ -82,7 +88,7 @@ def _example() -> _Example:
     return _Example(path("model"), path("loras", "style.safetensors"), path("table.safetensors"), path("prompts.txt"))
 
 
-def _figures(page: ReportFile, shrunk: Report, folder: Path) -> tuple[str, ...]:
+def _figures(page: ReportFile, shrunk: FileResult, folder: Path) -> tuple[str, ...]:
     from lorashrink.plots import style
     from lorashrink.plots.comparison_sheet import pictures_by_size
     from lorashrink.plots.quality import size_and_error, size_and_pictures
@@ -90,7 +96,7 @@ def _figures(page: ReportFile, shrunk: Report, folder: Path) -> tuple[str, ...]:
 
     assert page.sweep, "the example can be shrunk"
     figures = {
-        "ranks.png": rank_per_block(shrunk.results[0]),
+        "ranks.png": rank_per_block(shrunk),
         "sizes.png": size_and_pictures(page.sweep) if page.sweep.drawn else size_and_error(page.sweep),
     }
     for name, figure in figures.items():
@@ -105,6 +111,7 @@ def _figures(page: ReportFile, shrunk: Report, folder: Path) -> tuple[str, ...]:
 def _commands(example: _Example, folder: Path, drawing: bool) -> tuple[str, ...]:
     recipes = [word for recipe in _RECIPES for word in ("-r", recipe)]
     images = ["--images", example.model, "--prompts", example.prompts, "--images-out", folder / "pictures"]
+    means = ["--model", example.model, "--prompts", example.prompts] if drawing else ["--base", example.model]
     options = [
         *recipes,
         "--sizes",
@@ -115,7 +122,7 @@ def _commands(example: _Example, folder: Path, drawing: bool) -> tuple[str, ...]
     ]
     commands: tuple[Sequence[str | Path], ...] = (
         ["inspect", example.model, example.adapter],
-        ["resize", "-o", folder, "-r", DEFAULT, example.model, example.adapter],
+        ["shrink", "-o", folder / "shrunk", *means, example.adapter],
         ["report", "-o", folder / "report.html", *options, example.model, example.adapter],
     )
     return tuple(shlex.join(["lorashrink", *map(str, words)]) for words in commands)

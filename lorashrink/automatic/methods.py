@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from lorashrink.text import percent_text
 # A file that is larger is no table, and its header need not be read.
 _LARGEST_TABLE = 1 << 30
 
-_CALIBRATE = "lorashrink calibrate --base-table MODEL -o TABLE"
+_CALIBRATE = "lorashrink calibrate --base-table MODEL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,18 @@ def table_folder() -> Path | None:
     """The folder in the user's cache where tables are looked for; None for a user without a home."""
     folder = user_cache()
     return folder and folder / "tables"
+
+
+def table_for(model: str | Path) -> Path:
+    """The file in the user's cache for the table of a model.
+
+    Raises UsageError where there is no such place, and NotABase or InputError for a model that cannot be read.
+    """
+    folder = table_folder()
+    if folder is None:
+        raise UsageError("calibrate: there is no home folder to keep the table in; name a file with -o.")
+    with open_base(model) as base:  # models of several sizes and makers are called "model"
+        return folder / f"{Path(os.path.realpath(model)).stem}-{base.fingerprint[:8]}.safetensors"
 
 
 def _tables_beside(model: Path | None) -> Sequence[Path]:

@@ -49,7 +49,12 @@ def calibrate(
         Path | None, typer.Option("--base-table", help="In place of adapters: this model, once for all its adapters.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The statistics to write, a .safetensors file.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The statistics to write, a .safetensors file; a table goes where shrink finds it without a name.",
+        ),
     ] = None,
     prompts: DrawnPrompts = None,
     text: Annotated[
@@ -71,12 +76,16 @@ def calibrate(
     Example: lorashrink calibrate --base-table sdxl/ -o sdxl-table.safetensors
     Then: lorashrink resize -r calib,bytes,size=32 --calibration statistics.safetensors lora.safetensors
     """
-    if output is None:
+    if output is None and base_table is None:
         raise UsageError("calibrate: name the file to write with -o.")
     if (model is None) == (base_table is None) or bool(files) != (model is not None):
         raise UsageError("calibrate: takes adapters and their --model, or a --base-table alone.")
     from lorashrink.calibration.calibrate import calibrate as run
 
+    if output is None:
+        from lorashrink.automatic.methods import table_for
+
+        output = table_for(base_table or "")
     return run(
         files or (),
         model=model or base_table or "",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
-from lorashrink.cli.resizing import print_report
+from lorashrink.cli.shrinking import print_shrunk
 from lorashrink.cli.sweeping import print_sweep
 from lorashrink.text import size_text
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def _print_story(outcome: Demo, terminal: Terminal) -> None:
-    inspect_line, resize_line, report_line = outcome.commands
+    inspect_line, shrink_line, report_line = outcome.commands
     typer.echo(f"What is in it?\n$ {inspect_line}\n")
     for table in outcome.inspection.files:
         ranks = " and ".join(map(str, sorted({layer.rank for layer in table.layers})))
         typer.echo(f"{size_text(table.bytes)}, {table.algo}, {len(table.layers)} layers of rank {ranks}")
         for finding in table.health:
             typer.echo(f"{finding.flag}: {finding.text}")
-    typer.echo(f"\nShrink it as training guides do.\n$ {resize_line}")
-    print_report(outcome.shrunk, terminal)
+    typer.echo(f"\nShrink it.\n$ {shrink_line}")
+    print_shrunk(outcome.shrunk, terminal)
     typer.echo(f"\nHow small can it get before one sees it?\n$ {report_line}")
     if outcome.page.sweep:
         print_sweep(outcome.page.sweep, terminal)

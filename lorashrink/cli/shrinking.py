@@ -23,7 +23,7 @@ _WIDEST_NAME = 34  # columns, so that the table fits into 80
 _MOST_ROWS = 40  # without -v
 
 
-def _print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
+def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
     console = new_console()
     shrunk, others = report.written, [result for result in report.results if not result.output]
     for line in dict.fromkeys(result.why for result in shrunk):
@@ -87,7 +87,7 @@ def _measured(report: ShrinkReport) -> Iterator[tuple[str, Measured]]:
 
 
 @command(
-    _print_shrunk,
+    print_shrunk,
     done=lambda report: bool(report.results),
     measure=_measured,
     quantities=("error", "psnr", "size"),

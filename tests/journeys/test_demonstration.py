@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -28,27 +29,29 @@ def test_demo_prints_its_steps_and_leaves_its_files(demo_run: tuple[Path, str]) 
     folder, text = demo_run
     assert [line.split()[:3] for line in text.splitlines() if line.startswith("$ ")] == [
         ["$", "lorashrink", "inspect"],
-        ["$", "lorashrink", "resize"],
+        ["$", "lorashrink", "shrink"],
         ["$", "lorashrink", "report"],
     ]
     assert "conv_rank: " in text
     assert "recommended: -r " in text
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "style_frockpt1_th-3.55.safetensors",
+        "shrunk",
         "report.html",
         "ranks.png",
         "sizes.png",
         "sheet.png",
         "pictures",
     }
-    assert all(str(folder / name) in text for name in names - {"style_frockpt1_th-3.55.safetensors"})
+    assert all(str(folder / name) in text for name in names)
+    assert (folder / "shrunk" / "style.safetensors").is_file()
+    assert re.search(r"style.safetensors +3.7 MB +\S+ kB +\d+% +\d+\.\d dB", text)
 
 
 def test_demo_commands_reproduce_its_files(demo_run: tuple[Path, str], tmp_path: Path) -> None:
     folder, text = demo_run
     commands = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ ")]
-    page, shrunk = (folder / name for name in ("report.html", "style_frockpt1_th-3.55.safetensors"))
+    page, shrunk = (folder / name for name in ("report.html", "shrunk/style.safetensors"))
     before = page.read_bytes(), shrunk.read_bytes()
     for command in commands:
         outcome = CliRunner().invoke(app, [*command[1:], *(["--force"] if command[1] != "inspect" else [])])
@@ -61,7 +64,8 @@ def test_demo_without_picture_packages_measures_only(tmp_path: Path, monkeypatch
     outcome = CliRunner().invoke(app, ["demo", "-o", str(tmp_path)])
     assert outcome.exit_code == 0, outcome.output
     assert "pip install 'lorashrink[pictures]'" in outcome.stdout
-    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".safetensors"} == {
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "shrunk",
         "report.html",
         "ranks.png",
         "sizes.png",
