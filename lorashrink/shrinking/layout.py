@@ -156,7 +156,9 @@ class Layout:
     def _sizes(self) -> Sizes:
         tables = [self._copied]
         for position in range(len(self.layers)):
-            tables += [self._of_layer(position, 0), self._of_layer(position, 1)]
+            tables.append(self._of_layer(position, 1))
+            if position in self._converted or position in self._folded:  # only these may stay as they are
+                tables.append(self._of_layer(position, 0))
         return Sizes(item for table in tables for item in table.items())
 
     def _group(self, position: int, width: int) -> Sizes.Group:
