@@ -14,7 +14,7 @@ from lorashrink.shrinking.options import ResizeOptions
 from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, name_outputs, source_files
 from lorashrink.shrinking.request import check_needs
 from lorashrink.shrinking.run import shrink
-from lorashrink.sums.summing import combined
+from lorashrink.sums.summing import combined, variant_of
 
 # Keeps all that is no rounding.
 EVERYTHING = "energy=1"
@@ -77,7 +77,7 @@ def merge(
             quantiles=quantiles,
         ),
         opener=lambda _, opened: combined(terms, opened, naming=naming, as_base_delta=as_base_delta),
-        variant=f",naming={naming},as_base_delta={as_base_delta}",
+        variant=variant_of(naming, as_base_delta=as_base_delta),
         progress=progress,
     )
     if report.failed:  # one sum: its error is the outcome

@@ -34,7 +34,7 @@ from lorashrink.shrinking.reuse import OpenSource, source_variant
 from lorashrink.shrinking.session import checked_dtype, open_session
 from lorashrink.shrinking.work import Work, decompose_together
 from lorashrink.shrinking.write import compute, write
-from lorashrink.sums.summing import combined
+from lorashrink.sums.summing import combined, variant_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -263,7 +263,10 @@ def prepare(
     recipes = [_ALL, _ALL_CALIBRATED] if calibration is not None else [_ALL]
     outputs = {Path(str(number)): recipe for number, recipe in enumerate(recipes)}
     job = Job(
-        {path: outputs}, options, opener=lambda path, base: combined(terms, base) if terms else open_adapter(source)
+        {path: outputs},
+        options,
+        opener=lambda path, base: combined(terms, base) if terms else open_adapter(source),
+        variant=variant_of() if terms else "",
     )
     with open_session(job, progress=progress) as session:
         against = session.base_of(path)
