@@ -40,12 +40,9 @@ def size_and_error(sweep: Sweep) -> Figure:
         sizes, errors = [point.bytes / _MEGA for point in points], [point.relative_error for point in points]
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(sizes, errors, marker="o", markersize=4, linewidth=1.6, color=colour, label=name)
-    _size_axis(axes)
-    axes.set_yscale("log")
-    axes.set_ylabel("error of the weights, ‖lost‖ / ‖ΔW‖")
+    size_axis(axes)
+    error_axis(axes)
     axes.set_title(f"How small can it get: {size_text(sweep.bytes)} before")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     if sweep.suggestion:
         position = (sweep.suggestion.bytes / _MEGA, sweep.suggestion.relative_error)
         _mark_suggestion(axes, sweep.suggestion.recipe, position, above=-14)
@@ -82,7 +79,7 @@ def _draw_likeness(axes: Axes, sweep: Sweep, drawn: Drawn, measure: Measure) -> 
             curves.setdefault(point.curve, []).append((point.bytes / _MEGA, point.pictures.values[measure.name]))
     for number, (label, points) in enumerate(curves.items()):
         _draw_spread(axes, label, points, COLOURS[number % len(COLOURS)])
-    _size_axis(axes)
+    size_axis(axes)
     axes.set_ylabel(f"{measure.title}{f' ({measure.unit.strip()})' * bool(measure.unit)}")
     for pictures, label, style in (
         (drawn.floor, f"the whole adapter in {drawn.other_dtype}", "--"),
@@ -116,7 +113,16 @@ def _draw_spread(axes: Axes, label: str, points: Sequence[tuple[float, Sequence[
     axes.scatter(sizes, dots, s=7, color=colour, alpha=0.3, linewidths=0)
 
 
-def _size_axis(axes: Axes) -> None:
+def error_axis(axes: Axes) -> None:
+    """A logarithmic y axis of relative errors, in percent."""
+    axes.set_yscale("log")
+    axes.set_ylabel("error of the weights, ‖lost‖ / ‖ΔW‖")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def size_axis(axes: Axes) -> None:
+    """A logarithmic x axis of sizes in MB."""
     axes.margins(0.08)
     axes.set_xscale("log")
     axes.set_xlabel("file size (MB)")
