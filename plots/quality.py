@@ -41,12 +41,9 @@ def size_and_error(sweep: Sweep) -> Figure:
         sizes, errors = [point.bytes / _MEGA for point in points], [point.relative_error for point in points]
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(sizes, errors, marker="o", markersize=4, linewidth=1.6, color=colour, label=name)
-    _size_axis(axes)
-    axes.set_yscale("log")
-    axes.set_ylabel("error of the weights, ‖lost‖ / ‖ΔW‖")
+    size_axis(axes)
+    error_axis(axes)
     axes.set_title(f"How small can it get: {size_text(sweep.bytes)} before")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     if sweep.suggested and has_error(sweep.suggested):
         position = (sweep.suggested.bytes / _MEGA, sweep.suggested.relative_error)
         _mark_suggestion(axes, sweep.suggested.recipe, position, above=-14)
@@ -108,7 +105,7 @@ def size_and_texts(sweep: Sweep) -> Figure:
         )
         dots = [(size, value) for size, text in texts for value in text.values if value > 0]
         axes.scatter(*zip(*dots, strict=True), s=7, color=colour, alpha=0.3, linewidths=0)
-    _size_axis(axes)
+    size_axis(axes)
     axes.set_yscale("log")
     axes.set_ylabel("divergence (nats per token)" if sweep.read.perplexity else sweep.read.measure)
     axes.set_title(f"{count_text(sweep.read.passages, 'passage')} against the whole adapter, {size_text(sweep.bytes)}")
@@ -128,7 +125,7 @@ def _draw_likeness(axes: Axes, sweep: Sweep, drawn: Drawn, measure: Measure) -> 
             curves.setdefault(point.curve, []).append((point.bytes / _MEGA, point.pictures.values[measure.name]))
     for number, (label, points) in enumerate(curves.items()):
         _draw_spread(axes, label, points, COLOURS[number % len(COLOURS)])
-    _size_axis(axes)
+    size_axis(axes)
     axes.set_ylabel(f"{measure.title}{f' ({measure.unit.strip()})' * bool(measure.unit)}")
     for pictures, label, style in (
         (drawn.floor, f"the whole adapter in {drawn.other_dtype}", "--"),
@@ -162,7 +159,16 @@ def _draw_spread(axes: Axes, label: str, points: Sequence[tuple[float, Sequence[
     axes.scatter(sizes, dots, s=7, color=colour, alpha=0.3, linewidths=0)
 
 
-def _size_axis(axes: Axes) -> None:
+def error_axis(axes: Axes) -> None:
+    """A logarithmic y axis of relative errors, in percent."""
+    axes.set_yscale("log")
+    axes.set_ylabel("error of the weights, ‖lost‖ / ‖ΔW‖")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def size_axis(axes: Axes) -> None:
+    """A logarithmic x axis of sizes in MB."""
     axes.margins(0.08)
     axes.set_xscale("log")
     axes.set_xlabel("file size (MB)")

@@ -7,7 +7,8 @@ Read `family.py` first (the row), `stable_diffusion.py` and its like (the famili
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,7 @@ __all__ = [
     "open_base",
     "recognise",
     "table_bytes",
+    "use_base",
     "views_id",
     "views_shape",
 ]
@@ -47,7 +49,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """An open base. `norms` is filled only if the base is a norm table, and then no weight can be read."""
+    """An open base. `norms` are those of a norm table, which holds no weights, or of weights in memory."""
 
     path: Path
     kind: str  # "file", "shards", "folder", "memory" or "norms"
@@ -55,7 +57,7 @@ class Base:
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of the tensors that hold weights
     fingerprint: str
     store: TensorStore | None = field(default=None, repr=False)
-    norms: Mapping[str, Mapping[str, float]] = field(default_factory=dict, repr=False)
+    norms: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
 
     @property
     def info(self) -> BaseInfo:
@@ -139,7 +141,8 @@ def open_base(source: str | Path | Mapping[str, Tensor]) -> Base:
     path = Path(source)
     if path.suffix == ".json" and ".index." not in path.name:
         table = norm_table.read(path)
-        return Base(path, "norms", table.family, table.shapes, table.fingerprint, norms=table.norms)
+        norms = {key: dict(values) for key, values in table.norms.items()}
+        return Base(path, "norms", table.family, table.shapes, table.fingerprint, norms=norms)
     return _base_of(path, *open_store(path))
 
 
@@ -156,6 +159,16 @@ def _base_of(path: Path, store: TensorStore, kind: str) -> Base:
     except BaseException:
         store.close()
         raise
+
+
+@contextmanager
+def use_base(source: str | Path | Mapping[str, Tensor] | Base) -> Iterator[Base]:
+    """A base for one call: one that is open already stays open. Raises as `open_base`."""
+    if isinstance(source, Base):
+        yield source
+    else:
+        with open_base(source) as base:
+            yield base
 
 
 def table_bytes(base: Base, norms: norm_table.Norms) -> bytes:

@@ -44,8 +44,14 @@ class BaseNorms:
 
     def __init__(self, base: Base, *, cache: bool = True) -> None:
         self.base = base
-        self._file = _cache_file(base) if cache and base.store is not None and base.store.files else None
-        self._norms = _load(self._file) if self._file else {key: dict(norms) for key, norms in base.norms.items()}
+        kept = cache and base.store is not None and base.kind != "memory"
+        self._file = _cache_file(base) if kept else None
+        if self._file:
+            self._norms = _load(self._file)
+        elif base.kind == "memory":  # no file names them, but the base may be used again
+            self._norms = base.norms
+        else:
+            self._norms = {key: {**norms} for key, norms in base.norms.items()}
 
     def look_up(
         self,

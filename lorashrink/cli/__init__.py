@@ -8,6 +8,7 @@ from lorashrink.cli.calibrating import calibrate
 from lorashrink.cli.comparing import compare
 from lorashrink.cli.demonstrating import demo
 from lorashrink.cli.inspecting import inspect
+from lorashrink.cli.installing import comfyui
 from lorashrink.cli.making import convert, extract, norms
 from lorashrink.cli.merging import merge
 from lorashrink.cli.overlapping import overlap
@@ -30,5 +31,6 @@ COMMANDS = (
 for _command in COMMANDS:
     app.command()(_command)
 app.command(**OWN_PARSER)(train)
+app.add_typer(comfyui, name="comfyui")
 
 __all__ = ["COMMANDS", "app", "main"]

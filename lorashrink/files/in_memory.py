@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,21 +19,21 @@ if TYPE_CHECKING:
 class MemoryStore(ComputedStore):
     """A store over a mapping of tensors, on any device; it belongs to no file.
 
-    name: what messages call it. Raises InputError if a value is no tensor that a file could hold.
+    name: what messages call it. The mapping is asked again at each reading, so that it may load tensors when
+    needed. Raises InputError if a value is no tensor that a file could hold.
     """
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         import torch
 
         super().__init__(Path(name), {}, metadata, ())
-        self._numbers: dict[str, Tensor] = {}
+        self._numbers = tensors
         for key, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor):
                 raise InputError(f"{name}: {key} is {type(tensor).__name__} and no tensor.")
             if str(tensor.dtype).removeprefix("torch.") not in FORMAT_NAMES or tensor.layout != torch.strided:
                 raise InputError(f"{name}: {key} is {tensor.dtype}, {tensor.layout}, which no file can hold.")
-            self._numbers[str(key)] = tensor.detach()
-            self.tensors[str(key)], self._compute[str(key)] = info_of(tensor), tensor.detach
+            self.tensors[key], self._compute[key] = info_of(tensor), partial(tensors.__getitem__, key)
 
     @property
     def nbytes(self) -> int:
@@ -46,8 +47,9 @@ class MemoryStore(ComputedStore):
 
         for name, info in sorted(self.tensors.items()):
             yield f"{name} {info.dtype} {info.shape}".encode()
-            flat = self._numbers[name].reshape(-1)
-            few = flat[:: max(1, len(flat) // pieces)].cpu().contiguous()
+            flat = self._numbers[name].detach().reshape(-1)
+            few = flat[:: max(1, len(flat) // pieces)]
+            few = torch.empty(len(few), dtype=few.dtype).copy_(few)  # whatever its strides
             yield bytes(memory_of(few.view(torch.uint8)))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorashrink._version import __version__
 from lorashrink.adapters import Adapter, Source, in_memory, layer_name, open_adapter, peft
-from lorashrink.bases import Base, open_base
+from lorashrink.bases import Base, use_base
 from lorashrink.engine.devices import core_device, pick_device, worker_pool
 from lorashrink.errors import Progress, UsageError
 from lorashrink.insight.differences import FIRST, SECOND, InnerProducts, inner_products
@@ -45,7 +45,7 @@ def compare(
     a: Source,
     b: Source,
     *,
-    base: str | Path | Mapping[str, Tensor] | None = None,
+    base: str | Path | Mapping[str, Tensor] | Base | None = None,
     device: str = "auto",
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -63,7 +63,7 @@ def compare(
             for side in (a, b)
         ]
         device = pick_device(device, [path for side in sides for path in side.store.files])
-        opened = stack.enter_context(open_base(base)) if base is not None else None
+        opened = stack.enter_context(use_base(base)) if base is not None else None
         dictionary, views = matched(sides, opened)
         bound = bind_all(sides, views, opened)
         pairs = units(bound, views)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorashrink.adapters import Adapter, Layer, Tensors, in_memory, open_adapter
-from lorashrink.bases import Base, Views, open_base, views_id
+from lorashrink.bases import Base, Views, use_base, views_id
 from lorashrink.errors import LorashrinkError, Progress, UsageError, boundary
 from lorashrink.insight.health import SPIKE, check_health
 from lorashrink.insight.summaries import by_block, joined, norm_ratio, summary
@@ -40,7 +40,7 @@ _WITH_BASE, _ANYWAY = ("fro_ckpt=1,thr=-3.55",), ("energy=0.99", "energy=0.95")
 def inspect(
     adapters: Any,
     *,
-    base: str | Path | Mapping[str, Tensor] | None = None,
+    base: str | Path | Mapping[str, Tensor] | Base | None = None,
     header: bool = False,
     spectrum: bool = False,
     recommend: bool = False,
@@ -66,7 +66,7 @@ def inspect(
     files: list[AdapterTable] = []
     errors: dict[Path | Tensors, LorashrinkError] = {}
     with ExitStack() as stack:
-        opened = stack.enter_context(open_base(base)) if base is not None else None
+        opened = stack.enter_context(use_base(base)) if base is not None else None
         measure = None if header else _measuring(stack, sources, opened, spectrum, device, jobs, progress)
         for source in sources:
             with boundary(source, partial(errors.__setitem__, source)):
@@ -157,7 +157,7 @@ def _norm(rows: Sequence[LayerRow]) -> float | None:
 
 def _measuring(
     stack: ExitStack,
-    sources: Sequence[Path],
+    sources: Sequence[Path | Tensors],
     base: Base | None,
     spectrum: bool,
     device: str,
@@ -171,7 +171,8 @@ def _measuring(
 
     pool = stack.enter_context(worker_pool(jobs))
     norms = BaseNorms(base) if base else None
-    device = pick_device(device, [*sources, *([base.path] if base else [])])
+    files = [*(source for source in sources if isinstance(source, Path)), *([base.path] if base else [])]
+    device = pick_device(device, files)
 
     def measure(adapter: Adapter, views: Sequence[Views]) -> Sequence[Mapping[str, object]]:
         present = [layer for layer in adapter.layers if layer.bound]
@@ -248,7 +249,7 @@ def _flags(layer: Layer, spectrum: Spectrum, widest: int) -> tuple[str, ...]:
 def _recommended(
     source: Path | Tensors,
     table: AdapterTable,
-    base: str | Path | Mapping[str, Tensor] | None,
+    base: str | Path | Mapping[str, Tensor] | Base | None,
     device: str,
     jobs: int | None,
 ) -> tuple[Recommendation, ...]:

@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lorashrink._version import __version__
 from lorashrink.adapters import Adapter, open_adapter
-from lorashrink.bases import Base, Views, open_base, views_id, views_shape
+from lorashrink.bases import Base, Views, use_base, views_id, views_shape
 from lorashrink.bases.norms import BaseNorms
 from lorashrink.engine.accelerators import computed
 from lorashrink.engine.devices import core_device, pick_device, worker_pool
@@ -38,7 +39,7 @@ from lorashrink.results.shrinking import Failure
 def overlap(
     adapters: Sequence[str | Path],
     *,
-    base: str | Path | None = None,
+    base: str | Path | Mapping[str, Tensor] | Base | None = None,
     limit: float | None = None,
     device: str = "auto",
     jobs: int | None = None,
@@ -62,7 +63,7 @@ def overlap(
     device = pick_device(device, [*weights] * len(weights))  # the work grows with the square of their number
     failed: dict[Path, LorashrinkError] = {}
     with ExitStack() as stack:
-        opened = stack.enter_context(open_base(base)) if base is not None else None
+        opened = stack.enter_context(use_base(base)) if base is not None else None
         members = _open_members(stack, weights, opened, failed)
         pool = stack.enter_context(worker_pool(jobs))
         while True:

@@ -16,7 +16,7 @@ from lorashrink.shrinking.options import ResizeOptions
 from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, name_outputs, source_files
 from lorashrink.shrinking.request import check_needs
 from lorashrink.shrinking.run import shrink
-from lorashrink.sums.summing import combined
+from lorashrink.sums.summing import combined, variant_of
 
 # Keeps all that is no rounding.
 EVERYTHING = "energy=1"
@@ -85,7 +85,7 @@ def merge(
             naming,
             in_8_bits=dtype in IN_8_BITS,
         ),
-        variant=f",naming={naming},as_base_delta={as_base_delta}",
+        variant=variant_of(naming, as_base_delta=as_base_delta),
         progress=progress,
     )
     if report.failed:  # one sum: its error is the outcome

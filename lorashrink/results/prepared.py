@@ -19,6 +19,7 @@ class Outcome(Shown):
     relative_error: float  # sqrt(Σ‖lost‖² / Σ‖ΔW‖²)
     energy: float
     ranks: Mapping[str, int]  # layer -> rank, 0 = removed
+    copied: int = 0  # tensors that stay as they are
 
     @property
     def mean_rank(self) -> float:

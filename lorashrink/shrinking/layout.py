@@ -194,7 +194,9 @@ class Layout:
     def _sizes(self) -> Sizes:
         tables = [self._copied]
         for position, options in enumerate(self.options):
-            tables += [self._of_layer(position, 0), *(self.forms[position].tensors(1, dtype) for dtype in options)]
+            tables += [self.forms[position].tensors(1, dtype) for dtype in options]
+            if position in self._converted or position in self._folded:  # only these may stay as they are
+                tables.append(self._of_layer(position, 0))
         return Sizes(item for table in tables for item in table.items())
 
     def _group(self, position: int, width: int) -> Sizes.Group:

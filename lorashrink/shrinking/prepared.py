@@ -21,7 +21,7 @@ from lorashrink.errors import Progress, RecipeError
 from lorashrink.files.disk import check_output
 from lorashrink.files.hashes import with_hashes
 from lorashrink.files.store import memory_of
-from lorashrink.linking.inputs import only_adapter
+from lorashrink.linking.inputs import is_sum, only_adapter, to_sum
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.prepared import Curve, Outcome
 from lorashrink.results.shrinking import FileResult
@@ -33,6 +33,7 @@ from lorashrink.shrinking.reuse import OpenSource, source_variant
 from lorashrink.shrinking.session import checked_dtype, open_session
 from lorashrink.shrinking.work import Work
 from lorashrink.shrinking.write import compute, write
+from lorashrink.sums.summing import combined, variant_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,6 +196,7 @@ class Prepared:
             relative_error=error,
             energy=1 - error**2 if energy is None else energy,
             ranks={layer.layer.name: layer.layer.rank if layer.stays else layer.width for layer in layers},
+            copied=len(outline.verbatim),
         )
 
     def _plan(self, recipe: Recipe, dtype: str) -> Plan:
@@ -240,14 +242,18 @@ def prepare(
 ) -> Prepared:
     """Decompose an adapter once, so that sizes, errors and tensors for any recipe follow quickly.
 
-    adapter: a path, a mapping of names to tensors, `Tensors`, a PeftModel, or a diffusers pipeline with one adapter.
+    adapter: a path, a weighted sum of paths such as `A:0.7,B:0.5`, a mapping of names to tensors,
+        `Tensors`, a PeftModel, or a diffusers pipeline with one adapter.
     base: also the tensors of a model by their names, or what `open_base` returns, which stays open.
     Other options are those of `resize`.
 
     The adapters that were prepared last are remembered by their contents, up to `REMEMBERED_BYTES`. Raises as
     `resize`; a file that is missing or damaged is an error.
     """
-    source = in_memory(adapter) or only_adapter(adapter)
+    held = in_memory(adapter)
+    entry = str(adapter) if held is None else ""
+    terms = to_sum([entry]) if entry and is_sum(entry) else None
+    source = held or (terms.path if terms else only_adapter(entry))
     opened = base if isinstance(base, Base) or base is None else open_base(base)
     options = ResizeOptions(
         base=opened, calibration=calibration, form=form, unmapped=unmapped, device=device, jobs=jobs, dry_run=True
@@ -255,7 +261,12 @@ def prepare(
     path = Path(str(source))
     recipes = [_ALL, _ALL_CALIBRATED] if calibration is not None else [_ALL]
     outputs = {Path(str(number)): recipe for number, recipe in enumerate(recipes)}
-    job = Job({path: outputs}, options, opener=lambda path, base: open_adapter(source))
+    job = Job(
+        {path: outputs},
+        options,
+        opener=lambda path, base: combined(terms, base) if terms else open_adapter(source),
+        variant=variant_of() if terms else "",
+    )
     with open_session(job, progress=progress) as session:
         against = session.base_of(path)
         current = OpenSource.open(path, against, session, load=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from lorashrink.bases import Base, open_base
+from lorashrink.bases import Base, use_base
 from lorashrink.bases.norms import BaseNorms
 from lorashrink.bases.views import BaseInfo
 from lorashrink.calibration.statistics import Statistics, open_statistics
@@ -104,7 +104,7 @@ def open_session(job: Job, *, progress: Progress | None = None) -> Iterator[Sess
     files = [source for source in sources if isinstance(source, (str, Path))] if _reads_weights(job) else []
     device = pick_device(options.device, [*job.targets, *files])
     with contextlib.ExitStack() as stack:
-        opened = [source if isinstance(source, Base) else stack.enter_context(open_base(source)) for source in sources]
+        opened = [stack.enter_context(use_base(source)) for source in sources]
         bases = {base.path: base for base in opened}
         for family, path in job.bases.items():
             if bases[path].family.name != family:

@@ -89,6 +89,11 @@ def combined(
     )
 
 
+def variant_of(naming: str | None = None, *, as_base_delta: bool = False) -> str:
+    """The options of a sum that change what is written, as text for metadata."""
+    return f",naming={naming},as_base_delta={as_base_delta}"
+
+
 def contents_sha256(adapter: Adapter) -> str:
     """SHA-256 of an adapter's contents: of its file, or of all that a sum is made of."""
     if isinstance(adapter, SumAdapter):

@@ -11,11 +11,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.automatic import run as automatic
 from lorashrink.cli import app
-from lorashrink.demonstration import ADAPTER as STYLE
-from lorashrink.demonstration import MODEL
 from lorashrink.results.automatic import Shrunk
+
+MODEL = lorashrink_example.path("model")
+STYLE = lorashrink_example.path("loras", "style.safetensors")
 
 PROMPTS = """\
 a big red circle on a white background, sks style --w 64 --h 64 --d 1 --l 4 --s 6

@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import lorashrink_example
 from lorashrink.automatic.prompts import trial_of
 from lorashrink.calibration.models import PROMPTS
-from lorashrink.demonstration import ADAPTER as STYLE
-from lorashrink.demonstration import EXAMPLE
 from lorashrink.errors import UsageError
+
+STYLE = lorashrink_example.path("loras", "style.safetensors")
+EXAMPLE = lorashrink_example.path()
 
 HEART = EXAMPLE / "loras" / "heart.safetensors"
 

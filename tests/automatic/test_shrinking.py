@@ -15,12 +15,15 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.automatic.levels import ADAPTER_LINE, BASE_LINE, LEVELS, error_for
 from lorashrink.automatic.run import PAGE
 from lorashrink.cli import app
-from lorashrink.demonstration import ADAPTER as STYLE
-from lorashrink.demonstration import MODEL, TABLE
 from lorashrink.errors import UsageError
+
+MODEL = lorashrink_example.path("model")
+TABLE = lorashrink_example.path("table.safetensors")
+STYLE = lorashrink_example.path("loras", "style.safetensors")
 
 
 def run(*arguments: object, status: int = 0) -> str:

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.errors import UsageError
 from lorashrink.results.shrinking import FileResult
 
 FP8 = torch.float8_e4m3fn
-EXAMPLE = Path(ls.__file__).parent / "example"
+EXAMPLE = lorashrink_example.path()
 STYLE, MODEL, TABLE = EXAMPLE / "loras" / "style.safetensors", EXAMPLE / "model", EXAMPLE / "table.safetensors"
 SDXL = "lora_unet_input_blocks_4_1_transformer_blocks_{}_attn2_to_k"
 FLUX_BASE = "base_flux_dev_comfy_full"

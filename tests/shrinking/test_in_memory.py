@@ -185,6 +185,15 @@ def test_prepared_adapters_are_forgotten_beyond_the_bound(monkeypatch):
     assert ls.prepare(states[0]) is not first
 
 
+def test_a_weighted_sum_of_files_is_prepared(tmp_path):
+    loras = fixtures.NAMES.parents[2] / "lorashrink" / "example" / "loras"
+    terms = f"{loras / 'style.safetensors'}:0.7,{loras / 'heart.safetensors'}:-0.5"
+    expected = ls.merge(terms, recipes="bytes,size=0.5", output=tmp_path / "sum.safetensors").results[0]
+    outcome = ls.prepare(terms).at("bytes,size=0.5")
+    assert (outcome.bytes, outcome.threshold) == (expected.bytes_after, expected.threshold)
+    assert_same_tensors(ls.prepare(terms).state_dict("bytes,size=0.5"), tmp_path / "sum.safetensors")
+
+
 def test_the_curve_falls_from_small_files_to_large_ones(adapter, base):
     prepared = ls.prepare(adapter, base=base)
     curve = prepared.curve("fro_ckpt,bytes")

@@ -17,13 +17,14 @@ from running import PATIENCE, TOKEN, Server, until
 from safetensors.torch import load_file, save_file
 
 import lorashrink as ls
+import lorashrink_example
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 Start = Callable[..., Server]
 
-EXAMPLE = Path(ls.__file__).parent / "example"
+EXAMPLE = lorashrink_example.path()
 STYLE, HEART = EXAMPLE / "loras" / "style.safetensors", EXAMPLE / "loras" / "heart.safetensors"
 # Root in a container has no sandbox; the others keep the browser from calling home.
 ARGUMENTS = (

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.cli import app
 
 Start = Callable[..., Server]
 
-EXAMPLE = Path(ls.__file__).parent / "example"
+EXAMPLE = lorashrink_example.path()
 STYLE, HEART = EXAMPLE / "loras" / "style.safetensors", EXAMPLE / "loras" / "heart.safetensors"
 
 
