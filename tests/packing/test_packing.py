@@ -174,6 +174,14 @@ def test_more_quality_takes_more_bytes_and_leaves_less_error(tmp_path: Path) -> 
     assert errors[-1] < 0.02
 
 
+@pytest.mark.parametrize("options", [{}, {"calibration": EXAMPLE / "table.safetensors"}])
+def test_a_quality_is_what_the_result_predicts(tmp_path: Path, options: dict[str, Path]) -> None:
+    source = EXAMPLE / "loras" / "heart.safetensors"
+    for quality in (30, 40):
+        result = packed(source, tmp_path / f"{quality}.safetensors", quality=quality, **options)
+        assert quality <= result.predicted_db < quality + 0.1
+
+
 @pytest.mark.parametrize("share", [0.12, 0.25, 0.4])
 def test_no_file_is_larger_than_its_size(tmp_path: Path, share: float) -> None:
     source = EXAMPLE / "adapter.safetensors"
