@@ -157,20 +157,22 @@ def table(results: Mapping[str, Any]) -> str:
     for name in NAMES:
         for kind, title in kinds.items():
             sizes = [bytes_for(results, name, kind, quality) for quality in (30, 35, 40)]
-            cells = ["" if size is None else f"{size / 1000:.0f} kB" for size in sizes]
+            cells = ["-" if size is None else f"{size / 1000:.0f} kB" for size in sizes]
             lines.append(f"| {name} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def predictions(results: Mapping[str, Any]) -> str:
-    """How far off predictions are, and what a quality of 40 dB really gave."""
-    lines = []
-    for way in _WAYS:
+    """How far off predictions are, and what `--quality` really gave."""
+    heads = ("judged by", "predictions are off by", *(f"`--quality {_QUALITY}`, {name}" for name in NAMES))
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for way, title in {"calibration": "statistics", "base": "the base", "weights": "ΔW alone"}.items():
         rows = [row for key, row in results.items() if key.split("|")[1] == way]
         pairs = [(float(np.mean(row["psnr"])), row["predicted"]) for row in rows]
         off = np.sqrt(np.mean([(measured - predicted) ** 2 for measured, predicted in pairs if 24 < measured < 50]))
-        asked = [f"{np.mean(results[f'{name}|{way}|quality']['psnr']):.1f}" for name in NAMES]
-        lines.append(f"{way}: {off:.1f} dB off; --quality {_QUALITY} gave {' and '.join(asked)} dB")
+        exact = [results[f"{name}|{way}|quality"] for name in NAMES]
+        cells = [f"{np.mean(row['psnr']):.1f} dB in {row['bytes'] / 1000:.0f} kB" for row in exact]
+        lines.append(f"| {title} | {off:.1f} dB | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import packed
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -213,6 +214,7 @@ def page(results: Mapping[str, Entry]) -> str:
         f"{_TITLES[name]}:\n\n{recipes_table(results, name, 'plain')}" for name in ("style-32", "heart")
     )
     floor = mean(results["floor|style-32"])
+    of_packed = json.loads(packed.RESULTS.read_text())
     return (
         (Path(__file__).parent / "evidence.md")
         .read_text()
@@ -228,6 +230,8 @@ def page(results: Mapping[str, Entry]) -> str:
             floor=f"{floor:.1f}",
             pictures=len(results["floor|style-32"]["psnr"]),
             refined=refined_table(results),
+            packed=packed.table(of_packed),
+            predictions=packed.predictions(of_packed),
         )
     )
 
