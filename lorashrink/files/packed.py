@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lorashrink.errors import DamagedFile, InputError, UsageError
 from lorashrink.files.header import Arrangement
 from lorashrink.files.metadata_keys import PACKED
-from lorashrink.files.store import DTYPES, ComputedStore, TensorInfo, TensorStore, tensor_info
+from lorashrink.files.store import DTYPES, MAX_TEXT_BYTES, ComputedStore, TensorInfo, TensorStore, tensor_info
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -47,12 +47,13 @@ MOST = 4095  # the largest whole number: with 12 bits of the step it fits into t
 SCALES = range(-200, 121)  # in quarters: from far below the smallest float16 to above the largest
 
 FREQUENCY_BITS = 12
-MOST_FREQUENT = 15 << (FREQUENCY_BITS - 4)  # so that no number takes less than 1/16 bit
 MOST_SIDES = 127  # magnitudes in a table
 ESCAPE_BITS = 13
 
-# A file cannot claim more than it can hold.
-_NUMBERS_PER_BYTE, _NUMBERS_SLACK = 128, 1 << 12
+# A file cannot claim more than it can hold: a writer fills up a code of less than half a bit per number.
+NUMBERS_PER_BYTE = 16
+_NUMBERS_SLACK = 1 << 12
+MOST_NUMBERS = 1 << 27  # of a section, which are decoded at once
 _INDEX_RATIO, _INDEX_SLACK = 100, 1 << 20
 _MOST_CONSTANT = 256  # bytes of a tensor in the index
 
@@ -111,7 +112,7 @@ class Index:
     def from_bytes(cls, data: bytes) -> Index:
         """Raises ValueError, KeyError, TypeError or zlib.error for what is no index."""
         inflater = zlib.decompressobj()
-        text = inflater.decompress(data, _INDEX_RATIO * len(data) + _INDEX_SLACK)
+        text = inflater.decompress(data, min(_INDEX_RATIO * len(data) + _INDEX_SLACK, MAX_TEXT_BYTES))
         if not inflater.eof:
             raise ValueError("it is cut short, or far larger than an index")
         entries = json.loads(text)
@@ -146,7 +147,10 @@ class Index:
     @property
     def numbers(self) -> int:
         """How many numbers are coded."""
-        return sum(rank * sum(self.form(layer).counts) for layer, rank in enumerate(self.ranks))
+        return self._count(range(len(self.ranks)))
+
+    def _count(self, layers: range) -> int:
+        return sum(self.ranks[layer] * sum(self.form(layer).counts) for layer in layers)
 
     def infos(self) -> Iterator[tuple[str, TensorInfo]]:
         """Names of the tensors of all layers, and what the header of the unpacked file says of them."""
@@ -184,6 +188,11 @@ class Index:
                 raise ValueError("the frequencies of a table do not add up")
         if sum(section.layers for section in self.sections) != len(self.names):
             raise ValueError("sections do not fit the layers")
+        first = 0
+        for section in self.sections:
+            if self._count(range(first, first + section.layers)) > MOST_NUMBERS:
+                raise ValueError("a section has too many numbers")
+            first += section.layers
 
 
 def _whole(value: object) -> int:
@@ -229,7 +238,7 @@ def open_packed(stored: TensorStore) -> PackedStore:
 
 def _check_sizes(index: Index, nbytes: int) -> None:
     """Raises ValueError if there are more numbers than so many bytes can hold."""
-    if index.numbers > _NUMBERS_PER_BYTE * nbytes + _NUMBERS_SLACK:
+    if index.numbers > NUMBERS_PER_BYTE * nbytes + _NUMBERS_SLACK:
         raise ValueError(f"it claims {index.numbers} numbers in {nbytes} bytes")
     if 4 * sum(section.words for section in index.sections) != nbytes:
         raise ValueError("sections do not fill the code")

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lorashrink.errors import InputError
 from lorashrink.files.packed import (
     CLASSES,
     ESCAPE_BITS,
     FREQUENCY_BITS,
     MOST,
-    MOST_FREQUENT,
+    MOST_NUMBERS,
     MOST_SIDES,
+    NUMBERS_PER_BYTE,
     SCALES,
     Form,
     Index,
@@ -127,7 +129,9 @@ class Encoder:
         self._sections: list[_Draft] = []
 
     def add(self, layer: Rounded) -> None:
-        """Take a layer, whose name is that of no other."""
+        """Take a layer, whose name is that of no other. Raises InputError if it is too large for the format."""
+        if sum(numbers.size for numbers in layer.numbers) > MOST_NUMBERS:
+            raise InputError(f"{layer.name}: has too many numbers to be packed. Shrink the file first.")
         if not self._sections or self._sections[-1].numbers >= _SECTION_NUMBERS:
             self._sections.append(_Draft())
         section = self._sections[-1]
@@ -191,8 +195,7 @@ def _frequencies(counts: Any) -> tuple[int, ...]:
     while zero < 1:
         sides[sides.index(max(sides))] -= 1
         zero += 2
-    excess = max(0, zero - MOST_FREQUENT)
-    return (escape + excess, zero - excess, *sides)
+    return (escape, zero, *sides)
 
 
 def _code(section: _Draft, tables: Mapping[int, Sequence[int]]) -> Any:
@@ -208,4 +211,6 @@ def _code(section: _Draft, tables: Mapping[int, Sequence[int]]) -> Any:
         if escaped.any():
             ans.encode_reverse(high[escaped] + (1 << (ESCAPE_BITS - 1)), uniform_model(ESCAPE_BITS))
         ans.encode_reverse(np.where(escaped, 0, high + sides + 1).astype(np.int32), table_model(table))
-    return ans.get_compressed()
+    words = ans.get_compressed()
+    least = -(-section.numbers // (4 * NUMBERS_PER_BYTE))
+    return np.pad(words, (max(0, least - len(words)), 0))  # in front, where the decoder does not get to

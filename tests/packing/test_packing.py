@@ -121,6 +121,22 @@ def test_escapes_and_every_class_survive_the_plain_reader(tmp_path: Path) -> Non
         assert plain[name][2] == values.contiguous().numpy().tobytes()
 
 
+def test_zeros_do_not_make_a_code_that_readers_refuse(tmp_path: Path) -> None:
+    """A layer of almost nothing but zeros takes far less than a bit per number."""
+    source = small(tmp_path / "a.safetensors")
+    tensors = load_file(source)
+    up = torch.zeros(40_000, 4)
+    up[7, :] = torch.tensor([1.0, 0.5, 0.2, 0.1])
+    down = torch.zeros(4, 64)
+    down[range(4), range(4)] = 1.0
+    tensors["lora_unet_mid_block_attentions_0_proj_out.lora_up.weight"] = up
+    tensors["lora_unet_mid_block_attentions_0_proj_out.lora_down.weight"] = down
+    path = write_tensors(tmp_path / "b.safetensors", tensors)
+    packed(path, tmp_path / "p.safetensors", quality=50)
+    ordinary = unpacked_file(tmp_path / "p.safetensors", tmp_path / "u.safetensors")
+    assert distance(deltas(path), deltas(ordinary)) < 0.05
+
+
 def test_a_published_packed_file_unpacks_to_the_same_bits(tmp_path: Path) -> None:
     """The hash was written down when the file was packed, on another machine and perhaps another system."""
     expected = json.loads((GOLDEN / "expected.json").read_text())
