@@ -21,7 +21,6 @@ from train_loras import ADAPTERS, EXAMPLE, MODEL
 
 import lorashrink as ls
 from lorashrink.files.header import header_bytes, read_header
-from lorashrink.packing.allocation import PREDICTIONS
 
 RESULTS = Path(__file__).parent / "packed.json"
 NAMES = ("style", "heart")
@@ -33,6 +32,7 @@ _WAYS: Mapping[str, Mapping[str, Any]] = {
     "weights": {},
 }
 _BYTES = (25_000, 40_000, 60_000, 90_000, 130_000, 180_000)  # of packed files, without metadata
+_QUALITY = 40  # dB
 _SIZES = (0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 1.0)  # MiB of ordinary tensors
 _RECIPES = ("fro_ckpt,bytes", "calib,bytes")
 
@@ -85,10 +85,12 @@ def source(name: str) -> Path:
     return EXAMPLE / "loras" / f"{name}.safetensors"
 
 
-def pack(name: str, way: str, nbytes: int, path: Path) -> dict[str, Any]:
-    size = nbytes + len(header_bytes({}, read_header(source(name))[1]))
-    (result,) = ls.pack(source(name), output=path, size=size, force=True, **_WAYS[way]).results
-    return {"bytes": payload(path), "predicted": round(result.predicted_db, 2), "numbers": result.bits}
+def pack(name: str, way: str, nbytes: int | None, path: Path) -> dict[str, Any]:
+    """By size, without metadata, or by quality."""
+    metadata = len(header_bytes({}, read_header(source(name))[1]))
+    goal = {"quality": _QUALITY} if nbytes is None else {"size": nbytes + metadata}
+    (result,) = ls.pack(source(name), output=path, force=True, **goal, **_WAYS[way]).results
+    return {"bytes": payload(path), "predicted": round(result.predicted_db, 2), "bits": round(result.bits, 3)}
 
 
 def shrink(name: str, recipe: str, size: float, path: Path) -> dict[str, Any]:
@@ -115,9 +117,9 @@ def run(study: Study) -> None:
                     lambda path, name=name, recipe=recipe, size=size: shrink(name, recipe, size, path),
                 )
         for way in _WAYS:
-            for nbytes in _BYTES:
+            for nbytes in (*_BYTES, None):
                 study.measure(
-                    f"{name}|{way}|{nbytes}",
+                    f"{name}|{way}|{nbytes or 'quality'}",
                     name,
                     lambda path, name=name, way=way, nbytes=nbytes: pack(name, way, nbytes, path),
                 )
@@ -155,23 +157,22 @@ def table(results: Mapping[str, Any]) -> str:
     for name in NAMES:
         for kind, title in kinds.items():
             sizes = [bytes_for(results, name, kind, quality) for quality in (30, 35, 40)]
-            cells = ["" if size is None else f"{size / 1000:.0f} kB" for size in sizes]
+            cells = ["-" if size is None else f"{size / 1000:.0f} kB" for size in sizes]
             lines.append(f"| {name} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def fitted(results: Mapping[str, Any]) -> str:
-    """Level and slope of each prediction that fit the pictures best, and how far off it is."""
-    lines = []
-    for way in _WAYS:
+def predictions(results: Mapping[str, Any]) -> str:
+    """How far off predictions are, and what `--quality` really gave."""
+    heads = ("judged by", "predictions are off by", *(f"`--quality {_QUALITY}`, {name}" for name in NAMES))
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for way, title in {"calibration": "statistics", "base": "the base", "weights": "ΔW alone"}.items():
         rows = [row for key, row in results.items() if key.split("|")[1] == way]
-        old = PREDICTIONS[way]
-        exponents = np.array([(old.level - row["predicted"]) / old.slope for row in rows])  # log10(T + w·N)
-        psnr = np.array([np.mean(row["psnr"]) for row in rows])
-        near = (psnr > 24) & (psnr < 50)
-        slope, level = np.polyfit(exponents[near], psnr[near], 1)
-        error = np.sqrt(np.mean((level + slope * exponents[near] - psnr[near]) ** 2))
-        lines.append(f"{way}: level {level:.1f}, slope {-slope:.1f}, {error:.1f} dB off")
+        pairs = [(float(np.mean(row["psnr"])), row["predicted"]) for row in rows]
+        off = np.sqrt(np.mean([(measured - predicted) ** 2 for measured, predicted in pairs if 24 < measured < 50]))
+        exact = [results[f"{name}|{way}|quality"] for name in NAMES]
+        cells = [f"{np.mean(row['psnr']):.1f} dB in {row['bytes'] / 1000:.0f} kB" for row in exact]
+        lines.append(f"| {title} | {off:.1f} dB | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -182,4 +183,4 @@ if __name__ == "__main__":
         run(Study())
     measured = json.loads(RESULTS.read_text())
     print(table(measured))
-    print(fitted(measured))
+    print(predictions(measured))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import packed
 from bits import FORMS
 from bits import RESULTS as BITS
 from matplotlib import rc_context
@@ -238,6 +239,7 @@ def page(results: Mapping[str, Entry]) -> str:
         f"{_TITLES[name]}:\n\n{recipes_table(results, name, 'plain')}" for name in ("style-32", "heart")
     )
     floor = mean(results["floor|style-32"])
+    of_packed = json.loads(packed.RESULTS.read_text())
     return (
         (Path(__file__).parent / "evidence.md")
         .read_text()
@@ -254,6 +256,8 @@ def page(results: Mapping[str, Entry]) -> str:
             pictures=len(results["floor|style-32"]["psnr"]),
             refined=refined_table(results),
             bits=bits_table(json.loads(BITS.read_text())),
+            packed=packed.table(of_packed),
+            predictions=packed.predictions(of_packed),
         )
     )
 

@@ -267,6 +267,7 @@ def _settings(
         "runs": len(model.runs),
         "runs_sha256": hashlib.sha256(runs.encode()).hexdigest(),
         "passes": model.passes,
+        "pixels": model.pixels,
         "loaded": loaded,
         "model": base.fingerprint,
         "adapters": sorted(map(adapter_key, adapters.values())),

@@ -54,6 +54,7 @@ class ObservedModel(NamedTuple):
     passes: int  # forward and backward, per run
     forwards: int  # without a backward pass, per run
     watch: Callable[[int, Recorder, Callable[[], None]], None]  # of a run's number; calls back after each pass
+    pixels: float | None  # of a picture, on average; None for texts
 
 
 def open_model(
@@ -86,7 +87,8 @@ def open_model(
         watch_picture(pipeline, kind.denoiser, recorder, pipeline_arguments([shots[number]], kind), used, progress)
 
     runs = [[asdict(shot.prompt), shot.start] for shot in shots]
-    return ObservedModel(pipeline, modules_of(pipeline, base), "diffusers", runs, used, steps - used, watch)
+    pixels = sum(shot.prompt.width * shot.prompt.height for shot in shots) / len(shots)
+    return ObservedModel(pipeline, modules_of(pipeline, base), "diffusers", runs, used, steps - used, watch, pixels)
 
 
 def open_frozen_pipeline(
@@ -151,4 +153,4 @@ def _language_model(
         tokens = tokenizer(line, return_tensors="pt", truncation=True, max_length=_WINDOW).to(device)
         watch_text(network, tokens, recorder, probes, seed * len(lines) + number, progress)
 
-    return ObservedModel(network, lambda _, name: module_at(network, name), "native", runs, probes, 0, watch)
+    return ObservedModel(network, lambda _, name: module_at(network, name), "native", runs, probes, 0, watch, None)

@@ -187,6 +187,7 @@ class Statistics:
     store: TensorStore = field(repr=False)
     base: Base = field(repr=False)  # has names and shapes of the model's weights, not the weights
     fingerprint: str  # sha256 of the file
+    pixels: float | None = None  # of the pictures that were drawn, on average; None for texts, and in older files
 
     def of_layers(self, adapter: Adapter) -> list[LayerStatistics | None]:
         """The statistics of each layer; None for a layer that has none.
@@ -291,7 +292,8 @@ def open_statistics(path: str | Path) -> Statistics:
         if entries["version"] != str(VERSION):
             raise InputError(f"{path}: has version {entries['version']}, this program reads {VERSION}.")
         base = _base_without_weights(path, json.loads(entries["base"]))
-        return Statistics(path, entries["kind"], store, base, sha256_file(path))
+        pixels = json.loads(entries.get("settings", "{}")).get("pixels")
+        return Statistics(path, entries["kind"], store, base, sha256_file(path), float(pixels) if pixels else None)
     except (KeyError, ValueError, TypeError, AttributeError, StopIteration, ArithmeticError, RecursionError) as error:
         store.close()
         raise InputError(f"{path}: damaged statistics ({error!r}); run calibrate again.") from error

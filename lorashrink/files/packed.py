@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lorashrink.errors import DamagedFile, InputError, UsageError
 from lorashrink.files.header import Arrangement
 from lorashrink.files.metadata_keys import PACKED
-from lorashrink.files.store import DTYPES, ComputedStore, TensorInfo, TensorStore, tensor_info
+from lorashrink.files.store import DTYPES, MAX_TEXT_BYTES, ComputedStore, TensorInfo, TensorStore, tensor_info
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -47,19 +47,20 @@ MOST = 4095  # the largest whole number: with 12 bits of the step it fits into t
 SCALES = range(-200, 121)  # in quarters: from far below the smallest float16 to above the largest
 
 FREQUENCY_BITS = 12
-MOST_FREQUENT = 15 << (FREQUENCY_BITS - 4)  # so that no number takes less than 1/16 bit
 MOST_SIDES = 127  # magnitudes in a table
 ESCAPE_BITS = 13
 
-# A file cannot claim more than it can hold.
-_NUMBERS_PER_BYTE, _NUMBERS_SLACK = 128, 1 << 12
+# A file cannot claim more than it can hold: a writer fills up a code of less than half a bit per number.
+NUMBERS_PER_BYTE = 16
+_NUMBERS_SLACK = 1 << 12
+MOST_NUMBERS = 1 << 27  # of a section, which are decoded at once
 _INDEX_RATIO, _INDEX_SLACK = 100, 1 << 20
 _MOST_CONSTANT = 256  # bytes of a tensor in the index
 
 
 def low_bits(class_: int) -> int:
     """How many bits of a class's numbers are coded without a table: the others are at most some dozens."""
-    return max(0, (class_ - 4) // 2)
+    return max(0, (class_ - 6) // 2)
 
 
 def step(scale: int, class_: int) -> float:
@@ -111,7 +112,7 @@ class Index:
     def from_bytes(cls, data: bytes) -> Index:
         """Raises ValueError, KeyError, TypeError or zlib.error for what is no index."""
         inflater = zlib.decompressobj()
-        text = inflater.decompress(data, _INDEX_RATIO * len(data) + _INDEX_SLACK)
+        text = inflater.decompress(data, min(_INDEX_RATIO * len(data) + _INDEX_SLACK, MAX_TEXT_BYTES))
         if not inflater.eof:
             raise ValueError("it is cut short, or far larger than an index")
         entries = json.loads(text)
@@ -146,7 +147,10 @@ class Index:
     @property
     def numbers(self) -> int:
         """How many numbers are coded."""
-        return sum(rank * sum(self.form(layer).counts) for layer, rank in enumerate(self.ranks))
+        return self._count(range(len(self.ranks)))
+
+    def _count(self, layers: range) -> int:
+        return sum(self.ranks[layer] * sum(self.form(layer).counts) for layer in layers)
 
     def infos(self) -> Iterator[tuple[str, TensorInfo]]:
         """Names of the tensors of all layers, and what the header of the unpacked file says of them."""
@@ -184,6 +188,11 @@ class Index:
                 raise ValueError("the frequencies of a table do not add up")
         if sum(section.layers for section in self.sections) != len(self.names):
             raise ValueError("sections do not fit the layers")
+        first = 0
+        for section in self.sections:
+            if self._count(range(first, first + section.layers)) > MOST_NUMBERS:
+                raise ValueError("a section has too many numbers")
+            first += section.layers
 
 
 def _whole(value: object) -> int:
@@ -229,7 +238,7 @@ def open_packed(stored: TensorStore) -> PackedStore:
 
 def _check_sizes(index: Index, nbytes: int) -> None:
     """Raises ValueError if there are more numbers than so many bytes can hold."""
-    if index.numbers > _NUMBERS_PER_BYTE * nbytes + _NUMBERS_SLACK:
+    if index.numbers > NUMBERS_PER_BYTE * nbytes + _NUMBERS_SLACK:
         raise ValueError(f"it claims {index.numbers} numbers in {nbytes} bytes")
     if 4 * sum(section.words for section in index.sections) != nbytes:
         raise ValueError("sections do not fill the code")
@@ -267,11 +276,13 @@ class PackedStore(ComputedStore):
         return sections
 
     def _read_packed(self, name: str) -> Tensor:
-        number = self._sections[name]
+        return self._section(self._sections[name])[name]
+
+    def _section(self, number: int) -> Mapping[str, Tensor]:
         with self._decoding:
             if number not in self._decoded:
                 self._decoded[number] = self._decode(number)
-        return self._decoded[number][name]
+            return self._decoded[number]
 
     def _decode(self, number: int) -> dict[str, Tensor]:
         """The tensors of a section. Raises DamagedFile, or UsageError if the decoder is not installed."""
@@ -291,7 +302,7 @@ class PackedStore(ComputedStore):
             for (end, axis, rest), count in zip(form.factors, form.counts, strict=True):
                 factor = values[start : start + rank * count]
                 start += rank * count
-                crc = zlib.crc32(factor.numpy().astype("<f2", copy=False).tobytes(), crc)
+                crc = zlib.crc32(little_endian(factor), crc)
                 tensors[self.index.names[layer] + end] = factor.reshape(rank, *rest).movedim(0, axis).contiguous()
             for end, dtype, shape, text in form.constants:
                 data = torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
@@ -313,6 +324,11 @@ class PackedStore(ComputedStore):
                     at += 1
             scale += rank
 
+    def check_code(self) -> None:
+        """Unpack all that is coded. Raises DamagedFile."""
+        for number in range(len(self.index.sections)):
+            self._section(number)
+
     def check_contents(self) -> None:
         """Unpack everything and compare its hash. Raises DamagedFile."""
         arrangement = Arrangement(self.tensors)
@@ -327,6 +343,11 @@ class PackedStore(ComputedStore):
         """Close the file."""
         super().close()
         self._stored.close()
+
+
+def little_endian(numbers: Tensor) -> memoryview:
+    """The bytes of float16 numbers, in the order of the format on every machine."""
+    return memoryview(numbers.contiguous().numpy().astype("<f2", copy=False)).cast("B")
 
 
 def contents_sha256(arrangement: Arrangement, chunks: Callable[[str], Iterator[memoryview]]) -> str:
@@ -396,24 +417,21 @@ def decode(words: Any, runs: Sequence[Run], tables: Mapping[str, Sequence[int]],
     import numpy as np
     import torch
 
-    stream = coder().stack
     by_class = sorted(range(len(runs)), key=lambda index: runs[index].class_)
-    numbers = np.empty(sum(run.count for run in runs), dtype=np.int32)
-    steps = torch.tensor([step(runs[index].scale, runs[index].class_) for index in by_class], dtype=torch.float32)
-    counts = torch.tensor([runs[index].count for index in by_class])
-    start = 0
+    counts = [runs[index].count for index in by_class]
+    totals: dict[int, int] = {}
+    for index in by_class:
+        totals[runs[index].class_] = totals.get(runs[index].class_, 0) + runs[index].count
     try:
-        ans = stream.AnsCoder(words)
-        for class_ in sorted({run.class_ for run in runs}):
-            count = sum(run.count for run in runs if run.class_ == class_)
-            numbers[start : start + count] = _decode_class(ans, class_, count, tables[str(class_)])
-            start += count
+        ans = coder().stack.AnsCoder(words)
+        numbers = [_decode_class(ans, class_, count, tables[str(class_)]) for class_, count in totals.items()]
     except ValueError as error:
         raise DamagedFile(f"{path}: the code of the packed file is damaged. Download or copy it again.") from error
-    values = (torch.from_numpy(numbers).float() * torch.repeat_interleave(steps, counts)).half()
-    pieces = torch.split(values, counts.tolist())
+    steps = np.array([step(runs[index].scale, runs[index].class_) for index in by_class], dtype=np.float32)
+    values = torch.from_numpy(np.concatenate(numbers).astype(np.float32))
+    values *= torch.from_numpy(np.repeat(steps, counts))
     ordered: list[Tensor] = [values] * len(runs)
-    for index, piece in zip(by_class, pieces, strict=True):
+    for index, piece in zip(by_class, torch.split(values.half(), counts), strict=True):
         ordered[index] = piece
     return torch.cat(ordered)
 
@@ -421,14 +439,14 @@ def decode(words: Any, runs: Sequence[Run], tables: Mapping[str, Sequence[int]],
 def _decode_class(ans: Any, class_: int, count: int, table: Sequence[int]) -> Whole:
     import numpy as np
 
-    symbols: Whole = ans.decode(table_model(table), count)
-    sides = len(table) - 2
-    numbers = symbols - (sides + 1)
-    escaped = np.flatnonzero(symbols == 0)
+    numbers: Whole = ans.decode(table_model(table), count)
+    escaped = np.flatnonzero(numbers == 0)
+    numbers -= len(table) - 1
     if len(escaped):
         numbers[escaped] = ans.decode(uniform_model(ESCAPE_BITS), len(escaped)) - (1 << (ESCAPE_BITS - 1))
     bits = low_bits(class_)
     if bits:
-        lows: Whole = ans.decode(uniform_model(bits), count)
-        numbers = (numbers << bits) + lows - (1 << (bits - 1))
+        numbers <<= bits
+        numbers += ans.decode(uniform_model(bits), count)
+        numbers -= 1 << (bits - 1)
     return numbers

@@ -86,7 +86,7 @@ def build_draft(decomposed: Decomposed, outlined: Outline, allocation: Allocatio
         classes = allocation.classes[start_of[index] + np.array(layer.kept)]
         result = rounded(parts.prefix, parts.form, parts.matrices, classes.T.tolist())
         encoder.add(result)
-        rounding += _changed(parts.matrices, result.values) / (parts.scale**2 or 1.0)
+        rounding += result.error / (parts.scale**2 or 1.0)
         for (end, axis, rest), factor in zip(parts.form.factors, result.values, strict=True):
             unpacked[parts.prefix + end] = factor.reshape(layer.width, *rest).movedim(0, axis).contiguous()
         unpacked |= parts.constants
@@ -181,16 +181,6 @@ def _common_start(names: Sequence[str]) -> str:
     """What all names begin with."""
     pairs = zip(min(names), max(names), strict=False)
     return "".join(first for first, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _changed(exact: Sequence[Tensor], stored: Sequence[Tensor]) -> float:
-    """Σ over dimensions of ‖u vᵀ - u' v'ᵀ‖², for factors [k, count]."""
-    products = []
-    for before, after in zip(exact, stored, strict=True):
-        a, b = before.double(), after.double()
-        products.append(((a * a).sum(1), (b * b).sum(1), (a * b).sum(1)))
-    (uu, pp, up), (vv, qq, vq) = products
-    return max(0.0, float((uu * vv + pp * qq - 2 * up * vq).sum()))
 
 
 # What the metadata of a shrunk file says of its recipe, and what is true before rounding only.

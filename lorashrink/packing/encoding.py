@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lorashrink.errors import InputError
 from lorashrink.files.packed import (
     CLASSES,
     ESCAPE_BITS,
     FREQUENCY_BITS,
     MOST,
-    MOST_FREQUENT,
+    MOST_NUMBERS,
     MOST_SIDES,
+    NUMBERS_PER_BYTE,
     SCALES,
     Form,
     Index,
     Section,
     coder,
+    little_endian,
     low_bits,
     step,
     table_model,
@@ -32,7 +36,7 @@ from lorashrink.files.packed import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Whole = np.ndarray[Any, np.dtype[np.int32]]
+    Whole = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
 
 _SECTION_NUMBERS = 1 << 20
 
@@ -60,6 +64,7 @@ class Rounded:
     classes: Sequence[Sequence[int]]  # [k] for each factor
     numbers: Sequence[Whole]  # [k, count] for each factor
     values: Sequence[Tensor]  # [k, count] float16 for each factor: what they unpack to
+    error: float  # Σ over dimensions of ‖u vᵀ - u' v'ᵀ‖²
 
 
 def rounded(name: str, form: Form, factors: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> Rounded:
@@ -67,21 +72,22 @@ def rounded(name: str, form: Form, factors: Sequence[Tensor], classes: Sequence[
 
     Where a class would need larger numbers than the format has, a coarser one is used.
     """
-    first, second = (factor.double() for factor in factors)
-    sizes = [factor.square().mean(1).sqrt() for factor in (first, second)]
-    common = (sizes[0] * sizes[1]).sqrt()
-    scales = [_scale(float(size)) for size in common]
+    sizes = [torch.linalg.vector_norm(factor, dim=1) / math.sqrt(factor.shape[1]) for factor in factors]
+    common = (sizes[0].double() * sizes[1].double()).sqrt()  # of both sides, when they are balanced
+    scales = [_scale(size) for size in common.tolist()]
+    balanced = [
+        factor * torch.where(size > 0, common / size, 0).float()[:, None]
+        for factor, size in zip(factors, sizes, strict=True)
+    ]
     numbers, values, used = [], [], []
-    for factor, size, wanted in zip((first, second), sizes, classes, strict=True):
-        balanced = factor * torch.where(size > 0, common / size, 0)[:, None]
-        largest = balanced.abs().amax(1).tolist()
-        fitting = [_fitting(scale, class_, most) for scale, class_, most in zip(scales, wanted, largest, strict=True)]
-        steps = torch.tensor([step(*pair) for pair in zip(scales, fitting, strict=True)], dtype=torch.float64)
-        whole = torch.round(balanced / steps[:, None]).clamp(-MOST, MOST).int()
+    for factor, wanted in zip(balanced, classes, strict=True):
+        fitting = _fitting(factor, scales, wanted)
+        steps = torch.tensor([step(*pair) for pair in zip(scales, fitting, strict=True)], dtype=torch.float32)
+        whole = torch.round(factor / steps[:, None]).clamp_(-MOST, MOST).short()
         numbers.append(whole.numpy())
-        values.append((whole.float() * steps.float()[:, None]).half())
+        values.append((whole.float() * steps[:, None]).half())  # from whole numbers, which have no -0
         used.append(fitting)
-    return Rounded(name, form, scales, used, numbers, values)
+    return Rounded(name, form, scales, used, numbers, values, _error(balanced, values))
 
 
 def _scale(size: float) -> int:
@@ -89,10 +95,27 @@ def _scale(size: float) -> int:
     return min(max(round(4 * math.log2(size)), SCALES.start), SCALES.stop - 1) if size > 0 else SCALES.start
 
 
-def _fitting(scale: int, class_: int, largest: float) -> int:
-    while class_ > CLASSES.start and largest > MOST * step(scale, class_):
-        class_ -= 1
-    return class_
+def _fitting(factor: Tensor, scales: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """The finest classes up to the wanted ones whose numbers are not too large."""
+    if math.sqrt(2 * factor.shape[1]) * 2.0 ** (max(wanted, default=0) / 2) < MOST:  # if all of it were one number
+        return list(wanted)
+    fitting = []
+    for scale, class_, largest in zip(scales, wanted, factor.abs().amax(1).tolist(), strict=True):
+        coarser = (finest for finest in range(class_, CLASSES.start, -1) if largest <= MOST * step(scale, finest))
+        fitting.append(next(coarser, CLASSES.start))
+    return fitting
+
+
+def _error(exact: Sequence[Tensor], stored: Sequence[Tensor]) -> float:
+    """‖u vᵀ - u' v'ᵀ‖² of all dimensions, from the differences, so that small errors are exact."""
+    (u, v), (new_u, new_v) = exact, (factor.float() for factor in stored)
+    du, dv = new_u - u, new_v - v
+
+    def dots(first: Tensor, second: Tensor) -> Tensor:
+        return (first * second).sum(1).double()
+
+    squares = dots(du, du) * dots(v, v) + dots(new_u, new_u) * dots(dv, dv) + 2 * dots(du, new_u) * dots(v, dv)
+    return max(0.0, float(squares.sum()))
 
 
 class Encoder:
@@ -106,9 +129,9 @@ class Encoder:
         self._sections: list[_Draft] = []
 
     def add(self, layer: Rounded) -> None:
-        """Take a layer, whose name is that of no other."""
-        import zlib
-
+        """Take a layer, whose name is that of no other. Raises InputError if it is too large for the format."""
+        if sum(numbers.size for numbers in layer.numbers) > MOST_NUMBERS:
+            raise InputError(f"{layer.name}: has too many numbers to be packed. Shrink the file first.")
         if not self._sections or self._sections[-1].numbers >= _SECTION_NUMBERS:
             self._sections.append(_Draft())
         section = self._sections[-1]
@@ -118,9 +141,9 @@ class Encoder:
         for classes, numbers, values in zip(layer.classes, layer.numbers, layer.values, strict=True):
             self._classes += classes
             section.numbers += numbers.size
-            section.crc32 = zlib.crc32(values.contiguous().numpy().astype("<f2", copy=False).tobytes(), section.crc32)
+            section.crc32 = zlib.crc32(little_endian(values), section.crc32)
             for class_, row in zip(classes, numbers, strict=True):
-                section.by_class[class_].append(row.astype(np.int16))
+                section.by_class[class_].append(row)
 
     def finish(self) -> tuple[Index, bytes]:
         """(index, code)."""
@@ -172,8 +195,7 @@ def _frequencies(counts: Any) -> tuple[int, ...]:
     while zero < 1:
         sides[sides.index(max(sides))] -= 1
         zero += 2
-    excess = max(0, zero - MOST_FREQUENT)
-    return (escape + excess, zero - excess, *sides)
+    return (escape, zero, *sides)
 
 
 def _code(section: _Draft, tables: Mapping[int, Sequence[int]]) -> Any:
@@ -189,4 +211,6 @@ def _code(section: _Draft, tables: Mapping[int, Sequence[int]]) -> Any:
         if escaped.any():
             ans.encode_reverse(high[escaped] + (1 << (ESCAPE_BITS - 1)), uniform_model(ESCAPE_BITS))
         ans.encode_reverse(np.where(escaped, 0, high + sides + 1).astype(np.int32), table_model(table))
-    return ans.get_compressed()
+    words = ans.get_compressed()
+    least = -(-section.numbers // (4 * NUMBERS_PER_BYTE))
+    return np.pad(words, (max(0, least - len(words)), 0))  # in front, where the decoder does not get to

@@ -15,7 +15,7 @@ from lorashrink.adapters import open_adapter
 from lorashrink.errors import LorashrinkError, Progress, UsageError, boundary
 from lorashrink.files.packed import CODE, PackedStore, coder
 from lorashrink.linking.inputs import find_adapters
-from lorashrink.packing.allocation import PREDICTIONS, Allocation, Dimensions, Prediction, cheapest, largest_within
+from lorashrink.packing.allocation import Allocation, Dimensions, Prediction, cheapest, largest_within, prediction_for
 from lorashrink.packing.draft import Draft, build_draft
 from lorashrink.packing.judging import dimensions_of
 from lorashrink.recipes.grammar import Recipe
@@ -120,7 +120,8 @@ def _pack_file(source: Path, outputs: Mapping[Path, Recipe], session: Session, g
         traces = session.statistics.traces(work.adapter) if session.statistics else [None] * len(work.adapter)
         dimensions = dimensions_of(decomposed, outlined, traces, decided_by)
         build = partial(build_draft, decomposed, outlined, device=session.device, label=str(goal))
-        prediction = PREDICTIONS[decided_by]
+        pixels = session.statistics.pixels if session.statistics else None
+        prediction = prediction_for(decided_by, dimensions.total, pixels)
         if goal.size is None:
             allocation = cheapest(dimensions, lambda choice: prediction.psnr(choice) >= goal.quality)
             draft = build(allocation)
@@ -129,7 +130,7 @@ def _pack_file(source: Path, outputs: Mapping[Path, Recipe], session: Session, g
         draft.write(path)
         with open_adapter(path) as written:
             assert isinstance(written.store, PackedStore)
-            written.store.check_contents()
+            written.store.check_code()
         return _result(source, path, draft, prediction, decided_by, started)
 
 

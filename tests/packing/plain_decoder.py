@@ -99,7 +99,7 @@ def class_numbers(stack: Stack, class_: int, count: int, tables: dict[str, list[
     lefts.append(2**24)
     symbols = [stack.pop(lefts) - len(sides) for _ in range(count)]
     numbers = [stack.pop_bits(13) - 4096 if symbol == -len(sides) else symbol for symbol in symbols]
-    bits = max(0, (class_ - 4) // 2)
+    bits = max(0, (class_ - 6) // 2)
     return [number * 2**bits + stack.pop_bits(bits) - 2 ** (bits - 1) for number in numbers] if bits else numbers
 
 

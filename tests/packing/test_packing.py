@@ -122,6 +122,22 @@ def test_escapes_and_every_class_survive_the_plain_reader(tmp_path: Path) -> Non
         assert plain[name][2] == values.contiguous().numpy().tobytes()
 
 
+def test_zeros_do_not_make_a_code_that_readers_refuse(tmp_path: Path) -> None:
+    """A layer of almost nothing but zeros takes far less than a bit per number."""
+    source = small(tmp_path / "a.safetensors")
+    tensors = load_file(source)
+    up = torch.zeros(40_000, 4)
+    up[7, :] = torch.tensor([1.0, 0.5, 0.2, 0.1])
+    down = torch.zeros(4, 64)
+    down[range(4), range(4)] = 1.0
+    tensors["lora_unet_mid_block_attentions_0_proj_out.lora_up.weight"] = up
+    tensors["lora_unet_mid_block_attentions_0_proj_out.lora_down.weight"] = down
+    path = write_tensors(tmp_path / "b.safetensors", tensors)
+    packed(path, tmp_path / "p.safetensors", quality=50)
+    ordinary = unpacked_file(tmp_path / "p.safetensors", tmp_path / "u.safetensors")
+    assert distance(deltas(path), deltas(ordinary)) < 0.05
+
+
 def test_a_published_packed_file_unpacks_to_the_same_bits(tmp_path: Path) -> None:
     """The hash was written down when the file was packed, on another machine and perhaps another system."""
     expected = json.loads((GOLDEN / "expected.json").read_text())
@@ -173,6 +189,14 @@ def test_more_quality_takes_more_bytes_and_leaves_less_error(tmp_path: Path) -> 
     assert sizes == sorted(sizes)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"calibration": EXAMPLE / "table.safetensors"}])
+def test_a_quality_is_what_the_result_predicts(tmp_path: Path, options: dict[str, Path]) -> None:
+    source = EXAMPLE / "loras" / "heart.safetensors"
+    for quality in (30, 40):
+        result = packed(source, tmp_path / f"{quality}.safetensors", quality=quality, **options)
+        assert quality <= result.predicted_db < quality + 0.1
 
 
 @pytest.mark.parametrize("share", [0.12, 0.25, 0.4])
