@@ -93,7 +93,7 @@ def _begin(gpus: Iterator[torch.device]) -> None:
 
 def _gpus(device: torch.device) -> list[torch.device]:
     """All GPUs like the current one for "cuda", so that it does not matter which of them computes a layer."""
-    if device.type != "cuda" or device.index is not None:
+    if str(device) != "cuda":
         return [device]
     current = torch.cuda.current_device()
     indices = [current, *(index for index in range(torch.cuda.device_count()) if index != current)]

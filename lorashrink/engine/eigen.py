@@ -46,7 +46,7 @@ def _checked(
     """What `solve` makes of matrices [L, r, r], where `wrong` finds no fault in it."""
     try:
         results = tuple(solve(stacked))
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if _trusted(stacked) and len(stacked) == 1:
             raise
         return _one_by_one(solve, stacked)
@@ -72,7 +72,7 @@ def _wrong_vectors(stacked: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     residuals = torch.linalg.matrix_norm(stacked @ vectors - vectors * values[:, None, :])
     identity = torch.eye(stacked.shape[-1], dtype=vectors.dtype, device=vectors.device)
     skews = torch.linalg.matrix_norm(vectors.mT @ vectors - identity)
-    right = (residuals <= _TOLERANCE * sizes) & (skews <= _TOLERANCE * stacked.shape[-1] ** 0.5)
+    right: Tensor = (residuals <= _TOLERANCE * sizes) & (skews <= _TOLERANCE * stacked.shape[-1] ** 0.5)
     return ~right
 
 
@@ -81,7 +81,7 @@ def _wrong_values(stacked: Tensor, values: Tensor) -> Tensor:
     stacked = _symmetric(stacked)
     squares = stacked.square().sum((-2, -1))
     traces = stacked.diagonal(dim1=-2, dim2=-1).sum(-1)
-    right = ((values.square().sum(-1) - squares).abs() <= _TOLERANCE * squares) & (
+    right: Tensor = ((values.square().sum(-1) - squares).abs() <= _TOLERANCE * squares) & (
         (values.sum(-1) - traces).abs() <= _TOLERANCE * squares.sqrt() * stacked.shape[-1] ** 0.5
     )
     return ~right
