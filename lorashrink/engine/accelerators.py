@@ -85,7 +85,6 @@ def _begin(gpus: Iterator[torch.device]) -> None:
     """Set up a thread of a device."""
     with _lock:
         _worker.device = next(gpus)
-    torch.set_num_threads(1)
     if _worker.device.type == "cuda":
         torch.cuda.set_device(_worker.device)
         torch.cuda.set_stream(torch.cuda.Stream(_worker.device))  # type: ignore[no-untyped-call]
