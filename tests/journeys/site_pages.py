@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -138,7 +139,8 @@ def schemas(*, open_ended: bool = True) -> dict[str, dict[str, Any]]:
 def _document(name: str, kind: type, open_ended: bool) -> dict[str, Any]:
     definitions: dict[str, Any] = {}
     whole = _object(kind, definitions)
-    whole["properties"] = {"version": {"type": "string", "description": "of lorashrink"}, **whole["properties"]}
+    head = {"version": {"type": "string", "description": "of lorashrink"}, "command": {"type": "string"}}
+    whole["properties"] = head | whole["properties"]
     whole["required"] = sorted({"version", *whole["required"]})
     if not open_ended:
         for part in (whole, *definitions.values()):
@@ -152,11 +154,12 @@ def _document(name: str, kind: type, open_ended: bool) -> dict[str, Any]:
 
 
 def _object(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    hints, comments = typing.get_type_hints(kind), _comments(kind)
+    hints, comments = _hints(kind), _comments(kind)
     properties = {
         field.name: _schema(hints[field.name], definitions)
         | ({"description": comments[field.name]} if field.name in comments else {})
         for field in dataclasses.fields(kind)
+        if field.metadata.get("plain", True)  # tensors are no part of a document
     }
     summary = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
     return {"type": "object", "description": summary, "properties": properties, "required": sorted(properties)}
@@ -199,14 +202,19 @@ def _union(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _returned(function: Any) -> Any:
-    return typing.get_type_hints(function)["return"]
+    return _hints(function)["return"]
+
+
+def _hints(documented: Any) -> dict[str, Any]:
+    """The types of a function or a dataclass, also those that are imported for type checkers only."""
+    return typing.get_type_hints(documented, localns={"Tensor": Tensor})
 
 
 def _dataclasses(hint: Any) -> Iterator[type]:
     """The results in a type, and those in their fields."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         yield hint
-        for part in typing.get_type_hints(hint).values():
+        for part in _hints(hint).values():
             yield from _dataclasses(part)
     for part in typing.get_args(hint):
         yield from _dataclasses(part)
