@@ -8,6 +8,8 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +30,7 @@ from lorashrink.ui.measuring import Measurer
 from lorashrink.ui.outputs import Written, free_output
 
 _STOP_SECONDS = 10.0  # that a job gets to end
+_PAUSE_SECONDS = 0.2  # before it is looked again whether there is time for what nobody waits for
 _MOST_STEPS = 100  # of a picture
 
 
@@ -42,7 +45,8 @@ class Application:
         self.library = Library(self.folders)
         self.jobs = Jobs()
         self.measurer = Measurer()
-        self._to_measure: list[str] = []  # ids, those that are on the screen first
+        self._to_measure: deque[str] = deque()  # ids, those that are on the screen first
+        self._lock = threading.Lock()
         self._measure = threading.Event()
         self._in_front = 0  # requests that somebody waits for
         self._stopped = False
@@ -73,16 +77,24 @@ class Application:
     def _measure_savings(self) -> None:
         while self._measure.wait() and not self._stopped:
             self._measure.clear()
-            while self._to_measure and not self._stopped:
-                if self._in_front or any(not job.over for job in self.jobs.all()):
-                    self._measure.wait(0.2)
-                    continue
-                self._measure_saving(self._to_measure.pop(0))
+            while (identity := self._next_to_measure()) and not self._stopped:
+                while self._busy and not self._stopped:
+                    time.sleep(_PAUSE_SECONDS)
+                self._measure_saving(identity)
+
+    def _next_to_measure(self) -> str | None:
+        with self._lock:
+            return self._to_measure.popleft() if self._to_measure else None
+
+    @property
+    def _busy(self) -> bool:
+        """Whether somebody waits for something else."""
+        return self._in_front > 0 or any(not job.over for job in self.jobs.all())
 
     def _measure_saving(self, identity: str) -> None:
         with contextlib.suppress(InputError):  # it was deleted meanwhile
             entry = self.library.get(identity)
-            if entry.kind != "adapter" or entry.saving or entry.saving_error:
+            if entry.kind != "adapter" or not entry.layers or entry.saving or entry.saving_error:
                 return
             try:
                 point = measuring.saving(entry.path)
@@ -92,11 +104,13 @@ class Application:
 
     @contextlib.contextmanager
     def _waited_for(self) -> Iterator[None]:
-        self._in_front += 1
+        with self._lock:
+            self._in_front += 1
         try:
             yield
         finally:
-            self._in_front -= 1
+            with self._lock:
+                self._in_front -= 1
 
     # --- the library --------------------------------------------------------------------------------
 
@@ -111,8 +125,13 @@ class Application:
         }
 
     def measure(self, identities: Sequence[str]) -> None:
-        """Find out in the background how small these adapters could be; what was asked for before is dropped."""
-        self._to_measure = list(identities)
+        """Find out in the background how small these adapters could be; earlier requests are dropped.
+
+        Headers of theirs that are unread come first.
+        """
+        self.library.read_first(identities)
+        with self._lock:
+            self._to_measure = deque(identities)
         self._measure.set()
 
     def adapter(self, identity: str) -> dict[str, Any]:

@@ -85,11 +85,12 @@ def draw(
         save(smaller)
         job.check()
         before = studio.draw(adapter, "whole", progress=partial(report, 0, "drawing with the whole LoRA"))
+        size = smaller.stat().st_size
         smaller = smaller.parent if peft.is_folder(adapter) else smaller
         after = studio.draw(smaller, label, progress=partial(report, len(shots), "drawing with the smaller one"))
         for shot, paths in zip(shots, zip(before, after, strict=True), strict=True):
             level = psnr(*map(read_picture, paths))
             verdict = next(text for least, text in _VERDICTS.items() if level >= least)
-            result: dict[str, Any] = {"label": shot.prompt.prompt, "psnr": level, "verdict": verdict}
+            result: dict[str, Any] = {"label": shot.prompt.prompt, "psnr": level, "verdict": verdict, "bytes": size}
             job.results.append({**result, "before": paths[0], "after": paths[1]})
         job.report("", steps, steps)

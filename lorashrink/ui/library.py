@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class Library:
         self._revision = 0
         self._lock = threading.RLock()
         self._scanning = threading.Lock()
+        self._waiting: deque[str] = deque()  # ids whose headers are to be read; some may be there twice
         self._unread = threading.Event()
         self._stopped = threading.Event()
 
@@ -143,18 +145,29 @@ class Library:
                     if before is None or (before.bytes, before.modified) != (entry.bytes, entry.modified):
                         self._entries[identity] = replace(entry, revision=self._revision)
                         self._removed.pop(identity, None)
+                        self._waiting.append(identity)
+        self._unread.set()
+
+    def read_first(self, identities: Sequence[str]) -> None:
+        """Read the headers of these entries before all others."""
+        with self._lock:
+            self._waiting.extendleft(reversed(identities))
         self._unread.set()
 
     def read_headers(self) -> None:
         """Read headers whenever there are unread ones, until `stop`. Runs in a thread of its own."""
         while self._unread.wait() and not self._stopped.is_set():
             self._unread.clear()
-            with self._lock:
-                unread = [entry for entry in self._entries.values() if entry.state == "listed"]
-            for entry in unread:
-                if self._stopped.is_set():
-                    return
+            while (entry := self._next_unread()) and not self._stopped.is_set():
                 self.update(entry.id, **_facts(entry.path))
+
+    def _next_unread(self) -> Entry | None:
+        with self._lock:
+            while self._waiting:
+                entry = self._entries.get(self._waiting.popleft())
+                if entry and entry.state == "listed":
+                    return entry
+        return None
 
     def stop(self) -> None:
         """End `read_headers`."""

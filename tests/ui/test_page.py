@@ -179,10 +179,25 @@ def test_thousands_of_files_scroll_with_few_elements(browser: Browser, start: St
         assert table
         assert table["y"] <= box["y"]
         assert box["y"] + box["height"] <= table["y"] + table["height"] + 1
+        expect(row.locator(".saving")).not_to_have_text("…")  # rows that can be seen are measured first
         page.page.get_by_label("Find", exact=True).fill("lora-31")
         expect(page.page.locator("#files")).to_have_attribute("aria-rowcount", "101")
         assert names(page.page)[0] == "lora-3100"
         assert page.messages == []
+
+
+def test_all_loras_are_measured_on_request(browser: Browser, start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    for number in range(60):
+        shutil.copy(HEART, folder / f"{number:02d}.safetensors")
+    server = start(folder)
+    with opened(browser, server) as page:
+        expect(page.page.locator("#totals")).to_contain_text("could be saved")
+        page.page.get_by_role("button", name="Measure all").click()
+        expect(page.page.locator("#totals")).not_to_contain_text("so far")
+        expect(page.page.get_by_role("button", name="Measure all")).to_be_hidden()
+        assert all(row["saving"] for row in server.rows())
 
 
 # --- one LoRA ---------------------------------------------------------------------------------------
@@ -205,6 +220,18 @@ def test_the_slider_shows_size_and_error_of_what_would_be_written(front: Opened,
     model = Path(page.locator("pre code").inner_text().split("--base ")[1].split()[0])
     result = ls.resize(STYLE, base=model, recipes=recipe, output=tmp_path / "x.safetensors").results[0]
     expect(tile(page, "would be")).to_contain_text(f"{result.bytes_after / 1e3:.1f} kB")
+
+
+def test_a_model_that_does_not_fit_is_left_out(browser: Browser, start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    shutil.copy(HEART, folder)
+    shutil.copy(EXAMPLE / "base.safetensors", folder / "narrow.safetensors")
+    with opened(browser, start(folder)) as page:
+        page.page.locator("#files tr", has_text="heart").locator(".size").click()
+        expect(page.page.locator(".sizes [role=status]")).to_contain_text("Measured on the LoRA alone: ")
+        page.page.get_by_role("button", name="Shrink to").click()
+        expect(page.page.locator(".job")).to_contain_text("done, 1.8 MB became")
 
 
 def test_ranks_and_recipes_can_be_said_and_mistakes_are_explained(browser: Browser, server: Server) -> None:

@@ -29,14 +29,26 @@ export class AdapterView {
     try {
       this.about = await get(`adapters/${id}`, {}, signal);
       this.goal = { by: "quality", value: "high" };
-      this.help = { base: this.about.bases[0]?.id ?? "", calibration: this.about.calibrations[0]?.id ?? "", dtype: "" };
+      this.help = { base: this.about.bases[0]?.id ?? "", calibration: "", dtype: "" };
       this.build();
       if (this.about.layers === 0) return;
       // Without a base it takes a moment, with one that was never read before some seconds: both, one after the other.
-      if (this.help.base || this.help.calibration) await this.measure({}, signal);
-      await this.measure(this.help, signal);
+      await this.measure({}, signal);
+      if (this.help.base) await this.compareWithBase(signal);
     } catch (error) {
       this.fail(error);
+    }
+  }
+
+  // A model of the right family may still be of another size or kind; then the LoRA is measured alone.
+  async compareWithBase(signal) {
+    try {
+      await this.measure(this.help, signal);
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      this.help.base = "";
+      byId("base").value = "";
+      this.status.textContent = `Measured on the LoRA alone: ${error.message}`;
     }
   }
 
@@ -101,6 +113,7 @@ export class AdapterView {
       el("section", { className: "sizes", "aria-labelledby": "sizes-title" },
         el("h3", { id: "sizes-title" }, "How small can it get?"),
         this.choices,
+        el("p", { className: "note" }, "Error of the weights against size:"),
         el("div", { className: "slide" }, this.figure, this.slider),
         this.tiles,
         el("div", { className: "buttons" }, this.shrinkButton),
@@ -158,7 +171,7 @@ export class AdapterView {
     if (focused) this.choices.querySelector(`[value="${focused}"]`)?.focus();
     const base = this.about.bases.find((entry) => entry.id === help.base);
     const table = this.about.calibrations.find((entry) => entry.id === help.calibration);
-    this.basis = table ? `Chosen by the table ${table.name}.` : base ? `Compared with ${base.name}.` : "Measured on the LoRA alone.";
+    this.basis = table ? `Sizes are chosen by ${table.name}: pictures are nearer than the error of the weights says.` : base ? `Compared with ${base.name}.` : "Measured on the LoRA alone.";
     await this.setGoal(this.goal);
   }
 

@@ -35,6 +35,7 @@ export class LibraryView {
     for (const head of this.list.querySelectorAll("[data-sort]")) {
       head.querySelector("button").addEventListener("click", () => this.sortBy(head.dataset.sort));
     }
+    byId("measure").addEventListener("click", () => this.measureAll());
     byId("tick-all").addEventListener("change", (event) => this.tickShown(event.target.checked));
     this.body.addEventListener("keydown", (event) => this.move(event));
   }
@@ -53,6 +54,7 @@ export class LibraryView {
     this.outside = outside;
     this.folders = folders;
     if (rows.length || removed.length) this.filter();
+    this.measureShown();
     this.sayTotals();
   }
 
@@ -147,7 +149,10 @@ export class LibraryView {
     const name = row.name.replace(/\.safetensors$/, "");
     return el(
       "tr",
-      { "data-id": row.id, "aria-rowindex": index + 2, className: row.id === this.chosen ? "chosen" : "" },
+      {
+        "data-id": row.id, "aria-rowindex": index + 2, className: row.id === this.chosen ? "chosen" : "",
+        onclick: (event) => event.target.closest("input, button, .tick") ?? this.open(row.id),
+      },
       el("td", { className: "tick" }, el("input", {
         type: "checkbox", className: "box", checked: this.ticked.has(row.id), disabled: !canTick(row),
         "aria-label": `Tick ${name}`, onchange: (event) => this.setTicked(row.id, event.target.checked),
@@ -172,11 +177,12 @@ export class LibraryView {
 
   // The rows that can be seen are measured, and those that somebody asked for.
   askForSizes() {
-    const visible = this.shown.slice(this.first, this.last).filter(needsSize).map((row) => row.id);
+    const visible = this.shown.slice(this.first, this.last).filter((row) => row.state === "listed" || needsSize(row));
     const requested = [...this.measured].filter((id) => this.rows.has(id) && needsSize(this.rows.get(id)));
-    const ids = [...new Set([...visible, ...requested])];
-    if (ids.join() !== this.lastRequest) {
-      this.lastRequest = ids.join();
+    const ids = [...new Set([...visible.map((row) => row.id), ...requested])];
+    const request = [ids, visible.map((row) => row.state)].join();
+    if (request !== this.lastRequest) {
+      this.lastRequest = request;
       if (ids.length) post("measure", { ids }).catch(() => (this.lastRequest = ""));
     }
   }
@@ -184,6 +190,7 @@ export class LibraryView {
   measureAll() {
     for (const row of this.shown) if (needsSize(row)) this.measured.add(row.id);
     this.askForSizes();
+    this.sayTotals();
   }
 
   get waiting() {
@@ -254,6 +261,7 @@ export class LibraryView {
     }
     set(byId("totals"), parts.join("; "));
     set(byId("folders"), (this.folders ?? []).join("\n"));
+    byId("measure").hidden = !adapters.some((row) => needsSize(row) && !this.measured.has(row.id));
     const note = this.outside
       ? `Left out: ${countText(this.outside, "link")} to files outside of the folder. Start lorashrink ui with their folder too.`
       : "";
@@ -266,7 +274,7 @@ function set(element, text) {
 }
 
 function needsSize(row) {
-  return row.kind === "adapter" && row.layers > 0 && !row.saving && !row.saving_error;
+  return row.kind === "adapter" && row.layers > 0 && !row.shrunk && !row.saving && !row.saving_error;
 }
 
 // Files whose header was not read yet may turn out to be something else.

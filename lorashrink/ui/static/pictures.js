@@ -58,7 +58,7 @@ export class PicturesView {
     const text = JSON.stringify(job?.results ?? []);
     if (!job || !this.result || text === this.shownText) return;
     this.shownText = text;
-    this.message.textContent = job.results.length ? job.note ?? "" : this.message.textContent;
+    if (job.results.length) this.message.textContent = "";
     this.result.replaceChildren(...job.results.map((result, index) => comparison(result, `${this.about.id}-${index}`)));
   }
 }
@@ -76,8 +76,8 @@ function comparison(result, id) {
   move();
   const difference = el("input", { type: "checkbox", onchange: (event) => cut.classList.toggle("difference", event.target.checked) });
   return el("figure", { className: "compare" }, cut,
-    el("div", { className: "ends", "aria-hidden": "true" }, el("span", {}, "before"), el("span", {}, "after")),
+    el("div", { className: "ends", "aria-hidden": "true" }, el("span", {}, "before"), el("span", {}, `after, ${sizeText(result.bytes)}`)),
     divider,
-    el("figcaption", {}, el("b", {}, result.verdict), ` ${result.label} (${result.psnr.toFixed(1)} dB)`),
+    el("figcaption", {}, el("b", {}, result.verdict), ` ${result.label} at ${sizeText(result.bytes)} (${result.psnr.toFixed(1)} dB)`),
     el("label", {}, difference, " Show the difference, four times as bright"));
 }
