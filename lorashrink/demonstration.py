@@ -111,7 +111,9 @@ def _figures(page: ReportFile, shrunk: FileResult, folder: Path) -> tuple[str, .
 def _commands(example: _Example, folder: Path, drawing: bool) -> tuple[str, ...]:
     recipes = [word for recipe in _RECIPES for word in ("-r", recipe)]
     images = ["--images", example.model, "--prompts", example.prompts, "--images-out", folder / "pictures"]
-    means = ["--model", example.model, "--prompts", example.prompts] if drawing else ["--base", example.model]
+    means: list[str | Path] = ["--base", example.model]
+    if drawing:
+        means = ["--model", example.model, "--prompts", example.prompts]
     options = [
         *recipes,
         "--sizes",

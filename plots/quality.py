@@ -104,7 +104,8 @@ def size_and_texts(sweep: Sweep) -> Figure:
             label=name,
         )
         dots = [(size, value) for size, text in texts for value in text.values if value > 0]
-        axes.scatter(*zip(*dots, strict=True), s=7, color=colour, alpha=0.3, linewidths=0)
+        sizes, values = zip(*dots, strict=True)
+        axes.scatter(sizes, values, s=7, color=colour, alpha=0.3, linewidths=0)
     size_axis(axes)
     axes.set_yscale("log")
     axes.set_ylabel("divergence (nats per token)" if sweep.read.perplexity else sweep.read.measure)

@@ -347,7 +347,7 @@ class PackedStore(ComputedStore):
 
 def little_endian(numbers: Tensor) -> memoryview:
     """The bytes of float16 numbers, in the order of the format on every machine."""
-    return memoryview(numbers.contiguous().numpy().astype("<f2", copy=False)).cast("B")
+    return memoryview(numbers.contiguous().numpy().astype("<f2", copy=False).data).cast("B")
 
 
 def contents_sha256(arrangement: Arrangement, chunks: Callable[[str], Iterator[memoryview]]) -> str:

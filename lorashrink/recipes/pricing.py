@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorashrink.errors import RecipeError
 from lorashrink.recipes.choice import Selection, adjusted, budget, score, select, size_for, widths_of
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.recipes.quality import ANCHOR, ROUNDING_IN_CHOICES, allowed_distortion, distortion, predicted_db
-from lorashrink.recipes.terms import LayerFacts
+from lorashrink.recipes.terms import LayerFacts, Values
 from lorashrink.text import size_text
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def select_in_dtypes(
     file_size: SizeInDtypes,
     anchor: float = ANCHOR,
     *,
-    scores: Sequence[Array] | None = None,
+    scores: Sequence[Values] | None = None,
 ) -> Selection:
     """What a recipe keeps of each layer, and in which of the dtypes on offer.
 
@@ -87,7 +87,7 @@ def _selected(
     offers: Sequence[Offer],
     file_size: SizeInDtypes,
     anchor: float,
-    scores: Sequence[Array] | None = None,
+    scores: Sequence[Values] | None = None,
 ) -> Selection:
     several = any(len(offer) > 1 for offer in offers)
     if recipe.select == "quality":
@@ -181,7 +181,7 @@ class _Market:
         return [unit * 10.0 ** (2 * values) for values in scores]
 
     @cached_property
-    def _orders(self) -> list[Array]:
+    def _orders(self) -> list[np.ndarray[Any, Any]]:
         import numpy as np
 
         return [np.argsort(-worth, kind="stable") for worth in self._worth]
@@ -275,7 +275,7 @@ class _Market:
         """The price per byte that a selection pays: that of its threshold, or of one rank less in every layer."""
         unit = (self._facts[0].file_norm or 1.0) ** 2 if self._facts else 1.0
         if threshold is not None and self.recipe.bytes_weight == 1:
-            return unit * 10.0 ** (2 * threshold)
+            return float(unit * 10.0 ** (2 * threshold))
         kept = [(count, row) for row, count in enumerate(counts) if count]
         worth = sum(float(self._worth[row][self._orders[row][count - 1]]) for count, row in kept)
         return worth / max(1, sum(self._facts[row].bytes_per_rank for _, row in kept))

@@ -32,7 +32,7 @@ def predicted_db(lost: float, anchor: float = ANCHOR) -> float | None:
 
 def allowed_distortion(quality: float, anchor: float = ANCHOR) -> float:
     """The `distortion` for which this PSNR in dB is predicted."""
-    return 10.0 ** ((anchor - quality) / _SLOPE)
+    return float(10.0 ** ((anchor - quality) / _SLOPE))
 
 
 def corrected_anchor(lost: float, psnr: float) -> float:

@@ -55,21 +55,21 @@ def _sweep_without_folders(sweep: Sweep) -> Sweep:
         return pictures and replace(pictures, files=tuple(map(_name, pictures.files)))
 
     read = sweep.read and replace(sweep.read, model=_name(sweep.read.model), file=_name(sweep.read.file))
-    drawn, none = sweep.drawn, named(sweep.drawn.none) if sweep.drawn else None
+    drawn = sweep.drawn
+    if drawn:
+        drawn = replace(
+            drawn,
+            model=_name(drawn.model),
+            files=tuple(map(_name, drawn.files)),
+            none=replace(drawn.none, files=tuple(map(_name, drawn.none.files))),
+            floor=named(drawn.floor),
+        )
     return replace(
         sweep,
         source=_name(sweep.source),
         read=read,
         points=tuple(replace(point, pictures=named(point.pictures)) for point in sweep.points),
-        drawn=drawn
-        and none
-        and replace(
-            drawn,
-            model=_name(drawn.model),
-            files=tuple(map(_name, drawn.files)),
-            none=none,
-            floor=named(drawn.floor),
-        ),
+        drawn=drawn,
     )
 
 
