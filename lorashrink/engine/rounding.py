@@ -75,7 +75,8 @@ def to_float8(up: Tensor, down: Tensor, of_up: Energy = squares, of_down: Energy
 
 def _change(factor: Tensor, rounded: Tensor) -> Tensor:
     """[k]: the squared length of what rounding changes; `factor` is used up."""
-    return torch.linalg.vector_norm(factor.sub_(rounded), dim=1).square()
+    lengths: Tensor = torch.linalg.vector_norm(factor.sub_(rounded), dim=1)
+    return lengths.square()
 
 
 def _best_balance(up: Tensor, down: Tensor, of_up: Energy, of_down: Energy) -> Tensor:
@@ -83,7 +84,7 @@ def _best_balance(up: Tensor, down: Tensor, of_up: Energy, of_down: Energy) -> T
     energy_up, energy_down = of_up(up), of_down(down)
     balances = 2.0 ** (torch.arange(_BALANCES) / _BALANCES - 0.5)
     costs = []
-    for some in balances.split(max(1, _AT_ONCE // max(up.numel(), down.numel()))):
+    for some in torch.split(balances, max(1, _AT_ONCE // max(up.numel(), down.numel()))):
         factors = some[:, None, None]
         errors_up = _nearest(up * factors) / factors - up  # [balances, k, out]
         errors_down = _nearest(down / factors) * factors - down

@@ -67,7 +67,7 @@ class Work:
         for calibrated in sorted({recipe.calibrated for recipe in self.recipes}):
             statistics = self.statistics if calibrated else [None for _ in self.adapter.layers]
             items[calibrated] = [
-                Item(partial(getattr, layer, "delta"), layer.width, of_layer and of_layer.grams, limit)
+                Item(partial(getattr, layer, "delta"), layer.width, of_layer.grams if of_layer else None, limit)
                 for layer, of_layer in zip(self.adapter.layers, statistics, strict=True)
             ]
         return items
