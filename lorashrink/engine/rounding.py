@@ -84,9 +84,8 @@ def _best_balance(up: Tensor, down: Tensor, of_up: Energy, of_down: Energy) -> T
     energy_up, energy_down = of_up(up), of_down(down)
     balances = 2.0 ** (torch.arange(_BALANCES) / _BALANCES - 0.5)
     costs = []
-    step = max(1, _AT_ONCE // max(up.numel(), down.numel()))
-    for start in range(0, len(balances), step):
-        factors = balances[start : start + step, None, None]
+    for some in torch.split(balances, max(1, _AT_ONCE // max(up.numel(), down.numel()))):
+        factors = some[:, None, None]
         errors_up = _nearest(up * factors) / factors - up  # [balances, k, out]
         errors_down = _nearest(down / factors) * factors - down
         costs.append(

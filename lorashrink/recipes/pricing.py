@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorashrink.errors import RecipeError
 from lorashrink.recipes.choice import Selection, adjusted, budget, score, select, size_for, widths_of
@@ -21,6 +21,8 @@ from lorashrink.text import size_text
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from lorashrink.recipes.terms import Indices
 
     Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -177,11 +179,15 @@ class _Market:
         """Per layer [r]: what each dimension is worth, whatever its bytes; that is σ² where it is calibrated."""
         by_size = [0.5 * self.recipe.bytes_weight * math.log10(facts.bytes_per_rank) for facts in self._facts]
         scores = [score(self.recipe, facts) + own for facts, own in zip(self._facts, by_size, strict=True)]
-        unit = (self._facts[0].file_norm or 1.0) ** 2 if self._facts else 1.0
-        return [unit * 10.0 ** (2 * values) for values in scores]
+        return [self._unit * 10.0 ** (2 * values) for values in scores]
 
     @cached_property
-    def _orders(self) -> list[np.ndarray[Any, Any]]:
+    def _unit(self) -> float:
+        """What squared scores are multiplied with to be calibrated σ²; 1 for others."""
+        return (self._facts[0].file_norm or 1.0) ** 2 if self._facts else 1.0
+
+    @cached_property
+    def _orders(self) -> list[Indices]:
         import numpy as np
 
         return [np.argsort(-worth, kind="stable") for worth in self._worth]
@@ -254,9 +260,8 @@ class _Market:
         counts, dtypes = self._best(price)
         counts = adjusted(self.recipe, self._facts, counts)
         kept = tuple(tuple(order[:count].tolist()) for order, count in zip(self._orders, counts, strict=True))
-        unit = (self._facts[0].file_norm or 1.0) ** 2 if self._facts else 1.0
         everything = all(count == facts.rank for count, facts in zip(counts, self._facts, strict=True))
-        threshold = None if everything else 0.5 * math.log10(price / unit)
+        threshold = None if everything else 0.5 * math.log10(price / self._unit)
         return Selection(kept, tuple(widths_of(self.recipe, counts)), threshold, tuple(dtypes))
 
     def losses_at(self, price: float) -> tuple[float, float]:
@@ -273,9 +278,8 @@ class _Market:
 
     def price_of(self, counts: Sequence[int], threshold: float | None) -> float:
         """The price per byte that a selection pays: that of its threshold, or of one rank less in every layer."""
-        unit = (self._facts[0].file_norm or 1.0) ** 2 if self._facts else 1.0
         if threshold is not None and self.recipe.bytes_weight == 1:
-            return float(unit * 10.0 ** (2 * threshold))
+            return self._unit * math.pow(10, 2 * threshold)
         kept = [(count, row) for row, count in enumerate(counts) if count]
         worth = sum(float(self._worth[row][self._orders[row][count - 1]]) for count, row in kept)
         return worth / max(1, sum(self._facts[row].bytes_per_rank for _, row in kept))

@@ -14,7 +14,7 @@ import math
 ANCHOR = 15.7
 
 # What rounding weighs beside dropped dimensions, in the prediction and, a little more carefully, in choices.
-_ROUNDING = 10**-2.1
+_ROUNDING = math.pow(10, -2.1)
 ROUNDING_IN_CHOICES = 0.01
 
 _SLOPE = 8.4  # dB per factor of ten
@@ -32,7 +32,7 @@ def predicted_db(lost: float, anchor: float = ANCHOR) -> float | None:
 
 def allowed_distortion(quality: float, anchor: float = ANCHOR) -> float:
     """The `distortion` for which this PSNR in dB is predicted."""
-    return float(10.0 ** ((anchor - quality) / _SLOPE))
+    return math.pow(10, (anchor - quality) / _SLOPE)
 
 
 def corrected_anchor(lost: float, psnr: float) -> float:
