@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from PIL import Image
 from scipy.stats import bootstrap, spearmanr
 from study import FEW, RECIPES, RESULTS, SMALL, STUDIED
 
+from lorashrink.automatic.levels import ADAPTER_LINE, BASE_LINE
 from lorashrink.plots import style
 
 DOCS = Path(__file__).parents[2] / "docs"
 _RANKS = (1, 2, 4, 8)
+_LOOKS_ALIKE = 28  # dB: below, no level of `shrink` ends
 _TITLES = {
     "style": "style, as the guide trains",
     "style-32": "style, rank 32",
@@ -101,6 +104,20 @@ def correlations(results: Mapping[str, Entry]) -> str:
             [_TITLES[name], *(f"{spearmanr(*zip(*each, strict=True)).statistic:.2f}" for each in (plain, every))]
         )
     return table(["adapter", "recipes without statistics", "with the calibrated one"], rows)
+
+
+def above_lines(results: Mapping[str, Entry]) -> str:
+    """How many files are at least as good as the lines by which `shrink` takes an error for a quality."""
+    texts = []
+    for recipe, line in (("fro_ckpt,bytes", BASE_LINE), ("energy", ADAPTER_LINE)):
+        files = [
+            entry
+            for key, entry in results.items()
+            if key.startswith("recipes|") and key.split("|")[2:4] == ["own", recipe] and mean(entry) > _LOOKS_ALIKE
+        ]
+        above = sum(mean(entry) >= line - 20 * math.log10(entry["error"]) for entry in files)
+        texts.append(f"{above} of {len(files)}")
+    return " and ".join(texts)
 
 
 def seeds_table(results: Mapping[str, Entry]) -> str:
@@ -248,6 +265,7 @@ def page(results: Mapping[str, Entry]) -> str:
             plain=plain,
             concepts=concepts_table(results),
             correlations=correlations(results),
+            above_lines=above_lines(results),
             seeds=seeds_table(results),
             variants=variants_table(results),
             small=small_table(results),

@@ -12,6 +12,7 @@ from lorashrink.errors import InputError, OutputError, UsageError
 from lorashrink.files.disk import write_bytes
 from lorashrink.files.header import read_header
 from lorashrink.files.metadata_keys import RECIPE, SOURCE
+from lorashrink.files.reading import PICKLE_SUFFIXES
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.sums.summing import contents_sha256
 
@@ -74,6 +75,8 @@ def collect(entries: Sequence[str | Path], output: Path | None) -> Collection:
         if len(found) != 1:
             raise UsageError(f"-o {output}: is one file, and there are {len(found)} adapters. Name a folder.")
         found = (Item(found[0].source, output, output.parent),)
+    elif output and output.suffix.lower() in PICKLE_SUFFIXES and not output.is_dir():
+        raise UsageError(f"-o {output}: outputs are .safetensors files. Name a folder.")
     owners: dict[Path, Path] = {}
     for item in found:
         other = owners.setdefault(item.output.absolute(), item.source)

@@ -227,7 +227,8 @@ class Run:
         """Shrink adapters without a look at pictures."""
         request = self.request
         self._resize_all({item: request.recipe(method) for item in items}, method)
-        if request.size is None and request.rank is None and (note := method.stands_in(request.level)):
+        done = any(item.source in self.results for item in items)
+        if done and request.size is None and request.rank is None and (note := method.stands_in(request.level)):
             self.notes = list(dict.fromkeys((*self.notes, note)))
 
     def _resize_all(self, recipes: Mapping[Item, Recipe], method: Method) -> None:

@@ -9,7 +9,7 @@ from itertools import pairwise
 # dB that twice the bytes gain, until two sizes have been drawn; what was measured lies between the two limits.
 _GAIN, _LEAST_GAIN, _MOST_GAIN = 12.0, 4.0, 30.0
 
-_CLOSE = 1.06  # two sizes of a smaller ratio are not told apart
+_CLOSE = 1.1  # two sizes of a smaller ratio are not told apart
 
 _MARGIN, _ENOUGH = 0.4, 1.0  # dB above what is wanted: what is aimed at, and what needs no further search
 

@@ -39,7 +39,7 @@ def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
         listed = shrunk if terminal.verbose else shrunk[:_MOST_ROWS]
         root = os.path.commonpath([Path(result.input).absolute().parent for result in shrunk])
         for result in listed:
-            name = os.path.relpath(os.path.abspath(result.input), root)
+            name = os.path.relpath(os.path.abspath(result.input), root).removesuffix(".safetensors")
             before, after = size_text(result.bytes_before), size_text(result.bytes_after)
             table.add_row(name, before, after, f"{result.share:.0%}", quality_text(result))
         console.print(table)

@@ -286,12 +286,20 @@ def test_a_peft_folder_becomes_a_peft_folder(tmp_path: Path) -> None:
         ({"size": "large"}, "such as 50MB"),
         ({"size": "1MB", "rank": 4}, "one of them"),
         ({"rank": 0}, "at least 1"),
+        ({"output": "out.pt"}, "Name a folder"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(collection: Path, options: dict, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         ls.shrink(collection, **options)
     assert not (collection / "shrunk").exists()
+
+
+def test_a_record_serves_only_the_same_request(collection: Path) -> None:
+    first = ls.shrink(collection, quality=35)
+    other = ls.shrink(collection, quality=36)
+    assert [result.skipped for result in other.results] == [None, None]
+    assert [a.bytes_after < b.bytes_after for a, b in zip(first.results, other.results, strict=True)] == [True, True]
 
 
 def test_outputs_never_replace_inputs(collection: Path) -> None:
