@@ -5,6 +5,8 @@ This folder is copied or linked into ComfyUI's `custom_nodes`; `lorashrink comfy
 
 from typing import Any
 
+WEB_DIRECTORY = "./web"
+
 
 async def comfy_entrypoint() -> Any:
     """The nodes, as ComfyUI asks for them."""

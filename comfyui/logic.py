@@ -132,9 +132,12 @@ class Shrunk:
         """The tensors of the shrunk LoRA."""
         return self.prepared.state_dict(self.recipe, dtype=self.outcome.dtype)
 
-    def label(self) -> str:
-        """A line for pictures."""
-        return f"{size_text(self.outcome.bytes)}, {self.recipe}"
+    @property
+    def title(self) -> str:
+        """The source's name, or those of a sum with their weights."""
+        if not is_sum(self.source):
+            return Path(self.source).name
+        return " + ".join(f"{weight:g} × {path.name}" for path, weight in to_sum([self.source]).terms)
 
 
 def _stamp(source: str) -> tuple[object, ...]:
@@ -177,7 +180,7 @@ def report(shrunk: Shrunk) -> str:
     ranks = [rank for rank in outcome.ranks.values() if rank]
     removed = len(outcome.ranks) - len(ranks)
     lines = [
-        Path(shrunk.source).name,
+        shrunk.title,
         f"{size_text(before)} before, {size_text(outcome.bytes)} now: {share_text(outcome.bytes / before)}",
         f"error of the weights {percent_text(outcome.relative_error)}, energy kept {share_text(outcome.energy)}",
         f"ranks {span_text(ranks)} in {len(ranks)} layers" + (f", {removed} layers removed" if removed else ""),
@@ -256,7 +259,7 @@ def to_image(figure: Figure) -> Tensor:
 
 # --- pictures side by side ----------------------------------------------------------------------
 
-_GAP, _LINE, _TEXT = 12, 24, 18  # pixels
+_GAP, _LINE, _TEXT, _SMALLEST = 12, 24, 18, 256  # pixels
 
 
 def grid(full: Tensor, columns: Sequence[tuple[Tensor, Shrunk | None]], bytes_before: int | None = None) -> Tensor:
@@ -277,27 +280,31 @@ def grid(full: Tensor, columns: Sequence[tuple[Tensor, Shrunk | None]], bytes_be
             )
     heads = [["full LoRA", size_text(bytes_before) if bytes_before else ""]]
     for pictures, shrunk in columns:
-        heads.append([size_text(shrunk.outcome.bytes) if shrunk else "shrunk LoRA", _likeness(full, pictures)])
-    count, height, width = full.shape[:3]
-    top = _GAP + 2 * _LINE
-    size = (_GAP + (width + _GAP) * len(heads), top + (height + _GAP) * count)
-    sheet = Image.new("RGB", size, "white")
-    drawing, font = ImageDraw.Draw(sheet), sheet_font(_TEXT)
+        heads.append([size_text(shrunk.outcome.bytes) if shrunk else "shrunk LoRA", *_likeness(full, pictures)])
+    times = max(1, _SMALLEST // max(full.shape[1:3]))  # specks are enlarged
+    count, height, width = full.shape[0], full.shape[1] * times, full.shape[2] * times
+    font = sheet_font(_TEXT)
+    step = _GAP + max(width, *(round(font.getlength(line)) for lines in heads for line in lines))
+    top = _GAP + max(map(len, heads)) * _LINE
+    sheet = Image.new("RGB", (_GAP + step * len(heads), top + (height + _GAP) * count), "white")
+    drawing = ImageDraw.Draw(sheet)
     for number, (lines, pictures) in enumerate(zip(heads, [full, *(column for column, _ in columns)], strict=True)):
-        left = _GAP + number * (width + _GAP)
+        left = _GAP + number * step
         for line, text in enumerate(lines):
             drawing.text((left, _GAP // 2 + line * _LINE), text, fill=INK, font=font)
         for row in range(count):
-            sheet.paste(Image.fromarray(_bytes(pictures[row])), (left, top + row * (height + _GAP)))
+            picture = Image.fromarray(_bytes(pictures[row])).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (left, top + row * (height + _GAP)))
     return torch.from_numpy(np.asarray(sheet).copy()).float()[None] / 255
 
 
-def _likeness(full: Tensor, pictures: Tensor) -> str:
+def _likeness(full: Tensor, pictures: Tensor) -> list[str]:
+    """Lines with the mean PSNR and MS-SSIM."""
     pairs = [(_bytes(a), _bytes(b)) for a, b in zip(full, pictures, strict=True)]
-    mean = sum(psnr(a, b) for a, b in pairs) / len(pairs)
-    if min(full.shape[1:3]) < 11:  # too small for a window of MS-SSIM
-        return decibel_text(mean)
-    return f"{decibel_text(mean)}, MS-SSIM {sum(ms_ssim(a, b) for a, b in pairs) / len(pairs):.4f}"
+    lines = [f"PSNR {decibel_text(sum(psnr(a, b) for a, b in pairs) / len(pairs))}"]
+    if min(full.shape[1:3]) >= 11:  # MS-SSIM needs a window
+        lines.append(f"MS-SSIM {sum(ms_ssim(a, b) for a, b in pairs) / len(pairs):.4f}")
+    return lines
 
 
 def _bytes(picture: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

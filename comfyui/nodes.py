@@ -258,7 +258,7 @@ class SaveShrunkLora(io.ComfyNode):
     @classmethod
     def execute(cls, shrunk, name, overwrite) -> io.NodeOutput:
         paths = logic.save(shrunk, name, overwrite=overwrite)
-        text = "\n".join([f"saved {paths[0]}", *(f"and {path.name}" for path in paths[1:])])
+        text = "\n".join([f"saved {paths[0].name}", *(f"and {path.name}" for path in paths[1:])])
         return io.NodeOutput(str(paths[0]), ui=ui.PreviewText(text))
 
 

@@ -226,13 +226,13 @@ def test_a_grid_has_a_column_for_each_lora_and_tells_psnr(lora):
     other = (full + 0.05 * torch.randn(full.shape, generator=generator)).clamp(0, 1)
     shrunk = logic.shrink(str(lora), ls.Recipe.parse("rank=4"))
     image = logic.grid(full, [(other, shrunk), (full, None)], shrunk.bytes_before)
-    gap, top = 12, 60
-    assert image.shape == (1, top + 2 * (64 + gap), gap + 3 * (96 + gap), 3)
-    left = gap + 96 + gap
-    assert torch.allclose(image[0, top : top + 64, left : left + 96], other[0], atol=1 / 255)
+    enlarged = other[0].repeat_interleave(2, 0).repeat_interleave(2, 1)  # to about 256 pixels
+    top, left, gap = 12 + 3 * 24, 12 + 192 + 12, 12
+    assert image.shape == (1, top + 2 * (128 + gap), gap + 3 * (192 + gap), 3)
+    assert torch.allclose(image[0, top : top + 128, left : left + 192], enlarged, atol=1 / 255)
     a, b = ((picture * 255).round().byte().numpy() for picture in (full, other))
     expected = np.mean([peak_signal_noise_ratio(x, y, data_range=255) for x, y in zip(a, b, strict=True)])
-    assert f"{expected:.1f} dB" in logic._likeness(full, other)
+    assert f"PSNR {expected:.1f} dB" in logic._likeness(full, other)
 
 
 def test_pictures_of_other_sizes_are_refused(lora):
@@ -293,6 +293,7 @@ def test_a_merged_lora_is_named_after_its_parts(lora, tmp_path):
     heart = shutil.copy(EXAMPLE / "loras" / "heart.safetensors", tmp_path / "heart.safetensors")
     merged = logic.shrink(logic.sum_of([(str(lora), 1.0), (str(heart), 0.5)]), ls.Recipe.parse("rank=4"))
     assert [path.name for path in logic.save(merged)] == ["style+heart_rank4.safetensors"]
+    assert logic.report(merged).startswith("1 × style.safetensors + 0.5 × heart.safetensors\n")
 
 
 # --- installing ---------------------------------------------------------------------------------
