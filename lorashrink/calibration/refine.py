@@ -24,6 +24,7 @@ from lorashrink.adapters import Adapter, Layer, open_adapter
 from lorashrink.bases import Base, open_base
 from lorashrink.calibration.denoising import denoiser_inputs, draw_latents, guided, step_width, with_inputs
 from lorashrink.calibration.models import model_dtype, open_frozen_pipeline, pipeline_arguments
+from lorashrink.calibration.scaling import DAMPINGS, effects, ridge
 from lorashrink.calibration.sites import Watched, by_weight, forward_hooks, modules_of, pieces, watched
 from lorashrink.engine.delta import Delta
 from lorashrink.engine.devices import pick_device
@@ -56,6 +57,8 @@ _HELD = 4  # one picture in so many is held out
 
 _MOST_HELD = 48  # sampling steps of the held-out error
 
+_MOST_SCALED = 128  # sampling steps of the closed form; more gain nothing
+
 _PIXELS = 1 << 20  # that go through the model at once; at least one picture does
 
 # A smaller error is rounding, as a share of the prediction; a smaller gain is chance, as a share of the error.
@@ -77,6 +80,7 @@ class Refined:
     loss_after: float  # of the numbers as written
     improved: bool  # otherwise all tensors are those of the source
     seconds: float
+    loss_scaled: float | None = None  # after the closed form, None without it
 
 
 def refine(
@@ -89,6 +93,7 @@ def refine(
     seeds: Sequence[int] = (0,),
     steps: int = 120,
     batch: int = 8,
+    closed_form: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
@@ -102,6 +107,7 @@ def refine(
     like: the adapter that `shrunk` was made of. model: as for `calibrate`. prompts: as for `sweep`, best with the words
     that call what the adapter was taught; default are general ones. seeds: each prompt is drawn with each of them.
     steps: of Adam, fewer if nothing is gained any more. batch: sampling steps of pictures per step of Adam.
+    closed_form: before that, each dimension gets a factor by regression, where held-out predictions gain by it.
     dtype: of the model; auto is fp32 on a CPU, else bf16. Factors are always trained in fp32.
 
     Raises:
@@ -112,8 +118,8 @@ def refine(
     """
     started = time.perf_counter()
     source, reference, target = Path(shrunk), Path(like), Path(output)
-    if steps < 1 or batch < 1:
-        raise UsageError("steps, and the batch of each, are at least 1.")
+    if steps < 0 or batch < 1 or not (steps or closed_form):
+        raise UsageError("steps, and the batch of each, are at least 1; no steps are enough for the closed form alone.")
     if target.suffix != ".safetensors":
         raise UsageError(f"{target}: is written as a safetensors file; give a name that ends in .safetensors.")
     check_output(target, force=force, inputs=[source, reference, Path(model)])
@@ -144,6 +150,8 @@ def refine(
         stack.enter_context(_added(layers))
         search = _Search(layers, pipeline, kind, timesteps, batch)
         with enough_memory(f"{model}: training does not fit into memory", device, _SMALLER):
+            if closed_form:
+                search.scale(progress)
             search.run(steps, progress)
         improved = search.settle()
         _write(target, adapter, layers if improved else (), reference, search.steps)
@@ -159,6 +167,7 @@ def refine(
         loss_after=search.after,
         improved=improved,
         seconds=time.perf_counter() - started,
+        loss_scaled=search.scaled,
     )
 
 
@@ -353,14 +362,43 @@ class _Search:
         self.unit = sum(timestep.size for timestep in self.trained) / len(self.trained) * self.batch
         self.steps, self.rates = 0, list[float]()
         self.before = self.after = self._held_out_error(self.start)
+        self.scaled: float | None = None
         if not math.isfinite(self.before):
             raise NonFinite(
                 "the model predicts NaN or infinity with the shrunk adapter. Use another --dtype, e.g. fp32."
             )
 
+    def scale(self, progress: Progress | None) -> None:
+        """Give each dimension the factor of the ridge regression that is best on the time steps held out, if any is."""
+        self.scaled = self.before
+        if self.before <= _ROUNDING:
+            return
+        ups = [layer.up for layer in self.layers]
+        chosen = self.trained[:: math.ceil(len(self.trained) / _MOST_SCALED)]
+        generator = torch.Generator().manual_seed(0)
+        rows, missing = [], []
+        for number, timestep in enumerate(chosen, 1):
+            with torch.enable_grad():
+                prediction = _predict(self.pipeline, self.kind, [timestep])
+                noise = torch.randn(prediction.shape, generator=generator) * math.sqrt(timestep.width)
+                rows.append(effects((prediction * noise.to(prediction.device)).sum(), ups))
+            missing.append(((timestep.target - prediction.detach().cpu()) * noise).sum().double())
+            if progress:
+                progress("scaling", number, len(chosen))
+        for damping in DAMPINGS:
+            deltas = ridge(torch.stack(rows), torch.stack(missing), damping)
+            values = _copies(self.start)
+            for up, delta in zip(values[::2], deltas.split([up.shape[1] for up in ups]), strict=True):
+                up *= (1 + delta).to(up)
+            loss = self._held_out_error(values)
+            if loss < self.after:  # NaN is not
+                self.best, self.after = values, loss
+        self.scaled = self.after
+        self._set_factors(self.best)
+
     def run(self, steps: int, progress: Progress | None) -> None:
         """Train for so many steps, or until nothing is gained any more."""
-        rate, optimizer, mean, age = _RATE, self._optimizer(), _copies(self.start), 0
+        rate, optimizer, mean, age = _RATE, self._optimizer(), _copies(self.best), 0
         generator = torch.Generator().manual_seed(0)
         while self.before > _ROUNDING and self.steps < steps and rate > _SLOWEST:
             self.rates += [] if self.rates[-1:] == [rate] else [rate]

@@ -21,9 +21,12 @@ def print_refined(result: Refined, terminal: Terminal | None = None) -> None:
     effort = f"{result.steps} steps on {result.layers} layers in {result.seconds:.0f} s"
     if result.improved:
         share = result.loss_after / result.loss_before
+        scaled = (
+            "" if result.loss_scaled is None else f", {result.loss_scaled / result.loss_before:.0%} by factors alone"
+        )
         say(
             f"{result.path}: {effort}; the squared error of predictions that were not trained on is {share:.0%} of "
-            "before"
+            f"before{scaled}"
         )
     else:
         say(f"{result.path}: {effort} made nothing better; its tensors are those of {result.source}")
@@ -40,8 +43,11 @@ def refine(
     ] = None,
     prompts: DrawnPrompts = None,
     seeds: DrawnSeeds = "0",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps, at most.")] = 120,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Training steps, at most.")] = 120,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sampling steps of pictures in each of them.")] = 8,
+    closed_form: Annotated[
+        bool, typer.Option(help="First give each dimension a factor by regression, where that gains.")
+    ] = True,
     dtype: Annotated[str, typer.Option("--dtype", "-t", help="Of the model: auto, fp32, bf16 or fp16.")] = "auto",
     device: Device = "auto",
     force: Force = False,
@@ -63,6 +69,7 @@ def refine(
         seeds=seeds_of(seeds),
         steps=steps,
         batch=batch,
+        closed_form=closed_form,
         device=device,
         dtype=dtype,
         force=force,
