@@ -5,12 +5,16 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+# Folders of the repository's root -> where they are in the wheel.
+FOLDERS = {folder: name.replace(".", "/") for name, folder in SETTINGS["package-dir"].items() if "/" not in folder}
 CACHES = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
 
 
@@ -26,7 +30,7 @@ def build(project: Path, folder: Path) -> Path:
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both wheels, made from a copy of the sources."""
     copy, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheels")
-    for folder in ("lorashrink", "plots", "train", "example"):
+    for folder in ("lorashrink", *FOLDERS, "example"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=CACHES)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -40,11 +44,13 @@ def contents(wheel: Path) -> set[str]:
 
 def sources(folder: Path, name: str) -> set[str]:
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {f"{name}/{path.as_posix()}" for path in files if "__pycache__" not in path.parts and path.suffix != ".md"}
+    return {
+        f"{name}/{path.as_posix()}" for path in files if "__pycache__" not in path.parts and path.name != "README.md"
+    }
 
 
 def test_wheel_has_every_file_of_its_packages(wheels: dict[str, Path]) -> None:
-    parts = {"lorashrink": "lorashrink", "plots": "lorashrink/plots", "train": "lorashrink/train"}
+    parts = {"lorashrink": "lorashrink"} | FOLDERS
     expected = set().union(*(sources(ROOT / folder, name) for folder, name in parts.items()))
     assert contents(wheels["lorashrink"]) == expected
 

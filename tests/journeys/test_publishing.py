@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ def test_dockerfile_copies_only_what_exists() -> None:
     assert len(names) >= 8
     assert all((ROOT / name).exists() for name in names)
     assert {f"!{name}" for name in names} <= set((ROOT / ".dockerignore").read_text().splitlines())
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert {folder.partition("/")[0] for folder in settings["package-dir"].values()} <= set(names)
 
 
 @pytest.mark.skipif(not docker_runs(), reason="no Docker daemon runs here")
