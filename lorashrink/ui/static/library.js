@@ -26,7 +26,7 @@ export class LibraryView {
     this.tick = tick;
     this.list = byId("list");
     this.body = this.list.querySelector("tbody");
-    this.measured = new Set();
+    this.measuresAll = false;
     this.measureShown = debounced(() => this.askForSizes(), QUIET);
 
     this.list.addEventListener("scroll", () => this.draw(), { passive: true });
@@ -60,7 +60,7 @@ export class LibraryView {
 
   clear() {
     this.rows.clear();
-    this.measured.clear();
+    this.lastRequest = "";
   }
 
   adapters() {
@@ -175,26 +175,25 @@ export class LibraryView {
     );
   }
 
-  // The rows that can be seen are measured, and those that somebody asked for.
+  // The rows that can be seen are measured first; all others only if somebody wants that.
   askForSizes() {
     const visible = this.shown.slice(this.first, this.last).filter((row) => row.state === "listed" || needsSize(row));
-    const requested = [...this.measured].filter((id) => this.rows.has(id) && needsSize(this.rows.get(id)));
-    const ids = [...new Set([...visible.map((row) => row.id), ...requested])];
-    const request = [ids, visible.map((row) => row.state)].join();
+    const ids = visible.map((row) => row.id);
+    const request = [ids, visible.map((row) => row.state), this.measuresAll].join();
     if (request !== this.lastRequest) {
       this.lastRequest = request;
-      if (ids.length) post("measure", { ids }).catch(() => (this.lastRequest = ""));
+      post("measure", { ids, all: this.measuresAll }).catch(() => (this.lastRequest = ""));
     }
   }
 
   measureAll() {
-    for (const row of this.shown) if (needsSize(row)) this.measured.add(row.id);
+    this.measuresAll = true;
     this.askForSizes();
     this.sayTotals();
   }
 
   get waiting() {
-    return this.shown.slice(this.first, this.last).some(needsSize) || [...this.measured].some((id) => this.rows.has(id) && needsSize(this.rows.get(id)));
+    return (this.measuresAll ? this.adapters() : this.shown.slice(this.first, this.last)).some(needsSize);
   }
 
   move(event) {
@@ -261,7 +260,7 @@ export class LibraryView {
     }
     set(byId("totals"), parts.join("; "));
     set(byId("folders"), (this.folders ?? []).join("\n"));
-    byId("measure").hidden = !adapters.some((row) => needsSize(row) && !this.measured.has(row.id));
+    byId("measure").hidden = this.measuresAll || !adapters.some(needsSize);
     const note = this.outside
       ? `Left out: ${countText(this.outside, "link")} to files outside of the folder. Start lorashrink ui with their folder too.`
       : "";
