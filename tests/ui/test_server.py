@@ -296,6 +296,28 @@ def test_a_job_that_is_cancelled_keeps_what_is_finished(start: Start, tmp_path: 
     assert not (folder / "shrunk").exists()
 
 
+def test_drawing_ends_after_the_picture_that_is_being_drawn(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    shutil.copy(STYLE, folder)
+    shutil.copytree(EXAMPLE / "model", folder / "model")
+    server = start(folder)
+    prompts = "\n".join(f"a red circle --w 64 --h 64 --s 1 --d {seed}" for seed in range(16))
+    request = {"id": server.row("style.safetensors")["id"], "model": server.row("model")["id"], "prompts": prompts}
+    job = server.post("pictures", **request, by="rank", value=2)
+    until(lambda: server.get(f"jobs/{job['id']}"), lambda job: job["done"] >= 1)
+    server.post(f"jobs/{job['id']}/cancel")
+    ended = server.finished(job)
+    assert (ended["state"], ended["results"]) == ("cancelled", [])
+    kept = len(list((tmp_path / "cache" / "lorashrink" / "pictures").glob("*.png")))
+    assert ended["done"] <= kept <= ended["done"] + 1 < 16
+    for prompts, steps, text in (("", 1, "nothing to draw"), ("a\n" * 17, 1, "at most 16"), ("a", 0, "steps")):
+        body = json.dumps({**request, "prompts": prompts, "steps": steps, "by": "rank", "value": 2}).encode()
+        status, _, answer = server.request("/api/pictures", data=body)
+        assert status == 400
+        assert text in json.loads(answer)["error"]
+
+
 # --- files that are dropped -------------------------------------------------------------------------
 
 

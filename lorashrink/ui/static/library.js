@@ -74,7 +74,7 @@ export class LibraryView {
     const family = byId("family").value;
     const show = byId("show").value;
     const kept = adapters.filter((row) => {
-      const text = `${row.name} ${row.folder} ${row.title} ${row.trigger} ${row.family} ${row.algo}`.toLowerCase();
+      const text = `${row.name} ${row.folder} ${row.title} ${row.trigger} ${row.family} ${row.algo} ${row.trained_on}`.toLowerCase();
       return (
         words.every((word) => text.includes(word)) &&
         (family === "" || row.family === family) &&
@@ -168,7 +168,8 @@ export class LibraryView {
             row.error ? "cannot be read" : "unusual") : null,
           about.filter(Boolean).join(" · ")),
       ),
-      el("td", { className: "text family" }, row.state === "listed" ? "…" : [row.family ?? "–", el("small", {}, row.algo)]),
+      el("td", { className: "text family", title: row.trained_on && `trained on ${row.trained_on}` },
+        row.state === "listed" ? "…" : [row.family ?? "–", el("small", {}, row.trained_on || row.algo)]),
       el("td", { className: "rank" }, row.rank || "–"),
       el("td", { className: "size" }, sizeText(row.bytes)),
       el("td", { className: "saving" }, savingCell(row)),
