@@ -167,6 +167,24 @@ def test_only_what_changed_is_sent_again(server: Server) -> None:
     assert 0 < changes["rows"][0]["saving"]["bytes"] < HEART.stat().st_size
 
 
+def test_strange_things_in_a_folder_do_not_stop_the_list(start: Start, tmp_path: Path) -> None:
+    """Pipes, folders in folders in folders, folders without rights, and links in a circle."""
+    folder = tmp_path / "loras"
+    deep = folder.joinpath(*["d"] * 100)
+    deep.mkdir(parents=True)
+    shutil.copy(HEART, deep / "deep.safetensors")
+    os.mkfifo(folder / "pipe.json")
+    os.mkfifo(folder / "pipe.safetensors")
+    (folder / "circle").symlink_to(folder)
+    (folder / "empty.safetensors").touch()
+    (folder / "closed").mkdir(mode=0)
+    server = start(folder)
+    rows = {row["name"]: row for row in server.rows()}
+    assert set(rows) == {"deep.safetensors", "pipe.safetensors", "empty.safetensors"}
+    assert rows["deep.safetensors"]["kind"] == "adapter"
+    assert (rows["pipe.safetensors"]["state"], rows["empty.safetensors"]["state"]) == ("failed", "failed")
+
+
 def test_names_that_are_no_text_are_listed_and_shrunk(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "loras"
     folder.mkdir()

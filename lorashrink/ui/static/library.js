@@ -86,7 +86,7 @@ export class LibraryView {
     });
     const value = SORTS[this.sort.key];
     const sign = this.sort.falling ? -1 : 1;
-    kept.sort((a, b) => order(value(a), value(b), sign) || order(a.name, b.name, 1));
+    kept.sort((a, b) => order(value(a), value(b), sign) || order(a.name, b.name, 1) || order(a.folder || " ", b.folder || " ", 1));
     this.shown = kept;
     for (const head of this.list.querySelectorAll("[data-sort]")) {
       if (head.dataset.sort === this.sort.key) {
