@@ -22,7 +22,7 @@ from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.outputs import source_files
 from lorashrink.text import count_text
 from lorashrink.ui import drawing, measuring
-from lorashrink.ui.folders import Folders
+from lorashrink.ui.folders import Folders, open_roots
 from lorashrink.ui.goals import DTYPES, Help, command_line, dtype_of, recipe_of
 from lorashrink.ui.jobs import Cancelled, Job, Jobs
 from lorashrink.ui.library import Entry, Library, Saving, identity_of
@@ -40,9 +40,10 @@ class Application:
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
         """Raises UsageError if a folder cannot be read."""
+        roots = open_roots(folders)
         self.run = secrets.token_hex(6)  # tells a page that the server was started again
         self.uploads = Path(os.path.realpath(tempfile.mkdtemp(prefix="lorashrink-ui-")))
-        self.folders = Folders.open(folders, self.uploads)
+        self.folders = Folders(roots, self.uploads)
         self.library = Library(self.folders)
         self.jobs = Jobs()
         self.measurer = Measurer()

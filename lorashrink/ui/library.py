@@ -186,7 +186,10 @@ class Library:
                 items = [item for item in os.scandir(folder) if not item.name.startswith(".")]
                 names = {item.name for item in items}
                 if _MODEL_INDEX in names or (peft.CONFIG_FILE in names and names & {*peft.WEIGHTS_FILES}):
-                    entries += self._entry(folder, root)
+                    if self.folders.holds(folder):
+                        entries += self._entry(folder, root)
+                    else:
+                        outside += 1
                     continue
                 for item in items:
                     path = Path(item.path)

@@ -137,6 +137,25 @@ def test_links_out_of_the_folder_are_left_out_and_counted(server: Server) -> Non
     assert server.get("state")["library"]["outside"] == 1
 
 
+def test_folders_with_links_to_the_outside_are_left_out(start: Start, tmp_path: Path) -> None:
+    folder, outside = tmp_path / "loras", tmp_path / "outside"
+    shutil.copytree(EXAMPLE / "model", folder / "model")
+    outside.mkdir()
+    for name in ("adapter", "own"):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
+    shutil.copy(HEART, outside / "adapter_model.safetensors")
+    shutil.copy(HEART, folder / "own" / "adapter_model.safetensors")
+    (folder / "adapter" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    server = start(folder)
+    assert {row["name"] for row in server.rows()} == {"model", "own"}
+    assert server.get("state")["library"]["outside"] == 1
+    shutil.move(folder / "model" / "unet", outside)
+    (folder / "model" / "unet").symlink_to(outside / "unet")
+    server.post("rescan")
+    assert {row["name"] for row in server.rows()} == {"own"}
+
+
 def test_a_file_that_became_a_link_to_the_outside_is_not_read(server: Server, library: Path, tmp_path: Path) -> None:
     path = library / "swapped.safetensors"
     shutil.copy(HEART, path)
