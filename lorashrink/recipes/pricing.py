@@ -16,13 +16,13 @@ from lorashrink.errors import RecipeError
 from lorashrink.recipes.choice import Selection, adjusted, budget, score, select, size_for, widths_of
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.recipes.quality import ANCHOR, ROUNDING_IN_CHOICES, allowed_distortion, distortion, predicted_db
-from lorashrink.recipes.terms import LayerFacts, Values
+from lorashrink.recipes.terms import LayerFacts
 from lorashrink.text import size_text
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from lorashrink.recipes.terms import Indices
+    from lorashrink.recipes.terms import Indices, Values
 
     Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 

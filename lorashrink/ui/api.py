@@ -82,7 +82,11 @@ def server_app(
     routes = [
         ("/api/state", get, lambda request, values: application.state(_whole(values.get("since", 0)))),
         ("/api/rescan", post, lambda request, values: application.library.scan()),
-        ("/api/measure", post, lambda request, values: application.measure(_ids(values))),
+        (
+            "/api/measure",
+            post,
+            lambda request, values: application.measure(_ids(values), everything=values.get("all") is True),
+        ),
         ("/api/adapters/{id}", get, lambda request, values: application.adapter(path_id(request))),
         ("/api/adapters/{id}/curve", get, lambda request, values: application.curve(path_id(request), values)),
         ("/api/adapters/{id}/at", get, lambda request, values: application.at(path_id(request), _goal(values))),

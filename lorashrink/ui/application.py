@@ -22,7 +22,7 @@ from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.outputs import source_files
 from lorashrink.text import count_text
 from lorashrink.ui import drawing, measuring
-from lorashrink.ui.folders import Folders
+from lorashrink.ui.folders import Folders, open_roots
 from lorashrink.ui.goals import DTYPES, Help, command_line, dtype_of, recipe_of
 from lorashrink.ui.jobs import Cancelled, Job, Jobs
 from lorashrink.ui.library import Entry, Library, Saving, identity_of
@@ -30,6 +30,7 @@ from lorashrink.ui.measuring import Measurer
 from lorashrink.ui.outputs import Written, free_output
 
 _STOP_SECONDS = 10.0  # that a job gets to end
+_LOOK_SECONDS = 1.0
 _PAUSE_SECONDS = 0.2  # before it is looked again whether there is time for what nobody waits for
 _MOST_STEPS = 100  # of a picture
 
@@ -39,13 +40,15 @@ class Application:
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
         """Raises UsageError if a folder cannot be read."""
+        roots = open_roots(folders)
         self.run = secrets.token_hex(6)  # tells a page that the server was started again
         self.uploads = Path(os.path.realpath(tempfile.mkdtemp(prefix="lorashrink-ui-")))
-        self.folders = Folders.open(folders, self.uploads)
+        self.folders = Folders(roots, self.uploads)
         self.library = Library(self.folders)
         self.jobs = Jobs()
         self.measurer = Measurer()
         self._to_measure: deque[str] = deque()  # ids, those that are on the screen first
+        self._measures_all = False
         self._lock = threading.Lock()
         self._measure = threading.Event()
         self._in_front = 0  # requests that somebody waits for
@@ -75,7 +78,8 @@ class Application:
         self.library.read_headers()
 
     def _measure_savings(self) -> None:
-        while self._measure.wait() and not self._stopped:
+        while not self._stopped:
+            self._measure.wait(_LOOK_SECONDS)  # headers that are read meanwhile are a reason to go on too
             self._measure.clear()
             while (identity := self._next_to_measure()) and not self._stopped:
                 while self._busy and not self._stopped:
@@ -84,7 +88,10 @@ class Application:
 
     def _next_to_measure(self) -> str | None:
         with self._lock:
-            return self._to_measure.popleft() if self._to_measure else None
+            if self._to_measure:
+                return self._to_measure.popleft()
+        entries = self.library.entries() if self._measures_all else []
+        return next((entry.id for entry in entries if _unmeasured(entry)), None)
 
     @property
     def _busy(self) -> bool:
@@ -94,7 +101,7 @@ class Application:
     def _measure_saving(self, identity: str) -> None:
         with contextlib.suppress(InputError):  # it was deleted meanwhile
             entry = self.library.get(identity)
-            if entry.kind != "adapter" or not entry.layers or entry.saving or entry.saving_error:
+            if not _unmeasured(entry):
                 return
             try:
                 point = measuring.saving(entry.path)
@@ -124,11 +131,12 @@ class Application:
             "jobs": [job.document() for job in self.jobs.all()],
         }
 
-    def measure(self, identities: Sequence[str]) -> None:
-        """Find out in the background how small these adapters could be; earlier requests are dropped.
+    def measure(self, identities: Sequence[str], *, everything: bool = False) -> None:
+        """Find out in the background how small these adapters could be, or these and then all; drops earlier requests.
 
         Headers of theirs that are unread come first.
         """
+        self._measures_all = everything
         self.library.read_first(identities)
         with self._lock:
             self._to_measure = deque(identities)
@@ -310,6 +318,10 @@ class Application:
             raise
         self.library.scan()
         return identity_of(path)
+
+
+def _unmeasured(entry: Entry) -> bool:
+    return entry.kind == "adapter" and entry.layers > 0 and not (entry.shrunk or entry.saving or entry.saving_error)
 
 
 def _shrunk(entry: Entry, output: Path, result: FileResult) -> dict[str, Any]:

@@ -18,12 +18,14 @@ from lorashrink.bases import norm_table, open_base
 from lorashrink.errors import InputError, LorashrinkError, explained
 from lorashrink.files.header import read_header
 from lorashrink.files.metadata_keys import SOURCE
+from lorashrink.files.store import open_file
 from lorashrink.insight.inspection import inspect
 from lorashrink.results.inspection import AdapterTable
 from lorashrink.text import span_text
 from lorashrink.ui.folders import Folders
 
 _STATISTICS = "lorashrink-statistics"  # the format that `calibrate` writes; its module would import torch
+_SUFFIXES = (".safetensors", ".gguf")
 _MODEL_INDEX = "model_index.json"
 _DROPPED = "dropped here"  # the folder that is shown for files that were dropped onto the page
 _PEEK = 300  # bytes of a .json file in which a norm table says what it is
@@ -131,11 +133,10 @@ class Library:
     def scan(self) -> None:
         """List the folders; entries that are new or have changed are read in the background."""
         with self._scanning:
-            listed: dict[str, Entry] = {}
-            self.outside = 0
-            for root in (*self.folders.roots, self.folders.dropped):
-                listed |= {entry.id: entry for entry in self._list(root, root)}
+            lists = [self._list(root) for root in (*self.folders.roots, self.folders.dropped)]
+            listed = {entry.id: entry for entries, _ in lists for entry in entries}
             with self._lock:
+                self.outside = sum(outside for _, outside in lists)
                 self._revision += 1
                 for identity in self._entries.keys() - listed.keys():
                     del self._entries[identity]
@@ -174,23 +175,31 @@ class Library:
         self._stopped.set()
         self._unread.set()
 
-    def _list(self, folder: Path, root: Path) -> Iterator[Entry]:
-        with contextlib.suppress(OSError):  # a folder that may not be read has no entries
-            items = sorted(os.scandir(folder), key=lambda item: item.name)
-            names = {item.name for item in items}
-            if _MODEL_INDEX in names or (peft.CONFIG_FILE in names and names & {*peft.WEIGHTS_FILES}):
-                yield from self._entry(folder, root)
-                return
-            for item in items:
-                if item.name.startswith("."):
+    def _list(self, root: Path) -> tuple[list[Entry], int]:
+        """The entries of a folder and of those below it, and the number of links that lead out of all folders."""
+        entries: list[Entry] = []
+        outside = 0
+        folders = [root]
+        while folders:
+            folder = folders.pop()
+            with contextlib.suppress(OSError):  # a folder that may not be read has no entries
+                items = [item for item in os.scandir(folder) if not item.name.startswith(".")]
+                names = {item.name for item in items}
+                if _MODEL_INDEX in names or (peft.CONFIG_FILE in names and names & {*peft.WEIGHTS_FILES}):
+                    if self.folders.holds(folder):
+                        entries += self._entry(folder, root)
+                    else:
+                        outside += 1
                     continue
-                path = Path(item.path)
-                if item.is_symlink() and self.folders.root_of(path) is None:
-                    self.outside += 1
-                elif item.is_dir(follow_symlinks=False):
-                    yield from self._list(path, root)
-                elif path.suffix in (".safetensors", ".gguf") or (path.suffix == ".json" and _is_norm_table(path)):
-                    yield from self._entry(path, root)
+                for item in items:
+                    path = Path(item.path)
+                    if item.is_symlink() and self.folders.root_of(path) is None:
+                        outside += 1
+                    elif item.is_dir(follow_symlinks=False):
+                        folders.append(path)
+                    elif path.suffix in _SUFFIXES or (path.suffix == ".json" and _is_norm_table(path)):
+                        entries += self._entry(path, root)
+        return entries, outside
 
     def _entry(self, path: Path, root: Path) -> Iterator[Entry]:
         with contextlib.suppress(OSError):
@@ -208,7 +217,7 @@ def identity_of(path: Path) -> str:
 
 
 def _is_norm_table(path: Path) -> bool:
-    with contextlib.suppress(OSError), open(path, "rb") as handle:
+    with contextlib.suppress(OSError), open_file(path) as handle:
         return norm_table.FORMAT.encode() in handle.read(_PEEK)
     return False
 

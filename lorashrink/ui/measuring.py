@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorashrink.results.prepared import Outcome
     from lorashrink.shrinking.prepared import Prepared
 
+_POINTS = 16  # of a curve; of a large adapter each takes some hundredths of a second
 _KEPT = 3  # prepared adapters that answer at once
 
 _Key = tuple[Path, int, int, Help]  # path, bytes, time of the last change
@@ -49,7 +50,7 @@ class Measurer:
     def curve(self, path: Path, help: Help, dtype: str) -> dict[str, Any]:
         """Points of size (bytes) against error (relative, of ΔW), smallest first, and what each quality gives."""
         prepared = self.prepared(path, help)
-        curve = prepared.curve(help.score.rstrip(","), dtype=dtype)
+        curve = prepared.curve(help.score.rstrip(","), dtype=dtype, points=_POINTS)
         qualities = {name: _point(prepared.at(recipe_of({"by": "quality", "value": name}, help))) for name in QUALITIES}
         points = [{"bytes": size, "error": error} for size, error in curve.points]
         return {"points": points, "qualities": qualities}

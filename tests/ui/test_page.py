@@ -371,7 +371,7 @@ def test_a_phone_shows_one_thing_at_a_time_without_sideways_scrolling(browser: B
         page.open("style")
         assert not page.page.locator("#library").is_visible()
         assert page.page.evaluate("document.documentElement.scrollWidth") <= 390
-        page.page.get_by_role("button", name="Close").click()
+        page.page.get_by_role("button", name="Close", exact=True).click()
         expect(page.page.locator("#library")).to_be_visible()
 
 

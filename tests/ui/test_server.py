@@ -138,6 +138,25 @@ def test_links_out_of_the_folder_are_left_out_and_counted(server: Server) -> Non
     assert server.get("state")["library"]["outside"] == 1
 
 
+def test_folders_with_links_to_the_outside_are_left_out(start: Start, tmp_path: Path) -> None:
+    folder, outside = tmp_path / "loras", tmp_path / "outside"
+    shutil.copytree(EXAMPLE / "model", folder / "model")
+    outside.mkdir()
+    for name in ("adapter", "own"):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
+    shutil.copy(HEART, outside / "adapter_model.safetensors")
+    shutil.copy(HEART, folder / "own" / "adapter_model.safetensors")
+    (folder / "adapter" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    server = start(folder)
+    assert {row["name"] for row in server.rows()} == {"model", "own"}
+    assert server.get("state")["library"]["outside"] == 1
+    shutil.move(folder / "model" / "unet", outside)
+    (folder / "model" / "unet").symlink_to(outside / "unet")
+    server.post("rescan")
+    assert {row["name"] for row in server.rows()} == {"own"}
+
+
 def test_a_file_that_became_a_link_to_the_outside_is_not_read(server: Server, library: Path, tmp_path: Path) -> None:
     path = library / "swapped.safetensors"
     shutil.copy(HEART, path)
@@ -166,6 +185,24 @@ def test_only_what_changed_is_sent_again(server: Server) -> None:
     changes = until(lambda: server.get(f"state?since={revision}")["library"], lambda library: library["rows"])
     assert [row["id"] for row in changes["rows"]] == [identity]
     assert 0 < changes["rows"][0]["saving"]["bytes"] < HEART.stat().st_size
+
+
+def test_strange_things_in_a_folder_do_not_stop_the_list(start: Start, tmp_path: Path) -> None:
+    """Pipes, folders in folders in folders, folders without rights, and links in a circle."""
+    folder = tmp_path / "loras"
+    deep = folder.joinpath(*["d"] * 100)
+    deep.mkdir(parents=True)
+    shutil.copy(HEART, deep / "deep.safetensors")
+    os.mkfifo(folder / "pipe.json")
+    os.mkfifo(folder / "pipe.safetensors")
+    (folder / "circle").symlink_to(folder)
+    (folder / "empty.safetensors").touch()
+    (folder / "closed").mkdir(mode=0)
+    server = start(folder)
+    rows = {row["name"]: row for row in server.rows()}
+    assert set(rows) == {"deep.safetensors", "pipe.safetensors", "empty.safetensors"}
+    assert rows["deep.safetensors"]["kind"] == "adapter"
+    assert (rows["pipe.safetensors"]["state"], rows["empty.safetensors"]["state"]) == ("failed", "failed")
 
 
 def test_names_that_are_no_text_are_listed_and_shrunk(start: Start, tmp_path: Path) -> None:
@@ -295,6 +332,28 @@ def test_a_job_that_is_cancelled_keeps_what_is_finished(start: Start, tmp_path: 
     assert len(written) < 30
     assert server.post(f"jobs/{job['id']}/undo")["deleted"] == len(written)
     assert not (folder / "shrunk").exists()
+
+
+def test_drawing_ends_after_the_picture_that_is_being_drawn(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    shutil.copy(STYLE, folder)
+    shutil.copytree(EXAMPLE / "model", folder / "model")
+    server = start(folder)
+    prompts = "\n".join(f"a red circle --w 64 --h 64 --s 1 --d {seed}" for seed in range(16))
+    request = {"id": server.row("style.safetensors")["id"], "model": server.row("model")["id"], "prompts": prompts}
+    job = server.post("pictures", **request, by="rank", value=2)
+    until(lambda: server.get(f"jobs/{job['id']}"), lambda job: job["done"] >= 1)
+    server.post(f"jobs/{job['id']}/cancel")
+    ended = server.finished(job)
+    assert (ended["state"], ended["results"]) == ("cancelled", [])
+    kept = len(list((tmp_path / "cache" / "lorashrink" / "pictures").glob("*.png")))
+    assert ended["done"] <= kept <= ended["done"] + 1 < 16
+    for prompts, steps, text in (("", 1, "nothing to draw"), ("a\n" * 17, 1, "at most 16"), ("a", 0, "steps")):
+        body = json.dumps({**request, "prompts": prompts, "steps": steps, "by": "rank", "value": 2}).encode()
+        status, _, answer = server.request("/api/pictures", data=body)
+        assert status == 400
+        assert text in json.loads(answer)["error"]
 
 
 # --- files that are dropped -------------------------------------------------------------------------

@@ -57,10 +57,10 @@ export class JobsView {
       }
       this.changed();
     };
-    if (!over(job)) return [el("button", { type: "button", className: "cancel", onclick: ask("cancel") }, "Cancel")];
+    if (!over(job)) return [el("button", { type: "button", className: "cancel", "aria-label": `Cancel: ${job.title}`, onclick: ask("cancel") }, "Cancel")];
     return [
-      job.can_undo ? el("button", { type: "button", className: "undo", onclick: ask("undo"), title: "Delete what was written, and nothing else" }, "Undo") : null,
-      el("button", { type: "button", className: "hide", onclick: () => this.hide(job) }, "Close"),
+      job.can_undo ? el("button", { type: "button", className: "undo", "aria-label": `Undo: ${job.title}`, onclick: ask("undo"), title: "Delete what was written, and nothing else" }, "Undo") : null,
+      el("button", { type: "button", className: "hide", "aria-label": `Close: ${job.title}`, onclick: () => this.hide(job) }, "Close"),
     ].filter(Boolean);
   }
 

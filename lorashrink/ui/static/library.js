@@ -26,7 +26,7 @@ export class LibraryView {
     this.tick = tick;
     this.list = byId("list");
     this.body = this.list.querySelector("tbody");
-    this.measured = new Set();
+    this.measuresAll = false;
     this.measureShown = debounced(() => this.askForSizes(), QUIET);
 
     this.list.addEventListener("scroll", () => this.draw(), { passive: true });
@@ -60,7 +60,7 @@ export class LibraryView {
 
   clear() {
     this.rows.clear();
-    this.measured.clear();
+    this.lastRequest = "";
   }
 
   adapters() {
@@ -74,7 +74,7 @@ export class LibraryView {
     const family = byId("family").value;
     const show = byId("show").value;
     const kept = adapters.filter((row) => {
-      const text = `${row.name} ${row.folder} ${row.title} ${row.trigger} ${row.family} ${row.algo}`.toLowerCase();
+      const text = `${row.name} ${row.folder} ${row.title} ${row.trigger} ${row.family} ${row.algo} ${row.trained_on}`.toLowerCase();
       return (
         words.every((word) => text.includes(word)) &&
         (family === "" || row.family === family) &&
@@ -86,7 +86,7 @@ export class LibraryView {
     });
     const value = SORTS[this.sort.key];
     const sign = this.sort.falling ? -1 : 1;
-    kept.sort((a, b) => order(value(a), value(b), sign) || order(a.name, b.name, 1));
+    kept.sort((a, b) => order(value(a), value(b), sign) || order(a.name, b.name, 1) || order(a.folder || " ", b.folder || " ", 1));
     this.shown = kept;
     for (const head of this.list.querySelectorAll("[data-sort]")) {
       if (head.dataset.sort === this.sort.key) {
@@ -168,33 +168,33 @@ export class LibraryView {
             row.error ? "cannot be read" : "unusual") : null,
           about.filter(Boolean).join(" · ")),
       ),
-      el("td", { className: "text family" }, row.state === "listed" ? "…" : [row.family ?? "–", el("small", {}, row.algo)]),
+      el("td", { className: "text family", title: row.trained_on && `trained on ${row.trained_on}` },
+        row.state === "listed" ? "…" : [row.family ?? "–", el("small", {}, row.trained_on || row.algo)]),
       el("td", { className: "rank" }, row.rank || "–"),
       el("td", { className: "size" }, sizeText(row.bytes)),
       el("td", { className: "saving" }, savingCell(row)),
     );
   }
 
-  // The rows that can be seen are measured, and those that somebody asked for.
+  // The rows that can be seen are measured first; all others only if somebody wants that.
   askForSizes() {
     const visible = this.shown.slice(this.first, this.last).filter((row) => row.state === "listed" || needsSize(row));
-    const requested = [...this.measured].filter((id) => this.rows.has(id) && needsSize(this.rows.get(id)));
-    const ids = [...new Set([...visible.map((row) => row.id), ...requested])];
-    const request = [ids, visible.map((row) => row.state)].join();
+    const ids = visible.map((row) => row.id);
+    const request = [ids, visible.map((row) => row.state), this.measuresAll].join();
     if (request !== this.lastRequest) {
       this.lastRequest = request;
-      if (ids.length) post("measure", { ids }).catch(() => (this.lastRequest = ""));
+      post("measure", { ids, all: this.measuresAll }).catch(() => (this.lastRequest = ""));
     }
   }
 
   measureAll() {
-    for (const row of this.shown) if (needsSize(row)) this.measured.add(row.id);
+    this.measuresAll = true;
     this.askForSizes();
     this.sayTotals();
   }
 
   get waiting() {
-    return this.shown.slice(this.first, this.last).some(needsSize) || [...this.measured].some((id) => this.rows.has(id) && needsSize(this.rows.get(id)));
+    return (this.measuresAll ? this.adapters() : this.shown.slice(this.first, this.last)).some(needsSize);
   }
 
   move(event) {
@@ -261,7 +261,7 @@ export class LibraryView {
     }
     set(byId("totals"), parts.join("; "));
     set(byId("folders"), (this.folders ?? []).join("\n"));
-    byId("measure").hidden = !adapters.some((row) => needsSize(row) && !this.measured.has(row.id));
+    byId("measure").hidden = this.measuresAll || !adapters.some(needsSize);
     const note = this.outside
       ? `Left out: ${countText(this.outside, "link")} to files outside of the folder. Start lorashrink ui with their folder too.`
       : "";
