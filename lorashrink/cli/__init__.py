@@ -7,6 +7,8 @@ from lorashrink.cli.application import app, main
 from lorashrink.cli.calibrating import calibrate
 from lorashrink.cli.comparing import compare
 from lorashrink.cli.demonstrating import demo
+from lorashrink.cli.help import CommandHelp
+from lorashrink.cli.helping import help_of_command
 from lorashrink.cli.inspecting import inspect
 from lorashrink.cli.making import convert, extract, norms
 from lorashrink.cli.merging import merge
@@ -17,14 +19,21 @@ from lorashrink.cli.resizing import resize
 from lorashrink.cli.sweeping import sweep
 from lorashrink.cli.training import OWN_PARSER, train
 
-# In the order of the help.
+# `help` lists them in the groups of `help.GROUPS`.
 COMMANDS = (
     *(resize, inspect, compare, overlap, sweep, calibrate, refine),
     *(merge, report, extract, convert, norms, demo),
 )
 
+# Names that differ from those of the functions, and old names, which still work.
+_NAMES = {norms: "base-norms"}
+_OLD_NAMES = {"norms": norms}
+
 for _command in COMMANDS:
-    app.command()(_command)
-app.command(**OWN_PARSER)(train)
+    app.command(_NAMES.get(_command), cls=CommandHelp)(_command)
+for _name, _command in _OLD_NAMES.items():
+    app.command(_name, cls=CommandHelp, hidden=True)(_command)
+app.command(cls=CommandHelp, **OWN_PARSER)(train)
+app.command("help", cls=CommandHelp)(help_of_command)
 
 __all__ = ["COMMANDS", "app", "main"]

@@ -48,28 +48,26 @@ def calibrate(
     base_table: Annotated[
         Path | None, typer.Option("--base-table", help="In place of adapters: this model, once for all its adapters.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The statistics to write, a .safetensors file.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The .safetensors file to write.")] = None,
     prompts: DrawnPrompts = None,
     text: Annotated[
-        Path | None, typer.Option("--text", help="For language models: a file, of which each line is read.")
+        Path | None, typer.Option("--text", help="For language models: a text file; the model reads each line.")
     ] = None,
     seeds: DrawnSeeds = "0",
-    steps_used: Annotated[int, typer.Option("--steps-used", min=1, help="Steps of each picture that count.")] = 10,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Columns that a table keeps of each side.")] = 16,
-    loaded: Annotated[
-        bool, typer.Option("--loaded", help="Watch the model with the adapter on it, instead of without.")
-    ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", "-t", help="auto, fp32, bf16 or fp16.")] = "auto",
+    steps_used: Annotated[int, typer.Option("--steps-used", min=1, help="Steps of each picture to record.")] = 10,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Detail of the table: more is larger and better.")] = 16,
+    loaded: Annotated[bool, typer.Option("--loaded", help="Record the model with the LoRA loaded.")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", "-t", help="Of the model: auto, fp32, bf16 or fp16.")] = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> object:
-    """Watch a model draw, to learn which dimensions of an adapter its pictures need.
+    """Record what matters in a model, for smaller files at equal quality.
+
+    The model draws a few pictures. For each layer this records its typical inputs and how strongly its output affects
+    the picture. Recipes with calib use the result: resize -r calib,bytes,size=32 --calibration FILE.
 
     Example: lorashrink calibrate --model sdxl/ lora.safetensors -o statistics.safetensors
     Example: lorashrink calibrate --base-table sdxl/ -o sdxl-table.safetensors
-    Then: lorashrink resize -r calib,bytes,size=32 --calibration statistics.safetensors lora.safetensors
     """
     if output is None:
         raise UsageError("calibrate: name the file to write with -o.")

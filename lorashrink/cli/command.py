@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lorashrink._version import __version__
+from lorashrink.cli.help import print_help_all
 from lorashrink.cli.printing import plain, print_json, say
 from lorashrink.cli.progress import progress_bars
 from lorashrink.errors import Progress, explained
@@ -40,7 +41,7 @@ def command(
     show: Callable[[Any, Terminal], None] | None = None,
     *,
     done: Callable[[Any], bool] = lambda result: True,
-    verbose_help: str = "Say more; -vv lists every layer.",
+    verbose_help: str = "Print more; -vv lists every layer.",
 ) -> Callable[[Callable[..., object]], Callable[..., None]]:
     """Make a command of a function that calls one public function and returns the result.
 
@@ -51,7 +52,7 @@ def command(
 
     def decorate(function: Callable[..., object]) -> Callable[..., None]:
         @functools.wraps(function)
-        def run(*, as_json: bool, verbose: int, quiet: bool, debug: bool, **arguments: Any) -> None:
+        def run(*, as_json: bool, verbose: int, quiet: bool, debug: bool, help_all: bool, **arguments: Any) -> None:
             with _session(as_json, verbose, quiet, debug) as progress:
                 terminal = Terminal(as_json, verbose, quiet, arguments.get("dry_run", False), progress)
                 result = function(terminal, **arguments)
@@ -80,9 +81,26 @@ def _signature(function: Callable[..., object], verbose_help: str) -> inspect.Si
     options |= {
         "as_json": (Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")], False),
         **csv,
-        "verbose": (Annotated[int, typer.Option("--verbose", "-v", count=True, help=verbose_help)], 0),
-        "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")], False),
+        "verbose": (
+            Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, help=verbose_help)],
+            0,
+        ),
+        "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no summary.")], False),
         "debug": (Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")], False),
+        "help_all": (
+            Annotated[
+                bool,
+                typer.Option(
+                    "--help-all",
+                    help="Show the options for experts too.",
+                    hidden=True,
+                    is_eager=True,
+                    callback=print_help_all,
+                    expose_value=False,
+                ),
+            ],
+            False,
+        ),
     }
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(

@@ -85,7 +85,7 @@ def _verdict(total: BlockDifference, bytes_kept: float) -> str:
     return f"B is A with {error} error, {size} ({facts})"
 
 
-@command(_print_comparison, verbose_help="List every layer.")
+@command(_print_comparison, verbose_help="List every layer, and name all that differ.")
 def compare(
     terminal: Terminal,
     files: Annotated[
@@ -94,13 +94,11 @@ def compare(
     base: Base = None,
     device: Device = "auto",
     jobs: Jobs = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the difference of each block into this .png or .svg.")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the difference per block, as .png or .svg.")] = None,
     force: Force = False,
     as_csv: Csv = None,
 ) -> object:
-    """Compare what two adapters add to the base, whatever their names, families and ranks.
+    """Measure how much two LoRAs differ, whatever their format and rank.
 
     Example: lorashrink compare lora.safetensors shrunk.safetensors
     """

@@ -127,14 +127,14 @@ def inspect(
     terminal: Terminal,
     files: Adapters,
     base: Base = None,
-    header: Annotated[bool, typer.Option("--header", help="Read headers only: instant, without norms.")] = False,
-    spectrum: Annotated[bool, typer.Option("--spectrum", help="List all singular values (with --json).")] = False,
+    header: Annotated[bool, typer.Option("--header", help="Read file headers only: fast, but no norms.")] = False,
+    spectrum: Annotated[bool, typer.Option("--spectrum", help="List all singular values, with --json.")] = False,
     recommend: Annotated[
-        bool, typer.Option("--recommend", help="Tell the size and error that some recipes would give.")
+        bool, typer.Option("--recommend", help="Show the size and error that common recipes would give.")
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="Draw spectra, and norms with a base: NAME.png gives NAME_spectra.png, ..."),
+        typer.Option("--plot", help="Draw the spectra; with a base, the norms too. X.png makes X_spectra.png, ..."),
     ] = None,
     recursive: Recursive = False,
     device: Device = "auto",
@@ -142,7 +142,7 @@ def inspect(
     force: Force = False,
     as_csv: Csv = None,
 ) -> object:
-    """Show what is inside adapters: how they were trained, ranks, alphas and norms, and what is unusual.
+    """Show what is inside a LoRA: training, ranks, alphas, norms, and problems.
 
     Example: lorashrink inspect model.safetensors lora.safetensors
     """

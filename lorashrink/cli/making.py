@@ -38,17 +38,15 @@ def extract(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="The checkpoint that it was tuned from.")],
     recipe: Recipes = None,
     output: Output = None,
-    naming: Annotated[str, typer.Option("--naming", help="Names of the output: kohya, diffusers or comfy.")] = "kohya",
-    vectors: Annotated[
-        bool, typer.Option("--vectors", help="Differences of biases and normalisation layers too.")
-    ] = False,
+    naming: Annotated[str, typer.Option("--naming", help="Tensor names: kohya, diffusers or comfy.")] = "kohya",
+    vectors: Annotated[bool, typer.Option("--vectors", help="Include biases and normalisation layers.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", "-t", help="fp16, bf16 or fp32 (also 16, 32).")] = "fp16",
     device: Device = "auto",
     jobs: Jobs = None,
     force: Force = False,
     dry_run: DryRun = False,
 ) -> object:
-    """Make an adapter of what fine-tuning changed in a checkpoint.
+    """Make a LoRA of the difference between two checkpoints.
 
     Example: lorashrink extract tuned.safetensors model.safetensors -r rank=64 -o new.safetensors
     """
@@ -102,7 +100,7 @@ def convert(
     recursive: Recursive = False,
     force: Force = False,
 ) -> object:
-    """Write adapters in another naming, container or dtype, without shrinking them.
+    """Change the tensor names, file format or dtype of a LoRA.
 
     Example: lorashrink convert --naming diffusers model.safetensors lora.safetensors
     """
@@ -128,14 +126,16 @@ def _print_norms(table: NormTable, terminal: Terminal) -> None:
 @command(_print_norms)
 def norms(
     terminal: Terminal,
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint or diffusers folder.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Base model: a checkpoint or a model folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The table to write, a .json file.")],
     force: Force = False,
     jobs: Jobs = None,
 ) -> object:
-    """Write a small table that stands in for a base wherever only norms are needed.
+    """Save the norms of a base model's layers in a small file.
 
-    Example: lorashrink norms model.safetensors -o model-norms.json
+    The file (about 0.4 MB) replaces the base in recipes, so that you can shrink without the checkpoint.
+
+    Example: lorashrink base-norms model.safetensors -o model-norms.json
     """
     from lorashrink.bases.norms import norms as run
 

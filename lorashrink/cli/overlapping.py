@@ -111,22 +111,24 @@ def overlap(
     terminal: Terminal,
     files: Annotated[
         list[str],
-        typer.Argument(
-            metavar="[BASE] A[:WEIGHT] B[:WEIGHT]...", help="Two adapters or more; a weight is 1 if not given."
-        ),
+        typer.Argument(metavar="[BASE] A[:WEIGHT] B[:WEIGHT]...", help="Two LoRAs or more. The default weight is 1."),
     ],
     base: Base = None,
     limit: Annotated[
         float | None,
-        typer.Option("--limit", help="Highest σ of a layer of the sum, with a base relative to its weight's."),
+        typer.Option(
+            "--limit",
+            metavar="X",
+            help="Largest strength a layer of the sum may have; relative to the base layer if a base is given.",
+        ),
     ] = None,
     device: Device = "auto",
     jobs: Jobs = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw both matrices into this .png or .svg.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw both matrices, as .png or .svg.")] = None,
     force: Force = False,
     as_csv: Csv = None,
 ) -> object:
-    """Tell how adapters get along when they are used together: what they share, and what their sum does.
+    """Predict how LoRAs behave when you load them together.
 
     Example: lorashrink overlap style.safetensors:0.8 hero.safetensors:0.6 --base model.safetensors
     """

@@ -32,21 +32,19 @@ def print_refined(result: Refined, terminal: Terminal | None = None) -> None:
 @command(print_refined)
 def refine(
     terminal: Terminal,
-    shrunk: Annotated[Path, typer.Argument(metavar="SHRUNK", help="A LoRA file, as resize wrote it.")],
-    like: Annotated[Path | None, typer.Option("--like", help="The adapter that it was made of.")] = None,
+    shrunk: Annotated[Path, typer.Argument(metavar="SHRUNK", help="A LoRA file that resize has written.")],
+    like: Annotated[Path | None, typer.Option("--like", help="The original LoRA, before resize.")] = None,
     model: Model = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The adapter to write, a .safetensors file.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The .safetensors file to write.")] = None,
     prompts: DrawnPrompts = None,
     seeds: DrawnSeeds = "0",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps, at most.")] = 120,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sampling steps of pictures in each of them.")] = 8,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Largest number of training steps.")] = 120,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Denoising steps per training step.")] = 8,
     dtype: Annotated[str, typer.Option("--dtype", "-t", help="Of the model: auto, fp32, bf16 or fp16.")] = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> object:
-    """Train a shrunk LoRA for a short while, to draw more like the whole one. Its size stays.
+    """Train a shrunk LoRA briefly to match the original better; its size stays.
 
     Example: lorashrink refine small.safetensors --like lora.safetensors --model sdxl/ -o better.safetensors
     """

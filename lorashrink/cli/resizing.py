@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
+from lorashrink.cli.help import with_section
 from lorashrink.cli.options import (
     Adapters,
     Base,
@@ -30,6 +31,7 @@ from lorashrink.cli.printing import check_outputs, new_console, new_table, say
 from lorashrink.cli.streams import Gathered
 from lorashrink.errors import UsageError
 from lorashrink.files.disk import write_bytes
+from lorashrink.recipes.explained import KEYS
 from lorashrink.text import count_text, share_text, size_text
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ _METADATA = 4096
 _KINDS = 8
 
 
+@with_section("Recipe keys, with commas between them", KEYS)
 @command(done=lambda report: bool(report.results))
 def resize(
     terminal: Terminal,
@@ -57,57 +60,67 @@ def resize(
     device: Device = "auto",
     jobs: Jobs = None,
     unmapped: Annotated[
-        str, typer.Option("--unmapped", help="Layers that the base does not have: keep, drop or error.")
+        str, typer.Option("--unmapped", help="What to do with layers that the base lacks: keep, drop or error.")
     ] = "keep",
     form: Annotated[
         str,
-        typer.Option("--as", help="Layers that are not LoRA: auto (smaller form), lora (all that can be), same."),
+        typer.Option("--as", help="How to write LoHa, LoKr and the like: auto (what is smaller), lora or same."),
     ] = "auto",
     naming: Naming = None,
-    target: Annotated[
-        str | None, typer.Option("--target", help="Write for a program that reads less than the format allows: vllm.")
-    ] = None,
+    target: Annotated[str | None, typer.Option("--target", help="Write only what a program can load: vllm.")] = None,
     calibration: Calibration = None,
     stack: Annotated[
-        bool, typer.Option("--stack", help="Adapters used together: size= is for all of them; A:0.7 counts less.")
+        bool,
+        typer.Option("--stack", help="LoRAs that are used together share one size=. A:0.7 gives A a lower weight."),
     ] = False,
     clip: Annotated[
         float | None,
-        typer.Option("--clip", help="Cut σ above this many times the base weight's largest; needs a base."),
+        typer.Option(
+            "--clip",
+            metavar="X",
+            help="Limit strong directions: no singular value above X times the base layer's largest (needs a base).",
+        ),
     ] = None,
     fro_limit: Annotated[
-        float | None, typer.Option("--fro-limit", help="Scale down layers above this part of the base weight's norm.")
+        float | None,
+        typer.Option(
+            "--fro-limit",
+            metavar="X",
+            help="Scale down layers whose norm is above X times the base layer's norm (needs a base).",
+        ),
     ] = None,
     recursive: Recursive = False,
     force: Force = False,
     skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Keep outputs of an earlier, equal run.")
+        bool, typer.Option("--skip-existing", help="Do not repeat what an earlier, equal run has written.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="With --skip-existing: read outputs, and make damaged ones again.")
+        bool, typer.Option("--verify", help="With --skip-existing: check old results and replace damaged ones.")
     ] = False,
     dry_run: DryRun = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Tensors of no known family are an error.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse files with tensors of unknown kinds.")] = False,
     group_by_base: Annotated[
         Path | None,
-        typer.Option("--group-by-base", help="A .toml or .json file of bases, such as sdxl = 'model.safetensors'."),
+        typer.Option("--group-by-base", help="File of base models for mixed LoRAs: sdxl = 'model.safetensors', ..."),
     ] = None,
     ray: Annotated[
-        str | None, typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: local, auto or HOST:PORT.")
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster: local, auto or HOST:PORT.")
     ] = None,
     ray_transfer: Annotated[
-        bool, typer.Option("--ray-transfer", help="Send files to the cluster, whose machines do not share a folder.")
+        bool, typer.Option("--ray-transfer", help="Send the files, for clusters that share no folder with you.")
     ] = False,
     gpus_per_task: Annotated[
         float, typer.Option("--gpus-per-task", min=0, help="GPUs for each adapter on a Ray cluster.")
     ] = 0,
     space_check: Annotated[
         bool,
-        typer.Option("--space-check/--no-space-check", help="Begin only if the disk could take even what shrinks not."),
+        typer.Option("--space-check/--no-space-check", help="Stop at once if the disk might be too full."),
     ] = True,
     as_csv: Csv = None,
 ) -> object:
-    """Shrink adapters: keep the dimensions that a recipe names, drop the rest.
+    """Shrink LoRAs by a recipe.
+
+    Each layer keeps the ranks that the recipe selects; the default recipe is fro_ckpt=1,thr=-3.55, which needs a base.
 
     Example: lorashrink resize -o out -r fro_ckpt=1,thr=-3.55 model.safetensors lora.safetensors
     """

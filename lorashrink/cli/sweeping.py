@@ -96,7 +96,7 @@ def sweep(
     calibration: Calibration = None,
     images: Annotated[
         Path | None,
-        typer.Option("--images", help="Model that draws pictures with each recipe: SDXL, SD 1 to 3 or FLUX.1."),
+        typer.Option("--images", help="Model to draw pictures with each recipe: SDXL, SD 1 to 3, or FLUX.1."),
     ] = None,
     images_config: ImagesConfig = None,
     prompts: Prompts = None,
@@ -104,12 +104,12 @@ def sweep(
     images_out: ImagesOut = None,
     clip: Clip = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw size against error, or against pictures, into a .png or .svg.")
+        Path | None, typer.Option("--plot", help="Draw size against error and pictures, as .png or .svg.")
     ] = None,
     force: Force = False,
     as_csv: Csv = None,
 ) -> object:
-    """Try many recipes on one adapter: size against error, and which to begin with. Writes no adapter.
+    """Try many recipes on a LoRA and recommend one; writes no LoRA.
 
     Example: lorashrink sweep -r fro_ckpt=1,thr=-4.5..-2.5/9 -r rank=4 model.safetensors lora.safetensors
     Example: lorashrink sweep --images sdxl/ --prompts prompts.txt --plot curve.png model.safetensors lora.safetensors

@@ -1,0 +1,171 @@
+"""How help looks: commands in groups, options in panels, as wide as the terminal.
+
+rich, which typer would use, takes longer to import than all of `lorashrink --help` takes to print.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from lorashrink.text import count_text
+
+# Group -> its commands, in the order of help; those that this installation lacks are left out.
+GROUPS: Mapping[str, Sequence[str]] = {
+    "Shrink": ("shrink", "resize", "sweep", "calibrate", "refine"),
+    "Look inside": ("inspect", "compare", "report", "overlap"),
+    "Make": ("merge", "extract", "convert", "pack", "unpack", "base-norms", "train"),
+    "Start": ("demo", "ui", "comfyui", "evidence", "help"),
+}
+_OTHER_COMMANDS = "Other"
+
+_OPTIONS, _EXPERT = "Options", "Expert options"
+
+# Panel -> its options, in the order of help. An option that stands in none is in the first one.
+_PANELS: Mapping[str, Sequence[str]] = {
+    _OPTIONS: (),
+    "Pictures": ("--images", "--images-config", "--prompts", "--seeds", "--images-out"),
+    "Output": (
+        *("--output", "--dtype", "--naming", "--as", "--force", "--skip-existing", "--dry-run", "--csv", "--plot"),
+        *("--json", "--verbose", "--quiet", "--help"),
+    ),
+    _EXPERT: (
+        *("--jobs", "--unmapped", "--target", "--clip", "--fro-limit", "--verify", "--strict", "--group-by-base"),
+        *("--ray", "--ray-transfer", "--gpus-per-task", "--space-check", "--as-base-delta", "--spectrum", "--limit"),
+        *("--loaded", "--rank", "--steps-used", "--batch", "--debug"),
+    ),
+}
+_PANEL_OF = {option: panel for panel, options in _PANELS.items() for option in options}
+
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 10_000}
+
+_HELP_ALL = "lorashrink.help_all"  # a key of the context's notes
+_WIDEST_NAME = 26  # characters of the left column; a longer name has its text below it
+
+# What click adds for the limits of numbers; the error of a wrong number names them.
+_LIMITS = re.compile(r"; x>=?\d+(?=\])|\s*\[x>=?\d+\]")
+
+
+# typer's name of a type -> what stands for a value in help.
+_PLACEHOLDERS = {"path": "PATH", "int": "N", "float": "NUMBER"}
+_TYPE = re.compile(r"<(?:list\[)?(\w+)[^>]*>")
+
+
+def _placeholder(match: re.Match[str]) -> str:
+    return _PLACEHOLDERS.get(match[1], "TEXT")
+
+
+def print_help_all(context: typer.Context, wanted: bool) -> None:
+    """The callback of `--help-all`."""
+    if wanted:
+        context.meta[_HELP_ALL] = True
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+def with_section(title: str, rows: Mapping[str, str]) -> Any:
+    """A decorator of commands: their help ends with a section of these rows."""
+
+    def decorate(function: Any) -> Any:
+        function.help_section = (title, rows)
+        return function
+
+    return decorate
+
+
+class CommandHelp(TyperCommand):
+    """A command with its options in panels."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What follows the command: options, and its arguments as their help names them."""
+        arguments = [item for item in self.get_params(ctx) if item.param_type_name == "argument"]
+        return [str(self.options_metavar), *(str(item.metavar or item.name) for item in arguments)]
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """The description, and examples in lines that can be copied."""
+        _write_description(self.help or "", formatter)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, one panel after the other, and the command's own section."""
+        all_options = bool(ctx.meta.get(_HELP_ALL))
+        parameters = [parameter for parameter in self.get_params(ctx) if not getattr(parameter, "hidden", False)]
+        arguments = [parameter for parameter in parameters if parameter.param_type_name == "argument"]
+        _write_rows(formatter, "Arguments", [(str(item.metavar or item.name), item.help or "") for item in arguments])
+        panels: dict[str, list[tuple[str, str]]] = {panel: [] for panel in _PANELS}
+        for option in parameters:
+            if option.param_type_name == "option" and (record := option.get_help_record(ctx)):
+                panel = next((_PANEL_OF[name] for name in option.opts if name in _PANEL_OF), _OPTIONS)
+                panels[panel].append((_TYPE.sub(_placeholder, record[0]), _LIMITS.sub("", record[1])))
+        expert = [] if all_options else panels.pop(_EXPERT)
+        for panel, rows in panels.items():
+            _write_rows(formatter, panel, rows)
+        if section := getattr(self.callback, "help_section", None):
+            _write_rows(formatter, section[0], section[1].items())
+        if expert:
+            formatter.write(f"\n{count_text(len(expert), 'more option')}: {ctx.command_path} --help-all\n")
+
+
+class ProgramHelp(TyperGroup):
+    """The program with its commands in groups."""
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """The description, and lines to begin with."""
+        _write_description(self.help or "", formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The groups, and a last one for commands that stand in none."""
+        texts = {
+            name: _first_sentence(command.help or "")
+            for name in self.list_commands(ctx)
+            if (command := self.get_command(ctx, name)) and not command.hidden
+        }
+        width = max(map(len, texts), default=0)
+        for title, names in GROUPS.items():
+            _write_rows(formatter, title, [(name, texts.pop(name)) for name in names if name in texts], width)
+        _write_rows(formatter, _OTHER_COMMANDS, texts.items(), width)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Commands first, because they are what a reader looks for."""
+        self.format_commands(ctx, formatter)
+        records = [option.get_help_record(ctx) for option in self.get_params(ctx)]
+        _write_rows(formatter, _OPTIONS, filter(None, records))
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.partition("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s|:\s", paragraph, maxsplit=1)[0].rstrip(".")
+
+
+def _write_description(text: str, formatter: Any) -> None:
+    """Paragraphs are wrapped; a line that begins with `Example:` is not, so that it can be copied."""
+    for paragraph in text.strip().split("\n\n"):
+        formatter.write("\n")
+        if not paragraph.startswith("Example"):
+            formatter.write(textwrap.fill(" ".join(paragraph.split()), formatter.width) + "\n")
+            continue
+        for line in paragraph.splitlines():
+            label, _, command = line.strip().partition(": ")
+            formatter.write(f"{label}: {command}\n")
+
+
+def _write_rows(formatter: Any, title: str, rows: Iterable[tuple[str, str]], least_width: int = 0) -> None:
+    """A section of names and their texts, nothing without rows."""
+    rows = list(rows)
+    if not rows:
+        return
+    fitting = [len(name) for name, _ in rows if len(name) <= _WIDEST_NAME]
+    column = max([least_width, *fitting]) + 4
+    formatter.write(f"\n{title}:\n")
+    for name, text in rows:
+        lines = textwrap.wrap(text, max(formatter.width - column, 20), break_on_hyphens=False) or [""]
+        if len(name) > column - 4:
+            formatter.write(f"  {name}\n")
+        else:
+            formatter.write(f"  {name:<{column - 2}}{lines.pop(0)}".rstrip() + "\n")
+        for line in lines:
+            formatter.write(f"{'':{column}}{line}\n")
