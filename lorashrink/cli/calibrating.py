@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
-from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, Model, seeds_of
+from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, ImagesConfig, Model, seeds_of, split_base
 from lorashrink.cli.printing import say
 from lorashrink.errors import UsageError
 from lorashrink.text import count_text, size_text
@@ -42,13 +42,18 @@ def _announce(effort: Effort) -> None:
 def calibrate(
     terminal: Terminal,
     files: Annotated[
-        list[str] | None, typer.Argument(metavar="ADAPTER...", help="Adapters: files, folders or globs.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [ADAPTER...]",
+            help="The model, for a table that serves all its LoRAs; with LoRAs behind it, exact numbers for these.",
+        ),
     ] = None,
     model: Model = None,
     base_table: Annotated[
-        Path | None, typer.Option("--base-table", help="In place of adapters: this model, once for all its adapters.")
+        Path | None, typer.Option("--base-table", hidden=True, help="The old name of MODEL alone.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The .safetensors file to write.")] = None,
+    images_config: ImagesConfig = None,
     prompts: DrawnPrompts = None,
     text: Annotated[
         Path | None, typer.Option("--text", help="For language models: a text file; the model reads each line.")
@@ -66,19 +71,22 @@ def calibrate(
     The model draws a few pictures. For each layer this records its typical inputs and how strongly its output affects
     the picture. Recipes with calib use the result: resize -r calib,bytes,size=32 --calibration FILE.
 
-    Example: lorashrink calibrate --model sdxl/ lora.safetensors -o statistics.safetensors
-    Example: lorashrink calibrate --base-table sdxl/ -o sdxl-table.safetensors
+    Example: lorashrink calibrate sdxl/ -o sdxl-table.safetensors
     """
     if output is None:
-        raise UsageError("calibrate: name the file to write with -o.")
-    if (model is None) == (base_table is None) or bool(files) != (model is not None):
-        raise UsageError("calibrate: takes adapters and their --model, or a --base-table alone.")
+        raise UsageError("name the file to write: -o table.safetensors")
+    if base_table and (files or model):
+        raise UsageError("--base-table: takes no adapters. Give the model first: calibrate MODEL ADAPTER...")
+    model, adapters = split_base(files or (), model or base_table, alone=True)
+    if model is None:
+        raise UsageError("name the model first: lorashrink calibrate MODEL [ADAPTER...] -o table.safetensors")
     from lorashrink.calibration.calibrate import calibrate as run
 
     return run(
-        files or (),
-        model=model or base_table or "",
+        adapters,
+        model=model,
         output=output,
+        settings=images_config,
         prompts=prompts,
         text=text,
         seeds=seeds_of(seeds),

@@ -73,14 +73,17 @@ DrawnPrompts = Annotated[
 DrawnSeeds = Annotated[str, typer.Option("--seeds", help="Seeds for each prompt: 0,1,2.")]
 
 
-def split_base(files: Sequence[str], base: Path | None) -> tuple[Path | None, list[str]]:
-    """The base and the adapters: the first file is the base if it looks like one and no base is given."""
+def split_base(files: Sequence[str], base: Path | None, *, alone: bool = False) -> tuple[Path | None, list[str]]:
+    """The base and the adapters: the first file is the base if it looks like one and no base is given.
+
+    alone: whether there may be no adapters.
+    """
     from lorashrink.linking.inputs import looks_like_base
 
     adapters = list(files)
-    if base is None and looks_like_base(adapters[0]):
+    if base is None and adapters and looks_like_base(adapters[0]):
         base = Path(adapters.pop(0))
-    if not adapters:
+    if not adapters and not alone:
         raise UsageError(f"{base}: is a base checkpoint; name the adapters behind it.")
     return base, adapters
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
-from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, Model, seeds_of
+from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, ImagesConfig, Model, seeds_of
 from lorashrink.cli.printing import say
 from lorashrink.errors import UsageError
 
@@ -36,6 +36,7 @@ def refine(
     like: Annotated[Path | None, typer.Option("--like", help="The original LoRA, before resize.")] = None,
     model: Model = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The .safetensors file to write.")] = None,
+    images_config: ImagesConfig = None,
     prompts: DrawnPrompts = None,
     seeds: DrawnSeeds = "0",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Largest number of training steps.")] = 120,
@@ -57,6 +58,7 @@ def refine(
         like=like,
         model=model,
         output=output,
+        settings=images_config,
         prompts=prompts,
         seeds=seeds_of(seeds),
         steps=steps,

@@ -114,10 +114,12 @@ def sweep(
     Example: lorashrink sweep -r fro_ckpt=1,thr=-4.5..-2.5/9 -r rank=4 model.safetensors lora.safetensors
     Example: lorashrink sweep --images sdxl/ --prompts prompts.txt --plot curve.png model.safetensors lora.safetensors
     """
+    from lorashrink.pictures.prompts import prompt_file
+
     sheet = plot.with_name(f"{plot.stem}_sheet.png") if plot and images else None
     likeness = plot.with_name(f"{plot.stem}_pictures{plot.suffix}") if plot and images else None
     check_outputs(
-        [*adapter, base, calibration, images, images_config, prompts],
+        [*adapter, base, calibration, images, images_config, prompts and prompt_file(prompts)],
         force,
         as_csv=as_csv,
         plot=plot,

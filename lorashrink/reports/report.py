@@ -16,6 +16,7 @@ from lorashrink.errors import InputError, Progress, UsageError
 from lorashrink.files.disk import check_output, sha256_file, write_bytes
 from lorashrink.insight.inspection import inspect
 from lorashrink.linking.inputs import find_adapters
+from lorashrink.pictures.prompts import prompt_file
 from lorashrink.reports.findings import Findings
 from lorashrink.reports.page import page
 from lorashrink.results.inspection import AdapterTable, Inspection
@@ -72,7 +73,7 @@ def report(
     path = source.with_name(f"{source.stem}_report.html") if output is None else Path(output)
     if path.suffix.lower() not in _ENDINGS:
         raise UsageError(f"{path}: a report is a page; give it a name that ends in .html.")
-    inputs = [source, *base_files(base), *([Path(prompts)] if prompts is not None else [])]
+    inputs = [source, *base_files(base), *filter(None, [prompts and prompt_file(prompts)])]
     check_output(path, force=force, inputs=inputs)
     shared: dict[str, Any] = {"base": base, "calibration": calibration, "device": device, "jobs": jobs}
     result, refusal = None, None

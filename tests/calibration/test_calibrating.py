@@ -403,7 +403,7 @@ def test_wrong_options_are_refused(prompts: Path, tmp_path: Path) -> None:
 def test_layers_that_are_no_factors_need_a_table(prompts: Path, tmp_path: Path) -> None:
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     adapter = write_tensors(tmp_path / "full.safetensors", {f"{name}.diff": torch.randn(48, 48)})
-    with pytest.raises(InputError, match="--base-table"):
+    with pytest.raises(InputError, match="calibrate MODEL"):
         ls.calibrate(adapter, model=MODEL, output=tmp_path / "s.safetensors", prompts=prompts)
 
 
