@@ -57,7 +57,7 @@ def prompt_file(prompts: str | Path) -> Path | None:
 def read_prompts(
     prompts: str | Path, *, sampler: str = "ddim", scale: float = SCALE, side: int = SIDE
 ) -> tuple[Prompt, ...]:
-    """The prompts of a file, or of a text such as a .txt file holds; what it says beyond them is ignored with a warning.
+    """The prompts of a file, or of a text in the form of a .txt file; the rest is ignored with a warning.
 
     .txt: a prompt in each line, followed by ` --n negative prompt --w width --h height --d seed --s steps --l scale
     --ss sampler`, any of them; lines that begin with # do not count. .json: a list of such lines or of objects. .toml:
