@@ -41,6 +41,8 @@ def demo(output: str | Path = "demo-out", *, progress: Progress | None = None) -
     a report into the folder `output`, over those of an earlier demo. Raises OutputError.
     """
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"-o {output}: is a file. Name a folder.")
     drawing = all(find_spec(name) for name in PACKAGES)
     inspection = inspect(ADAPTER, base=MODEL, progress=progress)
     shrunk = resize(ADAPTER, base=MODEL, recipes=DEFAULT, output=folder, force=True, progress=progress)

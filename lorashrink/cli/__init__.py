@@ -10,7 +10,7 @@ from lorashrink.cli.demonstrating import demo
 from lorashrink.cli.help import CommandHelp
 from lorashrink.cli.helping import help_of_command
 from lorashrink.cli.inspecting import inspect
-from lorashrink.cli.making import convert, extract, norms
+from lorashrink.cli.making import base_norms, convert, extract
 from lorashrink.cli.merging import merge
 from lorashrink.cli.overlapping import overlap
 from lorashrink.cli.refining import refine
@@ -22,15 +22,14 @@ from lorashrink.cli.training import OWN_PARSER, train
 # `help` lists them in the groups of `help.GROUPS`.
 COMMANDS = (
     *(resize, inspect, compare, overlap, sweep, calibrate, refine),
-    *(merge, report, extract, convert, norms, demo),
+    *(merge, report, extract, convert, base_norms, demo),
 )
 
-# Names that differ from those of the functions, and old names, which still work.
-_NAMES = {norms: "base-norms"}
-_OLD_NAMES = {"norms": norms}
+# They still work.
+_OLD_NAMES = {"norms": base_norms}
 
 for _command in COMMANDS:
-    app.command(_NAMES.get(_command), cls=CommandHelp)(_command)
+    app.command(cls=CommandHelp)(_command)
 for _name, _command in _OLD_NAMES.items():
     app.command(_name, cls=CommandHelp, hidden=True)(_command)
 app.command(cls=CommandHelp, **OWN_PARSER)(train)

@@ -53,11 +53,12 @@ def command(
     def decorate(function: Callable[..., object]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*, as_json: bool, verbose: int, quiet: bool, debug: bool, help_all: bool, **arguments: Any) -> None:
-            with _session(as_json, verbose, quiet, debug) as progress:
+            name = function.__name__.replace("_", "-")
+            with _session(name, as_json, verbose, quiet, debug) as progress:
                 terminal = Terminal(as_json, verbose, quiet, arguments.get("dry_run", False), progress)
                 result = function(terminal, **arguments)
             if show and as_json:
-                print_json({"version": __version__, **plain(result)})
+                print_json({"version": __version__, "command": name, **plain(result)})
             elif show and not quiet:
                 show(result, terminal)
             failed = getattr(result, "failed", ())
@@ -112,7 +113,7 @@ def _signature(function: Callable[..., object], verbose_help: str) -> inspect.Si
 
 
 @contextlib.contextmanager
-def _session(as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[Progress | None]:
+def _session(name: str, as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[Progress | None]:
     """Progress on stderr, and the only place where errors become exit statuses."""
     logging.basicConfig(level=logging.DEBUG if debug or verbose > 1 else logging.WARNING, format="%(message)s")
     for handler in logging.getLogger().handlers:
@@ -128,7 +129,7 @@ def _session(as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[
             raise
         text = str(explained("the command", error))
         if as_json:
-            print_json({"version": __version__, "error": text})
+            print_json({"version": __version__, "command": name, "error": text})
         _fail(text, EXIT_NOTHING_DONE)
     except KeyboardInterrupt:
         discard_unfinished()

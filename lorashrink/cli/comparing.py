@@ -81,8 +81,8 @@ def _verdict(total: BlockDifference, bytes_kept: float) -> str:
     error = percent_text(total.relative_difference)
     facts = f"cosine {number_text(total.cosine, '.6g')}, norm {number_text(total.fro_a)} -> {number_text(total.fro_b)}"
     if total.cosine is None or total.cosine < 0.5:
-        return f"B is not A: the difference is {error} of A, with {size} ({facts})"
-    return f"B is A with {error} error, {size} ({facts})"
+        return f"B is another LoRA than A: it differs by {error}, with {size} ({facts})"
+    return f"B differs from A by {error} in its weights, with {size} ({facts})"
 
 
 @command(_print_comparison, verbose_help="List every layer, and name all that differ.")
@@ -109,7 +109,9 @@ def compare(
         style.check(plot)
     base, adapters = split_base(files, base)
     if len(adapters) != 2:
-        raise UsageError(f"compare: takes two adapters, A and B, and was given {len(adapters)}.")
+        taken = f" The first file, {base}, was taken as the base." if base in map(Path, files) else ""
+        checkpoints = " Two checkpoints are compared by: lorashrink extract TUNED BASE -o difference.safetensors"
+        raise UsageError(f"compare takes two LoRAs, A and B, not {len(adapters)}.{taken}{checkpoints if taken else ''}")
     from lorashrink.insight.comparison import compare as run
 
     comparison = run(*adapters, base=base, device=device, jobs=jobs, progress=terminal.progress)

@@ -13,6 +13,10 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from lorashrink._version import __version__
+from lorashrink.cli.hints import option_hint
+from lorashrink.cli.printing import print_json, say
+from lorashrink.errors import nearest
 from lorashrink.text import count_text
 
 # Group -> its commands, in the order of help; those that this installation lacks are left out.
@@ -79,7 +83,32 @@ def with_section(title: str, rows: Mapping[str, str]) -> Any:
 
 
 class CommandHelp(TyperCommand):
-    """A command with its options in panels."""
+    """A command with its options in panels, which answers options of other tools with its own."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Read the command line. A mistake in it is a line on stderr, and exit status 2."""
+        words = list(args)
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # click's own errors have it
+                raise
+            text = f"{info_name}: {self._mistake(error, words)}"
+        if "--json" in words:
+            print_json({"version": __version__, "command": info_name, "error": text})
+        say(f"lorashrink: {text}", errors=True)
+        raise typer.Exit(2)
+
+    def _mistake(self, error: Any, words: Sequence[str]) -> str:
+        """What is wrong with the command line, and what to type."""
+        help_line = f"See lorashrink {self.name} -h."
+        unknown = getattr(error, "option_name", None)
+        if unknown is None or "no such option" not in error.format_message().lower():
+            return f"{error.format_message().rstrip('.')}. {help_line}"
+        names = [name for option in self.params for name in (*option.opts, *option.secondary_opts)]
+        near = nearest(unknown, [name for name in names if name.startswith("--")], 0.7)
+        hint = option_hint(unknown, words) or (f"Did you mean {near}?" if near else help_line)
+        return f"there is no option {unknown}. {hint}"
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """What follows the command: options, and its arguments as their help names them."""

@@ -1,4 +1,4 @@
-"""The commands `extract`, `convert` and `norms`."""
+"""The commands `extract`, `convert` and `base-norms`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
+from lorashrink.cli.hints import check_names
 from lorashrink.cli.options import (
     Adapters,
     Base,
@@ -50,8 +51,12 @@ def extract(
 
     Example: lorashrink extract tuned.safetensors model.safetensors -r rank=64 -o new.safetensors
     """
+    from lorashrink.linking.inputs import check_is_base
     from lorashrink.recipes import grammar
 
+    for checkpoint in (tuned, base):
+        check_names([str(checkpoint)])
+        check_is_base(checkpoint)
     texts = recipe or [grammar.DEFAULT]
     grammar.parse_recipes(texts)
     from lorashrink.making.extraction import extract as run
@@ -78,7 +83,7 @@ def _print_conversion(report: ConversionReport, terminal: Terminal) -> None:
         for warning in result.warnings:
             say(f"{result.output}: {warning}", errors=True)
         kept = f", {count_text(len(result.kept), 'tensor')} under old names" if result.kept else ""
-        exact = "bit by bit" if result.exact else "rounded"
+        exact = "weights unchanged" if result.exact else "weights rounded"
         size = f"{size_text(result.bytes_before)} -> {size_text(result.bytes_after)}"
         say(f"{result.output}: {count_text(result.layers, 'layer')}, {size}, {exact}{kept}")
         only = len(report.results) == 1
@@ -124,7 +129,7 @@ def _print_norms(table: NormTable, terminal: Terminal) -> None:
 
 
 @command(_print_norms)
-def norms(
+def base_norms(
     terminal: Terminal,
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Base model: a checkpoint or a model folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The table to write, a .json file.")],
@@ -138,5 +143,9 @@ def norms(
     Example: lorashrink base-norms model.safetensors -o model-norms.json
     """
     from lorashrink.bases.norms import norms as run
+    from lorashrink.linking.inputs import check_is_base
+
+    check_names([str(base)])
+    check_is_base(base)
 
     return run(base, output, force=force, jobs=jobs, progress=terminal.progress)

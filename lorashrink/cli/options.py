@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lorashrink.cli.hints import check_names
 from lorashrink.errors import UsageError
 
 _ADAPTERS = "LoRA files, folders, or patterns such as 'loras/*.safetensors'. A base model may stand before them."
@@ -78,13 +79,23 @@ def split_base(files: Sequence[str], base: Path | None, *, alone: bool = False) 
 
     alone: whether there may be no adapters.
     """
-    from lorashrink.linking.inputs import looks_like_base
+    from lorashrink.linking.inputs import check_is_base, looks_like_base
 
+    check_names(files)
     adapters = list(files)
+    if base is not None:
+        check_is_base(base)
     if base is None and adapters and looks_like_base(adapters[0]):
         base = Path(adapters.pop(0))
     if not adapters and not alone:
-        raise UsageError(f"{base}: is a base checkpoint; name the adapters behind it.")
+        raise UsageError(
+            f"{base} is a base model, not a LoRA. Give the LoRA file or folder after it: {base} lora.safetensors"
+        )
+    if base is None and len(adapters) > 1 and looks_like_base(adapters[-1]):
+        raise UsageError(
+            f"{adapters[-1]} is a base model, not a LoRA. Give it first: "
+            f"{' '.join([adapters[-1], *adapters[:-1][:2]])}{' ...' if len(adapters) > 3 else ''}"
+        )
     return base, adapters
 
 

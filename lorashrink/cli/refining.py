@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
+from lorashrink.cli.hints import check_names
 from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, ImagesConfig, Model, seeds_of
 from lorashrink.cli.printing import say
 from lorashrink.errors import UsageError
@@ -49,8 +50,15 @@ def refine(
 
     Example: lorashrink refine small.safetensors --like lora.safetensors --model sdxl/ -o better.safetensors
     """
+    from lorashrink.linking.inputs import check_is_base
+
     if like is None or model is None or output is None:
-        raise UsageError("refine: name the whole adapter with --like, its --model, and the file to write with -o.")
+        raise UsageError(
+            "name the original LoRA, the model, and the file to write: "
+            f"lorashrink refine {shrunk} --like lora.safetensors --model sdxl/ -o better.safetensors"
+        )
+    check_names([str(shrunk), str(like), str(model)])
+    check_is_base(model)
     from lorashrink.calibration.refine import refine as run
 
     return run(

@@ -205,12 +205,12 @@ def _print_sums(console: Console, report: Report, dry_run: bool) -> None:
     folders = sorted({str(Path(result.output).parent) for result in report.results})
     verb = "would be written" if dry_run else "written"
     difference = f"{size_text(abs(before - after))} {'saved' if after <= before else 'more'}"
+    skipped = sum(result.skipped for result in report.results)
+    there = f", {skipped} already there" if skipped else ""
     console.print(
-        f"{count_text(len(report.results), 'file')} {verb} to {', '.join(folders)}: "
+        f"{count_text(len(report.results) - skipped, 'file')} {verb} to {', '.join(folders)}{there}: "
         f"{size_text(before)} -> {size_text(after)}, {difference}"
     )
-    if skipped := sum(result.skipped for result in report.results):
-        console.print(f"{skipped} of them were there already")
     for stack in report.stacks:
         threshold = "all is kept" if stack.threshold is None else f"one threshold, {stack.threshold:.3f}"
         size = f"{size_text(stack.bytes)} of {size_text(stack.budget)}"
@@ -249,7 +249,7 @@ def _print_details(console: Console, result: FileResult, verbose: int) -> None:
     lines = []
     grown = result.bytes_after - result.bytes_before
     if 0 < grown < _METADATA and not any(warning.startswith("is larger") for warning in result.warnings):
-        lines.append(f"{name}: {size_text(grown)} larger than its input, for metadata that says how it was made")
+        lines.append(f"{name}: nothing to gain; {grown} bytes larger than its input, for metadata about the recipe")
     if result.forms:
         sizes = ", ".join(f"--as {form} {size_text(size)}" for form, size in result.forms.items())
         lines.append(f"{name} {size_text(result.bytes_after)}; {sizes}")

@@ -45,8 +45,9 @@ class Gathered:
     def print_json(self, report: Report) -> None:
         """One document, equal to the whole report's."""
         assert self._json
-        for number, field in enumerate(fields(report)):
-            typer.echo(f'{", " if number else "{"}"{field.name}": ', nl=False)
+        typer.echo('{"command": "resize"', nl=False)
+        for field in fields(report):
+            typer.echo(f', "{field.name}": ', nl=False)
             if field.name == "results":
                 typer.echo("[", nl=False)
                 for index, result in enumerate(report.results):

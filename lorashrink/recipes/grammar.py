@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorashrink.errors import RecipeError, nearest
+from lorashrink.recipes.habits import meant
 from lorashrink.recipes.terms import BYTES, NORMS, TERMS
 
 DEFAULT = "fro_ckpt=1,thr=-3.55"
@@ -242,6 +243,8 @@ def _parse_items(text: str) -> dict[str, float]:
     if not all(any(pieces) for pieces in items):
         raise RecipeError(f"recipe '{text}': an item is empty. Example: {DEFAULT}")
     names = [key for key, _, _ in items]
+    if not set(names) <= set(keys()) and (recipe := meant({key: number for key, _, number in items})):
+        raise RecipeError(f"recipe '{text}': unknown here. Did you mean {recipe}?")
     for key in names:
         if names.count(key) > 1:
             raise RecipeError(f"recipe '{text}': {key} is given twice.")
@@ -262,5 +265,6 @@ def _item_value(text: str, key: str, equals: str, number: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value not in allowed:
-        raise RecipeError(f"recipe '{text}': {key}= needs {allowed}, not '{number}'.")
+        percent = f" {value:g} % is {key}={value / 100:g}." if allowed is _SHARE and 1 < value <= 100 else ""
+        raise RecipeError(f"recipe '{text}': {key}= needs {allowed}, not '{number}'.{percent}")
     return value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +13,12 @@ from pathlib import Path
 from lorashrink.adapters import UNKNOWN, Adapter, open_adapter, peft
 from lorashrink.bases import Base
 from lorashrink.errors import InputError, RecipeError, UsageError
+from lorashrink.files.disk import absent_text
+from lorashrink.files.header import read_header
+from lorashrink.files.metadata_keys import RECIPE
 from lorashrink.linking.inputs import Sum, find_inputs, split_weight
 from lorashrink.linking.renaming import check_naming, renamed
-from lorashrink.recipes.grammar import Recipe, parse_recipes
+from lorashrink.recipes.grammar import DEFAULT, Recipe, parse_recipes
 from lorashrink.shrinking.grouping import read_table
 from lorashrink.shrinking.ledger import Targets
 from lorashrink.shrinking.options import ResizeOptions
@@ -27,6 +32,9 @@ from lorashrink.shrinking.outputs import (
 )
 from lorashrink.shrinking.targets import TARGETS, Target, with_items
 from lorashrink.sums.summing import combined
+from lorashrink.text import count_text
+
+log = logging.getLogger(__name__)
 
 # (source, its base) -> open adapter
 Opener = Callable[[Path, Base | None], Adapter]
@@ -72,10 +80,14 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
         raise UsageError("no adapters. Name files, folders or globs.")
     weights = _stack(entries, recipes, options) if options.stack else {}
     inputs = dict.fromkeys(weights) if options.stack else find_inputs(entries, recursive=options.recursive)
+    inputs = _without_own_outputs(inputs, entries, options)
     sums = {source: terms for source, terms in inputs.items() if terms}
     if sums and bases:
         raise UsageError(f"{next(iter(sums))}: a sum has one base, and is not merged with --group-by-base.")
     files = {source: terms.files if terms else [source] for source, terms in inputs.items()}
+    sources = [path for paths in files.values() for path in paths]
+    if not any(map(os.path.exists, sources)):
+        raise InputError(f"{sources[0]}: {absent_text(sources[0])}")
     locations = {source: terms.location if terms else source for source, terms in inputs.items()}
     folders = folders_of_outputs(locations.values(), options.output)
     targets = {
@@ -91,7 +103,7 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     check_outputs(
         targets,
         [
-            *(path for paths in files.values() for path in paths),
+            *sources,
             *([Path(options.calibration)] if options.calibration else ()),
             *(path for base in (options.base, *bases.values()) for path in base_files(base)),
         ],
@@ -114,6 +126,30 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
         journal=_folder(options.output) if options.skip_existing and not options.dry_run else None,
         weights=weights,
     )
+
+
+def _without_own_outputs(
+    inputs: Mapping[Path, Sum | None], entries: Sequence[str | Path], options: ResizeOptions
+) -> dict[Path, Sum | None]:
+    """Where outputs lie beside their inputs, folders and globs do not stand for what earlier runs made there."""
+    named = set(map(os.path.realpath, entries))
+    rest = {path: terms for path, terms in inputs.items() if terms or not _is_own_output(path, named)}
+    if options.output is not None or not rest or len(rest) == len(inputs):
+        return dict(inputs)
+    first = next(path for path in inputs if path not in rest)
+    count = len(inputs) - len(rest)
+    log.warning(
+        "%s left out, first %s: made by lorashrink. Name it to shrink it again.", count_text(count, "file"), first
+    )
+    return rest
+
+
+def _is_own_output(path: Path, named: Collection[str]) -> bool:
+    if os.path.realpath(path) in named or not os.path.isfile(path) or path.suffix != ".safetensors":
+        return False
+    with contextlib.suppress(InputError):
+        return RECIPE in read_header(path)[1]
+    return False
 
 
 def _recipes(options: ResizeOptions, reader: Target | None) -> list[Recipe]:
@@ -181,7 +217,8 @@ def check_needs(recipes: Sequence[Recipe], base: str | Path | None, source: Path
         if recipe.needs_base and base is None:
             # A base that is missing or damaged was taken for an adapter, and its own error says more.
             open_adapter(source).close()
-            raise RecipeError(f"recipe '{recipe}' needs the base checkpoint; give it first or with --base.")
+            own = "the default recipe" if str(recipe) == DEFAULT else f"recipe '{recipe}'"
+            raise RecipeError(f"{own} compares with the base model. Add --base MODEL, or use -r energy=0.99 without.")
 
 
 def check_calibration(recipes: Sequence[Recipe], calibration: str | Path | None) -> None:
