@@ -9,7 +9,8 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Base, Csv, Device, Force, Jobs, split_base
-from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, some_names, write_csv
+from lorashrink.cli.printing import check_outputs, new_console, plain, some_names, write_csv
+from lorashrink.cli.tables import TextTable
 from lorashrink.errors import UsageError
 from lorashrink.text import number_text, percent_text, share_text, size_text
 
@@ -30,12 +31,12 @@ def _print_comparison(comparison: Comparison, terminal: Terminal) -> None:
     rows = [*comparison.layers, *comparison.only_a, *comparison.only_b]
     columns = ("norm of A", "norm of B", "error", "energy", "cosine")
     if verbose:
-        layers = new_table("layer", *columns, "rank", "flags")
+        layers = TextTable(("layer", *columns, "rank", "flags"), everything=True)
         for row in rows:
             ranks = f"{row.rank_a or '-'} -> {row.rank_b or '-'}"
             layers.add_row(row.name, *_difference_cells(row), ranks, " ".join(row.flags))
         console.print(layers)
-    blocks = new_table("block", *columns)
+    blocks = TextTable(("block", *columns), ("cosine", "energy"), bool(verbose))
     for block in comparison.blocks:
         blocks.add_row(block.block, *_difference_cells(block))
     console.print(blocks)
@@ -73,7 +74,7 @@ def _one_line(text: str | None) -> str:
 
 def _verdict(total: BlockDifference, bytes_kept: float) -> str:
     """The whole comparison in one sentence."""
-    size = f"{100 * bytes_kept:.3g} % of its bytes"
+    size = f"{100 * bytes_kept:.3g} % of A's size"
     if total.relative_difference is None:
         return f"A adds nothing that B could be measured against; B has {size}"
     if total.difference == 0:
@@ -81,8 +82,8 @@ def _verdict(total: BlockDifference, bytes_kept: float) -> str:
     error = percent_text(total.relative_difference)
     facts = f"cosine {number_text(total.cosine, '.6g')}, norm {number_text(total.fro_a)} -> {number_text(total.fro_b)}"
     if total.cosine is None or total.cosine < 0.5:
-        return f"B is another LoRA than A: it differs by {error}, with {size} ({facts})"
-    return f"B differs from A by {error} in its weights, with {size} ({facts})"
+        return f"B is another LoRA: it has {size} and differs from A by {error} ({facts})"
+    return f"B has {size} and differs from A by {error} (weights, not pictures; {facts})"
 
 
 @command(_print_comparison, verbose_help="List every layer, and name all that differ.")

@@ -11,13 +11,13 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Adapters, Base, Csv, Device, Force, Jobs, Recursive, split_base
-from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, write_csv
+from lorashrink.cli.printing import check_outputs, new_console, plain, write_csv
+from lorashrink.cli.tables import TextTable
 from lorashrink.errors import UsageError
 from lorashrink.text import number_text, share_text, size_text, span_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from lorashrink.results.inspection import AdapterTable, BlockRow, Inspection, LayerRow, Recommendation
 
@@ -26,16 +26,16 @@ def _print_inspection(inspection: Inspection, terminal: Terminal) -> None:
     console = new_console()
     if len(inspection.files) == 1 or terminal.verbose:
         for adapter in inspection.files:
-            _print_adapter(console, adapter)
+            _print_adapter(console, adapter, terminal.verbose)
     if len(inspection.files) > 1:
-        console.print(_file_table(inspection.files))
+        console.print(_file_table(inspection.files, terminal.verbose))
 
 
-def _print_adapter(console: Console, adapter: AdapterTable) -> None:
+def _print_adapter(console: Console, adapter: AdapterTable, verbose: int) -> None:
     width = max(map(len, adapter.notes), default=0)
     for label, text in adapter.notes.items():
         console.print(f"{label:<{width}}  {text}")
-    console.print(_layer_table(adapter.layers))
+    console.print(_layer_table(adapter.layers, verbose))
     console.print(_block_table(adapter.blocks))
     if adapter.recommendations:
         console.print(_recommendation_table(adapter.recommendations, adapter.bytes))
@@ -53,10 +53,14 @@ def _print_adapter(console: Console, adapter: AdapterTable) -> None:
     )
 
 
-def _layer_table(layers: Sequence[LayerRow]) -> Table:
-    table = new_table(
-        *("layer", "block", "kind", "algo", "shape", "rank", "alpha", "dtype"),
-        *("fro", "spectral", "eff. rank", "fro/base", "flags"),
+def _layer_table(layers: Sequence[LayerRow], verbose: int) -> TextTable:
+    table = TextTable(
+        (
+            *("layer", "block", "kind", "algo", "shape", "rank", "alpha", "dtype"),
+            *("fro", "spectral", "eff. rank", "fro/base", "flags"),
+        ),
+        ("fro/base", "flags", "shape", "spectral", "eff. rank", "algo", "dtype", "kind", "block"),
+        verbose > 0,
     )
     for row in layers:
         table.add_row(
@@ -77,8 +81,8 @@ def _layer_table(layers: Sequence[LayerRow]) -> Table:
     return table
 
 
-def _block_table(blocks: Sequence[BlockRow]) -> Table:
-    table = new_table("block", "layers", "parameters", "bytes", "fro", "fro/base")
+def _block_table(blocks: Sequence[BlockRow]) -> TextTable:
+    table = TextTable(("block", "layers", "parameters", "bytes", "fro", "fro/base"), ("parameters",))
     for block in blocks:
         table.add_row(
             block.block,
@@ -91,8 +95,8 @@ def _block_table(blocks: Sequence[BlockRow]) -> Table:
     return table
 
 
-def _recommendation_table(recommendations: Sequence[Recommendation], bytes_before: int) -> Table:
-    table = new_table("recipe", "size", "of before", "error", "energy")
+def _recommendation_table(recommendations: Sequence[Recommendation], bytes_before: int) -> TextTable:
+    table = TextTable(("recipe", "size", "of before", "error", "energy"), ("energy",))
     for row in recommendations:
         table.add_row(
             row.recipe,
@@ -104,8 +108,12 @@ def _recommendation_table(recommendations: Sequence[Recommendation], bytes_befor
     return table
 
 
-def _file_table(adapters: Sequence[AdapterTable]) -> Table:
-    table = new_table("file", "size", "family", "algo", "layers", "rank", "alpha", "fro", "fro/base", "flags")
+def _file_table(adapters: Sequence[AdapterTable], verbose: int) -> TextTable:
+    table = TextTable(
+        ("file", "size", "family", "algo", "layers", "rank", "alpha", "fro", "fro/base", "flags"),
+        ("fro/base", "algo", "flags", "alpha", "layers"),
+        verbose > 0,
+    )
     for adapter in adapters:
         table.add_row(
             Path(adapter.path).name,

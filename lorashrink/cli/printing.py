@@ -20,13 +20,9 @@ from lorashrink.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 # The second file of a PEFT folder, and the journal of an output folder.
 _NAMES_OF_ADAPTERS = ("adapter_config.json", ".lorashrink-journal.sqlite3")
-
-# Columns of words; all others are numbers and stand to the right.
-_WORDS = frozenset(("layer", "block", "file", "recipe", "algo", "flags", "kind"))
 
 
 def plain(value: Any) -> Any:
@@ -117,20 +113,6 @@ def new_console() -> Console:
     return PrintableConsole(
         highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=None if terminal else 200
     )
-
-
-def new_table(*columns: str) -> Table:
-    """An empty table with these columns."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    table = Table(box=SIMPLE, pad_edge=False)
-    for name in columns:
-        if name in _WORDS:
-            table.add_column(name, justify="left", overflow="fold")
-        else:
-            table.add_column(name, justify="right", overflow="ellipsis", no_wrap=True)
-    return table
 
 
 def some_names(names: Sequence[str], verbose: int) -> str:

@@ -27,8 +27,9 @@ from lorashrink.cli.options import (
     Recursive,
     split_base,
 )
-from lorashrink.cli.printing import check_outputs, new_console, new_table, say
+from lorashrink.cli.printing import check_outputs, new_console, say
 from lorashrink.cli.streams import Gathered
+from lorashrink.cli.tables import TextTable
 from lorashrink.errors import UsageError
 from lorashrink.files.disk import write_bytes
 from lorashrink.recipes.explained import KEYS
@@ -36,7 +37,6 @@ from lorashrink.text import count_text, share_text, size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from lorashrink.results.shrinking import FileResult, Report
 
@@ -170,7 +170,7 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
         _print_details(console, result, terminal.verbose)
     if not report.results:
         return
-    console.print(_table(results))
+    console.print(_table(results, terminal.verbose))
     if more := len(report.results) - len(results):
         warnings = f", {gathered.warnings} warnings among them" if gathered and gathered.warnings else ""
         console.print(f"and {more} more{warnings}; -v lists them")
@@ -178,9 +178,11 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
     _print_sums(console, report, terminal.dry_run)
 
 
-def _table(results: Sequence[FileResult]) -> Table:
-    table = new_table(
-        "file", "recipe", "before", "after", "saved", "error", "energy", "norm", "layers", "removed", "verbatim"
+def _table(results: Sequence[FileResult], verbose: int) -> TextTable:
+    table = TextTable(
+        ("file", "recipe", "before", "after", "saved", "error", "energy", "norm", "layers", "removed", "verbatim"),
+        ("recipe", "energy", "layers", "norm", "removed", "verbatim"),
+        verbose > 0,
     )
     for result in results:
         table.add_row(

@@ -29,7 +29,8 @@ from lorashrink.cli.options import (
     seeds_of,
     split_base,
 )
-from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, write_csv
+from lorashrink.cli.printing import check_outputs, new_console, plain, write_csv
+from lorashrink.cli.tables import TextTable
 from lorashrink.errors import UsageError
 from lorashrink.text import count_text, number_text, share_text, size_text
 
@@ -42,7 +43,11 @@ def print_sweep(result: Sweep, terminal: Terminal) -> None:
     console = new_console()
     drawn = result.drawn
     columns = _likeness(drawn.none) if drawn else {}
-    table = new_table("recipe", "size", "of before", "error", "energy", "mean rank", *columns, "best")
+    table = TextTable(
+        ("recipe", "size", "of before", "error", "energy", "mean rank", *columns, "best"),
+        (*columns, "energy", "mean rank"),
+        terminal.verbose > 0,
+    )
     for point in result.points:
         table.add_row(
             point.recipe,

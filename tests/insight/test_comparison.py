@@ -475,17 +475,17 @@ def test_the_last_line_is_the_result_in_words(pair: tuple[Path, Path], base: Pat
     text = run("compare", *pair)
     last = text.strip().splitlines()[-1]
     assert last.startswith(
-        f"B is A with {100 * total.relative_difference:.3g} % error, {100 * share:.3g} % of its bytes (cosine "
+        f"B has {100 * share:.3g} % of A's size and differs from A by {100 * total.relative_difference:.3g} % (weights"
     )
     assert NAME not in text
     assert NAME in run("compare", "-v", base, *pair)
-    assert "exactly what A adds, with 100 % of its bytes" in run("compare", pair[0], pair[0])
+    assert "exactly what A adds, with 100 % of A's size" in run("compare", pair[0], pair[0])
     assert run("compare", "-q", *pair) == ""
 
 
 def test_other_adapters_are_not_called_the_same(tmp_path: Path) -> None:
     a, b = (write(tmp_path, name, lora(randn(24, 2, seed=n), randn(2, 24, seed=n + 5))) for n, name in enumerate("ab"))
-    assert "B is not A: the difference is " in run("compare", a, b)
+    assert "B is another LoRA: it has " in run("compare", a, b)
 
 
 def test_json_and_csv_have_the_numbers_of_the_function(pair: tuple[Path, Path], tmp_path: Path) -> None:
