@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 
 def _print_calibrated(result: Calibrated, terminal: Terminal) -> None:
-    adapters = ", ".join(Path(path).name for path in result.adapters) or "every adapter of its model"
+    adapters = ", ".join(Path(path).name for path in result.adapters) or "all LoRAs of this model"
     peak = f", {size_text(result.peak_bytes)} of GPU memory at most" if result.peak_bytes else ""
     say(
-        f"{result.path}: statistics of {count_text(result.layers, 'layer')} for {adapters}, {size_text(result.bytes)}, "
-        f"from {count_text(result.passes, 'pass', 'passes')} in {result.seconds:.0f} s{peak}"
+        f"{result.path}: {count_text(result.layers, 'layer')} recorded for {adapters}, {size_text(result.bytes)}, "
+        f"{count_text(result.passes, 'step')} in {result.seconds:.0f} s{peak}"
     )
 
 
 def _announce(effort: Effort) -> None:
-    again = f", {effort.done} of them done before" if effort.done else ""
+    again = f", {effort.done} of them finished earlier" if effort.done else ""
+    rest = f" and draws {effort.forwards} more without" if effort.forwards else ""
     typer.echo(
-        f"{count_text(effort.runs, 'picture or text', 'pictures or texts')}{again}: "
-        f"{count_text(effort.passes, 'pass', 'passes')} forward and backward through the model and "
-        f"{effort.forwards} forward alone, on {effort.device} in {effort.dtype}.\n"
-        f"Memory: {size_text(effort.model_bytes)} for the model, {size_text(effort.statistics_bytes)} for the sums of "
-        f"{count_text(effort.layers, 'layer')}, and what one pass through the model takes.",
+        f"Running the model on {count_text(effort.runs, 'picture or text', 'pictures or texts')}{again}: records "
+        f"{count_text(effort.passes, 'step')}{rest}, on {effort.device} in {effort.dtype}.\n"
+        f"Memory: {size_text(effort.model_bytes)} for the model, {size_text(effort.statistics_bytes)} for "
+        f"{count_text(effort.layers, 'layer')}, and what one step takes.",
         err=True,
     )
 

@@ -9,8 +9,7 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Base, Csv, Device, Force, Jobs, split_base
-from lorashrink.cli.printing import check_outputs, new_console, plain, some_names, write_csv
-from lorashrink.cli.tables import TextTable
+from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, some_names, write_csv
 from lorashrink.errors import UsageError
 from lorashrink.text import number_text, percent_text, share_text, size_text
 
@@ -31,12 +30,12 @@ def _print_comparison(comparison: Comparison, terminal: Terminal) -> None:
     rows = [*comparison.layers, *comparison.only_a, *comparison.only_b]
     columns = ("norm of A", "norm of B", "error", "energy", "cosine")
     if verbose:
-        layers = TextTable(("layer", *columns, "rank", "flags"), everything=True)
+        layers = new_table("layer", *columns, "rank", "flags", everything=True)
         for row in rows:
             ranks = f"{row.rank_a or '-'} -> {row.rank_b or '-'}"
             layers.add_row(row.name, *_difference_cells(row), ranks, " ".join(row.flags))
         console.print(layers)
-    blocks = TextTable(("block", *columns), ("cosine", "energy"), bool(verbose))
+    blocks = new_table("block", *columns, extra=("cosine", "energy"), everything=bool(verbose))
     for block in comparison.blocks:
         blocks.add_row(block.block, *_difference_cells(block))
     console.print(blocks)
@@ -110,7 +109,7 @@ def compare(
         style.check(plot)
     base, adapters = split_base(files, base)
     if len(adapters) != 2:
-        taken = f" The first file, {base}, was taken as the base." if base in map(Path, files) else ""
+        taken = f" The first file, {base}, was taken as the base." if str(base) in files else ""
         checkpoints = " Two checkpoints are compared by: lorashrink extract TUNED BASE -o difference.safetensors"
         raise UsageError(f"compare takes two LoRAs, A and B, not {len(adapters)}.{taken}{checkpoints if taken else ''}")
     from lorashrink.insight.comparison import compare as run

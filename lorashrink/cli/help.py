@@ -5,10 +5,11 @@ rich, which typer would use, takes longer to import than all of `lorashrink --he
 
 from __future__ import annotations
 
+import contextlib
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -18,6 +19,8 @@ from lorashrink.cli.hints import option_hint
 from lorashrink.cli.printing import print_json, say
 from lorashrink.errors import nearest
 from lorashrink.text import count_text
+
+Command = TypeVar("Command", bound=Callable[..., None])
 
 # Group -> its commands, in the order of help; those that this installation lacks are left out.
 GROUPS: Mapping[str, Sequence[str]] = {
@@ -72,14 +75,31 @@ def print_help_all(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-def with_section(title: str, rows: Mapping[str, str]) -> Any:
+def with_section(title: str, rows: Mapping[str, str]) -> Callable[[Command], Command]:
     """A decorator of commands: their help ends with a section of these rows."""
 
-    def decorate(function: Any) -> Any:
-        function.help_section = (title, rows)
+    def decorate(function: Command) -> Command:
+        function.help_section = (title, rows)  # type: ignore[attr-defined]
         return function
 
     return decorate
+
+
+@contextlib.contextmanager
+def _mistakes(text_of: Callable[[Any], str], command: str | None = None, as_json: bool = False) -> Iterator[None]:
+    """What click says of a command line becomes a line on stderr, and exit status 2."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's errors have it
+            raise
+        text = text_of(error)
+    else:
+        return
+    if as_json:
+        print_json({"version": __version__, "command": command, "error": text})
+    say(f"lorashrink: {text}", errors=True)
+    raise typer.Exit(2)
 
 
 class CommandHelp(TyperCommand):
@@ -88,16 +108,8 @@ class CommandHelp(TyperCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Read the command line. A mistake in it is a line on stderr, and exit status 2."""
         words = list(args)
-        try:
+        with _mistakes(lambda error: f"{info_name}: {self._mistake(error, words)}", info_name, "--json" in words):
             return super().make_context(info_name, args, parent, **extra)
-        except Exception as error:
-            if not hasattr(error, "format_message"):  # click's own errors have it
-                raise
-            text = f"{info_name}: {self._mistake(error, words)}"
-        if "--json" in words:
-            print_json({"version": __version__, "command": info_name, "error": text})
-        say(f"lorashrink: {text}", errors=True)
-        raise typer.Exit(2)
 
     def _mistake(self, error: Any, words: Sequence[str]) -> str:
         """What is wrong with the command line, and what to type."""
@@ -122,7 +134,9 @@ class CommandHelp(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments, one panel after the other, and the command's own section."""
         all_options = bool(ctx.meta.get(_HELP_ALL))
-        parameters = [parameter for parameter in self.get_params(ctx) if not getattr(parameter, "hidden", False)]
+        parameters: list[Any] = [
+            parameter for parameter in self.get_params(ctx) if not getattr(parameter, "hidden", False)
+        ]
         arguments = [parameter for parameter in parameters if parameter.param_type_name == "argument"]
         _write_rows(formatter, "Arguments", [(str(item.metavar or item.name), item.help or "") for item in arguments])
         panels: dict[str, list[tuple[str, str]]] = {panel: [] for panel in _PANELS}
@@ -141,6 +155,16 @@ class CommandHelp(TyperCommand):
 
 class ProgramHelp(TyperGroup):
     """The program with its commands in groups."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Read the options before the command; without any, click prints the help by an error."""
+        with _mistakes(_of_program) if args else contextlib.nullcontext():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command of this name."""
+        with _mistakes(_of_program):
+            return super().resolve_command(ctx, args)
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
         """The description, and lines to begin with."""
@@ -163,6 +187,11 @@ class ProgramHelp(TyperGroup):
         self.format_commands(ctx, formatter)
         records = [option.get_help_record(ctx) for option in self.get_params(ctx)]
         _write_rows(formatter, _OPTIONS, filter(None, records))
+
+
+def _of_program(error: Any) -> str:
+    text = error.format_message().rstrip(".")
+    return text if text.endswith("?") else f"{text}. lorashrink -h lists the commands."
 
 
 def _first_sentence(text: str) -> str:

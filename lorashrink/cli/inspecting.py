@@ -11,14 +11,14 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Adapters, Base, Csv, Device, Force, Jobs, Recursive, split_base
-from lorashrink.cli.printing import check_outputs, new_console, plain, write_csv
-from lorashrink.cli.tables import TextTable
+from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, write_csv
 from lorashrink.errors import UsageError
 from lorashrink.text import number_text, share_text, size_text, span_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorashrink.cli.tables import TextTable
     from lorashrink.results.inspection import AdapterTable, BlockRow, Inspection, LayerRow, Recommendation
 
 
@@ -54,13 +54,11 @@ def _print_adapter(console: Console, adapter: AdapterTable, verbose: int) -> Non
 
 
 def _layer_table(layers: Sequence[LayerRow], verbose: int) -> TextTable:
-    table = TextTable(
-        (
-            *("layer", "block", "kind", "algo", "shape", "rank", "alpha", "dtype"),
-            *("fro", "spectral", "eff. rank", "fro/base", "flags"),
-        ),
-        ("fro/base", "flags", "shape", "spectral", "eff. rank", "algo", "dtype", "kind", "block"),
-        verbose > 0,
+    table = new_table(
+        *("layer", "block", "kind", "algo", "shape", "rank", "alpha", "dtype"),
+        *("fro", "spectral", "eff. rank", "fro/base", "flags"),
+        extra=("fro/base", "flags", "shape", "spectral", "eff. rank", "algo", "dtype", "kind", "block"),
+        everything=verbose > 0,
     )
     for row in layers:
         table.add_row(
@@ -82,7 +80,7 @@ def _layer_table(layers: Sequence[LayerRow], verbose: int) -> TextTable:
 
 
 def _block_table(blocks: Sequence[BlockRow]) -> TextTable:
-    table = TextTable(("block", "layers", "parameters", "bytes", "fro", "fro/base"), ("parameters",))
+    table = new_table("block", "layers", "parameters", "bytes", "fro", "fro/base", extra=("parameters",))
     for block in blocks:
         table.add_row(
             block.block,
@@ -96,7 +94,7 @@ def _block_table(blocks: Sequence[BlockRow]) -> TextTable:
 
 
 def _recommendation_table(recommendations: Sequence[Recommendation], bytes_before: int) -> TextTable:
-    table = TextTable(("recipe", "size", "of before", "error", "energy"), ("energy",))
+    table = new_table("recipe", "size", "of before", "error", "energy", extra=("energy",))
     for row in recommendations:
         table.add_row(
             row.recipe,
@@ -109,10 +107,19 @@ def _recommendation_table(recommendations: Sequence[Recommendation], bytes_befor
 
 
 def _file_table(adapters: Sequence[AdapterTable], verbose: int) -> TextTable:
-    table = TextTable(
-        ("file", "size", "family", "algo", "layers", "rank", "alpha", "fro", "fro/base", "flags"),
-        ("fro/base", "algo", "flags", "alpha", "layers"),
-        verbose > 0,
+    table = new_table(
+        "file",
+        "size",
+        "family",
+        "algo",
+        "layers",
+        "rank",
+        "alpha",
+        "fro",
+        "fro/base",
+        "flags",
+        extra=("fro/base", "algo", "flags", "alpha", "layers"),
+        everything=verbose > 0,
     )
     for adapter in adapters:
         table.add_row(

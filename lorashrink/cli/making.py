@@ -29,10 +29,17 @@ from lorashrink.text import count_text, size_text
 
 if TYPE_CHECKING:
     from lorashrink.bases.norms import NormTable
-    from lorashrink.results.shrinking import ConversionReport
+    from lorashrink.results.shrinking import ConversionReport, Report
 
 
-@command(print_report)
+def _print_extraction(report: Report, terminal: Terminal) -> None:
+    print_report(report, terminal)
+    tuned = {Path(result.source).name for result in report.results}
+    if report.base:  # whoever has swapped the two sees it here
+        say(f"The LoRA turns {Path(report.base.path).name} into {', '.join(sorted(tuned))}.")
+
+
+@command(_print_extraction)
 def extract(
     terminal: Terminal,
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The fine-tuned checkpoint or folder.")],

@@ -10,11 +10,11 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Base, Csv, Device, Force, Jobs, split_base
-from lorashrink.cli.printing import check_outputs, new_console, plain, write_csv
-from lorashrink.cli.tables import TextTable
+from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, write_csv
 from lorashrink.text import number_text, share_text
 
 if TYPE_CHECKING:
+    from lorashrink.cli.tables import TextTable
     from lorashrink.results.overlap import BlockOverlap, LayerOverlap, Overlap
     from lorashrink.results.overlap import Table as Matrix
 
@@ -42,7 +42,7 @@ def _print_overlap(result: Overlap, terminal: Terminal) -> None:
 
 
 def _matrix_table(title: str, values: Matrix, names: list[str]) -> TextTable:
-    table = TextTable((title, *map(str, range(1, len(names) + 1))))
+    table = new_table(title, *map(str, range(1, len(names) + 1)))
     digits = 3 if len(names) <= 8 else 2
     for number, (name, row) in enumerate(zip(names, values, strict=True), 1):
         table.add_row(f"{number} {name}", *(_cosine_text(value, digits) for value in row))
@@ -50,10 +50,16 @@ def _matrix_table(title: str, values: Matrix, names: list[str]) -> TextTable:
 
 
 def _block_table(result: Overlap, verbose: int) -> TextTable:
-    table = TextTable(
-        ("block", "layers", "pair", "cosine", "subspace", "norm of the sum", "of the base"),
-        ("of the base", "norm of the sum", "layers"),
-        verbose > 0,
+    table = new_table(
+        "block",
+        "layers",
+        "pair",
+        "cosine",
+        "subspace",
+        "norm of the sum",
+        "of the base",
+        extra=("of the base", "norm of the sum", "layers"),
+        everything=verbose > 0,
     )
     ordered = sorted(result.blocks, key=lambda block: -_closest_pair(block)[0])
     for block in ordered if verbose else ordered[:_SHOWN]:
@@ -63,10 +69,17 @@ def _block_table(result: Overlap, verbose: int) -> TextTable:
 
 
 def _layer_table(result: Overlap, verbose: int) -> TextTable:
-    table = TextTable(
-        ("layer", "pair", "cosine", "subspace", "σ of the sum", "over one alone", "of the base", "flags"),
-        ("of the base", "flags", "subspace", "σ of the sum"),
-        verbose > 0,
+    table = new_table(
+        "layer",
+        "pair",
+        "cosine",
+        "subspace",
+        "σ of the sum",
+        "over one alone",
+        "of the base",
+        "flags",
+        extra=("of the base", "flags", "subspace", "σ of the sum"),
+        everything=verbose > 0,
     )
     layers = [(layer, layer.sum) for layer in result.layers if layer.sum]
     if not verbose:

@@ -21,6 +21,8 @@ from lorashrink.text import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorashrink.cli.tables import TextTable
+
 # The second file of a PEFT folder, and the journal of an output folder.
 _NAMES_OF_ADAPTERS = ("adapter_config.json", ".lorashrink-journal.sqlite3")
 
@@ -113,6 +115,13 @@ def new_console() -> Console:
     return PrintableConsole(
         highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=None if terminal else 200
     )
+
+
+def new_table(*columns: str, extra: Sequence[str] = (), everything: bool = False) -> TextTable:
+    """An empty table; see `TextTable`."""
+    from lorashrink.cli.tables import TextTable
+
+    return TextTable(columns, extra, everything)
 
 
 def some_names(names: Sequence[str], verbose: int) -> str:

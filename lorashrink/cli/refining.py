@@ -12,6 +12,7 @@ from lorashrink.cli.hints import check_names
 from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, ImagesConfig, Model, seeds_of
 from lorashrink.cli.printing import say
 from lorashrink.errors import UsageError
+from lorashrink.text import count_text
 
 if TYPE_CHECKING:
     from lorashrink.calibration.refine import Refined
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 
 def print_refined(result: Refined, terminal: Terminal | None = None) -> None:
     """What the training gained, in a sentence."""
-    effort = f"{result.steps} steps on {result.layers} layers in {result.seconds:.0f} s"
+    effort = f"{count_text(result.steps, 'step')} on {count_text(result.layers, 'layer')} in {result.seconds:.0f} s"
     if result.improved:
         share = result.loss_after / result.loss_before
         say(
-            f"{result.path}: {effort}; the squared error of predictions that were not trained on is {share:.0%} of "
-            "before"
+            f"{result.path}: {effort}; on pictures that it was not trained on, the squared error is {share:.0%} of "
+            "what it was"
         )
     else:
-        say(f"{result.path}: {effort} made nothing better; its tensors are those of {result.source}")
+        say(f"{result.path}: {effort} did not help; the file has the tensors of {result.source}")
 
 
 @command(print_refined)

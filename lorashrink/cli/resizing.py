@@ -27,9 +27,8 @@ from lorashrink.cli.options import (
     Recursive,
     split_base,
 )
-from lorashrink.cli.printing import check_outputs, new_console, say
+from lorashrink.cli.printing import check_outputs, new_console, new_table, say
 from lorashrink.cli.streams import Gathered
-from lorashrink.cli.tables import TextTable
 from lorashrink.errors import UsageError
 from lorashrink.files.disk import write_bytes
 from lorashrink.recipes.explained import KEYS
@@ -38,6 +37,7 @@ from lorashrink.text import count_text, share_text, size_text
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorashrink.cli.tables import TextTable
     from lorashrink.results.shrinking import FileResult, Report
 
 
@@ -131,9 +131,9 @@ def resize(
     options = {name: value for name, value in locals().items() if name in ResizeKeywords.__annotations__}
     with Gathered(as_json=terminal.as_json, as_csv=as_csv is not None, everything=terminal.verbose > 0) as gathered:
         check_outputs([*files, base, calibration, group_by_base], force, as_csv=as_csv)
-        base, adapters = split_base(files, base)
         recipes = recipe or [DEFAULT]
-        parse_recipes(recipes)  # before torch is imported: a typo is answered at once
+        parse_recipes(recipes)  # before any file is read: a typo is answered at once
+        base, adapters = split_base(files, base)
         run = _runner(ray, ray_transfer, gpus_per_task)
         options |= {"base": base, "recipes": recipes, "quantiles": terminal.verbose > 0}
         report = run(adapters, each=gathered.add, progress=terminal.progress, **options)
@@ -179,10 +179,20 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
 
 
 def _table(results: Sequence[FileResult], verbose: int) -> TextTable:
-    table = TextTable(
-        ("file", "recipe", "before", "after", "saved", "error", "energy", "norm", "layers", "removed", "verbatim"),
-        ("recipe", "energy", "layers", "norm", "removed", "verbatim"),
-        verbose > 0,
+    table = new_table(
+        "file",
+        "recipe",
+        "before",
+        "after",
+        "saved",
+        "error",
+        "energy",
+        "norm",
+        "layers",
+        "removed",
+        "verbatim",
+        extra=("recipe", "energy", "layers", "norm", "removed", "verbatim"),
+        everything=verbose > 0,
     )
     for result in results:
         table.add_row(

@@ -29,8 +29,7 @@ from lorashrink.cli.options import (
     seeds_of,
     split_base,
 )
-from lorashrink.cli.printing import check_outputs, new_console, plain, write_csv
-from lorashrink.cli.tables import TextTable
+from lorashrink.cli.printing import check_outputs, new_console, new_table, plain, write_csv
 from lorashrink.errors import UsageError
 from lorashrink.text import count_text, number_text, share_text, size_text
 
@@ -43,10 +42,17 @@ def print_sweep(result: Sweep, terminal: Terminal) -> None:
     console = new_console()
     drawn = result.drawn
     columns = _likeness(drawn.none) if drawn else {}
-    table = TextTable(
-        ("recipe", "size", "of before", "error", "energy", "mean rank", *columns, "best"),
-        (*columns, "energy", "mean rank"),
-        terminal.verbose > 0,
+    table = new_table(
+        "recipe",
+        "size",
+        "of before",
+        "error",
+        "energy",
+        "mean rank",
+        *columns,
+        "best",
+        extra=(*columns, "energy", "mean rank"),
+        everything=terminal.verbose > 0,
     )
     for point in result.points:
         table.add_row(

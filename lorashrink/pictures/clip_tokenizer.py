@@ -28,7 +28,7 @@ def bundled_tokenizer() -> Any:
     # As in transformers: the package itself neither composes accents nor lowers letters one by one.
     normalizer = Sequence([NFC(), Replace(Regex(r"\s+"), " "), Lowercase()])
 
-    class BundledTokenizer(PreTrainedTokenizer):
+    class BundledTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         """Tokens are ids as text, because parts of characters are no text."""
 
         model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 - transformers declares it so
@@ -39,7 +39,7 @@ def bundled_tokenizer() -> Any:
 
         def get_vocab(self) -> dict[str, int]:
             ids = {str(number): number for number in range(_SIZE - 2)}
-            return ids | {_START: _SIZE - 2, _END: _SIZE - 1} | self.added_tokens_encoder
+            return {**ids, _START: _SIZE - 2, _END: _SIZE - 1, **self.added_tokens_encoder}
 
         def _tokenize(self, text: str, **_: Any) -> list[str]:
             return [str(number) for number in words.encode(normalizer.normalize_str(text))]

@@ -73,7 +73,7 @@ def report(
     path = source.with_name(f"{source.stem}_report.html") if output is None else Path(output)
     if path.suffix.lower() not in _ENDINGS:
         raise UsageError(f"{path}: a report is a page; give it a name that ends in .html.")
-    inputs = [source, *base_files(base), *filter(None, [prompts and prompt_file(prompts)])]
+    inputs = [source, *base_files(base), *_prompt_files(prompts)]
     check_output(path, force=force, inputs=inputs)
     shared: dict[str, Any] = {"base": base, "calibration": calibration, "device": device, "jobs": jobs}
     result, refusal = None, None
@@ -125,6 +125,12 @@ def report(
     data = page(findings, progress)
     write_bytes(path, data)
     return ReportFile(str(path), len(data), inspection, result)
+
+
+def _prompt_files(prompts: str | Path | None) -> list[Path]:
+    """The file that is read for prompts, if there is one."""
+    path = None if prompts is None else prompt_file(prompts)
+    return [path] if path else []
 
 
 def _dry_run(source: Path, result: Sweep, folder: Path, shared: Mapping[str, Any]) -> FileResult:

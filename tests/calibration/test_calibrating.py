@@ -310,7 +310,7 @@ def test_a_language_model_with_a_peft_adapter(tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, [*command, str(tmp_path / "lora"), "--json"])
     assert outcome.exit_code == 0, outcome.stderr
     assert json.loads(outcome.stdout)["layers"] == 6
-    assert "20 passes forward and backward" in outcome.stderr
+    assert "records 20 steps, on" in outcome.stderr
     tokens = torch.randint(1, 28, (4, 32), generator=torch.Generator().manual_seed(2))
 
     def words(adapter: Path) -> Tensor:

@@ -57,6 +57,11 @@ def test_help_without_a_command_is_the_help_of_the_program() -> None:
     assert run("help") == run("-h") == run("--help")
 
 
+def test_the_program_alone_prints_its_help() -> None:
+    done = subprocess.run([sys.executable, "-m", "lorashrink"], capture_output=True, text=True, check=False)
+    assert "Shrink:" in done.stdout + done.stderr
+
+
 def test_the_trainer_has_its_help_too() -> None:
     assert run("help", "train") == run("train", "-h")
 

@@ -67,6 +67,8 @@ MISTAKES = {
     "resize --save_to small.safetensors lora.safetensors": "Name the result with -o small.safetensors.",
     "resize lora.safetensors --outptu x": "Did you mean --output?",
     "resize lora.safetensors --nonsense": "See lorashrink resize -h.",
+    "resise lora.safetensors": "No such command 'resise'. Did you mean 'resize'",
+    "--nonsense": "No such option: --nonsense. lorashrink -h lists the commands.",
     "resize -o out": "Missing argument '[BASE] ADAPTER...'. See lorashrink resize -h.",
     "merge lora.safetensors lora.safetensors": "Missing option '--output' / '-o'.",
     "merge lora.safetensors 0.7 lora.safetensors 0.5 -o m.safetensors": "A weight is written as lora.safetensors:0.7.",

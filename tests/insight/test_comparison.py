@@ -525,7 +525,7 @@ def test_a_block_of_b_alone_has_a_label_instead_of_a_bar(tmp_path: Path) -> None
     only_b = lora(randn(24, 2), randn(2, 24), name="lora_unet_middle_block_1_proj_in")
     factors = lora(randn(24, 2), randn(2, 24))
     upper, lower = difference_per_block(compared(tmp_path, factors, {**factors, **only_b})).axes
-    assert [text.get_text() for text in upper.texts] == ["0", "only B"]
+    assert [text.get_text() for text in upper.texts] == ["0", "only in B"]
     assert [bar.get_height() for bar in lower.containers[0]][1] == 0
 
 
@@ -533,7 +533,7 @@ def test_a_block_of_a_alone_says_so(tmp_path: Path) -> None:
     only_a = lora(randn(24, 2), randn(2, 24), name="lora_unet_middle_block_1_proj_in")
     factors = lora(randn(24, 2), randn(2, 24))
     upper, _ = difference_per_block(compared(tmp_path, {**factors, **only_a}, factors)).axes
-    assert [text.get_text() for text in upper.texts] == ["0", "only A"]
+    assert [text.get_text() for text in upper.texts] == ["0", "only in A"]
 
 
 def test_a_block_that_is_zero_in_a_and_missing_in_b_is_not_of_b(tmp_path: Path) -> None:
