@@ -37,13 +37,18 @@ class TextTable:
         self.rows.append(cells)
 
     def shown(self, width: int) -> list[str]:
-        """The columns that fit into so many characters."""
-        columns = list(self.columns)
+        """The columns that fit into so many characters; an extra one without numbers is left out anyway."""
+        if self.everything:
+            return list(self.columns)
+        columns = [name for name in self.columns if name not in self.extra or self._says_something(name)]
         for name in reversed(self.extra):
-            if self.everything or self._width(columns) <= width:
-                break
-            columns.remove(name)
+            if name in columns and self._width(columns) > width:
+                columns.remove(name)
         return columns
+
+    def _says_something(self, column: str) -> bool:
+        position = self.columns.index(column)
+        return any(row[position] not in ("", "-") for row in self.rows)
 
     def _width(self, columns: Sequence[str]) -> int:
         """Characters of a table of these columns, the first one folded."""
@@ -70,5 +75,5 @@ class TextTable:
         for row in self.rows:
             table.add_row(*(row[position] for position in positions))
         yield table
-        if hidden := [name for name in self.columns if name not in shown]:
+        if hidden := [name for name in self.columns if name not in shown and self._says_something(name)]:
             yield f"(-v shows more columns: {', '.join(hidden)})"

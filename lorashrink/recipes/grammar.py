@@ -91,8 +91,8 @@ class Recipe:
         items = _parse_items(text)
         selections = [key for key in items if key in SELECTIONS]
         if len(selections) != 1:
-            fault = f"has {' and '.join(selections)}" if selections else "has none"
-            raise RecipeError(f"recipe '{text}': needs exactly one of {', '.join(SELECTIONS)}; it {fault}.")
+            fault = f"it has {' and '.join(selections)}" if selections else f"such as {text},thr=-3.55"
+            raise RecipeError(f"recipe '{text}': needs exactly one of {', '.join(SELECTIONS)}; {fault}.")
         weights = tuple((key, items[key]) for key in (*TERMS, BYTES) if key in items)
         modifiers = {key: items[key] for key in MODIFIERS if key in items}
         recipe = cls(selections[0], items[selections[0]], weights, modifiers)
@@ -104,7 +104,7 @@ class Recipe:
         if terms and abs(sum(terms.values())) < 1e-12:
             raise RecipeError(f"recipe '{text}': the weights of its score terms sum to 0; change one of them.")
         if len(terms) > 1 and (alone := next((key for key in terms if TERMS[key].alone), None)):
-            raise RecipeError(f"recipe '{text}': {alone} stands alone (with {BYTES}); remove the other terms.")
+            raise RecipeError(f"recipe '{text}': {alone} goes with no other score but {BYTES}; remove the others.")
         if self.caps and self.calibrated:
             raise RecipeError(
                 f"recipe '{text}': {' and '.join(self.caps)} limit singular values of ΔW, and calib goes by others. "

@@ -68,7 +68,7 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     if options.target not in (None, *TARGETS):
         raise UsageError(f"target: '{options.target}' is not one of {', '.join(TARGETS)}.")
     if options.verify and not options.skip_existing:
-        raise UsageError("--verify: checks outputs that exist, and goes with --skip-existing only.")
+        raise UsageError("--verify works with --skip-existing only. Add it, or leave --verify out.")
     if options.base is not None and options.group_by_base is not None:
         raise UsageError("give one base, or a table of them with --group-by-base, and not both.")
     reader = TARGETS[options.target] if options.target else None
@@ -226,8 +226,8 @@ def check_calibration(recipes: Sequence[Recipe], calibration: str | Path | None)
     for recipe in recipes:
         if recipe.calibrated and calibration is None:
             raise RecipeError(
-                f"recipe '{recipe}' needs statistics of the model; give them with --calibration, or make some with: "
-                "lorashrink calibrate"
+                f"recipe '{recipe}' needs a calibration table: --calibration TABLE. Make one with: "
+                "lorashrink calibrate MODEL -o table.safetensors"
             )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lorashrink
+from lorashrink.cli.tables import TextTable
 
 pty = pytest.importorskip("pty", reason="pseudo-terminals are a part of Unix")
 
@@ -80,6 +81,15 @@ def test_verbose_shows_all_columns(folder: Path) -> None:
     assert re.findall(r"\w+…?", head)[:6] == ["file", "recipe", "before", "after", "saved", "error"]
     assert len(head.split()) == 11
     assert not [line for line in text if "-v shows" in line]
+
+
+def test_a_column_without_numbers_is_left_out() -> None:
+    table = TextTable(("layer", "fro", "fro/base", "flags"), extra=("fro/base", "flags"))
+    table.add_row("a", "1.0", "-", "")
+    table.add_row("b", "2.0", "-", "zero")
+    assert table.shown(100) == ["layer", "fro", "flags"]
+    table.everything = True
+    assert table.shown(10) == ["layer", "fro", "fro/base", "flags"]
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])

@@ -415,7 +415,7 @@ def test_tensors_beside_the_layers_and_metadata_are_compared(tmp_path: Path) -> 
 
 
 def test_bad_input_is_named(adapter: Path, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(NotAnAdapter, match="base checkpoint"):
+    with pytest.raises(NotAnAdapter, match="base model"):
         compare(adapter, base)
     with pytest.raises(InputError, match=r"nowhere\.safetensors"):
         compare(adapter, tmp_path / "nowhere.safetensors")
@@ -544,9 +544,9 @@ def test_a_block_that_is_zero_in_a_and_missing_in_b_is_not_of_b(tmp_path: Path) 
 
 
 def test_wrong_commands_end_with_status_2(pair: tuple[Path, Path], base: Path, tmp_path: Path) -> None:
-    assert "takes two adapters" in run("compare", pair[0], status=2)
-    assert "takes two adapters" in run("compare", base, pair[0], status=2)
-    assert "no adapter layer" in run("compare", pair[0], base, status=2)
+    assert "takes two LoRAs" in run("compare", pair[0], status=2)
+    assert "takes two LoRAs" in run("compare", base, pair[0], status=2)
+    assert "Give it first: " in run("compare", pair[0], base, status=2)
     assert "cannot be read" in run("compare", pair[0], tmp_path / "nowhere.safetensors", status=2)
     assert ".png or .svg" in run("compare", "--plot", tmp_path / "d.bmp", *pair, status=2)
     assert "--csv" in run("compare", "--csv", pair[1], *pair, status=2)
