@@ -37,8 +37,18 @@ OPTIONS: Mapping[str, str] = {
 _ITEM = rf"(?:{'|'.join(KEYS)})(?:=[^,:=]*)?"
 _NUMBER = re.compile(r"-?\d*\.?\d+")
 
+_Hint = tuple[re.Pattern[str], Callable[[re.Match[str]], str]]
+
+_WINDOWS: _Hint = (
+    re.compile(r"([A-Za-z]):\\(.*)"),
+    lambda match: (
+        "is a path of Windows, which this system does not know. In WSL it is "
+        f"{shlex.quote('/mnt/' + match[1].lower() + '/' + match[2].replace(chr(92), '/'))}."
+    ),
+)
+
 # What an argument that is no file looks like -> what is wrong with it, and what to type.
-_NAMES: Sequence[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = (
+_NAMES: Sequence[_Hint] = (
     (
         re.compile(r"""["'“”‘’«]+(.*?)["'“”‘’»]+"""),
         lambda match: f"the name contains quotes. Type it without them: {shlex.quote(match[1])}",
@@ -47,13 +57,7 @@ _NAMES: Sequence[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = (
         re.compile(rf"{_ITEM}(?:[,:]{_ITEM})*"),
         lambda match: f"is not a file. Did you mean -r {match[0]}?",
     ),
-    (
-        re.compile(r"([A-Za-z]):\\(.*)"),
-        lambda match: (
-            "is a path of Windows, which this system does not know. In WSL it is "
-            f"{shlex.quote('/mnt/' + match[1].lower() + '/' + match[2].replace(chr(92), '/'))}."
-        ),
-    ),
+    *(() if os.name == "nt" else (_WINDOWS,)),
     (re.compile(r"(~/.*)"), lambda match: f"~ is not replaced inside quotes. Write {os.path.expanduser(match[1])}."),
     (re.compile(r"(https?://\S+)"), lambda match: "is an address. Nothing is downloaded; give a file on your disk."),
 )
@@ -70,8 +74,6 @@ def check_names(names: Sequence[str]) -> None:
             raise UsageError(f"'{name}' is not a file. A weight is written as {before}:{name}{recipe}.")
         for pattern, text in _NAMES:
             if match := pattern.fullmatch(name):
-                if os.name == "nt" and match.re.groups == 2:
-                    continue
                 raise UsageError(f"{name}: {text(match)}")
 
 
@@ -80,6 +82,4 @@ def option_hint(option: str, words: Sequence[str]) -> str:
     written = next((word for word in words if word.partition("=")[0] == option), option)
     following = [*words, ""][words.index(written) + 1] if written in words else ""
     value = written.partition("=")[2] or following
-    return OPTIONS.get(option.replace("-", "_").replace("__", "--", 1), OPTIONS.get(option, "")).format(
-        value=value or "..."
-    )
+    return OPTIONS.get(f"--{option.lstrip('-').replace('-', '_')}", "").format(value=value or "...")

