@@ -551,4 +551,4 @@ def test_wrong_commands_end_with_status_2(pair: tuple[Path, Path], base: Path, t
     assert ".png or .svg" in run("compare", "--plot", tmp_path / "d.bmp", *pair, status=2)
     assert "--csv" in run("compare", "--csv", pair[1], *pair, status=2)
     error = json.loads(run("compare", "--json", pair[0], tmp_path / "nowhere.safetensors", status=2).splitlines()[0])
-    assert set(error) == {"version", "error"}
+    assert set(error) == {"version", "command", "error"}

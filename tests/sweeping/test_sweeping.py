@@ -95,7 +95,7 @@ def test_the_usual_recipes_without_a_base_are_some_of_those_with_one(adapter: Pa
 
 
 def test_wrong_requests_are_refused(adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="needs the base"):
+    with pytest.raises(RecipeError, match="compares with the base"):
         ls.sweep(adapter, recipes="fro_ckpt,thr=-3")
     for name in ("a", "b"):
         (tmp_path / f"{name}.safetensors").write_bytes(adapter.read_bytes())
