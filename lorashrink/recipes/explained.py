@@ -1,7 +1,9 @@
 """What each key of a recipe means, in a sentence for help texts."""
 
-# In the order of help: scores, selections, modifiers. A test holds it to the keys that recipes may have.
-KEYS: dict[str, str] = {
+from lorashrink.recipes.grammar import keys
+
+# In the order of help: scores, selections, modifiers.
+_SENTENCES: dict[str, str] = {
     "fro_ckpt": "Score: relative to the Frobenius norm of the base weight.",
     "spn_ckpt": "Score: relative to the spectral norm of the base weight.",
     "fro_lora": "Score: relative to the Frobenius norm of the layer's own change.",
@@ -12,6 +14,8 @@ KEYS: dict[str, str] = {
     "bytes": "Compare ranks by their effect per byte.",
     "thr": "Keep what scores above this, in log10: -3.55; higher is smaller.",
     "size": "Keep the best that fits into this many MiB.",
+    "quality": "Keep as much as pictures within this many dB of the original's need: 40.",
+    "error": "Keep as few ranks as this error of the whole file allows: 0.05.",
     "rank": "Keep this many ranks in each layer.",
     "energy": "Keep this share of the squared singular values: 0.99.",
     "sv_fro": "Keep this share of the norm, as sd-scripts counts: 0.95.",
@@ -26,4 +30,9 @@ KEYS: dict[str, str] = {
     "rescale": "Multiply the strength of the whole adapter by this.",
     "clip": "No singular value above this many times the base layer's largest.",
     "fro_limit": "No layer's norm above this share of the base layer's norm.",
+}
+
+# Those that recipes may have here; a key without a sentence stands at the end.
+KEYS: dict[str, str] = {key: text for key, text in _SENTENCES.items() if key in keys()} | {
+    key: "" for key in keys() if key not in _SENTENCES
 }

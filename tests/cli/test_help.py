@@ -94,6 +94,7 @@ def test_examples_are_lines_to_copy() -> None:
 
 def test_resize_explains_every_key_of_a_recipe() -> None:
     assert set(KEYS) == set(keys())
+    assert all(KEYS.values())
     text = run("resize", "-h")
     assert [key for key in KEYS if not re.search(rf"^  {key} +\w", text, re.MULTILINE)] == []
 

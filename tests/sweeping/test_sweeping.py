@@ -112,7 +112,7 @@ def run(*arguments: object, status: int = 0) -> str:
 def test_json_csv_and_figure_hold_the_same_numbers(adapter: Path, base: Path, tmp_path: Path) -> None:
     table, picture = tmp_path / "t.csv", tmp_path / "p.svg"
     document = json.loads(run("--json", "--csv", table, "--plot", picture, "-r", "rank=1..4/3", base, adapter))
-    assert {"version", "source", "bytes", "points", "suggestion", "drawn"} == set(document)
+    assert {"version", "command", "source", "bytes", "points", "suggestion", "drawn"} == set(document)
     rows = [line.split(",") for line in table.read_text().splitlines()]
     assert [int(row[rows[0].index("bytes")]) for row in rows[1:]] == [point["bytes"] for point in document["points"]]
     assert picture.read_text().startswith("<?xml")
