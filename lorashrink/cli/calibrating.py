@@ -73,12 +73,16 @@ def calibrate(
 
     Example: lorashrink calibrate sdxl/ -o sdxl-table.safetensors
     """
+    from lorashrink.linking.inputs import check_is_base
+
     if output is None:
         raise UsageError("name the file to write: -o table.safetensors")
     if base_table and (files or model):
         raise UsageError("--base-table: takes no adapters. Give the model first: calibrate MODEL ADAPTER...")
     model, adapters = split_base(files or (), model or base_table, alone=True)
     if model is None:
+        if adapters and not Path(adapters[0]).exists():
+            check_is_base(adapters[0])
         raise UsageError("name the model first: lorashrink calibrate MODEL [ADAPTER...] -o table.safetensors")
     from lorashrink.calibration.calibrate import calibrate as run
 

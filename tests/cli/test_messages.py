@@ -83,6 +83,7 @@ MISTAKES = {
     "compare model.safetensors sdxl": "model.safetensors, was taken as the base. Two checkpoints are compared by:",
     "calibrate": "name the file to write: -o table.safetensors",
     "calibrate lora.safetensors -o t.safetensors": "lorashrink calibrate MODEL [ADAPTER...] -o table.safetensors",
+    "calibrate sdlx -o t.safetensors": "sdlx: no such file. Similar names there: sdxl",
     "refine lora.safetensors": "lorashrink refine lora.safetensors --like lora.safetensors --model sdxl/",
     "refine lora.safetensors --like lora.safetensors --model lora.safetensors -o x.safetensors": "is a LoRA, and",
     # names
