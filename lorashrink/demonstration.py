@@ -43,6 +43,8 @@ def demo(output: str | Path = "demo-out", *, progress: Progress | None = None) -
     lorashrink_example, and OutputError.
     """
     example, folder = _example(), Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"-o {output}: is a file. Name a folder.")
     drawing = all(find_spec(name) for name in PACKAGES)
     inspection = inspect(example.adapter, base=example.model, progress=progress)
     means: dict[str, Any] = {"model": example.model, "prompts": example.prompts} if drawing else {"base": example.model}

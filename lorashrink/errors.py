@@ -103,6 +103,11 @@ def _what_is_wrong(error: Exception) -> str:
     return f"unexpected {kind}: {words}. This is an error of lorashrink; please report it with what --debug shows."
 
 
+def hint_of(text: str) -> str | None:
+    """What a message says behind its first sentence, which is what to do; None if that is all of it."""
+    return text.partition(". ")[2].strip() or None
+
+
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The name that was probably meant by one that does not exist, for messages; None if none is like it.
 

@@ -24,7 +24,7 @@ def difference_per_block(comparison: Comparison) -> Figure:
     """‖A − B‖ / ‖A‖ of each block in percent, with a line at that of all blocks, above ‖A‖ and ‖B‖.
 
     Blocks stand in the order in which a picture is made. Blocks without numbers are left out; one to which a side
-    alone adds something has the words "only A", above a bar of 100 %, or "only B", above none.
+    alone adds something has the words "only in A", above a bar of 100 %, or "only in B", above none.
     """
     blocks = sorted((row for row in comparison.blocks if row.fro_a is not None), key=lambda row: order(row.block))
     figure = Figure(figsize=(width_of_blocks(len(blocks)), 5.4))
@@ -42,7 +42,7 @@ def difference_per_block(comparison: Comparison) -> Figure:
 
 def _side_alone(row: BlockDifference) -> str:
     """Which side alone adds something to a block, if one does."""
-    return "" if row.fro_a and row.fro_b else "only A" if row.fro_a else "only B" if row.fro_b else ""
+    return "" if row.fro_a and row.fro_b else "only in A" if row.fro_a else "only in B" if row.fro_b else ""
 
 
 def _draw_differences(axes: Axes, blocks: Sequence[BlockDifference], total: BlockDifference) -> None:

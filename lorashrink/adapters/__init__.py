@@ -79,7 +79,7 @@ def adapter_of(path: Path, store: TensorStore, settings: peft.Settings) -> Adapt
     if not layers and not looks_like_adapter(others):
         raise NotAnAdapter(
             f"{path}: no adapter layer found among its {len(store.tensors)} tensors. "
-            "If this is the base checkpoint, give it first or with --base."
+            "If this is the base model, give it first or with --base."
         )
     if layers:
         check_keys(settings, path)

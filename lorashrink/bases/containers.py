@@ -7,6 +7,7 @@ from pathlib import Path
 from lorashrink.bases.gguf_file import is_gguf, open_gguf
 from lorashrink.bases.quantised import unpacked
 from lorashrink.errors import InputError, NotABase
+from lorashrink.files.disk import absent_text
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import TensorStore, join_stores
 
@@ -28,7 +29,7 @@ def open_store(path: Path) -> tuple[TensorStore, str]:
     if path.is_dir():
         store, kind = _open_folder(path), "folder"
     elif not path.is_file():
-        raise InputError(f"{path}: no such file or folder.")
+        raise InputError(f"{path}: {absent_text(path)}")
     elif is_gguf(path):
         store, kind = open_gguf(path), "file"
     else:

@@ -75,6 +75,7 @@ def calibrate(
     output: str | Path,
     prompts: str | Path | None = None,
     text: str | Path | None = None,
+    settings: str | Path | None = None,
     seeds: Sequence[int] = (0,),
     steps_used: int = 10,
     rank: int = 16,
@@ -91,7 +92,7 @@ def calibrate(
     serves every adapter for this model: a diagonal and `rank` columns for each side of every weight.
 
     model: a text-to-image model as for `sweep`, or a folder of a language model as transformers saves it.
-    prompts: as in `sweep`; default are general ones. text: for language models, a file whose lines are read.
+    prompts, settings: as in `sweep`; default prompts are general ones. text: for language models, a file of lines.
     seeds: each prompt is drawn with each of them. steps_used: how many of a picture's steps are watched, and for a text
     how many projections. loaded: the adapter, which must be the only one, is on the model meanwhile.
     dtype: auto (fp32 on a CPU, else bf16), fp32, bf16 or fp16.
@@ -113,12 +114,13 @@ def calibrate(
     with ExitStack() as stack:
         base = stack.enter_context(open_base(model))
         opened = {path: stack.enter_context(open_adapter(path)) for path in sources}
-        observed = open_model(Path(model), base, prompts, text, seeds, steps_used, device, weights_dtype)
+        companion = None if settings is None else Path(settings)
+        observed = open_model(Path(model), base, prompts, text, seeds, steps_used, device, weights_dtype, companion)
         parts = watched(observed.modules, observed.layout, base)
         plan = _plan_adapters(parts, base, opened, device) if opened else _plan_table(parts, rank, device)
-        settings = _settings(observed, base, opened, plan, loaded)
+        origin = _settings(observed, base, opened, plan, loaded)
         partial_file = target.with_name(f".{target.stem}.part.safetensors")
-        done = _resume(partial_file, plan, settings)
+        done = _resume(partial_file, plan, origin)
         runs, passes = len(observed.runs), len(observed.runs) * observed.passes
         if announce:
             announce(_effort(model, observed, plan, done, device, weights_dtype))
@@ -137,9 +139,9 @@ def calibrate(
         for number in range(done, runs):
             observed.watch(number, plan.recorder, report)
             if time.monotonic() - saved > _SAVE_SECONDS and number + 1 < runs:
-                _save(partial_file, plan, settings, number + 1)
+                _save(partial_file, plan, origin, number + 1)
                 saved = time.monotonic()
-        size = plan.write(target, passes, base, settings)
+        size = plan.write(target, passes, base, origin)
         partial_file.unlink(missing_ok=True)
     return Calibrated(
         path=str(target),
@@ -216,7 +218,7 @@ def _plan_adapters(parts: Sequence[Watched], base: Base, adapters: Mapping[Path,
             if delta is not None and not isinstance(delta, Delta):
                 raise InputError(
                     f"{adapter.path}: layer {layer.name} is {layer.algo}, which has no two factors to watch. Make a "
-                    "table of the model with --base-table instead; it serves every adapter."
+                    "table of the model instead, for every adapter: lorashrink calibrate MODEL -o table.safetensors"
                 )
             for site, rows in pieces(views, by_key):
                 assert delta is not None

@@ -66,10 +66,12 @@ def open_model(
     steps_used: int,
     device: str,
     dtype: str,
+    settings: Path | None = None,
 ) -> ObservedModel:
     """The model of a calibration, ready to be watched, with the runs that the options ask for.
 
-    steps_used: per picture, and for a text its projections. Raises UsageError or InputError.
+    settings: as for `open_pipeline`. steps_used: per picture, and for a text its projections.
+    Raises UsageError or InputError.
     """
     if model.is_dir() and not (model / "model_index.json").is_file():
         if text is None:
@@ -79,7 +81,7 @@ def open_model(
         raise UsageError(f"{model}: draws pictures; give --prompts instead of --text.")
     check_packages()
     kind = KINDS[pipeline_kind(model)]
-    pipeline, shots = open_frozen_pipeline(model, kind, prompts, seeds, device, dtype)
+    pipeline, shots = open_frozen_pipeline(model, kind, prompts, seeds, device, dtype, settings)
     steps = min(shot.prompt.steps for shot in shots)
     used = min(steps_used, steps)
 
@@ -92,18 +94,24 @@ def open_model(
 
 
 def open_frozen_pipeline(
-    model: Path, kind: Kind, prompts: str | Path | None, seeds: Sequence[int], device: str, dtype: str
+    model: Path,
+    kind: Kind,
+    prompts: str | Path | None,
+    seeds: Sequence[int],
+    device: str,
+    dtype: str,
+    settings: Path | None = None,
 ) -> tuple[Any, tuple[Shot, ...]]:
     """A pipeline whose weights take no gradients, and what it draws.
 
-    prompts: a file; None stands for `PROMPTS`. Raises as `open_pipeline` and `read_prompts`.
+    prompts: as in `read_prompts`; None stands for `PROMPTS`. settings: as for `open_pipeline`. Raises as these do.
     """
-    side = own_side(model)
+    side = own_side(model, settings)
     if prompts is None:
         drawn = tuple(Prompt(text, width=side, height=side, steps=20, scale=kind.scale) for text in PROMPTS)
     else:
-        drawn = read_prompts(Path(prompts), side=side)
-    pipeline = open_pipeline(model, device=device, dtype=dtype)
+        drawn = read_prompts(prompts, side=side)
+    pipeline = open_pipeline(model, device=device, dtype=dtype, settings=settings)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)

@@ -90,6 +90,7 @@ def refine(
     model: str | Path,
     output: str | Path,
     prompts: str | Path | None = None,
+    settings: str | Path | None = None,
     seeds: Sequence[int] = (0,),
     steps: int = 120,
     batch: int = 8,
@@ -104,8 +105,8 @@ def refine(
     Ranks, names, alphas and dtypes stay. One picture in four is held out; where training does not make the prediction
     on these better, the output has exactly the numbers of the input.
 
-    like: the adapter that `shrunk` was made of. model: as for `calibrate`. prompts: as for `sweep`, best with the words
-    that call what the adapter was taught; default are general ones. seeds: each prompt is drawn with each of them.
+    like: the adapter that `shrunk` was made of. model, settings: as for `calibrate`. prompts: as for `sweep`, best with
+    the words that call what the adapter was taught; default are general ones. seeds: each prompt is drawn with each.
     steps: of Adam, fewer if nothing is gained any more. batch: sampling steps of pictures per step of Adam.
     closed_form: before that, each dimension gets a factor by regression, where held-out predictions gain by it.
     dtype: of the model; auto is fp32 on a CPU, else bf16. Factors are always trained in fp32.
@@ -135,7 +136,9 @@ def refine(
             )
         for path in (source, reference):
             check_adapter(path, base)
-        pipeline, shots = open_frozen_pipeline(Path(model), kind, prompts, seeds, device, model_dtype(dtype, device))
+        companion = None if settings is None else Path(settings)
+        weights_dtype = model_dtype(dtype, device)
+        pipeline, shots = open_frozen_pipeline(Path(model), kind, prompts, seeds, device, weights_dtype, companion)
         layers = _trained_layers(adapter, pipeline, base, device)
         with adapted(pipeline, reference, base):
             timesteps: list[_Timestep] = []

@@ -205,7 +205,7 @@ class Statistics:
             names = ", ".join(json.loads(self.store.metadata["adapters"]).values())
             raise InputError(
                 f"{self.path}: holds statistics of {names}, not of {adapter.path} as it is now. Run calibrate with "
-                "this adapter, or make a table of its base with calibrate --base-table."
+                "this adapter, or make a table of its base: lorashrink calibrate MODEL -o table.safetensors"
             )
         keys = [f"{prefix}/{layer.name}" for layer in adapter.layers]
         stored_grams = [partial(self._stored_grams, key) if f"{key}.down" in stored else None for key in keys]

@@ -12,11 +12,12 @@ from typing import Annotated
 import typer
 
 from lorashrink._version import __version__
+from lorashrink.cli.help import CONTEXT, ProgramHelp
 
 app = typer.Typer(
-    help="Look inside LoRA adapters and shrink them against their base checkpoint.",
+    cls=ProgramHelp,
+    context_settings=CONTEXT,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich takes a fifth of a second to import, and help should not wait for it
 )
@@ -34,7 +35,10 @@ def main_options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Look inside LoRA adapters and shrink them against their base checkpoint."""
+    """Look inside LoRA adapters, shrink them, and see what that does to their pictures.
+
+    Example: lorashrink resize -r energy=0.99 lora.safetensors
+    """
 
 
 def _tell(error: OSError) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
-from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, Model, seeds_of
+from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, ImagesConfig, Model, seeds_of, split_base
 from lorashrink.cli.printing import say
 from lorashrink.errors import UsageError
 from lorashrink.text import count_text, size_text
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 
 def _print_calibrated(result: Calibrated, terminal: Terminal) -> None:
-    adapters = ", ".join(Path(path).name for path in result.adapters) or "every adapter of its model"
+    adapters = ", ".join(Path(path).name for path in result.adapters) or "all LoRAs of this model"
     peak = f", {size_text(result.peak_bytes)} of GPU memory at most" if result.peak_bytes else ""
     say(
-        f"{result.path}: statistics of {count_text(result.layers, 'layer')} for {adapters}, {size_text(result.bytes)}, "
-        f"from {count_text(result.passes, 'pass', 'passes')} in {result.seconds:.0f} s{peak}"
+        f"{result.path}: {count_text(result.layers, 'layer')} recorded for {adapters}, {size_text(result.bytes)}, "
+        f"{count_text(result.passes, 'step')} in {result.seconds:.0f} s{peak}"
     )
 
 
 def _announce(effort: Effort) -> None:
-    again = f", {effort.done} of them done before" if effort.done else ""
+    again = f", {effort.done} of them finished earlier" if effort.done else ""
+    rest = f" and draws {effort.forwards} more without" if effort.forwards else ""
     typer.echo(
-        f"{count_text(effort.runs, 'picture or text', 'pictures or texts')}{again}: "
-        f"{count_text(effort.passes, 'pass', 'passes')} forward and backward through the model and "
-        f"{effort.forwards} forward alone, on {effort.device} in {effort.dtype}.\n"
-        f"Memory: {size_text(effort.model_bytes)} for the model, {size_text(effort.statistics_bytes)} for the sums of "
-        f"{count_text(effort.layers, 'layer')}, and what one pass through the model takes.",
+        f"Running the model on {count_text(effort.runs, 'picture or text', 'pictures or texts')}{again}: records "
+        f"{count_text(effort.passes, 'step')}{rest}, on {effort.device} in {effort.dtype}.\n"
+        f"Memory: {size_text(effort.model_bytes)} for the model, {size_text(effort.statistics_bytes)} for "
+        f"{count_text(effort.layers, 'layer')}, and what one step takes.",
         err=True,
     )
 
@@ -42,54 +42,64 @@ def _announce(effort: Effort) -> None:
 def calibrate(
     terminal: Terminal,
     files: Annotated[
-        list[str] | None, typer.Argument(metavar="ADAPTER...", help="Adapters: files, folders or globs.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [ADAPTER...]",
+            help="The model, for a table that serves all its LoRAs; with LoRAs behind it, exact numbers for these.",
+        ),
     ] = None,
     model: Model = None,
     base_table: Annotated[
-        Path | None, typer.Option("--base-table", help="In place of adapters: this model, once for all its adapters.")
+        Path | None, typer.Option("--base-table", hidden=True, help="The old name of MODEL alone.")
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output",
-            "-o",
-            help="The statistics to write, a .safetensors file; a table goes where shrink finds it without a name.",
+            "--output", "-o", help="The .safetensors file to write. Without it a table goes where shrink looks."
         ),
     ] = None,
+    images_config: ImagesConfig = None,
     prompts: DrawnPrompts = None,
     text: Annotated[
-        Path | None, typer.Option("--text", help="For language models: a file, of which each line is read.")
+        Path | None, typer.Option("--text", help="For language models: a text file; the model reads each line.")
     ] = None,
     seeds: DrawnSeeds = "0",
-    steps_used: Annotated[int, typer.Option("--steps-used", min=1, help="Steps of each picture that count.")] = 10,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Columns that a table keeps of each side.")] = 16,
-    loaded: Annotated[
-        bool, typer.Option("--loaded", help="Watch the model with the adapter on it, instead of without.")
-    ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", "-t", help="auto, fp32, bf16 or fp16.")] = "auto",
+    steps_used: Annotated[int, typer.Option("--steps-used", min=1, help="Steps of each picture to record.")] = 10,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Detail of the table: more is larger and better.")] = 16,
+    loaded: Annotated[bool, typer.Option("--loaded", help="Record the model with the LoRA loaded.")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", "-t", help="Of the model: auto, fp32, bf16 or fp16.")] = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> object:
-    """Watch a model draw, to learn which dimensions of an adapter its pictures need.
+    """Record what matters in a model, for smaller files at equal quality.
 
-    Example: lorashrink calibrate --model sdxl/ lora.safetensors -o statistics.safetensors
-    Example: lorashrink calibrate --base-table sdxl/ -o sdxl-table.safetensors
-    Then: lorashrink resize -r calib,bytes,size=32 --calibration statistics.safetensors lora.safetensors
+    The model draws a few pictures. For each layer this records its typical inputs and how strongly its output affects
+    the picture. Recipes with calib use the result: resize -r calib,bytes,size=32 --calibration FILE.
+
+    Example: lorashrink calibrate sdxl/ -o sdxl-table.safetensors
     """
-    if output is None and base_table is None:
-        raise UsageError("calibrate: name the file to write with -o.")
-    if (model is None) == (base_table is None) or bool(files) != (model is not None):
-        raise UsageError("calibrate: takes adapters and their --model, or a --base-table alone.")
+    from lorashrink.linking.inputs import check_is_base
+
+    if base_table and (files or model):
+        raise UsageError("--base-table: takes no adapters. Give the model first: calibrate MODEL ADAPTER...")
+    model, adapters = split_base(files or (), model or base_table, alone=True)
+    if model is None:
+        if adapters and not Path(adapters[0]).exists():
+            check_is_base(adapters[0])
+        raise UsageError("name the model first: lorashrink calibrate MODEL [ADAPTER...] -o table.safetensors")
+    if output is None and adapters:
+        raise UsageError("name the file to write: -o statistics.safetensors")
     from lorashrink.calibration.calibrate import calibrate as run
 
     if output is None:
         from lorashrink.automatic.methods import table_for
 
-        output = table_for(base_table or "")
+        output = table_for(model)
     return run(
-        files or (),
-        model=model or base_table or "",
+        adapters,
+        model=model,
         output=output,
+        settings=images_config,
         prompts=prompts,
         text=text,
         seeds=seeds_of(seeds),

@@ -15,6 +15,7 @@ import typer
 
 from lorashrink._version import __version__
 from lorashrink.cli.conditions import Condition, Measure, Measured
+from lorashrink.cli.help import print_help_all
 from lorashrink.cli.printing import print_json, say
 from lorashrink.cli.progress import progress_bars
 from lorashrink.errors import Progress, explained
@@ -42,7 +43,7 @@ def command(
     show: Callable[[Any, Terminal], None] | None = None,
     *,
     done: Callable[[Any], bool] = lambda result: True,
-    verbose_help: str = "Say more; -vv lists every layer.",
+    verbose_help: str = "Print more; -vv lists every layer.",
     measure: Measure | None = None,
     quantities: Collection[str] = (),
 ) -> Callable[[Callable[..., object]], Callable[..., None]]:
@@ -56,13 +57,14 @@ def command(
 
     def decorate(function: Callable[..., object]) -> Callable[..., None]:
         @functools.wraps(function)
-        def run(*, as_json: bool, verbose: int, quiet: bool, debug: bool, **arguments: Any) -> None:
-            with _session(as_json, verbose, quiet, debug) as progress:
+        def run(*, as_json: bool, verbose: int, quiet: bool, debug: bool, help_all: bool, **arguments: Any) -> None:
+            name = function.__name__.replace("_", "-")
+            with _session(name, as_json, verbose, quiet, debug) as progress:
                 conditions = [Condition.parse(text, quantities) for text in arguments.pop("fail_on", None) or ()]
                 terminal = Terminal(as_json, verbose, quiet, arguments.get("dry_run", False), progress)
                 result = function(terminal, **arguments)
             if show and as_json:
-                print_json({"version": __version__, "command": function.__name__, **plain(result)})
+                print_json({"version": __version__, "command": name, **plain(result)})
             elif show and not quiet:
                 show(result, terminal)
             failed = getattr(result, "failed", ())
@@ -98,9 +100,26 @@ def _signature(function: Callable[..., object], verbose_help: str) -> inspect.Si
     options |= {
         "as_json": (Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")], False),
         **csv,
-        "verbose": (Annotated[int, typer.Option("--verbose", "-v", count=True, help=verbose_help)], 0),
-        "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")], False),
+        "verbose": (
+            Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, help=verbose_help)],
+            0,
+        ),
+        "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no summary.")], False),
         "debug": (Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")], False),
+        "help_all": (
+            Annotated[
+                bool,
+                typer.Option(
+                    "--help-all",
+                    help="Show the options for experts too.",
+                    hidden=True,
+                    is_eager=True,
+                    callback=print_help_all,
+                    expose_value=False,
+                ),
+            ],
+            False,
+        ),
     }
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
@@ -112,7 +131,7 @@ def _signature(function: Callable[..., object], verbose_help: str) -> inspect.Si
 
 
 @contextlib.contextmanager
-def _session(as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[Progress | None]:
+def _session(name: str, as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[Progress | None]:
     """Progress on stderr, and the only place where errors become exit statuses."""
     logging.basicConfig(level=logging.DEBUG if debug or verbose > 1 else logging.WARNING, format="%(message)s")
     for handler in logging.getLogger().handlers:
@@ -128,7 +147,7 @@ def _session(as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[
             raise
         text = str(explained("the command", error))
         if as_json:
-            print_json({"version": __version__, "error": text})
+            print_json({"version": __version__, "command": name, "error": text})
         _fail(text, EXIT_NOTHING_DONE)
     except KeyboardInterrupt:
         discard_unfinished()

@@ -33,12 +33,12 @@ def _print_comparison(comparison: Comparison, terminal: Terminal) -> None:
     rows = [*comparison.layers, *comparison.only_a, *comparison.only_b]
     columns = ("norm of A", "norm of B", "error", "energy", "cosine")
     if verbose:
-        layers = new_table("layer", *columns, "rank", "flags")
+        layers = new_table("layer", *columns, "rank", "flags", everything=True)
         for row in rows:
             ranks = f"{row.rank_a or '-'} -> {row.rank_b or '-'}"
             layers.add_row(row.name, *_difference_cells(row), ranks, " ".join(row.flags))
         console.print(layers)
-    blocks = new_table("block", *columns)
+    blocks = new_table("block", *columns, extra=("cosine", "energy"), everything=bool(verbose))
     for block in comparison.blocks:
         blocks.add_row(block.block, *_difference_cells(block))
     console.print(blocks)
@@ -76,7 +76,7 @@ def _one_line(text: str | None) -> str:
 
 def _verdict(total: BlockDifference, bytes_kept: float) -> str:
     """The whole comparison in one sentence."""
-    size = f"{100 * bytes_kept:.3g} % of its bytes"
+    size = f"{100 * bytes_kept:.3g} % of A's size"
     if total.relative_difference is None:
         return f"A adds nothing that B could be measured against; B has {size}"
     if total.difference == 0:
@@ -84,15 +84,20 @@ def _verdict(total: BlockDifference, bytes_kept: float) -> str:
     error = percent_text(total.relative_difference)
     facts = f"cosine {number_text(total.cosine, '.6g')}, norm {number_text(total.fro_a)} -> {number_text(total.fro_b)}"
     if total.cosine is None or total.cosine < 0.5:
-        return f"B is not A: the difference is {error} of A, with {size} ({facts})"
-    return f"B is A with {error} error, {size} ({facts})"
+        return f"B is another LoRA: it has {size} and differs from A by {error} ({facts})"
+    return f"B has {size} and differs from A by {error} (weights, not pictures; {facts})"
 
 
 def _measured(comparison: Comparison) -> Iterator[tuple[str, Measured]]:
     yield comparison.b.path, {"error": comparison.total.relative_difference, "size": comparison.b.bytes}
 
 
-@command(_print_comparison, verbose_help="List every layer.", measure=_measured, quantities=("error", "size"))
+@command(
+    _print_comparison,
+    verbose_help="List every layer, and name all that differ.",
+    measure=_measured,
+    quantities=("error", "size"),
+)
 def compare(
     terminal: Terminal,
     files: Annotated[
@@ -101,14 +106,12 @@ def compare(
     base: Base = None,
     device: Device = "auto",
     jobs: Jobs = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the difference of each block into this .png or .svg.")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the difference per block, as .png or .svg.")] = None,
     force: Force = False,
     fail_on: FailOn = None,
     as_csv: Csv = None,
 ) -> object:
-    """Compare what two adapters add to the base, whatever their names, families and ranks.
+    """Measure how much two LoRAs differ, whatever their format and rank.
 
     Example: lorashrink compare lora.safetensors shrunk.safetensors
     """
@@ -119,7 +122,9 @@ def compare(
         style.check(plot)
     base, adapters = split_base(files, base)
     if len(adapters) != 2:
-        raise UsageError(f"compare: takes two adapters, A and B, and was given {len(adapters)}.")
+        taken = f" The first file, {base}, was taken as the base." if str(base) in files else ""
+        checkpoints = " Two checkpoints are compared by: lorashrink extract TUNED BASE -o difference.safetensors"
+        raise UsageError(f"compare takes two LoRAs, A and B, not {len(adapters)}.{taken}{checkpoints if taken else ''}")
     from lorashrink.insight.comparison import compare as run
 
     comparison = run(*adapters, base=base, device=device, jobs=jobs, progress=terminal.progress)

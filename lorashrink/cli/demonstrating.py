@@ -41,7 +41,9 @@ def demo(
     terminal: Terminal,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo-out"),
 ) -> object:
-    """Tell the whole story on a small model and a style for it, both part of the package.
+    """Run inspect, resize and report on a bundled toy model (about 2 minutes).
+
+    Nothing is downloaded.
 
     Example: lorashrink demo -o demo-out
     """

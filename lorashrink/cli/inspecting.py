@@ -18,8 +18,8 @@ from lorashrink.text import number_text, share_text, size_text, span_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
+    from lorashrink.cli.tables import TextTable
     from lorashrink.results.inspection import AdapterTable, BlockRow, Inspection, LayerRow, Recommendation
 
 
@@ -27,16 +27,16 @@ def _print_inspection(inspection: Inspection, terminal: Terminal) -> None:
     console = new_console()
     if len(inspection.files) == 1 or terminal.verbose:
         for adapter in inspection.files:
-            _print_adapter(console, adapter)
+            _print_adapter(console, adapter, terminal.verbose)
     if len(inspection.files) > 1:
-        console.print(_file_table(inspection.files))
+        console.print(_file_table(inspection.files, terminal.verbose))
 
 
-def _print_adapter(console: Console, adapter: AdapterTable) -> None:
+def _print_adapter(console: Console, adapter: AdapterTable, verbose: int) -> None:
     width = max(map(len, adapter.notes), default=0)
     for label, text in adapter.notes.items():
         console.print(f"{label:<{width}}  {text}")
-    console.print(_layer_table(adapter.layers))
+    console.print(_layer_table(adapter.layers, verbose))
     console.print(_block_table(adapter.blocks))
     if adapter.recommendations:
         console.print(_recommendation_table(adapter.recommendations, adapter.bytes))
@@ -54,10 +54,12 @@ def _print_adapter(console: Console, adapter: AdapterTable) -> None:
     )
 
 
-def _layer_table(layers: Sequence[LayerRow]) -> Table:
+def _layer_table(layers: Sequence[LayerRow], verbose: int) -> TextTable:
     table = new_table(
         *("layer", "block", "kind", "algo", "shape", "rank", "alpha", "dtype"),
         *("fro", "spectral", "eff. rank", "fro/base", "flags"),
+        extra=("fro/base", "flags", "shape", "spectral", "eff. rank", "algo", "dtype", "kind", "block"),
+        everything=verbose > 0,
     )
     for row in layers:
         table.add_row(
@@ -78,8 +80,8 @@ def _layer_table(layers: Sequence[LayerRow]) -> Table:
     return table
 
 
-def _block_table(blocks: Sequence[BlockRow]) -> Table:
-    table = new_table("block", "layers", "parameters", "bytes", "fro", "fro/base")
+def _block_table(blocks: Sequence[BlockRow]) -> TextTable:
+    table = new_table("block", "layers", "parameters", "bytes", "fro", "fro/base", extra=("parameters",))
     for block in blocks:
         table.add_row(
             block.block,
@@ -92,8 +94,8 @@ def _block_table(blocks: Sequence[BlockRow]) -> Table:
     return table
 
 
-def _recommendation_table(recommendations: Sequence[Recommendation], bytes_before: int) -> Table:
-    table = new_table("recipe", "size", "of before", "error", "energy")
+def _recommendation_table(recommendations: Sequence[Recommendation], bytes_before: int) -> TextTable:
+    table = new_table("recipe", "size", "of before", "error", "energy", extra=("energy",))
     for row in recommendations:
         table.add_row(
             row.recipe,
@@ -105,8 +107,21 @@ def _recommendation_table(recommendations: Sequence[Recommendation], bytes_befor
     return table
 
 
-def _file_table(adapters: Sequence[AdapterTable]) -> Table:
-    table = new_table("file", "size", "family", "algo", "layers", "rank", "alpha", "fro", "fro/base", "flags")
+def _file_table(adapters: Sequence[AdapterTable], verbose: int) -> TextTable:
+    table = new_table(
+        "file",
+        "size",
+        "family",
+        "algo",
+        "layers",
+        "rank",
+        "alpha",
+        "fro",
+        "fro/base",
+        "flags",
+        extra=("fro/base", "algo", "flags", "alpha", "layers"),
+        everything=verbose > 0,
+    )
     for adapter in adapters:
         table.add_row(
             Path(adapter.path).name,
@@ -128,14 +143,14 @@ def inspect(
     terminal: Terminal,
     files: Adapters,
     base: Base = None,
-    header: Annotated[bool, typer.Option("--header", help="Read headers only: instant, without norms.")] = False,
-    spectrum: Annotated[bool, typer.Option("--spectrum", help="List all singular values (with --json).")] = False,
+    header: Annotated[bool, typer.Option("--header", help="Read file headers only: fast, but no norms.")] = False,
+    spectrum: Annotated[bool, typer.Option("--spectrum", help="List all singular values, with --json.")] = False,
     recommend: Annotated[
-        bool, typer.Option("--recommend", help="Tell the size and error that some recipes would give.")
+        bool, typer.Option("--recommend", help="Show the size and error that common recipes would give.")
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="Draw spectra, and norms with a base: NAME.png gives NAME_spectra.png, ..."),
+        typer.Option("--plot", help="Draw the spectra; with a base, the norms too. X.png makes X_spectra.png, ..."),
     ] = None,
     recursive: Recursive = False,
     device: Device = "auto",
@@ -143,7 +158,7 @@ def inspect(
     force: Force = False,
     as_csv: Csv = None,
 ) -> object:
-    """Show what is inside adapters: how they were trained, ranks, alphas and norms, and what is unusual.
+    """Show what is inside a LoRA: training, ranks, alphas, norms, and problems.
 
     Example: lorashrink inspect model.safetensors lora.safetensors
     """

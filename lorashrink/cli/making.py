@@ -1,4 +1,4 @@
-"""The commands `extract`, `convert` and `norms`."""
+"""The commands `extract`, `convert` and `base-norms`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
+from lorashrink.cli.hints import check_names
 from lorashrink.cli.options import (
     Adapters,
     Base,
@@ -28,32 +29,41 @@ from lorashrink.text import count_text, size_text
 
 if TYPE_CHECKING:
     from lorashrink.bases.norms import NormTable
-    from lorashrink.results.shrinking import ConversionReport
+    from lorashrink.results.shrinking import ConversionReport, Report
 
 
-@command(print_report)
+def _print_extraction(report: Report, terminal: Terminal) -> None:
+    print_report(report, terminal)
+    tuned = {Path(result.source).name for result in report.results}
+    if report.base:  # whoever has swapped the two sees it here
+        say(f"The LoRA turns {Path(report.base.path).name} into {', '.join(sorted(tuned))}.")
+
+
+@command(_print_extraction)
 def extract(
     terminal: Terminal,
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The fine-tuned checkpoint or folder.")],
     base: Annotated[Path, typer.Argument(metavar="BASE", help="The checkpoint that it was tuned from.")],
     recipe: Recipes = None,
     output: Output = None,
-    naming: Annotated[str, typer.Option("--naming", help="Names of the output: kohya, diffusers or comfy.")] = "kohya",
-    vectors: Annotated[
-        bool, typer.Option("--vectors", help="Differences of biases and normalisation layers too.")
-    ] = False,
+    naming: Annotated[str, typer.Option("--naming", help="Tensor names: kohya, diffusers or comfy.")] = "kohya",
+    vectors: Annotated[bool, typer.Option("--vectors", help="Include biases and normalisation layers.")] = False,
     dtype: Dtype = "fp16",
     device: Device = "auto",
     jobs: Jobs = None,
     force: Force = False,
     dry_run: DryRun = False,
 ) -> object:
-    """Make an adapter of what fine-tuning changed in a checkpoint.
+    """Make a LoRA of the difference between two checkpoints.
 
     Example: lorashrink extract tuned.safetensors model.safetensors -r rank=64 -o new.safetensors
     """
+    from lorashrink.linking.inputs import check_is_base
     from lorashrink.recipes import grammar
 
+    for checkpoint in (tuned, base):
+        check_names([str(checkpoint)])
+        check_is_base(checkpoint)
     texts = recipe or [grammar.DEFAULT]
     grammar.parse_recipes(texts)
     from lorashrink.making.extraction import extract as run
@@ -80,7 +90,7 @@ def _print_conversion(report: ConversionReport, terminal: Terminal) -> None:
         for warning in result.warnings:
             say(f"{result.output}: {warning}", errors=True)
         kept = f", {count_text(len(result.kept), 'tensor')} under old names" if result.kept else ""
-        exact = "bit by bit" if result.exact else "rounded"
+        exact = "weights unchanged" if result.exact else "weights rounded"
         size = f"{size_text(result.bytes_before)} -> {size_text(result.bytes_after)}"
         say(f"{result.output}: {count_text(result.layers, 'layer')}, {size}, {exact}{kept}")
         only = len(report.results) == 1
@@ -102,7 +112,7 @@ def convert(
     recursive: Recursive = False,
     force: Force = False,
 ) -> object:
-    """Write adapters in another naming, container or dtype, without shrinking them.
+    """Change the tensor names, file format or dtype of a LoRA.
 
     Example: lorashrink convert --naming diffusers model.safetensors lora.safetensors
     """
@@ -126,18 +136,24 @@ def _print_norms(table: NormTable, terminal: Terminal) -> None:
 
 
 @command(_print_norms)
-def norms(
+def base_norms(
     terminal: Terminal,
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint or diffusers folder.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Base model: a checkpoint or a model folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The table to write, a .json file.")],
     force: Force = False,
     device: Device = "auto",
     jobs: Jobs = None,
 ) -> object:
-    """Write a small table that stands in for a base wherever only norms are needed.
+    """Save the norms of a base model's layers in a small file.
 
-    Example: lorashrink norms model.safetensors -o model-norms.json
+    The file (about 0.4 MB) replaces the base in recipes, so that you can shrink without the checkpoint.
+
+    Example: lorashrink base-norms model.safetensors -o model-norms.json
     """
     from lorashrink.bases.norms import norms as run
+    from lorashrink.linking.inputs import check_is_base
+
+    check_names([str(base)])
+    check_is_base(base)
 
     return run(base, output, force=force, device=device, jobs=jobs, progress=terminal.progress)

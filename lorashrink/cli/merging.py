@@ -20,18 +20,18 @@ def merge(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="[BASE] A[:WEIGHT] B[:WEIGHT]", help="Adapters, each with its weight; 1 if none is given."
+            metavar="[BASE] A[:WEIGHT] B[:WEIGHT]...", help="LoRAs, each with its weight. The default weight is 1."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="File name, or a folder.")],
     recipe: Annotated[
         list[str] | None,
-        typer.Option("--recipe", "-r", help="What to keep of the sum, e.g. rank=32; default is all of it."),
+        typer.Option("--recipe", "-r", metavar="RECIPE", help="Shrink the sum too, for example by rank=32."),
     ] = None,
     base: Base = None,
     naming: Naming = None,
     as_base_delta: Annotated[
-        bool, typer.Option("--as-base-delta", help="Merge DoRA as what it adds to the weights of the base.")
+        bool, typer.Option("--as-base-delta", help="Merge DoRA by what it adds to the weights of the base.")
     ] = False,
     dtype: Dtype = "same",
     device: Device = "auto",
@@ -40,7 +40,7 @@ def merge(
     dry_run: DryRun = False,
     as_csv: Csv = None,
 ) -> object:
-    """Write the weighted sum of adapters as one adapter, exactly, or shrunk by a recipe.
+    """Add LoRAs up into one, with a weight for each.
 
     Example: lorashrink merge style.safetensors:0.7 hero.safetensors:0.5 -r rank=32 -o both.safetensors
     """

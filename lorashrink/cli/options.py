@@ -8,67 +8,99 @@ from typing import Annotated
 
 import typer
 
+from lorashrink.cli.hints import check_names
 from lorashrink.errors import UsageError
 from lorashrink.text import bytes_in
 
-Adapters = Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="Adapters: files, folders or globs.")]
-Adapter = Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER", help="One adapter: a file or PEFT folder.")]
+_ADAPTERS = "LoRA files, folders, or patterns such as 'loras/*.safetensors'. A base model may stand before them."
+
+Adapters = Annotated[list[str], typer.Argument(metavar="[BASE] ADAPTER...", help=_ADAPTERS)]
+Adapter = Annotated[
+    list[str],
+    typer.Argument(metavar="[BASE] ADAPTER", help="One LoRA: a file or PEFT folder. Its base may stand before it."),
+]
 Recipes = Annotated[
     list[str] | None,
-    typer.Option("--recipe", "-r", help="What to keep, e.g. fro_ckpt=1,thr=-3.55; several give several files."),
+    typer.Option(
+        *("--recipe", "-r"),
+        metavar="RECIPE",
+        help="What to keep: energy=0.99, or fro_ckpt=1,thr=-3.55 with a base. Repeat it for several.",
+    ),
 ]
 Sizes = Annotated[str | None, typer.Option("--sizes", help="Sizes to try, such as 4MB,8MB,16MB; bare numbers are MiB.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder, or file name if there is one output.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the results, or one file name.")]
 Dtype = Annotated[str, typer.Option("--dtype", "-t", help="same, fp8, mixed (fp8 and fp16), auto, fp16, bf16 or fp32.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Report what would be written, and write nothing.")]
-Base = Annotated[Path | None, typer.Option("--base", help="Base checkpoint, diffusers folder or norm table.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")]
+Base = Annotated[
+    Path | None, typer.Option("--base", help="Base model: checkpoint, model folder, or table by base-norms.")
+]
 Calibration = Annotated[
-    Path | None, typer.Option("--calibration", help="Statistics that calibrate wrote, for recipes with calib.")
+    Path | None, typer.Option("--calibration", help="Table that calibrate wrote, for recipes with calib.")
 ]
 Naming = Annotated[
-    str | None, typer.Option("--naming", help="Names of the output: kohya, diffusers, comfy or peft; needs a base.")
+    str | None,
+    typer.Option("--naming", help="Tensor names of the result: kohya, diffusers, comfy or peft (needs a base)."),
 ]
-Recursive = Annotated[bool, typer.Option("--recursive", help="Look for adapters in subfolders too.")]
-Device = Annotated[str, typer.Option("--device", "-d", help="auto, cpu, cuda, cuda:N or mps.")]
-Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Worker threads; default one per core.")]
-Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the table of layers to this file.")]
+Recursive = Annotated[bool, typer.Option("--recursive", help="Search subfolders for adapters too.")]
+Device = Annotated[str, typer.Option("--device", "-d", help="Where to compute: auto, cpu, cuda, cuda:N or mps.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Worker threads. The default is one per core.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Write the table of layers to this file too.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 
 # Of commands that draw pictures with each recipe.
 ImagesConfig = Annotated[
     Path | None,
-    typer.Option("--images-config", help="For --images in one file: a model folder with settings and tokenizers."),
+    typer.Option("--images-config", help="For a model in one file: a folder of such a model, for its settings."),
 ]
-Prompts = Annotated[Path | None, typer.Option("--prompts", help="What to draw: .txt, .toml or .json as for training.")]
-Seeds = Annotated[str, typer.Option("--seeds", help="Seeds of each prompt, on top of its own: 0,1,2.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option("--prompts", metavar="FILE|TEXT", help="What to draw: a prompt, or a .txt, .toml or .json file."),
+]
+Seeds = Annotated[str, typer.Option("--seeds", help="Seeds for each prompt, added to its own: 0,1,2.")]
 ImagesOut = Annotated[
-    Path | None, typer.Option("--images-out", help="Folder of the pictures; those there are not drawn again.")
+    Path | None, typer.Option("--images-out", help="Folder for the pictures; finished ones are not drawn again.")
 ]
 Text = Annotated[
     Path | None,
     typer.Option("--text", help="A text that the base, a language model, reads with each recipe; for PEFT folders."),
 ]
-Clip = Annotated[
-    Path | None, typer.Option("--clip", help="Folder of a CLIP model that compares pictures too; optional.")
-]
+Clip = Annotated[Path | None, typer.Option("--clip", help="Folder of a CLIP model, which compares the pictures too.")]
 
 # Of commands that watch or train a model while it draws.
-Model = Annotated[Path | None, typer.Option("--model", help="The model that the adapters are for: a folder or a file.")]
+Model = Annotated[Path | None, typer.Option("--model", help="The model that the LoRA is for: a folder or a file.")]
 DrawnPrompts = Annotated[
-    Path | None, typer.Option("--prompts", help="What is drawn: .txt, .toml or .json; default are usual pictures.")
+    str | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE|TEXT",
+        help="What to draw: a prompt, or a .txt, .toml or .json file. The default is eight general prompts.",
+    ),
 ]
-DrawnSeeds = Annotated[str, typer.Option("--seeds", help="Seeds of each prompt: 0,1,2.")]
+DrawnSeeds = Annotated[str, typer.Option("--seeds", help="Seeds for each prompt: 0,1,2.")]
 
 
-def split_base(files: Sequence[str], base: Path | None) -> tuple[Path | None, list[str]]:
-    """The base and the adapters: the first file is the base if it looks like one and no base is given."""
-    from lorashrink.linking.inputs import looks_like_base
+def split_base(files: Sequence[str], base: Path | None, *, alone: bool = False) -> tuple[Path | None, list[str]]:
+    """The base and the adapters: the first file is the base if it looks like one and no base is given.
 
+    alone: whether there may be no adapters.
+    """
+    from lorashrink.linking.inputs import check_is_base, looks_like_base
+
+    check_names(files)
     adapters = list(files)
-    if base is None and looks_like_base(adapters[0]):
+    if base is not None:
+        check_is_base(base)
+    if base is None and adapters and looks_like_base(adapters[0]):
         base = Path(adapters.pop(0))
-    if not adapters:
-        raise UsageError(f"{base}: is a base checkpoint; name the adapters behind it.")
+    if not adapters and not alone:
+        raise UsageError(
+            f"{base} is a base model, not a LoRA. Give the LoRA file or folder after it: {base} lora.safetensors"
+        )
+    if base is None and len(adapters) > 1 and looks_like_base(adapters[-1]):
+        raise UsageError(
+            f"{adapters[-1]} is a base model, not a LoRA. Give it first: "
+            f"{' '.join([adapters[-1], *adapters[:-1][:2]])}{' ...' if len(adapters) > 3 else ''}"
+        )
     return base, adapters
 
 

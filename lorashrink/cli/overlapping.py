@@ -15,8 +15,7 @@ from lorashrink.results.shown import plain
 from lorashrink.text import number_text, share_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from lorashrink.cli.tables import TextTable
     from lorashrink.results.overlap import BlockOverlap, LayerOverlap, Overlap
     from lorashrink.results.overlap import Table as Matrix
 
@@ -43,17 +42,26 @@ def _print_overlap(result: Overlap, terminal: Terminal) -> None:
         console.print(f"{advice.kind}: {advice.text}")
 
 
-def _matrix_table(title: str, values: Matrix, names: list[str]) -> Table:
-    table = new_table("file", *map(str, range(1, len(names) + 1)))
-    table.columns[0].header = title
+def _matrix_table(title: str, values: Matrix, names: list[str]) -> TextTable:
+    table = new_table(title, *map(str, range(1, len(names) + 1)))
     digits = 3 if len(names) <= 8 else 2
     for number, (name, row) in enumerate(zip(names, values, strict=True), 1):
         table.add_row(f"{number} {name}", *(_cosine_text(value, digits) for value in row))
     return table
 
 
-def _block_table(result: Overlap, verbose: int) -> Table:
-    table = new_table("block", "layers", "pair", "cosine", "subspace", "norm of the sum", "of the base")
+def _block_table(result: Overlap, verbose: int) -> TextTable:
+    table = new_table(
+        "block",
+        "layers",
+        "pair",
+        "cosine",
+        "subspace",
+        "norm of the sum",
+        "of the base",
+        extra=("of the base", "norm of the sum", "layers"),
+        everything=verbose > 0,
+    )
     ordered = sorted(result.blocks, key=lambda block: -_closest_pair(block)[0])
     for block in ordered if verbose else ordered[:_SHOWN]:
         share = share_text(block.fro_ratio)
@@ -61,8 +69,19 @@ def _block_table(result: Overlap, verbose: int) -> Table:
     return table
 
 
-def _layer_table(result: Overlap, verbose: int) -> Table:
-    table = new_table("layer", "pair", "cosine", "subspace", "σ of the sum", "over one alone", "of the base", "flags")
+def _layer_table(result: Overlap, verbose: int) -> TextTable:
+    table = new_table(
+        "layer",
+        "pair",
+        "cosine",
+        "subspace",
+        "σ of the sum",
+        "over one alone",
+        "of the base",
+        "flags",
+        extra=("of the base", "flags", "subspace", "σ of the sum"),
+        everything=verbose > 0,
+    )
     layers = [(layer, layer.sum) for layer in result.layers if layer.sum]
     if not verbose:
         layers = sorted(layers, key=lambda pair: -(pair[1].amplification or 0.0))[:_SHOWN]
@@ -112,22 +131,24 @@ def overlap(
     terminal: Terminal,
     files: Annotated[
         list[str],
-        typer.Argument(
-            metavar="[BASE] A[:WEIGHT] B[:WEIGHT]...", help="Two adapters or more; a weight is 1 if not given."
-        ),
+        typer.Argument(metavar="[BASE] A[:WEIGHT] B[:WEIGHT]...", help="Two LoRAs or more. The default weight is 1."),
     ],
     base: Base = None,
     limit: Annotated[
         float | None,
-        typer.Option("--limit", help="Highest σ of a layer of the sum, with a base relative to its weight's."),
+        typer.Option(
+            "--limit",
+            metavar="X",
+            help="Largest strength a layer of the sum may have; relative to the base layer if a base is given.",
+        ),
     ] = None,
     device: Device = "auto",
     jobs: Jobs = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw both matrices into this .png or .svg.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw both matrices, as .png or .svg.")] = None,
     force: Force = False,
     as_csv: Csv = None,
 ) -> object:
-    """Tell how adapters get along when they are used together: what they share, and what their sum does.
+    """Predict how LoRAs behave when you load them together.
 
     Example: lorashrink overlap style.safetensors:0.8 hero.safetensors:0.6 --base model.safetensors
     """

@@ -18,13 +18,11 @@ from lorashrink.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+
+    from lorashrink.cli.tables import TextTable
 
 # The second file of a PEFT folder, and the journal of an output folder.
 _NAMES_OF_ADAPTERS = ("adapter_config.json", ".lorashrink-journal.sqlite3")
-
-# Columns of words; all others are numbers and stand to the right.
-_WORDS = frozenset(("layer", "block", "file", "recipe", "algo", "flags", "kind"))
 
 
 def say(text: str, *, errors: bool = False) -> None:
@@ -104,18 +102,11 @@ def new_console() -> Console:
     )
 
 
-def new_table(*columns: str) -> Table:
-    """An empty table with these columns."""
-    from rich.box import SIMPLE
-    from rich.table import Table
+def new_table(*columns: str, extra: Sequence[str] = (), everything: bool = False) -> TextTable:
+    """An empty table; see `TextTable`."""
+    from lorashrink.cli.tables import TextTable
 
-    table = Table(box=SIMPLE, pad_edge=False)
-    for name in columns:
-        if name in _WORDS:
-            table.add_column(name, justify="left", overflow="fold")
-        else:
-            table.add_column(name, justify="right", overflow="ellipsis", no_wrap=True)
-    return table
+    return TextTable(columns, extra, everything)
 
 
 def some_names(names: Sequence[str], verbose: int) -> str:

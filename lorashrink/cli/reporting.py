@@ -54,7 +54,8 @@ def report(
     jobs: Jobs = None,
     calibration: Calibration = None,
     images: Annotated[
-        Path | None, typer.Option("--images", help="Model that draws pictures with each recipe, as for sweep.")
+        Path | None,
+        typer.Option("--images", help="Model to draw pictures with each recipe: SDXL, SD 1 to 3, or FLUX.1."),
     ] = None,
     images_config: ImagesConfig = None,
     prompts: Prompts = None,
@@ -73,7 +74,7 @@ def report(
     paths: Annotated[bool, typer.Option("--paths", help="Show whole paths of files, not names alone.")] = False,
     force: Force = False,
 ) -> object:
-    """Write one HTML page about an adapter: what is inside, how small it can get, and its pictures before and after.
+    """Write a web page about a LoRA: contents, sizes, pictures.
 
     Example: lorashrink report -o report.html model.safetensors lora.safetensors
     """

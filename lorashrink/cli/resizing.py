@@ -11,6 +11,7 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.conditions import FailOn, Measured
+from lorashrink.cli.help import with_section
 from lorashrink.cli.options import (
     Adapters,
     Base,
@@ -31,12 +32,13 @@ from lorashrink.cli.printing import check_outputs, new_console, new_table, say
 from lorashrink.cli.streams import Gathered
 from lorashrink.errors import UsageError
 from lorashrink.files.disk import write_bytes
+from lorashrink.recipes.explained import KEYS
 from lorashrink.text import count_text, share_text, size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
+    from lorashrink.cli.tables import TextTable
     from lorashrink.results.shrinking import FileResult, Report
 
 
@@ -52,6 +54,7 @@ def _measured(report: Report) -> Iterator[tuple[str, Measured]]:
         yield result.output, {"error": result.relative_error, "size": result.bytes_after}
 
 
+@with_section("Recipe keys, with commas between them", KEYS)
 @command(done=lambda report: bool(report.results), measure=_measured, quantities=("error", "size"))
 def resize(
     terminal: Terminal,
@@ -63,62 +66,72 @@ def resize(
     device: Device = "auto",
     jobs: Jobs = None,
     unmapped: Annotated[
-        str, typer.Option("--unmapped", help="Layers that the base does not have: keep, drop or error.")
+        str, typer.Option("--unmapped", help="What to do with layers that the base lacks: keep, drop or error.")
     ] = "keep",
     form: Annotated[
         str,
-        typer.Option("--as", help="Layers that are not LoRA: auto (smaller form), lora (all that can be), same."),
+        typer.Option("--as", help="How to write LoHa, LoKr and the like: auto (what is smaller), lora or same."),
     ] = "auto",
     naming: Naming = None,
-    target: Annotated[
-        str | None, typer.Option("--target", help="Write for a program that reads less than the format allows: vllm.")
-    ] = None,
+    target: Annotated[str | None, typer.Option("--target", help="Write only what a program can load: vllm.")] = None,
     calibration: Calibration = None,
     anchor: Annotated[
         float | None,
         typer.Option("--anchor", help="Of predictions for quality=, in dB, as pictures corrected it."),
     ] = None,
     stack: Annotated[
-        bool, typer.Option("--stack", help="Adapters used together: size= is for all of them; A:0.7 counts less.")
+        bool,
+        typer.Option("--stack", help="LoRAs that are used together share one size=. A:0.7 gives A a lower weight."),
     ] = False,
     clip: Annotated[
         float | None,
-        typer.Option("--clip", help="Cut σ above this many times the base weight's largest; needs a base."),
+        typer.Option(
+            "--clip",
+            metavar="X",
+            help="Limit strong directions: no singular value above X times the base layer's largest (needs a base).",
+        ),
     ] = None,
     fro_limit: Annotated[
-        float | None, typer.Option("--fro-limit", help="Scale down layers above this part of the base weight's norm.")
+        float | None,
+        typer.Option(
+            "--fro-limit",
+            metavar="X",
+            help="Scale down layers whose norm is above X times the base layer's norm (needs a base).",
+        ),
     ] = None,
     recursive: Recursive = False,
     force: Force = False,
     skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Keep outputs of an earlier, equal run.")
+        bool, typer.Option("--skip-existing", help="Do not repeat what an earlier, equal run has written.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="With --skip-existing: read outputs, and make damaged ones again.")
+        bool, typer.Option("--verify", help="With --skip-existing: check old results and replace damaged ones.")
     ] = False,
     dry_run: DryRun = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Tensors of no known family are an error.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse files with tensors of unknown kinds.")] = False,
     group_by_base: Annotated[
         Path | None,
-        typer.Option("--group-by-base", help="A .toml or .json file of bases, such as sdxl = 'model.safetensors'."),
+        typer.Option("--group-by-base", help="File of base models for mixed LoRAs: sdxl = 'model.safetensors', ..."),
     ] = None,
     ray: Annotated[
-        str | None, typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: local, auto or HOST:PORT.")
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="Compute on a Ray cluster: local, auto or HOST:PORT.")
     ] = None,
     ray_transfer: Annotated[
-        bool, typer.Option("--ray-transfer", help="Send files to the cluster, whose machines do not share a folder.")
+        bool, typer.Option("--ray-transfer", help="Send the files, for clusters that share no folder with you.")
     ] = False,
     gpus_per_task: Annotated[
         float, typer.Option("--gpus-per-task", min=0, help="GPUs for each adapter on a Ray cluster.")
     ] = 0,
     space_check: Annotated[
         bool,
-        typer.Option("--space-check/--no-space-check", help="Begin only if the disk could take even what shrinks not."),
+        typer.Option("--space-check/--no-space-check", help="Stop at once if the disk might be too full."),
     ] = True,
     fail_on: FailOn = None,
     as_csv: Csv = None,
 ) -> object:
-    """Shrink adapters: keep the dimensions that a recipe names, drop the rest.
+    """Shrink LoRAs by a recipe.
+
+    Each layer keeps the ranks that the recipe selects; the default recipe is fro_ckpt=1,thr=-3.55, which needs a base.
 
     Example: lorashrink resize -o out -r fro_ckpt=1,thr=-3.55 model.safetensors lora.safetensors
     """
@@ -129,9 +142,9 @@ def resize(
     options = {name: value for name, value in locals().items() if name in ResizeKeywords.__annotations__}
     with Gathered(as_json=terminal.as_json, as_csv=as_csv is not None, everything=terminal.verbose > 0) as gathered:
         check_outputs([*files, base, calibration, group_by_base], force, as_csv=as_csv)
-        base, adapters = split_base(files, base)
         recipes = recipe or []
-        parse_recipes(recipes)  # before torch is imported: a typo is answered at once
+        parse_recipes(recipes)  # before any file is read: a typo is answered at once
+        base, adapters = split_base(files, base)
         if not recipes and base is None and group_by_base is None and not (terminal.quiet or terminal.as_json):
             say(f"no base: every layer keeps {DEFAULT_ALONE}. With --base MODEL files become smaller.", errors=True)
         run = _runner(ray, ray_transfer, gpus_per_task)
@@ -170,7 +183,7 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
         _print_details(console, result, terminal.verbose)
     if not report.results:
         return
-    console.print(_table(results))
+    console.print(_table(results, terminal.verbose))
     if more := len(report.results) - len(results):
         warnings = f", {gathered.warnings} warnings among them" if gathered and gathered.warnings else ""
         console.print(f"and {more} more{warnings}; -v lists them")
@@ -178,9 +191,21 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
     _print_sums(console, report, terminal.dry_run)
 
 
-def _table(results: Sequence[FileResult]) -> Table:
+def _table(results: Sequence[FileResult], verbose: int) -> TextTable:
     table = new_table(
-        "file", "recipe", "before", "after", "saved", "error", "energy", "norm", "layers", "removed", "verbatim"
+        "file",
+        "recipe",
+        "before",
+        "after",
+        "saved",
+        "error",
+        "energy",
+        "norm",
+        "layers",
+        "removed",
+        "verbatim",
+        extra=("recipe", "energy", "layers", "norm", "removed", "verbatim"),
+        everything=verbose > 0,
     )
     for result in results:
         table.add_row(
@@ -205,12 +230,12 @@ def _print_sums(console: Console, report: Report, dry_run: bool) -> None:
     folders = sorted({str(Path(result.output).parent) for result in report.results})
     verb = "would be written" if dry_run else "written"
     difference = f"{size_text(abs(before - after))} {'saved' if after <= before else 'more'}"
+    skipped = sum(result.skipped for result in report.results)
+    there = f", {skipped} already there" if skipped else ""
     console.print(
-        f"{count_text(len(report.results), 'file')} {verb} to {', '.join(folders)}: "
+        f"{count_text(len(report.results) - skipped, 'file')} {verb} to {', '.join(folders)}{there}: "
         f"{size_text(before)} -> {size_text(after)}, {difference}"
     )
-    if skipped := sum(result.skipped for result in report.results):
-        console.print(f"{skipped} of them were there already")
     for stack in report.stacks:
         threshold = "all is kept" if stack.threshold is None else f"one threshold, {stack.threshold:.3f}"
         size = f"{size_text(stack.bytes)} of {size_text(stack.budget)}"
@@ -249,7 +274,7 @@ def _print_details(console: Console, result: FileResult, verbose: int) -> None:
     lines = []
     grown = result.bytes_after - result.bytes_before
     if 0 < grown < _METADATA and not any(warning.startswith("is larger") for warning in result.warnings):
-        lines.append(f"{name}: {size_text(grown)} larger than its input, for metadata that says how it was made")
+        lines.append(f"{name}: nothing to gain; {grown} bytes larger than its input, for metadata about the recipe")
     if result.predicted_db is not None:
         lines.append(f"{name}: about {result.predicted_db:.0f} dB to the pictures of the whole adapter, as predicted")
     if result.forms:

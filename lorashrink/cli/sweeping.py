@@ -47,7 +47,19 @@ def print_sweep(result: Sweep, terminal: Terminal) -> None:
     drawn = result.drawn
     columns = _likeness(drawn.none) if drawn else {}
     worst = ["worst picture"] if drawn else ["worst passage", "perplexity"] if result.read else []
-    table = new_table("recipe", "size", "of before", *worst, "error", "energy", "mean rank", *columns, "best")
+    table = new_table(
+        "recipe",
+        "size",
+        "of before",
+        *worst,
+        "error",
+        "energy",
+        "mean rank",
+        *columns,
+        "best",
+        extra=(*columns, "energy", "mean rank"),
+        everything=terminal.verbose > 0,
+    )
     for point in result.points:
         table.add_row(
             point.recipe,
@@ -119,7 +131,7 @@ def sweep(
     calibration: Calibration = None,
     images: Annotated[
         Path | None,
-        typer.Option("--images", help="Model that draws pictures with each recipe: SDXL, SD 1 to 3 or FLUX.1."),
+        typer.Option("--images", help="Model to draw pictures with each recipe: SDXL, SD 1 to 3, or FLUX.1."),
     ] = None,
     images_config: ImagesConfig = None,
     prompts: Prompts = None,
@@ -128,22 +140,24 @@ def sweep(
     clip: Clip = None,
     text: Text = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw size against error, or against pictures, into a .png or .svg.")
+        Path | None, typer.Option("--plot", help="Draw size against error and pictures, as .png or .svg.")
     ] = None,
     force: Force = False,
     fail_on: FailOn = None,
     as_csv: Csv = None,
 ) -> object:
-    """Try many recipes on one adapter: size against error, with a recommendation. Writes no adapter.
+    """Try many recipes on a LoRA and recommend one; writes no LoRA.
 
     Example: lorashrink sweep -r fro_ckpt=1,thr=-4.5..-2.5/9 -r rank=4 model.safetensors lora.safetensors
     Example: lorashrink sweep --images sdxl/ --prompts prompts.txt --plot curve.png model.safetensors lora.safetensors
     """
+    from lorashrink.pictures.prompts import prompt_file
+
     sheet = plot.with_name(f"{plot.stem}_sheet.png") if plot and images else None
     likeness = plot.with_name(f"{plot.stem}_pictures{plot.suffix}") if plot and images else None
     answers = plot.with_name(f"{plot.stem}_text{plot.suffix}") if plot and text else None
     check_outputs(
-        [*adapter, base, calibration, images, images_config, prompts, text],
+        [*adapter, base, calibration, images, images_config, prompts and prompt_file(prompts), text],
         force,
         as_csv=as_csv,
         plot=plot,

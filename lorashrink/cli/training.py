@@ -14,7 +14,7 @@ OWN_PARSER: dict[str, Any] = {
 
 
 def train(context: typer.Context) -> None:
-    """Train an SDXL LyCORIS adapter, with the flags of sd-scripts' sdxl_train_network.py.
+    """Train an SDXL LoRA with the options of sd-scripts.
 
     Example: lorashrink train --config_file settings.toml
     """

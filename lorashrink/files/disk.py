@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import os
 import re
@@ -276,6 +277,18 @@ def user_cache() -> Path | None:
     except (RuntimeError, OSError):
         return None
     return folder if folder.is_absolute() else None  # a ~ that nothing stands for
+
+
+def absent_text(path: str | Path) -> str:
+    """What to say of a file that does not exist: which names in its folder are like it."""
+    path = Path(path)
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return f"no such file; the folder {path.parent} does not exist or cannot be read."
+    same = [name for name in names if os.path.splitext(name)[0] == path.name]
+    similar = list(dict.fromkeys([*same, *difflib.get_close_matches(path.name, names, 3)]))
+    return f"no such file. Similar names there: {', '.join(similar)}" if similar else "no such file."
 
 
 def check_output(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> None:

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lorashrink.errors import DamagedFile, InputError
+from lorashrink.files.disk import absent_text
 from lorashrink.files.store import DTYPES, TensorInfo, open_file
 
 # The format's own limit; a larger length is a lie or an attack.
 MAX_HEADER_BYTES = 100_000_000
 
 _TOO_LARGE = 2**64
+
+# Endings of files that hold no tensors, and that were named by mistake.
+_TEXTS = frozenset({".txt", ".md", ".json", ".toml", ".yaml", ".csv", ".html", ".png", ".jpg", ".webp", ".zip"})
 
 _WRITE_ORDER = {dtype: position for position, dtype in enumerate(DTYPES)}
 
@@ -160,8 +164,12 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
             brace = handle.read(1)
             if 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 return brace + _read_all(handle, length - 1), size
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: {absent_text(path)}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if path.suffix.lower() in _TEXTS:
+        raise DamagedFile(f"{path}: not a .safetensors file. Give the LoRA or model itself.")
     # Without the brace of a header: a safetensors file that is cut short may begin like a pickle.
     if brace != b"{" and start.startswith((b"PK", b"\x80")):
         raise DamagedFile(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorashrink.errors import DamagedFile, InputError
+from lorashrink.files.disk import absent_text
 from lorashrink.files.header import read_header
 from lorashrink.files.store import FORMAT_NAMES, TensorInfo, TensorStore, pickled_store, read_text
 
@@ -56,7 +57,7 @@ def _open_shards(index: Path) -> TensorStore:
 
 def _open_pickle(path: Path) -> TensorStore:
     if not path.is_file():
-        raise InputError(f"{path}: no such file.")
+        raise InputError(f"{path}: {absent_text(path)}")
     import torch
 
     _check_unpacked_size(path)

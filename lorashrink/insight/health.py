@@ -24,7 +24,10 @@ _CLOSE = 1e-2  # an alpha in half precision is this close to the one in the meta
 _FLAGGED: Mapping[str, tuple[str, str]] = {
     "nan": ("NaN or infinity", "pictures turn black; use an earlier save of the training"),
     "padded_rank": ("rank without content", "energy=1 makes the file smaller and changes nothing"),
-    "spike": ("nearly all of the effect in one direction", "it burns first at a higher strength or in a stack"),
+    "spike": (
+        "nearly all of the effect in one direction",
+        "at high strength, or with other LoRAs, expect artefacts from it first",
+    ),
     "negative_alpha": ("a negative alpha", "it pushes the other way, and some programs drop it"),
     "zero_alpha": ("alpha 0", "that means strength 0, but sd-scripts reads it as full strength"),
     "odd_alpha": ("an odd alpha", "above every rank, or no whole number, which some programs make of it"),
@@ -94,7 +97,7 @@ def _conv_rank(layers: Sequence[LayerRow]) -> Finding | None:
         "conv_rank",
         len(kernels),
         f"convolutions have rank {rank}, other layers {usual}, and hold {100 * share:.0f} % of the bytes: "
-        "fro_ckpt=1,thr=-3.55 with the base is made for such files",
+        "recipes that use the base (fro_ckpt=1,thr=-3.55) save most here",
     )
 
 

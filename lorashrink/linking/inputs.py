@@ -13,7 +13,8 @@ from typing import Any
 from lorashrink.adapters import looks_like_adapter, peft
 from lorashrink.bases.containers import is_model_folder
 from lorashrink.bases.gguf_file import is_gguf
-from lorashrink.errors import InputError, UsageError
+from lorashrink.errors import InputError, NotABase, UsageError
+from lorashrink.files.disk import absent_text
 from lorashrink.files.header import read_header
 from lorashrink.files.reading import PICKLE_SUFFIXES
 
@@ -199,6 +200,21 @@ def to_sum(texts: Sequence[str | Path]) -> Sum:
     if not any(weight for _, weight in terms.values()):
         raise UsageError("the weights are all 0, and so is the sum. Give at least one adapter another weight.")
     return Sum(tuple(terms.values()))
+
+
+def check_is_base(path: str | Path) -> None:
+    """Raises NotABase for an adapter, and InputError for what does not exist; other faults show when it is opened."""
+    if not os.path.exists(path):
+        raise InputError(f"{path}: {absent_text(path)}")
+    if peft.is_folder(Path(path)) or (os.path.isfile(path) and _names_of_adapter(Path(path))):
+        raise NotABase(f"{path}: is a LoRA, and a base model is needed here.")
+
+
+def _names_of_adapter(path: Path) -> bool:
+    try:
+        return path.suffix == ".safetensors" and looks_like_adapter(read_header(path)[0])
+    except InputError:
+        return False
 
 
 def looks_like_base(entry: str) -> bool:

@@ -22,7 +22,7 @@ from lorashrink.files.store import IN_8_BITS, ComputedStore, tensor_info
 from lorashrink.linking.loaders import open_for_8_bits
 from lorashrink.linking.renaming import NAMINGS, layer_name_in, layout_of
 from lorashrink.recipes.grammar import DEFAULT, parse_recipes
-from lorashrink.results.shrinking import Report
+from lorashrink.results.shrinking import FileResult, Report
 from lorashrink.shrinking.options import ResizeOptions
 from lorashrink.shrinking.outputs import base_files, check_outputs, name_outputs
 from lorashrink.shrinking.run import shrink
@@ -82,7 +82,14 @@ def extract(
     )
     if report.failed:  # one source: its error is the outcome
         raise InputError(report.failed[0].error)
-    return report
+    return replace(report, results=tuple(map(_with_growth, report.results)))
+
+
+def _with_growth(result: FileResult) -> FileResult:
+    """The result with a warning if it is larger than the checkpoint, and without forms that cannot be chosen here."""
+    larger = "is larger than the checkpoint itself; -r rank=64 or another smaller recipe makes it a LoRA of use"
+    grown = [larger] if result.bytes_after > result.bytes_before else []
+    return replace(result, warnings=(*result.warnings, *grown), forms={})
 
 
 def _difference(tuned_path: Path, base: Base | None, *, naming: str, vectors: bool) -> Adapter:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorashrink.bases import open_base
 from lorashrink.errors import InputError, LorashrinkError, UsageError
+from lorashrink.pictures.clip_tokenizer import bundled_tokenizer, has_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -128,10 +129,10 @@ def check_model(model: Path, settings: Path | None = None) -> str:
             f"{model}: is {title} in one file, which tells neither how the model is built nor how it reads text. Give "
             "the model's folder as diffusers saves it, or besides the file such a folder with --images-config."
         )
-    elif _tokenizer_of_file(model) is None:
+    elif _tokenizer_of_file(model) is None and not has_vocabulary():
         raise UsageError(
-            f"{model}: a single file holds no tokenizer, and there is none in a folder `tokenizer` beside it. Give "
-            f"a folder of any {title} model as diffusers saves it with --images-config; its weights are not read."
+            f"{model}: a single file holds no tokenizer. Run pip install instant-clip-tokenizer (to Python 3.12), or "
+            f"put the folder `tokenizer` of any {title} model beside the file."
         )
     return name
 
@@ -182,8 +183,7 @@ def open_pipeline(model: Path, *, device: str, dtype: str, settings: Path | None
     """The model as diffusers' pipeline, on the device and in "float32", "float16" or "bfloat16"; it says nothing.
 
     settings: for a single file, a folder of a model of the same kind, whose settings and tokenizers are taken, and for
-    FLUX.1 and SD 3 all but the transformer. SDXL and SD 1 need none where a CLIP tokenizer lies beside the file or in
-    the hub's cache.
+    FLUX.1 and SD 3 all but the transformer. SDXL and SD 1 need none.
 
     Raises:
         UsageError: as `check_model`, or not enough memory.
@@ -242,10 +242,8 @@ def _load_file(model: Path, name: str, dtype: torch.dtype, settings: Path | None
     published = _published_settings(name)
     parts: dict[str, Any] = {}
     if not settings:  # what a model's folder has itself is not passed: diffusers reads it there
-        folder = _tokenizer_of_file(model)
-        assert folder is not None  # `check_model` has looked
-        assert published is not None
-        tokenizer, second_tokenizer = clip_tokenizers(folder)
+        assert published is not None  # `check_model` has looked
+        tokenizer, second_tokenizer = clip_tokenizers(_tokenizer_of_file(model))
         parts = {"scheduler": scheduler_of_file(model), "tokenizer": tokenizer}
         if (published / "text_encoder_2").is_dir():
             parts["tokenizer_2"] = second_tokenizer
@@ -326,15 +324,18 @@ def tokenizer_folder(folders: Iterable[Path]) -> Path | None:
     return None
 
 
-def clip_tokenizers(folder: Path) -> tuple[Any, Any]:
-    """Both tokenizers of SDXL, which have one vocabulary; the first one is that of SD 1.
+def clip_tokenizers(folder: Path | None) -> tuple[Any, Any]:
+    """Both tokenizers of SDXL, which have one vocabulary; the first one is that of SD 1. None: the published ones.
 
     They differ in their padding alone. The published tokenizer_2 takes every "!" for its padding; sd-scripts, ComfyUI
     and A1111 take it for the word that it is, as the first tokenizer does.
     """
     from transformers import CLIPTokenizer
 
-    first, second = (CLIPTokenizer.from_pretrained(folder, local_files_only=True) for _ in range(2))
+    first, second = (
+        CLIPTokenizer.from_pretrained(folder, local_files_only=True) if folder else bundled_tokenizer()
+        for _ in range(2)
+    )
     second.pad_token_id = 0
     return first, second
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ SCALE = 7.5
 
 SIDE = 512  # pixels; sd-scripts' size of pictures, whatever the model
 
+_FILE_NAME = re.compile(r"\S+\.[A-Za-z]{2,5}|.+\.(?:txt|toml|json)", re.IGNORECASE)
+
 OWN = "own"  # the sampler that a model comes with; prompt files cannot name it, since they leave it out
 
 
@@ -41,8 +45,19 @@ class Prompt:
     sampler: str = "ddim"  # one of `SAMPLERS`, or `OWN`
 
 
-def read_prompts(path: Path, *, sampler: str = "ddim", scale: float = SCALE, side: int = SIDE) -> tuple[Prompt, ...]:
-    """The prompts of a file; what it says beyond them is ignored with a warning.
+def prompt_file(prompts: str | Path) -> Path | None:
+    """The file that is meant; None for a text that is a prompt itself.
+
+    A text is a file if one of this name exists, or if it ends like one and has no spaces.
+    """
+    is_text = isinstance(prompts, str) and not os.path.exists(prompts) and not _FILE_NAME.fullmatch(prompts)
+    return None if is_text else Path(prompts)
+
+
+def read_prompts(
+    prompts: str | Path, *, sampler: str = "ddim", scale: float = SCALE, side: int = SIDE
+) -> tuple[Prompt, ...]:
+    """The prompts of a file, or of a text in the form of a .txt file; the rest is ignored with a warning.
 
     .txt: a prompt in each line, followed by ` --n negative prompt --w width --h height --d seed --s steps --l scale
     --ss sampler`, any of them; lines that begin with # do not count. .json: a list of such lines or of objects. .toml:
@@ -53,21 +68,28 @@ def read_prompts(path: Path, *, sampler: str = "ddim", scale: float = SCALE, sid
         UsageError: no such file, another ending, no prompts.
         InputError: not UTF-8, or not the format that its ending names.
     """
+    path = prompt_file(prompts)
+    entries = _entries(path) if path else _txt(str(prompts))
+    if not entries:
+        raise UsageError(
+            f"{path or '--prompts'}: no prompts in it. Write a prompt, or one in each line of a .txt file."
+        )
+    own = {"sampler": sampler, "scale": scale, "width": side, "height": side}
+    return tuple(
+        _prompt(_switches(entry) if isinstance(entry, str) else entry, f"{path or 'prompts'}: sample {number:02d}", own)
+        for number, entry in enumerate(entries)
+    )
+
+
+def _entries(path: Path) -> list[str | dict[str, Any]]:
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"{path}: the name of a file of prompts ends in {', '.join(_FORMATS)}")
     try:
-        entries = _FORMATS[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
+        return _FORMATS[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: no valid {path.suffix[1:].lower()} file of prompts in UTF-8 ({error})") from None
-    if not entries:
-        raise UsageError(f"{path}: no prompts in it")
-    own = {"sampler": sampler, "scale": scale, "width": side, "height": side}
-    return tuple(
-        _prompt(_switches(entry) if isinstance(entry, str) else entry, f"{path}: sample {number:02d}", own)
-        for number, entry in enumerate(entries)
-    )
 
 
 def _txt(text: str) -> list[str | dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorashrink.errors import RecipeError, nearest
+from lorashrink.recipes.habits import meant
 from lorashrink.recipes.terms import BYTES, NORMS, TERMS
 from lorashrink.text import bytes_in
 
@@ -95,8 +96,8 @@ class Recipe:
         items = _parse_items(text)
         selections = [key for key in items if key in SELECTIONS]
         if len(selections) != 1:
-            fault = f"has {' and '.join(selections)}" if selections else "has none"
-            raise RecipeError(f"recipe '{text}': needs exactly one of {', '.join(SELECTIONS)}; it {fault}.")
+            fault = f"it has {' and '.join(selections)}" if selections else f"such as {text},thr=-3.55"
+            raise RecipeError(f"recipe '{text}': needs exactly one of {', '.join(SELECTIONS)}; {fault}.")
         if selections == ["quality"] and not items.keys() & {*TERMS, BYTES}:
             items |= {"calib": 1.0, BYTES: 1.0}  # what predicts quality
         weights = tuple((key, items[key]) for key in (*TERMS, BYTES) if key in items)
@@ -110,7 +111,7 @@ class Recipe:
         if terms and abs(sum(terms.values())) < 1e-12:
             raise RecipeError(f"recipe '{text}': the weights of its score terms sum to 0; change one of them.")
         if len(terms) > 1 and (alone := next((key for key in terms if TERMS[key].alone), None)):
-            raise RecipeError(f"recipe '{text}': {alone} stands alone (with {BYTES}); remove the other terms.")
+            raise RecipeError(f"recipe '{text}': {alone} goes with no other score but {BYTES}; remove the others.")
         if self.select == "quality" and not (self.calibrated and self.bytes_weight == 1):
             raise RecipeError(
                 f"recipe '{text}': quality= is predicted from statistics of the model and goes with calib,bytes alone. "
@@ -268,6 +269,8 @@ def _parse_items(text: str) -> dict[str, float]:
     if not all(any(pieces) for pieces in items):
         raise RecipeError(f"recipe '{text}': an item is empty. Example: {DEFAULT}")
     names = [key for key, _, _ in items]
+    if not set(names) <= set(keys()) and (recipe := meant({key: number for key, _, number in items})):
+        raise RecipeError(f"recipe '{text}': unknown here. Did you mean {recipe}?")
     for key in names:
         if names.count(key) > 1:
             raise RecipeError(f"recipe '{text}': {key} is given twice.")
@@ -289,5 +292,6 @@ def _item_value(text: str, key: str, equals: str, number: str) -> float:
         value = math.nan
     if not math.isfinite(value) or value not in allowed:
         unit = ", in MiB or with a unit such as 300MB" if key == "size" else ""
-        raise RecipeError(f"recipe '{text}': {key}= needs {allowed}{unit}, not '{number}'.")
+        percent = f" {value:g} % is {key}={value / 100:g}." if allowed is _SHARE and 1 < value <= 100 else ""
+        raise RecipeError(f"recipe '{text}': {key}= needs {allowed}{unit}, not '{number}'.{percent}")
     return value

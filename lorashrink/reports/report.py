@@ -16,6 +16,7 @@ from lorashrink.errors import InputError, Progress, UsageError
 from lorashrink.files.disk import check_output, sha256_file, write_bytes
 from lorashrink.insight.inspection import inspect
 from lorashrink.linking.inputs import find_adapters
+from lorashrink.pictures.prompts import prompt_file
 from lorashrink.reports.card import ENDING as CARD
 from lorashrink.reports.card import card_pictures, write_card
 from lorashrink.reports.findings import Findings
@@ -80,7 +81,7 @@ def report(
     as_card = path.suffix.lower() == CARD
     if path.suffix.lower() not in (*_ENDINGS, CARD):
         raise UsageError(f"{path}: a report is a page; give it a name that ends in .html or .md.")
-    inputs = [source, *base_files(base), *(Path(file) for file in (prompts, text) if file is not None)]
+    inputs = [source, *base_files(base), *_prompt_files(prompts), *([Path(text)] if text is not None else [])]
     for written in [path, *(card_pictures(path) if as_card else ())]:
         check_output(written, force=force, inputs=inputs)
     shared: dict[str, Any] = {"base": base, "calibration": calibration, "device": device, "jobs": jobs}
@@ -137,6 +138,12 @@ def report(
     data = write_card(path, findings) if as_card else page(findings, progress, paths=paths)
     write_bytes(path, data)
     return ReportFile(str(path), len(data), inspection, result)
+
+
+def _prompt_files(prompts: str | Path | None) -> list[Path]:
+    """The file that is read for prompts, if there is one."""
+    path = None if prompts is None else prompt_file(prompts)
+    return [path] if path else []
 
 
 def _dry_run(source: Path, result: Sweep, folder: Path, shared: Mapping[str, Any]) -> FileResult:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lorashrink.bases.views import BaseInfo
-from lorashrink.errors import UsageError
+from lorashrink.errors import UsageError, hint_of
 from lorashrink.linking.loaders import Loads
 from lorashrink.results.shown import NOT_PLAIN, Shown
 
@@ -122,7 +122,13 @@ class Failure:
     """An input that could not be shrunk."""
 
     source: str
-    error: str
+    error: str  # what is wrong and what to do
+    input: str = field(init=False)  # the same as source
+    hint: str | None = field(init=False)  # the part of the error that says what to do
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input", self.source)
+        object.__setattr__(self, "hint", hint_of(self.error.removeprefix(f"{self.source}: ")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def resize(
     Raises UsageError if Ray is not installed or the cluster cannot be reached, else as `lorashrink.resize`.
     """
     if options.get("stack"):
-        raise UsageError("--stack: is not for --ray, because what becomes of each adapter depends on all others.")
+        raise UsageError("--stack does not work with --ray, because all LoRAs of a stack are shrunk together.")
     if not isinstance(options.get("base"), (str, Path, type(None))):
         raise UsageError(
             "base: a model in memory cannot be sent to a cluster. Give the path of a file, or a norm table."
@@ -128,7 +128,7 @@ def _check_reachable(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon:
         if address not in ("local", "auto"):
-            raise UsageError(f"--ray {address}: is none of local, auto, HOST:PORT and ray://HOST:PORT.")
+            raise UsageError(f"--ray {address}: give local, auto, HOST:PORT or ray://HOST:PORT.")
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()

@@ -16,6 +16,9 @@ from lorashrink.results.shrinking import Space
 
 T = TypeVar("T")
 
+# Endings that no folder has; adapters are not written as such files.
+_OTHER_FILES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".gguf", ".safetensor", ".sft", ".zip", ".json", ".txt"})
+
 log = logging.getLogger(__name__)
 
 
@@ -33,6 +36,8 @@ def name_outputs(
     outputs are PEFT folders. Raises UsageError or OutputError.
     """
     path = Path(output) if output is not None else source.parent
+    if path.suffix.lower() in _OTHER_FILES and not path.is_dir():
+        raise UsageError(f"-o {output}: results are .safetensors files. Name one, such as {path.stem}.safetensors.")
     if output is not None and path.suffix == ".safetensors" and not path.is_dir():
         if folder:
             raise UsageError(f"-o {output}: a PEFT adapter is a folder with two files. Name a folder.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,9 @@ from pathlib import Path
 from lorashrink.adapters import UNKNOWN, Adapter, open_adapter, peft
 from lorashrink.bases import Base
 from lorashrink.errors import InputError, RecipeError, UsageError
+from lorashrink.files.disk import absent_text
+from lorashrink.files.header import read_header
+from lorashrink.files.metadata_keys import RECIPE
 from lorashrink.files.store import IN_8_BITS, MIXTURES
 from lorashrink.linking.inputs import Sum, check_exists, find_inputs, split_weight
 from lorashrink.linking.loaders import open_for_8_bits
@@ -30,6 +35,9 @@ from lorashrink.shrinking.outputs import (
 )
 from lorashrink.shrinking.targets import TARGETS, Target, with_items
 from lorashrink.sums.summing import combined
+from lorashrink.text import count_text
+
+log = logging.getLogger(__name__)
 
 # (source, its base) -> open adapter
 Opener = Callable[[Path, Base | None], Adapter]
@@ -64,7 +72,7 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     if options.target not in (None, *TARGETS):
         raise UsageError(f"target: '{options.target}' is not one of {', '.join(TARGETS)}.")
     if options.verify and not options.skip_existing:
-        raise UsageError("--verify: checks outputs that exist, and goes with --skip-existing only.")
+        raise UsageError("--verify works with --skip-existing only. Add it, or leave --verify out.")
     if options.base is not None and options.group_by_base is not None:
         raise UsageError("give one base, or a table of them with --group-by-base, and not both.")
     reader = TARGETS[options.target] if options.target else None
@@ -80,10 +88,14 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
         raise UsageError(f"--stack: shares out bytes of one dtype; use -t fp8 or -t fp16 instead of {options.dtype}.")
     weights = _stack(entries, recipes, options) if options.stack else {}
     inputs = dict.fromkeys(weights) if options.stack else find_inputs(entries, recursive=options.recursive)
+    inputs = _without_own_outputs(inputs, entries, options)
     sums = {source: terms for source, terms in inputs.items() if terms}
     if sums and bases:
         raise UsageError(f"{next(iter(sums))}: a sum has one base, and is not merged with --group-by-base.")
     files = {source: terms.files if terms else [source] for source, terms in inputs.items()}
+    sources = [path for paths in files.values() for path in paths]
+    if not any(map(os.path.exists, sources)):
+        raise InputError(f"{sources[0]}: {absent_text(sources[0])}")
     locations = {source: terms.location if terms else source for source, terms in inputs.items()}
     folders = folders_of_outputs(locations.values(), options.output)
     targets = {
@@ -99,7 +111,7 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     check_outputs(
         targets,
         [
-            *(path for paths in files.values() for path in paths),
+            *sources,
             *([Path(options.calibration)] if options.calibration else ()),
             *(
                 path
@@ -138,6 +150,30 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
         journal=_folder(options.output) if options.skip_existing and not options.dry_run else None,
         weights=weights,
     )
+
+
+def _without_own_outputs(
+    inputs: Mapping[Path, Sum | None], entries: Sequence[str | Path], options: ResizeOptions
+) -> dict[Path, Sum | None]:
+    """Where outputs lie beside their inputs, folders and globs do not stand for what earlier runs made there."""
+    named = set(map(os.path.realpath, entries))
+    rest = {path: terms for path, terms in inputs.items() if terms or not _is_own_output(path, named)}
+    if options.output is not None or not rest or len(rest) == len(inputs):
+        return dict(inputs)
+    first = next(path for path in inputs if path not in rest)
+    count = len(inputs) - len(rest)
+    log.warning(
+        "%s left out, first %s: made by lorashrink. Name it to shrink it again.", count_text(count, "file"), first
+    )
+    return rest
+
+
+def _is_own_output(path: Path, named: Collection[str]) -> bool:
+    if os.path.realpath(path) in named or not os.path.isfile(path) or path.suffix != ".safetensors":
+        return False
+    with contextlib.suppress(InputError):
+        return RECIPE in read_header(path)[1]
+    return False
 
 
 def requested_recipes(options: ResizeOptions, reader: Target | None) -> list[Recipe]:
@@ -207,7 +243,8 @@ def check_needs(recipes: Sequence[Recipe], base: object, source: Path) -> None:
         if recipe.needs_base and base is None:
             # A base that is missing or damaged was taken for an adapter, and its own error says more.
             open_adapter(source).close()
-            raise RecipeError(f"recipe '{recipe}' needs the base checkpoint; give it first or with --base.")
+            own = "the default recipe" if str(recipe) == DEFAULT else f"recipe '{recipe}'"
+            raise RecipeError(f"{own} compares with the base model. Add --base MODEL, or use -r energy=0.99 without.")
 
 
 def check_calibration(recipes: Sequence[Recipe], calibration: str | Path | None) -> None:
@@ -215,8 +252,8 @@ def check_calibration(recipes: Sequence[Recipe], calibration: str | Path | None)
     for recipe in recipes:
         if recipe.calibrated and calibration is None:
             raise RecipeError(
-                f"recipe '{recipe}' needs statistics of the model; give them with --calibration, or make some with: "
-                "lorashrink calibrate"
+                f"recipe '{recipe}' needs a calibration table: --calibration TABLE. Make one with: "
+                "lorashrink calibrate MODEL -o table.safetensors"
             )
 
 

@@ -111,7 +111,7 @@ def _all_existing(targets: Targets, session: Session, ledger: Ledger) -> list[Do
         try:
             done = existing_results(source, outputs, session, ledger)
         except OutputError as error:
-            raise OutputError(f"{error} What becomes of an adapter in a stack depends on all of them.") from error
+            raise OutputError(f"{error} All LoRAs of a stack are shrunk together, so that this stops all.") from error
         except LorashrinkError:
             done = None
         if done and len(done.results) == len(outputs):

@@ -72,8 +72,8 @@ def sweep(
     sizes: sizes in MiB; each score in `recipes` that has no selection (default `fro_ckpt,bytes` with a base, `bytes`
     without) is tried at each.
     calibration: as in `resize`.
-    images: a model that draws the `prompts` (a file as in `read_prompts`), each with every one of `seeds` on top of its
-    own, into the folder `pictures` (default in the user's cache). It is a folder as diffusers saves it, of SDXL, SD 1
+    images: a model that draws the `prompts` (as in `read_prompts`), each with every one of `seeds` on top of its own,
+    into the folder `pictures` (default in the user's cache). It is a folder as diffusers saves it, of SDXL, SD 1
     and 2, SD 3 or FLUX.1, or a single file. settings: for a single file, such a folder with the settings that it lacks.
     Pictures in the folder are not drawn again. clip: a folder of a CLIP model, which compares pictures too.
     text: a file that the base, a language model of transformers, reads with each recipe; the adapter is a PEFT folder.
@@ -113,7 +113,7 @@ def sweep(
 
     folder, companion, clip_folder = (None if path is None else Path(path) for path in (pictures, settings, clip))
     kind = KINDS[check_model(Path(images), companion)]
-    drawn_prompts = read_prompts(Path(prompts), sampler=OWN, scale=kind.scale, side=own_side(Path(images), companion))
+    drawn_prompts = read_prompts(prompts, sampler=OWN, scale=kind.scale, side=own_side(Path(images), companion))
     check_samplers(drawn_prompts, flow=kind.title if kind.flow else "")
     shots = shots_of(drawn_prompts, seeds)
     with Studio(images, shots, folder=folder, device=device, settings=companion) as studio:

@@ -317,7 +317,7 @@ def test_a_language_model_with_a_peft_adapter(tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, [*command, str(tmp_path / "lora"), "--json"])
     assert outcome.exit_code == 0, outcome.stderr
     assert json.loads(outcome.stdout)["layers"] == 6
-    assert "20 passes forward and backward" in outcome.stderr
+    assert "records 20 steps, on" in outcome.stderr
     tokens = torch.randint(1, 28, (4, 32), generator=torch.Generator().manual_seed(2))
 
     def words(adapter: Path) -> Tensor:
@@ -410,7 +410,7 @@ def test_wrong_options_are_refused(prompts: Path, tmp_path: Path) -> None:
 def test_layers_that_are_no_factors_need_a_table(prompts: Path, tmp_path: Path) -> None:
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     adapter = write_tensors(tmp_path / "full.safetensors", {f"{name}.diff": torch.randn(48, 48)})
-    with pytest.raises(InputError, match="--base-table"):
+    with pytest.raises(InputError, match="calibrate MODEL"):
         ls.calibrate(adapter, model=MODEL, output=tmp_path / "s.safetensors", prompts=prompts)
 
 

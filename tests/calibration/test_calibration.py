@@ -272,7 +272,7 @@ def test_weights_without_statistics_stay_and_weights_without_effect_go(tmp_path:
 def test_missing_wrong_and_damaged_statistics_are_refused(table: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="--calibration"):
         ls.resize(STYLE, recipes="calib,rank=2", output=tmp_path)
-    with pytest.raises(RecipeError, match="calib stands alone"):
+    with pytest.raises(RecipeError, match="calib goes with no other score"):
         ls.resize(STYLE, recipes="calib,fro_lora,thr=-2", calibration=table, output=tmp_path)
     with pytest.raises(InputError, match="no calibration statistics"):
         ls.resize(STYLE, recipes="calib,rank=2", calibration=STYLE, output=tmp_path)

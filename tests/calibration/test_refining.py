@@ -226,6 +226,6 @@ def test_the_command_names_what_is_missing(small: Path) -> None:
 def test_the_command_says_whether_anything_was_gained(capsys: pytest.CaptureFixture[str]) -> None:
     better = Refined("b.safetensors", "a.safetensors", "l.safetensors", "sdxl", 7, 120, (0.01,), 4.0, 1.0, True, 61.0)
     print_refined(better)
-    assert "25% of before" in capsys.readouterr().out
+    assert "25% of what it was" in capsys.readouterr().out
     print_refined(replace(better, loss_after=4.0, improved=False))
-    assert "its tensors are those of a.safetensors" in capsys.readouterr().out
+    assert "did not help; the file has the tensors of a.safetensors" in capsys.readouterr().out

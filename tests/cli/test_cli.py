@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from lorashrink import __version__
 from lorashrink.cli import app
 
-COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+COMMANDS = sorted(name for name, command in get_command(app).commands.items() if not command.hidden)  # type: ignore[attr-defined]
 
 
 def run(*arguments: object, status: int = 0) -> str:

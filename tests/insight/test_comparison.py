@@ -415,7 +415,7 @@ def test_tensors_beside_the_layers_and_metadata_are_compared(tmp_path: Path) -> 
 
 
 def test_bad_input_is_named(adapter: Path, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(NotAnAdapter, match="base checkpoint"):
+    with pytest.raises(NotAnAdapter, match="base model"):
         compare(adapter, base)
     with pytest.raises(InputError, match=r"nowhere\.safetensors"):
         compare(adapter, tmp_path / "nowhere.safetensors")
@@ -475,17 +475,17 @@ def test_the_last_line_is_the_result_in_words(pair: tuple[Path, Path], base: Pat
     text = run("compare", *pair)
     last = text.strip().splitlines()[-1]
     assert last.startswith(
-        f"B is A with {100 * total.relative_difference:.3g} % error, {100 * share:.3g} % of its bytes (cosine "
+        f"B has {100 * share:.3g} % of A's size and differs from A by {100 * total.relative_difference:.3g} % (weights"
     )
     assert NAME not in text
     assert NAME in run("compare", "-v", base, *pair)
-    assert "exactly what A adds, with 100 % of its bytes" in run("compare", pair[0], pair[0])
+    assert "exactly what A adds, with 100 % of A's size" in run("compare", pair[0], pair[0])
     assert run("compare", "-q", *pair) == ""
 
 
 def test_other_adapters_are_not_called_the_same(tmp_path: Path) -> None:
     a, b = (write(tmp_path, name, lora(randn(24, 2, seed=n), randn(2, 24, seed=n + 5))) for n, name in enumerate("ab"))
-    assert "B is not A: the difference is " in run("compare", a, b)
+    assert "B is another LoRA: it has " in run("compare", a, b)
 
 
 def test_json_and_csv_have_the_numbers_of_the_function(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -525,7 +525,7 @@ def test_a_block_of_b_alone_has_a_label_instead_of_a_bar(tmp_path: Path) -> None
     only_b = lora(randn(24, 2), randn(2, 24), name="lora_unet_middle_block_1_proj_in")
     factors = lora(randn(24, 2), randn(2, 24))
     upper, lower = difference_per_block(compared(tmp_path, factors, {**factors, **only_b})).axes
-    assert [text.get_text() for text in upper.texts] == ["0", "only B"]
+    assert [text.get_text() for text in upper.texts] == ["0", "only in B"]
     assert [bar.get_height() for bar in lower.containers[0]][1] == 0
 
 
@@ -533,7 +533,7 @@ def test_a_block_of_a_alone_says_so(tmp_path: Path) -> None:
     only_a = lora(randn(24, 2), randn(2, 24), name="lora_unet_middle_block_1_proj_in")
     factors = lora(randn(24, 2), randn(2, 24))
     upper, _ = difference_per_block(compared(tmp_path, {**factors, **only_a}, factors)).axes
-    assert [text.get_text() for text in upper.texts] == ["0", "only A"]
+    assert [text.get_text() for text in upper.texts] == ["0", "only in A"]
 
 
 def test_a_block_that_is_zero_in_a_and_missing_in_b_is_not_of_b(tmp_path: Path) -> None:
@@ -544,11 +544,11 @@ def test_a_block_that_is_zero_in_a_and_missing_in_b_is_not_of_b(tmp_path: Path) 
 
 
 def test_wrong_commands_end_with_status_2(pair: tuple[Path, Path], base: Path, tmp_path: Path) -> None:
-    assert "takes two adapters" in run("compare", pair[0], status=2)
-    assert "takes two adapters" in run("compare", base, pair[0], status=2)
-    assert "no adapter layer" in run("compare", pair[0], base, status=2)
+    assert "takes two LoRAs" in run("compare", pair[0], status=2)
+    assert "takes two LoRAs" in run("compare", base, pair[0], status=2)
+    assert "Give it first: " in run("compare", pair[0], base, status=2)
     assert "no such file" in run("compare", pair[0], tmp_path / "nowhere.safetensors", status=2)
     assert ".png or .svg" in run("compare", "--plot", tmp_path / "d.bmp", *pair, status=2)
     assert "--csv" in run("compare", "--csv", pair[1], *pair, status=2)
     error = json.loads(run("compare", "--json", pair[0], tmp_path / "nowhere.safetensors", status=2).splitlines()[0])
-    assert set(error) == {"version", "error"}
+    assert set(error) == {"version", "command", "error"}

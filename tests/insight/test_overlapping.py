@@ -558,7 +558,7 @@ def test_wrong_commands_end_with_status_2(stack: list[object], base: Path, tmp_p
     assert ".png or .svg" in run("overlap", "--plot", tmp_path / "d.bmp", *stack, status=2)
     assert "is an input" in run("overlap", "--csv", tmp_path / "half.safetensors", "--force", *stack, status=2)
     error = json.loads(run("overlap", "--json", stack[0], status=2).splitlines()[0])
-    assert set(error) == {"version", "error"}
+    assert set(error) == {"version", "command", "error"}
 
 
 def test_a_missing_adapter_is_named(stack: list[object], tmp_path: Path) -> None:

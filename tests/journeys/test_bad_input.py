@@ -388,12 +388,12 @@ def test_a_missing_base_is_named(tmp_path: Path, out: Path, good: Path, option: 
 
 def test_an_adapter_is_no_base(tmp_path: Path, out: Path, good: Path) -> None:
     second = adapter(tmp_path / "other.safetensors")
-    resize(good, "-o", out, base=second).failed(2, second, "no checkpoint of a known family")
+    resize(good, "-o", out, base=second).failed(2, second, "is a LoRA, and a base model is needed here")
     assert contents(out) == []
 
 
 def test_a_base_without_an_adapter_is_not_shrunk(out: Path) -> None:
-    Run("resize", BASE, "-o", out).failed(2, BASE, "name the adapters")
+    Run("resize", BASE, "-o", out).failed(2, BASE, "is a base model, not a LoRA")
     assert contents(out) == []
 
 
@@ -412,7 +412,7 @@ def test_a_damaged_norm_table_is_named(tmp_path: Path, out: Path, good: Path, te
 
 def test_norms_of_a_file_that_is_no_base_write_no_table(tmp_path: Path, good: Path) -> None:
     table = tmp_path / "norms" / "table.json"
-    Run("norms", good, "-o", table).failed(2, good, "no checkpoint")
+    Run("norms", good, "-o", table).failed(2, good, "is a LoRA, and a base model is needed here")
     Run("norms", tmp_path / "none.safetensors", "-o", table).failed(2, "none.safetensors")
     Run("norms", BASE, "-o", table.with_suffix(".txt")).failed(2, "table.txt", ".json")
     assert contents(table.parent) == []

@@ -1054,7 +1054,7 @@ def test_the_json_of_the_command_is_the_report(bases, small: Path, tmp_path: Pat
     broken.write_bytes(b"nothing")
     text = run("--naming", "comfy", "-t", "bf16", "--json", flux, small, broken, "-o", tmp_path / "out", status=1)
     document = json.loads(text)
-    assert list(document) == ["version", "base", "results", "failed"]
+    assert list(document) == ["version", "command", "base", "results", "failed"]
     assert document["version"] == lorashrink.__version__
     assert document["base"] == {"path": str(flux), "family": "flux", "kind": "file"}
     output = tmp_path / "out" / "small_comfy_bf16.safetensors"

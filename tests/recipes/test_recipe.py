@@ -90,7 +90,7 @@ def test_a_recipe_names_what_must_be_looked_up() -> None:
         ("rank=4,rank=5", "rank is given twice"),
         ("fro_ckpt=1,spn_ckpt=-1,thr=-3", "sum to 0"),
         ("fro_ckpt=0,thr=-3", "sum to 0"),
-        ("calib,fro_ckpt,thr=-3", "stands alone"),
+        ("calib,fro_ckpt,thr=-3", "no other score"),
         ("calib,thr=-3,clip=1", "clip limit singular values of ΔW, and calib goes by others"),
         ("thr=-3,fro_limit=0", "above 0"),
         ("quality=5", "from 10 and up to 80"),

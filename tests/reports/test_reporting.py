@@ -78,7 +78,7 @@ def test_page_numbers_equal_those_of_the_commands(
     inspected = json.loads(run("inspect", "--json", base, adapter))["files"][0]
     swept = json.loads(run("sweep", "--json", base, adapter))
     assert held["inspect"] == inspected
-    assert {"version": ls.__version__, **held["sweep"]} == swept
+    assert {"version": ls.__version__, "command": "sweep", **held["sweep"]} == swept
     recipe = swept["suggestion"]["recipe"]
     resized = json.loads(run("resize", "--json", "--dry-run", "-r", recipe, "-o", tmp_path, base, adapter))["results"]
     assert held["resize"]["layers"] == resized[0]["layers"]
@@ -201,7 +201,7 @@ def test_page_lies_beside_the_adapter_by_default(adapter: Path, tmp_path: Path) 
     assert "recommended: -r rank=" in text
     assert "style_report.html" in text
     document = json.loads(run("report", "--json", "-r", "rank=2", "-o", tmp_path / "new" / "page.HTML", copy))
-    assert set(document) == {"version", "path", "bytes", "inspection", "sweep"}
+    assert set(document) == {"version", "command", "path", "bytes", "inspection", "sweep"}
     assert Path(document["path"]).stat().st_size == document["bytes"]
 
 
@@ -244,7 +244,7 @@ def test_wrong_requests_fail_before_anything_is_written(adapter: Path, base: Pat
         ({"output": tmp_path / "there.html"}, OutputError, "--force"),
         ({"output": tmp_path / "file" / "page.html"}, OutputError, "cannot be written"),
         ({"output": tmp_path / "a.html", "recipes": "nonsense"}, UsageError, "nonsense"),
-        ({"output": tmp_path / "a.html", "recipes": "fro_ckpt,thr=-3"}, UsageError, "needs the base"),
+        ({"output": tmp_path / "a.html", "recipes": "fro_ckpt,thr=-3"}, UsageError, "compares with the base"),
         ({"output": tmp_path / "a.html", "recipes": "fro_lora,thr=9"}, InputError, "keeps nothing"),
         ({"output": tmp_path / "a.html", "images": "model"}, UsageError, "both --images"),
         ({"output": tmp_path / "a.html", "base": tmp_path / "none.safetensors"}, InputError, "none"),

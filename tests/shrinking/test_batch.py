@@ -590,7 +590,7 @@ def test_a_norm_table_stands_in_for_its_base(adapter: Path, base: Path, tmp_path
 
 
 def test_a_recipe_with_base_terms_needs_a_base(adapter: Path) -> None:
-    with pytest.raises(RecipeError, match="needs the base checkpoint"):
+    with pytest.raises(RecipeError, match="compares with the base model"):
         resize(adapter, recipes="fro_ckpt,thr=-3")
 
 

@@ -451,7 +451,7 @@ def test_json_of_many_files_equals_the_report(tmp_path: Path) -> None:
     command = ["resize", "-r", "rank=2", "-r", "rank=3", "--json", tmp_path / "in"]
     document = json.loads(run(*command, "-o", tmp_path / "out", status=1))
     expected = resize(tmp_path / "in", recipes="rank=2:rank=3", output=tmp_path / "out", force=True)
-    document_of_report = json.loads(json.dumps(plain(expected)))
+    document_of_report = {"command": "resize", **json.loads(json.dumps(plain(expected)))}
     for result in (*document["results"], *document_of_report["results"]):
         del result["seconds"]
     assert document == document_of_report
@@ -485,7 +485,7 @@ def test_many_files_are_listed_only_with_verbose(tmp_path: Path) -> None:
     assert verbose.count("_rank2.safetensors") == streams.LINES + 3
     assert "more; -v lists them" not in verbose
     kept = run(*command, "--skip-existing")
-    assert f"{streams.LINES + 3} of them were there already" in kept
+    assert f"0 files written to {tmp_path / 'out'}, {streams.LINES + 3} already there" in kept
 
 
 # --- the page about scale -----------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_the_usual_recipes_without_a_base_are_some_of_those_with_one(adapter: Pa
 
 
 def test_wrong_requests_are_refused(adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="needs the base"):
+    with pytest.raises(RecipeError, match="compares with the base"):
         ls.sweep(adapter, recipes="fro_ckpt,thr=-3")
     for name in ("a", "b"):
         (tmp_path / f"{name}.safetensors").write_bytes(adapter.read_bytes())
@@ -112,7 +112,7 @@ def run(*arguments: object, status: int = 0) -> str:
 def test_json_csv_and_figure_hold_the_same_numbers(adapter: Path, base: Path, tmp_path: Path) -> None:
     table, picture = tmp_path / "t.csv", tmp_path / "p.svg"
     document = json.loads(run("--json", "--csv", table, "--plot", picture, "-r", "rank=1..4/3", base, adapter))
-    assert {"version", "source", "bytes", "points", "suggestion", "drawn", "read"} == set(document)
+    assert {"version", "command", "source", "bytes", "points", "suggestion", "drawn", "read"} == set(document)
     rows = [line.split(",") for line in table.read_text().splitlines()]
     assert [int(row[rows[0].index("bytes")]) for row in rows[1:]] == [point["bytes"] for point in document["points"]]
     assert picture.read_text().startswith("<?xml")

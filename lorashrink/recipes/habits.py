@@ -1,0 +1,44 @@
+"""What people write into recipes by habit, and the recipe that they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Keys of sd-scripts, kohya_ss and other tools -> ours.
+_KEYS: Mapping[str, str] = {
+    "new_rank": "rank",
+    "new_conv_rank": "conv_rank",
+    "dim": "rank",
+    "network_dim": "rank",
+    "conv_dim": "conv_rank",
+    "threshold": "thr",
+    "quantile": "energy",
+    "dynamic_param": "energy",
+}
+
+_DYNAMIC = "dynamic_method"
+
+
+def meant(items: Mapping[str, str]) -> str | None:
+    """The recipe that was probably meant by these keys and numbers, None if they are none of the known habits."""
+    if method := items.get(_DYNAMIC):
+        rest = {key: number for key, number in items.items() if key not in (_DYNAMIC, "dynamic_param")}
+        return _text({method: items.get("dynamic_param", "0.9"), **rest})
+    renamed = {_KEYS.get(key, key): number for key, number in items.items()}
+    if renamed.keys() != items.keys():
+        return _text(renamed)
+    (key, number), *more = items.items()
+    return _of_number(key) if not number and not more else None
+
+
+def _text(items: Mapping[str, str]) -> str:
+    return ",".join(f"{key}={number}" if number else key for key, number in items.items())
+
+
+def _of_number(text: str) -> str | None:
+    """The recipe for a bare number: a threshold, a share, or a rank."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return f"fro_ckpt=1,thr={text}" if value < 0 else f"energy={text}" if value < 1 else f"rank={value:.0f}"
