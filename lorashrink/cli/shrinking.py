@@ -18,8 +18,6 @@ from lorashrink.text import count_text, decibel_text, share_text, size_text
 if TYPE_CHECKING:
     from lorashrink.results.automatic import ShrinkReport, Shrunk
 
-_WIDEST_NAME = 34  # columns, so that the table fits into 80
-
 _MOST_ROWS = 40  # without -v
 
 
@@ -35,7 +33,6 @@ def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
             say(f"{result.input}: {warning}", errors=True)
     if shrunk:
         table = new_table("file", "before", "after", "share", "worst picture" if _drawn(shrunk) else "quality")
-        table.columns[0].max_width = _WIDEST_NAME
         listed = shrunk if terminal.verbose else shrunk[:_MOST_ROWS]
         root = os.path.commonpath([Path(result.input).absolute().parent for result in shrunk])
         for result in listed:
