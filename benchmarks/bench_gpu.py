@@ -241,6 +241,7 @@ def engine(run: Run) -> None:
     from lorashrink.engine.devices import worker_pool
 
     cases = [(model, rank) for rank in ([4] if run.tiny else [64, 32, 16, 128]) for model in ("sdxl", "flux")]
+    messages = _messages()
     worst = 0.0
     for model, rank in run.in_time("case", cases):
         generator = torch.Generator().manual_seed(0)
@@ -265,12 +266,30 @@ def engine(run: Run) -> None:
                     spectra = fastest[2]
                     if device == "cuda":
                         line["peak_gb"] = _short(torch.cuda.max_memory_allocated() / 1e9)
+        line["messages"] = list(dict.fromkeys(messages))[:5]
+        messages.clear()
         checked = list({layer.shape: index for index, layer in enumerate(layers)}.values())[:8]
         error = max(_error(layers[index], spectra[index]) for index in checked)
         run.say(**line, sigma_error=error)
         worst = max(worst, error)
     if not worst <= _TOLERANCE:
         raise RuntimeError(f"singular values differ by {worst:g} from float64, at most {_TOLERANCE:g} is right")
+
+
+def _messages() -> list[str]:
+    """A list to which the engine's messages are added: what the GPU got wrong or had no memory for."""
+    import logging
+
+    messages: list[str] = []
+
+    class Listening(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger = logging.getLogger("lorashrink.engine")
+    logger.addHandler(Listening())
+    logger.setLevel(logging.INFO)
+    return messages
 
 
 def _shrink(layers: Sequence[Delta], device: str, pool: Any) -> tuple[float, float, list[Spectrum]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lorashrink.bases import Base, Views, joined, open_base, table_bytes, views_id
 from lorashrink.bases.views import views_shape
 from lorashrink.engine.accelerators import computed
-from lorashrink.engine.devices import core_device, worker_pool
+from lorashrink.engine.devices import core_device, pick_device, worker_pool
 from lorashrink.engine.norms import frobenius, spectral_norms
 from lorashrink.errors import NonFinite, NotABase, OutputError
 from lorashrink.files.disk import check_output, user_cache, write_bytes
@@ -186,6 +186,7 @@ def norms(
     output: str | Path,
     *,
     force: bool = False,
+    device: str = "auto",
     jobs: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> NormTable:
@@ -198,11 +199,12 @@ def norms(
     if path.suffix != ".json":
         raise OutputError(f"{output}: a norm table is a JSON file; give a name that ends in .json.")
     check_output(path, force=force, inputs=[Path(base)])
+    device = pick_device(device, [base])
     with open_base(base) as opened, worker_pool(jobs) as pool:
         if opened.store is None:
             raise NotABase(f"{base}: is a norm table already.")
         report = partial(progress, "norms of the base") if progress else None
-        values = BaseNorms(opened).look_up(opened.all_views, ("fro", "spn"), pool=pool, progress=report)
+        values = BaseNorms(opened).look_up(opened.all_views, ("fro", "spn"), pool=pool, device=device, progress=report)
         data = table_bytes(opened, values)
         write_bytes(path, data)
         return NormTable(str(path), str(base), opened.family.name, len(values), len(data))

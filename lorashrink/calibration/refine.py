@@ -390,17 +390,21 @@ class _Search:
         return improved
 
     def _optimizer(self) -> torch.optim.Adam:
-        return torch.optim.Adam([{"params": [factor]} for factor in self.factors], betas=_BETAS)
+        return torch.optim.Adam(self.factors, betas=_BETAS)
 
     def _step(self, optimizer: torch.optim.Adam, rate: float, generator: torch.Generator) -> None:
-        for group, size in zip(optimizer.param_groups, self.sizes, strict=True):
-            group["lr"] = rate * size
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         chosen = torch.randperm(len(self.trained), generator=generator)[: self.batch].tolist()
         for timesteps in _batches([self.trained[index] for index in chosen]):
             with torch.enable_grad():
                 torch.autograd.backward([self._error(timesteps) / self.unit])
+        before = _copies(self.factors)
         optimizer.step()
+        with torch.no_grad():  # Adam's steps do not know the size of a factor's numbers
+            changes = torch._foreach_sub(self.factors, before)
+            torch._foreach_mul_(changes, self.sizes)
+            torch._foreach_copy_(self.factors, torch._foreach_add(before, changes))
 
     def _held_out_error(self, values: Sequence[Tensor]) -> float:
         """The error on the time steps held out with these factors, as a share; the factors in training stay."""

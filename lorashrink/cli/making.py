@@ -131,6 +131,7 @@ def norms(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint or diffusers folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The table to write, a .json file.")],
     force: Force = False,
+    device: Device = "auto",
     jobs: Jobs = None,
 ) -> object:
     """Write a small table that stands in for a base wherever only norms are needed.
@@ -139,4 +140,4 @@ def norms(
     """
     from lorashrink.bases.norms import norms as run
 
-    return run(base, output, force=force, jobs=jobs, progress=terminal.progress)
+    return run(base, output, force=force, device=device, jobs=jobs, progress=terminal.progress)

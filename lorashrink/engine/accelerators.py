@@ -85,7 +85,6 @@ def _begin(gpus: Iterator[torch.device]) -> None:
     """Set up a thread of a device."""
     with _lock:
         _worker.device = next(gpus)
-    torch.set_num_threads(1)
     if _worker.device.type == "cuda":
         torch.cuda.set_device(_worker.device)
         torch.cuda.set_stream(torch.cuda.Stream(_worker.device))  # type: ignore[no-untyped-call]
@@ -93,7 +92,7 @@ def _begin(gpus: Iterator[torch.device]) -> None:
 
 def _gpus(device: torch.device) -> list[torch.device]:
     """All GPUs like the current one for "cuda", so that it does not matter which of them computes a layer."""
-    if device.type != "cuda" or device.index is not None:
+    if str(device) != "cuda":
         return [device]
     current = torch.cuda.current_device()
     indices = [current, *(index for index in range(torch.cuda.device_count()) if index != current)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # Below torch 2.12 CUDA solves float64 matrices of more than 32 rows one after another, which a CPU does faster.
 _BATCHED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
@@ -46,11 +49,15 @@ def _checked(
     """What `solve` makes of matrices [L, r, r], where `wrong` finds no fault in it."""
     try:
         results = tuple(solve(stacked))
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         if _trusted(stacked) and len(stacked) == 1:
             raise
+        log.info("%d matrices of rank %d are solved one by one (%s)", len(stacked), stacked.shape[1], error)
         return _one_by_one(solve, stacked)
     if not _trusted(stacked) and (faulty := wrong(stacked, *results)).any():
+        log.info(
+            "%d of %d matrices of rank %d are solved again by the CPU", faulty.sum(), len(faulty), stacked.shape[1]
+        )
         for result, right in zip(results, _one_by_one(solve, stacked[faulty]), strict=True):
             result[faulty] = right
     return results
@@ -72,7 +79,7 @@ def _wrong_vectors(stacked: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     residuals = torch.linalg.matrix_norm(stacked @ vectors - vectors * values[:, None, :])
     identity = torch.eye(stacked.shape[-1], dtype=vectors.dtype, device=vectors.device)
     skews = torch.linalg.matrix_norm(vectors.mT @ vectors - identity)
-    right = (residuals <= _TOLERANCE * sizes) & (skews <= _TOLERANCE * stacked.shape[-1] ** 0.5)
+    right: Tensor = (residuals <= _TOLERANCE * sizes) & (skews <= _TOLERANCE * stacked.shape[-1] ** 0.5)
     return ~right
 
 
@@ -81,7 +88,7 @@ def _wrong_values(stacked: Tensor, values: Tensor) -> Tensor:
     stacked = _symmetric(stacked)
     squares = stacked.square().sum((-2, -1))
     traces = stacked.diagonal(dim1=-2, dim2=-1).sum(-1)
-    right = ((values.square().sum(-1) - squares).abs() <= _TOLERANCE * squares) & (
+    right: Tensor = ((values.square().sum(-1) - squares).abs() <= _TOLERANCE * squares) & (
         (values.sum(-1) - traces).abs() <= _TOLERANCE * squares.sqrt() * stacked.shape[-1] ** 0.5
     )
     return ~right

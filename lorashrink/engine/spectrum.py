@@ -245,7 +245,7 @@ class Cut(NamedTuple):
         return math.copysign(half, self.scale), half
 
     @property
-    def index(self) -> Tensor:
+    def dimensions(self) -> Tensor:
         """[k] int64, the dimensions that are kept."""
         return torch.as_tensor(self.kept, dtype=torch.long)
 
@@ -287,7 +287,7 @@ def alignment(delta: AnyDelta, spectrum: Spectrum, weight: Tensor, device: str |
 
 
 def _truncated(cut: Cut, device: torch.device) -> tuple[Tensor, Tensor]:
-    up, down = cut.finished(*_vectors(cut.delta, cut.spectrum, cut.index, cut.halves, device))
+    up, down = cut.finished(*_vectors(cut.delta, cut.spectrum, cut.dimensions, cut.halves, device))
     return up.cpu(), down.cpu()
 
 
@@ -296,7 +296,7 @@ def _truncated_together(cuts: Sequence[Cut], device: torch.device) -> list[tuple
     if len(cuts) == 1:
         return [_truncated(cuts[0], device)]
     dtype, most = cuts[0].delta.precision, max(len(cut.kept) for cut in cuts)
-    maps = [_scaled_maps(cut.spectrum, cut.index, cut.halves) for cut in cuts]
+    maps = [_scaled_maps(cut.spectrum, cut.dimensions, cut.halves) for cut in cuts]
     # All as wide as the widest: what zeros make is cut off again.
     lefts = [torch.nn.functional.pad(left, (0, most - left.shape[1])) for left, _ in maps]
     rights = [torch.nn.functional.pad(right, (0, 0, 0, most - len(right))) for _, right in maps]
@@ -481,7 +481,8 @@ def _decompose_chunk(items: Sequence[Item], device: torch.device) -> list[Spectr
             square, rounding = map(float, trace)
             outcomes.append(_of_maps(delta, sigma, left, right, item.limit, (square, rounding)))
         else:
-            outcomes += computed(partial(_of_full_rank, limit=item.limit), [delta], device)
+            spectra: list[Spectrum] = computed(partial(_of_full_rank, limit=item.limit), [delta], device)
+            outcomes += spectra
     return outcomes
 
 

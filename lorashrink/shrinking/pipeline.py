@@ -49,6 +49,7 @@ def shrink_each(targets: Targets, session: Session, ledger: Ledger) -> None:
 
 def _decompose(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledger: Ledger) -> Work | None:
     """Open an adapter and begin to decompose it; the ledger gets one that fails or is done already."""
+    begun = None
     with boundary(source, partial(ledger.fail, source)):
         if work := _begin(source, outputs, session, ledger):
             try:
@@ -56,8 +57,8 @@ def _decompose(source: Path, outputs: Mapping[Path, Recipe], session: Session, l
             except BaseException:
                 work.adapter.close()
                 raise
-        return work
-    return None
+        begun = work
+    return begun
 
 
 def _begin(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledger: Ledger) -> Work | None:

@@ -61,7 +61,7 @@ def resize(
         space_check: more than 16 outputs are begun only if the disk could take them all without any shrinking.
             Default True.
     How:
-        device: "auto" (default), "cpu", "cuda", "cuda:N" or "mps".
+        device: "auto" (default: a GPU where it pays to start one), "cpu", "cuda", "cuda:N" or "mps".
         jobs: worker threads; default one per core.
         quantiles: quantiles of the scores in the results, to choose thresholds by. Default False.
         each: called with every result when it is ready, in any order and one at a time; the report then has results

@@ -113,7 +113,7 @@ def test_fewer_than_one_job_is_refused(jobs: int) -> None:
         pass
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:first", "cuda:99", "cpu:x"])
+@pytest.mark.parametrize("device", ["gpu", "xpu", "cuda:first", "cuda:99", "cpu:x"])
 def test_a_device_that_is_not_here_is_refused_by_name(device: str) -> None:
     with pytest.raises(UsageError, match="device"):
         pick_device(device)
