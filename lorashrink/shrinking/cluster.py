@@ -76,7 +76,9 @@ def resize(
     except ImportError:
         raise UsageError("Ray is not installed; it comes with: pip install 'lorashrink[ray]'") from None
     job = prepare(adapters, ResizeOptions(**options))
-    device = "cpu" if job.options.device == "auto" and not gpus_per_task else job.options.device
+    device = job.options.device
+    if device == "auto":  # a task that has a GPU uses it, however small its adapter is
+        device = "cuda" if gpus_per_task else "cpu"
     task = replace(job, options=replace(job.options, device=device, jobs=job.options.jobs or 1))
     with (
         open_session(replace(job, options=replace(job.options, device="cpu", jobs=1))) as session,
