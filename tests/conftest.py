@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+import stand_in
 import torch
 from hypothesis import settings
 
@@ -24,11 +25,24 @@ if GPU:
     torch.cuda.init()  # before tests hide it from the processes that they start
 
 
-@pytest.fixture(params=["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if GPU else [])])
+CUDA = [pytest.param("cuda", marks=pytest.mark.cuda)] if GPU else []
+
+
+@pytest.fixture(params=["cpu", *CUDA])
 def device(request: pytest.FixtureRequest) -> str:
     """The CPU, and the GPU if this machine has one."""
     name: str = request.param
     return name
+
+
+@pytest.fixture(params=["cpu", "stand-in", *CUDA])
+def engine_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same, and a CPU that stands in for a GPU in the engine's threads."""
+    if request.param == "stand-in":
+        with stand_in.installed():
+            yield "cuda"
+    else:
+        yield request.param
 
 
 @pytest.hookimpl(wrapper=True)

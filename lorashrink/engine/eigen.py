@@ -10,9 +10,10 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# Below torch 2.12 CUDA solves float64 matrices of more than 32 rows one after another, which a CPU does faster.
+# Below torch 2.12 CUDA solves float64 matrices of more than 32 rows one after another. A CPU does that faster, as long
+# as a matrix is too small to fill a GPU.
 _BATCHED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
-_BATCHED_ROWS = 32
+_BATCHED_ROWS, _LARGE_ROWS = 32, 512
 
 # ‖K·V - V·Λ‖ / ‖K‖ and ‖VᵀV - 1‖ / √r of a right result are a thousandth of this.
 _TOLERANCE = 1e-10
@@ -20,14 +21,14 @@ _TOLERANCE = 1e-10
 
 def solver_device(device: torch.device, rank: int) -> torch.device:
     """Where many r×r float64 problems are solved: the device, or the CPU if the device is slow at them."""
-    slow = device.type == "cuda" and rank > _BATCHED_ROWS and not _BATCHED
+    slow = device.type == "cuda" and _BATCHED_ROWS < rank <= _LARGE_ROWS and not _BATCHED
     return torch.device("cpu") if slow else device
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [..., r], smallest first, and eigenvectors [..., r, r] of float64 matrices [..., r, r].
 
-    Matrices that the device gets wrong are solved on the CPU, one by one. Raises LinAlgError if that fails, too.
+    The CPU solves what the device is slow at, and one by one what it gets wrong. Raises LinAlgError if that fails, too.
     """
     values, vectors = _checked(torch.linalg.eigh, _stacked(matrices), _wrong_vectors)
     return values.reshape(matrices.shape[:-1]), vectors.reshape(matrices.shape)
@@ -47,6 +48,9 @@ def _checked(
     solve: Callable[[Tensor], tuple[Tensor, ...]], stacked: Tensor, wrong: Callable[..., Tensor]
 ) -> tuple[Tensor, ...]:
     """What `solve` makes of matrices [L, r, r], where `wrong` finds no fault in it."""
+    device = solver_device(stacked.device, stacked.shape[-1])
+    if device != stacked.device:
+        return tuple(result.to(stacked.device) for result in _checked(solve, stacked.to(device), wrong))
     try:
         results = tuple(solve(stacked))
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]

@@ -127,6 +127,17 @@ def computed(path: Path) -> int:
 
 
 @pytest.mark.usefixtures("settled")
+def test_norms_of_a_base_are_those_of_its_weights_on_any_device(base: Path, engine_device: str) -> None:
+    with open_base(base) as opened, ThreadPoolExecutor(3) as pool:
+        norms = BaseNorms(opened, cache=False).look_up(
+            opened.all_views, ("fro", "spn"), pool=pool, device=engine_device
+        )
+        for views in opened.all_views:
+            sigma = torch.linalg.svdvals(opened.weight(views).double())
+            expected = {"fro": float(sigma.norm()), "spn": float(sigma[0])}
+            assert norms[views_id(views)] == pytest.approx(expected, rel=1e-6)
+
+
 def test_norms_are_computed_once(copy: Path) -> None:
     assert computed(copy) > 100
     assert computed(copy) == 0

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import stand_in
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,19 +30,10 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """ "cuda" is a GPU that computes as the CPU does, in threads of its own."""
-    workers: dict[torch.device, ThreadPoolExecutor] = {}
-    monkeypatch.setattr(accelerators, "_gpus", lambda device: [CPU])
-    monkeypatch.setattr(accelerators, "_workers", workers)
-    monkeypatch.setattr(accelerators, "_tested", set())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    yield
-    for pool in workers.values():
-        pool.shutdown()
+def gpu() -> Iterator[None]:
+    """ "cuda" is a GPU that computes as the CPU does, in threads of its own, and mixes no tensors of both."""
+    with stand_in.installed():
+        yield
 
 
 def on_gpu() -> bool:
@@ -126,6 +118,16 @@ def test_a_library_without_memory_counts_as_too_small(gpu: None) -> None:
         return [False for _ in items]
 
     assert computed(task, [1, 2, 3], CUDA) == [False] * 3
+
+
+def test_tensors_of_two_devices_do_not_mix(gpu: None) -> None:
+    """So that the tests here find what a GPU would refuse."""
+
+    def task(items: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        return [items[0].to(device) + items[1]]
+
+    with pytest.raises(RuntimeError, match="same device"):
+        computed(task, [torch.ones(3), torch.ones(3)], CUDA)
 
 
 def test_an_error_that_is_not_of_memory_is_raised(gpu: None) -> None:

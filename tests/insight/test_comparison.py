@@ -171,9 +171,9 @@ FORMS: dict[str, tuple[Tensors, Tensor]] = {
 
 @pytest.mark.parametrize("form_a", FORMS)
 @pytest.mark.parametrize("form_b", FORMS)
-def test_every_form_against_every_other(tmp_path: Path, form_a: str, form_b: str, device: str) -> None:
+def test_every_form_against_every_other(tmp_path: Path, form_a: str, form_b: str, engine_device: str) -> None:
     (a, truth_a), (b, truth_b) = FORMS[form_a], FORMS[form_b]
-    layer = only(compared(tmp_path, a, b, device=device))
+    layer = only(compared(tmp_path, a, b, device=engine_device))
     if form_a == form_b:
         assert (layer.difference, layer.cosine, layer.energy_kept) == (0.0, 1.0, 1.0)
         assert layer.fro_a == layer.fro_b == pytest.approx(float(truth_a.norm()), rel=1e-6)

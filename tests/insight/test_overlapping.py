@@ -139,10 +139,10 @@ def test_it_does_not_matter_how_an_adapter_is_factored(tmp_path_factory, seed: i
 
 @pytest.mark.parametrize("form_a", FORMS)
 @pytest.mark.parametrize("form_b", FORMS)
-def test_every_form_with_every_other(tmp_path: Path, form_a: str, form_b: str, device: str) -> None:
+def test_every_form_with_every_other(tmp_path: Path, form_a: str, form_b: str, engine_device: str) -> None:
     (a, truth_a), (b, truth_b) = FORMS[form_a], FORMS[form_b]
     tolerance = 1e-6 if "loha" in (form_a, form_b) else 1e-9  # its factors are multiplied in float32
-    result = overlapped(tmp_path, a, b, weights=(0.7, -0.4), device=device)
+    result = overlapped(tmp_path, a, b, weights=(0.7, -0.4), device=engine_device)
     assert_pairs(only(result), [truth_a, truth_b], tolerance)
     assert_sum(only(result), [truth_a, truth_b], (0.7, -0.4), max(tolerance, 1e-8))
 
