@@ -157,7 +157,7 @@ def tests(run: Run) -> None:
     for files in run.in_time("tests", ["engine/test_on_devices.py", "engine bases insight calibration pictures train"]):
         paths = [str(checkout.ROOT / "tests" / name) for name in files.split()]
         paths += ["-k", "every_rank or unusual"] if run.tiny else []
-        command = run.command("pytest", "-q", "-x", "--maxfail=20", "-p", "no:cacheprovider", *marked, *paths)
+        command = run.command("pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", *marked, *paths)
         begin = time.perf_counter()
         with contextlib.suppress(subprocess.TimeoutExpired):
             done = subprocess.run(

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lorashrink.adapters import Adapter
 from lorashrink.bases import Views
 from lorashrink.bases.norms import Norms
 from lorashrink.calibration.statistics import OfLayer
+from lorashrink.engine.devices import core_device
 from lorashrink.engine.spectrum import Item, PendingSpectrum, Spectrum, decompose
 from lorashrink.errors import InputError, RecipeError
 from lorashrink.linking.matching import bind, match, misfits, part
@@ -124,7 +124,7 @@ class Work:
         if base is None or not any("weight" in recipe.needs for recipe in self.recipes):
             return [None for _ in layers]
         session = self.source.session
-        measure = partial(aligned, self.adapter, self.views, spectra[False], base, torch.device(session.device))
+        measure = partial(aligned, self.adapter, self.views, spectra[False], base, core_device(session.device))
         return list(session.pool.map(measure, layers))
 
     def outline(self, decomposed: Mapping[bool, Decomposed], recipe: Recipe) -> Outline:
