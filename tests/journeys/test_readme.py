@@ -37,7 +37,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(source / "adapter.safetensors", tmp_path / "lora.safetensors")
     (tmp_path / "loras").mkdir()
     shutil.copy(source / "adapter.safetensors", tmp_path / "loras" / "one.safetensors")
-    (tmp_path / "sdxl").symlink_to(source / "model", target_is_directory=True)
+    shutil.copytree(source / "model", tmp_path / "sdxl")  # a link would lead to the table that lies beside the model
     shutil.copy(source / "loras" / "style.safetensors", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
