@@ -11,10 +11,10 @@ from tiny_pipelines import LAYERS, WRITERS, write_adapter
 from tiny_single_file import write_single_file
 from typer.testing import CliRunner
 
-import lorashrink
+import lorashrink_example
 from lorashrink.cli import app
 
-MODEL = Path(lorashrink.__file__).parent / "example" / "model"
+MODEL = lorashrink_example.path("model")
 SHORT = ("--prompts", "a cat --w 64 --h 64 --s 2", "--steps-used", "1")
 
 

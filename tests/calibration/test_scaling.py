@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.calibration.scaling import effects, ridge
 from lorashrink.errors import UsageError
 
-EXAMPLE = Path(ls.__file__).parent / "example"
+EXAMPLE = lorashrink_example.path()
 MODEL, HEART = EXAMPLE / "model", EXAMPLE / "loras" / "heart.safetensors"
 LINES = (
     "a red heart on a white background --w 64 --h 64 --d 1 --l 4 --s 8\n"

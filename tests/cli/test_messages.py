@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lorashrink
+import lorashrink_example
 from lorashrink.cli import app
 
-EXAMPLE = Path(lorashrink.__file__).parent / "example"
+EXAMPLE = lorashrink_example.path()
 
 
 @pytest.fixture(scope="module")

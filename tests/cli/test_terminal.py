@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import lorashrink
+import lorashrink_example
 from lorashrink.cli.tables import TextTable
 
 pty = pytest.importorskip("pty", reason="pseudo-terminals are a part of Unix")
 
-ADAPTER = Path(lorashrink.__file__).parent / "example" / "adapter.safetensors"
+ADAPTER = lorashrink_example.path("adapter.safetensors")
 NAME = "my favourite style of the year, version 3 final"
 
 

@@ -11,9 +11,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import lorashrink_example
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-EXAMPLE = ROOT / "lorashrink" / "example"
+EXAMPLE = lorashrink_example.path()
 
 
 def free_port():

@@ -17,12 +17,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.bases.norms import BaseNorms
 from lorashrink.cli import app
 from lorashrink.errors import LorashrinkError, OutputError, RecipeError, UsageError
 
 logic = load_pack()
-EXAMPLE = Path(__file__).parents[2] / "lorashrink" / "example"
+EXAMPLE = lorashrink_example.path()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from server import Server
 
 import lorashrink as ls
+import lorashrink_example
 from lorashrink.node_pack import install
 
 pytestmark = pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no ComfyUI")
@@ -96,7 +97,7 @@ def test_at_full_rank_it_draws_what_the_source_draws(server, tmp_path):
 
 def test_the_model_in_memory_judges_as_its_file(server, tmp_path):
     recipe = "fro_ckpt=1,thr=-2.5"
-    model = Path(ls.__file__).parent / "example" / "model"
+    model = lorashrink_example.path("model")
     (expected,) = ls.resize(
         server.loras / "style.safetensors", base=model, recipes=recipe, output=tmp_path / "by_file.safetensors"
     ).results

@@ -186,7 +186,7 @@ def test_prepared_adapters_are_forgotten_beyond_the_bound(monkeypatch):
 
 
 def test_a_weighted_sum_of_files_is_prepared(tmp_path):
-    loras = fixtures.NAMES.parents[2] / "lorashrink" / "example" / "loras"
+    loras = example("loras")
     terms = f"{loras / 'style.safetensors'}:0.7,{loras / 'heart.safetensors'}:-0.5"
     expected = ls.merge(terms, recipes="bytes,size=0.5", output=tmp_path / "sum.safetensors").results[0]
     outcome = ls.prepare(terms).at("bytes,size=0.5")
