@@ -388,7 +388,7 @@ class _Search:
         for damping in DAMPINGS:
             deltas = ridge(torch.stack(rows), torch.stack(missing), damping)
             values = _copies(self.start)
-            for up, delta in zip(values[::2], deltas.split([up.shape[1] for up in ups]), strict=True):
+            for up, delta in zip(values[::2], torch.split(deltas, [up.shape[1] for up in ups]), strict=True):
                 up *= (1 + delta).to(up)
             loss = self._held_out_error(values)
             if loss < self.after:  # NaN is not
