@@ -94,7 +94,7 @@ def refine(
     seeds: Sequence[int] = (0,),
     steps: int = 120,
     batch: int = 8,
-    closed_form: bool = True,
+    closed_form: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
@@ -108,7 +108,8 @@ def refine(
     like: the adapter that `shrunk` was made of. model, settings: as for `calibrate`. prompts: as for `sweep`, best with
     the words that call what the adapter was taught; default are general ones. seeds: each prompt is drawn with each.
     steps: of Adam, fewer if nothing is gained any more. batch: sampling steps of pictures per step of Adam.
-    closed_form: before that, each dimension gets a factor by regression, where held-out predictions gain by it.
+    closed_form: before that, each dimension gets a factor by regression, where held-out predictions gain by it; this is
+    quick, and steps may be 0 then.
     dtype: of the model; auto is fp32 on a CPU, else bf16. Factors are always trained in fp32.
 
     Raises:
@@ -120,7 +121,7 @@ def refine(
     started = time.perf_counter()
     source, reference, target = Path(shrunk), Path(like), Path(output)
     if steps < 0 or batch < 1 or not (steps or closed_form):
-        raise UsageError("steps, and the batch of each, are at least 1; no steps are enough for the closed form alone.")
+        raise UsageError("steps, and the batch of each, are at least 1; no steps are enough with the closed form only.")
     if target.suffix != ".safetensors":
         raise UsageError(f"{target}: is written as a safetensors file; give a name that ends in .safetensors.")
     check_output(target, force=force, inputs=[source, reference, Path(model)])
@@ -391,7 +392,7 @@ class _Search:
         for damping in DAMPINGS:
             deltas = ridge(torch.stack(rows), torch.stack(missing), damping)
             values = _copies(self.start)
-            for up, delta in zip(values[::2], deltas.split([up.shape[1] for up in ups]), strict=True):
+            for up, delta in zip(values[::2], torch.split(deltas, [up.shape[1] for up in ups]), strict=True):
                 up *= (1 + delta).to(up)
             loss = self._held_out_error(values)
             if loss < self.after:  # NaN is not

@@ -33,4 +33,5 @@ def ridge(rows: Tensor, missing: Tensor, damping: float) -> Tensor:
     """
     kernel = rows @ rows.mT
     level = damping * kernel.diagonal().mean()
-    return rows.mT @ torch.linalg.solve(kernel + level * torch.eye(len(kernel), dtype=kernel.dtype), missing)
+    weights: Tensor = torch.linalg.solve(kernel + level * torch.eye(len(kernel), dtype=kernel.dtype), missing)
+    return rows.mT @ weights

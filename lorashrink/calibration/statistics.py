@@ -94,13 +94,6 @@ class Side:
         return (wide * self.diagonal.double()) @ wide.mT + low @ low.mT
 
 
-class Traces(NamedTuple):
-    """Traces of a layer's covariances."""
-
-    inputs: float
-    outputs: float
-
-
 class Sides(NamedTuple):
     """The statistics of one weight."""
 
@@ -210,18 +203,6 @@ class Statistics:
         keys = [f"{prefix}/{layer.name}" for layer in adapter.layers]
         stored_grams = [partial(self._stored_grams, key) if f"{key}.down" in stored else None for key in keys]
         return [LayerStatistics(grams) if grams else None for grams in stored_grams]
-
-    def traces(self, adapter: Adapter) -> list[Traces | None]:
-        """The traces of each layer's covariances; None where they are not known: statistics of adapters have none."""
-        if self.kind != "base":
-            return [None for _ in adapter.layers]
-        covers = [self._cover(views) if views else None for views in match(adapter, self.base)]
-        return [self._traces(pieces) if pieces else None for pieces in covers]
-
-    def _traces(self, pieces: Sequence[_Piece]) -> Traces:
-        sides = [(self.sides(piece.name), piece) for piece in pieces]
-        inputs = [both.inputs.trace for both, _ in sides]
-        return Traces(sum(inputs) / len(inputs), sum(both.outputs.rows(*piece.stored).trace for both, piece in sides))
 
     def _stored_grams(self, key: str, delta: Delta) -> Grams:
         down, up = (self.store.read(f"{key}.{side}").double() for side in ("down", "up"))

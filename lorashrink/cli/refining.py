@@ -47,8 +47,8 @@ def refine(
     steps: Annotated[int, typer.Option("--steps", min=0, help="Largest number of training steps.")] = 120,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Denoising steps per training step.")] = 8,
     closed_form: Annotated[
-        bool, typer.Option(help="First give each dimension a factor by regression, where that gains.")
-    ] = True,
+        bool, typer.Option("--closed-form", help="First give each dimension a factor; enough with --steps 0.")
+    ] = False,
     dtype: Annotated[str, typer.Option("--dtype", "-t", help="Of the model: auto, fp32, bf16 or fp16.")] = "auto",
     device: Device = "auto",
     force: Force = False,

@@ -345,9 +345,9 @@ class PackedStore(ComputedStore):
         self._stored.close()
 
 
-def little_endian(numbers: Tensor) -> memoryview:
+def little_endian(numbers: Tensor) -> bytes:
     """The bytes of float16 numbers, in the order of the format on every machine."""
-    return memoryview(numbers.contiguous().numpy().astype("<f2", copy=False).data).cast("B")
+    return numbers.contiguous().numpy().astype("<f2", copy=False).tobytes()
 
 
 def contents_sha256(arrangement: Arrangement, chunks: Callable[[str], Iterator[memoryview]]) -> str:

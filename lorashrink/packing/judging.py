@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorashrink.calibration.statistics import Traces
 from lorashrink.packing.allocation import Dimensions
 from lorashrink.shrinking.decomposed import Decomposed
 from lorashrink.shrinking.plan import Outline
@@ -17,9 +15,7 @@ if TYPE_CHECKING:
     from lorashrink.packing.allocation import Values
 
 
-def dimensions_of(
-    decomposed: Decomposed, outlined: Outline, traces: Sequence[Traces | None], decided_by: str
-) -> Dimensions:
+def dimensions_of(decomposed: Decomposed, outlined: Outline, decided_by: str) -> Dimensions:
     """All dimensions of the layers that are judged."""
     squares, counts, spread, needed = [], [], [], []
     rest = 0.0
@@ -30,7 +26,7 @@ def dimensions_of(
         rest += weight * facts.tail
         sides = (layer.shape[0], math.prod(layer.shape[1:]))
         counts.append(np.tile(np.array(sides, dtype=np.float64), (rank, 1)))
-        spread.append(_spread(decomposed, index, rank, traces[index]))
+        spread.append(_spread(decomposed, index, rank))
         needed.append(np.arange(rank) < (0 if facts.removable else 1))
     if not squares:
         none = np.empty((0, 2))
@@ -40,20 +36,21 @@ def dimensions_of(
     )
 
 
-def _spread(decomposed: Decomposed, index: int, rank: int, traces: Traces | None) -> Values:
+def _spread(decomposed: Decomposed, index: int, rank: int) -> Values:
     """[rank, 2]: how much noise in a vector matters, by what it would if all directions were like the vector's own.
 
     Without the covariances of a layer they count as equal.
     """
     spectrum = decomposed.spectra[index]
-    if traces is None or spectrum.plain is None or spectrum.left is None or spectrum.right is None:
+    statistics = decomposed.statistics[index] if decomposed.statistics else None
+    noise = statistics.noise() if statistics else None
+    if noise is None or spectrum.plain is None or spectrum.left is None or spectrum.right is None:
         return np.ones((rank, 2))
-    shape = decomposed.adapter.layers[index].shape
     grams = spectrum.plain.grams
     left, right = spectrum.left[:, :rank].double(), spectrum.right[:rank].double()
     ups = ((grams.up @ left) * left).sum(0).numpy()  # ‖u‖², where uᵀGu is σ
     downs = ((right @ grams.down) * right).sum(1).numpy()
     sigma = spectrum.sigma[:rank].numpy()
-    both = np.stack([ups * traces.outputs / shape[0], downs * traces.inputs / math.prod(shape[1:])], axis=1)
+    both = np.stack([ups * noise.up, downs * noise.down], axis=1)
     ratios: Values = np.maximum(both / sigma[:, None], 1e-6)
     return ratios

@@ -117,8 +117,7 @@ def _pack_file(source: Path, outputs: Mapping[Path, Recipe], session: Session, g
         work.decompose()
         decomposed = work.decomposed()[recipe.calibrated]
         outlined = work.outline({recipe.calibrated: decomposed}, recipe)
-        traces = session.statistics.traces(work.adapter) if session.statistics else [None] * len(work.adapter)
-        dimensions = dimensions_of(decomposed, outlined, traces, decided_by)
+        dimensions = dimensions_of(decomposed, outlined, decided_by)
         build = partial(build_draft, decomposed, outlined, device=session.device, label=str(goal))
         pixels = session.statistics.pixels if session.statistics else None
         prediction = prediction_for(decided_by, dimensions.total, pixels)
