@@ -100,9 +100,10 @@ def _server(app: ASGIApp) -> uvicorn.Server:
     import uvicorn
 
     class Server(uvicorn.Server):
-        def capture_signals(self) -> contextlib.AbstractContextManager[None]:
-            """Nothing: `_ended_by_signals` does."""
-            return contextlib.nullcontext()
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Do nothing: `_ended_by_signals` captures them."""
+            yield
 
     config = uvicorn.Config(
         app,
