@@ -32,6 +32,7 @@ from lorashrink.ui.outputs import Written, free_output
 _STOP_SECONDS = 10.0  # that a job gets to end
 _LOOK_SECONDS = 1.0
 _PAUSE_SECONDS = 0.2  # before it is looked again whether there is time for what nobody waits for
+_MOST_RESULTS = 50  # of each job in the state, which is asked for often
 _MOST_STEPS = 100  # of a picture
 
 
@@ -128,7 +129,7 @@ class Application:
             "run": self.run,
             "folders": [str(root) for root in self.folders.roots],
             "library": self.library.changes(since),
-            "jobs": [job.document() for job in self.jobs.all()],
+            "jobs": [job.document(_MOST_RESULTS) for job in self.jobs.all()],
         }
 
     def measure(self, identities: Sequence[str], *, everything: bool = False) -> None:

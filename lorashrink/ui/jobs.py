@@ -54,14 +54,19 @@ class Job:
         """Whether nothing more will happen."""
         return self.state in ("done", "failed", "cancelled")
 
-    def document(self) -> dict[str, Any]:
-        """The job as JSON."""
+    def document(self, most: int | None = None) -> dict[str, Any]:
+        """The job as JSON; of results and failures the last `most`, and what all of them add up to."""
         names = ("id", "kind", "title", "state", "text", "done", "total", "error", "undone")
+        results, failed = list(self.results), list(self.failed)
+        start = 0 if most is None else max(0, len(results) - most)
         return {
             **{name: getattr(self, name) for name in names},
             **self.facts,
-            "results": [self._result(number, result) for number, result in enumerate(list(self.results))],
-            "failed": list(self.failed),
+            "results": [self._result(number, results[number]) for number in range(start, len(results))],
+            "failed": failed[0 if most is None else -most :],
+            "counts": {"results": len(results), "failed": len(failed)},
+            "bytes_before": sum(result.get("bytes_before", 0) for result in results),
+            "bytes_after": sum(result.get("bytes_after", 0) for result in results),
             "can_undo": self.undo is not None and self.over and not self.undone,
         }
 

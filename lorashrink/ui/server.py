@@ -14,9 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorashrink.errors import UsageError
 from lorashrink.files.disk import discard_unfinished
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.types import ASGIApp
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8432
 TOKEN_VARIABLE = "LORASHRINK_UI_TOKEN"  # programs that start the server may set the token
@@ -63,11 +68,12 @@ def serve(
     with contextlib.closing(_listen(host, port)) as listener, Application(folders) as application:
         address = _address(listener, host, token)
         names = () if address.loopback else (host, socket.gethostname())
-        app = server_app(application, token, names=names, any_address=not address.loopback)
-        announce(address)
-        if browser:
-            threading.Thread(target=webbrowser.open, args=(address.url,), daemon=True).start()
-        _run(app, listener)
+        server = _server(server_app(application, token, names=names, any_address=not address.loopback))
+        with _ended_by_signals(server):
+            announce(address)
+            if browser:
+                threading.Thread(target=webbrowser.open, args=(address.url,), daemon=True).start()
+            server.run(sockets=[listener])
     discard_unfinished()
 
 
@@ -90,23 +96,17 @@ def _address(listener: socket.socket, host: str, token: str) -> Address:
     return Address(f"http://{shown}:{number}/?token={token}", host, number, bound.is_loopback)
 
 
-def _run(app: object, listener: socket.socket) -> None:
+def _server(app: ASGIApp) -> uvicorn.Server:
     import uvicorn
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Signals end the server, and are the usual way to do so: no error follows from them."""
-            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-            before = {number: signal.signal(number, self.handle_exit) for number in numbers}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+            """Do nothing: `_ended_by_signals` captures them."""
+            yield
 
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]  # an ASGI app
+        app,
         log_level="error",
         access_log=False,
         lifespan="off",
@@ -116,4 +116,17 @@ def _run(app: object, listener: socket.socket) -> None:
         ws="none",
         loop="asyncio",
     )
-    Server(config).run(sockets=[listener])
+    return Server(config)
+
+
+@contextlib.contextmanager
+def _ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Signals end the server, and are the usual way to do so: no error follows from them."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # under nohup not all
+    before = {number: signal.signal(number, server.handle_exit) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

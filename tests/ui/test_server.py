@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -272,12 +273,14 @@ def test_shrinking_writes_what_resize_writes_and_undo_deletes_only_that(
     before = {path: path.read_bytes() for path in library.rglob("*.safetensors")}
     identities = [server.row(name)["id"] for name in ("style.safetensors", "heart.safetensors", "damaged.safetensors")]
     job = server.finished(server.post("shrink", ids=identities, by="quality", value="small"))
-    assert (job["state"], len(job["results"]), len(job["failed"])) == ("done", 2, 1)
+    assert (job["state"], job["counts"]) == ("done", {"results": 2, "failed": 1})
+    assert (len(job["results"]), len(job["failed"])) == (2, 1)
     outputs = [Path(result["output"]) for result in job["results"]]
     assert outputs == [library / "shrunk/style.safetensors", library / "shrunk/people/heart.safetensors"]
     expected = ls.resize(STYLE, recipes="bytes,error=0.22", output=tmp_path / "x.safetensors").results[0]
     assert outputs[0].read_bytes() == Path(expected.output).read_bytes()
     assert job["results"][0]["bytes_after"] == outputs[0].stat().st_size
+    assert job["bytes_after"] == sum(path.stat().st_size for path in outputs)
     again = server.finished(server.post("shrink", ids=identities[:1], by="rank", value=2))
     assert again["results"][0]["output"] == str(library / "shrunk/style-2.safetensors")
     server.rows()
@@ -457,6 +460,18 @@ def test_without_its_packages_the_command_says_what_to_install(tmp_path: Path, m
     assert "pip install 'lorashrink[ui]'" in result.output
 
 
+def test_json_on_the_command_line_names_the_address(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lorashrink", "ui", str(tmp_path), "--no-browser", "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        document = json.loads(process.stdout.readline())
+        process.terminate()
+    assert (document["version"], document["command"]) == (ls.__version__, "ui")
+    assert document["url"].startswith(f"http://127.0.0.1:{document['port']}/?token=")
+    assert len(document["url"].partition("token=")[2]) >= 32
+    assert process.returncode == 0
+
+
 def test_a_public_address_is_served_with_a_warning(start: Start, tmp_path: Path) -> None:
     server = start(tmp_path, "--host", "0.0.0.0")
     assert server.first_line.startswith("http://127.0.0.1:")
@@ -468,7 +483,7 @@ def test_a_public_address_is_served_with_a_warning(start: Start, tmp_path: Path)
 
 
 def test_other_commands_do_not_import_the_server() -> None:
-    from subprocess import run
-
     code = "import sys, lorashrink.cli; print([m for m in sys.modules if m in ('starlette', 'uvicorn', 'anyio')])"
-    assert run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

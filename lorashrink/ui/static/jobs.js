@@ -43,6 +43,7 @@ export class JobsView {
       over(job) || job.total < 2 ? "" : el("progress", { max: job.total, value: job.done, "aria-label": job.title }),
       job.error ? el("p", { className: "error" }, job.error) : "",
       job.kind === "shrink" && job.results.length ? results(job) : "",
+      job.results.length < job.counts.results ? el("p", { className: "note" }, `The last ${job.results.length} of ${countText(job.counts.results, "LoRA")}.`) : "",
       ...job.failed.map((failure) => el("p", { className: "error" }, failure.error)),
     );
     if (focused) element.querySelector(`.${focused}`)?.focus();
@@ -79,10 +80,9 @@ function headline(job) {
   if (job.state === "waiting") return `${job.title}: waits for its turn`;
   if (job.state === "running") return `${job.title}: ${job.text || "begins"}${job.total > 1 ? ` (${job.done} of ${job.total})` : " …"}`;
   const ends = { cancelled: "cancelled", failed: "failed", done: "done" };
-  const before = job.results.reduce((sum, result) => sum + (result.bytes_before ?? 0), 0);
-  const after = job.results.reduce((sum, result) => sum + (result.bytes_after ?? 0), 0);
-  const saved = job.kind === "shrink" && job.results.length ? `, ${sizeText(before)} became ${sizeText(after)}` : "";
-  const failed = job.failed.length ? `, ${countText(job.failed.length, "LoRA")} failed` : "";
+  const { results, failed: failures } = job.counts;
+  const saved = job.kind === "shrink" && results ? `, ${sizeText(job.bytes_before)} became ${sizeText(job.bytes_after)}` : "";
+  const failed = failures ? `, ${countText(failures, "LoRA")} failed` : "";
   return `${job.title}: ${ends[job.state]}${saved}${failed}`;
 }
 
