@@ -8,7 +8,7 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from io import FileIO
@@ -69,6 +69,13 @@ MIXTURES = ("mixed", "auto")
 
 # The words for outputs with 8-bit factors.
 IN_8_BITS = ("fp8", *MIXTURES)
+
+
+def dtype_word(kinds: Collection[str]) -> str:
+    """The user's word for these dtypes of the format: "mixed" for several, "" for none or one that has no word."""
+    words = {kind: word for word, kind in OUTPUT_DTYPES.items() if not word.isdigit()}
+    return "mixed" if len(kinds) > 1 else words.get(next(iter(kinds), ""), "")
+
 
 COPY_CHUNK = 1 << 24
 

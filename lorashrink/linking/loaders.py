@@ -576,6 +576,8 @@ def naming_for_8_bits(adapter: Adapter, base: Base | None) -> str | None:
 def _fails_in_8_bits(loader: Loader, adapter: Adapter, family: str) -> bool:
     """Whether a program reads names of the adapter by rows alone that multiply factors, alpha or not."""
     rows = [row for row in loader.names if row.holds(family, adapter)]
+    if not any(row.multiplies == "always" for row in rows):
+        return False
     for layer in adapter.layers:
         reading = [row for row in rows if row.reads(layer.name, family)]
         if reading and all(row.multiplies == "always" for row in reading):

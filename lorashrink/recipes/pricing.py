@@ -116,8 +116,7 @@ def _by_quality(recipe: Recipe, offers: Sequence[Offer], anchor: float) -> Selec
     if not reached(market.lowest):
         best = predicted_db(distortion(*market.losses_at(market.lowest)), anchor)
         raise RecipeError(
-            f"recipe '{recipe}': about {best:.1f} dB is the most that these layers have in "
-            f"{' and '.join(market.names)}. Use -t mixed, or a lower quality."
+            f"recipe '{recipe}': about {best:.1f} dB is the most that this dtype gives. Use -t mixed, or less."
         )
     return market.selection(_last(market, reached))
 

@@ -20,6 +20,11 @@ ROUNDING_IN_CHOICES = 0.01
 _SLOPE = 8.4  # dB per factor of ten
 
 
+def anchor_of(anchor: float | None) -> float:
+    """The anchor to use where it may have been corrected."""
+    return ANCHOR if anchor is None else anchor
+
+
 def distortion(dropped: float, rounding: float) -> float:
     """What shrinking does to pictures, from both kinds of loss in the unit of calibrated σ²."""
     return dropped + _ROUNDING * rounding

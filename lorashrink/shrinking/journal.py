@@ -24,7 +24,7 @@ NAME = ".lorashrink-journal.sqlite3"
 
 STARTED, DONE, FAILED = "started", "done", "failed"
 
-_VERSION = 1  # of the table
+_VERSION = 2  # of the table
 
 _PATIENCE = 10.0  # s, while another run writes into the same journal
 
@@ -63,6 +63,8 @@ class Entry:
     output_mtime_ns: int = 0
     threshold: float | None = None
     relative_error: float = 0.0
+    distortion: float | None = None
+    dtype: str = ""
     seconds: float = 0.0
 
     def to_row(self) -> tuple[Any, ...]:

@@ -165,6 +165,8 @@ class Ledger:
                     bytes_before=result.bytes_before,
                     threshold=result.threshold,
                     relative_error=result.relative_error,
+                    distortion=result.distortion,
+                    dtype=result.dtype,
                     seconds=result.seconds,
                 )
             )

@@ -18,11 +18,11 @@ from lorashrink.engine.rounding import Energy
 from lorashrink.engine.spectrum import Spectrum
 from lorashrink.errors import InputError, RecipeError
 from lorashrink.files.header import Arrangement
-from lorashrink.files.store import OUTPUT_DTYPES, TensorInfo
+from lorashrink.files.store import TensorInfo, dtype_word
 from lorashrink.recipes.choice import Selection, caps, quantiles, score
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.recipes.pricing import Offer, fine_enough, select_in_dtypes
-from lorashrink.recipes.quality import ANCHOR, distortion, predicted_db
+from lorashrink.recipes.quality import anchor_of, distortion, predicted_db
 from lorashrink.recipes.terms import LayerFacts
 from lorashrink.results.shrinking import Capped, FileResult, LayerResult, Removed, Verbatim
 from lorashrink.shrinking import metadata
@@ -76,7 +76,7 @@ class Outline:
             self.offers,
             self.layout.dtype,
             self.size,
-            ANCHOR if anchor is None else anchor,
+            anchor_of(anchor),
             scores=self.scores,
         )
 
@@ -229,9 +229,7 @@ class Plan:
     @property
     def dtype(self) -> str:
         """The user's word for the dtype of the layers that are written anew; "mixed" if there are several."""
-        words = {kind: word for word, kind in OUTPUT_DTYPES.items() if not word.isdigit()}
-        kinds = {layer.dtype for layer in self.written.values()}
-        return "mixed" if len(kinds) > 1 else words.get(next(iter(kinds), None), "")
+        return dtype_word({layer.dtype for layer in self.written.values()})
 
     @cached_property
     def norm(self) -> float:
@@ -341,7 +339,7 @@ def plan(
         form_sizes=layout.form_sizes(widths, selection.threshold),
         alpha=layout.alpha(widths),
         lost=lost,
-        predicted_db=None if lost is None else predicted_db(lost, ANCHOR if anchor is None else anchor),
+        predicted_db=None if lost is None else predicted_db(lost, anchor_of(anchor)),
     )
 
 

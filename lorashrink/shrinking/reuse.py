@@ -19,8 +19,9 @@ from lorashrink.files.disk import sha256_file
 from lorashrink.files.hashes import with_hashes, with_placeholders
 from lorashrink.files.header import Arrangement, read_header
 from lorashrink.files.metadata_keys import ENERGY, ERROR
-from lorashrink.files.store import COPY_CHUNK
+from lorashrink.files.store import COPY_CHUNK, dtype_word
 from lorashrink.recipes.grammar import Recipe
+from lorashrink.recipes.quality import anchor_of, predicted_db
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.journal import Stamp, stamps
 from lorashrink.shrinking.ledger import Done, Ledger, Trace, origin_of
@@ -116,6 +117,7 @@ class OpenSource:
             bytes_before=self.adapter.store.nbytes,
             bytes_after=output.stat().st_size,
             relative_error=float(entries[ERROR]) if recipe.caps else (1 - energy) ** 0.5,
+            dtype=dtype_word({info.dtype for info in tensors.values() if len(info.shape) > 1}),
         )
 
 
@@ -171,6 +173,11 @@ def recorded_results(
                 bytes_before=entry.bytes_before,
                 bytes_after=entry.bytes_after,
                 relative_error=entry.relative_error,
+                distortion=entry.distortion,
+                predicted_db=None
+                if entry.distortion is None
+                else predicted_db(entry.distortion, anchor_of(session.options.anchor)),
+                dtype=entry.dtype,
             )
     return results
 

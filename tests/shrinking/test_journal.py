@@ -168,7 +168,7 @@ def test_a_journal_of_another_version_is_made_anew(files: tuple[Path, Path], mon
     source, output = files
     with Journal(output.parent) as opened:
         note(opened, source, output)
-    monkeypatch.setattr(journal, "_VERSION", 2)
+    monkeypatch.setattr(journal, "_VERSION", 3)
     with Journal(output.parent) as opened:
         assert opened.entries() == []
         note(opened, source, output)
