@@ -94,7 +94,7 @@ def _figures(page: ReportFile, shrunk: FileResult, folder: Path) -> tuple[str, .
 def _commands(folder: Path, drawing: bool) -> tuple[str, ...]:
     recipes = [word for recipe in _RECIPES for word in ("-r", recipe)]
     images = ["--images", MODEL, "--prompts", EXAMPLE / "prompts.txt", "--images-out", folder / "pictures"]
-    means: list[str | Path] = ["--model", MODEL, "--prompts", EXAMPLE / "prompts.txt"] if drawing else ["--base", MODEL]
+    means = ["--model", MODEL, "--prompts", EXAMPLE / "prompts.txt"] if drawing else ["--base", MODEL]
     options = [*recipes, "--sizes", ",".join(map(str, _SIZES)), "--calibration", TABLE, *(images if drawing else ())]
     commands: tuple[Sequence[str | Path], ...] = (
         ["inspect", MODEL, ADAPTER],
