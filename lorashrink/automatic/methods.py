@@ -14,7 +14,7 @@ from lorashrink.adapters import Adapter, open_adapter
 from lorashrink.automatic.levels import ADAPTER_LINE, BASE_LINE, Level, error_for
 from lorashrink.bases import Base, open_base
 from lorashrink.calibration.statistics import FORMAT, Statistics, open_statistics
-from lorashrink.errors import FamilyMismatch, InputError, ShapeError, UsageError
+from lorashrink.errors import InputError, UsageError
 from lorashrink.files.disk import user_cache
 from lorashrink.files.header import read_header
 from lorashrink.linking.matching import match
@@ -117,35 +117,27 @@ class Methods:
 
     def of(self, source: Path) -> Method:
         """The best method for an adapter. Raises InputError if the adapter cannot be read."""
+        alone = Method("adapter", f"by the adapter alone (with a table of the model about 40 % smaller: {_CALIBRATE})")
         if self._base is None and not self._tables:
-            return Method(
-                "adapter", f"by the adapter alone (with a table of the model about 40 % smaller: {_CALIBRATE})"
-            )
-        misfits: list[str] = []
+            return alone
         with open_adapter(source) as adapter:
+            base = self._base_path if self._base and _fits(adapter, self._base) else None
             for table, where in self._tables:
-                if _fits(adapter, table, misfits):
-                    return Method(
-                        "calibrated", f"calibrated with {table.path.name}, {where}", self._base_of(adapter), table.path
-                    )
-            if base := self._base_of(adapter, misfits):
-                why = f"compared with {base.name} (with a table of the model about 30 % smaller: {_CALIBRATE})"
-                return Method("base", why, base)
-        return Method("adapter", f"by the adapter alone: {misfits[0]}" if misfits else "by the adapter alone")
-
-    def _base_of(self, adapter: Adapter, misfits: list[str] | None = None) -> Path | None:
-        base = self._base
-        return self._base_path if base and _fits(adapter, base, [] if misfits is None else misfits) else None
+                if _fits(adapter, table):
+                    return Method("calibrated", f"calibrated with {table.path.name}, {where}", base, table.path)
+        if base:
+            why = f"compared with {base.name} (with a table of the model about 30 % smaller: {_CALIBRATE})"
+            return Method("base", why, base)
+        if named := self._calibration or self._base_path:
+            return Method("adapter", f"by the adapter alone: {named.name} is for another model")
+        return alone
 
 
-def _fits(adapter: Adapter, means: Statistics | Base, misfits: list[str]) -> bool:
-    """Whether a table or base is for this adapter; why it is not is added to `misfits`."""
+def _fits(adapter: Adapter, means: Statistics | Base) -> bool:
+    """Whether a table or base is for this adapter."""
     try:
-        if isinstance(means, Statistics):
-            return any(means.of_layers(adapter))
-        return any(match(adapter, means))
-    except (FamilyMismatch, ShapeError, InputError, UsageError) as error:
-        misfits.append(str(error))
+        return any(means.of_layers(adapter) if isinstance(means, Statistics) else match(adapter, means))
+    except (InputError, UsageError):
         return False
 
 

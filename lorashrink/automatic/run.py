@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -231,19 +231,23 @@ class Run:
         if done and request.size is None and request.rank is None and (note := method.stands_in(request.level)):
             self.notes = list(dict.fromkeys((*self.notes, note)))
 
-    def _resize_all(self, recipes: Mapping[Item, Recipe], method: Method) -> None:
+    def _resize_all(
+        self, recipes: Mapping[Item, Recipe], method: Method, finish: Callable[[Item, Shrunk], None] | None = None
+    ) -> None:
+        """Shrink adapters by recipes; `finish` takes each result, and writes it down where no other is given."""
+        then = finish or self._finish
         by_output = {str(shown(item.output)): item for item in recipes}
 
-        def finish(result: FileResult) -> None:
+        def take(result: FileResult) -> None:
             item = by_output[result.output]
             with boundary(item.source, partial(self._fail, item)):
-                self._finish(item, self._shrunk(item, result, method))
+                then(item, self._shrunk(item, result, method))
 
         report = resize_targets(
             {item.source: {item.output: recipe} for item, recipe in recipes.items()},
             self._options(method),
             most_share=self.request.most_share,
-            each=finish,
+            each=take,
             progress=self.progress,
         )
         items = {str(item.source): item for item in recipes}
@@ -293,9 +297,11 @@ class Run:
                 why = f"no file below {size_text(most)} has a worst picture of {request.level.worst:g} dB"
                 self._finish(item, replace(self._shrunk(item, expected, method), output=None, skipped=why))
                 return
-        self._resize_all({item: recipe}, method)
-        if (result := self.results.get(item.source)) and result.output:
-            self._finish(item, self._drawn(item, result, series))
+
+        results: list[Shrunk] = []
+        self._resize_all({item: recipe}, method, lambda _, result: results.append(result))
+        for result in results:  # it is written down with its pictures, or not at all
+            self._finish(item, self._drawn(item, result, series) if result.output else result)
 
     def _with_pictures(self, item: Item, result: Shrunk, gallery: Gallery) -> Shrunk:
         """An earlier result with its pictures, which are kept in the user's cache."""
@@ -336,6 +342,7 @@ class Run:
             loads_in=result.loads.loads_in,
             skipped=skipped,
             warnings=result.warnings,
+            details=_details(result),
         )
 
     def _finish(self, item: Item, result: Shrunk) -> None:
@@ -362,6 +369,13 @@ class Run:
         ordered = [self.results[source] for source in sorted(self.results)]
         failed = [self.failed[source] for source in sorted(self.failed)]
         return ShrinkReport(__version__, tuple(ordered), tuple(failed), notes=tuple(self.notes))
+
+
+def _details(result: FileResult) -> tuple[str, ...]:
+    """What is copied or left out and why, a line for each reason."""
+    kinds = Counter(("copied as it is", copied.reason) for copied in result.verbatim)
+    kinds += Counter(("left out", removed.reason) for removed in result.removed)
+    return tuple(f"{count} {what}: {reason}" for (what, reason), count in kinds.items())
 
 
 def _own_output(source: Path) -> Shrunk:

@@ -36,7 +36,7 @@ def smallest_size(
                 break
         else:
             low = max(low, size)
-        if low >= min(most, high) / _CLOSE:
+        if low >= min(most, high / _CLOSE):
             break
         size = _next_size(levels, size, low, min(high, most), wanted)
     return high if math.isfinite(high) else None
@@ -49,8 +49,8 @@ def _next_size(levels: dict[float, float], size: float, low: float, high: float,
     step = min(max((wanted + _MARGIN - level) / _gain(levels), -2.0), 2.0)
     proposed = size * 2**step
     inside = low * _CLOSE < proposed < high / _CLOSE
-    if inside or (proposed >= high and high not in levels):
-        return min(proposed, high)
+    if inside or (high not in levels and max(proposed, low * _CLOSE) >= high):
+        return proposed if inside else high
     return math.sqrt(low * high) if low else high / 2
 
 

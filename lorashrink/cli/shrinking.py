@@ -31,6 +31,8 @@ def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
     for result in report.results:
         for warning in result.warnings:
             say(f"{result.input}: {warning}", errors=True)
+        for detail in result.details if terminal.verbose else ():
+            console.print(f"{Path(result.input).name}: {detail}")
     if shrunk:
         table = new_table("file", "before", "after", "share", "worst picture" if _drawn(shrunk) else "quality")
         listed = shrunk if terminal.verbose else shrunk[:_MOST_ROWS]

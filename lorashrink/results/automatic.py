@@ -36,6 +36,7 @@ class Shrunk:
     loads_in: tuple[str, ...] | None = None  # programs; None: the names tell no family of models
     skipped: str | None = None  # why nothing was written in this run
     warnings: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()  # tensors that were copied or left out: how many, and why
 
     @property
     def share(self) -> float:
