@@ -78,10 +78,10 @@ class Weights(Mapping[str, Any]):
         if module is None:
             raise NotABase("the model was unloaded meanwhile. Queue the workflow again.")
         original = originals.get(name)
-        if original is not None:
-            return getattr(original, "weight", original)
         path, _, last = name.rpartition(".")
-        return getattr(module.get_submodule(path), last).detach()
+        held: Tensor = getattr(module.get_submodule(path), last) if original is None else original.weight
+        weight = held.detach()
+        return weight if type(weight) is torch.Tensor else weight.dequantize()  # ComfyUI has packed tensors of its own
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -252,8 +252,8 @@ def to_image(figure: Figure) -> Tensor:
 
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(144)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    canvas.draw()  # type: ignore[no-untyped-call]
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
     return torch.from_numpy(pixels.copy()).float()[None] / 255
 
 

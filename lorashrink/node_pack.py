@@ -7,7 +7,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import lorashrink
 from lorashrink.errors import InputError, OutputError, UsageError
 
 _NAME = "lorashrink"
@@ -24,7 +23,7 @@ class Installed:
 
 def pack_folder() -> Path:
     """The folder with the nodes: in the package, or beside it in a checkout. Raises InputError."""
-    package = Path(lorashrink.__file__).parent
+    package = Path(__file__).parent
     for folder in (package / "comfyui", package.parent / "comfyui"):
         if (folder / "nodes.py").is_file():
             return folder

@@ -12,7 +12,11 @@ from lorashrink.cli.command import Terminal, command
 if TYPE_CHECKING:
     from lorashrink.node_pack import Installed
 
-comfyui = typer.Typer(help="Nodes for ComfyUI.", no_args_is_help=True, rich_markup_mode=None)
+comfyui = typer.Typer(
+    help="Put nodes into ComfyUI.\n\nExample: lorashrink comfyui install ~/ComfyUI",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 def _print_installed(installed: Installed, terminal: Terminal) -> None:

@@ -109,6 +109,17 @@ def test_what_loras_added_to_a_loaded_model_does_not_count(base):
     assert logic.Weights({"": (model.model, model.backup)})[name].equal(original)
 
 
+def test_scaled_fp8_weights_in_memory_count_with_their_scale():
+    weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    scale = weight.abs().max() / 448
+    packed = (weight / scale).to(torch.float8_e4m3fn)
+    tensors = {"diffusion_model.a.weight": packed, "diffusion_model.a.scale_weight": scale}
+    model = SimpleNamespace(model=Holder(tensors), backup={})
+    base = logic.base_of(model)
+    (norms,) = BaseNorms(base).look_up([base.find("lora_unet_a")], ("fro",)).values()
+    assert norms["fro"] == pytest.approx(float((packed.float() * scale).norm()), rel=1e-5)
+
+
 def test_a_model_is_opened_once_and_not_kept_alive(base):
     model = comfy_model(base)
     opened = logic.base_of(model)
