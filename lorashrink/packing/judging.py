@@ -50,10 +50,10 @@ def _spread(decomposed: Decomposed, index: int, rank: int, traces: Traces | None
         return np.ones((rank, 2))
     shape = decomposed.adapter.layers[index].shape
     grams = spectrum.plain.grams
-    left, right = spectrum.left[:, :rank].double(), spectrum.right[:rank].double()
-    ups = ((grams.up @ left) * left).sum(0).numpy()  # ‖u‖², where uᵀGu is σ
-    downs = ((right @ grams.down) * right).sum(1).numpy()
+    to_up, to_down = spectrum.left[:, :rank].double(), spectrum.right[:rank].double()
+    ups = ((grams.up @ to_up) * to_up).sum(0).numpy()  # ‖u‖², where uᵀGu is σ
+    downs = ((to_down @ grams.down) * to_down).sum(1).numpy()
     sigma = spectrum.sigma[:rank].numpy()
-    both = np.stack([ups * traces.outputs / shape[0], downs * traces.inputs / math.prod(shape[1:])], axis=1)
-    ratios: Values = np.maximum(both / sigma[:, None], 1e-6)
+    sides = np.stack([ups * traces.outputs / shape[0], downs * traces.inputs / math.prod(shape[1:])], axis=1)
+    ratios: Values = np.maximum(sides / sigma[:, None], 1e-6)
     return ratios
