@@ -10,6 +10,7 @@ RUN pip install --no-cache-dir -c /source/constraints.txt --index-url "$TORCH" -
 
 COPY pyproject.toml README.md LICENSE /source/
 COPY lorashrink /source/lorashrink
+COPY comfyui /source/comfyui
 COPY plots /source/plots
 COPY train /source/train
 COPY example /source/example

@@ -80,12 +80,12 @@ def rounded(name: str, form: Form, factors: Sequence[Tensor], classes: Sequence[
         for factor, size in zip(factors, sizes, strict=True)
     ]
     numbers, values, used = [], [], []
-    for factor, wanted in zip(balanced, classes, strict=True):
-        fitting = _fitting(factor, scales, wanted)
+    for factor, requested in zip(balanced, classes, strict=True):
+        fitting = _fitting(factor, scales, requested)
         steps = torch.tensor([step(*pair) for pair in zip(scales, fitting, strict=True)], dtype=torch.float32)
-        whole = torch.round(factor / steps[:, None]).clamp_(-MOST, MOST).short()
-        numbers.append(whole.numpy())
-        values.append((whole.float() * steps[:, None]).half())  # from whole numbers, which have no -0
+        integers = torch.round(factor / steps[:, None]).clamp_(-MOST, MOST).short()
+        numbers.append(integers.numpy())
+        values.append((integers.float() * steps[:, None]).half())  # from integers, which have no -0
         used.append(fitting)
     return Rounded(name, form, scales, used, numbers, values, _error(balanced, values))
 
@@ -95,12 +95,12 @@ def _scale(size: float) -> int:
     return min(max(round(4 * math.log2(size)), SCALES.start), SCALES.stop - 1) if size > 0 else SCALES.start
 
 
-def _fitting(factor: Tensor, scales: Sequence[int], wanted: Sequence[int]) -> list[int]:
-    """The finest classes up to the wanted ones whose numbers are not too large."""
-    if math.sqrt(2 * factor.shape[1]) * 2.0 ** (max(wanted, default=0) / 2) < MOST:  # if all of it were one number
-        return list(wanted)
+def _fitting(factor: Tensor, scales: Sequence[int], requested: Sequence[int]) -> list[int]:
+    """The finest classes up to the requested ones whose numbers are not too large."""
+    if math.sqrt(2 * factor.shape[1]) * 2.0 ** (max(requested, default=0) / 2) < MOST:  # if all of it were one number
+        return list(requested)
     fitting = []
-    for scale, class_, largest in zip(scales, wanted, factor.abs().amax(1).tolist(), strict=True):
+    for scale, class_, largest in zip(scales, requested, factor.abs().amax(1).tolist(), strict=True):
         coarser = (finest for finest in range(class_, CLASSES.start, -1) if largest <= MOST * step(scale, finest))
         fitting.append(next(coarser, CLASSES.start))
     return fitting
@@ -186,12 +186,12 @@ def _split(numbers: Whole, class_: int) -> tuple[Whole, Whole]:
 
 def _frequencies(counts: Any) -> tuple[int, ...]:
     """A table from how often each magnitude occurs: frequencies of an escape, of 0, and of each sign of 1, 2, ..."""
-    total, whole = int(counts.sum()), 1 << FREQUENCY_BITS
+    total, full = int(counts.sum()), 1 << FREQUENCY_BITS
     tails = total - counts.cumsum()  # numbers beyond each magnitude
     last = min(int(np.argmax(tails <= _ESCAPED * total)), MOST_SIDES)
-    escape = min(max(1, round(whole * tails[last] / total)), whole // 2) if tails[last] else 0
-    sides = [max(1, round(whole * int(count) / total / 2)) for count in counts[1 : last + 1]]
-    zero = whole - escape - 2 * sum(sides)
+    escape = min(max(1, round(full * tails[last] / total)), full // 2) if tails[last] else 0
+    sides = [max(1, round(full * int(count) / total / 2)) for count in counts[1 : last + 1]]
+    zero = full - escape - 2 * sum(sides)
     while zero < 1:
         sides[sides.index(max(sides))] -= 1
         zero += 2

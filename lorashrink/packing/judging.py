@@ -47,10 +47,10 @@ def _spread(decomposed: Decomposed, index: int, rank: int) -> Values:
     if noise is None or spectrum.plain is None or spectrum.left is None or spectrum.right is None:
         return np.ones((rank, 2))
     grams = spectrum.plain.grams
-    left, right = spectrum.left[:, :rank].double(), spectrum.right[:rank].double()
-    ups = ((grams.up @ left) * left).sum(0).numpy()  # ‖u‖², where uᵀGu is σ
-    downs = ((right @ grams.down) * right).sum(1).numpy()
+    to_up, to_down = spectrum.left[:, :rank].double(), spectrum.right[:rank].double()
+    ups = ((grams.up @ to_up) * to_up).sum(0).numpy()  # ‖u‖², where uᵀGu is σ
+    downs = ((to_down @ grams.down) * to_down).sum(1).numpy()
     sigma = spectrum.sigma[:rank].numpy()
-    both = np.stack([ups * noise.up, downs * noise.down], axis=1)
-    ratios: Values = np.maximum(both / sigma[:, None], 1e-6)
+    sides = np.stack([ups * noise.up, downs * noise.down], axis=1)
+    ratios: Values = np.maximum(sides / sigma[:, None], 1e-6)
     return ratios

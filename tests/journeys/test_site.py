@@ -124,6 +124,9 @@ def documents(adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ["convert", "-t", "bf16", "-o", tmp_path / "c.safetensors", adapter],
         ["extract", tuned, tuned, "-r", "rank=2", "-o", tmp_path / "e.safetensors"],
         ["demo", "-o", tmp_path / "demo"],
+        ["shrink", "-o", tmp_path / "shrunk", adapter, missing],
+        ["pack", "-o", tmp_path / "packed.safetensors", adapter],
+        ["unpack", "-o", tmp_path / "unpacked.safetensors", tmp_path / "packed.safetensors"],
     ]
     merge = ["merge", f"{adapter}:0.5", "-o", tmp_path / "m.safetensors"]
     gathered: dict[str, list[Any]] = {}

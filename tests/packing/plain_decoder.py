@@ -79,25 +79,25 @@ def section_values(index: dict[str, Any], layers: range, words: list[int]) -> li
         scale += rank
     stack = Stack(words)
     values: list[list[bytes]] = [[] for _ in runs]
-    for wanted in sorted({run[0] for run in runs}):
-        chosen = [number for number, run in enumerate(runs) if run[0] == wanted]
-        whole = iter(class_numbers(stack, wanted, sum(runs[number][2] for number in chosen), index["tables"]))
+    for precision in sorted({run[0] for run in runs}):
+        chosen = [number for number, run in enumerate(runs) if run[0] == precision]
+        integers = iter(class_numbers(stack, precision, sum(runs[number][2] for number in chosen), index["tables"]))
         for number in chosen:
-            step = step_of(runs[number][1], wanted)
-            values[number] = [float16(next(whole) * step) for _ in range(runs[number][2])]
+            step = step_of(runs[number][1], precision)
+            values[number] = [float16(next(integers) * step) for _ in range(runs[number][2])]
     return values
 
 
 def class_numbers(stack: Stack, class_: int, count: int, tables: dict[str, list[int]]) -> list[int]:
     escape, *sides = tables[str(class_)]
     frequencies = [escape, *reversed(sides[1:]), *sides]
-    free, total, lefts = 2**24 - len(frequencies), 0, []
+    free, total, starts = 2**24 - len(frequencies), 0, []
     for number, frequency in enumerate(frequencies):
-        lefts.append(total * free // 4096 + number)
+        starts.append(total * free // 4096 + number)
         total += frequency
     assert total == 4096
-    lefts.append(2**24)
-    symbols = [stack.pop(lefts) - len(sides) for _ in range(count)]
+    starts.append(2**24)
+    symbols = [stack.pop(starts) - len(sides) for _ in range(count)]
     numbers = [stack.pop_bits(13) - 4096 if symbol == -len(sides) else symbol for symbol in symbols]
     bits = max(0, (class_ - 6) // 2)
     return [number * 2**bits + stack.pop_bits(bits) - 2 ** (bits - 1) for number in numbers] if bits else numbers
@@ -111,20 +111,20 @@ class Stack:
         while self.state < 2**32 and self.words:
             self.state = self.state * 2**32 + self.words.pop()
 
-    def pop(self, lefts: list[int]) -> int:
-        place = self.state % 2**24
-        symbol = next(number for number in range(len(lefts) - 1) if lefts[number] <= place < lefts[number + 1])
-        self._take(place, lefts[symbol], lefts[symbol + 1] - lefts[symbol])
+    def pop(self, starts: list[int]) -> int:
+        low = self.state % 2**24
+        symbol = next(number for number in range(len(starts) - 1) if starts[number] <= low < starts[number + 1])
+        self._take(low, starts[symbol], starts[symbol + 1] - starts[symbol])
         return symbol
 
     def pop_bits(self, bits: int) -> int:
         width = 2 ** (24 - bits)
-        place = self.state % 2**24
-        self._take(place, place // width * width, width)
-        return place // width
+        low = self.state % 2**24
+        self._take(low, low // width * width, width)
+        return low // width
 
-    def _take(self, place: int, left: int, width: int) -> None:
-        self.state = self.state // 2**24 * width + place - left
+    def _take(self, low: int, start: int, width: int) -> None:
+        self.state = self.state // 2**24 * width + low - start
         if self.state < 2**32 and self.words:
             self.state = self.state * 2**32 + self.words.pop()
 
@@ -140,10 +140,10 @@ def float16(value: Fraction) -> bytes:
     exponent = -24  # of the last bit: that of the smallest numbers at least
     while size >= 2**11 * Fraction(2) ** exponent:
         exponent += 1
-    whole = round(size / Fraction(2) ** exponent)  # of a Fraction: ties to even
-    if whole == 2**11:
-        whole, exponent = 2**10, exponent + 1
-    bits = whole if whole < 2**10 else ((exponent + 25) << 10) | (whole & (2**10 - 1))
+    digits = round(size / Fraction(2) ** exponent)  # of a Fraction: ties to even
+    if digits == 2**11:
+        digits, exponent = 2**10, exponent + 1
+    bits = digits if digits < 2**10 else ((exponent + 25) << 10) | (digits & (2**10 - 1))
     sign = 0x8000 if value < 0 else 0
     return struct.pack("<H", bits | sign)
 

@@ -409,12 +409,12 @@ def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
     start = 8 + int.from_bytes(raw[:8], "little")
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
-        place = int(torch.randint(start, len(raw), (), generator=generator))
+        position = int(torch.randint(start, len(raw), (), generator=generator))
         changed = bytearray(raw)
-        changed[place] ^= 1 << int(torch.randint(8, (), generator=generator))
+        changed[position] ^= 1 << int(torch.randint(8, (), generator=generator))
         (tmp_path / "bad.safetensors").write_bytes(changed)
         report = lorashrink.unpack(tmp_path / "bad.safetensors", output=tmp_path / "u.safetensors", force=True)
-        assert len(report.failed) == 1, place
+        assert len(report.failed) == 1, position
         assert "unexpected" not in report.failed[0].error
 
 
