@@ -190,8 +190,7 @@ class Statistics:
             FamilyMismatch, ShapeError: they are for another base.
         """
         if self.kind == "base":
-            covers = [self._cover(views) if views else None for views in match(adapter, self.base)]
-            return [LayerStatistics(weights=partial(self._of_weights, pieces)) if pieces else None for pieces in covers]
+            return [self._of_views(views) if views else None for views in match(adapter, self.base)]
         prefix = adapter_key(adapter)
         stored = {key for key in self.store.tensors if key.startswith(f"{prefix}/")}
         if not stored:
@@ -227,15 +226,15 @@ class Statistics:
 
         return Sides(side("in"), side("out"))
 
-    def _cover(self, views: Views) -> list[_Piece] | None:
-        """The stored weights that together are these views, None if some rows have no statistics."""
+    def _of_views(self, views: Views) -> LayerStatistics | None:
+        """The statistics of a layer that changes these views, None if some rows have no statistics."""
         pieces = []
         for interval in row_intervals(views):
             parts = sorted(self._stored_rows.common([interval]))
             if sum(part.rows.size for part in parts) < interval.size:
                 return None
             pieces += [_Piece(part.owner, part.own.in_layer, part.rows.in_layer) for part in parts]
-        return pieces
+        return LayerStatistics(weights=partial(self._of_weights, pieces))
 
     @cached_property
     def _stored_rows(self) -> RowMap[str]:
