@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from lorashrink.adapters import open_adapter
 from lorashrink.bases import open_base
 from lorashrink.cli import app, streams
-from lorashrink.cli.printing import plain
 from lorashrink.errors import OutputError, UsageError
+from lorashrink.results.shown import plain
 from lorashrink.results.shrinking import FileResult, Space
 from lorashrink.shrinking import journal, outputs, pipeline, plan, request, reuse
 from lorashrink.shrinking.grouping import family_in
