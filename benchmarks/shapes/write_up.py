@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import factors
 import numpy as np
 import packed
 from matplotlib import rc_context
@@ -230,6 +231,7 @@ def page(results: Mapping[str, Entry]) -> str:
             floor=f"{floor:.1f}",
             pictures=len(results["floor|style-32"]["psnr"]),
             refined=refined_table(results),
+            factors=factors.table(json.loads(factors.RESULTS.read_text())),
             packed=packed.table(of_packed),
             predictions=packed.predictions(of_packed),
         )
