@@ -40,6 +40,7 @@ evidence: $(VENV)/dev
 	$(BIN)/python benchmarks/shapes/train_loras.py --work evidence-out
 	$(BIN)/python benchmarks/shapes/study.py --work evidence-out
 	$(BIN)/python benchmarks/shapes/packed.py
+	$(BIN)/python benchmarks/shapes/factors.py --work evidence-out
 	$(BIN)/python benchmarks/shapes/write_up.py
 
 bench-gpu: $(VENV)/dev

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import factors
 import numpy as np
 import packed
 from bits import FORMS
@@ -274,6 +275,7 @@ def page(results: Mapping[str, Entry]) -> str:
             pictures=len(results["floor|style-32"]["psnr"]),
             refined=refined_table(results),
             bits=bits_table(json.loads(BITS.read_text())),
+            factors=factors.table(json.loads(factors.RESULTS.read_text())),
             packed=packed.table(of_packed),
             predictions=packed.predictions(of_packed),
         )
