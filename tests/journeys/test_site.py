@@ -61,9 +61,9 @@ def test_python_page_has_every_public_name() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site; a broken link or anchor is an error."""
+    """The built site; a broken link or anchor is an error, which --quiet would hide."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert outcome.returncode == 0, outcome.stderr
