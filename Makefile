@@ -57,9 +57,10 @@ formats: $(VENV)/dev
 	PYTHONPATH=tests $(BIN)/python tests/journeys/formats_table.py
 
 # The pages that are taken from the program, and the site in site/; open site/index.html.
+# With --quiet mkdocs would not count the warnings that --strict makes errors.
 docs: $(VENV)/dev
 	PYTHONPATH=tests $(BIN)/python tests/journeys/site_pages.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build example/build demo-out evidence-out site *.egg-info example/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

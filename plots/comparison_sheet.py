@@ -22,7 +22,7 @@ _HEAD_LINES, _ROW_LINES = 4, 5
 
 
 def pictures_by_size(sweep: Sweep, *, side: int = 320) -> Image.Image:
-    """No adapter, some recipes from the smallest file to the largest, and the whole adapter, side by side; RGB.
+    """No adapter, some recipes from the smallest file to the largest, and the original adapter, side by side; RGB.
 
     Columns are recipes that nothing beats, evenly chosen if there are many, and the suggested one.
     """
@@ -38,7 +38,7 @@ def pictures_by_size(sweep: Sweep, *, side: int = 320) -> Image.Image:
             )
             for point, pictures in shown_points(sweep, _MOST_COLUMNS)
         ),
-        ([size_text(sweep.bytes), "whole adapter"], drawn.files, [""] * len(drawn.files)),
+        ([size_text(sweep.bytes), "original adapter"], drawn.files, [""] * len(drawn.files)),
     ]
     labels = drawn.labels
     cut = f", the first {_MOST_ROWS} of {len(labels)} pictures" if len(labels) > _MOST_ROWS else ""

@@ -61,7 +61,7 @@ def size_and_pictures(sweep: Sweep) -> Figure:
     """Likeness of the pictures over the size in MB, above in PSNR and below in MS-SSIM; for a sweep that drew pictures.
 
     A dot per picture, and per recipe their mean with its standard deviation. Lines show what the model draws in the
-    other one of float32 and half precision with the whole adapter, and without one.
+    other one of float32 and half precision with the original adapter, and without one.
     """
     assert sweep.drawn is not None
     drawn = sweep.drawn
@@ -71,7 +71,7 @@ def size_and_pictures(sweep: Sweep) -> Figure:
         measure = next(measure for measure in MEASURES if measure.name == name)
         _draw_likeness(axes, sweep, drawn, measure)
     rows[0].set_title(
-        f"{count_text(len(drawn.files), 'picture')} against the whole adapter's, {size_text(sweep.bytes)}"
+        f"{count_text(len(drawn.files), 'picture')} against the original adapter's, {size_text(sweep.bytes)}"
     )
     rows[0].set_xlabel("")
     rows[0].legend(frameon=False)
@@ -109,7 +109,9 @@ def size_and_texts(sweep: Sweep) -> Figure:
     size_axis(axes)
     axes.set_yscale("log")
     axes.set_ylabel("divergence (nats per token)" if sweep.read.perplexity else sweep.read.measure)
-    axes.set_title(f"{count_text(sweep.read.passages, 'passage')} against the whole adapter, {size_text(sweep.bytes)}")
+    axes.set_title(
+        f"{count_text(sweep.read.passages, 'passage')} against the original adapter, {size_text(sweep.bytes)}"
+    )
     none = sweep.read.none.distance
     axes.axhline(none, color=QUIET, linewidth=1.2, linestyle=":", label=f"no adapter: {none:.2g}", zorder=0)
     suggested = sweep.suggested
@@ -129,7 +131,7 @@ def _draw_likeness(axes: Axes, sweep: Sweep, drawn: Drawn, measure: Measure) -> 
     size_axis(axes)
     axes.set_ylabel(f"{measure.title}{f' ({measure.unit.strip()})' * bool(measure.unit)}")
     for pictures, label, style in (
-        (drawn.floor, f"the whole adapter in {drawn.other_dtype}", "--"),
+        (drawn.floor, f"the original adapter in {drawn.other_dtype}", "--"),
         (drawn.none, "no adapter", ":"),
     ):
         if pictures:

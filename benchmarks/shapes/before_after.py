@@ -1,6 +1,6 @@
 """Draw docs/before-after.png with the example model: `python before_after.py [--pictures FOLDER]`.
 
-Pictures of a style without it, with the whole adapter and with the shrunk one, and the sizes of both.
+Pictures of a style without it, with the original adapter and with the shrunk one, and the sizes of both.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Gallery:
         return module.get_parameter(name if hasattr(module, "text_model") else name.removeprefix("text_model."))
 
     def see(self, pictures: Sequence[Pixels], whole: Sequence[Pixels], test: Test) -> Seen:
-        """Compare with the whole adapter's pictures, and ask the judge."""
+        """Compare with the original adapter's pictures, and ask the judge."""
         scores = judge.score(self.judge, pictures, test.scenes)
         pairs = list(zip(whole, pictures, strict=True))
         return Seen(

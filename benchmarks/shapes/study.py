@@ -355,7 +355,7 @@ def stacks(study: Study, table: Path) -> None:
 
 
 def refined(study: Study, table: Path) -> None:
-    """Shrunk, and then trained to predict what the whole one does."""
+    """Shrunk, and then trained to predict what the original does."""
     source = study.adapter("style")
     test = Test.of(ADAPTERS["style"].teaches, _PICTURES)
     for recipe in ("fro_ckpt,bytes", "calib,bytes"):
@@ -373,7 +373,7 @@ def refined(study: Study, table: Path) -> None:
 
 
 def floor(study: Study, name: str) -> None:
-    """The whole adapter, drawn in half precision."""
+    """The original adapter, drawn in half precision."""
     source, test = study.adapter(name), Test.of(ADAPTERS[name].teaches, _PICTURES)
     study.whole(source, test)
     pipe = study.gallery.pipe

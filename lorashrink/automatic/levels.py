@@ -10,7 +10,7 @@ from lorashrink.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How alike pictures are to be, as PSNR in dB against those of the whole adapter."""
+    """How alike pictures are to be, as PSNR in dB against those of the original adapter."""
 
     name: str
     mean: float  # predicted, over all pictures

@@ -23,7 +23,7 @@ from lorashrink.text import percent_text
 # A file that is larger is no table, and its header need not be read.
 _LARGEST_TABLE = 1 << 30
 
-_CALIBRATE = "lorashrink calibrate --base-table MODEL"
+_CALIBRATE = "lorashrink calibrate MODEL"
 
 
 @dataclass(frozen=True, slots=True)

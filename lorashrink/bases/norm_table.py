@@ -71,5 +71,5 @@ def read(path: Path) -> Table:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise NotABase(
-            f"{path}: not a norm table of this version ({error}). Make one with: lorashrink norms BASE -o {path.name}"
+            f"{path}: not a norm table of this version ({error}). Make one: lorashrink base-norms BASE -o {path.name}"
         ) from error

@@ -1,6 +1,6 @@
-"""`refine`: train the factors of a shrunk adapter until the model predicts with it what it does with the whole one.
+"""`refine`: train the factors of a shrunk adapter until the model predicts with it what it does with the original.
 
-This is distillation on the sampling steps of pictures that the whole adapter draws. The error is that of the guided
+This is distillation on the sampling steps of pictures that the original adapter draws. The error is that of the guided
 prediction, each step weighted with what it does to the picture, as in `calibrate`.
 """
 
@@ -67,7 +67,7 @@ _ROUNDING, _GAIN = 1e-8, 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Refined:
-    """A written adapter, and how far its predictions are from those of the whole one."""
+    """A written adapter, and how far its predictions are from those of the original."""
 
     path: str
     source: str
@@ -100,7 +100,7 @@ def refine(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Refined:
-    """Train the factors of a shrunk LoRA until the model does with it what it does with the whole one.
+    """Train the factors of a shrunk LoRA until the model does with it what it does with the original.
 
     Ranks, names, alphas and dtypes stay. One picture in four is held out; where training does not make the prediction
     on these better, the output has exactly the numbers of the input.
@@ -149,7 +149,7 @@ def refine(
                     progress("drawing", number, len(shots))
         if not all(math.isfinite(timestep.size) for timestep in timesteps):
             raise NonFinite(
-                "the model predicts NaN or infinity with the whole adapter. Use another --dtype, such as fp32."
+                "the model predicts NaN or infinity with the original adapter. Use another --dtype, such as fp32."
             )
         stack.enter_context(_added(layers))
         search = _Search(layers, pipeline, kind, timesteps, batch)
@@ -255,7 +255,7 @@ def _added(layers: Sequence[_TrainedLayer]) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class _Timestep:
-    """One sampling step of a picture that is drawn with the whole adapter."""
+    """One sampling step of a picture that is drawn with the original adapter."""
 
     shot: Shot
     sample: Tensor  # [1, ...], the denoiser's input

@@ -1,4 +1,4 @@
-"""A factor for each dimension of a shrunk adapter that brings the model nearest to the whole one, in closed form.
+"""A factor for each dimension of a shrunk adapter that brings the model nearest to the original, in closed form.
 
 What truncation takes away acts together, so that the dimensions that are left can make up for a part of it. With a
 random projection v of a prediction p, one backward pass gives the effects ∂(v·p)/∂log s_i of all scales s_i, and

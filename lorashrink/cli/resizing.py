@@ -276,7 +276,9 @@ def _print_details(console: Console, result: FileResult, verbose: int) -> None:
     if 0 < grown < _METADATA and not any(warning.startswith("is larger") for warning in result.warnings):
         lines.append(f"{name}: nothing to gain; {grown} bytes larger than its input, for metadata about the recipe")
     if result.predicted_db is not None:
-        lines.append(f"{name}: about {result.predicted_db:.0f} dB to the pictures of the whole adapter, as predicted")
+        lines.append(
+            f"{name}: about {result.predicted_db:.0f} dB to the pictures of the original adapter, as predicted"
+        )
     if result.forms:
         sizes = ", ".join(f"--as {form} {size_text(size)}" for form, size in result.forms.items())
         lines.append(f"{name} {size_text(result.bytes_after)}; {sizes}")

@@ -80,7 +80,7 @@ def print_sweep(result: Sweep, terminal: Terminal) -> None:
     if drawn:
         for label, pictures in (
             ("without the adapter", drawn.none),
-            (f"the whole adapter in {drawn.other_dtype}", drawn.floor),
+            (f"the original adapter in {drawn.other_dtype}", drawn.floor),
         ):
             if pictures:
                 console.print(f"{label}: {', '.join(f'{title} {text}' for title, text in _likeness(pictures).items())}")
@@ -88,7 +88,7 @@ def print_sweep(result: Sweep, terminal: Terminal) -> None:
     if result.read:
         read = result.read
         console.print(
-            f"worst passage: {read.measure} from the whole adapter; without it {read.none.worst_distance:.2g}"
+            f"worst passage: {read.measure} from the original adapter; without it {read.none.worst_distance:.2g}"
         )
         console.print(f"{count_text(read.passages, 'passage')} with {count_text(read.tokens, 'token')}")
     if result.suggestion:

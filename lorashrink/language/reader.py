@@ -28,7 +28,7 @@ _WHOLE, _SMALL = "whole", "small"  # names of the adapters in PEFT
 
 
 class Reader:
-    """A model of transformers with the whole adapter, and a text in passages. Use it as a context manager.
+    """A model of transformers with the original adapter, and a text in passages. Use it as a context manager.
 
     Raises UsageError (packages, kinds of files) or InputError (what cannot be read).
     """
@@ -50,7 +50,7 @@ class Reader:
         del self._model
 
     def read(self) -> Read:
-        """The text, and the two ends of the scale: with the whole adapter, and without one."""
+        """The text, and the two ends of the scale: with the original adapter, and without one."""
         none, perplexities = self._compared("without adapter", self._model.disable_adapter)
         return Read(
             model=self.name,
@@ -63,7 +63,7 @@ class Reader:
         )
 
     def compare(self, adapter: Path, label: str) -> Texts:
-        """How far the answers with a smaller adapter, a PEFT folder, are from those with the whole one."""
+        """How far the answers with a smaller adapter, a PEFT folder, are from those with the original."""
         self._model.load_adapter(str(adapter), adapter_name=_SMALL)
         try:
             return self._compared(label, lambda: self._using(_SMALL))[0]
@@ -78,7 +78,7 @@ class Reader:
         self._model.set_adapter(_WHOLE)
 
     def _compared(self, label: str, changed: Callable[[], Any]) -> tuple[Texts, float | None]:
-        """(texts as the changed model reads them, perplexity of the whole adapter)."""
+        """(texts as the changed model reads them, perplexity of the original adapter)."""
         import torch
 
         distances, losses, whole_losses = [], [], []
@@ -155,7 +155,7 @@ def _check(model: Path, adapter: Path) -> None:
 
 
 def _load(model: Path, adapter: Path, device: str) -> tuple[bool, Any, Any]:
-    """(whether it predicts next words, the model with the whole adapter, its tokenizer)."""
+    """(whether it predicts next words, the model with the original adapter, its tokenizer)."""
     import torch
     from peft import PeftModel
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer

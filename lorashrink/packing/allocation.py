@@ -136,7 +136,7 @@ class Prediction:
     unit: float = 1.0
 
     def psnr(self, allocation: Allocation) -> float:
-        """About how near pictures are to those of the whole adapter, in dB."""
+        """About how near pictures are to those of the original adapter, in dB."""
         error = self.unit * (allocation.dropped + self.weight * allocation.noise)
         return self.level - self.slope * math.log10(max(error, 1e-30))
 

@@ -60,8 +60,8 @@ def pack(
 ) -> PackReport:
     """Write adapters as packed files, for keeping and sending; `unpack` makes ordinary files of them.
 
-    output: a folder, or a file name if there is one adapter. quality: about how near pictures are to those of the whole
-    adapter, PSNR in dB; default 40. size: in its place, bytes that no output exceeds. What matters to pictures is
+    output: a folder, or a file name if there is one adapter. quality: about how near pictures are to those of the
+    original, PSNR in dB; default 40. size: in its place, bytes that no output exceeds. What matters to pictures is
     judged by the statistics of `calibration` if they are given, else by the weights of the base, else by ΔW alone.
 
     An input that fails is in `PackReport.failed`. Raises UsageError (contradicting options, the coder is not

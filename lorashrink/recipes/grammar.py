@@ -49,7 +49,7 @@ _COUNT = _Range(1, math.inf, integer=True)
 SELECTIONS: dict[str, _Range] = {
     "thr": _ANY,
     "size": _Range(0, 2.0**43, open_low=True),  # MiB: what a file system can count
-    "quality": _Range(10, 80),  # dB: PSNR to the pictures of the whole adapter, as predicted
+    "quality": _Range(10, 80),  # dB: PSNR to the pictures of the original adapter, as predicted
     "rank": _COUNT,
     "energy": _SHARE,
     "sv_fro": _SHARE,

@@ -1,4 +1,4 @@
-"""How near pictures come to those of the whole adapter, predicted from what shrinking loses.
+"""How near pictures come to those of the original adapter, predicted from what shrinking loses.
 
 PSNR ≈ anchor − 8.4·log10(distortion), distortion = dropped + 10^−2.1 · rounding, both in the unit of calibrated σ²:
 `dropped` is Σσ² of the dimensions that are not kept, `rounding` the same measure of what rounding changes. Rounding

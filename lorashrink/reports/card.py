@@ -31,7 +31,7 @@ def write_card(path: Path, findings: Findings) -> bytes:
         style.save_picture(pictures_by_size(sweep), before_and_after)
         style.save(size_and_pictures(sweep), sizes)
         figures = [
-            ("The same prompts with no adapter, smaller files and the whole adapter", before_and_after.name),
+            ("The same prompts with no adapter, smaller files and the original adapter", before_and_after.name),
             ("Size against likeness of the pictures", sizes.name),
         ]
     elif sweep and any(map(has_error, sweep.points)):

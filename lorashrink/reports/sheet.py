@@ -24,11 +24,11 @@ _SPECK = 160  # pixels: smaller pictures are enlarged without smoothing, which w
 
 @dataclass(frozen=True, slots=True)
 class SheetColumn:
-    """The pictures of one recipe, of no adapter, or of the whole one."""
+    """The pictures of one recipe, of no adapter, or of the original."""
 
     head: str
     recipe: str
-    worst: str  # PSNR of the worst picture; "" of the whole adapter, which the others are measured against
+    worst: str  # PSNR of the worst picture; "" of the original adapter, which the others are measured against
     files: tuple[str, ...]
     levels: tuple[str, ...] = ()  # PSNR of each picture
     suggested: bool = False
@@ -48,7 +48,7 @@ class SheetCell:
     """A picture of the sheet."""
 
     column: SheetColumn
-    level: str  # PSNR against the whole adapter's
+    level: str  # PSNR against the original adapter's
     uri: str
     speck: bool  # too small to be smoothed
     first: bool  # the page shows it first
@@ -64,7 +64,7 @@ class Sheet:
 
 
 def picture_sheet(sweep: Sweep) -> Sheet:
-    """Pictures without an adapter, of the best recipes by size, and of the whole adapter, if a sweep drew some."""
+    """Pictures without an adapter, of the best recipes by size, and of the original adapter, if a sweep drew some."""
     from lorashrink.plots.comparison_sheet import shown_points
 
     drawn = sweep.drawn
@@ -75,7 +75,7 @@ def picture_sheet(sweep: Sweep) -> Sheet:
             SheetColumn.of(size_text(point.bytes), point.recipe, pictures, point is sweep.suggested)
             for point, pictures in shown_points(sweep, _MOST_COLUMNS)
         ),
-        SheetColumn(size_text(sweep.bytes), "whole adapter", "", drawn.files),
+        SheetColumn(size_text(sweep.bytes), "original adapter", "", drawn.files),
     ]
     # The picture that the recommended file harms most is the one to look at.
     suggested = sweep.suggested.pictures if sweep.suggested else None

@@ -66,14 +66,14 @@ def point_columns(sweep: Sweep) -> list[Column]:
         Column("recipe", "what is kept", lambda row: row.point.recipe, code=True),
         _numbers("size", "of the file", lambda row: row.point.bytes, size_text),
         _numbers(
-            "of before", "size / size of the whole adapter", lambda row: row.point.bytes / sweep.bytes, share_text
+            "of before", "size / size of the original adapter", lambda row: row.point.bytes / sweep.bytes, share_text
         ),
         *(
-            [_numbers("worst picture", "PSNR in dB against the whole adapter's", _worst_psnr, decibel_text)]
+            [_numbers("worst picture", "PSNR in dB against the original adapter's", _worst_psnr, decibel_text)]
             if sweep.drawn
             else [
                 _numbers(
-                    "worst passage", f"{sweep.read.measure} from the whole adapter", _worst_distance, "{:.2g}".format
+                    "worst passage", f"{sweep.read.measure} from the original adapter", _worst_distance, "{:.2g}".format
                 ),
                 _numbers("perplexity", "of the text", _perplexity),
             ]
@@ -121,7 +121,7 @@ def _measure_column(measure: Measure) -> Column:
 
     return Column(
         f"{measure.title}{measure.unit}",
-        "likeness to the whole adapter's pictures: mean ± standard deviation, higher is more alike",
+        "likeness to the original adapter's pictures: mean ± standard deviation, higher is more alike",
         text,
         lambda row: fmean(values(row)) if values(row) else None,
     )

@@ -18,7 +18,7 @@ class Packed:
     bytes_after: int
     bytes_unpacked: int  # of the file in fp16 that it unpacks to
     decided_by: str  # "calibration", "base" or "weights"
-    predicted_db: float  # about: PSNR of pictures against those of the whole adapter
+    predicted_db: float  # about: PSNR of pictures against those of the original adapter
     relative_error: float  # sqrt(Σ‖ΔW - ΔW'‖² / Σ‖ΔW‖²), rounding included
     bits: float  # of the code, per number that is kept
     seconds: float

@@ -96,7 +96,7 @@ class FileResult(Shown):
     state_dict: Mapping[str, Tensor] | None = field(default=None, compare=False, metadata=NOT_PLAIN)
     metadata: Mapping[str, str] = field(default_factory=dict, compare=False, metadata=NOT_PLAIN)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, metadata=NOT_PLAIN)
-    # With statistics: PSNR in dB to the pictures of the whole adapter, and the loss that it is predicted from
+    # With statistics: PSNR in dB to the pictures of the original adapter, and the loss that it is predicted from
     predicted_db: float | None = None
     distortion: float | None = None
     dtype: str = ""  # of the factors: "fp8", "fp16", ...; "mixed" if there are several

@@ -11,7 +11,7 @@ from lorashrink.results.shown import Shown
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """Pictures against those that the whole adapter draws: means over the pictures, and standard deviations."""
+    """Pictures against those that the original adapter draws: means over the pictures, and standard deviations."""
 
     psnr: float  # dB; `likeness.MOST_PSNR` for equal ones
     psnr_deviation: float
@@ -36,9 +36,9 @@ class Drawn:
     dtype: str
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]  # added to the prompts' own
-    files: tuple[str, ...]  # with the whole adapter
+    files: tuple[str, ...]  # with the original adapter
     none: Pictures  # of the model without an adapter
-    floor: Pictures | None  # with the whole adapter in `other_dtype`; None if that gives NaN
+    floor: Pictures | None  # with the original adapter in `other_dtype`; None if that gives NaN
     other_dtype: str = "float16"
 
     @property
@@ -51,7 +51,7 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """How far a language model's answers are from those with the whole adapter, passage by passage."""
+    """How far a language model's answers are from those with the original adapter, passage by passage."""
 
     distance: float  # mean over the passages, see `Read.measure`; 0 for equal answers
     worst: int  # index of the passage with the largest distance
@@ -69,7 +69,7 @@ class Read:
     measure: str  # "divergence", in nats per token, or "cosine distance" of embeddings
     passages: int
     tokens: int
-    perplexity: float | None  # with the whole adapter
+    perplexity: float | None  # with the original adapter
     none: Texts  # of the model without an adapter
 
 

@@ -228,7 +228,7 @@ class _Shrinker:
 
 
 class _Gallery:
-    """Pictures of a model, compared with those that it draws with the whole adapter."""
+    """Pictures of a model, compared with those that it draws with the original adapter."""
 
     def __init__(
         self, studio: Studio, shrinker: _Shrinker, compares: Mapping[str, Compare], progress: Progress | None
@@ -307,7 +307,7 @@ def _with_front(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def _distance(point: Point) -> float:
-    """How far a point is from the whole adapter, on the scale that all points of a sweep share."""
+    """How far a point is from the original adapter, on the scale that all points of a sweep share."""
     if point.pictures:
         return -point.pictures.worst_psnr
     return point.texts.worst_distance if point.texts else point.relative_error
@@ -316,7 +316,7 @@ def _distance(point: Point) -> float:
 def suggest(
     points: Sequence[Point], before: int, drawn: Drawn | None = None, read: Read | None = None
 ) -> Suggestion | None:
-    """The smallest point whose worst picture or passage is close to the whole adapter's; without, the knee.
+    """The smallest point whose worst picture or passage is close to the original adapter's; without, the knee.
 
     Close is a PSNR of `CLOSE_PICTURES` or more, or no lower than that of the worst picture in half precision; for texts
     a distance of `CLOSE_TEXTS` at most.
@@ -333,7 +333,7 @@ def suggest(
     floor = f" (half precision alone: {decibel_text(drawn.floor.worst_psnr)})" if drawn.floor else ""
     reason = (
         f"{share_text(chosen.bytes / before)} of the size; its worst picture has {decibel_text(pictures.worst_psnr)} "
-        f"against the whole adapter's{floor}, the mean is {decibel_text(pictures.psnr)}; worst: "
+        f"against the original adapter's{floor}, the mean is {decibel_text(pictures.psnr)}; worst: "
         f"{drawn.labels[pictures.worst]}"
     )
     return Suggestion(chosen.recipe, chosen.bytes, chosen.relative_error, reason)
@@ -344,7 +344,7 @@ def _close_texts(points: Sequence[Point], before: int, read: Read) -> Suggestion
     if not close:
         return _knee(points, before, f"no recipe keeps every passage within a {read.measure} of {CLOSE_TEXTS}; ")
     chosen, texts = min(close, key=lambda pair: pair[0].bytes)
-    perplexity = f"; perplexity {texts.perplexity:.4g}, with the whole adapter {read.perplexity:.4g}"
+    perplexity = f"; perplexity {texts.perplexity:.4g}, with the original adapter {read.perplexity:.4g}"
     reason = (
         f"{share_text(chosen.bytes / before)} of the size; {read.measure} {texts.worst_distance:.2g} in the worst "
         f"passage (without the adapter {read.none.worst_distance:.2g}){perplexity if texts.perplexity else ''}"

@@ -84,7 +84,7 @@ def draw(
         smaller = Path(folder, peft.WEIGHTS_FILE if peft.is_folder(adapter) else "smaller.safetensors")
         save(smaller)
         job.check()
-        before = studio.draw(adapter, "whole", progress=partial(report, 0, "drawing with the whole LoRA"))
+        before = studio.draw(adapter, "whole", progress=partial(report, 0, "drawing with the original LoRA"))
         size = smaller.stat().st_size
         smaller = smaller.parent if peft.is_folder(adapter) else smaller
         after = studio.draw(smaller, label, progress=partial(report, len(shots), "drawing with the smaller one"))

@@ -229,5 +229,5 @@ def test_tables_are_not_overwritten_or_made_of_tables(base: Path, tmp_path: Path
 def test_a_broken_norm_table_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "table.json"
     path.write_text(text)
-    with pytest.raises(NotABase, match="lorashrink norms BASE"):
+    with pytest.raises(NotABase, match="lorashrink base-norms BASE"):
         open_base(path)

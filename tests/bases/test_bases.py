@@ -538,7 +538,7 @@ def test_a_shard_that_is_not_there_is_named(tmp_path):
 def test_a_norm_table_of_another_version_is_refused(tmp_path, version, message):
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"format": "lorashrink-norms", "version": version, "weights": {}}))
-    with pytest.raises(NotABase, match=rf"table\.json: .*{message}.*lorashrink norms BASE"):
+    with pytest.raises(NotABase, match=rf"table\.json: .*{message}.*lorashrink base-norms BASE"):
         open_base(path)
 
 

@@ -346,7 +346,7 @@ These tensors are copied bit for bit. Layers that need a base are also copied if
 
 ## Where adapters load
 
-`inspect`, `resize`, `convert` and `report` tell which programs load a file, and what helps for the others. Two cases
+`inspect`, `resize`, `convert` and `report` say which programs load a file, and what helps for the others. Two cases
 are surprising:
 
 - ComfyUI does not read diffusers' names for Wan. For SDXL it reads them only outside of the attention layers. Use
@@ -358,23 +358,23 @@ are surprising:
 
 ## 8-bit factors
 
-`-t fp8` writes the factors of LoRA in e4m3, half the bytes of fp16. Each dimension is balanced between its two sides,
-and with statistics rounded so that the model's output changes least. Numbers have 3 bits of mantissa, so a layer
-changes by about 4 %.
+`-t fp8` writes the factors of LoRA in e4m3, which takes half the bytes of fp16. Each dimension is balanced between its
+two factors. With statistics, numbers are rounded so that the output of the model changes least. e4m3 has 3 bits of
+mantissa, so a layer changes by about 4 %.
 
-- SD and SDXL in kohya's names, and PEFT folders: one alpha of 1 for all layers, which keeps numbers out of the range
-  where e4m3 has few digits.
-- All others: no alpha, and the scale is in the factors. In wide layers numbers come near the smallest ones: a layer
-  of FLUX with a norm of 1 then changes by 8 %, of 0.3 by 14 %. Layers that would change by more than 25 % stay in
-  fp16, and a warning says so.
-- Under kohya's names for FLUX, Wan, Qwen-Image, Chroma, FLUX.2 and Z-Image, and ComfyUI's for Qwen-Image and Z-Image,
-  diffusers multiplies the factors at loading, which PyTorch cannot do in 8 bits. With a base such files get other
-  names (`diffusion_model.` for Wan, `transformer.` for the others); without one `-t fp8` is refused. `-t same` keeps
-  8-bit factors under the names that they have.
-- What is no factor of LoRA keeps 16 bits or more. `convert -t fp8` leaves other families as they are.
+- SD and SDXL in the names of kohya, and PEFT folders, have one alpha of 1 for all layers. This keeps numbers out of the
+  range where e4m3 has few digits.
+- All others have no alpha, and the scale is in the factors. In wide layers the numbers come near the smallest that e4m3
+  has: a layer of FLUX changes by 8 % if its norm is 1, and by 14 % if it is 0.3. Layers that would change by more than
+  25 % stay in fp16, and a warning says so.
+- diffusers multiplies the factors when it loads the names of kohya for FLUX, Wan, Qwen-Image, Chroma, FLUX.2 and
+  Z-Image, and those of ComfyUI for Qwen-Image and Z-Image. PyTorch cannot do this in 8 bits. With a base, such files
+  get other names (`diffusion_model.` for Wan, `transformer.` for the others). Without a base, `-t fp8` is refused.
+  `-t same` keeps 8-bit factors under their names.
+- Tensors that are not factors of LoRA keep 16 bits or more. `convert -t fp8` does not change other families.
 
-`-t mixed` takes fp8 or fp16 per layer, by what a byte is worth; `-t auto` is fp8 as far as its rounding does not show
-beside what is dropped, and mixed above. int8 is not written: programs load it without its scale.
+`-t mixed` chooses fp8 or fp16 for each layer by what a byte is worth. `-t auto` is fp8 if its rounding is small beside
+what the recipe drops, and otherwise mixed. int8 is not written, because programs load it without its scale.
 
 ## Bases
 

@@ -25,7 +25,8 @@ import lorashrink as ls
 from lorashrink.cli import app
 
 DOCS = Path(__file__).parents[2] / "docs"
-COMMANDS = tuple(get_command(app).commands)  # type: ignore[attr-defined]
+COMMANDS = tuple(name for name, entry in get_command(app).commands.items() if not entry.hidden)  # type: ignore[attr-defined]
+_FUNCTIONS = {"norms" if name == "base-norms" else name: name for name in COMMANDS}  # function in Python -> command
 _WIDTH = 90  # columns of the help
 _INDENT = "\n    "
 
@@ -77,7 +78,7 @@ def python_page() -> str:
     for name in sorted(ls._MODULES):
         value = getattr(ls, name)
         parts.append(f"## {name}\n\n```python\n{_signature(name, value)}\n```\n\n{_docstring(value)}")
-        if name in COMMANDS:
+        if name in _FUNCTIONS:
             results += [kind for kind in _dataclasses(_returned(value)) if kind not in results]
     parts.append("## Results")
     for kind in sorted(results, key=lambda kind: kind.__name__):
@@ -133,7 +134,11 @@ def _docstring(value: Any) -> str:
 
 def schemas(*, open_ended: bool = True) -> dict[str, dict[str, Any]]:
     """A JSON schema of the document of each command. open_ended: later versions may have more keys."""
-    return {name: _document(name, _returned(getattr(ls, name)), open_ended) for name in COMMANDS if name in ls._MODULES}
+    return {
+        name: _document(name, _returned(getattr(ls, function)), open_ended)
+        for function, name in _FUNCTIONS.items()
+        if function in ls._MODULES
+    }
 
 
 def _document(name: str, kind: type, open_ended: bool) -> dict[str, Any]:

@@ -406,7 +406,7 @@ def test_a_recipe_that_needs_a_base_says_how_to_give_one(out: Path, good: Path) 
 def test_a_damaged_norm_table_is_named(tmp_path: Path, out: Path, good: Path, text: str) -> None:
     table = tmp_path / "norms.json"
     table.write_text(text)
-    resize(good, "-o", out, base=table).failed(2, table, "lorashrink norms")
+    resize(good, "-o", out, base=table).failed(2, table, "lorashrink base-norms")
     assert contents(out) == []
 
 

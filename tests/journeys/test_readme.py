@@ -66,8 +66,8 @@ def test_every_command_works(command: str) -> None:
         run("lorashrink resize -r energy=0.99 -o shrunk.safetensors lora.safetensors")
     if "out/lora_energy0.99" in command:
         run("lorashrink resize -r energy=0.99 -o out lora.safetensors")
-    if "model-norms.json" in command and " norms " not in command:
-        run("lorashrink norms model.safetensors -o model-norms.json")
+    if "model-norms.json" in command and " base-norms " not in command:
+        run("lorashrink base-norms model.safetensors -o model-norms.json")
     run(command)
 
 

@@ -61,9 +61,9 @@ def test_python_page_has_every_public_name() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site; a broken link or anchor is an error."""
+    """The built site; a broken link or anchor is an error, which --quiet would hide."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert outcome.returncode == 0, outcome.stderr
@@ -118,7 +118,7 @@ def documents(adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ["inspect", "--header", adapter, missing],
         ["compare", adapter, tmp_path / "m.safetensors"],
         ["overlap", base, adapter, tmp_path / "m.safetensors"],
-        ["norms", base, "-o", tmp_path / "norms.json"],
+        ["base-norms", base, "-o", tmp_path / "norms.json"],
         ["sweep", base, adapter],
         ["report", "-o", tmp_path / "r.html", base, adapter],
         ["convert", "-t", "bf16", "-o", tmp_path / "c.safetensors", adapter],
@@ -148,6 +148,6 @@ def test_real_documents_fit_their_schemas(documents: dict[str, list[Any]]) -> No
 
 
 def test_schemas_refuse_a_document_that_lacks_something(documents: dict[str, list[Any]]) -> None:
-    document = documents["norms"][0]
+    document = documents["base-norms"][0]
     del document["weights"]
-    assert not jsonschema.Draft202012Validator(SCHEMAS["norms"]).is_valid(document)
+    assert not jsonschema.Draft202012Validator(SCHEMAS["base-norms"]).is_valid(document)

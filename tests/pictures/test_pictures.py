@@ -412,7 +412,7 @@ def test_the_text_names_both_ends_of_the_scale(folder: Path, model: Path, lora: 
     words = [*sweep_words(model, prompts, folder / "png"), lora]
     text = CliRunner().invoke(app, list(map(str, words))).stdout
     assert re.search(r"without the adapter: PSNR [\d.]+ dB, SSIM 0\.\d{4}, MS-SSIM 0\.\d{4}\n", text)
-    assert "the whole adapter in float16: " in text
+    assert "the original adapter in float16: " in text
     assert f"4 pictures each, in {folder / 'png'}" in text
     assert "recommended: -r rank=" in text
 
@@ -527,8 +527,8 @@ def test_the_figure_shows_both_measures_over_size_and_both_ends() -> None:
         ring = next(line for line in axes.get_lines() if line.get_markersize() == 11)
         assert list(zip(*ring.get_data(), strict=True)) == [(2, getattr(drawn[1], name))]
     assert ["recommended: rank=2" in text.get_text() for text in figure.axes[0].texts] == [True]
-    assert texts[0] == ["the whole adapter in float16: 50.0 dB", "no adapter: 12.0 dB"]
-    assert texts[1] == ["the whole adapter in float16: 0.9900", "no adapter: 0.3000"]
+    assert texts[0] == ["the original adapter in float16: 50.0 dB", "no adapter: 12.0 dB"]
+    assert texts[1] == ["the original adapter in float16: 0.9900", "no adapter: 0.3000"]
 
 
 def test_the_sheet_goes_from_no_adapter_to_the_full_adapter(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_layers_are_filtered_by_words_block_and_kind(numbers: Opened) -> None:
     assert count.inner_text() == f"0 of {every} layers"
 
 
-def test_keyboard_lays_a_picture_over_the_whole_adapters_one(pictures: Opened) -> None:
+def test_keyboard_lays_a_picture_over_the_original_one(pictures: Opened) -> None:
     page = pictures.page
     button = page.locator(".sheet button").nth(2)
     chosen = button.locator("img").get_attribute("src")

@@ -61,7 +61,7 @@ if (panel) {
 
   const move = () => {
     slider.style.setProperty("--cut", `${divider.value}%`);
-    divider.setAttribute("aria-valuetext", `whole adapter up to ${divider.value} % of the width`);
+    divider.setAttribute("aria-valuetext", `original adapter up to ${divider.value} % of the width`);
   };
   const choose = (button) => {
     for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));

@@ -65,12 +65,12 @@ export class PicturesView {
 
 function comparison(result, id) {
   const cut = el("div", { className: "slider" },
-    el("img", { src: address(`pictures/${result.before}`), alt: `${result.label}: the whole LoRA` }),
+    el("img", { src: address(`pictures/${result.before}`), alt: `${result.label}: the original LoRA` }),
     el("img", { src: address(`pictures/${result.after}`), alt: `${result.label}: the smaller one` }));
   const divider = el("input", { type: "range", min: 0, max: 100, value: 50, id: `divider-${id}`, "aria-label": `Divider of ${result.label}` });
   const move = () => {
     cut.style.setProperty("--cut", `${divider.value}%`);
-    divider.setAttribute("aria-valuetext", `the whole LoRA up to ${divider.value} % of the width`);
+    divider.setAttribute("aria-valuetext", `the original LoRA up to ${divider.value} % of the width`);
   };
   divider.addEventListener("input", move);
   move();
