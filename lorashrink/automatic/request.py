@@ -10,7 +10,8 @@ from pathlib import Path
 
 from lorashrink._version import __version__
 from lorashrink.automatic.levels import Level, level_of
-from lorashrink.automatic.methods import Method, Methods
+from lorashrink.automatic.method import Method
+from lorashrink.automatic.methods import Methods
 from lorashrink.errors import UsageError
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.automatic import Shrunk

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from lorashrink._version import __version__
 from lorashrink.adapters import in_memory, open_adapter, peft
-from lorashrink.automatic.collecting import Item, check_existing, collect, copy_sidecars
+from lorashrink.automatic.collecting import Item, check_existing, collect, copy_sidecar, sidecars
 from lorashrink.automatic.drawing import Gallery, Series, recipe_by_pictures, worst_of
 from lorashrink.automatic.in_memory import shrink_in_memory
-from lorashrink.automatic.methods import Method, Methods
+from lorashrink.automatic.method import Method
+from lorashrink.automatic.methods import Methods
 from lorashrink.automatic.record import Record, as_earlier, source_stamp
 from lorashrink.automatic.request import Request, left_alone
 from lorashrink.bases import Base
@@ -288,7 +289,8 @@ class Run:
         """Keep a result, and write down that the adapter is done."""
         self.results[item.source] = result
         if result.output:
-            copy_sidecars(item)
+            for sidecar, copy in sidecars(item.source, item.output):
+                copy_sidecar(sidecar, copy)
             sha256 = read_header(item.output)[1][SOURCE]
         else:
             with open_adapter(item.source) as adapter:
