@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,15 +120,23 @@ def check_existing(item: Item) -> None:
     )
 
 
-def copy_sidecars(item: Item) -> None:
-    """Copy the files beside an adapter that belong to it, those that are not there yet. Raises OutputError."""
-    if os.path.isdir(item.source):
+def sidecars(source: Path, output: Path) -> Iterator[tuple[Path, Path]]:
+    """The files beside an adapter that belong to it, with the names of their copies beside the output.
+
+    Those whose copies exist are left out.
+    """
+    if os.path.isdir(source):
         return
     for ending in _SIDECARS:
-        sidecar, copy = item.source.with_suffix(ending), item.output.with_suffix(ending)
+        sidecar, copy = source.with_suffix(ending), output.with_suffix(ending)
         if sidecar.is_file() and not os.path.lexists(copy):
-            try:
-                data = sidecar.read_bytes()
-            except OSError as error:
-                raise OutputError(f"{sidecar}: cannot be copied ({error.strerror or error}).") from error
-            write_bytes(copy, data)
+            yield sidecar, copy
+
+
+def copy_sidecar(sidecar: Path, copy: Path) -> None:
+    """Copy a file that lies beside an adapter. Raises OutputError."""
+    try:
+        data = sidecar.read_bytes()
+    except OSError as error:
+        raise OutputError(f"{sidecar}: cannot be copied ({error.strerror or error}).") from error
+    write_bytes(copy, data)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lorashrink.adapters import peft
 from lorashrink.automatic.levels import Level
-from lorashrink.automatic.methods import Method
+from lorashrink.automatic.method import Method
 from lorashrink.automatic.prompts import trial_of
 from lorashrink.automatic.searching import smallest_size
 from lorashrink.errors import InputError, Progress

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from lorashrink.adapters import Adapter, open_adapter
-from lorashrink.automatic.levels import ADAPTER_LINE, BASE_LINE, Level, error_for
-from lorashrink.bases import Base, open_base
+from lorashrink.adapters import Adapter, Source, open_adapter
+from lorashrink.automatic.method import Method
+from lorashrink.bases import Base, open_base, use_base
 from lorashrink.calibration.statistics import FORMAT, Statistics, open_statistics
 from lorashrink.errors import InputError, UsageError
 from lorashrink.files.disk import user_cache
 from lorashrink.files.header import read_header
 from lorashrink.linking.matching import match
-from lorashrink.text import percent_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A file that is larger is no table, and its header need not be read.
 _LARGEST_TABLE = 1 << 30
@@ -26,53 +28,12 @@ _LARGEST_TABLE = 1 << 30
 _CALIBRATE = "lorashrink calibrate MODEL"
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """What the dimensions of an adapter are compared with."""
-
-    name: str  # "calibrated", "base" or "adapter"
-    why: str
-    base: Path | None = None
-    calibration: Path | None = None
-
-    @property
-    def score(self) -> str:
-        """The part of recipes that says which dimensions go first."""
-        return {"calibrated": "calib,bytes", "base": "fro_ckpt,bytes", "adapter": "bytes"}[self.name]
-
-    def of_level(self, level: Level) -> str:
-        """The recipe that keeps as much as a level of quality needs."""
-        if self.name == "calibrated":
-            return f"{self.score},quality={level.mean:g}"
-        if self.name == "base":
-            return f"{self.score},error={error_for(level, BASE_LINE):.3g}"
-        return f"energy={1 - error_for(level, ADAPTER_LINE) ** 2:.6g}"
-
-    def of_size(self, size: float) -> str:
-        """The recipe of a file of so many bytes at most."""
-        return f"{self.score},size={size / 2**20!r}"
-
-    def of_rank(self, rank: int) -> str:
-        """The recipe of one rank for all layers."""
-        return f"calib,rank={rank}" if self.name == "calibrated" else f"rank={rank}"
-
-    def stands_in(self, level: Level) -> str:
-        """Which numbers stand for a level where nothing predicts pictures, and where they come from; "" otherwise."""
-        if self.name == "calibrated":
-            return ""
-        error = error_for(level, BASE_LINE if self.name == "base" else ADAPTER_LINE)
-        energy = f" (energy {1 - error**2:.4g})" if self.name == "adapter" else ""
-        return (
-            f"pictures not checked: {percent_text(error)} error of the weights{energy} stands for {level.mean:g} dB, "
-            "as measured on a small model in docs/evidence.md"
-        )
-
-
 class Methods:
     """The base and the tables at hand, opened when the first adapter needs them. Use it as a context manager."""
 
-    def __init__(self, base: Path | None, calibration: Path | None) -> None:
-        self._base_path, self._calibration = base, calibration
+    def __init__(self, base: str | Path | Mapping[str, Tensor] | Base | None, calibration: Path | None) -> None:
+        self._base_path = Path(base) if isinstance(base, (str, Path)) else None
+        self._base_source, self._calibration = base, calibration
         self._stack = ExitStack()
 
     def __enter__(self) -> Methods:
@@ -83,7 +44,8 @@ class Methods:
 
     @cached_property
     def _base(self) -> Base | None:
-        return self._stack.enter_context(open_base(self._base_path)) if self._base_path is not None else None
+        source = self._base_source
+        return None if source is None else self._stack.enter_context(use_base(source))
 
     @cached_property
     def _tables(self) -> list[tuple[Statistics, str]]:
@@ -115,20 +77,21 @@ class Methods:
         """What the base and the tables are, for comparison with an earlier run."""
         return (self._base.fingerprint if self._base else "", *(table.fingerprint for table, _ in self._tables))
 
-    def of(self, source: Path) -> Method:
+    def of(self, source: Source) -> Method:
         """The best method for an adapter. Raises InputError if the adapter cannot be read."""
         alone = Method("adapter", f"by the adapter alone (with a table of the model about 40 % smaller: {_CALIBRATE})")
         if self._base is None and not self._tables:
             return alone
         with open_adapter(source) as adapter:
-            base = self._base_path if self._base and _fits(adapter, self._base) else None
+            fits = self._base is not None and _fits(adapter, self._base)
+            base = (self._base_path or self._base) if fits else None
             for table, where in self._tables:
                 if _fits(adapter, table):
                     return Method("calibrated", f"calibrated with {table.path.name}, {where}", base, table.path)
-        if base:
-            why = f"compared with {base.name} (with a table of the model about 30 % smaller: {_CALIBRATE})"
+        if base and self._base:
+            why = f"compared with {self._base.path.name} (with a table of the model about 30 % smaller: {_CALIBRATE})"
             return Method("base", why, base)
-        if named := self._calibration or self._base_path:
+        if named := self._calibration or (self._base and self._base.path):
             return Method("adapter", f"by the adapter alone: {named.name} is for another model")
         return alone
 

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 NAME = ".lorashrink-shrunk.jsonl"
 
 # Fields that depend on where things lie, or are drawn from kept pictures, and are not read from a file.
-_NOT_KEPT = ("input", "output", "pictures", "details")
+_NOT_KEPT = ("input", "output", "pictures", "details", "state_dict", "metadata")
 
 
 class Record:

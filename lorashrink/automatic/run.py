@@ -5,22 +5,24 @@ collect -> method and level -> recipe (by prediction, or by pictures) -> resize 
 
 from __future__ import annotations
 
-import json
-import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorashrink._version import __version__
-from lorashrink.adapters import open_adapter, peft
-from lorashrink.automatic.collecting import Item, check_existing, collect, copy_sidecars
+from lorashrink.adapters import in_memory, open_adapter, peft
+from lorashrink.automatic.collecting import Item, check_existing, collect, copy_sidecar, sidecars
 from lorashrink.automatic.drawing import Gallery, Series, recipe_by_pictures, worst_of
-from lorashrink.automatic.levels import Level, level_of
-from lorashrink.automatic.methods import Method, Methods
+from lorashrink.automatic.in_memory import shrink_in_memory
+from lorashrink.automatic.method import Method
+from lorashrink.automatic.methods import Methods
 from lorashrink.automatic.record import Record, as_earlier, source_stamp
+from lorashrink.automatic.request import Request, left_alone
+from lorashrink.bases import Base
 from lorashrink.errors import InputError, LorashrinkError, Progress, UsageError, boundary
 from lorashrink.files.disk import check_output, write_bytes
 from lorashrink.files.header import read_header
@@ -29,24 +31,24 @@ from lorashrink.recipes.grammar import Recipe
 from lorashrink.reports.before_after import shrunk_page
 from lorashrink.results.automatic import FailedInput, PicturePair, ShrinkReport, Shrunk
 from lorashrink.results.shrinking import FileResult
+from lorashrink.shrinking.in_memory import refuse_options
 from lorashrink.shrinking.options import ResizeOptions
 from lorashrink.shrinking.outputs import shown, source_files
 from lorashrink.shrinking.run import shrink as resize_targets
 from lorashrink.sums.summing import contents_sha256
-from lorashrink.text import bytes_in, size_text
+from lorashrink.text import size_text
 
-LEAST_GAIN = 0.1  # a file that would shrink by less is left alone
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAGE = "before-after.html"
 
-OWN_OUTPUT = "is smaller already, made by lorashrink"
-
 
 def shrink(
-    adapters: str | Path | Sequence[str | Path],
+    adapters: Any,
     *,
     model: str | Path | None = None,
-    base: str | Path | None = None,
+    base: str | Path | Mapping[str, Tensor] | Base | None = None,
     calibration: str | Path | None = None,
     quality: str | float = "high",
     size: str | float | None = None,
@@ -62,13 +64,15 @@ def shrink(
 ) -> ShrinkReport:
     """Shrink adapters by the best method at hand, into a folder `shrunk` with the same names and the same tree.
 
-    adapters: files, PEFT folders, globs, and folders with all that is below them. Outputs of earlier runs are left
-    alone, files that would shrink by less than 10 % are reported and not written, and what other programs keep beside
-    an adapter (previews, descriptions) is copied. A rerun goes on where the last one stopped.
+    adapters: files, PEFT folders, globs, and folders with all that is below them; or one adapter in memory, see below.
+    Outputs of earlier runs are left alone, files that would shrink by less than 10 % are reported and not written, and
+    what other programs keep beside an adapter (previews, descriptions) is copied. A rerun goes on where the last one
+    stopped.
 
     model: the model that the adapters are for; it is the base, and where it can draw, the worst of the pictures that
-    call an adapter decides its size. base: a checkpoint or norm table that only gives norms. calibration: a table that
-    `calibrate` wrote; without it one is looked for beside the model and in the user's cache.
+    call an adapter decides its size. base: a checkpoint or norm table that only gives norms, the tensors of a model by
+    their names, or what `open_base` returns. calibration: a table that `calibrate` wrote; without it one is looked for
+    beside the model and in the user's cache.
     quality: "same", "high", "small" or a number of dB. size: of each file, such as "50MB" or a number of MiB. rank: of
     all layers. Size and rank stand in place of a quality.
     dtype: "auto" (default) or as in `resize`. output: a folder; default is `shrunk` beside a file and inside a folder.
@@ -76,31 +80,38 @@ def shrink(
     a model in a single file, a folder of such a model.
     force: replace outputs that were made from something else.
 
+    In memory: a mapping of names to tensors, `lorashrink.Tensors`, a PeftModel, or a diffusers pipeline with one active
+    adapter. Nothing is drawn or written: `state_dict` of the result has the tensors, or those that went in if the
+    adapter is left alone. In a PeftModel or pipeline the shrunk adapter takes the place of the old one, and "auto" is
+    "fp16", because models do not compute with 8-bit floats. Options that are about files are errors, and so is a
+    failure.
+
     An adapter that fails is listed in `failed` and the others are done. Raises UsageError, InputError or OutputError if
     nothing can be done at all.
     """
+    request = Request.of(quality=quality, size=size, rank=rank, dtype=dtype, prompts=prompts, force=force)
+    held = in_memory(adapters)
+    if held is not None:
+        about_files = {"output": output, "prompts": prompts, "settings": settings, "force": force}
+        refuse_options(held, [name for name, value in about_files.items() if value])
+        return shrink_in_memory(
+            held,
+            request,
+            Methods(model if base is None else base, _path(calibration)),
+            device=device,
+            jobs=jobs,
+            progress=progress,
+        )
     entries = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not entries:
         raise UsageError("no adapters. Name files, folders or globs.")
-    if size is not None and rank is not None:
-        raise UsageError("--size and --rank: give one of them.")
-    if rank is not None and rank < 1:
-        raise UsageError(f"--rank {rank}: a rank is at least 1.")
-    request = Request(
-        level=level_of(quality),
-        size=None if size is None else _bytes_of(size),
-        rank=rank,
-        dtype=dtype,
-        prompts=prompts,
-        force=force,
-    )
     folder = None if output is None else Path(output)
-    model_path, base_path, table = (None if path is None else Path(path) for path in (model, base, calibration))
+    model_path, table = _path(model), _path(calibration)
     collection = collect(entries, folder)
     for item in collection.items:
         check_output(item.output, force=True, inputs=source_files(item.source))
     with ExitStack() as stack:
-        methods = stack.enter_context(Methods(base_path or model_path, table))
+        methods = stack.enter_context(Methods(model_path if base is None else base, table))
         methods.check()
         run = Run(
             request,
@@ -132,56 +143,6 @@ def _write_page(report: ShrinkReport, folders: Sequence[Path]) -> str | None:
 
 def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
-
-
-def _bytes_of(size: str | float) -> float:
-    try:
-        count = bytes_in(str(size))
-    except ValueError:
-        count = 0.0
-    if not 0 < count < float("inf"):
-        raise UsageError(f"--size {size}: a size is a number above 0 with a unit, such as 50MB.")
-    return count
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the user wants of each adapter."""
-
-    level: Level
-    size: float | None  # bytes
-    rank: int | None
-    dtype: str
-    prompts: str | Path | None
-    force: bool
-
-    @property
-    def most_share(self) -> float:
-        """The largest share of an input that is worth writing."""
-        return 1.0 if self.size is not None else 1 - LEAST_GAIN
-
-    def recipe(self, method: Method) -> Recipe:
-        """The recipe without a look at pictures."""
-        if self.size is not None:
-            return Recipe.parse(method.of_size(self.size))
-        return Recipe.parse(method.of_level(self.level) if self.rank is None else method.of_rank(self.rank))
-
-    def key(self, methods: Methods, drawing: bool) -> str:
-        """Text that differs where results may differ, for the record."""
-        prompts = self.prompts
-        if prompts is not None and os.path.isfile(prompts):
-            prompts = Path(prompts).read_text(encoding="utf-8", errors="replace")
-        facts = [
-            __version__,
-            self.level.name,
-            self.size,
-            self.rank,
-            self.dtype,
-            prompts,
-            drawing,
-            *methods.fingerprints,
-        ]
-        return json.dumps([fact if fact is None else str(fact) for fact in facts])
 
 
 @dataclass(eq=False)
@@ -228,7 +189,7 @@ class Run:
         request = self.request
         self._resize_all({item: request.recipe(method) for item in items}, method)
         done = any(item.source in self.results for item in items)
-        if done and request.size is None and request.rank is None and (note := method.stands_in(request.level)):
+        if done and (note := request.note(method)):
             self.notes = list(dict.fromkeys((*self.notes, note)))
 
     def _resize_all(
@@ -241,7 +202,7 @@ class Run:
         def take(result: FileResult) -> None:
             item = by_output[result.output]
             with boundary(item.source, partial(self._fail, item)):
-                then(item, self._shrunk(item, result, method))
+                then(item, self.request.result(str(item.source), result, method))
 
         report = resize_targets(
             {item.source: {item.output: recipe} for item, recipe in recipes.items()},
@@ -295,7 +256,9 @@ class Run:
             )
             if recipe is None:
                 why = f"no file below {size_text(most)} has a worst picture of {request.level.worst:g} dB"
-                self._finish(item, replace(self._shrunk(item, expected, method), output=None, skipped=why))
+                self._finish(
+                    item, replace(self.request.result(str(item.source), expected, method), output=None, skipped=why)
+                )
                 return
 
         results: list[Shrunk] = []
@@ -322,34 +285,12 @@ class Run:
 
     # --- results --------------------------------------------------------------------------------
 
-    def _shrunk(self, item: Item, result: FileResult, method: Method) -> Shrunk:
-        """The result of one adapter; a file that was not worth writing has no output."""
-        gain = 1 - result.bytes_after / result.bytes_before
-        skipped = None
-        if result.bytes_after > self.request.most_share * result.bytes_before:
-            skipped = f"would shrink by {gain:.0%} only" if gain > 0 else "would not shrink"
-        return Shrunk(
-            input=str(item.source),
-            output=None if skipped else result.output,
-            bytes_before=result.bytes_before,
-            bytes_after=result.bytes_after,
-            method=method.name,
-            why=method.why,
-            recipe=result.recipe,
-            dtype=result.dtype,
-            relative_error=result.relative_error,
-            predicted_db=result.predicted_db,
-            loads_in=result.loads.loads_in,
-            skipped=skipped,
-            warnings=result.warnings,
-            details=_details(result),
-        )
-
     def _finish(self, item: Item, result: Shrunk) -> None:
         """Keep a result, and write down that the adapter is done."""
         self.results[item.source] = result
         if result.output:
-            copy_sidecars(item)
+            for sidecar, copy in sidecars(item.source, item.output):
+                copy_sidecar(sidecar, copy)
             sha256 = read_header(item.output)[1][SOURCE]
         else:
             with open_adapter(item.source) as adapter:
@@ -371,14 +312,7 @@ class Run:
         return ShrinkReport(__version__, tuple(ordered), tuple(failed), notes=tuple(self.notes))
 
 
-def _details(result: FileResult) -> tuple[str, ...]:
-    """What is copied or left out and why, a line for each reason."""
-    kinds = Counter(("copied as it is", copied.reason) for copied in result.verbatim)
-    kinds += Counter(("left out", removed.reason) for removed in result.removed)
-    return tuple(f"{count} {what}: {reason}" for (what, reason), count in kinds.items())
-
-
 def _own_output(source: Path) -> Shrunk:
     files = [peft.weights_in(source)] if peft.is_folder(source) else [source]
     count = sum(path.stat().st_size for path in files)
-    return Shrunk(str(source), None, count, count, "", "", "", "", 0.0, skipped=OWN_OUTPUT)
+    return left_alone(str(source), count)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lorashrink.errors import UsageError
+from lorashrink.results.shown import NOT_PLAIN
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +30,7 @@ class Shrunk:
     """One adapter, and what became of it."""
 
     input: str
-    output: str | None  # None: nothing was written
+    output: str | None  # None: nothing was written; "" for an adapter in memory
     bytes_before: int
     bytes_after: int  # of the output, or of the one that was not worth writing
     method: str  # "calibrated", "base" or "adapter": what the dimensions were compared with
@@ -37,6 +45,9 @@ class Shrunk:
     skipped: str | None = None  # why nothing was written in this run
     warnings: tuple[str, ...] = ()
     details: tuple[str, ...] = ()  # tensors that were copied or left out: how many, and why
+    # Of an adapter in memory: its tensors, and the metadata that a file would have
+    state_dict: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False, metadata=NOT_PLAIN)
+    metadata: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False, metadata=NOT_PLAIN)
 
     @property
     def share(self) -> float:
@@ -67,6 +78,14 @@ class ShrinkReport:
     failed: tuple[FailedInput, ...]
     page: str | None = None  # the file that shows the run; None where nothing was shrunk
     notes: tuple[str, ...] = ()  # on the run as a whole, such as why no pictures were drawn
+
+    @property
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """The tensors of an adapter in memory. Raises UsageError if files were shrunk."""
+        states = [result.state_dict for result in self.results if result.state_dict is not None]
+        if not states:
+            raise UsageError("state_dict: only of an adapter in memory; the tensors are in the files of `results`.")
+        return states[0]
 
     @property
     def written(self) -> tuple[Shrunk, ...]:

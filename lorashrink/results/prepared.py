@@ -20,6 +20,7 @@ class Outcome(Shown):
     energy: float
     ranks: Mapping[str, int]  # layer -> rank, 0 = removed
     copied: int = 0  # tensors that stay as they are
+    predicted_db: float | None = None  # PSNR to the pictures of the whole adapter; None without statistics
 
     @property
     def mean_rank(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorashrink._version import __version__
@@ -26,11 +26,7 @@ def resize_in_memory(
     held: Tensors, options: Mapping[str, Any], *, each: OnResult | None = None, progress: Progress | None = None
 ) -> Report:
     """Shrink an adapter in memory by each recipe. Raises as `resize`; a failure is raised as well."""
-    about_files = options.keys() - {*_PREPARE, *_OTHERS}
-    if about_files:
-        raise UsageError(
-            f"{held}: {', '.join(sorted(about_files))} goes with files only. Save the adapter first, or leave it out."
-        )
+    refuse_options(held, options.keys() - {*_PREPARE, *_OTHERS})
     checked = ResizeOptions(**options)
     recipes = requested_recipes(checked, None)
     if held.model is not None and len(recipes) != 1:
@@ -46,6 +42,14 @@ def resize_in_memory(
         results.append(result)
     base = prepared.base
     return Report(__version__, base.info if base else None, tuple(results), ())
+
+
+def refuse_options(held: Tensors, names: Collection[str]) -> None:
+    """Raises UsageError if options are given that are about files."""
+    if names:
+        raise UsageError(
+            f"{held}: {', '.join(sorted(names))} goes with files only. Save the adapter first, or leave it out."
+        )
 
 
 def put_back(held: Tensors, state: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]]) -> None:

@@ -310,7 +310,7 @@ def plan(
     layout, facts = outlined.as_selected(selection)
     widths = selection.widths
     layers = layer_plans(decomposed, outlined, selection)
-    lost = _distortion(layers) if recipe.calibrated else None
+    lost, quality = prediction(recipe, layers, anchor)
     tensors = layout.tensors(widths)
     verbatim, removed = dict(outlined.verbatim), dict(outlined.removed)
     for layer in layers:
@@ -339,7 +339,7 @@ def plan(
         form_sizes=layout.form_sizes(widths, selection.threshold),
         alpha=layout.alpha(widths),
         lost=lost,
-        predicted_db=None if lost is None else predicted_db(lost, anchor_of(anchor)),
+        predicted_db=quality,
     )
 
 
@@ -367,6 +367,19 @@ def layer_plans(decomposed: Decomposed, outlined: Outline, selection: Selection)
         )
         for position, index in enumerate(outlined.judged)
     ]
+
+
+def prediction(
+    recipe: Recipe, layers: Sequence[LayerPlan], anchor: float | None = None
+) -> tuple[float | None, float | None]:
+    """(What an output does to pictures in the unit of `recipes.quality`, the PSNR in dB that follows).
+
+    Both are None without statistics, and the PSNR if nothing is lost.
+    """
+    if not recipe.calibrated:
+        return None, None
+    lost = _distortion(layers)
+    return lost, predicted_db(lost, anchor_of(anchor))
 
 
 def _distortion(layers: Sequence[LayerPlan]) -> float:

@@ -27,7 +27,16 @@ from lorashrink.results.prepared import Curve, Outcome
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.decomposed import Decomposed
 from lorashrink.shrinking.options import ResizeOptions
-from lorashrink.shrinking.plan import Outline, Plan, file_result, kept_energy, layer_plans, plan, relative_error
+from lorashrink.shrinking.plan import (
+    Outline,
+    Plan,
+    file_result,
+    kept_energy,
+    layer_plans,
+    plan,
+    prediction,
+    relative_error,
+)
 from lorashrink.shrinking.request import Job, check_calibration
 from lorashrink.shrinking.reuse import OpenSource, source_variant
 from lorashrink.shrinking.session import checked_dtype, open_session
@@ -197,6 +206,7 @@ class Prepared:
             energy=1 - error**2 if energy is None else energy,
             ranks={layer.layer.name: layer.layer.rank if layer.stays else layer.width for layer in layers},
             copied=len(outline.verbatim),
+            predicted_db=prediction(recipe, layers)[1],
         )
 
     def _plan(self, recipe: Recipe, dtype: str) -> Plan:

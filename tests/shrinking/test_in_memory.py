@@ -272,3 +272,22 @@ def test_pandas_is_asked_for_only_where_it_is_needed(adapter, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
     with pytest.raises(UsageError, match="pip install pandas"):
         ls.inspect(adapter).to_pandas()
+
+
+def test_outcomes_predict_the_quality_of_what_is_written(tmp_path):
+    prepared = ls.prepare(example("loras", "style.safetensors"), calibration=example("table.safetensors"))
+    sizes = {}
+    for dtype in ("auto", "fp16"):
+        outcome = prepared.at("calib,bytes,quality=40", dtype=dtype)
+        (written,) = ls.resize(
+            example("loras", "style.safetensors"),
+            calibration=example("table.safetensors"),
+            recipes="calib,bytes,quality=40",
+            dtype=dtype,
+            output=tmp_path / f"{dtype}.safetensors",
+        ).results
+        assert outcome.predicted_db == written.predicted_db >= 40
+        assert outcome.bytes == (tmp_path / f"{dtype}.safetensors").stat().st_size
+        sizes[dtype] = outcome.bytes
+    assert sizes["auto"] < 0.7 * sizes["fp16"]
+    assert prepared.at("energy=0.9").predicted_db is None
