@@ -29,7 +29,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "Make": ("merge", "extract", "convert", "pack", "unpack", "base-norms", "train"),
     "Start": ("demo", "ui", "comfyui", "evidence", "help"),
 }
-_OTHER_COMMANDS = "Other"
+_OTHER_COMMANDS = "Commands"
 
 _OPTIONS, _EXPERT = "Options", "Expert options"
 

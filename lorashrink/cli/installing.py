@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
+from lorashrink.cli.help import ProgramHelp
 
 if TYPE_CHECKING:
     from lorashrink.node_pack import Installed
 
 comfyui = typer.Typer(
+    cls=ProgramHelp,
     help="Put nodes into ComfyUI.\n\nExample: lorashrink comfyui install ~/ComfyUI",
     no_args_is_help=True,
     rich_markup_mode=None,

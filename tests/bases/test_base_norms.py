@@ -126,7 +126,6 @@ def computed(path: Path) -> int:
     return len(steps)
 
 
-@pytest.mark.usefixtures("settled")
 def test_norms_of_a_base_are_those_of_its_weights_on_any_device(base: Path, engine_device: str) -> None:
     with open_base(base) as opened, ThreadPoolExecutor(3) as pool:
         norms = BaseNorms(opened, cache=False).look_up(
@@ -138,6 +137,7 @@ def test_norms_of_a_base_are_those_of_its_weights_on_any_device(base: Path, engi
             assert norms[views_id(views)] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.usefixtures("settled")
 def test_norms_are_computed_once(copy: Path) -> None:
     assert computed(copy) > 100
     assert computed(copy) == 0
