@@ -150,7 +150,7 @@ class Application:
         entry = self.library.get(identity)
         bases = self._for_family(table.family, "norms", "model")
         calibrations = self._for_family(table.family, "statistics")
-        calibration = self._table_for(entry, self.library.get(bases[0]["id"]).path if bases else None)
+        calibration = self._table_for(entry.path, table.family)
         if calibration and calibration["id"] not in [row["id"] for row in calibrations]:
             calibrations.append(calibration)
         return {
@@ -185,16 +185,24 @@ class Application:
             if entry.kind == kind
         ]
 
-    def _table_for(self, entry: Entry, base: Path | None) -> dict[str, Any] | None:
-        """The calibration table that `shrink` would take for an adapter: beside the model, or in the user's cache."""
+    def _best_help(self, source: Path, family: str | None) -> Help:
+        """The model and the table that `shrink` would take for an adapter. Raises InputError or NotABase."""
         from lorashrink.automatic.methods import Methods  # it imports torch
 
+        bases = self._for_family(family, "norms", "model")
+        base = self.library.get(bases[0]["id"]).path if bases else None
+        with Methods(base, None) as methods:
+            method = methods.of(source)
+        table = method.calibration if method.calibration and self._may_read(method.calibration) else None
+        return Help(base if method.base else None, table)
+
+    def _table_for(self, source: Path, family: str | None) -> dict[str, Any] | None:
+        """The calibration table that `shrink` would take for an adapter: beside the model, or in the user's cache."""
         try:
-            with Methods(base, None) as methods:
-                path = methods.of(entry.path).calibration
+            path = self._best_help(source, family).calibration
         except LorashrinkError:  # a damaged table is no reason to show nothing
-            return None
-        if path is None or not self._may_read(path):
+            path = None
+        if path is None:
             return None
         identity = identity_of(path)
         self._tables[identity] = path
@@ -237,18 +245,23 @@ class Application:
     # --- shrinking ----------------------------------------------------------------------------------
 
     def shrink(self, request: Mapping[str, Any]) -> Job:
-        """Begin to shrink the adapters `ids`, each to the same goal. Raises UsageError, RecipeError or InputError."""
+        """Begin to shrink the adapters `ids`, each to the same goal. Raises UsageError, RecipeError or InputError.
+
+        Without `base` and `calibration` each gets those that `shrink` would take.
+        """
         identities = request.get("ids")
         if not isinstance(identities, list) or not identities:
             raise UsageError("no adapter is chosen; tick at least one.")
         entries = [self.library.get(str(identity)) for identity in identities]
-        help = self.help(request)
-        recipe, dtype = recipe_of(request, help), dtype_of(request)
-        written = Written()
+        named = self.help(request) if request.keys() & {"base", "calibration"} else None
+        recipe_of(request, named or Help())  # what is no goal is refused before any work
+        dtype, written = dtype_of(request), Written()
 
         def save(job: Job, entry: Entry) -> dict[str, Any]:
             from lorashrink.automatic.collecting import copy_sidecar, sidecars  # these import torch
 
+            help = named or self._best_help(entry.path, entry.family)
+            recipe = recipe_of(request, help)
             prepared = self.measurer.prepared(entry.path, help, lambda text, done, total: job.check())
             output = free_output(entry.path, self.folders)
             file = output / peft.WEIGHTS_FILE if peft.is_folder(entry.path) else output

@@ -278,7 +278,7 @@ def test_shrinking_writes_what_shrink_writes_and_undo_deletes_only_that(
     assert (len(job["results"]), len(job["failed"])) == (2, 1)
     outputs = [Path(result["output"]) for result in job["results"]]
     assert outputs == [library / "shrunk/style.safetensors", library / "shrunk/people/heart.safetensors"]
-    expected = ls.shrink(STYLE, quality="small", output=tmp_path / "x.safetensors").results[0]
+    expected = ls.shrink(STYLE, base=library / "model.safetensors", quality="small", output=tmp_path).results[0]
     assert outputs[0].read_bytes() == Path(str(expected.output)).read_bytes()
     assert job["results"][0]["bytes_after"] == outputs[0].stat().st_size
     assert job["bytes_after"] == sum(path.stat().st_size for path in outputs)
@@ -320,7 +320,9 @@ def test_the_table_that_shrink_takes_is_the_default(start: Start, tmp_path: Path
     qualities = server.get(f"adapters/{identity}/curve?dtype=fp8&{query}")["qualities"]
     assert qualities["same"] is None
     assert qualities["high"]["predicted_db"] >= 40
-    (result,) = server.finished(server.post("shrink", ids=[identity], by="quality", value="high", **help))["results"]
+    jobs = [server.post("shrink", ids=[identity], by="quality", value="high", **files) for files in (help, {})]
+    (result,), (without_files,) = (server.finished(job)["results"] for job in jobs)
+    assert Path(result["output"]).read_bytes() == Path(without_files["output"]).read_bytes()
     expected = ls.shrink(STYLE, calibration=EXAMPLE / "table.safetensors", output=tmp_path / "out").results[0]
     assert Path(result["output"]).read_bytes() == Path(str(expected.output)).read_bytes()
     assert result["predicted_db"] == point["predicted_db"] == expected.predicted_db
