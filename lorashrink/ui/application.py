@@ -17,7 +17,7 @@ from typing import Any
 
 from lorashrink._version import __version__
 from lorashrink.adapters import peft
-from lorashrink.errors import InputError, OutputError, UsageError, explained
+from lorashrink.errors import InputError, LorashrinkError, OutputError, UsageError, explained
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.outputs import source_files
 from lorashrink.text import count_text
@@ -48,6 +48,7 @@ class Application:
         self.library = Library(self.folders)
         self.jobs = Jobs()
         self.measurer = Measurer()
+        self._tables: dict[str, Path] = {}  # id -> a calibration table that was offered
         self._to_measure: deque[str] = deque()  # ids, those that are on the screen first
         self._measures_all = False
         self._lock = threading.Lock()
@@ -147,6 +148,11 @@ class Application:
         """What the header of an adapter tells, and the files that help to shrink it."""
         table = self.library.table(identity)
         entry = self.library.get(identity)
+        bases = self._for_family(table.family, "norms", "model")
+        calibrations = self._for_family(table.family, "statistics")
+        calibration = self._table_for(entry.path, table.family)
+        if calibration and calibration["id"] not in [row["id"] for row in calibrations]:
+            calibrations.append(calibration)
         return {
             **entry.row(),
             "path": str(entry.path),
@@ -155,8 +161,9 @@ class Application:
             "health": [asdict(finding) for finding in table.health],
             "loads": table.loads.lines,
             "blocks": [asdict(row) for row in table.blocks],
-            "bases": self._for_family(table.family, "norms", "model"),
-            "calibrations": self._for_family(table.family, "statistics"),
+            "bases": bases,
+            "calibrations": calibrations,
+            "calibration": calibration["id"] if calibration else "",
             "dtypes": DTYPES,
             "prompts": drawing.suggested_prompts(table.notes),
             "models": self._models(table.family),
@@ -178,13 +185,41 @@ class Application:
             if entry.kind == kind
         ]
 
+    def _best_help(self, source: Path, family: str | None) -> Help:
+        """The model and the table that `shrink` would take for an adapter. Raises InputError or NotABase."""
+        from lorashrink.automatic.methods import Methods  # it imports torch
+
+        bases = self._for_family(family, "norms", "model")
+        base = self.library.get(bases[0]["id"]).path if bases else None
+        with Methods(base, None) as methods:
+            method = methods.of(source)
+        table = method.calibration if method.calibration and self._may_read(method.calibration) else None
+        return Help(base if method.base else None, table)
+
+    def _table_for(self, source: Path, family: str | None) -> dict[str, Any] | None:
+        """The calibration table that `shrink` would take for an adapter: beside the model, or in the user's cache."""
+        try:
+            path = self._best_help(source, family).calibration
+        except LorashrinkError:  # a damaged table is no reason to show nothing
+            path = None
+        if path is None:
+            return None
+        identity = identity_of(path)
+        self._tables[identity] = path
+        return {"id": identity, "name": path.name, "kind": "statistics", "bytes": path.stat().st_size}
+
+    def _may_read(self, table: Path) -> bool:
+        from lorashrink.automatic.methods import table_folder
+
+        return table.parent == table_folder() or self.folders.holds(table)
+
     def help(self, request: Mapping[str, Any]) -> Help:
         """The files that a request names by the ids `base` and `calibration`."""
-        base, calibration = (request.get(key) or None for key in ("base", "calibration"))
-        return Help(
-            self.library.get(str(base)).path if base else None,
-            self.library.get(str(calibration)).path if calibration else None,
-        )
+        base, calibration = (str(request.get(key) or "") for key in ("base", "calibration"))
+        table = self._tables.get(calibration)
+        if calibration and (table is None or not self._may_read(table)):
+            table = self.library.get(calibration).path
+        return Help(self.library.get(base).path if base else None, table)
 
     # --- one adapter --------------------------------------------------------------------------------
 
@@ -193,8 +228,9 @@ class Application:
         entry, help, dtype = self.library.get(identity), self.help(request), dtype_of(request)
         with self._waited_for():
             measured = self.measurer.curve(entry.path, help, dtype)
-        if help == Help() and dtype == "same" and not entry.saving:
-            self.library.update(identity, saving=Saving(**measured["qualities"]["high"]))
+        high = measured["qualities"]["high"]
+        if help == Help() and dtype == DTYPES[0] and high and not entry.saving:
+            self.library.update(identity, saving=Saving(high["bytes"], high["error"]))
         return measured
 
     def at(self, identity: str, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,22 +245,33 @@ class Application:
     # --- shrinking ----------------------------------------------------------------------------------
 
     def shrink(self, request: Mapping[str, Any]) -> Job:
-        """Begin to shrink the adapters `ids`, each to the same goal. Raises UsageError, RecipeError or InputError."""
+        """Begin to shrink the adapters `ids`, each to the same goal. Raises UsageError, RecipeError or InputError.
+
+        Without `base` and `calibration` each gets those that `shrink` would take.
+        """
         identities = request.get("ids")
         if not isinstance(identities, list) or not identities:
             raise UsageError("no adapter is chosen; tick at least one.")
         entries = [self.library.get(str(identity)) for identity in identities]
-        help = self.help(request)
-        recipe, dtype = recipe_of(request, help), dtype_of(request)
-        written = Written()
+        named = self.help(request) if request.keys() & {"base", "calibration"} else None
+        recipe_of(request, named or Help())  # what is no goal is refused before any work
+        dtype, written = dtype_of(request), Written()
 
         def save(job: Job, entry: Entry) -> dict[str, Any]:
+            from lorashrink.automatic.collecting import copy_sidecar, sidecars  # these import torch
+
+            help = named or self._best_help(entry.path, entry.family)
+            recipe = recipe_of(request, help)
             prepared = self.measurer.prepared(entry.path, help, lambda text, done, total: job.check())
             output = free_output(entry.path, self.folders)
             file = output / peft.WEIGHTS_FILE if peft.is_folder(entry.path) else output
             written.expect(file)
             result = prepared.save(recipe, file, dtype=dtype)
             written.add(source_files(output))
+            for sidecar, copy in sidecars(entry.path, file):
+                if self.folders.holds(sidecar):
+                    copy_sidecar(sidecar, copy)
+                    written.add([copy])
             return _shrunk(entry, output, result)
 
         def work(job: Job) -> None:
@@ -337,6 +384,7 @@ def _shrunk(entry: Entry, output: Path, result: FileResult) -> dict[str, Any]:
         "bytes_before": result.bytes_before,
         "bytes_after": result.bytes_after,
         "error": result.relative_error,
+        "predicted_db": result.predicted_db,
         "loads": result.loads.lines,
         "warnings": list(result.warnings),
     }
@@ -345,4 +393,5 @@ def _shrunk(entry: Entry, output: Path, result: FileResult) -> dict[str, Any]:
 def _warm_up() -> None:
     """Import what takes seconds, so that nobody waits for it later."""
     with contextlib.suppress(ImportError):
+        import lorashrink.automatic.methods
         import lorashrink.shrinking.prepared  # noqa: F401

@@ -9,18 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorashrink.automatic.levels import LEVELS
+from lorashrink.automatic.method import Method
 from lorashrink.errors import UsageError
-from lorashrink.files.store import OUTPUT_DTYPES
+from lorashrink.files.store import MIXTURES, OUTPUT_DTYPES
 from lorashrink.recipes.grammar import Recipe
 
-# Quality -> the largest error of the whole file. In docs/evidence.md such errors left pictures at about 50, 43 and
-# 36 dB; half precision alone leaves them at 61.
-QUALITIES: Mapping[str, float] = {"same": 0.03, "high": 0.1, "small": 0.22}
-
-# The dtypes to write, without those that are numbers.
-DTYPES = tuple(dtype for dtype in OUTPUT_DTYPES if not dtype.isdecimal())
-
-_MIB = 2**20
+# The dtypes to write, the default first and without those that are numbers.
+DTYPES = ("auto", *(dtype for dtype in (*OUTPUT_DTYPES, *MIXTURES) if not dtype.isdecimal() and dtype != "auto"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +27,10 @@ class Help:
     calibration: Path | None = None  # what `calibrate` wrote
 
     @property
-    def score(self) -> str:
-        """The best score for a size that these files allow, with a comma behind it."""
-        return "calib,bytes," if self.calibration else self.plain_score
-
-    @property
-    def plain_score(self) -> str:
-        """The best score for an error, which is one of the weights and not of what a table says of them."""
-        return "fro_ckpt,bytes," if self.base else "bytes,"
+    def method(self) -> Method:
+        """What `shrink` would do with these files."""
+        name = "calibrated" if self.calibration else "base" if self.base else "adapter"
+        return Method(name, "", self.base, self.calibration)
 
 
 def recipe_of(goal: Mapping[str, Any], help: Help) -> Recipe:
@@ -49,20 +41,20 @@ def recipe_of(goal: Mapping[str, Any], help: Help) -> Recipe:
     by, value = goal.get("by"), goal.get("value")
     if by == "recipe" and isinstance(value, str):
         return Recipe.parse(value)
-    if by == "quality" and value in QUALITIES:
-        return Recipe.parse(f"{help.plain_score}error={QUALITIES[str(value)]}")
+    if by == "quality" and value in LEVELS:
+        return Recipe.parse(help.method.of_level(LEVELS[str(value)]))
     if isinstance(value, (int, float)) and math.isfinite(value) and value > 0:
         if by == "size":
-            return Recipe.parse(f"{help.score}size={value / _MIB:.6f}")
+            return Recipe.parse(help.method.of_size(value))
         if by == "rank":
-            return Recipe.parse(f"rank={value:.0f}")
-    words = ", ".join(QUALITIES)
+            return Recipe.parse(help.method.of_rank(round(value)))
+    words = ", ".join(LEVELS)
     raise UsageError(f"'{by} {value}' is no goal. Give a quality ({words}), a size in bytes, a rank or a recipe.")
 
 
 def dtype_of(request: Mapping[str, Any]) -> str:
     """The dtype to write, in the user's words. Raises UsageError."""
-    dtype = request.get("dtype") or "same"
+    dtype = request.get("dtype") or DTYPES[0]
     if dtype not in DTYPES:
         raise UsageError(f"dtype: '{dtype}' is not one of {', '.join(DTYPES)}.")
     return str(dtype)

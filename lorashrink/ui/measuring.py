@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorashrink.adapters import peft
-from lorashrink.errors import Progress
+from lorashrink.automatic.levels import LEVELS
+from lorashrink.errors import Progress, RecipeError
 from lorashrink.names import block
 from lorashrink.recipes.grammar import Recipe
-from lorashrink.ui.goals import QUALITIES, Help, recipe_of
+from lorashrink.ui.goals import DTYPES, Help, recipe_of
 
 if TYPE_CHECKING:
     from lorashrink.results.prepared import Outcome
@@ -48,10 +49,13 @@ class Measurer:
             return self._kept[key]
 
     def curve(self, path: Path, help: Help, dtype: str) -> dict[str, Any]:
-        """Points of size (bytes) against error (relative, of ΔW), smallest first, and what each quality gives."""
+        """Points of size (bytes) against error (relative, of ΔW), smallest first, and what each quality gives.
+
+        A quality that this dtype does not reach gives None.
+        """
         prepared = self.prepared(path, help)
-        curve = prepared.curve(help.score.rstrip(","), dtype=dtype, points=_POINTS)
-        qualities = {name: _point(prepared.at(recipe_of({"by": "quality", "value": name}, help))) for name in QUALITIES}
+        curve = prepared.curve(help.method.score, dtype=dtype, points=_POINTS)
+        qualities = {name: _quality(prepared, name, help, dtype) for name in LEVELS}
         points = [{"bytes": size, "error": error} for size, error in curve.points]
         return {"points": points, "qualities": qualities}
 
@@ -66,12 +70,19 @@ def saving(path: Path) -> dict[str, Any]:
     """Size and error at high quality, of the adapter alone. Raises as `lorashrink.prepare`."""
     from lorashrink.shrinking.prepared import prepare
 
-    help = Help()
-    return _point(prepare(path).at(recipe_of({"by": "quality", "value": "high"}, help)))
+    outcome = prepare(path).at(recipe_of({"by": "quality", "value": "high"}, Help()), dtype=DTYPES[0])
+    return {"bytes": outcome.bytes, "error": outcome.relative_error}
+
+
+def _quality(prepared: Prepared, name: str, help: Help, dtype: str) -> dict[str, Any] | None:
+    try:
+        return _point(prepared.at(recipe_of({"by": "quality", "value": name}, help), dtype=dtype))
+    except RecipeError:
+        return None
 
 
 def _point(outcome: Outcome) -> dict[str, Any]:
-    return {"bytes": outcome.bytes, "error": outcome.relative_error}
+    return {"bytes": outcome.bytes, "error": outcome.relative_error, "predicted_db": outcome.predicted_db}
 
 
 def _blocks(prepared: Prepared, outcome: Outcome) -> list[dict[str, Any]]:

@@ -218,8 +218,29 @@ def test_the_slider_shows_size_and_error_of_what_would_be_written(front: Opened,
     expect(page.locator("pre code")).to_contain_text("size=")
     recipe = page.locator("pre code").inner_text().split(" -r ")[1].split()[0]
     model = Path(page.locator("pre code").inner_text().split("--base ")[1].split()[0])
-    result = ls.resize(STYLE, base=model, recipes=recipe, output=tmp_path / "x.safetensors").results[0]
+    result = ls.resize(STYLE, base=model, recipes=recipe, dtype="auto", output=tmp_path).results[0]
     expect(tile(page, "would be")).to_contain_text(f"{result.bytes_after / 1e3:.1f} kB")
+
+
+def test_the_page_predicts_pictures_with_its_table(browser: Browser, start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    shutil.copy(STYLE, folder)
+    shutil.copytree(EXAMPLE / "model", folder / "model")
+    shutil.copy(EXAMPLE / "table.safetensors", folder)
+    with opened(browser, start(folder)) as front:
+        front.page.locator("#files tr", has_text="style").locator(".size").click()
+        expect(front.page.locator(".sizes [role=status]")).to_contain_text("predicted by table.safetensors")
+        expect(tile(front.page, "predicted")).to_contain_text("about 40 dB")
+        front.page.get_by_role("radio", name="small file").click()
+        expect(tile(front.page, "predicted")).to_contain_text("about 33 dB")
+        front.page.get_by_text("More ways to say it").click()
+        front.page.get_by_label("Numbers as").select_option("fp8")
+        expect(front.page.get_by_role("radio", name="same pictures")).to_be_disabled()
+        front.page.get_by_role("button", name="Shrink to").click()
+        expect(front.page.locator(".job")).to_contain_text("done")
+        expect(front.page.locator(".job")).to_contain_text("about 33 dB")
+        assert front.messages == []
 
 
 def test_a_model_that_does_not_fit_is_left_out(browser: Browser, start: Start, tmp_path: Path) -> None:

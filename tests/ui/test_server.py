@@ -239,7 +239,8 @@ def test_points_of_the_curve_are_what_resize_writes(server: Server, tmp_path: Pa
     assert sizes == sorted(set(sizes))
     assert errors == sorted(errors, reverse=True)
     point = curve["points"][len(sizes) // 2]
-    written = ls.resize(STYLE, recipes=f"bytes,size={point['bytes'] / 2**20:.7f}", output=tmp_path).results[0]
+    recipe = f"bytes,size={point['bytes'] / 2**20:.7f}"
+    written = ls.resize(STYLE, recipes=recipe, dtype="auto", output=tmp_path).results[0]
     assert written.relative_error == pytest.approx(point["error"], rel=0.02)
     for name, most in (("same", 0.03), ("high", 0.1), ("small", 0.22)):
         assert curve["qualities"][name]["error"] <= most
@@ -267,7 +268,7 @@ def test_a_goal_tells_size_error_and_the_line_for_a_shell(server: Server, librar
 # --- shrinking and undoing ----------------------------------------------------------------------------
 
 
-def test_shrinking_writes_what_resize_writes_and_undo_deletes_only_that(
+def test_shrinking_writes_what_shrink_writes_and_undo_deletes_only_that(
     server: Server, library: Path, tmp_path: Path
 ) -> None:
     before = {path: path.read_bytes() for path in library.rglob("*.safetensors")}
@@ -277,8 +278,8 @@ def test_shrinking_writes_what_resize_writes_and_undo_deletes_only_that(
     assert (len(job["results"]), len(job["failed"])) == (2, 1)
     outputs = [Path(result["output"]) for result in job["results"]]
     assert outputs == [library / "shrunk/style.safetensors", library / "shrunk/people/heart.safetensors"]
-    expected = ls.resize(STYLE, recipes="bytes,error=0.22", output=tmp_path / "x.safetensors").results[0]
-    assert outputs[0].read_bytes() == Path(expected.output).read_bytes()
+    expected = ls.shrink(STYLE, base=library / "model.safetensors", quality="small", output=tmp_path).results[0]
+    assert outputs[0].read_bytes() == Path(str(expected.output)).read_bytes()
     assert job["results"][0]["bytes_after"] == outputs[0].stat().st_size
     assert job["bytes_after"] == sum(path.stat().st_size for path in outputs)
     again = server.finished(server.post("shrink", ids=identities[:1], by="rank", value=2))
@@ -296,6 +297,66 @@ def test_shrinking_writes_what_resize_writes_and_undo_deletes_only_that(
     (library / "shrunk/own.txt").unlink()
     server.post(f"jobs/{again['id']}/undo")
     assert {path: path.read_bytes() for path in library.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize("table_folder", ["cache/lorashrink/tables", "loras"])
+def test_the_table_that_shrink_takes_is_the_default(start: Start, tmp_path: Path, table_folder: str) -> None:
+    folder, tables = tmp_path / "loras", tmp_path / table_folder
+    folder.mkdir()
+    tables.mkdir(parents=True, exist_ok=True)
+    shutil.copy(STYLE, folder)
+    shutil.copytree(EXAMPLE / "model", folder / "model")
+    shutil.copy(EXAMPLE / "table.safetensors", tables / "any.safetensors")
+    server = start(folder)
+    identity = server.row("style.safetensors")["id"]
+    about = server.get(f"adapters/{identity}")
+    assert [table["name"] for table in about["calibrations"]] == ["any.safetensors"]
+    assert about["calibration"] == about["calibrations"][0]["id"]
+    help = {"base": about["bases"][0]["id"], "calibration": about["calibration"]}
+    query = f"base={help['base']}&calibration={help['calibration']}"
+    point = server.get(f"adapters/{identity}/at?by=quality&value=high&{query}")
+    assert point["predicted_db"] >= 40
+    assert f"--calibration {tables / 'any.safetensors'} -t auto" in point["command"]
+    qualities = server.get(f"adapters/{identity}/curve?dtype=fp8&{query}")["qualities"]
+    assert qualities["same"] is None
+    assert qualities["high"]["predicted_db"] >= 40
+    jobs = [server.post("shrink", ids=[identity], by="quality", value="high", **files) for files in (help, {})]
+    (result,), (without_files,) = (server.finished(job)["results"] for job in jobs)
+    assert Path(result["output"]).read_bytes() == Path(without_files["output"]).read_bytes()
+    expected = ls.shrink(STYLE, calibration=EXAMPLE / "table.safetensors", output=tmp_path / "out").results[0]
+    assert Path(result["output"]).read_bytes() == Path(str(expected.output)).read_bytes()
+    assert result["predicted_db"] == point["predicted_db"] == expected.predicted_db
+
+
+def test_a_table_that_became_a_link_to_the_outside_is_not_read(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    shutil.copy(STYLE, folder)
+    shutil.copytree(EXAMPLE / "model", folder / "model")
+    shutil.copy(EXAMPLE / "table.safetensors", folder / "model")
+    server = start(folder)
+    identity = server.row("style.safetensors")["id"]
+    table = server.get(f"adapters/{identity}")["calibration"]
+    assert table
+    shutil.move(folder / "model" / "table.safetensors", tmp_path)
+    (folder / "model" / "table.safetensors").symlink_to(tmp_path / "table.safetensors")
+    assert server.request(f"/api/adapters/{identity}/at?by=rank&value=2&calibration={table}")[0] == 400
+
+
+def test_what_lies_beside_a_lora_is_copied_and_undone(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    shutil.copy(STYLE, folder)
+    (folder / "style.preview.png").write_bytes(b"a picture")
+    (tmp_path / "secret.txt").write_text("of somebody")
+    (folder / "style.txt").symlink_to(tmp_path / "secret.txt")
+    server = start(folder)
+    job = server.finished(server.post("shrink", ids=[server.row("style.safetensors")["id"]], by="rank", value=2))
+    assert {path.name for path in (folder / "shrunk").iterdir()} == {"style.safetensors", "style.preview.png"}
+    assert (folder / "shrunk" / "style.preview.png").read_bytes() == b"a picture"
+    assert server.post(f"jobs/{job['id']}/undo")["deleted"] == 2
+    assert not (folder / "shrunk").exists()
+    assert (folder / "style.preview.png").exists()
 
 
 def test_a_peft_folder_is_shrunk_into_a_folder_and_undone(start: Start, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ import { address, get, post, Refused } from "./api.js";
 import { Curve } from "./curve.js";
 import { byId, el } from "./dom.js";
 import { PicturesView } from "./pictures.js";
-import { errorMeaning, fineSizeText, percentText, sizeText } from "./text.js";
+import { decibelText, errorMeaning, fineSizeText, percentText, pictureMeaning, sizeText } from "./text.js";
 
 export const QUALITIES = { same: "same pictures", high: "high", small: "small file" };
+
+const DTYPES = { auto: "the best that programs load", same: "in the file" };
 
 const STEPS = 1000; // of the slider
 
@@ -29,26 +31,27 @@ export class AdapterView {
     try {
       this.about = await get(`adapters/${id}`, {}, signal);
       this.goal = { by: "quality", value: "high" };
-      this.help = { base: this.about.bases[0]?.id ?? "", calibration: "", dtype: "" };
+      this.help = { base: this.about.bases[0]?.id ?? "", calibration: this.about.calibration, dtype: "" };
       this.build();
       if (this.about.layers === 0) return;
       // Without a base it takes a moment, with one that was never read before some seconds: both, one after the other.
       await this.measure({}, signal);
-      if (this.help.base) await this.compareWithBase(signal);
+      if (this.help.base || this.help.calibration) await this.compare(signal);
     } catch (error) {
       this.fail(error);
     }
   }
 
   // A model of the right family may still be of another size or kind; then the LoRA is measured alone.
-  async compareWithBase(signal) {
+  async compare(signal) {
     try {
       await this.measure(this.help, signal);
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       this.help.base = "";
       byId("base").value = "";
-      this.status.textContent = `Measured on the LoRA alone: ${error.message}`;
+      if (this.help.calibration) await this.measure(this.help, signal);
+      else this.status.textContent = `Measured on the LoRA alone: ${error.message}`;
     }
   }
 
@@ -148,7 +151,7 @@ export class AdapterView {
         el("div", {}, el("label", { htmlFor: "recipe" }, "Recipe"), recipe),
         el("div", {}, el("label", { htmlFor: "dtype" }, "Numbers as"),
           el("select", { id: "dtype", onchange: choose("dtype") }, this.about.dtypes.map((dtype) =>
-            el("option", { value: dtype === "same" ? "" : dtype }, dtype === "same" ? "in the file" : dtype)))),
+            el("option", { value: dtype === this.about.dtypes[0] ? "" : dtype }, DTYPES[dtype] ?? dtype)))),
         select("base", "Compare with the model", "base", bases, "no model"),
         select("calibration", "Calibration table", "calibration", calibrations, "none")),
       bases.length ? null : el("p", { className: "note" },
@@ -171,16 +174,17 @@ export class AdapterView {
     if (focused) this.choices.querySelector(`[value="${focused}"]`)?.focus();
     const base = this.about.bases.find((entry) => entry.id === help.base);
     const table = this.about.calibrations.find((entry) => entry.id === help.calibration);
-    this.basis = table ? `Sizes are chosen by ${table.name}: pictures are nearer than the error of the weights says.` : base ? `Compared with ${base.name}.` : "Measured on the LoRA alone.";
+    this.basis = table ? `Quality is predicted by ${table.name}.` : base ? `Compared with ${base.name}.` : "Measured on the LoRA alone.";
     await this.setGoal(this.goal);
   }
 
   quality(name, label) {
     const point = this.qualities[name];
     return el("label", {},
-      el("input", { type: "radio", name: "quality", value: name, checked: this.goal.by === "quality" && this.goal.value === name,
+      el("input", { type: "radio", name: "quality", value: name, disabled: !point, checked: this.goal.by === "quality" && this.goal.value === name,
         onchange: () => this.setGoal({ by: "quality", value: name }) }),
-      el("b", {}, label), el("span", {}, sizeText(point.bytes)), el("small", {}, `${percentText(point.bytes / this.about.bytes)} of the size`));
+      el("b", {}, label), el("span", {}, point ? sizeText(point.bytes) : "–"),
+      el("small", {}, point ? `${percentText(point.bytes / this.about.bytes)} of the size` : "not with these numbers"));
   }
 
   slide() {
@@ -217,11 +221,15 @@ export class AdapterView {
     this.curve.moveTo(point.bytes, point.error);
     if (exact && this.goal.by !== "size") this.slider.value = String(Math.round(STEPS * this.curve.share(point.bytes)));
     const size = fineSizeText(point.bytes);
-    this.slider.setAttribute("aria-valuetext", `${size}, error ${percentText(point.error)}, ${errorMeaning(point.error)}`);
+    const calibrated = Boolean(this.measuredWith.calibration);
+    const decibels = point.predicted_db;
+    const meaning = decibels ? pictureMeaning(decibels) : exact || !calibrated ? errorMeaning(point.error) : "";
+    this.slider.setAttribute("aria-valuetext", [size, `error ${percentText(point.error)}`, meaning].filter(Boolean).join(", "));
     this.tiles.replaceChildren(
       tile("size now", sizeText(before), this.about.rank ? `rank ${this.about.rank}` : ""),
       tile("would be", size, smaller ? `${percentText(point.bytes / before)} of it` : "no smaller"),
-      tile("error of the weights", percentText(point.error), errorMeaning(point.error)),
+      ...(calibrated ? [tile("predicted", decibels ? decibelText(decibels) : exact ? "–" : "…", decibels ? meaning : "")] : []),
+      tile("error of the weights", percentText(point.error), decibels ? "" : meaning),
     );
     this.shrinkButton.textContent = `Shrink to ${size}`;
     this.shrinkButton.disabled = !smaller;

@@ -2,7 +2,7 @@
 
 import { address, post, Refused } from "./api.js";
 import { byId, el } from "./dom.js";
-import { countText, percentText, sizeText } from "./text.js";
+import { countText, decibelText, percentText, sizeText } from "./text.js";
 
 export class JobsView {
   constructor({ changed }) {
@@ -93,14 +93,14 @@ function results(job) {
       el("td", {}, sizeText(result.bytes_before)),
       el("td", {}, sizeText(result.bytes_after)),
       el("td", {}, percentText(result.bytes_after / result.bytes_before)),
-      el("td", {}, percentText(result.error)),
+      el("td", {}, result.predicted_db ? decibelText(result.predicted_db) : `error ${percentText(result.error)}`),
       el("td", { className: "text path" }, job.undone ? "deleted" : [result.output, " ",
         result.output_id ? el("a", { href: address(`files/${result.output_id}`), download: result.output_name, "aria-label": `Download ${result.output_name}` }, "Download") : null]),
     ));
   return el("div", { className: "scroll", role: "region", tabIndex: 0, "aria-label": "Results" },
     el("table", {},
       el("caption", { className: "hidden" }, job.title),
-      el("thead", {}, el("tr", {}, ...["LoRA", "before", "after", "share", "error", "written to"].map((head, index) =>
+      el("thead", {}, el("tr", {}, ...["LoRA", "before", "after", "share", "quality", "written to"].map((head, index) =>
         el("th", { scope: "col", className: index === 0 || index === 5 ? "text" : "" }, head)))),
       el("tbody", {}, rows)));
 }

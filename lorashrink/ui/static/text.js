@@ -33,6 +33,18 @@ export function countText(count, noun) {
   return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 }
 
+export function decibelText(decibels) {
+  return `about ${Math.round(decibels)} dB`;
+}
+
+// What a PSNR of pictures means; the steps are those of the qualities.
+export function pictureMeaning(decibels) {
+  if (decibels >= 49.5) return "pictures should look the same";
+  if (decibels >= 39.5) return "differences are hard to see";
+  if (decibels >= 32.5) return "small differences";
+  return decibels >= 26.5 ? "visible differences" : "much of it is lost";
+}
+
 // What an error of the weights means for pictures, as far as that can be said without drawing any.
 export function errorMeaning(error) {
   if (error <= 0.035) return "pictures should look the same";
