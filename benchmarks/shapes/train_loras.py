@@ -17,7 +17,8 @@ from pathlib import Path
 import lorashrink_example
 
 HERE = Path(__file__).parent
-MODEL = lorashrink_example.path("model")
+EXAMPLE = lorashrink_example.path()
+MODEL = EXAMPLE / "model"
 
 _LOGGED = 50  # steps between lines of a log
 _PLAIN = "0.15"  # share of pictures without style or object, so that these stay with their words

@@ -251,16 +251,6 @@ def test_json_has_the_documented_fields(collection: Path) -> None:
         assert {"predicted_db", "worst_picture_db", "loads_in", "skipped"} <= result.keys()
 
 
-def test_the_table_fits_eighty_columns(collection: Path) -> None:
-    long = collection / f"{'a rather long name of a style ' * 3}.safetensors"
-    shutil.copy(collection / "lora.safetensors", long)
-    lines = run("shrink", collection).splitlines()
-    rows = lines[next(index for index, line in enumerate(lines) if line.strip().startswith("file")) :]
-    assert (
-        max(len(line.rstrip()) for line in rows[: rows.index(next(line for line in rows if "written" in line))]) <= 80
-    )
-
-
 def test_a_peft_folder_becomes_a_peft_folder(tmp_path: Path) -> None:
     folder = tmp_path / "peft"
     folder.mkdir()

@@ -48,7 +48,6 @@ def errors(folder: Path, *words: str) -> str:
 
 MISTAKES = {
     # recipes
-    "resize lora.safetensors": "the default recipe compares with the base model. Add --base MODEL, or use -r",
     "resize lora.safetensors energy=0.9": "energy=0.9: is not a file. Did you mean -r energy=0.9?",
     "resize lora.safetensors fro_ckpt=1,thr=-3.55 -o old.safetensors": "Did you mean -r fro_ckpt=1,thr=-3.55?",
     "resize lora.safetensors rank=4": "Did you mean -r rank=4?",
@@ -82,7 +81,7 @@ MISTAKES = {
     "extract lora.safetensors model.safetensors": "lora.safetensors: is a LoRA, and a base model is needed here.",
     "extract model.safetensors lora.safetensors": "lora.safetensors: is a LoRA, and a base model is needed here.",
     "compare model.safetensors sdxl": "model.safetensors, was taken as the base. Two checkpoints are compared by:",
-    "calibrate": "name the file to write: -o table.safetensors",
+    "calibrate": "name the model first: lorashrink calibrate MODEL [ADAPTER...] -o table.safetensors",
     "calibrate lora.safetensors -o t.safetensors": "lorashrink calibrate MODEL [ADAPTER...] -o table.safetensors",
     "calibrate sdlx -o t.safetensors": "sdlx: no such file. Similar names there: sdxl",
     "refine lora.safetensors": "lorashrink refine lora.safetensors --like lora.safetensors --model sdxl/",

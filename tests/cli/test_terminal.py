@@ -74,6 +74,13 @@ def test_sizes_and_errors_of_resize_are_never_cut(folder: Path, columns: int) ->
     assert ("91.14%" in row) == (columns == 120)  # the energy
 
 
+def test_the_table_of_shrink_fits_eighty_columns(folder: Path, tmp_path: Path) -> None:
+    lines = in_terminal(80, "shrink", "-o", tmp_path, folder)
+    head = next(number for number, line in enumerate(lines) if re.match(r" file +before ", line))
+    assert max(map(len, lines[head : head + 4])) <= 80
+    assert re.search(r" 908\.0 kB +\d+\.\d kB +\d+% +error \d+\.\d+%", lines[head + 2])
+
+
 def test_verbose_shows_all_columns(folder: Path) -> None:
     words = ("resize", "-v", "-r", "rank=2", "--dry-run", "-o", folder / "out", folder / f"{NAME}.safetensors")
     text = in_terminal(160, *words)

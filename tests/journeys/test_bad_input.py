@@ -434,7 +434,7 @@ def test_an_existing_norm_table_is_replaced_only_with_force(tmp_path: Path) -> N
 def test_an_impossible_output_folder_is_named_before_any_work(
     tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
-    monkeypatch.setattr("lorashrink.shrinking.session.open_base", lambda *_: pytest.fail("the base was opened"))
+    monkeypatch.setattr("lorashrink.shrinking.session.use_base", lambda *_: pytest.fail("the base was opened"))
     (tmp_path / "file").write_text("mine")
     resize(good, "-o", tmp_path / folder).failed(2, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
@@ -472,7 +472,7 @@ def test_an_existing_output_is_replaced_only_with_force(out: Path, good: Path) -
 def test_one_existing_output_stops_a_batch_before_any_work(
     tmp_path: Path, out: Path, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorashrink.shrinking.session.open_base", lambda *_: pytest.fail("the base was opened"))
+    monkeypatch.setattr("lorashrink.shrinking.session.use_base", lambda *_: pytest.fail("the base was opened"))
     last = adapter(tmp_path / "last.safetensors")
     out.mkdir()
     (out / "last_rank1.safetensors").write_text("mine")

@@ -278,7 +278,7 @@ def test_vllm_gets_one_rank_in_8_bits(tmp_path: Path) -> None:
 
 
 def test_quality_needs_statistics(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="needs statistics of the model"):
+    with pytest.raises(Exception, match="needs a calibration table"):
         ls.resize(STYLE, recipes="quality=40", output=tmp_path)
 
 

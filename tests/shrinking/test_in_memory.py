@@ -210,7 +210,7 @@ def test_what_a_prepared_adapter_lacks_is_said(adapter):
     prepared = ls.prepare(adapter)
     with pytest.raises(RecipeError, match="base="):
         prepared.at("fro_ckpt,size=1")
-    with pytest.raises(RecipeError, match="statistics"):
+    with pytest.raises(RecipeError, match="calibration table"):
         prepared.at("calib,energy=0.9")
     with pytest.raises(RecipeError, match="keeps nothing"):
         prepared.at("thr=30")
