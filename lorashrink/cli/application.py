@@ -60,16 +60,19 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # not every terminal and pipe can show every sign
             stream.reconfigure(errors="backslashreplace")
     status: object = 0
+    failure: OSError | None = None  # of printing: the command itself turns its own into messages
     try:
         app()
     except SystemExit as stop:
         status = stop.code
-    except OSError as error:  # of printing: the command itself turns its own into messages
-        status = _tell(error)
+    except OSError as error:
+        failure = error
     try:
         sys.stdout.flush()
     except OSError as error:
-        status = _tell(error)
+        failure = failure or error
+    if failure:
+        status = _tell(failure)
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     # Every file is closed by now; taking torch apart would only take up to half a second.

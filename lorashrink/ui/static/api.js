@@ -24,7 +24,10 @@ async function ask(path, options = {}) {
     if (error.name === "AbortError") throw error;
     throw new Unreachable(error.message);
   }
-  const values = await response.json().catch(() => ({}));
+  const values = await response.json().catch((error) => {
+    if (error.name === "AbortError") throw error;
+    return {}; // an answer without JSON, from something before the server
+  });
   if (!response.ok) throw new Refused(values.error ?? `the server answered ${response.status}`, response.status);
   return values;
 }
