@@ -73,18 +73,15 @@ def create_temporary(path: Path) -> tuple[int, Path]:
             _own.unfinished.discard(temporary)
         else:
             lock_file(number)
-            if _is_still(temporary, number):
-                return number, temporary
+            try:
+                if os.fstat(number).st_nlink:
+                    return number, temporary
+            except OSError:
+                os.close(number)
+                discard(temporary)
+                raise
             os.close(number)  # another process took it for a leftover, in the moment before the lock
             _own.unfinished.discard(temporary)
-
-
-def _is_still(path: Path, number: int) -> bool:
-    """Whether the open file is the one at the path."""
-    try:
-        return os.path.samestat(os.fstat(number), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 class _Own:
