@@ -354,11 +354,12 @@ class Application:
         if not clean.endswith(".safetensors") or clean.startswith("."):
             raise UsageError(f"{name[:100]}: only .safetensors files can be dropped here.")
         folder = Path(tempfile.mkdtemp(dir=self.uploads))
-        path = folder / clean
+        path, unfinished = folder / clean, folder / "unfinished"
         try:
-            with open(path, "xb") as handle:
+            with open(unfinished, "xb") as handle:
                 async for piece in pieces:
                     handle.write(piece)
+            unfinished.rename(path)  # so that the list never has a part of a file
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
