@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 
 import lorashrink as ls
+from lorashrink.automatic.sidecars import copy_sidecar, sidecars
 from lorashrink.bases import Base
 from lorashrink.errors import NotABase, OutputError, UsageError
-from lorashrink.files.disk import sha256_file, write_together
 from lorashrink.files.store import OUTPUT_DTYPES
 from lorashrink.linking.inputs import is_sum, to_sum
 from lorashrink.pictures.likeness import ms_ssim, psnr
@@ -317,14 +316,6 @@ def _shape(pictures: Tensor) -> str:
 
 # --- saving -------------------------------------------------------------------------------------
 
-# What programs put beside a LoRA: previews, and what they know of it.
-_PREVIEWS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4")
-_SIDECARS = (
-    *(f".preview{ending}" for ending in _PREVIEWS),
-    *_PREVIEWS,
-    *(".civitai.info", ".metadata.json", ".json", ".txt", ".yaml", ".description.txt"),
-)
-
 
 def save(shrunk: Shrunk, name: str = "", *, overwrite: bool = False) -> list[Path]:
     """Write the shrunk LoRA beside its source, with copies of the files that go with it; the paths, LoRA first.
@@ -341,35 +332,7 @@ def save(shrunk: Shrunk, name: str = "", *, overwrite: bool = False) -> list[Pat
     result = shrunk.prepared.save(shrunk.recipe, path, dtype=shrunk.outcome.dtype, force=overwrite)
     paths = [Path(result.output)]
     if not merged:
-        paths += _copy_sidecars(source, path, overwrite)
+        for sidecar, copy in sidecars(source, path, overwrite=overwrite):
+            copy_sidecar(sidecar, copy, path)
+            paths.append(copy)
     return paths
-
-
-def _copy_sidecars(source: Path, path: Path, overwrite: bool) -> list[Path]:
-    copies = []
-    for ending in _SIDECARS:
-        sidecar, copy = source.with_name(source.stem + ending), path.with_name(path.stem + ending)
-        if not sidecar.is_file() or sidecar == copy or (copy.exists() and not overwrite):
-            continue
-        data = sidecar.read_bytes()
-        write_together({copy: _for_file(data, path) if ending == ".metadata.json" else data})
-        copies.append(copy)
-    return copies
-
-
-def _for_file(data: bytes, path: Path) -> bytes:
-    """LoRA Manager's notes on a file, for the shrunk one: it trusts their name, size and hash."""
-    try:
-        notes = json.loads(data)
-    except ValueError:
-        return data
-    if not isinstance(notes, dict):
-        return data
-    for key in ("preview_url", "file_path"):
-        if isinstance(notes.get(key), str):
-            old = Path(notes[key])
-            ending = "".join(old.suffixes[-2:]) if ".preview" in old.suffixes else old.suffix
-            notes[key] = str(old.with_name(path.stem + ending))
-    own = {"file_name": path.stem, "size": path.stat().st_size, "sha256": sha256_file(path)}
-    notes |= {key: value for key, value in own.items() if key in notes}
-    return json.dumps(notes, indent=2, ensure_ascii=False).encode()

@@ -83,22 +83,44 @@ def _target_inputs() -> list[io.Input]:
     ]
 
 
-_LORA_INPUTS = (
-    lambda: io.Model.Input("model", tooltip="The diffusion model that the LoRA is applied to."),
-    lambda: io.Clip.Input("clip", optional=True, tooltip="The text encoders, if the LoRA changes them."),
-)
+def _model_inputs() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The diffusion model that the LoRA is applied to."),
+        io.Clip.Input("clip", optional=True, tooltip="The text encoders, if the LoRA changes them."),
+    ]
 
 
-def _check_target(target: Any = None, **widgets: Any) -> bool | str:
-    """What is wrong with the target, before anything runs."""
-    given = {key: value for key, value in widgets.items() if value is not None}
-    if not isinstance(target, str):
-        return True  # it comes from another node
-    try:
-        logic.recipe_for(target, **given)
-    except LorashrinkError as error:
-        return str(error)
-    return True
+def _shrink_inputs() -> list[io.Input]:
+    return [
+        *_model_inputs(),
+        _lora_input(),
+        _strength("strength_model", "the diffusion model"),
+        _strength("strength_clip", "the text encoders"),
+        *_target_inputs(),
+    ]
+
+
+class _OfFiles(io.ComfyNode):
+    """A node that reads LoRA files, and runs again when one of them is replaced."""
+
+    @classmethod
+    def fingerprint_inputs(cls, **values: Any) -> object:
+        return _stamp(*(value for key, value in values.items() if key.startswith("lora_")))
+
+
+class _WithTarget(io.ComfyNode):
+    """A node with a target, which is checked before anything runs."""
+
+    @classmethod
+    def validate_inputs(cls, target=None, quality=None, megabytes=None, rank=None, recipe=None) -> bool | str:
+        widgets = {"quality": quality, "megabytes": megabytes, "rank": rank, "recipe": recipe}
+        if not isinstance(target, str):
+            return True  # it comes from another node
+        try:
+            logic.recipe_for(target, **{name: value for name, value in widgets.items() if value is not None})
+        except LorashrinkError as error:
+            return str(error)
+        return True
 
 
 def _shrink(source: str, model: Any, clip: Any, dtype: str, **target: Any) -> tuple[logic.Shrunk, Any]:
@@ -111,7 +133,7 @@ def _applied(model: Any, clip: Any, state: Any, strength_model: float, strength_
     return comfy.sd.load_lora_for_models(model, clip, state, strength_model, strength_clip)
 
 
-class ShrinkLora(io.ComfyNode):
+class ShrinkLora(_OfFiles, _WithTarget):
     """A LoRA is shrunk in memory and applied."""
 
     @classmethod
@@ -122,13 +144,7 @@ class ShrinkLora(io.ComfyNode):
             category=_CATEGORY,
             description="Applies a LoRA as small as you like. No file is written until you connect Save Shrunk LoRA. "
             "After the first run only the target is computed again.",
-            inputs=[
-                *(make() for make in _LORA_INPUTS),
-                _lora_input(),
-                _strength("strength_model", "the diffusion model"),
-                _strength("strength_clip", "the text encoders"),
-                *_target_inputs(),
-            ],
+            inputs=_shrink_inputs(),
             outputs=[
                 io.Model.Output(display_name="model"),
                 io.Clip.Output(display_name="clip"),
@@ -139,14 +155,6 @@ class ShrinkLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, target=None, quality=None, megabytes=None, rank=None, recipe=None) -> bool | str:
-        return _check_target(target, quality=quality, megabytes=megabytes, rank=rank, recipe=recipe)
-
-    @classmethod
-    def fingerprint_inputs(cls, lora_name, **_: Any) -> object:
-        return _stamp(lora_name)
-
-    @classmethod
     def execute(cls, model, lora_name, strength_model, strength_clip, dtype, clip=None, **target: Any) -> io.NodeOutput:
         shrunk, base = _shrink(_path(lora_name), model, clip, dtype, **target)
         model, clip = _applied(model, clip, shrunk.state_dict(), strength_model, strength_clip)
@@ -155,7 +163,7 @@ class ShrinkLora(io.ComfyNode):
         return io.NodeOutput(model, clip, shrunk, text, picture, ui=ui.PreviewText(text))
 
 
-class CompareLora(io.ComfyNode):
+class CompareLora(_OfFiles, _WithTarget):
     """The full and the shrunk LoRA, each on a model of its own."""
 
     @classmethod
@@ -165,13 +173,7 @@ class CompareLora(io.ComfyNode):
             display_name="Shrink LoRA (compare)",
             category=_CATEGORY,
             description="Gives the model with the full LoRA and with the shrunk one, to draw both from one queue.",
-            inputs=[
-                *(make() for make in _LORA_INPUTS),
-                _lora_input(),
-                _strength("strength_model", "the diffusion model"),
-                _strength("strength_clip", "the text encoders"),
-                *_target_inputs(),
-            ],
+            inputs=_shrink_inputs(),
             outputs=[
                 io.Model.Output(display_name="model_full"),
                 io.Clip.Output(display_name="clip_full"),
@@ -181,14 +183,6 @@ class CompareLora(io.ComfyNode):
                 io.String.Output(display_name="report"),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, target=None, quality=None, megabytes=None, rank=None, recipe=None) -> bool | str:
-        return _check_target(target, quality=quality, megabytes=megabytes, rank=rank, recipe=recipe)
-
-    @classmethod
-    def fingerprint_inputs(cls, lora_name, **_: Any) -> object:
-        return _stamp(lora_name)
 
     @classmethod
     def execute(cls, model, lora_name, strength_model, strength_clip, dtype, clip=None, **target: Any) -> io.NodeOutput:
@@ -262,7 +256,7 @@ class SaveShrunkLora(io.ComfyNode):
         return io.NodeOutput(str(paths[0]), ui=ui.PreviewText(text))
 
 
-class InspectLora(io.ComfyNode):
+class InspectLora(_OfFiles):
     """What is inside a LoRA."""
 
     @classmethod
@@ -280,10 +274,6 @@ class InspectLora(io.ComfyNode):
             outputs=[io.String.Output(display_name="facts"), io.Image.Output(display_name="norms")],
             is_output_node=True,
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, lora_name, **_: Any) -> object:
-        return _stamp(lora_name)
 
     @classmethod
     def execute(cls, lora_name, model=None, clip=None) -> io.NodeOutput:
@@ -312,7 +302,7 @@ def _stack(values: dict[str, Any]) -> list[tuple[str, float]]:
     return [(_path(values[f"lora_{number}"]), values[f"strength_{number}"]) for number in numbers]
 
 
-class MergeLoras(io.ComfyNode):
+class MergeLoras(_OfFiles, _WithTarget):
     """Several LoRAs as one, shrunk and applied."""
 
     @classmethod
@@ -322,7 +312,7 @@ class MergeLoras(io.ComfyNode):
             display_name="Merge LoRAs",
             category=_CATEGORY,
             description="Applies several LoRAs as one LoRA of the size that you choose, which Save Shrunk LoRA keeps.",
-            inputs=[*(make() for make in _LORA_INPUTS), *_stack_inputs(), *_target_inputs()],
+            inputs=[*_model_inputs(), *_stack_inputs(), *_target_inputs()],
             outputs=[
                 io.Model.Output(display_name="model"),
                 io.Clip.Output(display_name="clip"),
@@ -330,14 +320,6 @@ class MergeLoras(io.ComfyNode):
                 io.String.Output(display_name="report"),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, target=None, quality=None, megabytes=None, rank=None, recipe=None) -> bool | str:
-        return _check_target(target, quality=quality, megabytes=megabytes, rank=rank, recipe=recipe)
-
-    @classmethod
-    def fingerprint_inputs(cls, **values: Any) -> object:
-        return _stamp(*(values.get(f"lora_{number}", "") for number in (1, 2, 3, 4)))
 
     @classmethod
     def execute(cls, model, dtype, target, quality, megabytes, rank, recipe, clip=None, **stack: Any) -> io.NodeOutput:
@@ -357,7 +339,7 @@ class MergeLoras(io.ComfyNode):
         return io.NodeOutput(model, clip, shrunk, text, ui=ui.PreviewText(text))
 
 
-class StackOverlap(io.ComfyNode):
+class StackOverlap(_OfFiles):
     """Whether LoRAs get along."""
 
     @classmethod
@@ -371,10 +353,6 @@ class StackOverlap(io.ComfyNode):
             outputs=[io.String.Output(display_name="advice"), io.Image.Output(display_name="likeness")],
             is_output_node=True,
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, **values: Any) -> object:
-        return _stamp(*(values.get(f"lora_{number}", "") for number in (1, 2, 3, 4)))
 
     @classmethod
     def execute(cls, model=None, clip=None, **stack: Any) -> io.NodeOutput:

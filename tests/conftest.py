@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import browsing
 import pytest
 import stand_in
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # Deadlines measure the machine, and these machines are shared.
 settings.register_profile("lorashrink", deadline=None, max_examples=60, derandomize=True)
@@ -23,6 +28,17 @@ PARITY = Path(__file__).parent / "data" / "parity"
 GPU = torch.cuda.is_available()
 if GPU:
     torch.cuda.init()  # before tests hide it from the processes that they start
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A Chromium for the tests of a file."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=browsing.CHROMIUM, args=list(browsing.ARGUMENTS))
+        yield opened
+        opened.close()
 
 
 CUDA = [pytest.param("cuda", marks=pytest.mark.cuda)] if GPU else []

@@ -1,15 +1,14 @@
-"""Which files are shrunk, where their outputs go, and what is copied along."""
+"""Which files are shrunk, and where their outputs go."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorashrink.adapters import open_adapter, peft
 from lorashrink.errors import InputError, OutputError, UsageError
-from lorashrink.files.disk import write_bytes
 from lorashrink.files.header import read_header
 from lorashrink.files.metadata_keys import RECIPE, SOURCE
 from lorashrink.files.reading import PICKLE_SUFFIXES
@@ -17,9 +16,6 @@ from lorashrink.linking.inputs import find_adapters
 from lorashrink.sums.summing import contents_sha256
 
 FOLDER = "shrunk"
-
-# Files that other programs keep beside an adapter: name without ending + one of these.
-_SIDECARS = (".civitai.info", ".metadata.json", ".json", ".txt", ".preview.png", ".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +38,6 @@ class Collection:
 
     items: tuple[Item, ...]
     own: tuple[Path, ...]  # outputs of earlier runs among the inputs, which are left alone
-    damaged: Mapping[Path, str] = field(default_factory=dict)
 
 
 def collect(entries: Sequence[str | Path], output: Path | None) -> Collection:
@@ -118,25 +113,3 @@ def check_existing(item: Item) -> None:
     raise OutputError(
         f"{item.output}: exists, and was not made from {item.source}. Use --force to replace it, or another -o."
     )
-
-
-def sidecars(source: Path, output: Path) -> Iterator[tuple[Path, Path]]:
-    """The files beside an adapter that belong to it, with the names of their copies beside the output.
-
-    Those whose copies exist are left out.
-    """
-    if os.path.isdir(source):
-        return
-    for ending in _SIDECARS:
-        sidecar, copy = source.with_suffix(ending), output.with_suffix(ending)
-        if sidecar.is_file() and not os.path.lexists(copy):
-            yield sidecar, copy
-
-
-def copy_sidecar(sidecar: Path, copy: Path) -> None:
-    """Copy a file that lies beside an adapter. Raises OutputError."""
-    try:
-        data = sidecar.read_bytes()
-    except OSError as error:
-        raise OutputError(f"{sidecar}: cannot be copied ({error.strerror or error}).") from error
-    write_bytes(copy, data)

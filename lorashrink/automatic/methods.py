@@ -69,8 +69,7 @@ class Methods:
 
     def check(self) -> None:
         """Open what was named, before any work. Raises InputError or NotABase."""
-        assert self._base is None or self._base.shapes
-        assert self._tables is not None
+        _ = self._base and self._base.shapes, self._tables
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
@@ -79,7 +78,9 @@ class Methods:
 
     def of(self, source: Source) -> Method:
         """The best method for an adapter. Raises InputError if the adapter cannot be read."""
-        alone = Method("adapter", f"by the adapter alone (with a table of the model about 40 % smaller: {_CALIBRATE})")
+        alone = Method(
+            "adapter", f"by the adapter alone (a table of its model makes files about half as large: {_CALIBRATE})"
+        )
         if self._base is None and not self._tables:
             return alone
         with open_adapter(source) as adapter:
@@ -89,7 +90,9 @@ class Methods:
                 if _fits(adapter, table):
                     return Method("calibrated", f"calibrated with {table.path.name}, {where}", base, table.path)
         if base and self._base:
-            why = f"compared with {self._base.path.name} (with a table of the model about 30 % smaller: {_CALIBRATE})"
+            why = (
+                f"compared with {self._base.path.name} (a table of it makes files about a third smaller: {_CALIBRATE})"
+            )
             return Method("base", why, base)
         if named := self._calibration or (self._base and self._base.path):
             return Method("adapter", f"by the adapter alone: {named.name} is for another model")

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorashrink._version import __version__
 from lorashrink.adapters import in_memory, open_adapter, peft
-from lorashrink.automatic.collecting import Item, check_existing, collect, copy_sidecar, sidecars
+from lorashrink.automatic.collecting import Item, check_existing, collect
 from lorashrink.automatic.drawing import Gallery, Series, recipe_by_pictures, worst_of
 from lorashrink.automatic.in_memory import shrink_in_memory
 from lorashrink.automatic.method import Method
 from lorashrink.automatic.methods import Methods
 from lorashrink.automatic.record import Record, as_earlier, source_stamp
 from lorashrink.automatic.request import Request, left_alone
+from lorashrink.automatic.sidecars import copy_sidecar, sidecars
 from lorashrink.bases import Base
 from lorashrink.errors import InputError, LorashrinkError, Progress, UsageError, boundary
 from lorashrink.files.disk import check_output, write_bytes
@@ -290,7 +291,7 @@ class Run:
         self.results[item.source] = result
         if result.output:
             for sidecar, copy in sidecars(item.source, item.output):
-                copy_sidecar(sidecar, copy)
+                copy_sidecar(sidecar, copy, item.output)
             sha256 = read_header(item.output)[1][SOURCE]
         else:
             with open_adapter(item.source) as adapter:

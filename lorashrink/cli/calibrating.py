@@ -45,7 +45,7 @@ def calibrate(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL] [ADAPTER...]",
-            help="The model, for a table that serves all its LoRAs; with LoRAs behind it, exact numbers for these.",
+            help="The model, for a table that fits all its LoRAs. Add LoRAs to record exact numbers for these.",
         ),
     ] = None,
     model: Model = None,

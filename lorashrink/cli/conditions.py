@@ -16,7 +16,9 @@ from lorashrink.text import bytes_in
 FailOn = Annotated[
     list[str] | None,
     typer.Option(
-        "--fail-on", metavar="CONDITION", help="Exit with 3 if a result is such: error>5%, psnr<40, size>50MB."
+        "--fail-on",
+        metavar="CONDITION",
+        help="Exit with status 3 if a result meets a condition: error>5%, psnr<40, size>50MB.",
     ),
 ]
 

@@ -41,7 +41,7 @@ def demo(
     terminal: Terminal,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo-out"),
 ) -> object:
-    """Run inspect, resize and report on a bundled toy model (about 2 minutes).
+    """Run inspect, shrink and report on a bundled toy model (about 2 minutes).
 
     Nothing is downloaded.
 

@@ -62,7 +62,7 @@ ImagesOut = Annotated[
 ]
 Text = Annotated[
     Path | None,
-    typer.Option("--text", help="A text that the base, a language model, reads with each recipe; for PEFT folders."),
+    typer.Option("--text", help="For language models: a text that the base reads with each recipe (PEFT folders)."),
 ]
 Clip = Annotated[Path | None, typer.Option("--clip", help="Folder of a CLIP model, which compares the pictures too.")]
 

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorashrink.cli.command import Terminal, command
-from lorashrink.cli.options import Adapters, Base, Calibration, Device, Force, Jobs, Recursive, split_base
+from lorashrink.cli.options import Adapters, Base, Calibration, Device, Force, Jobs, Output, Recursive, split_base
 from lorashrink.cli.printing import say
 from lorashrink.errors import UsageError
-from lorashrink.text import count_text, decibel_text, percent_text, size_text
+from lorashrink.text import bytes_in, count_text, decibel_text, percent_text, size_text
 
 if TYPE_CHECKING:
     from lorashrink.results.packing import PackReport, UnpackReport
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-Out = Annotated[Path | None, typer.Option("--output", "-o", help="Folder, or file name if there is one output.")]
-
 
 def _bytes_of(text: str) -> int:
-    """The bytes that `--size` names: 250000, 200kB, 1.5MB, 4MiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if not match or match[2] not in _UNITS or len(match[1]) > 20:
-        raise UsageError(f"--size {text}: a number of bytes, such as 250000, 200kB or 1.5MB.")
-    return int(float(match[1]) * _UNITS[match[2]])
+    """The bytes that `--size` names; a bare number is MiB, as in recipes."""
+    try:
+        return int(bytes_in(text))
+    except (ValueError, OverflowError):
+        raise UsageError(f"--size {text}: a size is a number with a unit, such as 200kB or 1.5MB.") from None
 
 
 def _print_packed(report: PackReport, terminal: Terminal) -> None:
@@ -49,12 +43,13 @@ def _print_packed(report: PackReport, terminal: Terminal) -> None:
 def pack(
     terminal: Terminal,
     files: Adapters,
-    output: Out = None,
+    output: Output = None,
     quality: Annotated[
-        float | None, typer.Option("--quality", help="About this PSNR of pictures, in dB; default 40.")
+        float | None, typer.Option("--quality", help="PSNR of pictures to aim for, in dB. The default is 40.")
     ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", help="In its place: no file is larger, such as 200kB or 1.5MB.")
+        str | None,
+        typer.Option("--size", help="Largest size of each file, such as 200kB or 1.5MB, in place of a quality."),
     ] = None,
     base: Base = None,
     calibration: Calibration = None,
@@ -63,7 +58,7 @@ def pack(
     jobs: Jobs = None,
     force: Force = False,
 ) -> object:
-    """Write adapters with few bits per number, for keeping and sending; unpack makes ordinary files of them.
+    """Pack LoRAs into very small files for storage; unpack restores ordinary files.
 
     Example: lorashrink pack lora.safetensors --calibration sdxl-table.safetensors -o packed.safetensors
     """
@@ -98,12 +93,12 @@ def _print_unpacked(report: UnpackReport, terminal: Terminal) -> None:
 def unpack(
     terminal: Terminal,
     files: Annotated[list[str], typer.Argument(metavar="FILE", help="Packed files, folders or globs.")],
-    output: Out = None,
+    output: Output = None,
     dtype: Annotated[str, typer.Option("--dtype", "-t", help="fp16, bf16 or fp32 (also 16, 32).")] = "fp16",
     recursive: Recursive = False,
     force: Force = False,
 ) -> object:
-    """Make ordinary files of packed ones, the same bits on every machine.
+    """Restore ordinary LoRA files from packed ones.
 
     Example: lorashrink unpack packed.safetensors -o lora.safetensors
     """

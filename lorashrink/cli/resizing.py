@@ -77,7 +77,7 @@ def resize(
     calibration: Calibration = None,
     anchor: Annotated[
         float | None,
-        typer.Option("--anchor", help="Of predictions for quality=, in dB, as pictures corrected it."),
+        typer.Option("--anchor", help="Constant of the prediction for quality=, in dB, after a drawing corrected it."),
     ] = None,
     stack: Annotated[
         bool,
@@ -131,7 +131,8 @@ def resize(
 ) -> object:
     """Shrink LoRAs by a recipe.
 
-    Each layer keeps the ranks that the recipe selects; the default recipe is fro_ckpt=1,thr=-3.55, which needs a base.
+    Each layer keeps the ranks that the recipe selects; the default recipe is fro_ckpt=1,thr=-3.55, or
+    energy=0.99 without a base.
 
     Example: lorashrink resize -o out -r fro_ckpt=1,thr=-3.55 model.safetensors lora.safetensors
     """
@@ -145,8 +146,6 @@ def resize(
         recipes = recipe or []
         parse_recipes(recipes)  # before any file is read: a typo is answered at once
         base, adapters = split_base(files, base)
-        if not recipes and base is None and group_by_base is None and not (terminal.quiet or terminal.as_json):
-            say(f"no base: every layer keeps {DEFAULT_ALONE}. With --base MODEL files become smaller.", errors=True)
         run = _runner(ray, ray_transfer, gpus_per_task)
         options |= {"base": base, "recipes": recipes, "quantiles": terminal.verbose > 0}
         report = run(adapters, each=gathered.add, progress=terminal.progress, **options)
@@ -155,6 +154,8 @@ def resize(
         if terminal.as_json:
             gathered.print_json(report)
         elif not terminal.quiet:
+            if not recipes and base is None and group_by_base is None:
+                say(f"no base: every layer keeps {DEFAULT_ALONE}. With --base MODEL files become smaller.", errors=True)
             print_report(report, terminal, gathered)
     return report
 

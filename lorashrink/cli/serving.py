@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 def ui(
     terminal: Terminal,
     folder: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Folders of LoRAs and models; default this one.")
+        list[Path] | None,
+        typer.Argument(metavar="[FOLDER]...", help="Folders of LoRAs and models. The default is the current one."),
     ] = None,
     port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Default 8432, or a free one.")] = None,
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; others than this machine's let others in.")
+        str, typer.Option("--host", help="Address to listen on; any other lets other machines in.")
     ] = "127.0.0.1",
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address and open no browser.")] = False,
 ) -> None:

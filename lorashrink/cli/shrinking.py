@@ -99,9 +99,7 @@ def shrink(
     model: Model = None,
     base: Base = None,
     calibration: Calibration = None,
-    quality: Annotated[
-        str, typer.Option("--quality", help="same, high or small, or dB between the pictures: 40.")
-    ] = "high",
+    quality: Annotated[str, typer.Option("--quality", help="same, high, small, or a PSNR in dB such as 40.")] = "high",
     size: Annotated[
         str | None, typer.Option("--size", help="Size of each file, such as 50MB, in place of a quality.")
     ] = None,
@@ -109,14 +107,18 @@ def shrink(
         int | None, typer.Option("--rank", min=1, help="One rank for all layers, in place of a quality.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", "-t", help="auto, fp8, mixed, fp16, bf16 or same. Auto is what programs can load.")
+        str, typer.Option("--dtype", "-t", help="auto (fp8 where it is good enough), fp8, mixed, fp16, bf16 or same.")
     ] = "auto",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the results. The default is 'shrunk'.")
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option("--prompts", metavar="FILE|TEXT", help="What is drawn. The default comes from each LoRA itself."),
+        typer.Option(
+            "--prompts",
+            metavar="FILE|TEXT",
+            help="What to draw: a prompt or a file. The default comes from the LoRA's metadata.",
+        ),
     ] = None,
     images_config: ImagesConfig = None,
     force: Force = False,

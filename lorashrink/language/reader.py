@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _LONGEST = 512  # tokens of a passage
 _SHORTEST = 8  # what is left at the end of a text counts from here on
 
-_WHOLE, _SMALL = "whole", "small"  # names of the adapters in PEFT
+_ORIGINAL, _SMALL = "original", "small"  # names of the adapters in PEFT
 
 
 class Reader:
@@ -51,14 +51,14 @@ class Reader:
 
     def read(self) -> Read:
         """The text, and the two ends of the scale: with the original adapter, and without one."""
-        none, perplexities = self._compared("without adapter", self._model.disable_adapter)
+        none, perplexity = self._compared("without adapter", self._model.disable_adapter)
         return Read(
             model=self.name,
             file=self.file,
             measure="divergence" if self._causal else "cosine distance",
             passages=len(self._passages),
             tokens=sum(map(len, self._passages)),
-            perplexity=perplexities,
+            perplexity=perplexity,
             none=none,
         )
 
@@ -68,30 +68,31 @@ class Reader:
         try:
             return self._compared(label, lambda: self._using(_SMALL))[0]
         finally:
-            self._model.set_adapter(_WHOLE)
+            self._model.set_adapter(_ORIGINAL)
             self._model.delete_adapter(_SMALL)
 
     @contextmanager
     def _using(self, name: str) -> Iterator[None]:
         self._model.set_adapter(name)
         yield
-        self._model.set_adapter(_WHOLE)
+        self._model.set_adapter(_ORIGINAL)
 
     def _compared(self, label: str, changed: Callable[[], Any]) -> tuple[Texts, float | None]:
         """(texts as the changed model reads them, perplexity of the original adapter)."""
         import torch
 
-        distances, losses, whole_losses = [], [], []
+        distances, losses, original_losses = [], [], []
         with torch.inference_mode():
             for done, passage in enumerate(self._passages, 1):
                 tokens = torch.tensor([passage], device=self._model.device)
-                whole = self._answer(tokens)
+                # Computed again for each recipe: all answers to a text would take gigabytes.
+                original = self._answer(tokens)
                 with changed():
                     answer = self._answer(tokens)
-                distances.append(divergence(whole, answer) if self._causal else cosine_distance(whole, answer))
+                distances.append(divergence(original, answer) if self._causal else cosine_distance(original, answer))
                 if self._causal:
                     losses.append(_surprise(answer, tokens[0]))
-                    whole_losses.append(_surprise(whole, tokens[0]))
+                    original_losses.append(_surprise(original, tokens[0]))
                 if self._progress:
                     self._progress(f"text: {label}", done, len(self._passages))
         worst = max(distances)
@@ -103,7 +104,7 @@ class Reader:
                 values=tuple(distances),
                 perplexity=self._perplexity(losses),
             ),
-            self._perplexity(whole_losses),
+            self._perplexity(original_losses),
         )
 
     def _answer(self, tokens: Tensor) -> Tensor:
@@ -120,16 +121,19 @@ class Reader:
         return math.exp(sum(loss * count for loss, count in zip(losses, words, strict=True)) / sum(words))
 
 
-def divergence(whole: Tensor, answer: Tensor) -> float:
-    """Kullback-Leibler divergence of `answer` from `whole` in nats, the mean over tokens; log-probabilities."""
-    return float((whole.exp() * (whole - answer)).sum(-1).mean().clamp(min=0))
+def divergence(original: Tensor, answer: Tensor) -> float:
+    """Kullback-Leibler divergence of `answer` from `original` in nats, mean over tokens.
+
+    Both are log-probabilities [tokens, words].
+    """
+    return float((original.exp() * (original - answer)).sum(-1).mean().clamp(min=0))
 
 
-def cosine_distance(whole: Tensor, answer: Tensor) -> float:
+def cosine_distance(original: Tensor, answer: Tensor) -> float:
     """1 - the cosine of two embeddings."""
     from torch.nn.functional import cosine_similarity
 
-    return max(0.0, 1 - float(cosine_similarity(whole.double(), answer.double(), dim=0)))
+    return max(0.0, 1 - float(cosine_similarity(original.double(), answer.double(), dim=0)))
 
 
 def _surprise(answer: Tensor, tokens: Tensor) -> float:
@@ -173,7 +177,7 @@ def _load(model: Path, adapter: Path, device: str) -> tuple[bool, Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(model, **options)
         kind = AutoModelForCausalLM if causal else AutoModel
         loaded = kind.from_pretrained(model, dtype=dtype, **options).to(chosen)
-        wrapped = PeftModel.from_pretrained(loaded, str(adapter), adapter_name=_WHOLE)
+        wrapped = PeftModel.from_pretrained(loaded, str(adapter), adapter_name=_ORIGINAL)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"{model}: transformers and PEFT cannot open it with {adapter}: {error}") from error
     return causal, wrapped.eval(), tokenizer

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
-from lorashrink._version import __version__
-from lorashrink.reports.page import new_environment
+from lorashrink.reports.page import rendered
 from lorashrink.reports.sheet import picture_uri
 from lorashrink.reports.tables import Column
 from lorashrink.results.automatic import PicturePair, ShrinkReport, Shrunk
@@ -54,37 +50,27 @@ class _FileRow:
 
 def shrunk_page(report: ShrinkReport, folder: Path) -> bytes:
     """The page as UTF-8, for the adapters of a report that have outputs; folder: where these are."""
-    from markupsafe import Markup
-
     shrunk = report.written
     names = {result.input: os.path.relpath(result.output or "", folder) for result in shrunk}
     drawn = [result for result in shrunk if result.pictures]
     before, after = (sum(getattr(result, key) for result in shrunk) for key in ("bytes_before", "bytes_after"))
-    script = files("lorashrink.reports").joinpath("templates/script.js").read_text(encoding="utf-8")
-    text = (
-        new_environment()
-        .get_template("shrunk.html")
-        .render(
-            version=__version__,
-            title=names[shrunk[0].input] if len(shrunk) == 1 else count_text(len(shrunk), "LoRA"),
-            facts=f"{size_text(before)} before, {size_text(after)} after, {share_text(1 - after / before)} saved",
-            report=report,
-            figure_colours={},  # it has no figures
-            before=before,
-            after=after,
-            worst=min((result.worst_picture_db or 0.0 for result in drawn), default=None),
-            shrunk=[_FileRow(names[result.input], result) for result in shrunk],
-            columns=_COLUMNS,
-            reasons=dict.fromkeys(result.why for result in shrunk),
-            left=[(Path(result.input).name, result.skipped) for result in report.results if not result.output],
-            failed=[(Path(failure.input).name, failure.error) for failure in report.failed],
-            sheets=[_sheet(names[result.input], result) for result in drawn[:_MOST_SHEETS]],
-            unseen=len(drawn[_MOST_SHEETS:]),
-            script=Markup(script),
-            script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
-        )
+    return rendered(
+        "shrunk.html",
+        title=names[shrunk[0].input] if len(shrunk) == 1 else count_text(len(shrunk), "LoRA"),
+        facts=f"{size_text(before)} before, {size_text(after)} after, {share_text(1 - after / before)} saved",
+        report=report,
+        figure_colours={},  # it has no figures
+        before=before,
+        after=after,
+        worst=min((result.worst_picture_db or 0.0 for result in drawn), default=None),
+        shrunk=[_FileRow(names[result.input], result) for result in shrunk],
+        columns=_COLUMNS,
+        reasons=dict.fromkeys(result.why for result in shrunk),
+        left=[(Path(result.input).name, result.skipped) for result in report.results if not result.output],
+        failed=[(Path(failure.input).name, failure.error) for failure in report.failed],
+        sheets=[_sheet(names[result.input], result) for result in drawn[:_MOST_SHEETS]],
+        unseen=len(drawn[_MOST_SHEETS:]),
     )
-    return text.encode()
 
 
 def _sheet(name: str, result: Shrunk) -> _PairSheet:

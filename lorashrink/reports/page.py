@@ -32,19 +32,14 @@ def page(findings: Findings, progress: Progress | None = None, *, paths: bool = 
 
     The texts of the page are in `templates/`, which escape every value that is not `Markup`.
     """
-    from markupsafe import Markup
-
     from lorashrink.plots.style import ROLES
 
     sheet = picture_sheet(findings.sweep) if findings.sweep and findings.sweep.drawn else None
     if not paths:
         findings = findings.without_folders()
     table, sweep = findings.table, findings.sweep
-    script = files("lorashrink.reports").joinpath("templates/script.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = new_environment().get_template("page.html")
-    text = template.render(
-        version=__version__,
+    return rendered(
+        "page.html",
         title=findings.title,
         facts=facts_line(table),
         table=table,
@@ -64,9 +59,17 @@ def page(findings: Findings, progress: Progress | None = None, *, paths: bool = 
         hashes=findings.hashes,
         numbers=_numbers(findings),
         figure_colours=ROLES,
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",
     )
+
+
+def rendered(name: str, **values: object) -> bytes:
+    """The page of a template as UTF-8, with the one script that its content policy allows."""
+    from markupsafe import Markup
+
+    script = files("lorashrink.reports").joinpath("templates/script.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = new_environment().get_template(name)
+    text = template.render(version=__version__, script=Markup(script), script_hash=f"sha256-{digest}", **values)
     return text.encode()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lorashrink.errors import UsageError
+from lorashrink.errors import UsageError, hint_of
 from lorashrink.results.shown import NOT_PLAIN
 
 if TYPE_CHECKING:
@@ -61,12 +61,12 @@ class FailedInput:
 
     input: str
     error: str  # what is wrong, and what to do
-    hint: str  # what to do; "" where the error says no more
+    hint: str | None  # what to do; None if the error does not say
 
     @classmethod
     def of(cls, path: str, error: str) -> FailedInput:
-        """The failure of an input; the sentences after the first say what to do."""
-        return cls(path, error, error.partition(". ")[2])
+        """The failure of an input."""
+        return cls(path, error, hint_of(error.removeprefix(f"{path}: ")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from lorashrink._version import __version__
 from lorashrink.adapters import peft
+from lorashrink.automatic.sidecars import copy_sidecar, sidecars
 from lorashrink.errors import InputError, LorashrinkError, OutputError, UsageError, explained
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.outputs import source_files
@@ -258,8 +259,6 @@ class Application:
         dtype, written = dtype_of(request), Written()
 
         def save(job: Job, entry: Entry) -> dict[str, Any]:
-            from lorashrink.automatic.collecting import copy_sidecar, sidecars  # these import torch
-
             help = named or self._best_help(entry.path, entry.family)
             recipe = recipe_of(request, help)
             prepared = self.measurer.prepared(entry.path, help, lambda text, done, total: job.check())
@@ -270,7 +269,7 @@ class Application:
             written.add(source_files(output))
             for sidecar, copy in sidecars(entry.path, file):
                 if self.folders.holds(sidecar):
-                    copy_sidecar(sidecar, copy)
+                    copy_sidecar(sidecar, copy, file)
                     written.add([copy])
             return _shrunk(entry, output, result)
 

