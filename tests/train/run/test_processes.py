@@ -17,7 +17,7 @@ import training
 from safetensors.torch import load_file
 from training import equal, flags
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROGRAMS = Path(sys.executable).parent
 PATIENCE = 300  # seconds, on a machine that others use
 
