@@ -12,9 +12,12 @@ demo: $(VENV)/pictures
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# Faults and mutated files in their long forms, about an hour.
+# Mutated files and faults in their long forms, some hours. Where there is no atheris, which chooses mutations by the code
+# that they reach, hypothesis draws them.
 fuzz: $(VENV)/dev
-	LORASHRINK_FUZZ=50 LORASHRINK_FAULTS=long $(BIN)/python -m pytest tests/fuzz tests/faults $(ARGS)
+	if $(PIP) -e ".[fuzz]"; then PYTHONPATH=tests:tests/fuzz $(BIN)/python tests/fuzz/guided.py $(ARGS); \
+	else LORASHRINK_FUZZ=50 $(BIN)/python -m pytest tests/fuzz; fi
+	LORASHRINK_FAULTS=long $(BIN)/python -m pytest tests/faults
 
 install: $(VENV)/dev
 

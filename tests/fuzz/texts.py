@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sqlite3
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
+import gguf
 import torch
-from fuzzing import cases, limits
-from hypothesis import given
+from fuzzing import FOLDER, add, limits
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from lorashrink.adapters import open_adapter
 from lorashrink.bases import open_base
+from lorashrink.bases.containers import open_store
 from lorashrink.calibration.statistics import FORMAT, VERSION, open_statistics
 from lorashrink.errors import LorashrinkError
 from lorashrink.files.header import read_header
@@ -127,26 +129,21 @@ def check_header(path: Path) -> None:
     assert {name: list(info.shape) for name, info in ours[0].items()} == theirs
 
 
-@cases(400)
-@given(header=changed(HEADER), data=st.integers(0, 20))
-def test_a_header_is_read_as_by_the_reference_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, header: Any, data: int
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "header.safetensors"
+def check_header_of(header: Any, data: int) -> None:
     raw = as_text(header).encode()
+    path = FOLDER / "header.safetensors"
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(data))
     check_header(path)
 
 
-@cases(400)
-@given(data=bytes_of(save({"x": torch.ones(2), "y": torch.ones(3).half()}, {"a": "b"})))
-def test_the_bytes_of_a_file_are_read_as_by_the_reference_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "bytes.safetensors"
+def check_file(data: bytes) -> None:
+    path = FOLDER / "bytes.safetensors"
     path.write_bytes(data)
     check_header(path)
 
+
+add("header", 400, check_header_of, header=changed(HEADER), data=st.integers(0, 20))
+add("file", 400, check_file, data=bytes_of(save({"x": torch.ones(2), "y": torch.ones(3).half()}, {"a": "b"})))
 
 # --- what people write -----------------------------------------------------------------------------
 
@@ -158,9 +155,7 @@ ITEM = st.builds(
 )
 
 
-@cases(400)
-@given(text=st.lists(ITEM, max_size=4).map(",".join) | st.text(max_size=30))
-def test_a_recipe_is_parsed_or_refused(text: str) -> None:
+def check_recipe(text: str) -> None:
     recipes = only_ours(lambda: parse_recipes(text))
     for recipe in recipes or ():
         assert parse_recipes(str(recipe)) == [recipe]
@@ -168,11 +163,13 @@ def test_a_recipe_is_parsed_or_refused(text: str) -> None:
         only_ours(lambda recipe=recipe: recipe.limit)
 
 
-@cases(300)
-@given(text=st.text(max_size=20) | st.builds("{}:{}".format, st.just("a"), SCALARS))
-def test_a_weight_is_parsed_or_refused(text: str) -> None:
+def check_weight(text: str) -> None:
     only_ours(lambda: split_weight(text))
     only_ours(lambda: split_sum(text))
+
+
+add("recipe", 400, check_recipe, text=st.lists(ITEM, max_size=4).map(",".join) | st.text(max_size=30))
+add("weight", 300, check_weight, text=st.text(max_size=20) | st.builds("{}:{}".format, st.just("a"), SCALARS))
 
 
 # name of the file -> an example, and what reads it
@@ -200,28 +197,6 @@ JSON_FILES: dict[str, tuple[Any, Callable[[Path], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", JSON_FILES)
-def test_a_file_of_json_is_read_or_refused(tmp_path: Path, name: str) -> None:
-    example, read = JSON_FILES[name]
-    save_file({"x": torch.ones(2)}, tmp_path / "s.safetensors")
-    save_file(FACTORS, tmp_path / "adapter_model.safetensors")
-
-    @cases(200)
-    @given(value=changed(example))
-    def by_value(value: Any) -> None:
-        (tmp_path / name).write_text(as_text(value))
-        only_ours(lambda: read(tmp_path / name))
-
-    @cases(100)
-    @given(data=bytes_of(as_text(example).encode()))
-    def by_bytes(data: bytes) -> None:
-        (tmp_path / name).write_bytes(data)
-        only_ours(lambda: read(tmp_path / name))
-
-    by_value()
-    by_bytes()
-
-
 TOML_FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "bases.toml": ("sdxl = 'a.safetensors'\nsd15 = 'b.safetensors'\n", read_table),
     "prompts.toml": ("[prompt]\nwidth = 64\n[[prompt.subset]]\nprompt = 'a'\nscale = 1e3\n", read_prompts),
@@ -230,17 +205,22 @@ TOML_FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", TOML_FILES)
-def test_a_file_of_lines_is_read_or_refused(tmp_path: Path, name: str) -> None:
-    example, read = TOML_FILES[name]
+def check_bytes(name: str, read: Callable[[Path], Any], data: bytes) -> None:
+    path = FOLDER / "texts" / name
+    path.parent.mkdir(exist_ok=True)
+    if not (path.parent / "s.safetensors").exists():
+        save_file({"x": torch.ones(2)}, path.parent / "s.safetensors")  # the shard of the index
+        save_file(FACTORS, path.parent / "adapter_model.safetensors")
+    path.write_bytes(data)
+    only_ours(lambda: read(path))
+    path.unlink()  # some of them are looked for beside others
 
-    @cases(200)
-    @given(data=bytes_of(example.encode()))
-    def by_bytes(data: bytes) -> None:
-        (tmp_path / name).write_bytes(data)
-        only_ours(lambda: read(tmp_path / name))
 
-    by_bytes()
+for file_name, (example, reads) in JSON_FILES.items():
+    values = changed(example).map(lambda value: as_text(value).encode())
+    add(file_name, 300, partial(check_bytes, file_name, reads), data=values | bytes_of(as_text(example).encode()))
+for file_name, (lines, reads) in TOML_FILES.items():
+    add(file_name, 200, partial(check_bytes, file_name, reads), data=bytes_of(lines.encode()))
 
 
 STATISTICS = {
@@ -252,15 +232,8 @@ STATISTICS = {
 }
 
 
-@cases(200)
-@given(
-    base=changed(STATISTICS).map(as_text) | st.text(max_size=20),
-    entries=st.dictionaries(st.sampled_from(["kind", "rows", "adapters", "version"]), st.text(max_size=12)),
-)
-def test_statistics_are_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, base: str, entries: dict[str, str]
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "statistics.safetensors"
+def check_statistics(base: str, entries: dict[str, str]) -> None:
+    path = FOLDER / "statistics.safetensors"
     save_file(
         {"a|in.diagonal": torch.ones(8)},
         path,
@@ -269,20 +242,22 @@ def test_statistics_are_read_or_refused(
     close(only_ours(lambda: open_statistics(path)))
 
 
-@cases(150)
-@given(
-    column=st.sampled_from(["source", "state", "message", "stamps", "recipe", "base", "bytes_after", "threshold"]),
-    value=st.one_of(
-        st.none(),
-        st.integers(-(2**63), 2**63 - 1),
-        st.floats(),
-        st.binary(max_size=9),
-        st.text(st.characters(codec="utf-8"), max_size=9),
-        changed([["a", 1, 2, 3, 4]]).map(as_text),
+add(
+    "statistics",
+    200,
+    check_statistics,
+    base=changed(STATISTICS).map(as_text) | st.text(st.characters(codec="utf-8"), max_size=20),
+    entries=st.dictionaries(
+        st.sampled_from(["kind", "rows", "adapters", "version"]), st.text(st.characters(codec="utf-8"), max_size=12)
     ),
 )
-def test_a_journal_with_any_cell_is_read(tmp_path_factory: pytest.TempPathFactory, column: str, value: Any) -> None:
-    folder = tmp_path_factory.mktemp("journal")
+
+
+def check_journal(column: str, value: Any) -> None:
+    """A journal with any cell is read."""
+    folder = FOLDER / "journal"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     with journal.Journal(folder) as opened:
         opened.write([opened.entry(folder / "a", folder / "b", state=journal.STARTED)])
     database = sqlite3.connect(folder / journal.NAME)
@@ -294,25 +269,40 @@ def test_a_journal_with_any_cell_is_read(tmp_path_factory: pytest.TempPathFactor
         opened.finished(folder / "a", folder / "b")
 
 
-@cases(60)
-@given(data=st.data())
-def test_a_gguf_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    gguf = pytest.importorskip("gguf")
-    example = tmp_path_factory.getbasetemp() / "example.gguf"
-    if not example.exists():
-        writer = gguf.GGUFWriter(example, "llama")
-        writer.add_block_count(1)
-        writer.add_tensor("blk.0.attn_q.weight", torch.ones(32, 32).numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    path = tmp_path_factory.getbasetemp() / "fuzzed.gguf"
-    path.write_bytes(data.draw(bytes_of(example.read_bytes())))
-    close(only_ours(lambda: open_tensors_of_base(path)))
+add(
+    "journal",
+    150,
+    check_journal,
+    column=st.sampled_from(["source", "state", "message", "stamps", "recipe", "base", "bytes_after", "threshold"]),
+    value=st.one_of(
+        st.none(),
+        st.integers(-(2**63), 2**63 - 1),
+        st.floats(),
+        st.binary(max_size=9),
+        st.text(st.characters(codec="utf-8"), max_size=9),
+        changed([["a", 1, 2, 3, 4]]).map(as_text),
+    ),
+)
 
 
-def open_tensors_of_base(path: Path) -> Any:
-    from lorashrink.bases.containers import open_store
+def gguf_bytes() -> bytes:
+    """A small file of GGUF."""
+    path = FOLDER / "example.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_tensor("blk.0.attn_q.weight", torch.ones(32, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
 
-    return open_store(path)[0]
+
+def check_gguf(data: bytes) -> None:
+    path = FOLDER / "fuzzed.gguf"
+    path.write_bytes(data)
+    opened = only_ours(lambda: open_store(path))
+    close(opened and opened[0])
+
+
+add("gguf", 60, check_gguf, data=st.deferred(lambda: bytes_of(gguf_bytes())))
