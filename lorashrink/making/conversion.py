@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,16 +85,47 @@ def convert(
         opened = stack.enter_context(open_base(base)) if base is not None else None
         for done, (source, outputs) in enumerate(targets.items(), 1):
             with boundary(source, partial(errors.__setitem__, source)):
-                with open_adapter(source) as adapter:
-                    new, written_naming = _renamed(adapter, naming, opened, kind)
-                    family = opened.family.name if opened else adapter_family(adapter)
-                    result = _write(source, new, next(iter(outputs)), written_naming, dtype, kind, family)
-                with open_adapter(result.output) as written:
-                    results.append(replace(result, loads=loads(written, opened.family.name if opened else None)))
+                results.append(_convert_file(source, next(iter(outputs)), opened, naming, dtype))
             if progress:
                 progress("converting", done, len(targets))
     failed = tuple(Failure(str(source), str(error)) for source, error in errors.items())
     return ConversionReport(__version__, opened.info if opened else None, tuple(results), failed)
+
+
+def _convert_file(source: Path, path: Path, base: Base | None, naming: str | None, dtype: str) -> Converted:
+    kind, family = OUTPUT_DTYPES[dtype], base.family.name if base else None
+    losses: dict[str, float] = {}
+    warnings: list[str] = []
+    with open_adapter(source) as original:
+        new, naming = _renamed(original, naming, base, kind)
+        adapter = new.adapter
+        store: TensorStore
+        if kind == FP8:
+            store, warnings = in_8_bits(adapter, family or adapter_family(original))
+        else:
+            store = _cast_store(adapter, kind, losses) if kind else adapter.store
+        config = {path.parent / peft.CONFIG_FILE: peft.to_file(adapter.settings)} if adapter.as_folder else {}
+        save_tensors(path, {}, store.metadata, source=store, companions=config)
+        same_bits = all(info.dtype == adapter.store.tensors[key].dtype for key, info in store.tensors.items())
+        with open_adapter(shown(path)) as written:
+            loaders = loads(written, family)
+    warnings += [
+        f"{key} loses {percent_text(loss)} of its norm: its numbers are too small for {kind}. Use -t bf16 or fp32"
+        for key, loss in losses.items()
+    ]
+    return Converted(
+        source=str(source),
+        output=str(shown(path)),
+        naming=naming,
+        dtype=dtype,
+        bytes_before=adapter.store.nbytes,
+        bytes_after=path.stat().st_size,
+        layers=len(adapter),
+        exact=new.exact and same_bits and kind != FP8,
+        kept=tuple(Verbatim(key, reason) for key, reason in new.kept.items()),
+        warnings=tuple(warnings),
+        loads=loaders,
+    )
 
 
 def _renamed(adapter: Adapter, naming: str | None, base: Base | None, kind: str | None) -> tuple[Renamed, str | None]:
@@ -107,72 +137,8 @@ def _renamed(adapter: Adapter, naming: str | None, base: Base | None, kind: str 
     if kind != FP8:
         return named(naming, kind), naming
     new = named(naming, None)
-    other = naming_for_8_bits(new.adapter, base)
-    return (named(other, None), other) if other else (new, naming)
-
-
-def _write(
-    source: Path,
-    new: Renamed,
-    path: Path,
-    naming: str | None,
-    dtype: str,
-    kind: str | None,
-    family: str | None,
-) -> Converted:
-    adapter = new.adapter
-    losses: dict[str, float] = {}
-    warnings: list[str] = []
-    store: TensorStore
-    if kind == FP8:
-        store, warnings = in_8_bits(adapter, family)
-    else:
-        store = _cast_store(adapter, kind, losses) if kind else adapter.store
-    config = {path.parent / peft.CONFIG_FILE: peft.to_file(adapter.settings)} if adapter.as_folder else {}
-    save_tensors(path, {}, store.metadata, source=store, companions=config)
-    same = kind != FP8 and all(info.dtype == adapter.store.tensors[key].dtype for key, info in store.tensors.items())
-    return Converted(
-        source=str(source),
-        output=str(shown(path)),
-        naming=naming,
-        dtype=dtype,
-        bytes_before=adapter.store.nbytes,
-        bytes_after=path.stat().st_size,
-        layers=len(adapter),
-        exact=new.exact and same,
-        kept=tuple(Verbatim(key, reason) for key, reason in new.kept.items()),
-        warnings=(
-            *warnings,
-            *(
-                f"{key} loses {percent_text(loss)} of its norm: its numbers are too small for {kind}. Use -t bf16 or "
-                "fp32"
-                for key, loss in losses.items()
-            ),
-        ),
-    )
-
-
-def _cast_store(adapter: Adapter, kind: str, losses: dict[str, float]) -> TensorStore:
-    """The adapter's tensors with floats in another dtype; alphas stay F32, so that they keep their values.
-
-    losses: gets key -> share of its norm that is lost, of tensors that lose more than rounding does.
-    """
-    store = adapter.store
-    alphas = {key for layer in adapter.layers for role, key in layer.keys.items() if role == "alpha"}
-    pairs = {
-        layer.keys[role]: (layer.keys[other], sign)
-        for layer in adapter.layers
-        for role, other, sign in (("up", "down", 1), ("down", "up", -1))
-        if {"up", "down"} <= layer.keys.keys()
-    }
-    tensors = {}
-    for key, info in store.tensors.items():
-        if key in alphas or info.dtype not in FLOATS or info.dtype == kind:
-            tensors[key] = (info, partial(store.read, key))
-        else:
-            read = partial(_cast, store, key, kind, pairs.get(key), losses)
-            tensors[key] = (tensor_info(kind, info.shape), read)
-    return ComputedStore(store.path, tensors, store.metadata, store.files, store.headers)
+    loading = naming_for_8_bits(new.adapter, base)
+    return (named(loading, None), loading) if loading else (new, naming)
 
 
 # Rounding to 11 bits changes a tensor's norm by less; numbers below the smallest normal one lose more.
@@ -181,34 +147,50 @@ _ROUNDING = 2.0**-10
 _NOTEWORTHY = 0.01
 
 
-def _cast(store: TensorStore, key: str, kind: str, partner: tuple[str, int] | None, losses: dict[str, float]) -> Tensor:
-    """A tensor in another dtype, balanced against the other factor of its layer where one of them would not fit."""
-    tensor = _wide(store, key)
-    if partner:
-        other, sign = partner
-        both = tensor, _wide(store, other)
-        if store.tensors[other].dtype != kind and any(_lost(factor, kind) > _ROUNDING for factor in both):
-            tensor = tensor * 2.0 ** (-sign * _exponent(*both[::sign]))
-    loss = _lost(tensor, kind)
-    if math.isinf(loss):
-        raise NonFinite(f"{store.path}: {key} has numbers that {kind} cannot hold. Use -t bf16 or -t fp32.")
-    if loss > _NOTEWORTHY:
-        losses[key] = loss
-    return cast(tensor, kind)
+def _cast_store(adapter: Adapter, kind: str, losses: dict[str, float]) -> TensorStore:
+    """The adapter's tensors with floats in another dtype; alphas stay F32, so that they keep their values.
+
+    The two factors of a layer are balanced where the dtype would lose more of one of them than rounding does.
+    losses: gets key -> share of its norm that is lost, of tensors that lose a noteworthy part.
+    """
+    store = adapter.store
+    alphas = {key for layer in adapter.layers for role, key in layer.keys.items() if role == "alpha"}
+    pairs = {
+        layer.keys[role]: (layer.keys[partner], sign)
+        for layer in adapter.layers
+        for role, partner, sign in (("up", "down", 1), ("down", "up", -1))
+        if {"up", "down"} <= layer.keys.keys()
+    }
+
+    def read(key: str) -> Tensor:
+        tensor = _wide(store, key)
+        if key in pairs:
+            partner, sign = pairs[key]
+            factors = tensor, _wide(store, partner)
+            if store.tensors[partner].dtype != kind and any(_lost(factor, kind) > _ROUNDING for factor in factors):
+                up, down = (float(factor.abs().max()) for factor in factors[::sign])
+                if 0 < up < math.inf and 0 < down < math.inf:  # powers of two multiply without rounding
+                    tensor = tensor * 2.0 ** (-sign * round((math.log2(up) - math.log2(down)) / 2))
+        loss = _lost(tensor, kind)
+        if math.isinf(loss):
+            raise NonFinite(f"{store.path}: {key} has numbers that {kind} cannot hold. Use -t bf16 or -t fp32.")
+        if loss > _NOTEWORTHY:
+            losses[key] = loss
+        return cast(tensor, kind)
+
+    tensors = {}
+    for key, info in store.tensors.items():
+        if key in alphas or info.dtype not in FLOATS or info.dtype == kind:
+            tensors[key] = (info, partial(store.read, key))
+        else:
+            tensors[key] = (tensor_info(kind, info.shape), partial(read, key))
+    return ComputedStore(store.path, tensors, store.metadata, store.files, store.headers)
 
 
 def _wide(store: TensorStore, key: str) -> Tensor:
     """A tensor in a dtype that has room for powers of two."""
     tensor = store.read(key)
     return tensor.double() if tensor.element_size() > 4 else tensor.float()
-
-
-def _exponent(up: Tensor, down: Tensor) -> int:
-    """Half of the power of two by which up is larger than down; both are multiplied with it without rounding."""
-    largest = [float(factor.abs().max()) for factor in (up, down)]
-    if not all(0 < number < math.inf for number in largest):
-        return 0
-    return round((math.log2(largest[0]) - math.log2(largest[1])) / 2)
 
 
 def _lost(tensor: Tensor, kind: str) -> float:

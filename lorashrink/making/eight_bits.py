@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorashrink.adapters import Adapter, Layer
 from lorashrink.errors import NonFinite
-from lorashrink.files.store import DTYPES, FLOATS, ComputedStore, TensorInfo, TensorStore, cast, tensor_info
+from lorashrink.files.store import DTYPES, FLOATS, ComputedStore, TensorStore, cast, tensor_info
 from lorashrink.linking.renaming import LazyTensor
 from lorashrink.shrinking.layout import FP8, FP16, READ_WITH_ALPHA
 from lorashrink.text import count_text
@@ -28,32 +28,39 @@ def in_8_bits(adapter: Adapter, family: str | None) -> tuple[TensorStore, list[s
     family: of models. The scale of a layer with an alpha goes into its factors; for models whose 8-bit files are read
     with an alpha, that is 1. Raises NonFinite.
     """
+    import torch
+
     store, keeps_alpha = adapter.store, family in READ_WITH_ALPHA
-    factors: dict[str, LazyTensor] = {}
-    alphas: dict[str, LazyTensor | None] = {}
-    coarse = []
+
+    def read_16_bits(key: str) -> Tensor:
+        return cast(store.read(key), FP16)
+
+    tensors: dict[str, LazyTensor] = {
+        key: (tensor_info(FP16, info.shape), partial(read_16_bits, key))
+        if info.shape and info.dtype in FLOATS and DTYPES[info.dtype][0] > 2
+        else (info, partial(store.read, key))
+        for key, info in store.tensors.items()
+    }
+    alphas, coarse = set(), []
     for layer in adapter.layers:
         if layer.family.name != "lora" or "mid" in layer.keys or DTYPES[layer.dtype][0] == 1:
             continue
         rounded = _rounded(layer, keeps_alpha)
         if not math.isfinite(rounded.norm):
             raise NonFinite(f"{store.path}: layer {layer.name} contains NaN or infinity. Use an earlier checkpoint.")
-        if rounded.error > _COARSE * rounded.norm:
-            coarse.append(layer.name)
         small = rounded.error <= _COARSE * rounded.norm
+        if not small:
+            coarse.append(layer.name)
         for role in ("up", "down"):
-            shape = layer.infos[role].shape
-            factors[layer.keys[role]] = (
-                tensor_info(FP8 if small else FP16, shape),
-                partial(_factor, layer, keeps_alpha, role, small),
-            )
+            info = tensor_info(FP8 if small else FP16, layer.infos[role].shape)
+            tensors[layer.keys[role]] = (info, partial(_factor, layer, keeps_alpha, role, small))
         if "alpha" in layer.keys:
-            alphas[layer.keys["alpha"]] = (tensor_info("F32", ()), _one) if keeps_alpha else None
-    tensors: dict[str, LazyTensor] = {}
-    for key, info in store.tensors.items():
-        tensor = alphas[key] if key in alphas else factors.get(key) or _in_16_bits(store, key, info)
-        if tensor:
-            tensors[key] = tensor
+            alphas.add(layer.keys["alpha"])
+    for key in alphas:
+        if keeps_alpha:
+            tensors[key] = (tensor_info("F32", ()), partial(torch.tensor, 1.0))
+        else:
+            del tensors[key]
     metadata = dict(store.metadata)
     if "ss_network_alpha" in metadata and alphas:
         metadata["ss_network_alpha"] = "1" if keeps_alpha else metadata.get("ss_network_dim", "1")
@@ -62,18 +69,6 @@ def in_8_bits(adapter: Adapter, family: str | None) -> tuple[TensorStore, list[s
         what = f"{count_text(len(coarse), 'layer')}, first {coarse[0]}"
         warnings.append(f"{what}, stay in fp16: fp8 would round away more than a quarter of them")
     return ComputedStore(store.path, tensors, metadata, store.files, store.headers), warnings
-
-
-def _in_16_bits(store: TensorStore, key: str, info: TensorInfo) -> LazyTensor:
-    if info.dtype not in FLOATS or DTYPES[info.dtype][0] <= 2 or not info.shape:
-        return info, partial(store.read, key)
-    return tensor_info(FP16, info.shape), lambda: cast(store.read(key), FP16)
-
-
-def _one() -> Tensor:
-    import torch
-
-    return torch.tensor(1.0)
 
 
 def _scaled(layer: Layer, keeps_alpha: bool) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ like any other, whose layers are whole differences.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from lorashrink.files.store import IN_8_BITS, ComputedStore, tensor_info
 from lorashrink.linking.loaders import open_for_8_bits
 from lorashrink.linking.renaming import NAMINGS, layer_name_in, layout_of
 from lorashrink.recipes.grammar import DEFAULT, parse_recipes
-from lorashrink.results.shrinking import FileResult, Report
+from lorashrink.results.shrinking import Report
 from lorashrink.shrinking.options import ResizeOptions
 from lorashrink.shrinking.outputs import base_files, check_outputs, name_outputs
 from lorashrink.shrinking.run import shrink
@@ -82,14 +82,16 @@ def extract(
     )
     if report.failed:  # one source: its error is the outcome
         raise InputError(report.failed[0].error)
-    return replace(report, results=tuple(map(_with_growth, report.results)))
-
-
-def _with_growth(result: FileResult) -> FileResult:
-    """The result with a warning if it is larger than the checkpoint, and without forms that cannot be chosen here."""
     larger = "is larger than the checkpoint itself; -r rank=64 or another smaller recipe makes it a LoRA of use"
-    grown = [larger] if result.bytes_after > result.bytes_before else []
-    return replace(result, warnings=(*result.warnings, *grown), forms={})
+    results = [
+        replace(  # without forms, which cannot be chosen here
+            result,
+            warnings=(*result.warnings, *([larger] if result.bytes_after > result.bytes_before else [])),
+            forms={},
+        )
+        for result in report.results
+    ]
+    return replace(report, results=tuple(results))
 
 
 def _difference(tuned_path: Path, base: Base | None, *, naming: str, vectors: bool) -> Adapter:
@@ -103,11 +105,21 @@ def _difference(tuned_path: Path, base: Base | None, *, naming: str, vectors: bo
     if tuned.family.name != base.family.name:
         raise FamilyMismatch(f"{tuned_path} is {tuned.family.title}, but {base.path} is {base.family.title}.")
     layout = layout_of(naming, base)
+    weights = [checkpoint.modules(layout) for checkpoint in (tuned, base)]
+    compared: list[tuple[str, list[Modules], Read]] = [(".diff", weights, Base.weight)]
+    if vectors:
+        norms = [_norms(checkpoint, layout) for checkpoint in (tuned, base)]
+        biases = [_biases(tuned, {**weights[0], **norms[0]}), _biases(base, {**weights[1], **norms[1]})]
+        compared += [(".diff", norms, _vector), (".diff_b", biases, _vector)]
+
+    def subtract(read: Read, new: Views, old: Views, shape: Shape) -> Tensor:
+        return (read(tuned, new) - read(base, old)).reshape(shape)
+
     tensors, missing = {}, {}
-    for ending, ours, theirs, read in _pairs(tuned, base, layout, vectors):
-        for part, module in {**theirs, **ours}:
+    for ending, (tuned_modules, base_modules), read in compared:
+        for part, module in {**base_modules, **tuned_modules}:
             name = layer_name_in(naming, base.family, part, module)
-            new, old = ours.get((part, module)), theirs.get((part, module))
+            new, old = tuned_modules.get((part, module)), base_modules.get((part, module))
             if _EMBEDDING.search(module):
                 missing[name] = "an embedding, which loaders of adapters do not change"
             elif not all(view.key.endswith(("weight", "bias")) for view in new or old or ()):
@@ -117,24 +129,14 @@ def _difference(tuned_path: Path, base: Base | None, *, naming: str, vectors: bo
             elif views_shape(new) != views_shape(old):
                 missing[name] = f"its weight is {list(views_shape(new))}, that of the base {list(views_shape(old))}"
             else:
-                info = tensor_info("F32", views_shape(old) if read is _weight else views_shape(old)[:1])
-                tensors[name + ending] = (info, partial(_subtract, read, (tuned, new), (base, old), info.shape))
+                info = tensor_info("F32", views_shape(old)[:1] if read is _vector else views_shape(old))
+                tensors[name + ending] = (info, partial(subtract, read, new, old, info.shape))
     if not tensors:
         raise FamilyMismatch(f"{tuned_path}: has no weight in common with {base.path}.")
     # ranks are filled in when the file is written
     entries = {"ss_network_module": "networks.lora", "ss_network_dim": "", "ss_network_alpha": ""}
     store = ComputedStore(tuned_path, tensors, entries, tuned.store.files, tuned.store.headers)
     return replace(adapter_of(tuned_path, store, {}), dropped=missing)
-
-
-def _pairs(tuned: Base, base: Base, layout: str, vectors: bool) -> Iterator[tuple[str, Modules, Modules, Read]]:
-    """(ending of the difference's name, what it is of in the tuned checkpoint and in the base, how that is read)."""
-    ours, theirs = tuned.modules(layout), base.modules(layout)
-    yield ".diff", ours, theirs, _weight
-    if vectors:
-        norms, old_norms = _norms(tuned, layout), _norms(base, layout)
-        yield ".diff", norms, old_norms, _vector
-        yield ".diff_b", _biases(tuned, {**ours, **norms}), _biases(base, {**theirs, **old_norms}), _vector
 
 
 def _biases(base: Base, modules: Modules) -> Modules:
@@ -155,16 +157,8 @@ def _norms(base: Base, layout: str) -> Modules:
     return name_weights(vectors, base.family).layouts[layout]
 
 
-def _weight(base: Base, views: Views) -> Tensor:
-    return base.weight(views)
-
-
 def _vector(base: Base, views: Views) -> Tensor:
     import torch
 
     assert base.store is not None
     return torch.cat([base.store.read(view.key, view.rows).float() for view in views])
-
-
-def _subtract(read: Read, ours: tuple[Base, Views], theirs: tuple[Base, Views], shape: Shape) -> Tensor:
-    return (read(*ours) - read(*theirs)).reshape(shape)

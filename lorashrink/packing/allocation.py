@@ -59,8 +59,8 @@ class Allocation:
 
 
 @cache
-def _rates() -> tuple[Values, Values]:
-    """Entropy in bits, and squared error in units of the variance, of a Gaussian number in each class."""
+def gaussian_rates() -> tuple[Values, Values]:
+    """[classes] each: entropy in bits, and squared error in units of the variance, of a rounded Gaussian number."""
     entropies, errors = [], []
     for class_ in CLASSES:
         width = 2.0 ** (-class_ / 2)
@@ -78,7 +78,7 @@ def _rates() -> tuple[Values, Values]:
 
 def allocate(dimensions: Dimensions, price: float) -> Allocation:
     """The best choice at a price, in error per byte."""
-    entropies, errors = _rates()
+    entropies, errors = gaussian_rates()
     squares = dimensions.squares[:, None]
     level = price / (8 * 2 * math.log(2) * NOISE_WEIGHT)
     with np.errstate(divide="ignore"):

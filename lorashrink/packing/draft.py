@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from lorashrink.engine.spectrum import truncate
 from lorashrink.files.header import Arrangement
 from lorashrink.files.metadata_keys import ENERGY, ERROR, NORM_RATIO, OPTIONS, PACKED, RECIPE
 from lorashrink.files.packed import CODE, INDEX, VERSION, Form, contents_sha256
-from lorashrink.files.store import ComputedStore, TensorInfo, TensorStore, info_of, memory_of, torch_dtype
+from lorashrink.files.store import ComputedStore, TensorInfo, info_of, memory_of, torch_dtype
 from lorashrink.files.writing import save_tensors
 from lorashrink.packing.allocation import Allocation
 from lorashrink.packing.encoding import Encoder, rounded
@@ -82,21 +83,25 @@ def build_draft(decomposed: Decomposed, outlined: Outline, allocation: Allocatio
     beside: dict[str, Tensor] = {}  # of these what is not in the code
     rounding = 0.0
     for index, layer in planned.written.items():
-        parts = _factors(planned, layer, device)
+        written = WrittenLayer.of(planned, layer, device)
         classes = allocation.classes[start_of[index] + np.array(layer.kept)]
-        result = rounded(parts.prefix, parts.form, parts.matrices, classes.T.tolist())
+        result = rounded(written.prefix, written.form, written.matrices, classes.T.tolist())
         encoder.add(result)
-        rounding += result.error / (parts.scale**2 or 1.0)
-        for (end, axis, rest), factor in zip(parts.form.factors, result.values, strict=True):
-            unpacked[parts.prefix + end] = factor.reshape(layer.width, *rest).movedim(0, axis).contiguous()
-        unpacked |= parts.constants
+        rounding += result.error / (written.scale**2 or 1.0)
+        for (end, axis, rest), factor in zip(written.form.factors, result.values, strict=True):
+            unpacked[written.prefix + end] = factor.reshape(layer.width, *rest).movedim(0, axis).contiguous()
+        unpacked |= written.constants
         if "bias" in layer.form.keys:
             key = layer.form.keys["bias"]
-            bias = layer.layer.store.read(key).float() * (layer.layer.scale * parts.scale)
+            bias = layer.layer.store.read(key).float() * (layer.layer.scale * written.scale)
             beside[key] = bias.to(torch_dtype(planned.tensors[key].dtype))
     unpacked |= beside
     index_of_code, code = encoder.finish()
-    sha256 = contents_sha256(planned.arrangement, partial(_chunks, unpacked, planned.adapter.store))
+
+    def chunks(key: str) -> Iterator[memoryview]:
+        return iter([_bytes_of(unpacked[key])]) if key in unpacked else planned.adapter.store.chunks(key)
+
+    sha256 = contents_sha256(planned.arrangement, chunks)
     metadata = _metadata(planned, label, sha256)
     ordinary = {key: text for key, text in metadata.items() if key != PACKED}
     index_bytes = index_of_code.to_bytes()
@@ -121,15 +126,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memory_of(tensor.contiguous().reshape(-1).view(torch.uint8))
 
 
-def _chunks(computed: Mapping[str, Tensor], store: TensorStore, key: str) -> Iterator[memoryview]:
-    """The bytes of a tensor of the unpacked file."""
-    if key in computed:
-        yield _bytes_of(computed[key])
-    else:
-        yield from store.chunks(key)
-
-
-class _Factors(NamedTuple):
+class WrittenLayer(NamedTuple):
     """A layer in the tensors that it is written as."""
 
     prefix: str  # of the names of its tensors
@@ -138,49 +135,38 @@ class _Factors(NamedTuple):
     constants: dict[str, Tensor]
     scale: float  # of their product, relative to the truncated ΔW
 
-
-def _factors(planned: Plan, layer: LayerPlan, device: str) -> _Factors:
-    rank, scale = layer.width, planned.baked(layer)
-    up, down = truncate(layer.layer.delta, layer.spectrum, layer.kept, scale=scale, device=device)
-    _, family, keys, infos = layer.form
-    assert family.written
-    shapes, wider = family.written(infos, rank), family.written(infos, rank + 1)
-    axes = {
-        role: next(axis for axis, (old, new) in enumerate(zip(shape, wider[role], strict=True)) if old != new)
-        for role, shape in shapes.items()
-        if shape != wider[role]
-    }
-    tensors = family.pack(up, down) if family.pack else {"up": up, "down": down}
-    matrices = {
-        role: tensors[role].reshape(shapes[role]).movedim(axis, 0).reshape(rank, -1) for role, axis in axes.items()
-    }
-    roles = sorted(axes, key=lambda role: not torch.equal(matrices[role], up.mT))  # that of the outputs first
-    prefix = _common_start([keys[role] for role in shapes])
-    constants = {}
-    for role in shapes.keys() - axes.keys():
-        info = planned.tensors[keys[role]]
-        constants[keys[role]] = torch.full(info.shape, float(planned.alpha)).to(torch_dtype(info.dtype))
-    form = Form(
-        factors=tuple(
-            (keys[role].removeprefix(prefix), axes[role], _without(shapes[role], axes[role])) for role in roles
-        ),
-        constants=tuple(
-            (key.removeprefix(prefix), info_of(tensor).dtype, tuple(tensor.shape), _bytes_of(tensor).hex())
-            for key, tensor in constants.items()
-        ),
-    )
-    return _Factors(prefix, form, [matrices[role] for role in roles], constants, scale)
-
-
-def _without(shape: Sequence[int], axis: int) -> tuple[int, ...]:
-    """The shape without one of its axes."""
-    return (*shape[:axis], *shape[axis + 1 :])
-
-
-def _common_start(names: Sequence[str]) -> str:
-    """What all names begin with."""
-    pairs = zip(min(names), max(names), strict=False)
-    return "".join(first for first, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    @classmethod
+    def of(cls, planned: Plan, layer: LayerPlan, device: str) -> WrittenLayer:
+        """Truncate the layer as planned."""
+        rank, scale = layer.width, planned.baked(layer)
+        up, down = truncate(layer.layer.delta, layer.spectrum, layer.kept, scale=scale, device=device)
+        _, family, keys, infos = layer.form
+        assert family.written
+        shapes, wider = family.written(infos, rank), family.written(infos, rank + 1)
+        axes = {  # role -> axis of the dimensions, which is longer at a higher rank
+            role: next(axis for axis, (old, new) in enumerate(zip(shape, wider[role], strict=True)) if old != new)
+            for role, shape in shapes.items()
+            if shape != wider[role]
+        }
+        tensors = family.pack(up, down) if family.pack else {"up": up, "down": down}
+        factors = {role: tensors[role].reshape(shapes[role]).movedim(axis, 0) for role, axis in axes.items()}
+        matrices = {role: factor.reshape(rank, -1) for role, factor in factors.items()}
+        roles = sorted(axes, key=lambda role: not torch.equal(matrices[role], up.mT))  # that of the outputs first
+        prefix = os.path.commonprefix([keys[role] for role in shapes])  # noqa: RUF071  # of any strings
+        constants = {}
+        for role in shapes.keys() - axes.keys():
+            info = planned.tensors[keys[role]]
+            constants[keys[role]] = torch.full(info.shape, float(planned.alpha)).to(torch_dtype(info.dtype))
+        form = Form(
+            factors=tuple(
+                (keys[role].removeprefix(prefix), axes[role], tuple(factors[role].shape[1:])) for role in roles
+            ),
+            constants=tuple(
+                (key.removeprefix(prefix), info_of(tensor).dtype, tuple(tensor.shape), _bytes_of(tensor).hex())
+                for key, tensor in constants.items()
+            ),
+        )
+        return cls(prefix, form, [matrices[role] for role in roles], constants, scale)
 
 
 # What the metadata of a shrunk file says of its recipe, and what is true before rounding only.

@@ -45,13 +45,30 @@ _ESCAPED = 2.0**-13
 
 
 @dataclass(eq=False, slots=True)
-class _Draft:
-    """A section before it is coded."""
+class _Section:
+    """The numbers of some layers, which are coded together."""
 
     layers: int = 0
     numbers: int = 0
     by_class: dict[int, list[Whole]] = field(default_factory=lambda: defaultdict(list))
     crc32: int = 0
+
+    def encode(self, tables: Mapping[int, Sequence[int]]) -> Any:
+        """The words of the code. What is decoded last is encoded first."""
+        ans = coder().stack.AnsCoder()
+        for class_ in sorted(self.by_class, reverse=True):
+            high, low = _split(np.concatenate(self.by_class[class_]), class_)
+            table = tables[class_]
+            sides = len(table) - 2
+            if len(low):
+                ans.encode_reverse(low, uniform_model(low_bits(class_)))
+            escaped = np.abs(high) > sides
+            if escaped.any():
+                ans.encode_reverse(high[escaped] + (1 << (ESCAPE_BITS - 1)), uniform_model(ESCAPE_BITS))
+            ans.encode_reverse(np.where(escaped, 0, high + sides + 1).astype(np.int32), table_model(table))
+        words = ans.get_compressed()
+        least = -(-self.numbers // (4 * NUMBERS_PER_BYTE))
+        return np.pad(words, (max(0, least - len(words)), 0))  # in front, where the decoder does not get to
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -74,39 +91,30 @@ def rounded(name: str, form: Form, factors: Sequence[Tensor], classes: Sequence[
     """
     sizes = [torch.linalg.vector_norm(factor, dim=1) / math.sqrt(factor.shape[1]) for factor in factors]
     common = (sizes[0].double() * sizes[1].double()).sqrt()  # of both sides, when they are balanced
-    scales = [_scale(size) for size in common.tolist()]
+    quarters = [round(4 * math.log2(size)) if size > 0 else SCALES.start for size in common.tolist()]  # of powers of 2
+    scales = [min(max(scale, SCALES.start), SCALES.stop - 1) for scale in quarters]
     balanced = [
         factor * torch.where(size > 0, common / size, 0).float()[:, None]
         for factor, size in zip(factors, sizes, strict=True)
     ]
     numbers, values, used = [], [], []
     for factor, requested in zip(balanced, classes, strict=True):
-        fitting = _fitting(factor, scales, requested)
+        fitting = [
+            next(
+                (fine for fine in range(class_, CLASSES.start, -1) if largest <= MOST * step(scale, fine)),
+                CLASSES.start,
+            )
+            for scale, class_, largest in zip(scales, requested, factor.abs().amax(1).tolist(), strict=True)
+        ]
         steps = torch.tensor([step(*pair) for pair in zip(scales, fitting, strict=True)], dtype=torch.float32)
         integers = torch.round(factor / steps[:, None]).clamp_(-MOST, MOST).short()
         numbers.append(integers.numpy())
         values.append((integers.float() * steps[:, None]).half())  # from integers, which have no -0
         used.append(fitting)
-    return Rounded(name, form, scales, used, numbers, values, _error(balanced, values))
+    return Rounded(name, form, scales, used, numbers, values, _product_error(balanced, values))
 
 
-def _scale(size: float) -> int:
-    """The nearest quarter of a power of two."""
-    return min(max(round(4 * math.log2(size)), SCALES.start), SCALES.stop - 1) if size > 0 else SCALES.start
-
-
-def _fitting(factor: Tensor, scales: Sequence[int], requested: Sequence[int]) -> list[int]:
-    """The finest classes up to the requested ones whose numbers are not too large."""
-    if math.sqrt(2 * factor.shape[1]) * 2.0 ** (max(requested, default=0) / 2) < MOST:  # if all of it were one number
-        return list(requested)
-    fitting = []
-    for scale, class_, largest in zip(scales, requested, factor.abs().amax(1).tolist(), strict=True):
-        coarser = (finest for finest in range(class_, CLASSES.start, -1) if largest <= MOST * step(scale, finest))
-        fitting.append(next(coarser, CLASSES.start))
-    return fitting
-
-
-def _error(exact: Sequence[Tensor], stored: Sequence[Tensor]) -> float:
+def _product_error(exact: Sequence[Tensor], stored: Sequence[Tensor]) -> float:
     """‖u vᵀ - u' v'ᵀ‖² of all dimensions, from the differences, so that small errors are exact."""
     (u, v), (new_u, new_v) = exact, (factor.float() for factor in stored)
     du, dv = new_u - u, new_v - v
@@ -126,14 +134,14 @@ class Encoder:
         self._rows: list[tuple[str, int, int]] = []  # name, form, rank
         self._scales: list[int] = []
         self._classes: list[int] = []
-        self._sections: list[_Draft] = []
+        self._sections: list[_Section] = []
 
     def add(self, layer: Rounded) -> None:
         """Take a layer, whose name is that of no other. Raises InputError if it is too large for the format."""
         if sum(numbers.size for numbers in layer.numbers) > MOST_NUMBERS:
             raise InputError(f"{layer.name}: has too many numbers to be packed. Shrink the file first.")
         if not self._sections or self._sections[-1].numbers >= _SECTION_NUMBERS:
-            self._sections.append(_Draft())
+            self._sections.append(_Section())
         section = self._sections[-1]
         section.layers += 1
         self._rows.append((layer.name, self._forms.setdefault(layer.form, len(self._forms)), len(layer.scales)))
@@ -147,8 +155,13 @@ class Encoder:
 
     def finish(self) -> tuple[Index, bytes]:
         """(index, code)."""
-        tables = self._tables()
-        codes = [_code(section, tables) for section in self._sections]
+        counts: dict[int, Any] = defaultdict(lambda: np.zeros(MOST + 2, dtype=np.int64))  # pooled over the file
+        for section in self._sections:
+            for class_, rows in section.by_class.items():
+                high, _ = _split(np.concatenate(rows), class_)
+                counts[class_] += np.bincount(np.abs(high), minlength=MOST + 2)
+        tables = {class_: _frequencies(of_class) for class_, of_class in counts.items()}
+        codes = [section.encode(tables) for section in self._sections]
         index = Index(
             forms=tuple(self._forms),
             names=tuple(name for name, _, _ in self._rows),
@@ -163,15 +176,6 @@ class Encoder:
             ),
         )
         return index, b"".join(words.astype("<u4").tobytes() for words in codes)
-
-    def _tables(self) -> dict[int, tuple[int, ...]]:
-        """Frequencies of each class, pooled over the file."""
-        counts: dict[int, Any] = defaultdict(lambda: np.zeros(MOST + 2, dtype=np.int64))
-        for section in self._sections:
-            for class_, rows in section.by_class.items():
-                high, _ = _split(np.concatenate(rows), class_)
-                counts[class_] += np.bincount(np.abs(high), minlength=MOST + 2)
-        return {class_: _frequencies(of_class) for class_, of_class in counts.items()}
 
 
 def _split(numbers: Whole, class_: int) -> tuple[Whole, Whole]:
@@ -196,21 +200,3 @@ def _frequencies(counts: Any) -> tuple[int, ...]:
         sides[sides.index(max(sides))] -= 1
         zero += 2
     return (escape, zero, *sides)
-
-
-def _code(section: _Draft, tables: Mapping[int, Sequence[int]]) -> Any:
-    """The words of a section. What is decoded last is encoded first."""
-    ans = coder().stack.AnsCoder()
-    for class_ in sorted(section.by_class, reverse=True):
-        high, low = _split(np.concatenate(section.by_class[class_]), class_)
-        table = tables[class_]
-        sides = len(table) - 2
-        if len(low):
-            ans.encode_reverse(low, uniform_model(low_bits(class_)))
-        escaped = np.abs(high) > sides
-        if escaped.any():
-            ans.encode_reverse(high[escaped] + (1 << (ESCAPE_BITS - 1)), uniform_model(ESCAPE_BITS))
-        ans.encode_reverse(np.where(escaped, 0, high + sides + 1).astype(np.int32), table_model(table))
-    words = ans.get_compressed()
-    least = -(-section.numbers // (4 * NUMBERS_PER_BYTE))
-    return np.pad(words, (max(0, least - len(words)), 0))  # in front, where the decoder does not get to

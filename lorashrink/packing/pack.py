@@ -15,7 +15,7 @@ from lorashrink.adapters import open_adapter
 from lorashrink.errors import LorashrinkError, Progress, UsageError, boundary
 from lorashrink.files.packed import CODE, PackedStore, coder
 from lorashrink.linking.inputs import find_adapters
-from lorashrink.packing.allocation import Allocation, Dimensions, Prediction, cheapest, largest_within, prediction_for
+from lorashrink.packing.allocation import Allocation, Dimensions, cheapest, largest_within, prediction_for
 from lorashrink.packing.draft import Draft, build_draft
 from lorashrink.packing.judging import dimensions_of
 from lorashrink.recipes.grammar import Recipe
@@ -122,35 +122,13 @@ def _pack_file(source: Path, outputs: Mapping[Path, Recipe], session: Session, g
         pixels = session.statistics.pixels if session.statistics else None
         prediction = prediction_for(decided_by, dimensions.total, pixels)
         if goal.size is None:
-            allocation = cheapest(dimensions, lambda choice: prediction.psnr(choice) >= goal.quality)
-            draft = build(allocation)
+            draft = build(cheapest(dimensions, lambda choice: prediction.psnr(choice) >= goal.quality))
         else:
-            draft = _within(goal.size, dimensions, build, source)
+            draft = _best_within(goal.size, dimensions, build, source)
         draft.write(path)
         with open_adapter(path) as written:
             assert isinstance(written.store, PackedStore)
             written.store.check_code()
-        return _result(source, path, draft, prediction, decided_by, started)
-
-
-def _within(size: int, dimensions: Dimensions, build: Callable[[Allocation], Draft], source: Path) -> Draft:
-    """The best file of no more than so many bytes. Raises UsageError if there is none."""
-    smallest = build(largest_within(dimensions, 0.0))
-    if smallest.nbytes > size:
-        raise UsageError(f"{source}: cannot be packed into {size} bytes; the least is {smallest.nbytes}.")
-    best, budget = smallest, size - (smallest.nbytes - smallest.allocation.nbytes)
-    for _ in range(_ATTEMPTS):
-        draft = build(largest_within(dimensions, budget))
-        if draft.nbytes <= size:
-            best = max(best, draft, key=lambda file: file.nbytes)
-            if draft.nbytes >= _CLOSE_ENOUGH * size:
-                break
-        room = 0.995 * size - draft.nbytes
-        budget += room * draft.allocation.nbytes / draft.nbytes
-    return best
-
-
-def _result(source: Path, path: Path, draft: Draft, prediction: Prediction, decided_by: str, started: float) -> Packed:
     planned = draft.plan
     total = sum(layer.total for layer in planned.layers)
     lost = sum(layer.loss**2 for layer in planned.layers) + draft.rounding / (planned.recipe.rescale**2)
@@ -171,3 +149,20 @@ def _result(source: Path, path: Path, draft: Draft, prediction: Prediction, deci
         removed=tuple(Removed(name, reason) for name, reason in planned.removed.items()),
         warnings=tuple(planned.warnings),
     )
+
+
+def _best_within(size: int, dimensions: Dimensions, build: Callable[[Allocation], Draft], source: Path) -> Draft:
+    """The best file of no more than so many bytes. Raises UsageError if there is none."""
+    smallest = build(largest_within(dimensions, 0.0))
+    if smallest.nbytes > size:
+        raise UsageError(f"{source}: cannot be packed into {size} bytes; the least is {smallest.nbytes}.")
+    best, budget = smallest, size - (smallest.nbytes - smallest.allocation.nbytes)
+    for _ in range(_ATTEMPTS):
+        draft = build(largest_within(dimensions, budget))
+        if draft.nbytes <= size:
+            best = max(best, draft, key=lambda file: file.nbytes)
+            if draft.nbytes >= _CLOSE_ENOUGH * size:
+                break
+        room = 0.995 * size - draft.nbytes
+        budget += room * draft.allocation.nbytes / draft.nbytes
+    return best

@@ -59,7 +59,7 @@ def unpack(
     results: list[Unpacked] = []
     for done, (source, outputs) in enumerate(targets.items(), 1):
         with boundary(source, partial(errors.__setitem__, source)), _open(source) as adapter:
-            results.append(_write(adapter, next(iter(outputs)), kind))
+            results.append(_unpack_file(adapter, next(iter(outputs)), kind))
         if progress:
             progress("unpacking", done, len(targets))
     failed = tuple(Failure(str(source), str(error)) for source, error in errors.items())
@@ -75,16 +75,20 @@ def _open(path: Path) -> Adapter:
     return adapter
 
 
-def _write(adapter: Adapter, path: Path, kind: str) -> Unpacked:
+def _unpack_file(adapter: Adapter, path: Path, kind: str) -> Unpacked:
     started = time.perf_counter()
     store = adapter.store
     assert isinstance(store, PackedStore)
     store.check_contents()
     factors = {key for key, info in store.index.infos() if info.dtype == "F16"}
+
+    def cast_read(key: str, dtype: str) -> Tensor:
+        return cast(store.read(key), dtype)
+
     tensors = {}
     for key, info in store.tensors.items():
         dtype = kind if key in factors else info.dtype
-        tensors[key] = (tensor_info(dtype, info.shape), partial(_cast_from, store, key, dtype))
+        tensors[key] = (tensor_info(dtype, info.shape), partial(cast_read, key, dtype))
     source = ComputedStore(store.path, tensors, store.metadata, store.files)
     config = {path.parent / peft.CONFIG_FILE: peft.to_file(adapter.settings)} if store.as_folder else {}
     save_tensors(path, {}, store.metadata, source=source, companions=config)
@@ -98,7 +102,3 @@ def _write(adapter: Adapter, path: Path, kind: str) -> Unpacked:
         seconds=time.perf_counter() - started,
         sha256=store.sha256,
     )
-
-
-def _cast_from(store: PackedStore, key: str, dtype: str) -> Tensor:
-    return cast(store.read(key), dtype)
