@@ -10,16 +10,16 @@ import hashlib
 import math
 import os
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from accelerate import skip_first_batches
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from lorashrink.errors import LorashrinkError
 from lorashrink.train.data.buckets import Size, to_pixels
@@ -59,11 +59,7 @@ def chunks(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
 
 def batch_count(data: Data) -> int:
     """Batches of one epoch, of all processes together."""
-    counts: Counter[tuple[int, Size]] = Counter()
-    for index, dataset in enumerate(data.datasets):
-        for picture in dataset.pictures:
-            counts[index, picture.fit.bucket] += picture.repeats
-    return sum(math.ceil(count / data.datasets[index].batch_size) for (index, _), count in counts.items())
+    return len(epoch_batches(data, 1, 0))
 
 
 def epoch_batches(data: Data, epoch: int, seed: int, *, world: int = 1) -> list[Sequence[Draw]]:
@@ -80,26 +76,9 @@ def epoch_batches(data: Data, epoch: int, seed: int, *, world: int = 1) -> list[
             draws[picture.fit.bucket] += [Draw(index, number, repeat, epoch) for repeat in range(picture.repeats)]
         for bucket in sorted(draws):
             chance.shuffle(draws[bucket])
-            batches += chunks(draws[bucket], dataset.batch_size)
+            batches += chunks(draws[bucket], dataset.options.train_batch_size)
     chance.shuffle(batches)
     return list(islice(cycle(batches), math.ceil(len(batches) / world) * world))
-
-
-@dataclass(eq=False)
-class _EpochSampler(Sampler[Sequence[Draw]]):
-    """The batches of one process in the epoch that is set."""
-
-    data: Data
-    seed: int
-    rank: int
-    world: int
-    epoch: int = 1
-
-    def __iter__(self) -> Iterator[Sequence[Draw]]:
-        yield from epoch_batches(self.data, self.epoch, self.seed, world=self.world)[self.rank :: self.world]
-
-    def __len__(self) -> int:
-        return math.ceil(batch_count(self.data) / self.world)
 
 
 # --- what is in a batch --------------------------------------------------------------------------
@@ -118,46 +97,35 @@ class Batch(NamedTuple):
     text: Encoded | None  # if it is cached
 
 
-@dataclass(frozen=True, eq=False)
-class _Showings:
-    """Pictures with all that is random about a showing."""
-
-    data: Data
-    seed: int
-    prior_loss_weight: float
-    latents: LatentCache | None
-    texts: TextCache | None
-
-    def batch(self, draws: Sequence[Draw]) -> Batch:
-        shown = map(self._fields, draws)
-        draws, captions, flips, time_ids, weights, latents, pixels, texts = zip(*shown, strict=True)
-        return Batch(
-            draws,
-            captions,
-            flips,
-            torch.tensor(time_ids, dtype=torch.float32),
-            torch.tensor(weights),
-            None if latents[0] is None else torch.stack(latents),
-            None if pixels[0] is None else torch.stack(pixels),
-            None if texts[0] is None else Encoded(*map(torch.cat, zip(*texts, strict=True))),
-        )
-
-    def _fields(self, draw: Draw) -> tuple[Any, ...]:
-        """The fields of `Batch` of one picture."""
-        (picture,) = self.data.pictures_of([draw])
-        key = (*picture.names, draw.repeat, draw.epoch)
-        options = picture.subset.options
-        flipped = options.flip_aug and numbers(self.seed, "flip", *key).random() < 0.5
-        return (
-            draw,
-            draw_caption(picture.caption, options, numbers(self.seed, "caption", *key), epoch=draw.epoch),
-            flipped,
-            picture.fit.time_ids(flipped),
-            self.prior_loss_weight if picture.subset.is_reg else 1.0,
-            self.latents.get(picture, flipped) if self.latents else None,
-            None if self.latents else to_pixels(read_pixels(picture), flipped),
-            self.texts.get(picture) if self.texts else None,
-        )
+def _batch(
+    data: Data,
+    seed: int,
+    prior_loss_weight: float,
+    latents: LatentCache | None,
+    texts: TextCache | None,
+    draws: Sequence[Draw],
+) -> Batch:
+    pictures = data.pictures_of(draws)
+    keys = [(*picture.names, draw.repeat, draw.epoch) for picture, draw in zip(pictures, draws, strict=True)]
+    options = [picture.subset.options for picture in pictures]
+    flipped = [
+        own.flip_aug and numbers(seed, "flip", *key).random() < 0.5 for own, key in zip(options, keys, strict=True)
+    ]
+    captions = [
+        draw_caption(picture.caption, own, numbers(seed, "caption", *key), epoch=draw.epoch)
+        for picture, own, key, draw in zip(pictures, options, keys, draws, strict=True)
+    ]
+    shown = list(zip(pictures, flipped, strict=True))
+    return Batch(
+        draws=tuple(draws),
+        captions=tuple(captions),
+        flipped=tuple(flipped),
+        time_ids=torch.tensor([picture.fit.time_ids(flip) for picture, flip in shown], dtype=torch.float32),
+        weights=torch.tensor([prior_loss_weight if picture.subset.is_reg else 1.0 for picture in pictures]),
+        latents=torch.stack([latents.get(picture, flip) for picture, flip in shown]) if latents else None,
+        pixels=None if latents else torch.stack([to_pixels(read_pixels(picture), flip) for picture, flip in shown]),
+        text=Encoded(*map(torch.cat, zip(*map(texts.get, pictures), strict=True))) if texts else None,
+    )
 
 
 # --- reading them --------------------------------------------------------------------------------
@@ -176,15 +144,17 @@ class Loader:
         latents: LatentCache | None,
         texts: TextCache | None,
     ) -> None:
-        self._sampler = _EpochSampler(data, seed, rank, world)
+        self._data, self._seed, self._rank, self._world = data, seed, rank, world
         reads_files = latents is None or latents.memory is None or (texts is not None and texts.memory is None)
-        showings = _Showings(data, seed, options.prior_loss_weight, latents, texts)
-        self._batches = read_ahead(showings.batch, self._sampler, options, in_workers=reads_files)
+        read = partial(_batch, data, seed, options.prior_loss_weight, latents, texts)
+        self._order: list[Sequence[Draw]] = []  # of the epoch that is read
+        self._batches = read_ahead(read, self._order, options, in_workers=reads_files)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """This process' batches of an epoch (from 1), from its batch `start` (from 0) on; or InputError."""
-        self._sampler.epoch = number
-        return raising(skip_first_batches(self._batches, start) if start else self._batches)
+        order = epoch_batches(self._data, number, self._seed, world=self._world)
+        self._order[:] = order[self._rank :: self._world][start:]
+        yield from raising(self._batches)
 
 
 def read_ahead(

@@ -7,12 +7,8 @@ rules and their rounding are sd-scripts', so that both put a picture into the sa
 
 from __future__ import annotations
 
-import logging
 import math
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,28 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lorashrink.errors import InputError, UsageError
-
-_log = logging.getLogger(__name__)
+from lorashrink.errors import InputError
+from lorashrink.train.flags.checks import bucket_limits, parse_resolution
+from lorashrink.train.flags.options import Options
 
 Size = tuple[int, int]
 
 _ALIASES = {"linear": "bilinear", "cubic": "bicubic"}  # the other names of interpolations are PIL's
-
-
-@dataclass(frozen=True, slots=True)
-class BucketRules:
-    """What buckets there may be, in pixels; without `enabled`, `resolution` is the only one.
-
-    `minimum` and `maximum` bound their sides, unless `upscale` is False: then each follows its picture.
-    """
-
-    resolution: Size
-    enabled: bool
-    minimum: int
-    maximum: int
-    step: int
-    upscale: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,48 +60,35 @@ class Fit:
         return left, top, left + inner_width, top + inner_height
 
 
-@cache
-def bucket_table(rules: BucketRules) -> tuple[Size, ...]:
-    """All buckets that pictures may go to, sorted by width and height; none where buckets follow pictures.
-
-    A minimum and maximum that are no multiples of the step are widened to the next ones, which is logged. Raises
-    UsageError if the area of the resolution is too small for one bucket.
-    """
-    if not rules.enabled:
-        return (rules.resolution,)
-    area = rules.resolution[0] * rules.resolution[1]
-    square = _down(math.isqrt(area), rules.step)
-    if not square:
-        raise UsageError(
-            f"--resolution {rules.resolution[0]},{rules.resolution[1]} is too small for one bucket in steps of "
-            f"{rules.step}; give a larger one, or train without --enable_bucket"
-        )
-    if not rules.upscale:
+def bucket_table(options: Options) -> tuple[Size, ...]:
+    """All buckets that pictures may go to, sorted by width and height; none with --bucket_no_upscale."""
+    resolution, step = parse_resolution(options.resolution), options.bucket_reso_steps
+    if not options.enable_bucket:
+        return (resolution,)
+    if options.bucket_no_upscale:
         return ()
-    minimum = max(rules.minimum // rules.step, 1) * rules.step
-    maximum = math.ceil(rules.maximum / rules.step) * rules.step
-    for name, limit, used in (("min", rules.minimum, minimum), ("max", rules.maximum, maximum)):
-        if limit != used:
-            note = "--%s_bucket_reso %d is no multiple of --bucket_reso_steps %d; %d is used"
-            _log.warning(note, name, limit, rules.step, used)
-    widths = range(minimum, maximum + 1, rules.step)
-    pairs = [(width, min(maximum, _down(area // width, rules.step))) for width in widths]
+    area = math.prod(resolution)
+    square = _down(math.isqrt(area), step)
+    minimum, maximum = bucket_limits(options)
+    pairs = [(width, min(maximum, _down(area // width, step))) for width in range(minimum, maximum + 1, step)]
     kept = [(width, height) for width, height in pairs if height >= minimum]
     return tuple(sorted({(square, square), *kept, *((height, width) for width, height in kept)}))
 
 
-def fit(size: Size, rules: BucketRules, table: tuple[Size, ...]) -> Fit:
+def fit(size: Size, options: Options, table: tuple[Size, ...]) -> Fit:
     """The bucket of a picture of this size from `bucket_table`, and the size that it is resized to first.
 
-    Raises InputError if buckets follow pictures, and this one has a side shorter than the step.
+    Without a table, as with --bucket_no_upscale, the bucket follows the picture. Raises InputError if one of its sides
+    is shorter than the step then.
     """
     if not table:
-        resized = _shrunk(size, rules)
-        bucket = _down(resized[0], rules.step), _down(resized[1], rules.step)
+        step = options.bucket_reso_steps
+        resized = _shrunk(size, math.prod(parse_resolution(options.resolution)), step)
+        bucket = _down(resized[0], step), _down(resized[1], step)
         if not min(bucket):
             raise InputError(
                 f"a picture of {size[0]}x{size[1]} pixels has a side that is too short for a bucket in steps of "
-                f"{rules.step}; leave it out, or train without --bucket_no_upscale"
+                f"{step}; leave it out, or train without --bucket_no_upscale"
             )
         return Fit(size, resized, bucket)
     bucket = size if size in table else min(table, key=lambda entry: abs(_aspect(entry) - _aspect(size)))
@@ -128,20 +96,18 @@ def fit(size: Size, rules: BucketRules, table: tuple[Size, ...]) -> Fit:
     return Fit(size, (_nearest(size[0] * scale), _nearest(size[1] * scale)), bucket)
 
 
-def _shrunk(size: Size, rules: BucketRules) -> Size:
-    """The size of a picture after shrinking it to the area of the resolution, one side a multiple of the step.
+def _shrunk(size: Size, area: int, step: int) -> Size:
+    """The size of a picture after shrinking it to the area, one side a multiple of the step.
 
     (0, 0) if a side would be shorter than the step.
     """
-    area, aspect, step = rules.resolution[0] * rules.resolution[1], _aspect(size), rules.step
-    if size[0] * size[1] <= area:
+    if math.prod(size) <= area:
         return size
+    aspect = _aspect(size)
     ideal_width = math.sqrt(area * aspect)
-    width = _down(_nearest(ideal_width), step)
-    height = _down(_nearest(area / ideal_width), step)
+    width, height = _down(_nearest(ideal_width), step), _down(_nearest(area / ideal_width), step)
     # What the other side would be in whole steps; the nearer aspect wins.
-    height_by_width = _down(_nearest(width / aspect), step)
-    width_by_height = _down(_nearest(height * aspect), step)
+    height_by_width, width_by_height = _down(_nearest(width / aspect), step), _down(_nearest(height * aspect), step)
     if not min(width, height, height_by_width, width_by_height):
         return 0, 0
     if abs(width / height_by_width - aspect) < abs(width_by_height / height - aspect):
@@ -178,23 +144,17 @@ def prepare(image: Image.Image, fit: Fit, interpolation: str | None) -> npt.NDAr
     if image.size == fit.resized:
         pixels = np.asarray(image)
     elif interpolation == "area":
-        pixels = _resize_area(np.asarray(image), fit.resized)
+        rows = _area_means(np.asarray(image), fit.resized[1])
+        columns = _area_means(np.ascontiguousarray(rows.transpose(1, 0, 2)), fit.resized[0])
+        pixels = np.rint(columns.transpose(1, 0, 2)).astype(np.uint8)
     else:
         resampling = Image.Resampling[_ALIASES.get(interpolation, interpolation).upper()]
         pixels = np.asarray(image.resize(fit.resized, resampling))
     return np.ascontiguousarray(pixels[top : top + height, left : left + width])
 
 
-def _resize_area(pixels: npt.NDArray[np.uint8], size: Size) -> npt.NDArray[np.uint8]:
-    """Each new pixel is the mean of the area it covers, as with OpenCV's INTER_AREA; PIL's BOX is something else."""
-    width, height = size
-    rows = _mean_rows(pixels, height)
-    columns = _mean_rows(np.ascontiguousarray(rows.transpose(1, 0, 2)), width)
-    return np.rint(columns.transpose(1, 0, 2)).astype(np.uint8)
-
-
-def _mean_rows(pixels: npt.NDArray[Any], new: int) -> npt.NDArray[np.float32]:
-    """The same of [rows, ...], along the rows only, of which there are `new` afterwards."""
+def _area_means(pixels: npt.NDArray[Any], new: int) -> npt.NDArray[np.float32]:
+    """`new` rows of [rows, ...], each the mean of the rows it covers, as with OpenCV's INTER_AREA and not PIL's BOX."""
     old = len(pixels)
     flat = pixels.reshape(old, -1)
     means = np.empty((new, flat.shape[1]), np.float32)
@@ -213,17 +173,3 @@ def to_pixels(array: npt.NDArray[np.uint8], flipped: bool) -> Tensor:
     """What the VAE takes, of uint8 [height, width, 3]: float32 [3, height, width] in -1..1, mirrored if `flipped`."""
     turned = array[:, ::-1] if flipped else array
     return torch.from_numpy(np.ascontiguousarray(turned.transpose(2, 0, 1), dtype=np.float32)) / 127.5 - 1
-
-
-def bucket_info(fits: Iterable[tuple[Fit, int]]) -> dict[str, Any]:
-    """The value of `ss_bucket_info`: pictures per bucket, and the mean difference of aspect to the bucket's.
-
-    fits: of each picture, with its repeats. The counts include repeats, the mean does not.
-    """
-    counts: Counter[Size] = Counter()
-    errors = []
-    for picture_fit, repeats in fits:
-        counts[picture_fit.bucket] += repeats
-        errors.append(abs(_aspect(picture_fit.bucket) - _aspect(picture_fit.original)))
-    buckets = {index: {"resolution": list(size), "count": counts[size]} for index, size in enumerate(sorted(counts))}
-    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / max(len(errors), 1)}

@@ -1,9 +1,8 @@
 """What is encoded once: latents of pictures, and captions, in memory or in .npz files beside the pictures.
 
-Names and keys of the files are sd-scripts', so that both programs read each other's. Each file has a hash more, of what
-it was made from, so that a change of picture, caption, VAE or text encoders is noticed. Of sd-scripts' files, without
-it, latents are used if their sizes fit; captions are encoded anew, because nothing tells whether they fit. Latents in
-files are unscaled float32.
+Names and keys of the files are sd-scripts', so that both programs read each other's. A hash in each file, of what it
+was made from, shows when picture, caption, VAE or text encoders have changed. sd-scripts writes none: its latents are
+used if their sizes fit, and its captions are encoded anew. Latents in files are unscaled float32.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
 from lorashrink.files.disk import write_bytes
@@ -36,8 +36,6 @@ from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Encoded, Model, encode, encode_pixels, tokenize, vae_stride
 
 _log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]  # done, of how many
 
 _Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -65,49 +63,37 @@ class LatentCache:
         """Unscaled latents [4, h, w] float32; InputError if the file is missing, damaged or of another bucket."""
         if self.memory is not None:
             return self.memory[_identity(picture)][int(flipped)]
-        for arrays in map(_read, _latent_files(picture)):
-            if _fits(arrays, picture, self.stride):
-                latents = arrays["latents_flipped" if flipped else "latents"]
-                return torch.from_numpy(latents.astype(np.float32, copy=False))
-        raise InputError(f"{_latent_files(picture)[-1]}: {_NO_CACHE}")
+        arrays = _read(_latent_file(picture))
+        if not _fits(arrays, picture, self.stride):
+            raise InputError(f"{_latent_file(picture)}: {_NO_CACHE}")
+        return torch.from_numpy(arrays["latents_flipped" if flipped else "latents"].astype(np.float32, copy=False))
 
 
-def cache_latents(
-    data: Data,
-    vae: AutoencoderKL,
-    options: Options,
-    *,
-    seed: int,
-    rank: int,
-    world: int,
-    progress: Progress | None = None,
-) -> LatentCache:
+def cache_latents(data: Data, vae: AutoencoderKL, options: Options, *, seed: int, rank: int, world: int) -> LatentCache:
     """Encode every picture whose latents are not there yet, on the device of the VAE.
 
     In memory each process encodes all pictures. On disk each encodes its share; let the processes wait for each other
     before the first `get`. Raises NonFinite (the VAE made NaN or infinity of a picture), InputError (a picture cannot
     be read, or two would have the same cache file) and OutputError.
     """
-    stride = vae_stride(vae)
+    stride, quiet = vae_stride(vae), rank > 0
     pictures = list({_identity(picture): picture for picture in data.pictures}.values())
     if not options.cache_latents_to_disk:
         check_pixels(pictures)
-        encoded = _encoded(pictures, vae, options, seed, progress)
+        encoded = _encoded(pictures, vae, options, seed, quiet)
         return LatentCache({_identity(picture): latents for picture, latents in encoded}, stride)
-    _check_distinct((_latent_files(picture)[-1], _identity(picture), picture) for picture in pictures)
+    _check_distinct((_latent_file(picture), _identity(picture), picture) for picture in pictures)
     salt = _salt("latents", [vae])
 
     def is_there(picture: Picture) -> bool:
-        return any(
-            _fits(arrays := _read(path), picture, stride)
-            and (_SOURCE_KEY not in arrays or str(arrays[_SOURCE_KEY]) == _source_hash(picture, salt))
-            for path in _latent_files(picture)
-        )
+        arrays = _read(_latent_file(picture))
+        same = _SOURCE_KEY not in arrays or str(arrays[_SOURCE_KEY]) == _source_hash(picture, salt)
+        return same and _fits(arrays, picture, stride)
 
-    share = {picture: _latent_files(picture) for picture in pictures[rank::world]}
+    share = {picture: _latent_file(picture) for picture in pictures[rank::world]}
     missing = _missing(share, is_there, options, "latents")
     check_pixels(missing)
-    for picture, latents in _encoded(missing, vae, options, seed, progress):
+    for picture, latents in _encoded(missing, vae, options, seed, quiet):
         arrays = {
             "latents": latents[0].numpy(),
             "original_size": np.array(picture.fit.original),
@@ -117,7 +103,7 @@ def cache_latents(
             _SOURCE_KEY: np.array(_source_hash(picture, salt)),
         }
         flipped = {"latents_flipped": latents[1].numpy()} if len(latents) > 1 else {}
-        _write(_latent_files(picture)[-1], arrays | flipped)
+        _write(_latent_file(picture), arrays | flipped)
     return LatentCache(None, stride)
 
 
@@ -125,6 +111,11 @@ def _identity(picture: Picture) -> Hashable:
     """Equal for pictures with the same latents."""
     options = picture.subset.options
     return picture.path, picture.fit, options.flip_aug, options.resize_interpolation
+
+
+def _latent_file(picture: Picture) -> Path:
+    width, height = picture.fit.original
+    return picture.path.with_name(f"{picture.path.stem}_{width:04d}x{height:04d}_sdxl.npz")
 
 
 def _source_hash(picture: Picture, salt: bytes) -> str:
@@ -138,27 +129,19 @@ def _source_hash(picture: Picture, salt: bytes) -> str:
         raise InputError(f"{picture.path}: cannot be read ({error.strerror or error}); replace or remove it") from None
 
 
-def _latent_files(picture: Picture) -> tuple[Path, ...]:
-    """Where latents may be: under sd-scripts' old name, and under its present one, which is written."""
-    width, height = picture.fit.original
-    stem = picture.path.stem
-    return tuple(picture.path.with_name(f"{stem}{end}.npz") for end in ("", f"_{width:04d}x{height:04d}_sdxl"))
-
-
 def _encoded(
-    pictures: Sequence[Picture], vae: AutoencoderKL, options: Options, seed: int, progress: Progress | None
+    pictures: Sequence[Picture], vae: AutoencoderKL, options: Options, seed: int, quiet: bool
 ) -> Iterator[tuple[Picture, Tensor]]:
-    """Each picture with its latents [1 or 2, 4, h, w] float32, in the order of buckets."""
+    """Each picture with its latents [1 or 2, 4, h, w] float32, in the order of buckets; on terminals with a bar."""
 
     def shape(picture: Picture) -> tuple[Any, ...]:
         return picture.fit.bucket, picture.subset.options.flip_aug
 
-    ordered = sorted(pictures, key=shape)
-    same_shapes = (list(same) for _, same in itertools.groupby(ordered, key=shape))
-    groups = [group for same in same_shapes for group in chunks(same, max(options.vae_batch_size, 1))]
+    same_shapes = itertools.groupby(sorted(pictures, key=shape), key=shape)
+    groups = [group for _, same in same_shapes for group in chunks(list(same), options.vae_batch_size)]
     read = read_ahead(_pixels, groups, options, in_workers=bool(groups))
-    done = 0
-    for group, pixels in zip(groups, raising(read), strict=True):
+    bar = tqdm(zip(groups, raising(read), strict=True), "latents", len(groups), leave=False, disable=quiet or None)
+    for group, pixels in bar:
         sides = [
             encode_pixels(vae, pixels.flip(-1) if flipped else pixels, [posterior(seed, p, flipped) for p in group])
             for flipped in ((False, True) if group[0].subset.options.flip_aug else (False,))
@@ -169,9 +152,6 @@ def _encoded(
                 advice = "the VAE may be damaged, give another one with --vae" if damaged else "add --no_half_vae"
                 raise NonFinite(f"{picture.path}: the VAE makes NaN of this picture; {advice}")
             yield picture, latents.contiguous()
-        done += len(group)
-        if progress:
-            progress(done, len(pictures))
 
 
 def _pixels(pictures: Sequence[Picture]) -> Tensor:
@@ -231,9 +211,7 @@ class TextCache:
         return hashlib.blake2b(caption.encode(), key=self.salt, digest_size=16).hexdigest()
 
 
-def cache_texts(
-    data: Data, model: Model, options: Options, *, rank: int, world: int, progress: Progress | None = None
-) -> TextCache:
+def cache_texts(data: Data, model: Model, options: Options, *, rank: int, world: int) -> TextCache:
     """Encode every caption that is not there yet, on the device of the text encoders; see `cache_latents`.
 
     Raises UsageError also if captions change from one showing to the next.
@@ -245,17 +223,17 @@ def cache_texts(
                 "shuffle_caption, and dropout of captions and tags"
             )
     cache = TextCache(_salt(str(options.max_token_length), model.encoders), None, options.skip_cache_check)
-    pictures = data.pictures
+    pictures, quiet = data.pictures, rank > 0
     if not options.cache_text_encoder_outputs_to_disk:
         captions = list(dict.fromkeys(map(_caption, pictures)))
-        pairs = zip(captions, _encoded_captions(captions, model, options, progress), strict=True)
+        pairs = zip(captions, _encoded_captions(captions, model, options, quiet), strict=True)
         return replace(cache, memory={cache.hash(caption): encoded for caption, encoded in pairs})
     _check_distinct((_text_file(picture), _caption(picture), picture) for picture in pictures)
     by_file = list({_text_file(picture): picture for picture in pictures}.values())
-    share = {picture: (_text_file(picture),) for picture in by_file[rank::world]}
+    share = {picture: _text_file(picture) for picture in by_file[rank::world]}
     missing = _missing(share, lambda picture: cache.read(picture) is not None, options, "captions")
     captions = list(map(_caption, missing))
-    for picture, encoded in zip(missing, _encoded_captions(captions, model, options, progress), strict=True):
+    for picture, encoded in zip(missing, _encoded_captions(captions, model, options, quiet), strict=True):
         arrays = {key: part[0].numpy() for key, part in zip(_TEXT_KEYS, encoded, strict=True)}
         _write(_text_file(picture), arrays | {_HASH_KEY: np.array(cache.hash(_caption(picture)))})
     return cache
@@ -270,12 +248,10 @@ def _text_file(picture: Picture) -> Path:
     return picture.path.with_name(f"{picture.path.stem}_te_outputs.npz")
 
 
-def _encoded_captions(
-    captions: Sequence[str], model: Model, options: Options, progress: Progress | None
-) -> Iterator[Encoded]:
+def _encoded_captions(captions: Sequence[str], model: Model, options: Options, quiet: bool) -> Iterator[Encoded]:
     """The encoding of each caption, a batch of 1 on the CPU."""
-    done = 0
-    for group in chunks(captions, max(options.text_encoder_batch_size or 1, 1)):
+    groups = chunks(captions, options.text_encoder_batch_size or 1)
+    for group in tqdm(groups, "captions", leave=False, disable=quiet or None):
         tokens = [tokenize(tokenizer, group, options.max_token_length) for tokenizer in model.tokenizers]
         with torch.no_grad():
             encoded = encode(model.encoders, *tokens)
@@ -283,9 +259,6 @@ def _encoded_captions(
         encoded = encoded.to("cpu", torch.float32 if dtype == torch.bfloat16 else dtype)  # numpy has no bfloat16
         for index in range(len(group)):
             yield Encoded(*(part[index : index + 1].clone() for part in encoded))
-        done += len(group)
-        if progress:
-            progress(done, len(captions))
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -313,16 +286,14 @@ def _check_distinct(files: Iterable[tuple[Path, Hashable, Picture]]) -> None:
 
 
 def _missing(
-    files: Mapping[Picture, Iterable[Path]], is_there: Callable[[Picture], bool], options: Options, what: str
+    files: Mapping[Picture, Path], is_there: Callable[[Picture], bool], options: Options, what: str
 ) -> list[Picture]:
     """Those that must be encoded; with --skip_cache_check every file is taken to fit."""
-    missing, stale = [], 0
-    for picture, paths in files.items():
-        has_file = any(map(os.path.exists, paths))
-        if not (has_file and (options.skip_cache_check or is_there(picture))):
-            missing.append(picture)
-            stale += has_file
-    if stale:
+    exists = {picture: os.path.exists(path) for picture, path in files.items()}
+    missing = [
+        picture for picture in files if not (exists[picture] and (options.skip_cache_check or is_there(picture)))
+    ]
+    if stale := sum(exists[picture] for picture in missing):
         _log.warning("%d cache files of %s are damaged or do not fit, and are made anew", stale, what)
     return missing
 

@@ -10,7 +10,7 @@ import importlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lorashrink.errors import InputError, UsageError, nearest
-from lorashrink.train.data.buckets import BucketRules, Fit, bucket_table, fit, prepare
+from lorashrink.train.data.buckets import Fit, Size, bucket_table, fit, prepare
 from lorashrink.train.data.captions import read_caption
-from lorashrink.train.flags.checks import check_sizes, parse_resolution
+from lorashrink.train.flags.checks import check_sizes, check_values
 from lorashrink.train.flags.options import UNSUPPORTED, Options, read_toml, read_values
 
 _log = logging.getLogger(__name__)
@@ -74,8 +74,7 @@ class Dataset:
     """Pictures that are put into batches together."""
 
     pictures: tuple[Picture, ...]
-    batch_size: int
-    buckets: BucketRules
+    options: Options  # those of batches and buckets are its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,6 @@ class Data:
 
     datasets: tuple[Dataset, ...]
     subsets: tuple[Subset, ...]
-    skipped: tuple[tuple[Path, str], ...]  # unusable pictures, and why
 
     @property
     def pictures(self) -> list[Picture]:
@@ -115,22 +113,26 @@ def scan(options: Options) -> Data:
     """
     datasets: list[Dataset] = []
     used: list[Subset] = []
-    notes = _Notes()
+    notes: _Notes = {}
     for settings, subsets in _configured(options) if options.dataset_config else [(options, _folders(options))]:
-        rules = _bucket_rules(settings)
+        table = bucket_table(settings)
         pictures: list[Picture] = []
         for subset in subsets:
-            if read := list(_read(subset, rules, notes)):
+            if read := list(_read(subset, settings, table, notes)):
                 pictures += read
                 used.append(subset)
             else:
                 _log.warning("%s: no pictures found; the folder is ignored", subset.folder)
         if evened := _evened(pictures):
-            datasets.append(Dataset(evened, settings.train_batch_size, rules))
-    folders = {subset.folder for subset in used}
-    for path in [path for path in notes.files.get(_NESTED, ()) if path.parent in folders]:
-        del notes.files[_NESTED][path]  # a dataset file names that folder too
-    notes.warn()
+            datasets.append(Dataset(evened, settings))
+    folders = {subset.folder for subset in used}  # of which one may lie in another
+    notes[_NESTED] = {path: "" for path in notes.get(_NESTED, ()) if path.parent not in folders}
+    for words, files in notes.items():
+        names = [f"{path}{reason}" for path, reason in files.items()]
+        few = names if words == _UNUSABLE else names[:3]
+        more = f" and {len(names) - len(few)} more" if few != names else ""
+        if names:
+            _log.warning("%d %s: %s%s", len(names), words, ", ".join(few), more)
     if not datasets:
         where = options.dataset_config or options.train_data_dir
         raise InputError(
@@ -138,10 +140,14 @@ def scan(options: Options) -> Data:
             "They lie in the folders that a dataset file names, or in folders inside --train_data_dir with names that "
             "begin with how often each is shown in an epoch, such as 10_words"
         )
-    return Data(tuple(datasets), tuple(used), tuple(notes.skipped))
+    return Data(tuple(datasets), tuple(used))
 
 
-# What is said about files, after how many they are and before the names of the first.
+# What is said about files, after how many they are and before the names of the first -> the files, and what more there
+# is to say of one.
+_Notes = dict[str, dict[Path, str]]
+
+_UNUSABLE = "pictures cannot be used and are left out"
 _TURNED = "pictures are turned only by a note in the file (EXIF), which is not read; save them upright"
 _SEEN_THROUGH = "pictures have transparency, which is not read: the colours stored below it are trained on; fill them"
 _MOVING = "pictures are animated; only their first frame is used"
@@ -156,73 +162,45 @@ _LONELY = "caption files belong to no picture and are not used"
 _NEVER_READ = frozenset({".heic", ".heif", ".avif", ".jxl", *Image.registered_extensions()}) - _ENDINGS
 
 
-@dataclass(slots=True)
-class _Notes:
-    """What the user should know about the files, in a line each."""
+def _read(subset: Subset, options: Options, table: tuple[Size, ...], notes: _Notes) -> Iterator[Picture]:
+    """The pictures of a folder; `notes` takes what the user should know about its files."""
 
-    skipped: list[tuple[Path, str]] = field(default_factory=list)
-    files: dict[str, dict[Path, None]] = field(default_factory=dict)  # a file of two datasets is named once
+    def note(words: str, path: Path, applies: object = True, *, reason: str = "") -> None:
+        if applies:
+            notes.setdefault(words, {})[path] = reason  # a file of two datasets is named once
 
-    def add(self, words: str, *paths: Path) -> None:
-        if paths:
-            self.files.setdefault(words, {}).update(dict.fromkeys(paths))
-
-    def warn(self) -> None:
-        if self.skipped:
-            names = "; ".join(f"{path}: {reason}" for path, reason in self.skipped)
-            _log.warning("%d pictures cannot be used and are left out: %s", len(self.skipped), names)
-        for words, paths in filter(lambda line: line[1], self.files.items()):
-            first = ", ".join(map(str, list(paths)[:3]))
-            rest = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-            _log.warning("%d %s: %s%s", len(paths), words, first, rest)
-
-
-def _read(subset: Subset, rules: BucketRules, notes: _Notes) -> Iterator[Picture]:
-    pictures = _picture_files(subset.folder)
-    _note_unused(subset, pictures, notes)
-    for path in pictures:
-        try:
-            with Image.open(path) as image:
-                fitted = fit(image.size, rules, bucket_table(rules))
-                _note_changes(image, path, notes)
-        except (InputError, *_UNREADABLE) as error:
-            notes.skipped.append((path, _reason(error)))
-            continue
-        lines = read_caption(path, subset.options)
-        captions = path.with_name(path.stem + subset.options.caption_extension)
-        notes.add(_BARE, *[captions] * (lines is None))
-        notes.add(_BLANK, *[captions] * (lines is not None and not lines[0]))
-        notes.add(_SEVERAL_LINES, *[captions] * (lines is not None and len(lines) > 1))
-        yield Picture(path, subset.class_words if lines is None else lines[0], subset, fitted, subset.repeats)
-
-
-def _note_unused(subset: Subset, pictures: Sequence[Path], notes: _Notes) -> None:
-    """Files in and below a folder of pictures that are not trained on."""
     extension = subset.options.caption_extension
+    pictures = _picture_files(subset.folder)
     used = {name for path in pictures for name in (path.name, path.stem + extension)}
     for path in sorted(path for path in subset.folder.rglob("*") if path.is_file()):
         ending = path.suffix.lower()
         if path.parent != subset.folder:
-            notes.add(_NESTED, *[path] * (ending in _ENDINGS | _NEVER_READ))
+            note(_NESTED, path, ending in _ENDINGS | _NEVER_READ)
         elif ending in _NEVER_READ:
-            notes.add(_OTHER_ENDING, path)
-        elif path.name.endswith(extension) and path.name not in used:
-            notes.add(_LONELY, path)
-
-
-def _note_changes(image: Image.Image, path: Path, notes: _Notes) -> None:
-    """What of an open picture, whose pixels are not read yet, is lost or changed; OSError if it cannot be used."""
-    if image.mode in ("I", "F"):
-        raise OSError("its numbers have no known range; save it with 8 bits per colour")
-    # Without such an entry PIL would read all of the picture to look for one.
-    turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    for words, applies in {
-        _TURNED: turned,
-        _SEEN_THROUGH: image.has_transparency_data,
-        _MOVING: getattr(image, "is_animated", False),
-        _DEEP: image.mode.startswith("I;16"),
-    }.items():
-        notes.add(words, *[path] * bool(applies))
+            note(_OTHER_ENDING, path)
+        else:
+            note(_LONELY, path, path.name.endswith(extension) and path.name not in used)
+    for path in pictures:
+        try:
+            with Image.open(path) as image:  # which does not read its pixels yet
+                fitted = fit(image.size, options, table)
+                if image.mode in ("I", "F"):
+                    raise OSError("its numbers have no known range; save it with 8 bits per colour")
+                # Without such an entry PIL would read all of the picture to look for one.
+                turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                note(_TURNED, path, turned)
+                note(_SEEN_THROUGH, path, image.has_transparency_data)
+                note(_MOVING, path, getattr(image, "is_animated", False))
+                note(_DEEP, path, image.mode.startswith("I;16"))
+        except (InputError, *_UNREADABLE) as error:
+            note(_UNUSABLE, path, reason=f": {_reason(error)}")
+            continue
+        lines = read_caption(path, subset.options)
+        captions = path.with_name(path.stem + extension)
+        note(_BARE, captions, lines is None)
+        note(_BLANK, captions, lines is not None and not lines[0])
+        note(_SEVERAL_LINES, captions, lines is not None and len(lines) > 1)
+        yield Picture(path, subset.class_words if lines is None else lines[0], subset, fitted, subset.repeats)
 
 
 def _picture_files(folder: Path) -> list[Path]:
@@ -252,10 +230,8 @@ def _evened(pictures: Sequence[Picture]) -> tuple[Picture, ...]:
 
 def _folders(options: Options) -> list[Subset]:
     """The folders named N_words in --train_data_dir and --reg_data_dir."""
-    if not options.train_data_dir:
-        raise UsageError("--train_data_dir is missing: the folder of folders of pictures; or use --dataset_config")
-    train = list(_named_folders(options.train_data_dir, options, is_reg=False))
-    return train + list(_named_folders(options.reg_data_dir, options, is_reg=True) if options.reg_data_dir else ())
+    reg = _named_folders(options.reg_data_dir, options, is_reg=True) if options.reg_data_dir else ()
+    return [*_named_folders(options.train_data_dir or "", options, is_reg=False), *reg]
 
 
 def _named_folders(name: str, options: Options, *, is_reg: bool) -> Iterator[Subset]:
@@ -275,22 +251,6 @@ def _named_folders(name: str, options: Options, *, is_reg: bool) -> Iterator[Sub
         _log.warning("%d pictures directly in %s are not used; only those in its folders are", loose, parent)
     if is_reg and not named:
         raise InputError(f"{parent}: no folders named as in {parent / '1_words'}, of regularisation pictures")
-
-
-def _bucket_rules(options: Options) -> BucketRules:
-    if options.resolution is None:
-        raise UsageError("--resolution is missing, such as 1024,1024 (in a dataset file: resolution = 1024)")
-    if options.train_batch_size < 1:
-        raise UsageError(f"the batch size must be at least 1, not {options.train_batch_size}")
-    check_sizes(options)
-    return BucketRules(
-        parse_resolution(options.resolution),
-        options.enable_bucket,
-        options.min_bucket_reso,
-        options.max_bucket_reso,
-        options.bucket_reso_steps,
-        not options.bucket_no_upscale,
-    )
 
 
 # --- dataset files ------------------------------------------------------------------------------
@@ -327,37 +287,41 @@ def _configured(options: Options) -> list[tuple[Options, list[Subset]]]:
     if options.train_data_dir or options.reg_data_dir:
         _log.warning("--train_data_dir and --reg_data_dir are ignored, because %s names the folders", path)
     content = read_toml(path)
-    tables = content.get("datasets", [])
-    if not isinstance(tables, list):
-        raise UsageError(f"{path}: datasets must be written [[datasets]], with two brackets")
-    if unknown := list(_unknown_keys(content)):
-        raise UsageError(f"{path}: {'; '.join(unknown)}")
-    general = _section(path, "[general]", content.get("general", {}))
-    datasets = []
-    for table in tables:
-        keys = general | _section(path, "[[datasets]]", table)
-        datasets.append((_with_keys(options, keys), _configured_subsets(path, options, keys)))
-    return datasets
+    try:
+        tables = content.get("datasets", [])
+        if not isinstance(tables, list):
+            raise UsageError("datasets must be written [[datasets]], with two brackets")
+        if unknown := list(_unknown_keys(content)):
+            raise UsageError("; ".join(unknown))
+        general = _section("[general]", content.get("general", {}))
+        return [_dataset(options, general | _section("[[datasets]]", table)) for table in tables]
+    except (InputError, UsageError) as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
-def _configured_subsets(path: Path, options: Options, outer: Mapping[str, Any]) -> list[Subset]:
-    """The folders of one dataset, in whose section and those around it `outer` stands."""
+def _dataset(options: Options, keys: Mapping[str, Any]) -> tuple[Options, list[Subset]]:
+    """The options and folders of one dataset, in whose section and those around it `keys` stand."""
+    settings = _with_keys(options, keys)
+    check_values(settings)
+    for warning in check_sizes(settings):
+        _log.warning(warning)
     subsets: dict[str, Subset] = {}
-    for table in outer.get("subsets", []):
-        keys = {**outer, **_section(path, "[[datasets.subsets]]", table)}
-        if "image_dir" not in keys:
-            raise UsageError(f"{path}: image_dir is missing in a [[datasets.subsets]]")
-        folder, settings = keys["image_dir"], _with_keys(options, keys)
-        repeats, words, is_reg = settings.dataset_repeats, keys.get("class_tokens", ""), keys.get("is_reg", False)
+    for table in keys.get("subsets", []):
+        inner = {**keys, **_section("[[datasets.subsets]]", table)}
+        if "image_dir" not in inner:
+            raise UsageError("image_dir is missing in a [[datasets.subsets]]")
+        folder, own = inner["image_dir"], _with_keys(options, inner)
+        repeats = own.dataset_repeats
         if not Path(folder).is_dir():
-            raise InputError(f"{path}: image_dir {folder} is no folder")
+            raise InputError(f"image_dir {folder} is no folder")
         if repeats < 1:
             _log.warning("%s is ignored: it is shown %d times (num_repeats)", folder, repeats)
         elif folder in subsets:
-            _log.warning("%s: a second [[datasets.subsets]] with image_dir %s is ignored", path, folder)
+            _log.warning("a second [[datasets.subsets]] with image_dir %s is ignored", folder)
         else:
-            subsets[folder] = Subset(Path(folder), repeats, words, is_reg, settings)
-    return list(subsets.values())
+            words, is_reg = inner.get("class_tokens", ""), inner.get("is_reg", False)
+            subsets[folder] = Subset(Path(folder), repeats, words, is_reg, own)
+    return settings, list(subsets.values())
 
 
 def _with_keys(options: Options, keys: Mapping[str, Any]) -> Options:
@@ -382,26 +346,24 @@ def _unknown_keys(content: Mapping[str, Any]) -> Iterator[str]:
                 yield f"no such key in {name}: {key}{hint}"
 
 
-def _section(path: Path, name: str, table: Any) -> dict[str, Any]:
+def _section(name: str, table: Any) -> dict[str, Any]:
     """The keys of one section, checked, under the names of their options."""
     if not isinstance(table, dict):
-        raise UsageError(f"{path}: {name} must be a section of keys and values")
+        raise UsageError(f"{name} must be a section of keys and values")
     checked: dict[str, Any] = {}
     for key, value in table.items():
         if key in _ALONE:
             kind, expected = _ALONE[key]
             if type(value) is not kind:
-                raise UsageError(f"{path}: {key} must be {expected}, not {value!r}")
+                raise UsageError(f"{key} must be {expected}, not {value!r}")
             checked[key] = value
-        else:
-            option = str(_OPTION_OF.get(key, key))
-            joined = ",".join(map(str, value)) if key == "resolution" and isinstance(value, list) else value
-            try:
-                checked |= read_values({option: joined})
-                if key == "resolution":
-                    parse_resolution(checked[key])
-            except UsageError as error:
-                raise UsageError(f"{path}: {str(error).replace(f'--{option}', key)}") from None
+            continue
+        option = str(_OPTION_OF.get(key, key))
+        joined = ",".join(map(str, value)) if key == "resolution" and isinstance(value, list) else value
+        try:
+            checked |= read_values({option: joined})
+        except UsageError as error:
+            raise UsageError(str(error).replace(f"--{option}", key)) from None
     return checked
 
 
@@ -424,21 +386,19 @@ def read_pixels(picture: Picture) -> npt.NDArray[np.uint8]:
 
 def check_pixels(pictures: Iterable[Picture]) -> None:
     """Read the pixels of these pictures and keep none; one InputError names all that are damaged."""
+
+    def damage(path: Path) -> str:
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except _UNREADABLE as error:
+            return f"{path}: {_reason(error)}"
+        return ""
+
     paths = list(dict.fromkeys(picture.path for picture in pictures))
     with ThreadPoolExecutor() as threads:
-        damaged = [
-            f"{path}: {damage}" for path, damage in zip(paths, threads.map(_damage, paths), strict=True) if damage
-        ]
+        damaged = list(filter(None, threads.map(damage, paths)))
     if damaged:
         raise InputError(
             f"of {len(paths)} pictures {len(damaged)} are damaged: {'; '.join(damaged)}; replace or remove them"
         )
-
-
-def _damage(path: Path) -> str:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except _UNREADABLE as error:
-        return _reason(error)
-    return ""

@@ -32,29 +32,18 @@ def check(options: Options) -> list[str]:
         InputError: a file of settings, such as a preset, cannot be read.
     """
     if not options.plan:  # which needs neither base nor pictures
-        _check_required(options)
         _check_paths(options)
-    _check_values(options)
-    _check_pairs(options)
-    optimizer_path(options)
+    check_values(options)
     warnings = [
+        *_check_pairs(options),
         *check_sizes(options),
         *_check_schedule(options),
         *_check_others(options),
-        *_without_effect(options),
         *read_network_args(options).warnings,
     ]
     parse_recipes(options.shrink)
     _check_packages(options)
     return warnings
-
-
-def _check_required(options: Options) -> None:
-    source = () if options.dataset_config else ("train_data_dir", "resolution")
-    needed = ("pretrained_model_name_or_path", *source, "output_dir", "network_module")
-    missing = " ".join(f"--{name}" for name in needed if not getattr(options, name))
-    if missing:
-        raise UsageError(f"needed but not given: {missing}. `--help` says what they are")
 
 
 _FOLDERS = ("tokenizer_cache_dir", "train_data_dir", "reg_data_dir", "resume", "model_config")
@@ -69,6 +58,11 @@ _PATHS: tuple[tuple[tuple[str, ...], str, Callable[[Path], bool], str], ...] = (
 
 
 def _check_paths(options: Options) -> None:
+    """That what is needed is given, and what is given is there."""
+    source = () if options.dataset_config else ("train_data_dir", "resolution")
+    needed = ("pretrained_model_name_or_path", *source, "output_dir", "network_module")
+    if missing := " ".join(f"--{name}" for name in needed if not getattr(options, name)):
+        raise UsageError(f"needed but not given: {missing}. `--help` says what they are")
     for names, kind, exists, hint in _PATHS:
         for name in names:
             for path in _values(options, name):
@@ -113,7 +107,8 @@ _RANGES: tuple[tuple[tuple[str, ...], float, float], ...] = (
 )
 
 
-def _check_values(options: Options) -> None:
+def check_values(options: Options) -> None:
+    """Raises UsageError for numbers that are out of their range."""
     for row in dataclasses.fields(options):
         for value in _values(options, row.name):
             if isinstance(value, float) and not math.isfinite(value):
@@ -126,8 +121,10 @@ def _check_values(options: Options) -> None:
                     raise UsageError(f"--{name}={value}: must be {allowed}")
 
 
-def parse_resolution(text: str) -> tuple[int, int]:
+def parse_resolution(text: str | None) -> tuple[int, int]:
     """Width and height in pixels, from `1024` or `1024,768`."""
+    if text is None:
+        raise UsageError("--resolution is missing, such as 1024,1024 (in a dataset file: resolution = 1024)")
     try:
         sides = [int(side) for side in text.split(",")]
     except ValueError:
@@ -137,36 +134,45 @@ def parse_resolution(text: str) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
-def check_sizes(options: Options) -> list[str]:
+def bucket_limits(options: Options) -> tuple[int, int]:
+    """The shortest and the longest side of buckets in pixels, widened to multiples of --bucket_reso_steps."""
+    step = options.bucket_reso_steps
+    return options.min_bucket_reso // step * step, -(-options.max_bucket_reso // step) * step
+
+
+def check_sizes(options: Options) -> Iterator[str]:
     """Warnings about --resolution and the buckets; the sections of a --dataset_config are checked one by one.
 
     Raises:
         UsageError: sizes that contradict each other.
     """
-    if options.bucket_reso_steps < 1 or options.bucket_reso_steps % 32:
-        raise UsageError(f"--bucket_reso_steps={options.bucket_reso_steps}: must be a multiple of 32 for SDXL")
+    step = options.bucket_reso_steps
+    if step % 32:
+        raise UsageError(f"--bucket_reso_steps={step}: must be a multiple of 32 for SDXL")
     if options.resolution is None:
-        return []
+        return
     width, height = parse_resolution(options.resolution)
     if not options.enable_bucket:
         if width % 8 or height % 8:
             raise UsageError(f"--resolution={options.resolution}: without --enable_bucket, sides are multiples of 8")
-        return []
+        return
     if options.bucket_no_upscale:
-        return ["--min_bucket_reso and --max_bucket_reso are not used with --bucket_no_upscale"]
-    step = options.bucket_reso_steps
-    low, high = options.min_bucket_reso // step * step, -(-options.max_bucket_reso // step) * step
+        if width * height < step * step:
+            raise UsageError(f"--resolution={options.resolution}: too small for a bucket in steps of {step}")
+        yield "--min_bucket_reso and --max_bucket_reso are not used with --bucket_no_upscale"
+        return
+    low, high = bucket_limits(options)
     if not 0 < low <= min(width, height):
         allowed = f"from --bucket_reso_steps={step} to the smaller side of --resolution={options.resolution}"
         raise UsageError(f"--min_bucket_reso={options.min_bucket_reso}: must be {allowed}")
     if high < max(width, height):
         raise UsageError(f"--max_bucket_reso={high} is below --resolution={options.resolution}; make it larger")
-    if high > max(width, height):
-        return []
-    return [
-        f"--max_bucket_reso={high} shrinks pictures that are not square to as little as half of their pixels;"
-        f" --max_bucket_reso={2 * high} keeps nearly all of them"
-    ]
+    for name, limit, used in (("min", options.min_bucket_reso, low), ("max", options.max_bucket_reso, high)):
+        if limit != used:
+            yield f"--{name}_bucket_reso={limit} is no multiple of --bucket_reso_steps={step}; {used} is used"
+    if high == max(width, height):
+        shrunk = f"--max_bucket_reso={high} shrinks pictures that are not square to as little as half of their pixels"
+        yield f"{shrunk}; --max_bucket_reso={2 * high} keeps nearly all of them"
 
 
 def _check_packages(options: Options) -> None:
@@ -229,19 +235,16 @@ def _is_set(options: Options, name: str) -> bool:
     return getattr(options, name) not in (Options.__dataclass_fields__[name].default, 0)
 
 
-def _check_pairs(options: Options) -> None:
+def _check_pairs(options: Options) -> Iterator[str]:
+    """What the tables above say of these options."""
     for name, needed in _NEEDS.items():
         if _is_set(options, name) and not getattr(options, needed):
             raise UsageError(f"--{name} needs --{needed}; give it too, or leave --{name} out")
     for name, excluded in _EXCLUDE:
         if _is_set(options, name) and _is_set(options, excluded):
             raise UsageError(f"--{name} and --{excluded} exclude each other; leave one of them out")
-
-
-def _without_effect(options: Options) -> Iterator[str]:
-    for name in _IDLE:
-        if _is_set(options, name):
-            yield f"--{name} has no effect with SDXL here"
+    for name in filter(lambda name: _is_set(options, name), _IDLE):
+        yield f"--{name} has no effect with SDXL here"
     for name, needed in _IDLE_WITHOUT.items():
         if _is_set(options, name) and not getattr(options, needed):
             yield f"--{name} has no effect without --{needed}"

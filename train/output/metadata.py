@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import mimetypes
 import os
 from collections import Counter, defaultdict
@@ -21,10 +20,10 @@ from pathlib import Path
 from lorashrink._version import __version__
 from lorashrink.errors import InputError
 from lorashrink.files.disk import sha256_file
-from lorashrink.train.data.buckets import bucket_info
+from lorashrink.train.data.buckets import Size
 from lorashrink.train.data.captions import tag_counts
 from lorashrink.train.data.scanning import Data, Dataset, Picture, Subset
-from lorashrink.train.flags.checks import parse_resolution
+from lorashrink.train.flags.checks import bucket_limits, parse_resolution
 from lorashrink.train.flags.options import Options
 from lorashrink.train.output.saving import Length
 
@@ -205,12 +204,12 @@ def picture_entries(data: Data, options: Options, processes: int) -> dict[str, o
     return entries | {
         "ss_batch_size_per_device": options.train_batch_size,
         "ss_total_batch_size": options.train_batch_size * processes * options.gradient_accumulation_steps,
-        "ss_resolution": dataset.buckets.resolution,
+        "ss_resolution": parse_resolution(dataset.options.resolution),
         "ss_color_aug": False,
         "ss_flip_aug": options.flip_aug,
         "ss_random_crop": False,
         "ss_shuffle_caption": options.shuffle_caption,
-        "ss_bucket_no_upscale": dataset.buckets.enabled and not dataset.buckets.upscale,
+        "ss_bucket_no_upscale": dataset.options.enable_bucket and dataset.options.bucket_no_upscale,
         "ss_keep_tokens": options.keep_tokens,
         **{f"ss_{name}": value for name, value in _bucket_limits(dataset).items()},
         "ss_reg_dataset_dirs": json.dumps(_folders(subsets, is_reg=True)),
@@ -252,26 +251,32 @@ def _tags(subsets: _Subsets) -> dict[str, dict[str, int]]:
 
 
 def _bucket_limits(dataset: Dataset) -> dict[str, object]:
-    rules, step = dataset.buckets, dataset.buckets.step
-    return {
-        "enable_bucket": rules.enabled,
-        "min_bucket_reso": rules.minimum // step * step if rules.enabled else None,
-        "max_bucket_reso": math.ceil(rules.maximum / step) * step if rules.enabled else None,
-    }
+    enabled = dataset.options.enable_bucket
+    low, high = bucket_limits(dataset.options) if enabled else (None, None)
+    return {"enable_bucket": enabled, "min_bucket_reso": low, "max_bucket_reso": high}
 
 
-def _bucket_info(dataset: Dataset) -> object:
-    fits = ((picture.fit, picture.repeats) for picture in dataset.pictures)
-    return bucket_info(fits) if dataset.buckets.enabled else None
+def _bucket_info(dataset: Dataset) -> dict[str, object] | None:
+    """Showings per bucket, and the mean difference of the pictures' aspect to that of their buckets."""
+    if not dataset.options.enable_bucket:
+        return None
+    counts: Counter[Size] = Counter()
+    errors = []
+    for picture in dataset.pictures:
+        (width, height), (original_width, original_height) = picture.fit.bucket, picture.fit.original
+        counts[width, height] += picture.repeats
+        errors.append(abs(width / height - original_width / original_height))
+    buckets = {index: {"resolution": list(size), "count": counts[size]} for index, size in enumerate(sorted(counts))}
+    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors)}
 
 
 def _dataset(dataset: Dataset, subsets: _Subsets) -> dict[str, object]:
     return {
         "is_dreambooth": True,
-        "batch_size_per_device": dataset.batch_size,
+        "batch_size_per_device": dataset.options.train_batch_size,
         "num_train_images": _showings(subsets, is_reg=False),
         "num_reg_images": _showings(subsets, is_reg=True),
-        "resolution": dataset.buckets.resolution,
+        "resolution": parse_resolution(dataset.options.resolution),
         **_bucket_limits(dataset),
         "tag_frequency": _tags(subsets),
         "bucket_info": _bucket_info(dataset),

@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -28,7 +28,6 @@ from accelerate.utils import (
 )
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lorashrink.errors import InputError, LorashrinkError, UsageError
@@ -206,32 +205,24 @@ def _caches(
     latents: LatentCache | None = None
     texts: TextCache | None = None
     if options.cache_latents:
-        with _encoding("latents", [model.vae], accelerator) as progress:
-            latents = cache_latents(data, model.vae, options, seed=options.seed or 0, progress=progress, **share)
+        with _encoding([model.vae], accelerator):
+            latents = cache_latents(data, model.vae, options, seed=options.seed or 0, **share)
     if options.cache_text_encoder_outputs:
-        with _encoding("captions", model.encoders, accelerator) as progress:
-            texts = cache_texts(data, model, options, progress=progress, **share)
+        with _encoding(model.encoders, accelerator):
+            texts = cache_texts(data, model, options, **share)
     return latents, texts
 
 
 @contextmanager
-def _encoding(
-    what: str, modules: Sequence[torch.nn.Module], accelerator: Accelerator
-) -> Iterator[Callable[[int, int], None]]:
+def _encoding(modules: Sequence[nn.Module], accelerator: Accelerator) -> Iterator[None]:
     """Modules on the device while each process encodes its share; what stops one process is raised in all of them."""
+    stopped: LorashrinkError | None = None
     for module in modules:
         module.to(accelerator.device)
-    stopped: LorashrinkError | None = None
-    with tqdm(desc=what, disable=not accelerator.is_main_process, leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        try:
-            yield show
-        except LorashrinkError as error:
-            stopped = error
+    try:
+        yield
+    except LorashrinkError as error:
+        stopped = error
     for reason in gather_object([stopped]):
         if reason is not None:
             raise reason
@@ -250,7 +241,7 @@ def describe(options: Options, data: Data | None, network: Network, length: Leng
     parameters = sum(part.parameters for part in network.summary)
     precision = options.save_precision if options.save_precision in ("fp16", "bf16") else "float32"
     megabytes = parameters * (4 if precision == "float32" else 2) / 1e6
-    batch = max(dataset.batch_size for dataset in data.datasets) if data else options.train_batch_size
+    batch = max(dataset.options.train_batch_size for dataset in data.datasets) if data else options.train_batch_size
     accumulation = options.gradient_accumulation_steps
     lines = [
         f"pictures: none in {options.train_data_dir or '--train_data_dir'}",
@@ -333,7 +324,7 @@ def _largest_batch(data: Data) -> tuple[int, Size]:
         shown: Counter[Size] = Counter()
         for picture in dataset.pictures:
             shown[picture.fit.bucket] += picture.repeats
-        batches += [(min(count, dataset.batch_size), bucket) for bucket, count in shown.items()]
+        batches += [(min(count, dataset.options.train_batch_size), bucket) for bucket, count in shown.items()]
     return max(batches, key=lambda batch: batch[0] * math.prod(batch[1]))
 
 

@@ -15,7 +15,7 @@ from tiny_sdxl import write_pictures
 
 from lorashrink.errors import InputError
 from lorashrink.train.data.batches import Batch, Loader, batch_count, epoch_batches
-from lorashrink.train.data.buckets import BucketRules, Fit
+from lorashrink.train.data.buckets import Fit
 from lorashrink.train.data.scanning import (
     Data,
     Dataset,
@@ -52,7 +52,6 @@ def pictures(tmp_path: Path) -> Path:
 
 def made_of(*datasets: tuple[int, list[tuple[int, int]]]) -> Data:
     """Datasets of (batch size, pictures), pictures of (repeats, side of the bucket)."""
-    rules = BucketRules((64, 64), False, 0, 0, 64, True)
     subset = Subset(Path("1_x"), 1, "", False, Options())
     return Data(
         tuple(
@@ -61,13 +60,11 @@ def made_of(*datasets: tuple[int, list[tuple[int, int]]]) -> Data:
                     Picture(Path(f"1_x/{index}.png"), ("",), subset, Fit(*[(side, side)] * 3), repeats)
                     for index, (repeats, side) in enumerate(pictures)
                 ),
-                size,
-                rules,
+                Options(train_batch_size=size),
             )
             for size, pictures in datasets
         ),
         (subset,),
-        (),
     )
 
 
@@ -90,8 +87,8 @@ def test_an_epoch_shows_all_repeats_in_batches_of_one_bucket(data: Data, epoch: 
         [(index, bucket)] = {
             (draw.dataset, data.datasets[draw.dataset].pictures[draw.picture].fit.bucket) for draw in batch
         }
-        assert len(batch) <= data.datasets[index].batch_size
-        smaller[index, bucket] += len(batch) < data.datasets[index].batch_size
+        assert len(batch) <= data.datasets[index].options.train_batch_size
+        smaller[index, bucket] += len(batch) < data.datasets[index].options.train_batch_size
     assert max(smaller.values()) <= 1
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lorashrink.errors import InputError, UsageError
-from lorashrink.train.data.buckets import BucketRules, Fit, Size, bucket_info, bucket_table, fit, prepare, to_pixels
+from lorashrink.errors import InputError
+from lorashrink.train.data.buckets import Fit, Size, bucket_table, fit, prepare, to_pixels
+from lorashrink.train.flags.options import Options
 
 
 def rules(
@@ -27,11 +26,18 @@ def rules(
     step: int = 32,
     enabled: bool = True,
     upscale: bool = True,
-) -> BucketRules:
-    return BucketRules(resolution, enabled, minimum, maximum, step, upscale)
+) -> Options:
+    return Options(
+        resolution=f"{resolution[0]},{resolution[1]}",
+        enable_bucket=enabled,
+        min_bucket_reso=minimum,
+        max_bucket_reso=maximum,
+        bucket_reso_steps=step,
+        bucket_no_upscale=not upscale,
+    )
 
 
-def placed(size: Size, bucket_rules: BucketRules) -> Fit:
+def placed(size: Size, bucket_rules: Options) -> Fit:
     return fit(size, bucket_rules, bucket_table(bucket_rules))
 
 
@@ -84,19 +90,9 @@ def test_no_side_is_shorter_than_the_minimum() -> None:
     assert bucket_table(rules((512, 512), minimum=512, step=64)) == ((512, 512),)
 
 
-def test_a_minimum_and_maximum_off_the_steps_are_widened_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_minimum_and_maximum_off_the_steps_are_widened() -> None:
     odd = rules((512, 512), minimum=300, maximum=1000, step=64)
-    with caplog.at_level(logging.WARNING):
-        tables = [bucket_table(odd) for _ in range(2)]
-    assert tables == [bucket_table(rules((512, 512), minimum=256, maximum=1024, step=64))] * 2
-    assert [record.getMessage() for record in caplog.records] == [
-        "--min_bucket_reso 300 is no multiple of --bucket_reso_steps 64; 256 is used",
-        "--max_bucket_reso 1000 is no multiple of --bucket_reso_steps 64; 1024 is used",
-    ]
-
-
-def test_a_minimum_below_one_step_becomes_one_step() -> None:
-    assert min(min(bucket_table(rules((512, 512), minimum=16)))) == 32
+    assert bucket_table(odd) == bucket_table(rules((512, 512), minimum=256, maximum=1024, step=64))
 
 
 def test_without_buckets_the_resolution_is_the_only_shape() -> None:
@@ -106,12 +102,6 @@ def test_without_buckets_the_resolution_is_the_only_shape() -> None:
 
 def test_without_enlarging_there_is_no_table() -> None:
     assert bucket_table(rules(upscale=False)) == ()
-
-
-@pytest.mark.parametrize("upscale", [True, False])
-def test_a_resolution_below_one_step_is_refused(upscale: bool) -> None:
-    with pytest.raises(UsageError, match="--resolution 48,48 is too small for one bucket in steps of 64"):
-        bucket_table(rules((48, 48), step=64, upscale=upscale))
 
 
 # --- the bucket of a picture
@@ -375,26 +365,3 @@ def test_a_mirrored_picture_is_reversed_from_left_to_right() -> None:
     array = pattern(5, 4)
     assert torch.equal(to_pixels(array, True), to_pixels(array, False).flip(-1))
     assert np.array_equal(array, pattern(5, 4))
-
-
-# --- the report
-
-
-def test_the_report_counts_repeats_and_averages_aspect_errors() -> None:
-    fits = [
-        (Fit((1500, 1000), (1024, 683), (1024, 640)), 10),  # |1.6 - 1.5| = 0.1
-        (Fit((1600, 1000), (1024, 640), (1024, 640)), 3),  # 0
-        (Fit((512, 512), (512, 512), (512, 512)), 1),  # 0
-        (Fit((500, 1000), (512, 1024), (512, 640)), 2),  # |0.8 - 0.5| = 0.3
-    ]
-    report = bucket_info(fits)
-    assert report["mean_img_ar_error"] == pytest.approx(0.1)
-    assert json.loads(json.dumps(report["buckets"])) == {
-        "0": {"resolution": [512, 512], "count": 1},
-        "1": {"resolution": [512, 640], "count": 2},
-        "2": {"resolution": [1024, 640], "count": 13},
-    }
-
-
-def test_the_report_of_no_pictures_is_empty() -> None:
-    assert bucket_info([]) == {"buckets": {}, "mean_img_ar_error": 0.0}

@@ -289,11 +289,10 @@ def of_sd_scripts(size: tuple[int, int] = (64, 64), *, flip: bool = False, value
 
 @pytest.mark.parametrize("more", [{}, SKIP], ids=["checked", "trusted"])
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("name", ["a_0064x0064_sdxl.npz", "a.npz"])
 def test_latents_of_sd_scripts_are_used(
-    name: str, flip: bool, more: dict[str, Any], single: Path, model: Model, caplog: pytest.LogCaptureFixture
+    flip: bool, more: dict[str, Any], single: Path, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write(single / name, of_sd_scripts(flip=flip) | {"alpha_mask": np.ones((64, 64), np.float32)})
+    write(single / "a_0064x0064_sdxl.npz", of_sd_scripts(flip=flip) | {"alpha_mask": np.ones((64, 64), np.float32)})
     before = files(single)
     chosen = options(single, flip_aug=flip, **more)
     cache = latents(chosen, model.vae)
@@ -307,22 +306,10 @@ def test_latents_of_sd_scripts_are_used(
 @pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8"])
 def test_latents_in_other_dtypes_are_used_as_float32(dtype: str, single: Path, model: Model) -> None:
     arrays = of_sd_scripts()
-    write(single / "a.npz", arrays | {"latents": arrays["latents"].astype(dtype)})
+    write(single / "a_0064x0064_sdxl.npz", arrays | {"latents": arrays["latents"].astype(dtype)})
     [scanned] = got(latents(options(single), model.vae), options(single))
     assert scanned.dtype == torch.float32
     assert torch.equal(scanned, torch.full((4, 8, 8), 7.0))
-
-
-def test_an_old_file_that_does_not_fit_is_left_and_another_one_is_made(
-    single: Path, model: Model, caplog: pytest.LogCaptureFixture
-) -> None:
-    chosen = options(single)
-    write(single / "a.npz", of_sd_scripts((32, 32)))
-    before = files(single)
-    assert all_equal(got(latents(chosen, model.vae), chosen), fresh(chosen, model.vae))
-    assert [record.message.split(" of latents")[0] for record in caplog.records] == ["1 cache files"]
-    assert files(single).items() > before.items()
-    assert set(files(single)) == {"a.npz", "a_0064x0064_sdxl.npz"}
 
 
 # --- files that do not fit ----------------------------------------------------------------------
@@ -589,7 +576,7 @@ class Opened:
         return os.mkdir, (str(self.trace),)
 
 
-@pytest.mark.parametrize("name", ["a_0064x0064_sdxl.npz", "a.npz", "a_te_outputs.npz"])
+@pytest.mark.parametrize("name", ["a_0064x0064_sdxl.npz", "a_te_outputs.npz"])
 def test_code_in_a_file_is_never_run(name: str, single: Path, model: Model, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     evil = np.array([Opened(trace)], dtype=object)
@@ -793,20 +780,6 @@ def test_pictures_in_memory_are_distinguished_by_folder_and_use(single: Path, mo
     assert torch.equal(cache.get(first, False), cache.get(second, False))
     assert not torch.equal(cache.get(first, True), cache.get(second, False))
     assert torch.equal(cache.get(third, False), fresh(options(second_folder), model.vae)[1])
-
-
-def test_progress_tells_how_many_of_those_that_are_missing_are_done(folder: Path, model: Model) -> None:
-    reports: list[tuple[int, int]] = []
-    chosen = options(folder, vae_batch_size=2, text_encoder_batch_size=3)
-    latents(chosen, model.vae, progress=lambda *counts: reports.append(counts))
-    assert reports == [(1, 4), (3, 4), (4, 4)]  # 32x128, and two and one of 64x64
-    (folder / "c_0032x0120_sdxl.npz").unlink()
-    reports.clear()
-    latents(chosen, model.vae, progress=lambda *counts: reports.append(counts))
-    assert reports == [(1, 1)]
-    reports.clear()
-    texts(chosen, model, progress=lambda *counts: reports.append(counts))
-    assert reports == [(3, 4), (4, 4)]
 
 
 def test_caching_leaves_global_random_numbers_alone(folder: Path, model: Model) -> None:

@@ -115,6 +115,7 @@ REFUSED = [
     ("--persistent_data_loader_workers --max_data_loader_n_workers=0", "--max_data_loader_n_workers"),
     ("--resolution=1020", "multiples of 8"),
     ("--enable_bucket --min_bucket_reso=32", "--min_bucket_reso"),
+    ("--enable_bucket --bucket_no_upscale --resolution=48", "too small for a bucket in steps of 64"),
     ("--lr_scheduler=cosin", "cosine_with_restarts"),
     ("--lr_scheduler=linear --lr_warmup_steps=1.5", "shares"),
     ("--shrink fro_ckpt=1,thr=-3.55 --save_model_as=ckpt", "--save_model_as"),
@@ -231,6 +232,8 @@ NOTED = [
     ("--sample_prompts={tmp}/prompts.txt --sample_every_n_steps=5 --sample_every_n_epochs=1", "is not used"),
     ("--log_prefix=run", "--logging_dir"),
     ("--enable_bucket --bucket_no_upscale", "--bucket_no_upscale"),
+    ("--enable_bucket --min_bucket_reso=300 --max_bucket_reso=2048", "no multiple of --bucket_reso_steps=64; 256 is"),
+    ("--enable_bucket --max_bucket_reso=2000", "--max_bucket_reso=2000 is no multiple"),
     ("--network_alpha=8", "--network_alpha"),
     ("--text_encoder_lr 1e-4 1e-5", "--text_encoder_lr"),
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from lorashrink import __version__
 from lorashrink.errors import InputError
-from lorashrink.train.data.buckets import BucketRules, Fit
+from lorashrink.train.data.buckets import Fit
 from lorashrink.train.data.scanning import Data, Dataset, Picture, Subset, scan
 from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.output.metadata import Facts, Source, picture_entries, source, training_metadata
@@ -63,11 +63,9 @@ PICTURES = Data(
                 )
                 for number, caption in enumerate(captions)
             ),
-            8,
-            BucketRules(SIZE, True, 256, 1024, 64, True),
+            Options(resolution="1024", train_batch_size=8, enable_bucket=True),
         ),
     ),
-    (),
     (),
 )
 
@@ -342,6 +340,27 @@ def test_pictures_are_counted_with_the_repeats_of_their_folders(tmp_path: Path) 
     assert read["bucket_info"]["buckets"] == {
         "0": {"resolution": [96, 160], "count": 3},  # 0.6 is the bucket's aspect nearest to 0.5
         "1": {"resolution": [128, 128], "count": 17},
+    }
+
+
+def test_the_mean_difference_of_aspect_counts_each_picture_once() -> None:
+    fits = [
+        (Fit((1500, 1000), (1024, 683), (1024, 640)), 10),  # |1.6 - 1.5| = 0.1
+        (Fit((1600, 1000), (1024, 640), (1024, 640)), 3),  # 0
+        (Fit((512, 512), (512, 512), (512, 512)), 1),  # 0
+        (Fit((500, 1000), (512, 1024), (512, 640)), 2),  # |0.8 - 0.5| = 0.3
+    ]
+    subset = Subset(Path("/p/1_x"), 1, "x", False, Options())
+    pictures = tuple(Picture(Path("1_x/a.png"), "", subset, fit, repeats) for fit, repeats in fits)
+    data = Data((Dataset(pictures, Options(resolution="1024", enable_bucket=True)),), (subset,))
+    entry = picture_entries(data, Options(), processes=1)["ss_bucket_info"]
+    assert isinstance(entry, str)
+    report = json.loads(entry)
+    assert report["mean_img_ar_error"] == pytest.approx(0.1)
+    assert report["buckets"] == {
+        "0": {"resolution": [512, 512], "count": 1},
+        "1": {"resolution": [512, 640], "count": 2},
+        "2": {"resolution": [1024, 640], "count": 13},
     }
 
 
