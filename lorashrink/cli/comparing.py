@@ -14,7 +14,7 @@ from lorashrink.cli.options import Base, Csv, Device, Force, Jobs, split_base
 from lorashrink.cli.printing import check_outputs, new_console, new_table, some_names, write_csv
 from lorashrink.errors import UsageError
 from lorashrink.results.shown import plain
-from lorashrink.text import number_text, percent_text, share_text, size_text
+from lorashrink.text import count_text, number_text, percent_text, share_text, size_text
 
 if TYPE_CHECKING:
     from lorashrink.results.comparison import BlockDifference, Comparison, LayerDifference
@@ -56,7 +56,9 @@ def _print_comparison(comparison: Comparison, terminal: Terminal) -> None:
         console.print(f"metadata {entry.key}: {_one_line(entry.a)} -> {_one_line(entry.b)}")
     for letter, side in (("A", comparison.a), ("B", comparison.b)):
         ranks = " to ".join(map(str, dict.fromkeys(side.ranks))) or "none"
-        facts = f"{size_text(side.bytes)}, {side.layers} layers of rank {ranks}, {side.algo}, {side.dtype}"
+        facts = (
+            f"{size_text(side.bytes)}, {count_text(side.layers, 'layer')} of rank {ranks}, {side.algo}, {side.dtype}"
+        )
         console.print(f"{letter} {side.path}: {facts}")
     console.print(_verdict(comparison.total, comparison.b.bytes / comparison.a.bytes))
 
@@ -77,6 +79,8 @@ def _one_line(text: str | None) -> str:
 def _verdict(total: BlockDifference, bytes_kept: float) -> str:
     """The whole comparison in one sentence."""
     size = f"{100 * bytes_kept:.3g} % of A's size"
+    if total.fro_a is None:
+        return f"no layer of A and B can be compared; B has {size}"
     if total.relative_difference is None:
         return f"A adds nothing that B could be measured against; B has {size}"
     if total.difference == 0:

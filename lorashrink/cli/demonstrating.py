@@ -10,7 +10,7 @@ import typer
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.shrinking import print_shrunk
 from lorashrink.cli.sweeping import print_sweep
-from lorashrink.text import size_text
+from lorashrink.text import count_text, size_text
 
 if TYPE_CHECKING:
     from lorashrink.demonstration import Demo
@@ -21,7 +21,7 @@ def _print_story(outcome: Demo, terminal: Terminal) -> None:
     typer.echo(f"What is in it?\n$ {inspect_line}\n")
     for table in outcome.inspection.files:
         ranks = " and ".join(map(str, sorted({layer.rank for layer in table.layers})))
-        typer.echo(f"{size_text(table.bytes)}, {table.algo}, {len(table.layers)} layers of rank {ranks}")
+        typer.echo(f"{size_text(table.bytes)}, {table.algo}, {count_text(len(table.layers), 'layer')} of rank {ranks}")
         for finding in table.health:
             typer.echo(f"{finding.flag}: {finding.text}")
     typer.echo(f"\nShrink it.\n$ {shrink_line}")

@@ -14,7 +14,7 @@ from lorashrink.cli.options import Adapters, Base, Csv, Device, Force, Jobs, Rec
 from lorashrink.cli.printing import check_outputs, new_console, new_table, write_csv
 from lorashrink.errors import UsageError
 from lorashrink.results.shown import plain
-from lorashrink.text import number_text, share_text, size_text, span_text
+from lorashrink.text import count_text, number_text, share_text, size_text, span_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,8 +49,8 @@ def _print_adapter(console: Console, adapter: AdapterTable, verbose: int) -> Non
     ranks = f" of rank {span_text([row.rank for row in adapter.layers])}" if adapter.layers else ""
     console.print(
         f"{adapter.path}: {size_text(adapter.bytes)}, {adapter.family or 'unknown family'}, {adapter.algo} in "
-        f"{adapter.naming} names, {adapter.dtype or 'no dtype'}, {len(adapter.layers)} layers{ranks}, "
-        f"{len(adapter.others)} other tensors"
+        f"{adapter.naming} names, {adapter.dtype or 'no dtype'}, {count_text(len(adapter.layers), 'layer')}{ranks}, "
+        f"{count_text(len(adapter.others), 'other tensor')}"
     )
 
 

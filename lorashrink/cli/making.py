@@ -132,7 +132,8 @@ def convert(
 
 
 def _print_norms(table: NormTable, terminal: Terminal) -> None:
-    say(f"{table.path}: norms of {table.weights} weights of {table.base} ({table.family}), {size_text(table.bytes)}")
+    weights = count_text(table.weights, "weight")
+    say(f"{table.path}: norms of {weights} of {table.base} ({table.family}), {size_text(table.bytes)}")
 
 
 @command(_print_norms)

@@ -12,7 +12,7 @@ from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Base, Csv, Device, Force, Jobs, split_base
 from lorashrink.cli.printing import check_outputs, new_console, new_table, write_csv
 from lorashrink.results.shown import plain
-from lorashrink.text import number_text, share_text
+from lorashrink.text import count_text, number_text, share_text
 
 if TYPE_CHECKING:
     from lorashrink.cli.tables import TextTable
@@ -33,8 +33,9 @@ def _print_overlap(result: Overlap, terminal: Terminal) -> None:
     console.print(_layer_table(result, terminal.verbose))
     for number, member in enumerate(result.adapters, 1):
         ranks = " to ".join(map(str, dict.fromkeys(member.ranks))) or "none"
-        facts = f"weight {member.weight:g}, norm {number_text(member.fro)}, {member.layers} layers of rank {ranks}"
-        console.print(f"{number} {member.path}: {facts}, {member.algo}")
+        facts = f"weight {member.weight:g}, norm {number_text(member.fro)}"
+        layers = f"{count_text(member.layers, 'layer')} of rank {ranks}"
+        console.print(f"{number} {member.path}: {facts}, {layers}, {member.algo}")
     total = result.sum
     share = f", {share_text(total.fro_ratio)} of the base weights'" if total.fro_ratio is not None else ""
     console.print(f"norm of the sum: {number_text(total.fro)}{share}")

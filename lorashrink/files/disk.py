@@ -288,8 +288,12 @@ def user_cache() -> Path | None:
 
 
 def absent_text(path: str | Path) -> str:
-    """What to say of a file that does not exist: which names in its folder are like it."""
+    """What to say of a path without a regular file: why, or which names in its folder are like it."""
     path = Path(path)
+    if os.path.islink(path):
+        return f"is a link to {os.readlink(path)}, where there is no file."
+    if os.path.exists(path):
+        return "cannot be read (not a regular file)."
     try:
         names = os.listdir(path.parent)
     except OSError:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median_high
 
 from lorashrink.results.inspection import Finding, LayerRow
+from lorashrink.text import count_text
 
 # σ_1 this many times σ_2: one direction that burns when adapters are stacked.
 SPIKE = 10.0
@@ -56,8 +57,11 @@ def check_health(
 
 
 def _of_compile(names: Sequence[str]) -> Finding:
-    text = f"_orig_mod of torch.compile in the names of {len(names)} layers (first {names[0]}): no program finds such "
-    return Finding("compiled", len(names), f"{text}layers in its model; take it out of the names")
+    layers = count_text(len(names), "layer")
+    text = (
+        f"_orig_mod of torch.compile in the names of {layers} (first {names[0]}): no program finds such layers in its "
+    )
+    return Finding("compiled", len(names), f"{text}model; take it out of the names")
 
 
 def _zero(layers: Sequence[LayerRow], family: str | None) -> Finding | None:

@@ -29,7 +29,9 @@ def output_warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int
         )
     off = [layer.name for layer in layers if layer.off]
     if off:
-        warnings.append(f"alpha is 0 in {len(off)} layers, first {off[0]}; sd-scripts reads that as full strength")
+        warnings.append(
+            f"alpha is 0 in {count_text(len(off), 'layer')}, first {off[0]}; sd-scripts reads that as full strength"
+        )
     coarse = [
         layer.name
         for layer, options, dtype, width in zip(layout.layers, layout.options, layout.dtypes, widths, strict=True)
@@ -42,7 +44,9 @@ def output_warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int
         )
     dora = sum("magnitude" in layer.keys for layer in layers)
     if dora:
-        warnings.append(f"{dora} layers are DoRA; their errors are those of ΔW, before the magnitude is applied")
+        warnings.append(
+            f"DoRA in {count_text(dora, 'layer')}: the errors are those of ΔW, before the magnitude is applied"
+        )
     owners: dict[str, str] = {}
     for layer, views in zip(layers, decomposed.views, strict=True):
         first = owners.setdefault(views_id(views), layer.name) if views else layer.name
@@ -59,7 +63,7 @@ def uncapped(recipe: Recipe, layout: Layout, facts: Sequence[LayerFacts], widths
         names = [layer.name for layer, of_layer, width in judged if width and not of_layer.base_norm(CAPS[key])]
         if names:
             reason = "they change no weight of the base, or one that is zero"
-            warnings.append(f"{key}= does not limit {len(names)} layers, first {names[0]}: {reason}")
+            warnings.append(f"{key}= does not limit {count_text(len(names), 'layer')}, first {names[0]}: {reason}")
     return warnings
 
 

@@ -282,7 +282,7 @@ def _open(
         unknown = [key for key, reason in adapter.others.items() if reason == UNKNOWN]
         if strict and unknown:
             raise InputError(
-                f"{source}: {len(unknown)} tensors belong to no known family, first {unknown[0]}. "
+                f"{source}: no known family has {count_text(len(unknown), 'tensor')} of it, first {unknown[0]}. "
                 "Without --strict they are copied as they are."
             )
         return target.fit(adapter) if target else adapter

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from lorashrink.adapters import Adapter
 from lorashrink.errors import UsageError
+from lorashrink.text import count_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ def _for_vllm(adapter: Adapter) -> Adapter:
     dora = [layer.name for layer in adapter.layers if "magnitude" in layer.keys]
     if dora:
         raise UsageError(
-            f"{adapter.path}: {len(dora)} layers are DoRA, first {dora[0]}, which vLLM does not load. "
+            f"{adapter.path}: DoRA in {count_text(len(dora), 'layer')}, first {dora[0]}: vLLM does not load it. "
             "Merge the adapter into its model instead."
         )
     dropped = {key: f"vLLM does not load it ({reason})" for key, reason in adapter.others.items()}

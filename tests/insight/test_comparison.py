@@ -368,6 +368,14 @@ def test_layers_that_are_not_finite_are_flagged_and_left_out(tmp_path: Path, val
     assert f"because {side.upper()} holds NaN or infinity: {NAME}" in run("compare", a, b)
 
 
+def test_adapters_without_a_finite_layer_cannot_be_compared(tmp_path: Path) -> None:
+    good = write(tmp_path, "a", lora(randn(24, 2), randn(2, 24)))
+    bad = write(tmp_path, "b", lora(randn(24, 2) * math.nan, randn(2, 24)))
+    text = run("compare", good, bad)
+    assert "no layer of A and B can be compared" in text
+    assert "1 layer of rank 2" in text
+
+
 def test_zero_has_no_direction(tmp_path: Path) -> None:
     zero = lora(torch.zeros(24, 2), randn(2, 24).float())
     result = compared(tmp_path, zero, lora(randn(24, 2), randn(2, 24)))

@@ -738,6 +738,19 @@ def test_a_circular_link_is_named(tmp_path: Path, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["resize", "inspect"])
+def test_a_link_to_nothing_is_named_as_one(tmp_path: Path, command: str) -> None:
+    path = tmp_path / "link.safetensors"
+    path.symlink_to(tmp_path / "gone.safetensors")
+    options = ["-r", "rank=1"] if command == "resize" else []
+    Run(command, path, *options).failed(2, path, "is a link to", "gone.safetensors, where there is no file")
+
+
+def test_a_pipe_is_named_as_a_base(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "base.safetensors")
+    Run("base-norms", tmp_path / "base.safetensors", "-o", tmp_path / "n.json").failed(2, "not a regular file")
+
+
+@pytest.mark.parametrize("command", ["resize", "inspect"])
 def test_a_folder_without_adapters_is_named(tmp_path: Path, command: str, good: Path) -> None:
     folder = tmp_path / "folder"
     (folder / "deep").mkdir(parents=True)
