@@ -7,9 +7,10 @@ Both tell the scale of layers that have no alpha tensor, and both must follow wh
 from __future__ import annotations
 
 import json
+import math
 import re
+import time
 from collections.abc import Collection, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +93,23 @@ def carried(settings: Settings, layer: str) -> str | None:
     return None
 
 
-def scale(settings: Settings, layer: str, rank: int) -> float:
+def scale(settings: Settings, layer: str, rank: int, patterns: Patterns) -> float:
     """alpha/r of a layer, or alpha/√r with rsLoRA; 1 if the settings say nothing.
 
     `rank` is the stored one; what PEFT divides by is another number in families whose tensors have another size.
-    Raises ValueError, TypeError, ZeroDivisionError, regex.error or TimeoutError if the settings are broken.
+    `patterns` are those of all layers of the file. Raises ValueError, TypeError, ZeroDivisionError, regex.error or
+    TimeoutError if the settings are broken.
     """
     component, module = _module(settings, layer)
     config = settings.get(component, {})
     if _MLX in config:
         return float(config[_MLX].get("scale", 1.0))
-    alpha = _pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha")))
+    alpha = patterns.value(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha")))
     if alpha is None:
         return 1.0
     divisor: float = rank
     if config.get("peft_type") in ("LOHA", "LOKR"):
-        divisor = float(_pattern_value(config.get("rank_pattern"), module, config.get("r", rank)))
+        divisor = float(patterns.value(config.get("rank_pattern"), module, config.get("r", rank)))
     elif config.get("peft_type") == "ADALORA":
         divisor = float(config.get("init_r", rank)) + 1e-5  # as its forward pass does; the trained count is not saved
     return float(alpha) / (divisor**0.5 if config.get("use_rslora") else divisor)
@@ -258,31 +260,56 @@ def _module(settings: Settings, layer: str) -> tuple[str, str]:
     return component, module
 
 
-def _pattern_value(patterns: object, module: str, default: Any) -> Any:
-    """The value of the first pattern that fits the module's name, as PEFT looks it up."""
-    if isinstance(patterns, Mapping):
-        for pattern, value in patterns.items():
-            if _fits(pattern, module):
-                return value
-    return default
-
-
 # Words and dots, with a start at most: what almost all patterns are.
 _WORDS = re.compile(r"\^?[\w.]*?(\w+)")
-_SECONDS = 1.0  # for one pattern and one name; an honest pattern takes microseconds
+
+# Of the processor, for all patterns and names of a file together. A thousand honest ones of each take about one.
+_SECONDS = 5.0
+
+# Characters of a pattern, and how often its numbers in braces repeat something, so that it is compiled in a moment.
+_MOST = 10_000
+_COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
 
 
-def _fits(pattern: str, module: str) -> bool:
-    # the last word decides at once for almost all; thousands of expressions are slow
-    if (words := _WORDS.fullmatch(pattern)) and not module.endswith(words[1]):
-        return False
-    return _compiled(pattern).match(module, timeout=_SECONDS) is not None
+class Patterns:
+    """The patterns of one file, whose matching takes a limited time in all."""
 
+    def __init__(self) -> None:
+        self._left = _SECONDS
+        self._compiled: dict[str, regex.Pattern[str]] = {}
 
-@cache
-def _compiled(pattern: str) -> regex.Pattern[str]:
-    # not `re`, which would try for years on patterns that are made for it
-    return regex.compile(rf"(.*\.)?({pattern})$")
+    def value(self, patterns: object, module: str, default: Any) -> Any:
+        """The value of the first pattern that fits the module's name, as PEFT looks it up.
+
+        Raises ValueError, regex.error or TimeoutError if a pattern is too large, broken, or too slow.
+        """
+        for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
+            if self._fits(pattern, module):
+                return value
+        return default
+
+    def _fits(self, pattern: str, module: str) -> bool:
+        # the last word decides at once for almost all; thousands of expressions are slow
+        if (words := _WORDS.fullmatch(pattern)) and not module.endswith(words[1]):
+            return False
+        start = time.thread_time()
+        try:
+            # not `re`, which would try for years on patterns that are made for it
+            return self._expression(pattern).match(module, timeout=max(self._left, 1e-3)) is not None
+        except RecursionError as error:
+            raise ValueError(f"{pattern[:40]}... is nested too deeply") from error
+        finally:
+            self._left -= time.thread_time() - start
+            if self._left <= 0:
+                raise TimeoutError(f"the patterns take more than {_SECONDS:g} s")
+
+    def _expression(self, pattern: str) -> regex.Pattern[str]:
+        if pattern not in self._compiled:
+            counts = [max(1, *(int(number or 0) for number in pair)) for pair in _COUNTED.findall(pattern)]
+            if len(pattern) > _MOST or math.prod(counts) > _MOST:
+                raise ValueError(f"the pattern {pattern[:40]}... is too large")
+            self._compiled[pattern] = regex.compile(rf"(.*\.)?({pattern})$")
+        return self._compiled[pattern]
 
 
 def _pattern(module: str) -> str:

@@ -122,6 +122,7 @@ def sort_keys(store: TensorStore, settings: peft.Settings) -> tuple[tuple[Layer,
     endings = _endings(families.FAMILIES)
     groups, others, carried = _grouped(store, endings)
     layers = []
+    patterns = peft.Patterns()
     shared = set(SHARED.values())
     for name, keys in groups.items():
         if keys.keys() <= shared:
@@ -129,7 +130,7 @@ def sort_keys(store: TensorStore, settings: peft.Settings) -> tuple[tuple[Layer,
         elif keys.keys() <= endings.weak:
             others |= {key: _companion(key) for key in keys.values()}
         elif family := _family(store, endings, name, keys):
-            layer, stay = _layer(store, settings, family, name, keys)
+            layer, stay = _layer(store, settings, patterns, family, name, keys)
             others |= stay
             if layer:
                 layers.append(layer)
@@ -186,7 +187,12 @@ def _roles(family: Family) -> Mapping[str, str]:
 
 
 def _layer(
-    store: TensorStore, settings: peft.Settings, family: Family, name: str, tagged: Mapping[str, str]
+    store: TensorStore,
+    settings: peft.Settings,
+    patterns: peft.Patterns,
+    family: Family,
+    name: str,
+    tagged: Mapping[str, str],
 ) -> tuple[Layer | None, dict[str, str]]:
     """(the layer that these tensors make, or None; key -> why it is no part of it). `tagged` maps suffixes to keys."""
     roles = _roles(family)
@@ -200,7 +206,7 @@ def _layer(
         return None, stay | dict.fromkeys(keys.values(), reason)
     _check(store, name, family, keys, infos)
     try:
-        scale = peft.scale(settings, name, family.rank(infos))
+        scale = peft.scale(settings, name, family.rank(infos), patterns)
         if not abs(scale) <= LARGEST:
             raise ValueError(f"the scale is {scale:g}")
     except (ValueError, TypeError, ArithmeticError, AttributeError, regex.error, TimeoutError) as error:
