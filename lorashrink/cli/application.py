@@ -41,17 +41,6 @@ def main_options(
     """
 
 
-def _tell(error: OSError) -> int:
-    """Say that results could not be printed; a reader that has gone, such as `head`, wants to hear nothing."""
-    if not isinstance(error, BrokenPipeError):
-        with contextlib.suppress(OSError):
-            reason = f"{error.strerror or error}"
-            sys.stderr.write(
-                f"lorashrink: the results could not be printed ({reason}); files are written all the same\n"
-            )
-    return 2
-
-
 def main() -> None:
     """Entry point of the `lorashrink` command."""
     # Importing torch makes objects by the hundred thousand, and headers by the ten thousand; none of them is garbage.
@@ -72,8 +61,11 @@ def main() -> None:
     except OSError as error:
         failure = failure or error
     if failure:
-        status = _tell(failure)
+        status = 2
     with contextlib.suppress(OSError):
+        if failure and not isinstance(failure, BrokenPipeError):  # a closed pipe, such as to `head`, is no mistake
+            reason = f"the results could not be printed ({failure.strerror or failure})"
+            sys.stderr.write(f"lorashrink: {reason}; files are written all the same\n")
         sys.stderr.flush()
     # Every file is closed by now; taking torch apart would only take up to half a second.
     os._exit(status if isinstance(status, int) else 0)

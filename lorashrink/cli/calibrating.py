@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lorashrink.calibration.calibrate import Calibrated, Effort
 
 
-def _print_calibrated(result: Calibrated, terminal: Terminal) -> None:
+def print_calibrated(result: Calibrated, terminal: Terminal) -> None:
+    """What was recorded, for which adapters, and what it took."""
     adapters = ", ".join(Path(path).name for path in result.adapters) or "all LoRAs of this model"
     peak = f", {size_text(result.peak_bytes)} of GPU memory at most" if result.peak_bytes else ""
     say(
@@ -26,7 +27,8 @@ def _print_calibrated(result: Calibrated, terminal: Terminal) -> None:
     )
 
 
-def _announce(effort: Effort) -> None:
+def announce(effort: Effort) -> None:
+    """What a run is going to do, and the memory that it needs."""
     again = f", {effort.done} of them finished earlier" if effort.done else ""
     rest = f" and draws {effort.forwards} more without" if effort.forwards else ""
     typer.echo(
@@ -38,7 +40,7 @@ def _announce(effort: Effort) -> None:
     )
 
 
-@command(_print_calibrated)
+@command(print_calibrated)
 def calibrate(
     terminal: Terminal,
     files: Annotated[
@@ -109,6 +111,6 @@ def calibrate(
         device=device,
         dtype=dtype,
         force=force,
-        announce=None if terminal.quiet else _announce,
+        announce=None if terminal.quiet else announce,
         progress=terminal.progress,
     )

@@ -7,14 +7,14 @@ import functools
 import inspect
 import logging
 import signal
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from lorashrink._version import __version__
-from lorashrink.cli.conditions import Condition, Measure, Measured
+from lorashrink.cli.conditions import Condition, Measure
 from lorashrink.cli.help import print_help_all
 from lorashrink.cli.printing import print_json, say
 from lorashrink.cli.progress import progress_bars
@@ -42,7 +42,6 @@ class Terminal:
 def command(
     show: Callable[[Any, Terminal], None] | None = None,
     *,
-    done: Callable[[Any], bool] = lambda result: True,
     verbose_help: str = "Print more; -vv lists every layer.",
     measure: Measure | None = None,
     quantities: Collection[str] = (),
@@ -51,7 +50,7 @@ def command(
 
     The function takes a `Terminal` before its own options; the command has the options of all commands behind these.
     It prints the result as JSON or by `show`; without `show` the function prints it itself. The exit status
-    follows from the `failed` of the result, and from whether something was `done` in spite of them.
+    follows from the `failed` of the result, and from whether it has `results` or `files` in spite of them.
     measure, quantities: what `--fail-on` compares, for functions with that option.
     """
 
@@ -71,8 +70,17 @@ def command(
             for failure in failed:
                 _print_error(failure.error)
             if failed:
-                raise typer.Exit(EXIT_SOME_FAILED if done(result) else EXIT_NOTHING_DONE)
-            if measure and _print_faults(conditions, measure(result)):
+                done = getattr(result, "results", getattr(result, "files", True))
+                raise typer.Exit(EXIT_SOME_FAILED if done else EXIT_NOTHING_DONE)
+            faults = [
+                f"{subject}: {fault}"
+                for subject, measured in (measure(result) if measure else ())
+                for condition in conditions
+                if (fault := condition.fault(measured))
+            ]
+            for fault in faults:
+                _print_error(fault)
+            if faults:
                 raise typer.Exit(EXIT_CONDITION)
 
         run.__annotations__ = {}  # typer reads the options of a command from its signature
@@ -80,16 +88,6 @@ def command(
         return run
 
     return decorate
-
-
-def _print_faults(conditions: Sequence[Condition], results: Iterable[tuple[str, Measured]]) -> int:
-    """Name the results that meet a condition; how many there are."""
-    faults = [
-        (name, fault) for name, measured in results for condition in conditions if (fault := condition.fault(measured))
-    ]
-    for name, fault in faults:
-        _print_error(f"{name}: {fault}")
-    return len(faults)
 
 
 def _signature(function: Callable[..., object], verbose_help: str) -> inspect.Signature:
@@ -166,12 +164,18 @@ class _Formatter(logging.Formatter):
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """The first signal to end is a KeyboardInterrupt in the main thread, and there is no second one."""
+
+    def interrupt(*_: object) -> NoReturn:
+        for number in _ENDING:  # unfinished files are deleted now, and a second signal must not stop that
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
     before: dict[int, Any] = {number: signal.getsignal(number) for number in _ENDING}
     heard = [number for number in _ENDING if before[number] is not signal.SIG_IGN]  # under nohup not all of them
     try:
         with contextlib.suppress(ValueError):  # not in the main thread
             for number in heard:
-                signal.signal(number, _interrupt)
+                signal.signal(number, interrupt)
         yield
     except KeyboardInterrupt:
         raise
@@ -186,12 +190,6 @@ def _restore(handlers: Mapping[int, Any]) -> None:
     with contextlib.suppress(ValueError, TypeError):
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    for number in _ENDING:  # unfinished files are deleted now, and a second signal must not stop that
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _fail(message: str, status: int) -> NoReturn:

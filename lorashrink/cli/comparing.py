@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorashrink.cli.command import Terminal, command
-from lorashrink.cli.conditions import FailOn, Measured
+from lorashrink.cli.conditions import FailOn
 from lorashrink.cli.options import Base, Csv, Device, Force, Jobs, split_base
-from lorashrink.cli.printing import check_outputs, new_console, new_table, some_names, write_csv
+from lorashrink.cli.printing import check_outputs, new_console, some_names, write_csv
+from lorashrink.cli.tables import table_of
 from lorashrink.errors import UsageError
 from lorashrink.results.shown import plain
 from lorashrink.text import count_text, number_text, percent_text, share_text, size_text
@@ -27,21 +28,32 @@ _NOT_COMPARED = {
 }
 
 
-def _print_comparison(comparison: Comparison, terminal: Terminal) -> None:
+_NUMBERS: Mapping[str, Callable[[BlockDifference | LayerDifference], str]] = {
+    "norm of A": lambda row: number_text(row.fro_a),
+    "norm of B": lambda row: number_text(row.fro_b),
+    "error": lambda row: "-" if row.relative_difference is None else percent_text(row.relative_difference),
+    "energy": lambda row: share_text(row.energy_kept),
+    "cosine": lambda row: number_text(row.cosine),
+}
+
+_LAYERS: Mapping[str, Callable[[LayerDifference], str]] = {
+    "layer": lambda row: row.name,
+    **_NUMBERS,
+    "rank": lambda row: f"{row.rank_a or '-'} -> {row.rank_b or '-'}",
+    "flags": lambda row: " ".join(row.flags),
+}
+
+_BLOCKS: Mapping[str, Callable[[BlockDifference], str]] = {"block": lambda row: row.block, **_NUMBERS}
+
+
+def print_comparison(comparison: Comparison, terminal: Terminal) -> None:
+    """The differences of layers and blocks, what only one side has, and a verdict."""
     console = new_console()
     verbose = terminal.verbose
     rows = [*comparison.layers, *comparison.only_a, *comparison.only_b]
-    columns = ("norm of A", "norm of B", "error", "energy", "cosine")
     if verbose:
-        layers = new_table("layer", *columns, "rank", "flags", everything=True)
-        for row in rows:
-            ranks = f"{row.rank_a or '-'} -> {row.rank_b or '-'}"
-            layers.add_row(row.name, *_difference_cells(row), ranks, " ".join(row.flags))
-        console.print(layers)
-    blocks = new_table("block", *columns, extra=("cosine", "energy"), everything=bool(verbose))
-    for block in comparison.blocks:
-        blocks.add_row(block.block, *_difference_cells(block))
-    console.print(blocks)
+        console.print(table_of(rows, _LAYERS, everything=True))
+    console.print(table_of(comparison.blocks, _BLOCKS, extra=("cosine", "energy"), everything=verbose > 0))
     for letter, only in (("A", comparison.only_a), ("B", comparison.only_b)):
         if only:
             console.print(f"{len(only)} only in {letter}: {some_names([row.name for row in only], verbose)}")
@@ -61,11 +73,6 @@ def _print_comparison(comparison: Comparison, terminal: Terminal) -> None:
         )
         console.print(f"{letter} {side.path}: {facts}")
     console.print(_verdict(comparison.total, comparison.b.bytes / comparison.a.bytes))
-
-
-def _difference_cells(row: BlockDifference | LayerDifference) -> tuple[str, ...]:
-    error = "-" if row.relative_difference is None else percent_text(row.relative_difference)
-    return number_text(row.fro_a), number_text(row.fro_b), error, share_text(row.energy_kept), number_text(row.cosine)
 
 
 def _one_line(text: str | None) -> str:
@@ -92,14 +99,12 @@ def _verdict(total: BlockDifference, bytes_kept: float) -> str:
     return f"B has {size} and differs from A by {error} (weights, not pictures; {facts})"
 
 
-def _measured(comparison: Comparison) -> Iterator[tuple[str, Measured]]:
-    yield comparison.b.path, {"error": comparison.total.relative_difference, "size": comparison.b.bytes}
-
-
 @command(
-    _print_comparison,
+    print_comparison,
     verbose_help="List every layer, and name all that differ.",
-    measure=_measured,
+    measure=lambda comparison: [
+        (comparison.b.path, {"error": comparison.total.relative_difference, "size": comparison.b.bytes})
+    ],
     quantities=("error", "size"),
 )
 def compare(

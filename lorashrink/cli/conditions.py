@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -36,22 +37,19 @@ _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
 }
 
 
-def _share(text: str) -> float:
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-
-
-def _decibels(text: str) -> float:
-    return float(re.sub(r" ?db$", "", text, flags=re.IGNORECASE))
-
-
-_LIMITS: Mapping[str, Callable[[str], float]] = {"error": _share, "psnr": _decibels, "size": bytes_in}
+# What is measured -> the number that the text of a limit stands for.
+_LIMITS: Mapping[str, Callable[[str], float]] = {
+    "error": lambda text: float(text[:-1]) / 100 if text.endswith("%") else float(text),
+    "psnr": lambda text: float(re.sub(r" ?db$", "", text, flags=re.IGNORECASE)),
+    "size": bytes_in,
+}
 
 _CONDITION = re.compile(rf"\s*({'|'.join(_LIMITS)})\s*({'|'.join(_COMPARISONS)})\s*([\d.]+(?: ?[A-Za-z]+|%)?)\s*")
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A result that meets it fails the run."""
+    """A comparison that fails the run for every result that meets it."""
 
     text: str
     quantity: str
@@ -64,11 +62,9 @@ class Condition:
         match = _CONDITION.fullmatch(text)
         if match and match[1] not in quantities:
             raise UsageError(f"--fail-on {text}: this command measures {' and '.join(quantities)}.")
-        try:
-            if match:
+        if match:
+            with contextlib.suppress(ValueError):
                 return cls(text.strip(), match[1], match[2], _LIMITS[match[1]](match[3]))
-        except ValueError:
-            pass
         raise UsageError(f"--fail-on {text}: write it like error>5%, psnr<40 or size>50MB, in quotes.")
 
     def fault(self, measured: Measured) -> str:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from lorashrink.demonstration import Demo
 
 
-def _print_story(outcome: Demo, terminal: Terminal) -> None:
+def print_story(outcome: Demo, terminal: Terminal) -> None:
+    """What a user would have typed, with the results."""
     inspect_line, shrink_line, report_line = outcome.commands
     typer.echo(f"What is in it?\n$ {inspect_line}\n")
     for table in outcome.inspection.files:
@@ -36,7 +37,7 @@ def _print_story(outcome: Demo, terminal: Terminal) -> None:
         typer.echo("With pip install 'lorashrink[pictures]' the model draws with each of these recipes too.")
 
 
-@command(_print_story)
+@command(print_story)
 def demo(
     terminal: Terminal,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo-out"),

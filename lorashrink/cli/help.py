@@ -63,10 +63,6 @@ _PLACEHOLDERS = {"path": "PATH", "int": "N", "float": "NUMBER"}
 _TYPE = re.compile(r"<(?:list\[)?(\w+)[^>]*>")
 
 
-def _placeholder(match: re.Match[str]) -> str:
-    return _PLACEHOLDERS.get(match[1], "TEXT")
-
-
 def print_help_all(context: typer.Context, wanted: bool) -> None:
     """The callback of `--help-all`."""
     if wanted:
@@ -143,7 +139,8 @@ class CommandHelp(TyperCommand):
         for option in parameters:
             if option.param_type_name == "option" and (record := option.get_help_record(ctx)):
                 panel = next((_PANEL_OF[name] for name in option.opts if name in _PANEL_OF), _OPTIONS)
-                panels[panel].append((_TYPE.sub(_placeholder, record[0]), _LIMITS.sub("", record[1])))
+                name = _TYPE.sub(lambda match: _PLACEHOLDERS.get(match[1], "TEXT"), record[0])
+                panels[panel].append((name, _LIMITS.sub("", record[1])))
         expert = [] if all_options else panels.pop(_EXPERT)
         for panel, rows in panels.items():
             _write_rows(formatter, panel, rows)

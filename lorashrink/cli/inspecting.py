@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +11,8 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Adapters, Base, Csv, Device, Force, Jobs, Recursive, split_base
-from lorashrink.cli.printing import check_outputs, new_console, new_table, write_csv
+from lorashrink.cli.printing import check_outputs, new_console, write_csv
+from lorashrink.cli.tables import table_of
 from lorashrink.errors import UsageError
 from lorashrink.results.shown import plain
 from lorashrink.text import count_text, number_text, share_text, size_text, span_text
@@ -19,27 +20,75 @@ from lorashrink.text import count_text, number_text, share_text, size_text, span
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorashrink.cli.tables import TextTable
     from lorashrink.results.inspection import AdapterTable, BlockRow, Inspection, LayerRow, Recommendation
 
 
-def _print_inspection(inspection: Inspection, terminal: Terminal) -> None:
+_LAYERS: Mapping[str, Callable[[LayerRow], str]] = {
+    "layer": lambda row: row.name,
+    "block": lambda row: row.block,
+    "kind": lambda row: row.kind,
+    "algo": lambda row: row.algo,
+    "shape": lambda row: "×".join(map(str, row.shape)),
+    "rank": lambda row: str(row.rank),
+    "alpha": lambda row: number_text(row.alpha, "g"),
+    "dtype": lambda row: row.dtype,
+    "fro": lambda row: number_text(row.fro),
+    "spectral": lambda row: number_text(row.spectral),
+    "eff. rank": lambda row: number_text(row.effective_rank, ".1f"),
+    "fro/base": lambda row: share_text(row.fro_ratio),
+    "flags": lambda row: " ".join(row.flags),
+}
+_LESS_OF_LAYERS = ("fro/base", "flags", "shape", "spectral", "eff. rank", "algo", "dtype", "kind", "block")
+
+_BLOCKS: Mapping[str, Callable[[BlockRow], str]] = {
+    "block": lambda block: block.block,
+    "layers": lambda block: str(block.layers),
+    "parameters": lambda block: f"{block.parameters:,}",
+    "bytes": lambda block: size_text(block.bytes),
+    "fro": lambda block: number_text(block.fro),
+    "fro/base": lambda block: share_text(block.fro_ratio),
+}
+
+_FILES: Mapping[str, Callable[[AdapterTable], str]] = {
+    "file": lambda adapter: Path(adapter.path).name,
+    "size": lambda adapter: size_text(adapter.bytes),
+    "family": lambda adapter: adapter.family or "-",
+    "algo": lambda adapter: adapter.algo,
+    "layers": lambda adapter: str(len(adapter.layers)),
+    "rank": lambda adapter: span_text([row.rank for row in adapter.layers]),
+    "alpha": lambda adapter: span_text([row.alpha for row in adapter.layers if row.alpha is not None]),
+    "fro": lambda adapter: number_text(adapter.fro),
+    "fro/base": lambda adapter: share_text(adapter.fro_ratio),
+    "flags": lambda adapter: " ".join(finding.flag for finding in adapter.health),
+}
+_LESS_OF_FILES = ("fro/base", "algo", "flags", "alpha", "layers")
+
+
+def print_inspection(inspection: Inspection, terminal: Terminal) -> None:
+    """One adapter with its layers and blocks; of several adapters a line each, and the rest with -v."""
     console = new_console()
     if len(inspection.files) == 1 or terminal.verbose:
         for adapter in inspection.files:
-            _print_adapter(console, adapter, terminal.verbose)
+            _print_adapter(console, adapter, terminal.verbose > 0)
     if len(inspection.files) > 1:
-        console.print(_file_table(inspection.files, terminal.verbose))
+        console.print(table_of(inspection.files, _FILES, extra=_LESS_OF_FILES, everything=terminal.verbose > 0))
 
 
-def _print_adapter(console: Console, adapter: AdapterTable, verbose: int) -> None:
+def _print_adapter(console: Console, adapter: AdapterTable, everything: bool) -> None:
     width = max(map(len, adapter.notes), default=0)
     for label, text in adapter.notes.items():
         console.print(f"{label:<{width}}  {text}")
-    console.print(_layer_table(adapter.layers, verbose))
-    console.print(_block_table(adapter.blocks))
+    console.print(table_of(adapter.layers, _LAYERS, extra=_LESS_OF_LAYERS, everything=everything))
+    console.print(table_of(adapter.blocks, _BLOCKS, extra=("parameters",)))
     if adapter.recommendations:
-        console.print(_recommendation_table(adapter.recommendations, adapter.bytes))
+        columns: Mapping[str, Callable[[Recommendation], str]] = {
+            "recipe": lambda row: row.recipe,
+            "size": lambda row: size_text(row.bytes),
+            "of before": lambda row: share_text(row.bytes / adapter.bytes),
+            "error": lambda row: share_text(row.relative_error),
+            "energy": lambda row: share_text(row.energy),
+        }
+        console.print(table_of(adapter.recommendations, columns, extra=("energy",)))
     elif adapter.recommendations is not None:
         console.print("no recipe to recommend: none of the usual ones can be applied to this file")
     for line in adapter.loads.lines:
@@ -54,91 +103,7 @@ def _print_adapter(console: Console, adapter: AdapterTable, verbose: int) -> Non
     )
 
 
-def _layer_table(layers: Sequence[LayerRow], verbose: int) -> TextTable:
-    table = new_table(
-        *("layer", "block", "kind", "algo", "shape", "rank", "alpha", "dtype"),
-        *("fro", "spectral", "eff. rank", "fro/base", "flags"),
-        extra=("fro/base", "flags", "shape", "spectral", "eff. rank", "algo", "dtype", "kind", "block"),
-        everything=verbose > 0,
-    )
-    for row in layers:
-        table.add_row(
-            row.name,
-            row.block,
-            row.kind,
-            row.algo,
-            "×".join(map(str, row.shape)),
-            str(row.rank),
-            number_text(row.alpha, "g"),
-            row.dtype,
-            number_text(row.fro),
-            number_text(row.spectral),
-            number_text(row.effective_rank, ".1f"),
-            share_text(row.fro_ratio),
-            " ".join(row.flags),
-        )
-    return table
-
-
-def _block_table(blocks: Sequence[BlockRow]) -> TextTable:
-    table = new_table("block", "layers", "parameters", "bytes", "fro", "fro/base", extra=("parameters",))
-    for block in blocks:
-        table.add_row(
-            block.block,
-            str(block.layers),
-            f"{block.parameters:,}",
-            size_text(block.bytes),
-            number_text(block.fro),
-            share_text(block.fro_ratio),
-        )
-    return table
-
-
-def _recommendation_table(recommendations: Sequence[Recommendation], bytes_before: int) -> TextTable:
-    table = new_table("recipe", "size", "of before", "error", "energy", extra=("energy",))
-    for row in recommendations:
-        table.add_row(
-            row.recipe,
-            size_text(row.bytes),
-            share_text(row.bytes / bytes_before),
-            share_text(row.relative_error),
-            share_text(row.energy),
-        )
-    return table
-
-
-def _file_table(adapters: Sequence[AdapterTable], verbose: int) -> TextTable:
-    table = new_table(
-        "file",
-        "size",
-        "family",
-        "algo",
-        "layers",
-        "rank",
-        "alpha",
-        "fro",
-        "fro/base",
-        "flags",
-        extra=("fro/base", "algo", "flags", "alpha", "layers"),
-        everything=verbose > 0,
-    )
-    for adapter in adapters:
-        table.add_row(
-            Path(adapter.path).name,
-            size_text(adapter.bytes),
-            adapter.family or "-",
-            adapter.algo,
-            str(len(adapter.layers)),
-            span_text([row.rank for row in adapter.layers]),
-            span_text([row.alpha for row in adapter.layers if row.alpha is not None]),
-            number_text(adapter.fro),
-            share_text(adapter.fro_ratio),
-            " ".join(finding.flag for finding in adapter.health),
-        )
-    return table
-
-
-@command(_print_inspection, done=lambda inspection: bool(inspection.files))
+@command(print_inspection)
 def inspect(
     terminal: Terminal,
     files: Adapters,
@@ -192,18 +157,13 @@ def inspect(
         rows = [{"path": adapter.path, **plain(row)} for adapter in inspection.files for row in adapter.layers]
         write_csv(as_csv, rows, ["path", *(field.name for field in fields(LayerRow))])
     if spectra and heat:
-        _draw(inspection, spectra, heat if base else None)
+        from lorashrink.plots.heat import norms_by_kind
+        from lorashrink.plots.spectra import spectra_per_block
+
+        if len(inspection.files) > 1:
+            raise UsageError(f"--plot: draws one adapter, and {len(inspection.files)} were found.")
+        for adapter in inspection.files:
+            style.save(spectra_per_block(adapter), spectra)
+            if base:
+                style.save(norms_by_kind(adapter), heat)
     return inspection
-
-
-def _draw(inspection: Inspection, spectra: Path, heat: Path | None) -> None:
-    from lorashrink.plots import style
-    from lorashrink.plots.heat import norms_by_kind
-    from lorashrink.plots.spectra import spectra_per_block
-
-    if len(inspection.files) > 1:
-        raise UsageError(f"--plot: draws one adapter, and {len(inspection.files)} were found.")
-    for adapter in inspection.files:
-        style.save(spectra_per_block(adapter), spectra)
-        if heat:
-            style.save(norms_by_kind(adapter), heat)

@@ -21,12 +21,13 @@ comfyui = typer.Typer(
 )
 
 
-def _print_installed(installed: Installed, terminal: Terminal) -> None:
+def print_installed(installed: Installed, terminal: Terminal) -> None:
+    """Where the nodes are, and what to do now."""
     how = "links to" if installed.linked else "is a copy of"
     typer.echo(f"{installed.path} {how} {installed.source}. Restart ComfyUI; the nodes are under 'lorashrink'.")
 
 
-@command(_print_installed)
+@command(print_installed)
 def install(
     terminal: Terminal,
     path: Annotated[Path, typer.Argument(help="The folder of ComfyUI, or its custom_nodes.")],

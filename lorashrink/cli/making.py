@@ -32,14 +32,15 @@ if TYPE_CHECKING:
     from lorashrink.results.shrinking import ConversionReport, Report
 
 
-def _print_extraction(report: Report, terminal: Terminal) -> None:
+def print_extraction(report: Report, terminal: Terminal) -> None:
+    """The table of files, and which model the LoRA turns into which."""
     print_report(report, terminal)
     tuned = {Path(result.source).name for result in report.results}
     if report.base:  # whoever has swapped the two sees it here
         say(f"The LoRA turns {Path(report.base.path).name} into {', '.join(sorted(tuned))}.")
 
 
-@command(_print_extraction)
+@command(print_extraction)
 def extract(
     terminal: Terminal,
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The fine-tuned checkpoint or folder.")],
@@ -85,7 +86,8 @@ def extract(
     )
 
 
-def _print_conversion(report: ConversionReport, terminal: Terminal) -> None:
+def print_conversion(report: ConversionReport, terminal: Terminal) -> None:
+    """A line for each file, and which programs load it."""
     for result in report.results:
         for warning in result.warnings:
             say(f"{result.output}: {warning}", errors=True)
@@ -93,15 +95,15 @@ def _print_conversion(report: ConversionReport, terminal: Terminal) -> None:
         exact = "weights unchanged" if result.exact else "weights rounded"
         size = f"{size_text(result.bytes_before)} -> {size_text(result.bytes_after)}"
         say(f"{result.output}: {count_text(result.layers, 'layer')}, {size}, {exact}{kept}")
-        only = len(report.results) == 1
-        # of many files those that nothing loads
-        for line in result.loads.lines if only or terminal.verbose or result.loads.loads_in == () else ():
-            say(line)
+        # Of many files only those that nothing loads.
+        if len(report.results) == 1 or terminal.verbose or result.loads.loads_in == ():
+            for line in result.loads.lines:
+                say(line)
         for tensor in result.kept if terminal.verbose else ():
             say(f"kept {tensor.key}: {tensor.reason}")
 
 
-@command(_print_conversion, done=lambda report: bool(report.results))
+@command(print_conversion)
 def convert(
     terminal: Terminal,
     files: Adapters,
@@ -131,12 +133,13 @@ def convert(
     )
 
 
-def _print_norms(table: NormTable, terminal: Terminal) -> None:
+def print_norms(table: NormTable, terminal: Terminal) -> None:
+    """What the table holds."""
     weights = count_text(table.weights, "weight")
     say(f"{table.path}: norms of {weights} of {table.base} ({table.family}), {size_text(table.bytes)}")
 
 
-@command(_print_norms)
+@command(print_norms)
 def base_norms(
     terminal: Terminal,
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Base model: a checkpoint or a model folder.")],
@@ -156,5 +159,4 @@ def base_norms(
 
     check_names([str(base)])
     check_is_base(base)
-
     return run(base, output, force=force, device=device, jobs=jobs, progress=terminal.progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,27 +11,29 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Base, Csv, Device, Force, Jobs, split_base
-from lorashrink.cli.printing import check_outputs, new_console, new_table, write_csv
+from lorashrink.cli.printing import check_outputs, new_console, write_csv
+from lorashrink.cli.tables import TextTable
 from lorashrink.results.shown import plain
 from lorashrink.text import count_text, number_text, share_text
 
 if TYPE_CHECKING:
-    from lorashrink.cli.tables import TextTable
     from lorashrink.results.overlap import BlockOverlap, LayerOverlap, Overlap
-    from lorashrink.results.overlap import Table as Matrix
 
 _SHOWN = 8  # layers and blocks without -v
 
 
-def _print_overlap(result: Overlap, terminal: Terminal) -> None:
+def print_overlap(result: Overlap, terminal: Terminal) -> None:
+    """Matrices of all pairs, the blocks and layers that the adapters share most, and what to do about it."""
     from lorashrink.results.overlap import short_names
 
     console = new_console()
-    names = short_names([member.path for member in result.adapters])
-    console.print(_matrix_table("cosine", result.cosine, names))
-    console.print(_matrix_table("subspace overlap", result.subspace, names))
-    console.print(_block_table(result, terminal.verbose))
-    console.print(_layer_table(result, terminal.verbose))
+    names = [f"{number} {name}" for number, name in enumerate(short_names([m.path for m in result.adapters]), 1)]
+    digits = 3 if len(names) <= 8 else 2
+    for title, matrix in (("cosine", result.cosine), ("subspace overlap", result.subspace)):
+        columns = {str(i + 1): [_cosine_text(row[i], digits) for row in matrix] for i in range(len(names))}
+        console.print(TextTable({title: names, **columns}))
+    console.print(_block_table(result, terminal.verbose > 0))
+    console.print(_layer_table(result, terminal.verbose > 0))
     for number, member in enumerate(result.adapters, 1):
         ranks = " to ".join(map(str, dict.fromkeys(member.ranks))) or "none"
         facts = f"weight {member.weight:g}, norm {number_text(member.fro)}"
@@ -43,61 +46,44 @@ def _print_overlap(result: Overlap, terminal: Terminal) -> None:
         console.print(f"{advice.kind}: {advice.text}")
 
 
-def _matrix_table(title: str, values: Matrix, names: list[str]) -> TextTable:
-    table = new_table(title, *map(str, range(1, len(names) + 1)))
-    digits = 3 if len(names) <= 8 else 2
-    for number, (name, row) in enumerate(zip(names, values, strict=True), 1):
-        table.add_row(f"{number} {name}", *(_cosine_text(value, digits) for value in row))
-    return table
+def _block_table(result: Overlap, everything: bool) -> TextTable:
+    blocks = sorted(result.blocks, key=lambda block: -_closest_pair(block)[0])
+    blocks = blocks if everything else blocks[:_SHOWN]
+    columns = {
+        "block": [block.block for block in blocks],
+        "layers": [str(block.layers) for block in blocks],
+        **_pair_columns(blocks),
+        "norm of the sum": [number_text(block.sum_fro) for block in blocks],
+        "of the base": [share_text(block.fro_ratio) for block in blocks],
+    }
+    return TextTable(columns, extra=("of the base", "norm of the sum", "layers"), everything=everything)
 
 
-def _block_table(result: Overlap, verbose: int) -> TextTable:
-    table = new_table(
-        "block",
-        "layers",
-        "pair",
-        "cosine",
-        "subspace",
-        "norm of the sum",
-        "of the base",
-        extra=("of the base", "norm of the sum", "layers"),
-        everything=verbose > 0,
-    )
-    ordered = sorted(result.blocks, key=lambda block: -_closest_pair(block)[0])
-    for block in ordered if verbose else ordered[:_SHOWN]:
-        share = share_text(block.fro_ratio)
-        table.add_row(block.block, str(block.layers), *_pair_cells(block), number_text(block.sum_fro), share)
-    return table
+def _layer_table(result: Overlap, everything: bool) -> TextTable:
+    rows = [(layer, layer.sum) for layer in result.layers if layer.sum]
+    if not everything:
+        rows = sorted(rows, key=lambda row: -(row[1].amplification or 0.0))[:_SHOWN]
+    columns = {
+        "layer": [layer.name for layer, _ in rows],
+        **_pair_columns([layer for layer, _ in rows]),
+        "σ of the sum": [number_text(total.spectral) for _, total in rows],
+        "over one alone": [number_text(total.amplification, ".2f") for _, total in rows],
+        "of the base": [share_text(total.spectral_ratio) for _, total in rows],
+        "flags": [" ".join(layer.flags) for layer, _ in rows],
+    }
+    return TextTable(columns, extra=("of the base", "flags", "subspace", "σ of the sum"), everything=everything)
 
 
-def _layer_table(result: Overlap, verbose: int) -> TextTable:
-    table = new_table(
-        "layer",
-        "pair",
-        "cosine",
-        "subspace",
-        "σ of the sum",
-        "over one alone",
-        "of the base",
-        "flags",
-        extra=("of the base", "flags", "subspace", "σ of the sum"),
-        everything=verbose > 0,
-    )
-    layers = [(layer, layer.sum) for layer in result.layers if layer.sum]
-    if not verbose:
-        layers = sorted(layers, key=lambda pair: -(pair[1].amplification or 0.0))[:_SHOWN]
-    for layer, total in layers:
-        amplification, share = number_text(total.amplification, ".2f"), share_text(total.spectral_ratio)
-        sigma = number_text(total.spectral)
-        table.add_row(layer.name, *_pair_cells(layer), sigma, amplification, share, " ".join(layer.flags))
-    return table
-
-
-def _pair_cells(row: BlockOverlap | LayerOverlap) -> tuple[str, str, str]:
-    """The most alike pair, its cosine and its overlap; dashes where one adapter is alone."""
-    _, a, b = _closest_pair(row)
-    cosine, subspace = row.cosine[a][b], row.subspace[a][b]
-    return "-" if cosine is None else f"{a + 1} {b + 1}", _cosine_text(cosine, 3), _cosine_text(subspace, 3)
+def _pair_columns(rows: Sequence[BlockOverlap | LayerOverlap]) -> dict[str, list[str]]:
+    """Of the most alike pair in each row, its numbers, cosine and overlap; dashes where one adapter is alone."""
+    columns: dict[str, list[str]] = {"pair": [], "cosine": [], "subspace": []}
+    for row in rows:
+        _, a, b = _closest_pair(row)
+        cosine = row.cosine[a][b]
+        columns["pair"].append("-" if cosine is None else f"{a + 1} {b + 1}")
+        columns["cosine"].append(_cosine_text(cosine, 3))
+        columns["subspace"].append(_cosine_text(row.subspace[a][b], 3))
+    return columns
 
 
 def _closest_pair(row: BlockOverlap | LayerOverlap) -> tuple[float, int, int]:
@@ -127,7 +113,7 @@ def _csv_row(layer: LayerOverlap) -> dict[str, Any]:
     return {**row, "flags": " ".join(layer.flags)}
 
 
-@command(_print_overlap, verbose_help="List every block and layer.")
+@command(print_overlap, verbose_help="List every block and layer.")
 def overlap(
     terminal: Terminal,
     files: Annotated[

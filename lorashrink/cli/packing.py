@@ -16,15 +16,8 @@ if TYPE_CHECKING:
     from lorashrink.results.packing import PackReport, UnpackReport
 
 
-def _bytes_of(text: str) -> int:
-    """The bytes that `--size` names; a bare number is MiB, as in recipes."""
-    try:
-        return int(bytes_in(text))
-    except (ValueError, OverflowError):
-        raise UsageError(f"--size {text}: a size is a number with a unit, such as 200kB or 1.5MB.") from None
-
-
-def _print_packed(report: PackReport, terminal: Terminal) -> None:
+def print_packed(report: PackReport, terminal: Terminal) -> None:
+    """Sizes and errors of each file; with -v what was copied or removed."""
     for result in report.results:
         say(
             f"{result.output}: {size_text(result.bytes_before)} -> {size_text(result.bytes_after)}, about "
@@ -39,7 +32,7 @@ def _print_packed(report: PackReport, terminal: Terminal) -> None:
             say(f"removed {removed.name}: {removed.reason}")
 
 
-@command(_print_packed, done=lambda report: bool(report.results))
+@command(print_packed)
 def pack(
     terminal: Terminal,
     files: Adapters,
@@ -64,7 +57,10 @@ def pack(
     """
     if output is None:
         raise UsageError("pack: name the folder or file to write with -o.")
-    nbytes = None if size is None else _bytes_of(size)
+    try:
+        largest = None if size is None else int(bytes_in(size))  # a bare number is MiB, as in recipes
+    except (ValueError, OverflowError):
+        raise UsageError(f"--size {size}: a size is a number with a unit, such as 200kB or 1.5MB.") from None
     base, adapters = split_base(files, base)
     from lorashrink.packing.pack import pack as run
 
@@ -72,7 +68,7 @@ def pack(
         adapters,
         output=output,
         quality=quality,
-        size=nbytes,
+        size=largest,
         base=base,
         calibration=calibration,
         recursive=recursive,
@@ -83,13 +79,14 @@ def pack(
     )
 
 
-def _print_unpacked(report: UnpackReport, terminal: Terminal) -> None:
+def print_unpacked(report: UnpackReport, terminal: Terminal) -> None:
+    """Sizes and dtype of each file."""
     for result in report.results:
         size = f"{size_text(result.bytes_before)} -> {size_text(result.bytes_after)}"
         say(f"{result.output}: {count_text(result.layers, 'layer')}, {size}, {result.dtype}")
 
 
-@command(_print_unpacked, done=lambda report: bool(report.results))
+@command(print_unpacked)
 def unpack(
     terminal: Terminal,
     files: Annotated[list[str], typer.Argument(metavar="FILE", help="Packed files, folders or globs.")],

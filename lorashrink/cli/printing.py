@@ -19,8 +19,6 @@ from lorashrink.text import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorashrink.cli.tables import TextTable
-
 # The second file of a PEFT folder, and the journal of an output folder.
 _NAMES_OF_ADAPTERS = ("adapter_config.json", ".lorashrink-journal.sqlite3")
 
@@ -74,16 +72,14 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
 
 def cells(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a CSV table: lists and objects as JSON, and texts that no spreadsheet takes for a formula."""
-    return {key: _cell(value) for key, value in row.items()}
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, (list, dict)):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        return value
-    text = printable(value)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    texts = dict(row)
+    for key, value in row.items():
+        if isinstance(value, (list, dict)):
+            texts[key] = json.dumps(value)
+        elif isinstance(value, str):
+            text = printable(value)
+            texts[key] = f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    return texts
 
 
 def new_console() -> Console:
@@ -100,13 +96,6 @@ def new_console() -> Console:
     return PrintableConsole(
         highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=None if terminal else 200
     )
-
-
-def new_table(*columns: str, extra: Sequence[str] = (), everything: bool = False) -> TextTable:
-    """An empty table; see `TextTable`."""
-    from lorashrink.cli.tables import TextTable
-
-    return TextTable(columns, extra, everything)
 
 
 def some_names(names: Sequence[str], verbose: int) -> str:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from lorashrink.reports.report import ReportFile
 
 
-def _print_report_file(result: ReportFile, terminal: Terminal) -> None:
+def print_report_file(result: ReportFile, terminal: Terminal) -> None:
+    """The recommended recipe, and the page."""
     console = new_console()
     if result.sweep and result.sweep.suggestion:
         suggestion = result.sweep.suggestion
@@ -43,7 +44,7 @@ def _print_report_file(result: ReportFile, terminal: Terminal) -> None:
     console.print(f"{result.path}: {size_text(result.bytes)}, open it in a browser")
 
 
-@command(_print_report_file)
+@command(print_report_file)
 def report(
     terminal: Terminal,
     adapter: Adapter,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
-from lorashrink.cli.conditions import FailOn, Measured
+from lorashrink.cli.conditions import FailOn
 from lorashrink.cli.help import with_section
 from lorashrink.cli.options import (
     Adapters,
@@ -28,8 +28,9 @@ from lorashrink.cli.options import (
     Recursive,
     split_base,
 )
-from lorashrink.cli.printing import check_outputs, new_console, new_table, say
+from lorashrink.cli.printing import check_outputs, new_console, say
 from lorashrink.cli.streams import Gathered
+from lorashrink.cli.tables import table_of
 from lorashrink.errors import UsageError
 from lorashrink.files.disk import write_bytes
 from lorashrink.recipes.explained import KEYS
@@ -38,24 +39,39 @@ from lorashrink.text import count_text, share_text, size_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorashrink.cli.tables import TextTable
     from lorashrink.results.shrinking import FileResult, Report
 
 
 # An output that is larger by less is so for its metadata.
 _METADATA = 4096
 
-# Reasons of one file that get a line each without -v.
-_KINDS = 8
+# Reasons for which tensors of one file are left out or copied as they are, without -v.
+_REASONS = 8
 
 
-def _measured(report: Report) -> Iterator[tuple[str, Measured]]:
-    for result in report.results:
-        yield result.output, {"error": result.relative_error, "size": result.bytes_after}
+_FILES: Mapping[str, Callable[[FileResult], str]] = {
+    "file": lambda result: Path(result.output).name,
+    "recipe": lambda result: result.recipe,
+    "before": lambda result: size_text(result.bytes_before),
+    "after": lambda result: size_text(result.bytes_after),
+    "saved": lambda result: f"{100 * (1 - result.bytes_after / result.bytes_before):.1f}%",
+    "error": lambda result: share_text(result.relative_error),
+    "energy": lambda result: share_text(result.energy),
+    "norm": lambda result: share_text(result.norm_ratio),
+    "layers": lambda result: "there" if result.skipped else str(sum(bool(row.rank_after) for row in result.layers)),
+    "removed": lambda result: str(len(result.removed)),
+    "verbatim": lambda result: str(len(result.verbatim)),
+}
+_LESS_OF_FILES = ("recipe", "energy", "layers", "norm", "removed", "verbatim")
 
 
 @with_section("Recipe keys, with commas between them", KEYS)
-@command(done=lambda report: bool(report.results), measure=_measured, quantities=("error", "size"))
+@command(
+    measure=lambda report: [
+        (result.output, {"error": result.relative_error, "size": result.bytes_after}) for result in report.results
+    ],
+    quantities=("error", "size"),
+)
 def resize(
     terminal: Terminal,
     files: Adapters,
@@ -184,45 +200,15 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
         _print_details(console, result, terminal.verbose)
     if not report.results:
         return
-    console.print(_table(results, terminal.verbose))
+    console.print(table_of(results, _FILES, extra=_LESS_OF_FILES, everything=terminal.verbose > 0))
     if more := len(report.results) - len(results):
         warnings = f", {gathered.warnings} warnings among them" if gathered and gathered.warnings else ""
         console.print(f"and {more} more{warnings}; -v lists them")
-    _print_loads(console, results)
+    # Which programs load the outputs, if it is the same for all of them.
+    answers = {"\n".join(result.loads.lines) for result in results if not result.skipped}
+    if len(answers) == 1 and (lines := answers.pop()):
+        console.print(lines)
     _print_sums(console, report, terminal.dry_run)
-
-
-def _table(results: Sequence[FileResult], verbose: int) -> TextTable:
-    table = new_table(
-        "file",
-        "recipe",
-        "before",
-        "after",
-        "saved",
-        "error",
-        "energy",
-        "norm",
-        "layers",
-        "removed",
-        "verbatim",
-        extra=("recipe", "energy", "layers", "norm", "removed", "verbatim"),
-        everything=verbose > 0,
-    )
-    for result in results:
-        table.add_row(
-            Path(result.output).name,
-            result.recipe,
-            size_text(result.bytes_before),
-            size_text(result.bytes_after),
-            f"{100 * (1 - result.bytes_after / result.bytes_before):.1f}%",
-            share_text(result.relative_error),
-            share_text(result.energy),
-            share_text(result.norm_ratio),
-            "there" if result.skipped else str(sum(bool(layer.rank_after) for layer in result.layers)),
-            str(len(result.removed)),
-            str(len(result.verbatim)),
-        )
-    return table
 
 
 def _print_sums(console: Console, report: Report, dry_run: bool) -> None:
@@ -243,29 +229,6 @@ def _print_sums(console: Console, report: Report, dry_run: bool) -> None:
         console.print(f"{stack.adapters} adapters under one budget: {size}, {threshold}")
     if report.space:
         console.print(f"needs {size_text(report.space.needed)}; {size_text(report.space.free)} are free")
-
-
-def _left_out(result: FileResult, verbose: int) -> list[str]:
-    """A line per reason for which something is not in the output, or is copied as it is; each name is below with -v."""
-    kinds: dict[tuple[str, str], list[str]] = {}
-    for removed in result.removed:
-        kinds.setdefault(("left out", removed.reason), []).append(removed.name)
-    for copied in result.verbatim:
-        kinds.setdefault(("copied as is", copied.reason), []).append(copied.key)
-    lines = [
-        f"{Path(result.output).name}: {len(names)} {what}, first {names[0]}: {reason}"
-        for (what, reason), names in kinds.items()
-    ]
-    shown = lines if verbose else lines[:_KINDS]
-    more = len(lines) - len(shown)
-    return [*shown, f"and {more} more kinds; -v lists them"] if more else shown
-
-
-def _print_loads(console: Console, results: Sequence[FileResult]) -> None:
-    """Which programs load the outputs; of several outputs only where all have the same answer."""
-    answers = {"\n".join(result.loads.lines) for result in results if not result.skipped}
-    if len(answers) == 1 and (lines := answers.pop()):
-        console.print(lines)
 
 
 def _print_details(console: Console, result: FileResult, verbose: int) -> None:
@@ -289,8 +252,25 @@ def _print_details(console: Console, result: FileResult, verbose: int) -> None:
             f"{name}: {count_text(len(result.capped), 'layer')} limited, most {most.name}: "
             f"σ {most.spectral_before:.4g} -> {most.spectral_after:.4g}"
         )
-    lines += _left_out(result, verbose)
-    if verbose and result.quantiles:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for removed in result.removed:
+        reasons.setdefault(("left out", removed.reason), []).append(removed.name)
+    for copied in result.verbatim:
+        reasons.setdefault(("copied as is", copied.reason), []).append(copied.key)
+    listed = list(reasons.items())[: None if verbose else _REASONS]
+    lines += [f"{name}: {len(names)} {what}, first {names[0]}: {reason}" for (what, reason), names in listed]
+    if more := len(reasons) - len(listed):
+        lines.append(f"and {more} more kinds; -v lists them")
+    if verbose:
+        lines += _all_details(result, verbose)
+    for line in lines:
+        console.print(line)
+
+
+def _all_details(result: FileResult, verbose: int) -> list[str]:
+    """What -v adds, and what -vv adds to that."""
+    lines = []
+    if result.quantiles:
         lines.append("score quantiles  " + "  ".join(f"{at}: {value:.3f}" for at, value in result.quantiles.items()))
     if verbose > 1:
         lines += [
@@ -298,13 +278,11 @@ def _print_details(console: Console, result: FileResult, verbose: int) -> None:
             f"rle_ckpt {share_text(layer.rle_ckpt):>7}  {layer.name}"
             for layer in result.layers
         ]
-    if verbose:
-        lines += [
-            f"limited {cap.name}: σ {cap.spectral_before:.4g} -> {cap.spectral_after:.4g}, "
-            f"norm {cap.fro_before:.4g} -> {cap.fro_after:.4g}"
-            for cap in result.capped
-        ]
-        lines += [f"removed {removed.name}: {removed.reason}" for removed in result.removed]
-        lines += [f"verbatim {copied.key}: {copied.reason}" for copied in result.verbatim]
-    for line in lines:
-        console.print(line)
+    lines += [
+        f"limited {cap.name}: σ {cap.spectral_before:.4g} -> {cap.spectral_after:.4g}, "
+        f"norm {cap.fro_before:.4g} -> {cap.fro_after:.4g}"
+        for cap in result.capped
+    ]
+    lines += [f"removed {removed.name}: {removed.reason}" for removed in result.removed]
+    lines += [f"verbatim {copied.key}: {copied.reason}" for copied in result.verbatim]
+    return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +12,8 @@ import typer
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.conditions import FailOn, Measured
 from lorashrink.cli.options import Base, Calibration, Device, Force, ImagesConfig, Jobs, Model, split_base
-from lorashrink.cli.printing import new_console, new_table, say, some_names
+from lorashrink.cli.printing import new_console, say, some_names
+from lorashrink.cli.tables import table_of
 from lorashrink.text import count_text, decibel_text, share_text, size_text
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ _MOST_ROWS = 40  # without -v
 
 
 def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
+    """How the files were shrunk, a table of them, and their sum."""
     console = new_console()
-    shrunk, others = report.written, [result for result in report.results if not result.output]
+    shrunk = report.written
     for line in dict.fromkeys(result.why for result in shrunk):
         console.print(line)
     for line in report.notes:
@@ -34,40 +36,37 @@ def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
         for detail in result.details if terminal.verbose else ():
             console.print(f"{Path(result.input).name}: {detail}")
     if shrunk:
-        table = new_table("file", "before", "after", "share", "worst picture" if _drawn(shrunk) else "quality")
-        listed = shrunk if terminal.verbose else shrunk[:_MOST_ROWS]
         root = os.path.commonpath([Path(result.input).absolute().parent for result in shrunk])
-        for result in listed:
-            name = os.path.relpath(os.path.abspath(result.input), root).removesuffix(".safetensors")
-            before, after = size_text(result.bytes_before), size_text(result.bytes_after)
-            table.add_row(name, before, after, f"{result.share:.0%}", quality_text(result))
-        console.print(table)
+        drawn = any(result.worst_picture_db is not None for result in shrunk)
+        columns: Mapping[str, Callable[[Shrunk], str]] = {
+            "file": lambda result: os.path.relpath(os.path.abspath(result.input), root).removesuffix(".safetensors"),
+            "before": lambda result: size_text(result.bytes_before),
+            "after": lambda result: size_text(result.bytes_after),
+            "share": lambda result: f"{result.share:.0%}",
+            "worst picture" if drawn else "quality": quality_text,
+        }
+        listed = shrunk if terminal.verbose else shrunk[:_MOST_ROWS]
+        console.print(table_of(listed, columns))
         if more := len(shrunk) - len(listed):
             console.print(f"and {more} more; -v lists them")
-    for reason in dict.fromkeys(result.skipped for result in others):
-        names = [Path(result.input).name for result in others if result.skipped == reason]
+    skipped: dict[str | None, list[str]] = {}
+    for result in report.results:
+        if not result.output:
+            skipped.setdefault(result.skipped, []).append(Path(result.input).name)
+    for reason, names in skipped.items():
         console.print(f"not written, {reason}: {some_names(names, terminal.verbose)}")
-    _print_sums(report, shrunk)
-
-
-def _print_sums(report: ShrinkReport, shrunk: Sequence[Shrunk]) -> None:
-    console = new_console()
-    new = [result for result in shrunk if not result.skipped]
     if shrunk:
-        before, after = (sum(sizes) for sizes in zip(*((r.bytes_before, r.bytes_after) for r in shrunk), strict=True))
-        earlier = f", {len(shrunk) - len(new)} there already" if len(new) < len(shrunk) else ""
+        before, after = sum(result.bytes_before for result in shrunk), sum(result.bytes_after for result in shrunk)
+        new = sum(not result.skipped for result in shrunk)
+        earlier = f", {len(shrunk) - new} there already" if new < len(shrunk) else ""
         console.print(
-            f"{count_text(len(new), 'file')} written{earlier}: {size_text(before)} -> {size_text(after)}, "
+            f"{count_text(new, 'file')} written{earlier}: {size_text(before)} -> {size_text(after)}, "
             f"{1 - after / before:.0%} saved"
         )
     elif not report.failed:
         console.print("nothing to shrink")
     if report.page:
         console.print(f"before and after: {report.page}")
-
-
-def _drawn(results: Sequence[Shrunk]) -> bool:
-    return any(result.worst_picture_db is not None for result in results)
 
 
 def quality_text(result: Shrunk) -> str:
@@ -79,7 +78,8 @@ def quality_text(result: Shrunk) -> str:
     return f"error {share_text(result.relative_error)}"
 
 
-def _measured(report: ShrinkReport) -> Iterator[tuple[str, Measured]]:
+def measured(report: ShrinkReport) -> Iterator[tuple[str, Measured]]:
+    """What `--fail-on` compares: of pictures the worst, or what is predicted where none were drawn."""
     for result in report.written:
         level = result.predicted_db if result.worst_picture_db is None else result.worst_picture_db
         yield str(result.output), {"error": result.relative_error, "psnr": level, "size": result.bytes_after}
@@ -87,8 +87,7 @@ def _measured(report: ShrinkReport) -> Iterator[tuple[str, Measured]]:
 
 @command(
     print_shrunk,
-    done=lambda report: bool(report.results),
-    measure=_measured,
+    measure=measured,
     quantities=("error", "psnr", "size"),
 )
 def shrink(

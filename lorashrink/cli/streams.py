@@ -37,7 +37,10 @@ class Gathered:
         if self._json:
             self._json.put(result.output, json.dumps(plain(result), allow_nan=False).encode())
         if self._csv:
-            self._csv.put(result.output, _rows(result).encode())
+            text = io.StringIO(newline="")
+            rows = ({"output": result.output, **plain(layer)} for layer in result.layers)
+            csv.writer(text).writerows(cells(row).values() for row in rows)
+            self._csv.put(result.output, text.getvalue().encode())
         if self._json is None and (self._everything or len(self.listed) < LINES):
             self.listed.append(result)
         else:
@@ -73,12 +76,6 @@ class Gathered:
     def __exit__(self, *exc: object) -> None:
         for spool in filter(None, (self._json, self._csv)):
             spool.close()
-
-
-def _rows(result: FileResult) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(cells({"output": result.output, **plain(row)}).values() for row in result.layers)
-    return text.getvalue()
 
 
 class _Spool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +31,8 @@ from lorashrink.cli.options import (
     sizes_of,
     split_base,
 )
-from lorashrink.cli.printing import check_outputs, new_console, new_table, write_csv
+from lorashrink.cli.printing import check_outputs, new_console, write_csv
+from lorashrink.cli.tables import TextTable
 from lorashrink.errors import UsageError
 from lorashrink.results.shown import plain
 from lorashrink.text import count_text, decibel_text, number_text, share_text, size_text
@@ -44,36 +44,27 @@ if TYPE_CHECKING:
 def print_sweep(result: Sweep, terminal: Terminal) -> None:
     """The table of recipes, and the recommended one."""
     console = new_console()
-    drawn = result.drawn
-    columns = _likeness(drawn.none) if drawn else {}
-    worst = ["worst picture"] if drawn else ["worst passage", "perplexity"] if result.read else []
-    table = new_table(
-        "recipe",
-        "size",
-        "of before",
-        *worst,
-        "error",
-        "energy",
-        "mean rank",
-        *columns,
-        "best",
-        extra=(*columns, "energy", "mean rank"),
-        everything=terminal.verbose > 0,
-    )
-    for point in result.points:
-        table.add_row(
-            point.recipe,
-            size_text(point.bytes),
-            share_text(point.bytes / result.bytes),
-            *([decibel_text(point.pictures.worst_psnr)] if point.pictures else []),
-            *([f"{point.texts.worst_distance:.2g}", number_text(point.texts.perplexity)] if point.texts else []),
-            share_text(None if point.calibrated else point.relative_error),
-            share_text(point.energy),
-            number_text(point.mean_rank, ".1f"),
-            *_likeness(point.pictures).values(),
-            "*" * point.best + " recommended" * (point is result.suggested),
-        )
-    console.print(table)
+    points, drawn = result.points, result.drawn
+    likeness = [_likeness(point.pictures) for point in points]
+    means = {title: [texts[title] for texts in likeness] for title in _likeness(drawn.none if drawn else None)}
+    worst: dict[str, list[str]] = {}
+    if drawn:
+        worst["worst picture"] = [decibel_text(point.pictures.worst_psnr) for point in points if point.pictures]
+    elif result.read:
+        worst["worst passage"] = [f"{point.texts.worst_distance:.2g}" for point in points if point.texts]
+        worst["perplexity"] = [number_text(point.texts.perplexity) for point in points if point.texts]
+    columns = {
+        "recipe": [point.recipe for point in points],
+        "size": [size_text(point.bytes) for point in points],
+        "of before": [share_text(point.bytes / result.bytes) for point in points],
+        **worst,
+        "error": [share_text(None if point.calibrated else point.relative_error) for point in points],
+        "energy": [share_text(point.energy) for point in points],
+        "mean rank": [number_text(point.mean_rank, ".1f") for point in points],
+        **means,
+        "best": ["*" * point.best + " recommended" * (point is result.suggested) for point in points],
+    }
+    console.print(TextTable(columns, extra=(*means, "energy", "mean rank"), everything=terminal.verbose > 0))
     console.print("* no other recipe is both smaller and closer")
     if any(point.calibrated for point in result.points):
         console.print("calibrated recipes keep what matters for outputs; their error of the weights says little")
@@ -99,11 +90,14 @@ def _likeness(pictures: Pictures | None) -> dict[str, str]:
     """Title of each measure -> its mean as text."""
     from lorashrink.pictures.likeness import MEASURES
 
-    means = {name: statistics.fmean(values) for name, values in pictures.values.items()} if pictures else {}
-    return {measure.title: measure.text(means[measure.name]) for measure in MEASURES if measure.name in means}
+    return {
+        measure.title: measure.text(getattr(pictures, measure.name))
+        for measure in MEASURES
+        if pictures and measure.name in pictures.values
+    }
 
 
-def _csv_row(point: Point) -> dict[str, Any]:
+def csv_row(point: Point) -> dict[str, Any]:
     """A row of numbers: means and deviations of its pictures without the pictures."""
     row: dict[str, Any] = plain(point)
     texts = row.pop("texts") or {}
@@ -112,13 +106,14 @@ def _csv_row(point: Point) -> dict[str, Any]:
     return row | {name: number for name, number in pictures.items() if name not in ("files", "values")}
 
 
-def _measured(result: Sweep) -> Iterator[tuple[str, Measured]]:
+def measured(result: Sweep) -> Iterator[tuple[str, Measured]]:
+    """What `--fail-on` compares: of pictures the worst."""
     for point in result.points:
-        worst = min(point.pictures.values["psnr"]) if point.pictures else None
+        worst = point.pictures.worst_psnr if point.pictures else None
         yield point.recipe, {"error": point.relative_error, "psnr": worst, "size": point.bytes}
 
 
-@command(print_sweep, measure=_measured, quantities=("error", "psnr", "size"))
+@command(print_sweep, measure=measured, quantities=("error", "psnr", "size"))
 def sweep(
     terminal: Terminal,
     adapter: Adapter,
@@ -207,5 +202,5 @@ def sweep(
         style.save(size_and_pictures(result), likeness)
         style.save_picture(pictures_by_size(result), sheet)
     if as_csv:
-        write_csv(as_csv, [_csv_row(point) for point in result.points])
+        write_csv(as_csv, [csv_row(point) for point in result.points])
     return result

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from lorashrink.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
+
+Row = TypeVar("Row")
 
 # Columns of words; all others are numbers and stand to the right.
 _WORDS = frozenset(("layer", "block", "file", "recipe", "algo", "flags", "kind"))
@@ -22,19 +24,13 @@ _NARROWEST = 40  # characters to which names are folded before other columns are
 class TextTable:
     """A table of texts for a console.
 
-    columns: the heads; the first column holds names, which are folded where they must be. extra: columns that can be
-    left out, the first to stay longest. everything: none is left out.
+    columns: head -> its cells; the first column holds names, which are folded where they must be. extra: columns that
+    can be left out, the first to stay longest. everything: none is left out.
     """
 
-    columns: Sequence[str]
+    columns: Mapping[str, Sequence[str]]
     extra: Sequence[str] = ()
     everything: bool = False
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-
-    def add_row(self, *cells: str) -> None:
-        """Add the cells of all columns, in their order."""
-        assert len(cells) == len(self.columns)
-        self.rows.append(cells)
 
     def shown(self, width: int) -> list[str]:
         """The columns that fit into so many characters; an extra one without numbers is left out anyway."""
@@ -47,17 +43,12 @@ class TextTable:
         return columns
 
     def _says_something(self, column: str) -> bool:
-        position = self.columns.index(column)
-        return any(row[position] not in ("", "-") for row in self.rows)
+        return any(cell not in ("", "-") for cell in self.columns[column])
 
     def _width(self, columns: Sequence[str]) -> int:
         """Characters of a table of these columns, the first one folded."""
-        first, *others = (self._longest(name) for name in columns)
+        first, *others = (max(len(printable(text)) for text in (name, *self.columns[name])) for name in columns)
         return min(first, _NARROWEST) + sum(others) + _GAP * len(columns)
-
-    def _longest(self, column: str) -> int:
-        position = self.columns.index(column)
-        return max(len(column), *(len(printable(row[position])) for row in self.rows), 0)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """What rich prints: the table, and a line about columns that are not in it."""
@@ -66,14 +57,25 @@ class TextTable:
 
         shown = self.shown(options.max_width)
         table = Table(box=SIMPLE, pad_edge=False)
-        for name in shown:
-            if name in _WORDS or name == self.columns[0]:
+        for position, name in enumerate(shown):
+            if name in _WORDS or position == 0:
                 table.add_column(name, justify="left", overflow="fold")
             else:
                 table.add_column(name, justify="right", overflow="ellipsis", no_wrap=True)
-        positions = [self.columns.index(name) for name in shown]
-        for row in self.rows:
-            table.add_row(*(row[position] for position in positions))
+        for cells in zip(*(self.columns[name] for name in shown), strict=True):
+            table.add_row(*cells)
         yield table
         if hidden := [name for name in self.columns if name not in shown and self._says_something(name)]:
             yield f"(-v shows more columns: {', '.join(hidden)})"
+
+
+def table_of(
+    rows: Iterable[Row],
+    columns: Mapping[str, Callable[[Row], str]],
+    *,
+    extra: Sequence[str] = (),
+    everything: bool = False,
+) -> TextTable:
+    """A table with a line for each row; `columns` has the head of each column, and its text for a row."""
+    rows = list(rows)
+    return TextTable({head: [text(row) for row in rows] for head, text in columns.items()}, extra, everything)

@@ -91,9 +91,8 @@ def test_verbose_shows_all_columns(folder: Path) -> None:
 
 
 def test_a_column_without_numbers_is_left_out() -> None:
-    table = TextTable(("layer", "fro", "fro/base", "flags"), extra=("fro/base", "flags"))
-    table.add_row("a", "1.0", "-", "")
-    table.add_row("b", "2.0", "-", "zero")
+    columns = {"layer": ["a", "b"], "fro": ["1.0", "2.0"], "fro/base": ["-", "-"], "flags": ["", "zero"]}
+    table = TextTable(columns, extra=("fro/base", "flags"))
     assert table.shown(100) == ["layer", "fro", "flags"]
     table.everything = True
     assert table.shown(10) == ["layer", "fro", "fro/base", "flags"]

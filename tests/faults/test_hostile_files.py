@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from lorashrink.calibration.statistics import FORMAT, VERSION, open_statistics
 from lorashrink.cli import app
-from lorashrink.cli.printing import cells, new_console, new_table, write_csv
+from lorashrink.cli.printing import cells, new_console, write_csv
+from lorashrink.cli.tables import TextTable
 from lorashrink.errors import DamagedFile, InputError, RecipeError
 from lorashrink.files.header import read_header
 from lorashrink.files.reading import open_tensors
@@ -262,9 +263,8 @@ def test_no_name_of_a_file_or_layer_reaches_the_terminal_raw(
 
 
 def test_tables_and_lines_of_a_console_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
-    console, table = new_console(), new_table("layer", "rank")
-    table.add_row(ESCAPE, ESCAPE)
-    console.print(table)
+    console = new_console()
+    console.print(TextTable({"layer": [ESCAPE], "rank": [ESCAPE]}))
     console.print(ESCAPE)
     assert "\x1b" not in capsys.readouterr().out
 
