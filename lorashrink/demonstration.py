@@ -42,7 +42,7 @@ def demo(output: str | Path = "demo-out", *, progress: Progress | None = None) -
     pages into the folder `output`, over those of an earlier demo. Raises UsageError without the package
     lorashrink_example, and OutputError.
     """
-    example, folder = _example(), Path(output)
+    example, folder = _Example.installed(), Path(output)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"-o {output}: is a file. Name a folder.")
     drawing = all(find_spec(name) for name in PACKAGES)
@@ -68,26 +68,44 @@ def demo(output: str | Path = "demo-out", *, progress: Progress | None = None) -
         pictures = _figures(page, plan.results[0], folder)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written into ({error.strerror or error}).") from error
-    return Demo(_commands(example, folder, drawing), inspection, shrunk, page, pictures)
+    return Demo(example.commands(folder, drawing), inspection, shrunk, page, pictures)
 
 
 @dataclass(frozen=True, slots=True)
 class _Example:
+    """The paths of the files that the demo works on."""
+
     model: Path
     adapter: Path
     table: Path
     prompts: Path
 
+    @classmethod
+    def installed(cls) -> _Example:
+        """Raises UsageError without the package."""
+        try:
+            from lorashrink_example import path
+        except ModuleNotFoundError:
+            raise UsageError(
+                "the demo's model and adapter are a package of their own. Install it: pip install lorashrink-example "
+                "(in a copy of the repository: pip install ./example)"
+            ) from None
+        return cls(path("model"), path("loras", "style.safetensors"), path("table.safetensors"), path("prompts.txt"))
 
-def _example() -> _Example:
-    try:
-        from lorashrink_example import path
-    except ModuleNotFoundError:
-        raise UsageError(
-            "the demo's model and adapter are a package of their own. Install it: pip install lorashrink-example "
-            "(in a copy of the repository: pip install ./example)"
-        ) from None
-    return _Example(path("model"), path("loras", "style.safetensors"), path("table.safetensors"), path("prompts.txt"))
+    def commands(self, folder: Path, drawing: bool) -> tuple[str, ...]:
+        """The same by hand: inspect, shrink and report."""
+        shrinking: list[object] = ["--base", self.model]
+        trying: list[object] = [word for recipe in _RECIPES for word in ("-r", recipe)]
+        trying += ["--sizes", ",".join(map(str, _SIZES)), "--calibration", self.table]
+        if drawing:
+            shrinking = ["--model", self.model, "--prompts", self.prompts]
+            trying += ["--images", self.model, "--prompts", self.prompts, "--images-out", folder / "pictures"]
+        commands: tuple[Sequence[object], ...] = (
+            ["inspect", self.model, self.adapter],
+            ["shrink", "-o", folder / "shrunk", *shrinking, self.adapter],
+            ["report", "-o", folder / "report.html", *trying, self.model, self.adapter],
+        )
+        return tuple(shlex.join(["lorashrink", *map(str, words)]) for words in commands)
 
 
 def _figures(page: ReportFile, shrunk: FileResult, folder: Path) -> tuple[str, ...]:
@@ -108,25 +126,3 @@ def _figures(page: ReportFile, shrunk: FileResult, folder: Path) -> tuple[str, .
         style.save_picture(pictures_by_size(page.sweep), folder / "sheet.png")
         names.append("sheet.png")
     return tuple(str(folder / name) for name in names)
-
-
-def _commands(example: _Example, folder: Path, drawing: bool) -> tuple[str, ...]:
-    recipes = [word for recipe in _RECIPES for word in ("-r", recipe)]
-    images = ["--images", example.model, "--prompts", example.prompts, "--images-out", folder / "pictures"]
-    means: list[str | Path] = ["--base", example.model]
-    if drawing:
-        means = ["--model", example.model, "--prompts", example.prompts]
-    options = [
-        *recipes,
-        "--sizes",
-        ",".join(map(str, _SIZES)),
-        "--calibration",
-        example.table,
-        *(images if drawing else ()),
-    ]
-    commands: tuple[Sequence[str | Path], ...] = (
-        ["inspect", example.model, example.adapter],
-        ["shrink", "-o", folder / "shrunk", *means, example.adapter],
-        ["report", "-o", folder / "report.html", *options, example.model, example.adapter],
-    )
-    return tuple(shlex.join(["lorashrink", *map(str, words)]) for words in commands)

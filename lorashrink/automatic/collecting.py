@@ -26,6 +26,13 @@ class Item:
     output: Path
     folder: Path  # of all outputs of its kind, with their record and page
 
+    @classmethod
+    def of(cls, source: Path, root: Path, folder: Path) -> Item:
+        """The item of an adapter below `root`, with the same tree below `folder`."""
+        below = folder / os.path.relpath(source, root)
+        is_folder = peft.is_folder(source)
+        return cls(source, below / peft.WEIGHTS_FILE if is_folder else below.with_suffix(".safetensors"), folder)
+
     @property
     def name(self) -> str:
         """What its path below the folder is."""
@@ -55,39 +62,29 @@ def collect(entries: Sequence[str | Path], output: Path | None) -> Collection:
         for source in find_adapters([entry], recursive=is_tree):
             root = path if is_tree else source.parent
             folder = output or root / FOLDER
-            if (
-                is_tree
-                and folder.absolute() in source.absolute().parents
-                and root.absolute() in folder.absolute().parents
-            ):
+            inside = root.absolute() in folder.absolute().parents
+            if is_tree and inside and folder.absolute() in source.absolute().parents:
                 continue  # it is an output
             if is_own_output(source):
                 own.append(source)
             else:
-                items.setdefault(os.path.realpath(source), _item(source, root, folder))
-    found = tuple(items.values())
+                items.setdefault(os.path.realpath(source), Item.of(source, root, folder))
+    collected = tuple(items.values())
     if output and output.suffix == ".safetensors":
-        if len(found) != 1:
-            raise UsageError(f"-o {output}: is one file, and there are {len(found)} adapters. Name a folder.")
-        found = (Item(found[0].source, output, output.parent),)
+        if len(collected) != 1:
+            raise UsageError(f"-o {output}: is one file, and there are {len(collected)} adapters. Name a folder.")
+        collected = (Item(collected[0].source, output, output.parent),)
     elif output and output.suffix.lower() in PICKLE_SUFFIXES and not output.is_dir():
         raise UsageError(f"-o {output}: outputs are .safetensors files. Name a folder.")
     owners: dict[Path, Path] = {}
-    for item in found:
-        other = owners.setdefault(item.output.absolute(), item.source)
-        if other != item.source:
+    for item in collected:
+        owner = owners.setdefault(item.output.absolute(), item.source)
+        if owner != item.source:
             raise UsageError(
-                f"{item.output}: would be the output of both {other} and {item.source}. "
+                f"{item.output}: would be the output of both {owner} and {item.source}. "
                 "Name the folder above both, or shrink them with two lines."
             )
-    return Collection(found, tuple(own))
-
-
-def _item(source: Path, root: Path, folder: Path) -> Item:
-    below = folder / os.path.relpath(source, root)
-    if peft.is_folder(source):
-        return Item(source, below / peft.WEIGHTS_FILE, folder)
-    return Item(source, below.with_suffix(".safetensors"), folder)
+    return Collection(collected, tuple(own))
 
 
 def is_own_output(source: Path) -> bool:

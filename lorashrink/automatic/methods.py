@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -53,10 +53,10 @@ class Methods:
         tables = []
         if self._calibration is not None:
             tables.append((self._stack.enter_context(open_statistics(self._calibration)), "as --calibration says"))
-        near = [(path, "beside the model") for path in _tables_beside(self._base_path)]
-        cached = [(path, "from the user's cache") for path in _tables_in(table_folder())]
-        for path, where in (*near, *cached):
-            tables.append((self._stack.enter_context(open_statistics(path)), where))
+        model = self._base_path
+        places = [(model.parent, "beside the model"), (model, "beside the model")] if model else []
+        for folder, where in (*places, (table_folder(), "from the user's cache")):
+            tables += [(self._stack.enter_context(open_statistics(path)), where) for path in _tables_in(folder)]
         base = self._base
         # Those of the model itself before those of its relatives; Python's sort keeps the order otherwise.
         return sorted(
@@ -125,26 +125,15 @@ def table_for(model: str | Path) -> Path:
         return folder / f"{Path(os.path.realpath(model)).stem}-{base.fingerprint[:8]}.safetensors"
 
 
-def _tables_beside(model: Path | None) -> Sequence[Path]:
-    if model is None:
-        return ()
-    folders = [model.parent, *([model] if model.is_dir() else ())]
-    return [path for folder in folders for path in _tables_in(folder)]
-
-
 def _tables_in(folder: Path | None) -> Iterator[Path]:
     """The calibration tables in a folder, the newest first."""
     if folder is None or not folder.is_dir():
         return
     files = [path for path in folder.glob("*.safetensors") if path.is_file()]
     for path in sorted(files, key=lambda path: -path.stat().st_mtime):
-        if path.stat().st_size < _LARGEST_TABLE and _is_table(path):
+        entries: Mapping[str, str] = {}
+        if path.stat().st_size < _LARGEST_TABLE:
+            with suppress(InputError):
+                entries = read_header(path)[1]
+        if entries.get("format") == FORMAT and entries.get("kind") == "base":
             yield path
-
-
-def _is_table(path: Path) -> bool:
-    try:
-        entries = read_header(path)[1]
-    except InputError:
-        return False
-    return entries.get("format") == FORMAT and entries.get("kind") == "base"

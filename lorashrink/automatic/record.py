@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,12 @@ class Record:
     def result(self, item: Item) -> Shrunk | None:
         """What an equal run made of the adapter as it is now; None if there was none, or its output has changed."""
         entry = self._entries.get(item.name)
-        if entry is None or not (self._same_source(entry, item) and entry["output"] == _stamp(item.output)):
+        if entry is None or entry["output"] != _stamp(item.output):
             return None
+        if not entry.get("source") or entry["source"] != source_stamp(item):
+            with open_adapter(item.source) as adapter:
+                if entry.get("sha256") != contents_sha256(adapter):
+                    return None
         try:
             values = {
                 field.name: entry["result"][field.name] for field in fields(Shrunk) if field.name not in _NOT_KEPT
@@ -67,12 +70,6 @@ class Record:
                 handle.write(json.dumps(entry) + "\n")
         except OSError as error:  # costs a rerun time and nothing else
             _log.warning("%s: a rerun begins anew, because this cannot be written (%s)", self._path, error.strerror)
-
-    def _same_source(self, entry: Mapping[str, Any], item: Item) -> bool:
-        if entry.get("source") and entry["source"] == source_stamp(item):
-            return True
-        with open_adapter(item.source) as adapter:
-            return bool(entry.get("sha256") == contents_sha256(adapter))
 
 
 def source_stamp(item: Item) -> list[list[object]]:

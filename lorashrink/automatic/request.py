@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +52,13 @@ class Request:
             raise UsageError("--size and --rank: give one of them.")
         if rank is not None and rank < 1:
             raise UsageError(f"--rank {rank}: a rank is at least 1.")
-        size_in_bytes = None if size is None else _bytes_of(size)
-        return cls(level_of(quality), size_in_bytes, rank, dtype, prompts, force)
+        limit = None
+        if size is not None:
+            with suppress(ValueError):
+                limit = bytes_in(str(size))
+            if limit is None or not 0 < limit < math.inf:
+                raise UsageError(f"--size {size}: a size is a number above 0 with a unit, such as 50MB.")
+        return cls(level_of(quality), limit, rank, dtype, prompts, force)
 
     @property
     def most_share(self) -> float:
@@ -91,6 +98,8 @@ class Request:
         skipped = None
         if result.bytes_after > self.most_share * result.bytes_before:
             skipped = f"would shrink by {gain:.0%} only" if gain > 0 else "would not shrink"
+        reasons = Counter(f"copied as it is: {copied.reason}" for copied in result.verbatim)
+        reasons += Counter(f"left out: {removed.reason}" for removed in result.removed)
         return Shrunk(
             input=source,
             output=None if skipped else result.output,
@@ -105,27 +114,10 @@ class Request:
             loads_in=result.loads.loads_in,
             skipped=skipped,
             warnings=result.warnings,
-            details=_details(result),
+            details=tuple(f"{count} {reason}" for reason, count in reasons.items()),
         )
 
 
 def left_alone(source: str, size: int) -> Shrunk:
     """The result of an output of an earlier run. size: bytes."""
     return Shrunk(source, None, size, size, "", "", "", "", 0.0, skipped=OWN_OUTPUT)
-
-
-def _bytes_of(size: str | float) -> float:
-    try:
-        count = bytes_in(str(size))
-    except ValueError:
-        count = 0.0
-    if not 0 < count < float("inf"):
-        raise UsageError(f"--size {size}: a size is a number above 0 with a unit, such as 50MB.")
-    return count
-
-
-def _details(result: FileResult) -> tuple[str, ...]:
-    """What is copied or left out and why, a line for each reason."""
-    kinds = Counter(("copied as it is", copied.reason) for copied in result.verbatim)
-    kinds += Counter(("left out", removed.reason) for removed in result.removed)
-    return tuple(f"{count} {what}: {reason}" for (what, reason), count in kinds.items())

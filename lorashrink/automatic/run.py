@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorashrink._version import __version__
-from lorashrink.adapters import in_memory, open_adapter, peft
+from lorashrink.adapters import in_memory, open_adapter
 from lorashrink.automatic.collecting import Item, check_existing, collect
 from lorashrink.automatic.drawing import Gallery, Series, recipe_by_pictures, worst_of
 from lorashrink.automatic.in_memory import shrink_in_memory
@@ -106,20 +106,14 @@ def shrink(
     entries = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not entries:
         raise UsageError("no adapters. Name files, folders or globs.")
-    folder = None if output is None else Path(output)
     model_path, table = _path(model), _path(calibration)
-    collection = collect(entries, folder)
+    collection = collect(entries, _path(output))
     for item in collection.items:
         check_output(item.output, force=True, inputs=source_files(item.source))
     with ExitStack() as stack:
         methods = stack.enter_context(Methods(model_path if base is None else base, table))
         methods.check()
-        run = Run(
-            request,
-            methods,
-            ResizeOptions(dtype=dtype, device=device, jobs=jobs),
-            progress,
-        )
+        run = Run(request, methods, ResizeOptions(dtype=dtype, device=device, jobs=jobs), progress)
         if model_path is not None:
             try:
                 gallery = Gallery(model_path, settings=_path(settings), device=device, progress=progress)
@@ -128,18 +122,13 @@ def shrink(
                 run.notes.append(f"no pictures were drawn: {error}")
         run.of_all(collection.items)
     for source in collection.own:
-        run.results[source] = _own_output(source)
+        run.results[source] = left_alone(str(source), source_files(source)[0].stat().st_size)
     report = run.report()
-    return replace(report, page=_write_page(report, [item.folder for item in collection.items]))
-
-
-def _write_page(report: ShrinkReport, folders: Sequence[Path]) -> str | None:
-    """The page of the run in the folder of its outputs, or in the first one's."""
     if not report.written:
-        return None
-    path = folders[0] / PAGE
-    write_bytes(path, shrunk_page(report, folders[0]))
-    return str(path)
+        return report
+    folder = collection.items[0].folder
+    write_bytes(folder / PAGE, shrunk_page(report, folder))
+    return replace(report, page=str(folder / PAGE))
 
 
 def _path(path: str | Path | None) -> Path | None:
@@ -177,9 +166,12 @@ class Run:
                 if self.gallery is None:
                     groups[method].append(item)
                 elif earlier:
-                    self.results[item.source] = self._with_pictures(item, as_earlier(earlier), self.gallery)
+                    result = as_earlier(earlier)
+                    if result.output and result.worst_picture_db is not None:  # its pictures are in the user's cache
+                        result = self._drawn(item, result, self.gallery.of(item.source, self.request.prompts))
+                    self.results[item.source] = result
                 else:
-                    self._draw(item, method, self.gallery)
+                    self._shrink_by_pictures(item, method, self.gallery)
         for method, members in groups.items():
             self._resize_unseen(members, method)
 
@@ -230,7 +222,7 @@ class Run:
 
     # --- by pictures ----------------------------------------------------------------------------
 
-    def _draw(self, item: Item, method: Method, gallery: Gallery) -> None:
+    def _shrink_by_pictures(self, item: Item, method: Method, gallery: Gallery) -> None:
         """Shrink one adapter by what its pictures look like."""
         request = self.request
         try:
@@ -266,12 +258,6 @@ class Run:
         self._resize_all({item: recipe}, method, lambda _, result: results.append(result))
         for result in results:  # it is written down with its pictures, or not at all
             self._finish(item, self._drawn(item, result, series) if result.output else result)
-
-    def _with_pictures(self, item: Item, result: Shrunk, gallery: Gallery) -> Shrunk:
-        """An earlier result with its pictures, which are kept in the user's cache."""
-        if result.output is None or result.worst_picture_db is None:
-            return result
-        return self._drawn(item, result, gallery.of(item.source, self.request.prompts))
 
     def _drawn(self, item: Item, result: Shrunk, series: Series) -> Shrunk:
         pairs: tuple[PicturePair, ...] = series.pairs(shown(item.output))
@@ -311,9 +297,3 @@ class Run:
         ordered = [self.results[source] for source in sorted(self.results)]
         failed = [self.failed[source] for source in sorted(self.failed)]
         return ShrinkReport(__version__, tuple(ordered), tuple(failed), notes=tuple(self.notes))
-
-
-def _own_output(source: Path) -> Shrunk:
-    files = [peft.weights_in(source)] if peft.is_folder(source) else [source]
-    count = sum(path.stat().st_size for path in files)
-    return left_alone(str(source), count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from statistics import fmean
 
 # dB that twice the bytes gain, until two sizes have been drawn; what was measured lies between the two limits.
 _GAIN, _LEAST_GAIN, _MOST_GAIN = 12.0, 4.0, 30.0
@@ -46,16 +47,13 @@ def _next_size(levels: dict[float, float], size: float, low: float, high: float,
     level = levels[size]
     if not math.isfinite(level):
         return math.sqrt(size * high)
-    step = min(max((wanted + _MARGIN - level) / _gain(levels), -2.0), 2.0)
+    # dB for twice the bytes, between the sizes that were drawn.
+    drawn = sorted((size, level) for size, level in levels.items() if math.isfinite(level))
+    gains = [(upper - lower) / math.log2(large / small) for (small, lower), (large, upper) in pairwise(drawn)]
+    gain = min(max(fmean(gains), _LEAST_GAIN), _MOST_GAIN) if gains else _GAIN
+    step = min(max((wanted + _MARGIN - level) / gain, -2.0), 2.0)
     proposed = size * 2**step
     inside = low * _CLOSE < proposed < high / _CLOSE
     if inside or (high not in levels and max(proposed, low * _CLOSE) >= high):
         return proposed if inside else high
     return math.sqrt(low * high) if low else high / 2
-
-
-def _gain(levels: dict[float, float]) -> float:
-    """dB for twice the bytes between the two sizes that were drawn last in the order of sizes."""
-    drawn = sorted((size, level) for size, level in levels.items() if math.isfinite(level))
-    gains = [(upper - lower) / math.log2(large / small) for (small, lower), (large, upper) in pairwise(drawn)]
-    return min(max(sum(gains) / len(gains), _LEAST_GAIN), _MOST_GAIN) if gains else _GAIN

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorashrink.cli.command import Terminal, command
-from lorashrink.cli.conditions import FailOn, Measured
+from lorashrink.cli.conditions import FailOn
 from lorashrink.cli.options import Base, Calibration, Device, Force, ImagesConfig, Jobs, Model, split_base
 from lorashrink.cli.printing import new_console, say, some_names
 from lorashrink.cli.tables import table_of
-from lorashrink.text import count_text, decibel_text, share_text, size_text
+from lorashrink.text import count_text, share_text, size_text
 
 if TYPE_CHECKING:
     from lorashrink.results.automatic import ShrinkReport, Shrunk
@@ -43,7 +43,9 @@ def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
             "before": lambda result: size_text(result.bytes_before),
             "after": lambda result: size_text(result.bytes_after),
             "share": lambda result: f"{result.share:.0%}",
-            "worst picture" if drawn else "quality": quality_text,
+            "worst picture" if drawn else "quality": lambda result: (
+                result.quality_text or f"error {share_text(result.relative_error)}"
+            ),
         }
         listed = shrunk if terminal.verbose else shrunk[:_MOST_ROWS]
         console.print(table_of(listed, columns))
@@ -69,25 +71,12 @@ def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
         console.print(f"before and after: {report.page}")
 
 
-def quality_text(result: Shrunk) -> str:
-    """How good an output is: by its worst picture, by what is predicted, or by the error of its weights."""
-    if result.worst_picture_db is not None:
-        return decibel_text(result.worst_picture_db)
-    if result.predicted_db is not None:
-        return f"about {result.predicted_db:.0f} dB"
-    return f"error {share_text(result.relative_error)}"
-
-
-def measured(report: ShrinkReport) -> Iterator[tuple[str, Measured]]:
-    """What `--fail-on` compares: of pictures the worst, or what is predicted where none were drawn."""
-    for result in report.written:
-        level = result.predicted_db if result.worst_picture_db is None else result.worst_picture_db
-        yield str(result.output), {"error": result.relative_error, "psnr": level, "size": result.bytes_after}
-
-
 @command(
     print_shrunk,
-    measure=measured,
+    measure=lambda report: [
+        (result.output, {"error": result.relative_error, "psnr": result.quality, "size": result.bytes_after})
+        for result in report.written
+    ],
     quantities=("error", "psnr", "size"),
 )
 def shrink(

@@ -40,25 +40,24 @@ def inner_products(unit: Unit, device: torch.device) -> InnerProducts | None:
     if not unit.bound:
         return None
     deltas = [layer.delta for _, layer in unit.members]
-    (products,) = computed(lambda _, gpu: [_inner_products(unit, deltas, gpu)], [unit], device)
-    return products
-
-
-def _inner_products(unit: Unit, deltas: Sequence[AnyDelta], device: torch.device) -> InnerProducts:
     sides = [side for side, _ in unit.members]
-    if sides == [FIRST, SECOND] and len(unit.pieces) == 1:
-        a, b = deltas
-        if a.equals(b):
-            square = _sums_of([a], [FIRST], [Piece(unit.rows, (0,))], device).a
-            return InnerProducts(square, square, square, 0.0)
-        if isinstance(a, Kronecker) and isinstance(b, Kronecker):
-            factors = [*a.matrices(device), *b.matrices(device)]
-            if factors[0].shape == factors[2].shape and factors[1].shape == factors[3].shape:
-                return _of_kronecker(*factors)
-    return _sums_of(deltas, sides, unit.pieces, device)
+
+    def products(_: object, device: torch.device) -> list[InnerProducts]:
+        if sides == [FIRST, SECOND] and len(unit.pieces) == 1:
+            a, b = deltas
+            if a.equals(b):
+                square = _of_members([a], [FIRST], [Piece(unit.rows, (0,))], device).a
+                return [InnerProducts(square, square, square, 0.0)]
+            if isinstance(a, Kronecker) and isinstance(b, Kronecker):
+                factors = [*a.matrices(device), *b.matrices(device)]
+                if factors[0].shape == factors[2].shape and factors[1].shape == factors[3].shape:
+                    return [_of_kronecker(*factors)]
+        return [_of_members(deltas, sides, unit.pieces, device)]
+
+    return computed(products, [unit], device)[0]
 
 
-def _sums_of(
+def _of_members(
     deltas: Sequence[AnyDelta], sides: Sequence[int], pieces: Sequence[Piece], device: torch.device
 ) -> InnerProducts:
     factored = [delta for delta in deltas if isinstance(delta, Delta)]

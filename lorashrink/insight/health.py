@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median_high
 
 from lorashrink.results.inspection import Finding, LayerRow
-from lorashrink.text import count_text
+from lorashrink.text import count_text, span_text
 
 # σ_1 this many times σ_2: one direction that burns when adapters are stacked.
 SPIKE = 10.0
@@ -42,35 +42,36 @@ def check_health(
     """What to know before using or shrinking these layers; of headers alone, what headers tell."""
     if not layers:
         return (Finding("no_layers", 0, "no layer adds anything to a weight of the base: there is nothing to shrink"),)
-    findings: list[Finding | None] = [_zero(layers, family)]
+    findings: list[Finding | None] = [zero_layers(layers, family)]
     for flag, (what, meaning) in _FLAGGED.items():
         names = [row.name for row in layers if flag in row.flags]
         if names:
             text = f"{what} in {len(names)} of {len(layers)} layers (first {names[0]}): {meaning}"
             findings.append(Finding(flag, len(names), text))
-    findings += [_conv_rank(layers), _stale_metadata(layers, metadata)]
+    findings += [large_convolutions(layers), stale_metadata(layers, metadata)]
     if compiled := [row.name for row in layers if "_orig_mod" in row.name]:
-        findings.append(_of_compile(compiled))
+        where = f"in the names of {count_text(len(compiled), 'layer')} (first {compiled[0]})"
+        text = (
+            f"_orig_mod of torch.compile {where}: no program finds such layers in its model; take it out of the names"
+        )
+        findings.append(Finding("compiled", len(compiled), text))
     if naming == "kohya":
-        findings.append(_mixed_alpha(layers))
+        findings.append(mixed_alphas(layers))
     return tuple(finding for finding in findings if finding)
 
 
-def _of_compile(names: Sequence[str]) -> Finding:
-    layers = count_text(len(names), "layer")
-    text = (
-        f"_orig_mod of torch.compile in the names of {layers} (first {names[0]}): no program finds such layers in its "
-    )
-    return Finding("compiled", len(names), f"{text}model; take it out of the names")
-
-
-def _zero(layers: Sequence[LayerRow], family: str | None) -> Finding | None:
+def zero_layers(layers: Sequence[LayerRow], family: str | None) -> Finding | None:
+    """Layers that change nothing, except where that is normal."""
     zero = [row for row in layers if "zero" in row.flags]
     if not zero:
         return None
     if len(zero) == len(layers):
         return Finding("zero", len(zero), "every layer is zero: this adapter changes nothing")
-    unread = _unread(layers, family)
+    # The UNet of SDXL reads the hidden state before the last layer of text encoder 1, so that layer never learns.
+    last = (
+        max((row.block for row in layers if row.block.startswith("TE1.")), default=None) if family == "sdxl" else None
+    )
+    unread = last if all("zero" in row.flags for row in layers if row.block == last) else None
     rest = [row for row in zero if row.block != unread]
     normal = f"all of {unread} is zero, as in every SDXL adapter: the model reads the layer before it"
     if not rest:
@@ -79,16 +80,8 @@ def _zero(layers: Sequence[LayerRow], family: str | None) -> Finding | None:
     return Finding("zero", len(zero), f"{text}; {normal}" if len(rest) < len(zero) else text)
 
 
-def _unread(layers: Sequence[LayerRow], family: str | None) -> str | None:
-    """The last layer of SDXL's text encoder 1 if it is zero: the UNet reads the hidden state before it."""
-    blocks = [row.block for row in layers if row.block.startswith("TE1.")]
-    if family != "sdxl" or not blocks:
-        return None
-    last = max(blocks)
-    return last if all("zero" in row.flags for row in layers if row.block == last) else None
-
-
-def _conv_rank(layers: Sequence[LayerRow]) -> Finding | None:
+def large_convolutions(layers: Sequence[LayerRow]) -> Finding | None:
+    """Convolutions of a far higher rank than the other layers, which hold most of the bytes."""
     kernels = [row for row in layers if row.kind == "conv" and row.rank]
     linear = [row.rank for row in layers if row.kind != "conv" and row.rank]
     if not kernels or not linear:
@@ -105,7 +98,8 @@ def _conv_rank(layers: Sequence[LayerRow]) -> Finding | None:
     )
 
 
-def _stale_metadata(layers: Sequence[LayerRow], metadata: Mapping[str, str]) -> Finding | None:
+def stale_metadata(layers: Sequence[LayerRow], metadata: Mapping[str, str]) -> Finding | None:
+    """Ranks and alphas in the metadata that no layer has."""
     plain = [row for row in layers if row.algo.removesuffix("+dora") in _PLAIN and row.rank]
     stored: dict[str, list[float]] = {
         "ss_network_dim": [float(row.rank) for row in plain],
@@ -114,9 +108,7 @@ def _stale_metadata(layers: Sequence[LayerRow], metadata: Mapping[str, str]) -> 
     texts = []
     for key, numbers in stored.items():
         if numbers and key in metadata and not _agrees(metadata[key], numbers):
-            low, high = min(numbers), max(numbers)
-            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-            texts.append(f"{key} says {metadata[key][:20]!r}, the tensors {span}")
+            texts.append(f"{key} says {metadata[key][:20]!r}, the tensors {span_text(numbers)}")
     if not texts:
         return None
     return Finding("stale_metadata", 0, f"{'; '.join(texts)}: the file was changed without its metadata")
@@ -133,7 +125,8 @@ def _agrees(text: str, numbers: Sequence[float]) -> bool:
     return any(math.isclose(stated, number, rel_tol=_CLOSE) for number in numbers)
 
 
-def _mixed_alpha(layers: Sequence[LayerRow]) -> Finding | None:
+def mixed_alphas(layers: Sequence[LayerRow]) -> Finding | None:
+    """Layers whose alpha is not the usual one."""
     alphas = Counter(row.alpha for row in layers if row.alpha is not None)
     if len(alphas) < 2:
         return None

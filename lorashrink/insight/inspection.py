@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorashrink.adapters import Adapter, Layer, Tensors, in_memory, open_adapter
-from lorashrink.bases import Base, Views, use_base, views_id
+from lorashrink.bases import Base, use_base
 from lorashrink.errors import LorashrinkError, Progress, UsageError, boundary
-from lorashrink.insight.health import SPIKE, check_health
+from lorashrink.insight.health import check_health
 from lorashrink.insight.summaries import by_block, joined, norm_ratio, summary
 from lorashrink.insight.training_notes import training_notes
 from lorashrink.linking.inputs import check_exists, find_adapters
@@ -26,10 +26,7 @@ from lorashrink.results.shrinking import Failure
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorashrink.bases.norms import Norms
-    from lorashrink.engine.spectrum import Spectrum
-
-ENERGIES = ("0.9", "0.95", "0.99")
+    from lorashrink.insight.layer_numbers import Measure
 
 # Shares of a file's size that are recommended to try, and what else; sizes only for files that are more than names.
 _SHARES, _WORTH_IT = (0.5, 0.25), 500_000
@@ -62,37 +59,33 @@ def inspect(
     """
     if header and (spectrum or recommend):
         raise UsageError("header: headers alone tell neither singular values nor what a recipe would keep.")
-    sources = _sources(adapters, recursive)
+    if isinstance(adapters, (str, Path)):
+        check_exists(adapters)
+        adapters = [adapters]
+    held = in_memory(adapters)
+    sources = find_adapters(adapters, recursive=recursive) if held is None else [held]
     files: list[AdapterTable] = []
     errors: dict[Path | Tensors, LorashrinkError] = {}
     with ExitStack() as stack:
         opened = stack.enter_context(use_base(base)) if base is not None else None
-        measure = None if header else _measuring(stack, sources, opened, spectrum, device, jobs, progress)
+        measure: Measure | None = None
+        if not header:  # torch takes longer to import than headers to read
+            from lorashrink.insight.layer_numbers import measuring
+
+            files_read = [source for source in sources if isinstance(source, Path)]
+            measure = stack.enter_context(measuring(files_read, opened, spectrum, device, jobs, progress))
         for source in sources:
             with boundary(source, partial(errors.__setitem__, source)):
                 with open_adapter(source) as adapter:
-                    table = _table(adapter, opened, measure)
+                    table = adapter_table(adapter, opened, measure)
                 if recommend:
-                    table = replace(table, recommendations=_recommended(source, table, base, device, jobs))
+                    table = replace(table, recommendations=recommendations(source, table, base, device, jobs))
                 files.append(table)
     return Inspection(tuple(files), tuple(Failure(str(source), str(error)) for source, error in errors.items()))
 
 
-def _sources(adapters: Any, recursive: bool) -> Sequence[Path | Tensors]:
-    held = in_memory(adapters)
-    if held is not None:
-        return [held]
-    if isinstance(adapters, (str, Path)):
-        check_exists(adapters)
-        adapters = [adapters]
-    return find_adapters(adapters, recursive=recursive)
-
-
-# Of an adapter and the base weights that its layers change: the measured fields of each layer's row.
-_Measure = Callable[[Adapter, Sequence[Views]], Sequence[Mapping[str, object]]]
-
-
-def _table(adapter: Adapter, base: Base | None, measure: _Measure | None) -> AdapterTable:
+def adapter_table(adapter: Adapter, base: Base | None, measure: Measure | None) -> AdapterTable:
+    """The table of an open adapter; without `measure`, of its header."""
     views = find_fitting(adapter, base) if base else [()] * len(adapter)
     adapter = bind(adapter, views, base)
     measured = measure(adapter, views) if measure else [{}] * len(views)
@@ -107,7 +100,7 @@ def _table(adapter: Adapter, base: Base | None, measure: _Measure | None) -> Ada
             dtype=layer.dtype,
             bytes=sum(info.nbytes for info in layer.infos.values()),
             base_keys=tuple(view.key for view in layer_views),
-            **measures,  # type: ignore[arg-type]  # the fields of LayerRow that `_measures` fills
+            **measures,  # type: ignore[arg-type]  # fields of LayerRow
         )
         for layer, layer_views, measures in zip(adapter, views, measured, strict=True)
     )
@@ -152,101 +145,7 @@ def _norm(rows: Sequence[LayerRow]) -> float | None:
     return math.hypot(*norms) if norms else None
 
 
-# --- measuring ----------------------------------------------------------------------------------
-
-
-def _measuring(
-    stack: ExitStack,
-    sources: Sequence[Path | Tensors],
-    base: Base | None,
-    spectrum: bool,
-    device: str,
-    jobs: int | None,
-    progress: Progress | None,
-) -> _Measure:
-    """The measuring function of this run. torch is imported here, for `header` never."""
-    from lorashrink.bases.norms import BaseNorms
-    from lorashrink.engine.devices import pick_device, worker_pool
-    from lorashrink.engine.spectrum import Item, decompose
-
-    pool = stack.enter_context(worker_pool(jobs))
-    norms = BaseNorms(base) if base else None
-    files = [*(source for source in sources if isinstance(source, Path)), *([base.path] if base else [])]
-    device = pick_device(device, files)
-
-    def measure(adapter: Adapter, views: Sequence[Views]) -> Sequence[Mapping[str, object]]:
-        present = [layer for layer in adapter.layers if layer.bound]
-        items = [Item(partial(getattr, layer, "delta"), layer.width) for layer in present]
-        spectra: dict[str, Spectrum] = {}
-        for layer, future in zip(present, decompose(items, pool, device=device), strict=True):
-            spectra[layer.name] = future.result()
-            if progress:
-                progress(f"decomposing {adapter.path.name}", len(spectra), len(items))
-        widest = max((layer.rank for layer in adapter.layers), default=0)
-        base_norms: Norms = {}
-        if norms:
-            report = partial(progress, "norms of the base") if progress else None
-            base_norms = norms.look_up(
-                list(filter(None, views)), ("fro", "spn"), pool=pool, device=device, progress=report
-            )
-        return [
-            _measures(layer, spectra[layer.name], base_norms.get(views_id(rows), {}) if rows else {}, spectrum, widest)
-            if layer.name in spectra
-            else {"alpha": layer.alpha, "flags": ("needs_base",)}
-            for layer, rows in zip(adapter.layers, views, strict=True)
-        ]
-
-    return measure
-
-
-def _measures(
-    layer: Layer, spectrum: Spectrum, norms: Mapping[str, float], singular_values: bool, widest: int
-) -> dict[str, object]:
-    facts: dict[str, object] = {"alpha": layer.alpha, "scale": layer.scale, "flags": _flags(layer, spectrum, widest)}
-    facts |= {"base_fro": norms.get("fro"), "base_spectral": norms.get("spn")}
-    if not spectrum.finite:
-        return facts
-    sigma = spectrum.sigma.numpy()
-    energies = (sigma**2).cumsum()
-    fro, top = math.sqrt(float(energies[-1])), float(sigma[0])
-    facts |= {"fro": fro, "spectral": top}
-    if singular_values:
-        facts["singular_values"] = tuple(sigma.tolist())
-    if top > 0:
-        shares = (sigma[sigma > 0] / fro) ** 2
-        facts["stable_rank"] = fro**2 / top**2
-        facts["effective_rank"] = math.exp(-sum(share * math.log(share) for share in shares.tolist()))
-        facts["rank_for_energy"] = {
-            share: int(energies.searchsorted(float(share) * energies[-1])) + 1 for share in ENERGIES
-        }
-    if norms:
-        facts["fro_ratio"] = fro / norms["fro"] if norms["fro"] else None
-        facts["spectral_ratio"] = top / norms["spn"] if norms["spn"] else None
-    return facts
-
-
-def _flags(layer: Layer, spectrum: Spectrum, widest: int) -> tuple[str, ...]:
-    if not spectrum.finite:
-        return ("nan",)
-    sigma, alpha, scale = spectrum.sigma, layer.alpha, layer.scale
-    # Programs may disagree about an alpha above every rank of the file, or one that is no whole number, if it scales
-    # anything. An alpha above the layer's own rank is usual: layers that share one alpha have the largest rank for it.
-    odd = alpha is not None and scale != 1 and (alpha > widest or (alpha != int(alpha) and scale > 0))
-    tests = {
-        "zero": spectrum.rank == 0,
-        "padded_rank": 0 < spectrum.rank < min(layer.rank, layer.shape[0], math.prod(layer.shape[1:])),
-        "spike": spectrum.rank > 1 and float(sigma[0]) > SPIKE * float(sigma[1]),
-        "negative_alpha": alpha is not None and scale < 0,
-        "zero_alpha": layer.off,
-        "odd_alpha": odd,
-    }
-    return tuple(flag for flag, present in tests.items() if present)
-
-
-# --- recommendations ----------------------------------------------------------------------------
-
-
-def _recommended(
+def recommendations(
     source: Path | Tensors,
     table: AdapterTable,
     base: str | Path | Mapping[str, Tensor] | Base | None,

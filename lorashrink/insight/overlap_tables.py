@@ -123,6 +123,13 @@ def layer_overlap(
         for number, sigma in zip(adapters, numbers.spectral.tolist(), strict=True):
             spectral[number] = sigma
         total = _layer_sum(adapters, numbers, fro, spectral, weights, norms)
+    flags = {
+        "needs_base": total is None,
+        "alone": total and len(adapters) == 1,
+        "zero": total and total.fro == 0,
+        "amplified": total and (total.amplification or 0.0) > AMPLIFIED,
+        "spike": total and total.second > 0 and total.spectral > SPIKE * total.second,
+    }
     return LayerOverlap(
         name=first.name,
         block=block(first.name),
@@ -135,7 +142,7 @@ def layer_overlap(
         base_fro=norms.get("fro"),
         base_spectral=norms.get("spn"),
         sum=total,
-        flags=_flags(total, alone=len(adapters) == 1),
+        flags=tuple(flag for flag, present in flags.items() if present),
     )
 
 
@@ -163,18 +170,6 @@ def _layer_sum(
 
 def _quotient(value: float, by: float | None) -> float | None:
     return value / by if by else None
-
-
-def _flags(total: LayerSum | None, *, alone: bool) -> tuple[str, ...]:
-    if total is None:
-        return ("needs_base",)
-    tests = {
-        "alone": alone,
-        "zero": total.fro == 0,
-        "amplified": (total.amplification or 0.0) > AMPLIFIED,
-        "spike": total.second > 0 and total.spectral > SPIKE * total.second,
-    }
-    return tuple(flag for flag, present in tests.items() if present)
 
 
 def block_overlaps(layers: Sequence[LayerOverlap], sums: OverlapSums) -> tuple[BlockOverlap, ...]:
@@ -212,13 +207,13 @@ def stack_of(layers: Sequence[LayerOverlap], weights: Sequence[float], limit: fl
     """The sum as a whole: where it is strongest, and what brings it to the limit."""
     sums = [(layer, layer.sum) for layer in layers if layer.sum]
     # strengths as parts of the base weight's σ_1, where there is a base
-    scales = [(layer, total, 1 / layer.base_spectral) for layer, total in sums if layer.base_spectral]
+    units = [(layer, total, layer.base_spectral) for layer, total in sums if layer.base_spectral]
     if not has_base:
-        scales = [(layer, total, 1.0) for layer, total in sums]
-    strengths = [(total.spectral * scale, layer.name) for layer, total, scale in scales]
+        units = [(layer, total, 1.0) for layer, total in sums]
+    strengths = [(total.spectral / unit, layer.name) for layer, total, unit in units]
     singles = [
-        (abs(weight) * sigma * scale, layer.name, number)
-        for layer, _, scale in scales
+        (abs(weight) * sigma / unit, layer.name, number)
+        for layer, _, unit in units
         for number, (weight, sigma) in enumerate(zip(weights, layer.spectral, strict=True))
     ]
     strongest, strongest_layer = max(strengths, default=(None, None))

@@ -64,7 +64,13 @@ def overlap(
     failed: dict[Path, LorashrinkError] = {}
     with ExitStack() as stack:
         opened = stack.enter_context(use_base(base)) if base is not None else None
-        members = _open_members(stack, weights, opened, failed)
+        members = []
+        for path in weights:
+            with boundary(path, partial(failed.__setitem__, path)):
+                adapter = stack.enter_context(open_adapter(path))
+                if opened:
+                    match(adapter, opened)
+                members.append(adapter)
         pool = stack.enter_context(worker_pool(jobs))
         while True:
             if len(members) < 2:
@@ -107,20 +113,6 @@ def _weights_of(entries: Sequence[str | Path]) -> dict[Path, float]:
     if len(weights) < 2:
         raise UsageError(f"overlap: takes two adapters or more, and was given {len(weights)}.")
     return weights
-
-
-def _open_members(
-    stack: ExitStack, paths: Iterable[Path], base: Base | None, failed: dict[Path, LorashrinkError]
-) -> list[Adapter]:
-    """The adapters that can be opened and fit the base; the others go to `failed`."""
-    members = []
-    for path in paths:
-        with boundary(path, partial(failed.__setitem__, path)):
-            adapter = stack.enter_context(open_adapter(path))
-            if base:
-                match(adapter, base)
-            members.append(adapter)
-    return members
 
 
 def _unreadable(members: Iterable[Adapter]) -> dict[Path, LorashrinkError]:

@@ -30,10 +30,11 @@ def kind_of(cosine: float | None, subspace: float | None, chance: float | None) 
 def advise(
     members: Sequence[StackMember], pairs: Sequence[Pair], stack: Stack, layers: Sequence[LayerOverlap]
 ) -> Iterable[Advice]:
+    """What to know about a stack before using it."""
     names = short_names([member.path for member in members])
-    yield from _on_strength(names, stack, layers)
-    yield from _on_layers(names, layers)
-    yield from _on_pairs(names, members, pairs)
+    yield from strength_advice(names, stack, layers)
+    yield from layer_advice(names, layers)
+    yield from pair_advice(names, members, pairs)
     for number, member in enumerate(members):
         if member.fro == 0:
             yield Advice("zero", (number,), f"{names[number]} changes nothing")
@@ -45,7 +46,8 @@ def advise(
         yield Advice("needs_base", (), text)
 
 
-def _on_strength(names: Sequence[str], stack: Stack, layers: Sequence[LayerOverlap]) -> Iterable[Advice]:
+def strength_advice(names: Sequence[str], stack: Stack, layers: Sequence[LayerOverlap]) -> Iterable[Advice]:
+    """Where the sum is strongest, and which weights bring it to the limit."""
     if stack.strongest is None or stack.limit is None or stack.factor is None:
         return
     unit = "of the base weight's σ" if stack.measure == "spectral_ratio" else "as σ"
@@ -79,11 +81,13 @@ def rounded_down(weight: float) -> str:
     """Three digits, none of them rounded up, since a weight that is advised must stay below the limit."""
     if not weight:
         return "0"
-    places = 2 - math.floor(math.log10(abs(weight)))
-    return f"{math.copysign(math.floor(abs(weight) * 10**places) / 10**places, weight):.3g}"
+    size = abs(weight) * (1 + 1e-12)  # or rounding errors would make 0.659 of 0.66
+    places = 2 - math.floor(math.log10(size))
+    return f"{math.copysign(math.floor(size * 10**places) / 10**places, weight):.3g}"
 
 
-def _on_layers(names: Sequence[str], layers: Sequence[LayerOverlap]) -> Iterable[Advice]:
+def layer_advice(names: Sequence[str], layers: Sequence[LayerOverlap]) -> Iterable[Advice]:
+    """Layers that are stronger together, or have nearly all of their effect in one direction."""
     sums = [(layer, layer.sum) for layer in layers if layer.sum]
     amplified = [(total.amplification or 0.0, layer.name) for layer, total in sums if "amplified" in layer.flags]
     if amplified:
@@ -103,7 +107,8 @@ def _on_layers(names: Sequence[str], layers: Sequence[LayerOverlap]) -> Iterable
         )
 
 
-def _on_pairs(names: Sequence[str], members: Sequence[StackMember], pairs: Sequence[Pair]) -> Iterable[Advice]:
+def pair_advice(names: Sequence[str], members: Sequence[StackMember], pairs: Sequence[Pair]) -> Iterable[Advice]:
+    """Pairs that do the same, work against each other, or do not interact."""
     for kind in ("same", "opposite", "against"):
         alike = sorted((pair for pair in pairs if pair.kind == kind), key=lambda pair: -abs(pair.cosine or 0.0))
         for pair in alike[:_MOST]:

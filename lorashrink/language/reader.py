@@ -39,7 +39,11 @@ class Reader:
         _check(model, adapter)
         self.name, self.file, self._progress = str(model), str(text), progress
         self._causal, self._model, tokenizer = _load(model, adapter, device)
-        self._passages = _passages(tokenizer, _read(text), self._model.config)
+        try:
+            words = text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{text}: cannot be read as UTF-8 text ({error}).") from error
+        self._passages = _passages(tokenizer, words, self._model.config)
         if not self._passages:
             raise InputError(f"{text}: has fewer than {_SHORTEST} tokens. Give a longer text.")
 
@@ -181,13 +185,6 @@ def _load(model: Path, adapter: Path, device: str) -> tuple[bool, Any, Any]:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"{model}: transformers and PEFT cannot open it with {adapter}: {error}") from error
     return causal, wrapped.eval(), tokenizer
-
-
-def _read(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{text}: cannot be read as UTF-8 text ({error}).") from error
 
 
 def _passages(tokenizer: Any, text: str, config: Any) -> list[list[int]]:

@@ -11,7 +11,7 @@ from lorashrink.reports.page import rendered
 from lorashrink.reports.sheet import picture_uri
 from lorashrink.reports.tables import Column
 from lorashrink.results.automatic import PicturePair, ShrinkReport, Shrunk
-from lorashrink.text import count_text, decibel_text, share_text, size_text
+from lorashrink.text import count_text, share_text, size_text
 
 _MOST_SHEETS = 40  # adapters whose pictures are on the page, so that it can be mailed
 
@@ -28,6 +28,12 @@ class _PairRow:
 
     pair: PicturePair
     images: Mapping[str, _Image]  # by the name of their column
+
+    @classmethod
+    def of(cls, pair: PicturePair) -> _PairRow:
+        """A row with the pictures themselves."""
+        paths = {"no adapter": pair.none, "before": pair.before, "after": pair.after}
+        return cls(pair, {column: _Image(*picture_uri(Path(path))) for column, path in paths.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,35 +74,12 @@ def shrunk_page(report: ShrinkReport, folder: Path) -> bytes:
         reasons=dict.fromkeys(result.why for result in shrunk),
         left=[(Path(result.input).name, result.skipped) for result in report.results if not result.output],
         failed=[(Path(failure.input).name, failure.error) for failure in report.failed],
-        sheets=[_sheet(names[result.input], result) for result in drawn[:_MOST_SHEETS]],
+        sheets=[
+            _PairSheet(names[result.input], result, list(map(_PairRow.of, result.pictures)))
+            for result in drawn[:_MOST_SHEETS]
+        ],
         unseen=len(drawn[_MOST_SHEETS:]),
     )
-
-
-def _sheet(name: str, result: Shrunk) -> _PairSheet:
-    rows = [
-        _PairRow(
-            pair,
-            {
-                column: _Image(*picture_uri(Path(path)))
-                for column, path in (("no adapter", pair.none), ("before", pair.before), ("after", pair.after))
-            },
-        )
-        for pair in result.pictures
-    ]
-    return _PairSheet(name, result, rows)
-
-
-def _quality(row: _FileRow) -> float | None:
-    result = row.result
-    return result.predicted_db if result.worst_picture_db is None else result.worst_picture_db
-
-
-def _quality_text(row: _FileRow) -> str:
-    result, level = row.result, _quality(row)
-    if level is None:
-        return "–"
-    return decibel_text(level) if result.worst_picture_db is not None else f"about {level:.0f} dB"
 
 
 _COLUMNS = (
@@ -104,7 +87,12 @@ _COLUMNS = (
     Column("before", "size", lambda row: size_text(row.result.bytes_before), lambda row: row.result.bytes_before),
     Column("after", "size", lambda row: size_text(row.result.bytes_after), lambda row: row.result.bytes_after),
     Column("share", "size after / size before", lambda row: share_text(row.result.share), lambda row: row.result.share),
-    Column("quality", "PSNR of the worst picture, or what is predicted for the mean", _quality_text, _quality),
+    Column(
+        "quality",
+        "PSNR of the worst picture, or what is predicted for the mean",
+        lambda row: row.result.quality_text or "–",
+        lambda row: row.result.quality,
+    ),
     Column(
         "error",
         "‖lost‖ / ‖ΔW‖ of the weights",

@@ -46,7 +46,7 @@ def page(findings: Findings, progress: Progress | None = None, *, paths: bool = 
         sweep=sweep,
         unswept=findings.unswept,
         shrunk=findings.shrunk,
-        figures=_figures(findings, progress),
+        figures=inline_figures(findings, progress),
         point_columns=point_columns(sweep) if sweep else (),
         point_rows=point_rows(sweep) if sweep else (),
         sheet=sheet,
@@ -57,7 +57,7 @@ def page(findings: Findings, progress: Progress | None = None, *, paths: bool = 
         kinds=sorted({row.kind for row in table.layers}),
         commands=findings.commands,
         hashes=findings.hashes,
-        numbers=_numbers(findings),
+        numbers=numbers_as_json(findings),
         figure_colours=ROLES,
     )
 
@@ -108,7 +108,7 @@ def facts_line(table: AdapterTable) -> str:
     return ", ".join(filter(None, facts))
 
 
-def _numbers(findings: Findings) -> Markup:
+def numbers_as_json(findings: Findings) -> Markup:
     """All numbers of the page as JSON: what `inspect`, `sweep` and a dry run of `resize` print, for programs.
 
     Without singular values, which are most of it. No text in it can end the element that it stands in.
@@ -127,7 +127,7 @@ def _numbers(findings: Findings) -> Markup:
     return htmlsafe_json_dumps(finite, dumps=json.dumps, allow_nan=False, separators=(",", ":"))
 
 
-def _figures(findings: Findings, progress: Progress | None) -> dict[str, Markup]:
+def inline_figures(findings: Findings, progress: Progress | None) -> dict[str, Markup]:
     """Name -> SVG of the figures that there are numbers for."""
     from markupsafe import Markup
 

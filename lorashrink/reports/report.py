@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lorashrink.reports.card import ENDING as CARD
 from lorashrink.reports.card import card_pictures, write_card
 from lorashrink.reports.findings import Findings
 from lorashrink.reports.page import page
-from lorashrink.results.inspection import AdapterTable, Inspection
+from lorashrink.results.inspection import Inspection
 from lorashrink.results.shrinking import FileResult
 from lorashrink.results.sweep import Sweep
 from lorashrink.shrinking.outputs import base_files
@@ -81,69 +80,49 @@ def report(
     as_card = path.suffix.lower() == CARD
     if path.suffix.lower() not in (*_ENDINGS, CARD):
         raise UsageError(f"{path}: a report is a page; give it a name that ends in .html or .md.")
-    inputs = [source, *base_files(base), *_prompt_files(prompts), *([Path(text)] if text is not None else [])]
+    read = (prompt_file(prompts) if prompts is not None else None, Path(text) if text is not None else None)
+    inputs = [source, *base_files(base), *filter(None, read)]
     for written in [path, *(card_pictures(path) if as_card else ())]:
         check_output(written, force=force, inputs=inputs)
     shared: dict[str, Any] = {"base": base, "calibration": calibration, "device": device, "jobs": jobs}
+    tried: dict[str, Any] = {
+        "sizes": sizes,
+        "images": images,
+        "settings": settings,
+        "prompts": prompts,
+        "seeds": seeds,
+        "pictures": pictures,
+        "clip": clip,
+        "text": text,
+    }
     result, refusal = None, None
     try:
-        result = sweep(
-            source,
-            recipes=recipes,
-            sizes=sizes,
-            images=images,
-            settings=settings,
-            prompts=prompts,
-            seeds=seeds,
-            pictures=pictures,
-            clip=clip,
-            text=text,
-            progress=progress,
-            **shared,
-        )
+        result = sweep(source, recipes=recipes, progress=progress, **tried, **shared)
     except InputError as error:
         refusal = error
     inspection = inspect(source, base=base, spectrum=True, device=device, jobs=jobs, progress=progress)
     for failure in inspection.failed:
         raise refusal or InputError(failure.error)
     (table,) = inspection.files
-    if refusal and not _explains_itself(table):
+    # Whoever has an adapter without effect, or with NaN, gets a page that says so.
+    if refusal and table.fro and not any("nan" in row.flags for row in table.layers):
         raise refusal
     if not table.layers:
         result = None  # whose recipes all copy what there is
     shrunk = _dry_run(source, result, path.parent, shared) if result else None
-    options = {
-        "--base": base,
-        "--calibration": calibration,
-        "--sizes": ",".join(map(str, sizes)) or None,
-        "--images": images,
-        "--images-config": settings,
-        "--prompts": prompts,
-        "--seeds": ",".join(map(str, seeds)) if images else None,
-        "--images-out": pictures,
-        "--clip": clip,
-        "--text": text,
-    }
+    base_info, hashes = _identities(source, base)
     findings = Findings(
         table=table,
-        base=_base_info(base),
+        base=base_info,
         sweep=result,
         unswept="" if result else str(refusal or table.health[0].text),
         shrunk=shrunk,
-        hashes=_hashes(source, base),
-        commands=_commands(
-            source, path, [recipes] if isinstance(recipes, str) else recipes, options, shrunk, paths=paths
-        ),
+        hashes=hashes,
+        commands=_commands(source, path, recipes, {**shared, **tried}, shrunk, paths=paths),
     )
     data = write_card(path, findings) if as_card else page(findings, progress, paths=paths)
     write_bytes(path, data)
     return ReportFile(str(path), len(data), inspection, result)
-
-
-def _prompt_files(prompts: str | Path | None) -> list[Path]:
-    """The file that is read for prompts, if there is one."""
-    path = None if prompts is None else prompt_file(prompts)
-    return [path] if path else []
 
 
 def _dry_run(source: Path, result: Sweep, folder: Path, shared: Mapping[str, Any]) -> FileResult:
@@ -155,42 +134,48 @@ def _dry_run(source: Path, result: Sweep, folder: Path, shared: Mapping[str, Any
     return report.results[0]
 
 
-def _explains_itself(table: AdapterTable) -> bool:
-    """Whether an adapter that cannot be swept is worth a page all the same, which says why."""
-    return not table.fro or any("nan" in row.flags for row in table.layers)
-
-
-def _base_info(base: str | Path | None) -> BaseInfo | None:
+def _identities(source: Path, base: str | Path | None) -> tuple[BaseInfo | None, dict[str, str]]:
+    """What the base is, and file -> hash: of the adapter's whole contents, and of headers and samples of the base."""
+    with open_adapter(source) as adapter:
+        hashes = {str(path): f"SHA-256 {sha256_file(path)}" for path in adapter.store.files}
     if base is None:
-        return None
+        return None, hashes
     with open_base(base) as opened:
-        return opened.info
+        return opened.info, {**hashes, str(base): f"SHA-256 of headers and samples {opened.fingerprint}"}
 
 
-def _hashes(source: Path, base: str | Path | None) -> dict[str, str]:
-    """File -> hash: of the adapter's whole contents; of headers and samples of the base, which may be huge."""
-    with ExitStack() as stack:
-        stored = stack.enter_context(open_adapter(source)).store.files
-        hashes = {str(path): f"SHA-256 {sha256_file(path)}" for path in stored}
-        if base is not None:
-            fingerprint = stack.enter_context(open_base(base)).fingerprint
-            hashes[str(base)] = f"SHA-256 of headers and samples {fingerprint}"
-    return hashes
+# Argument of `sweep` -> the option for it.
+_OPTIONS = {
+    "base": "--base",
+    "calibration": "--calibration",
+    "sizes": "--sizes",
+    "images": "--images",
+    "settings": "--images-config",
+    "prompts": "--prompts",
+    "seeds": "--seeds",
+    "pictures": "--images-out",
+    "clip": "--clip",
+    "text": "--text",
+}
 
 
 def _commands(
     source: Path,
     output: Path,
-    recipes: Sequence[str],
-    options: Mapping[str, object],
+    recipes: str | Sequence[str],
+    arguments: Mapping[str, Any],
     shrunk: FileResult | None,
     *,
     paths: bool,
 ) -> dict[str, str]:
     """Purpose -> command line, as a shell takes it; without `paths` for someone who is in the folder of the files."""
+    recipes = [recipes] if isinstance(recipes, str) else recipes
+    options: dict[str, object] = {option: arguments[name] for name, option in _OPTIONS.items()}
     if not paths:
         source, output = Path(source.name), Path(output.name)
-        options = {name: _named(name, value) for name, value in options.items()}
+        options = {option: None if value is None else Path(str(value)).name for option, value in options.items()}
+    options["--sizes"] = ",".join(map(str, arguments["sizes"])) or None
+    options["--seeds"] = ",".join(map(str, arguments["seeds"])) if arguments["images"] else None
     lines = {"This page": _line("report", source, recipes, {**options, "-o": output})}
     if shrunk:
         needed = {name: options[name] for name in ("--base", "--calibration")}
@@ -198,11 +183,6 @@ def _commands(
         lines["The sizes as JSON"] = _line("sweep --json", source, recipes, options)
     lines["What is inside as JSON"] = _line("inspect --json --spectrum", source, (), {"--base": options["--base"]})
     return lines
-
-
-def _named(option: str, value: object) -> object:
-    numbers = ("--sizes", "--seeds")
-    return Path(str(value)).name if value is not None and option not in numbers else value
 
 
 def _line(command: str, source: Path, recipes: Sequence[str], options: Mapping[str, object]) -> str:

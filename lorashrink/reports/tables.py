@@ -62,55 +62,56 @@ class PointRow:
 def point_columns(sweep: Sweep) -> list[Column]:
     """The columns of the table of recipes; measures of likeness have theirs where pictures were drawn."""
     measures = [measure for measure in MEASURES if sweep.drawn and measure.name in sweep.drawn.none.values]
+    if sweep.drawn:
+        worst = [
+            _numbers(
+                "worst picture",
+                "PSNR in dB against the original adapter's",
+                lambda row: row.point.pictures and row.point.pictures.worst_psnr,
+                decibel_text,
+            )
+        ]
+    elif sweep.read:
+        worst = [
+            _numbers(
+                "worst passage",
+                f"{sweep.read.measure} from the original adapter",
+                lambda row: row.point.texts and row.point.texts.worst_distance,
+                "{:.2g}".format,
+            ),
+            _numbers("perplexity", "of the text", lambda row: row.point.texts and row.point.texts.perplexity),
+        ]
+    else:
+        worst = []
     return [
         Column("recipe", "what is kept", lambda row: row.point.recipe, code=True),
         _numbers("size", "of the file", lambda row: row.point.bytes, size_text),
         _numbers(
             "of before", "size / size of the original adapter", lambda row: row.point.bytes / sweep.bytes, share_text
         ),
-        *(
-            [_numbers("worst picture", "PSNR in dB against the original adapter's", _worst_psnr, decibel_text)]
-            if sweep.drawn
-            else [
-                _numbers(
-                    "worst passage", f"{sweep.read.measure} from the original adapter", _worst_distance, "{:.2g}".format
-                ),
-                _numbers("perplexity", "of the text", _perplexity),
-            ]
-            if sweep.read
-            else []
+        *worst,
+        _numbers(
+            "error",
+            "of the weights, ‖lost‖ / ‖ΔW‖; says little of calibrated recipes",
+            lambda row: None if row.point.calibrated else row.point.relative_error,
+            share_text,
         ),
-        _numbers("error", "of the weights, ‖lost‖ / ‖ΔW‖; says little of calibrated recipes", _error, share_text),
         _numbers("energy", "share of Σσ² that is kept", lambda row: row.point.energy, share_text),
         _numbers(
             "mean rank", "over all layers, removed ones count as 0", lambda row: row.point.mean_rank, "{:.1f}".format
         ),
-        Column("best", "no other recipe is both smaller and closer", _mark),
-        *map(_measure_column, measures),
+        Column(
+            "best",
+            "no other recipe is both smaller and closer",
+            lambda row: " ".join(["★"] * row.point.best + ["recommended"] * bool(row.attributes)),
+        ),
+        *map(likeness_column, measures),
     ]
 
 
-def _worst_psnr(row: PointRow) -> float | None:
-    return row.point.pictures.worst_psnr if row.point.pictures else None
+def likeness_column(measure: Measure) -> Column:
+    """The column of a measure of pictures."""
 
-
-def _worst_distance(row: PointRow) -> float | None:
-    return row.point.texts.worst_distance if row.point.texts else None
-
-
-def _perplexity(row: PointRow) -> float | None:
-    return row.point.texts.perplexity if row.point.texts else None
-
-
-def _error(row: PointRow) -> float | None:
-    return None if row.point.calibrated else row.point.relative_error
-
-
-def _mark(row: PointRow) -> str:
-    return " ".join(filter(None, ("★" if row.point.best else "", "recommended" if row.attributes else "")))
-
-
-def _measure_column(measure: Measure) -> Column:
     def values(row: PointRow) -> tuple[float, ...]:
         return row.point.pictures.values[measure.name] if row.point.pictures else ()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorashrink.errors import UsageError, hint_of
 from lorashrink.results.shown import NOT_PLAIN
+from lorashrink.text import decibel_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,18 @@ class Shrunk:
     def share(self) -> float:
         """Size of the output as a share of the input's."""
         return self.bytes_after / self.bytes_before
+
+    @property
+    def quality(self) -> float | None:
+        """PSNR in dB: of the worst picture, or else the predicted mean. None if nothing was drawn or predicted."""
+        return self.predicted_db if self.worst_picture_db is None else self.worst_picture_db
+
+    @property
+    def quality_text(self) -> str:
+        """`31.2 dB` of the worst picture, or `about 40 dB`, which is predicted; empty without either."""
+        if self.quality is None:
+            return ""
+        return f"about {self.quality:.0f} dB" if self.worst_picture_db is None else decibel_text(self.quality)
 
 
 @dataclass(frozen=True, slots=True)

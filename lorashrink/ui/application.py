@@ -59,7 +59,7 @@ class Application:
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Application:
-        for work in (_warm_up, self._read, self._measure_savings, self.jobs.run):
+        for work in (_warm_up, self.library.read_headers, self._measure_savings, self.jobs.run):
             thread = threading.Thread(target=work, daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -76,18 +76,16 @@ class Application:
 
     # --- in the background --------------------------------------------------------------------------
 
-    def _read(self) -> None:
-        self.library.scan()
-        self.library.read_headers()
-
     def _measure_savings(self) -> None:
         while not self._stopped:
             self._measure.wait(_LOOK_SECONDS)  # headers that are read meanwhile are a reason to go on too
             self._measure.clear()
             while (identity := self._next_to_measure()) and not self._stopped:
-                while self._busy and not self._stopped:
+                # Whatever somebody waits for comes first.
+                while (self._in_front or any(not job.over for job in self.jobs.all())) and not self._stopped:
                     time.sleep(_PAUSE_SECONDS)
-                self._measure_saving(identity)
+                with contextlib.suppress(InputError):  # it was deleted meanwhile
+                    self._measure_saving(self.library.get(identity))
 
     def _next_to_measure(self) -> str | None:
         with self._lock:
@@ -96,21 +94,13 @@ class Application:
         entries = self.library.entries() if self._measures_all else []
         return next((entry.id for entry in entries if _unmeasured(entry)), None)
 
-    @property
-    def _busy(self) -> bool:
-        """Whether somebody waits for something else."""
-        return self._in_front > 0 or any(not job.over for job in self.jobs.all())
-
-    def _measure_saving(self, identity: str) -> None:
-        with contextlib.suppress(InputError):  # it was deleted meanwhile
-            entry = self.library.get(identity)
-            if not _unmeasured(entry):
-                return
-            try:
-                point = measuring.saving(entry.path)
-                self.library.update(identity, saving=Saving(**point))
-            except Exception as error:
-                self.library.update(identity, saving_error=str(explained(entry.path, error)))
+    def _measure_saving(self, entry: Entry) -> None:
+        if not _unmeasured(entry):
+            return
+        try:
+            self.library.update(entry.id, saving=Saving(**measuring.saving(entry.path)))
+        except Exception as error:
+            self.library.update(entry.id, saving_error=str(explained(entry.path, error)))
 
     @contextlib.contextmanager
     def _waited_for(self) -> Iterator[None]:
@@ -149,7 +139,7 @@ class Application:
         """What the header of an adapter tells, and the files that help to shrink it."""
         table = self.library.table(identity)
         entry = self.library.get(identity)
-        bases = self._for_family(table.family, "norms", "model")
+        models = self._for_family(table.family, "model")
         calibrations = self._for_family(table.family, "statistics")
         calibration = self._table_for(entry.path, table.family)
         if calibration and calibration["id"] not in [row["id"] for row in calibrations]:
@@ -162,19 +152,16 @@ class Application:
             "health": [asdict(finding) for finding in table.health],
             "loads": table.loads.lines,
             "blocks": [asdict(row) for row in table.blocks],
-            "bases": bases,
+            "bases": [*self._for_family(table.family, "norms"), *models],
             "calibrations": calibrations,
             "calibration": calibration["id"] if calibration else "",
             "dtypes": DTYPES,
             "prompts": drawing.suggested_prompts(table.notes),
-            "models": self._models(table.family),
+            "models": [
+                model for model in models if table.family in drawing.FAMILIES and not model["name"].endswith(".gguf")
+            ],
             "cannot_draw": drawing.cannot_draw(),
         }
-
-    def _models(self, family: str | None) -> list[dict[str, Any]]:
-        """Entries of models that can draw with an adapter of this family."""
-        models = self._for_family(family, "model") if family in drawing.FAMILIES else []
-        return [model for model in models if not model["name"].endswith(".gguf")]
 
     def _for_family(self, family: str | None, *kinds: str) -> list[dict[str, Any]]:
         """Entries of these kinds for a family of models, in the order of the kinds."""
@@ -271,7 +258,7 @@ class Application:
                 if self.folders.holds(sidecar):
                     copy_sidecar(sidecar, copy, file)
                     written.add([copy])
-            return _shrunk(entry, output, result)
+            return shrunk_row(entry, output, result)
 
         def work(job: Job) -> None:
             try:
@@ -286,7 +273,7 @@ class Application:
                 job.report("", len(entries), len(entries))
             finally:
                 if written.files:
-                    job.undo = lambda: self._undo(job, written)
+                    job.undo = written.delete
                 self.library.scan()
 
         return self.jobs.add(Job("shrink", f"Shrink {count_text(len(entries), 'LoRA')}", work))
@@ -334,13 +321,10 @@ class Application:
         job = self.jobs.get(identity)
         if job.undo is None or not job.over or job.undone:
             raise UsageError("there is nothing to undo.")
-        return {"deleted": job.undo(), **job.document()}
-
-    def _undo(self, job: Job, written: Written) -> int:
         job.undone = True
-        count = written.delete()
+        deleted = job.undo()
         self.library.scan()
-        return count
+        return {"deleted": deleted, **job.document()}
 
     # --- files --------------------------------------------------------------------------------------
 
@@ -372,7 +356,7 @@ def _unmeasured(entry: Entry) -> bool:
     return entry.kind == "adapter" and entry.layers > 0 and not (entry.shrunk or entry.saving or entry.saving_error)
 
 
-def _shrunk(entry: Entry, output: Path, result: FileResult) -> dict[str, Any]:
+def shrunk_row(entry: Entry, output: Path, result: FileResult) -> dict[str, Any]:
     """What a page tells of a file that was written."""
     return {
         "id": entry.id,

@@ -64,7 +64,8 @@ class Guard:
         origin = request.headers.get("origin")
         if origin is not None and origin != f"http://{host}":
             return 403, "the request comes from another site", "Open the address that lorashrink ui printed."
-        if request.url.path.startswith("/api/") and not self._has_token(request):
+        token = request.headers.get(TOKEN_HEADER) or request.query_params.get("token", "")
+        if request.url.path.startswith("/api/") and not hmac.compare_digest(token.encode(), self.token.encode()):
             return 401, "the token is missing or wrong", "Open the address that lorashrink ui printed when it started."
         return None
 
@@ -79,7 +80,3 @@ class Guard:
             address: Any = ipaddress.ip_address(name)
             return self.any_address or bool(address.is_loopback)
         return False
-
-    def _has_token(self, request: Request) -> bool:
-        token = request.headers.get(TOKEN_HEADER) or request.query_params.get("token", "")
-        return hmac.compare_digest(token.encode(), self.token.encode())

@@ -59,20 +59,21 @@ class Job:
         names = ("id", "kind", "title", "state", "text", "done", "total", "error", "undone")
         results, failed = list(self.results), list(self.failed)
         start = 0 if most is None else max(0, len(results) - most)
+        # A picture is shown by its address below `/api/pictures/`, not by its path.
+        shown = [
+            {key: f"{self.id}/{number}-{key}" if isinstance(value, Path) else value for key, value in result.items()}
+            for number, result in enumerate(results[start:], start)
+        ]
         return {
             **{name: getattr(self, name) for name in names},
             **self.facts,
-            "results": [self._result(number, results[number]) for number in range(start, len(results))],
+            "results": shown,
             "failed": failed[0 if most is None else -most :],
             "counts": {"results": len(results), "failed": len(failed)},
             "bytes_before": sum(result.get("bytes_before", 0) for result in results),
             "bytes_after": sum(result.get("bytes_after", 0) for result in results),
             "can_undo": self.undo is not None and self.over and not self.undone,
         }
-
-    def _result(self, number: int, result: dict[str, Any]) -> dict[str, Any]:
-        """A result as JSON: for a picture the address below `/api/pictures/`, not the path."""
-        return {key: f"{self.id}/{number}-{key}" if isinstance(value, Path) else value for key, value in result.items()}
 
 
 class Jobs:

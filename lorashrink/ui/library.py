@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorashrink.adapters import looks_like_adapter, peft
-from lorashrink.bases import norm_table, open_base
-from lorashrink.errors import InputError, LorashrinkError, explained
-from lorashrink.files.header import read_header
-from lorashrink.files.metadata_keys import SOURCE
-from lorashrink.files.store import open_file
+from lorashrink.adapters import peft
+from lorashrink.errors import InputError
 from lorashrink.insight.inspection import inspect
 from lorashrink.results.inspection import AdapterTable
-from lorashrink.text import span_text
+from lorashrink.ui.facts import facts_of, is_norm_table
 from lorashrink.ui.folders import Folders
 
-_STATISTICS = "lorashrink-statistics"  # the format that `calibrate` writes; its module would import torch
 _SUFFIXES = (".safetensors", ".gguf")
 _MODEL_INDEX = "model_index.json"
 _DROPPED = "dropped here"  # the folder that is shown for files that were dropped onto the page
-_PEEK = 300  # bytes of a .json file in which a norm table says what it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +149,12 @@ class Library:
         self._unread.set()
 
     def read_headers(self) -> None:
-        """Read headers whenever there are unread ones, until `stop`. Runs in a thread of its own."""
+        """List the folders, and read headers whenever there are unread ones, until `stop`, in a thread of its own."""
+        self.scan()
         while self._unread.wait() and not self._stopped.is_set():
             self._unread.clear()
             while (entry := self._next_unread()) and not self._stopped.is_set():
-                self.update(entry.id, **_facts(entry.path))
+                self.update(entry.id, **facts_of(entry.path))
 
     def _next_unread(self) -> Entry | None:
         with self._lock:
@@ -197,7 +191,7 @@ class Library:
                         outside += 1
                     elif item.is_dir(follow_symlinks=False):
                         folders.append(path)
-                    elif path.suffix in _SUFFIXES or (path.suffix == ".json" and _is_norm_table(path)):
+                    elif path.suffix in _SUFFIXES or (path.suffix == ".json" and is_norm_table(path)):
                         entries += self._entry(path, root)
         return entries, outside
 
@@ -214,61 +208,3 @@ class Library:
 def identity_of(path: Path) -> str:
     """The id of the entry of this path."""
     return hashlib.blake2b(os.fsencode(path), digest_size=12).hexdigest()
-
-
-def _is_norm_table(path: Path) -> bool:
-    with contextlib.suppress(OSError), open_file(path) as handle:
-        return norm_table.FORMAT.encode() in handle.read(_PEEK)
-    return False
-
-
-# --- facts from headers ---------------------------------------------------------------------------
-
-
-def _facts(path: Path) -> Mapping[str, Any]:
-    """The fields of an entry that its header tells."""
-    try:
-        if path.suffix == ".safetensors":
-            tensors, metadata, _ = read_header(path)
-            if metadata.get("format") == _STATISTICS:
-                family = json.loads(metadata.get("base", "{}")).get("family")
-                return {"state": "read", "kind": "statistics", "family": family}
-            if not looks_like_adapter(tensors):
-                return _model_facts(path)
-        elif not peft.is_folder(path):
-            return _model_facts(path)
-        return _adapter_facts(path)
-    except Exception as error:  # whatever a file does, the others are read
-        return {"state": "failed", "kind": "other", "error": str(explained(path, error))}
-
-
-def _model_facts(path: Path) -> Mapping[str, Any]:
-    try:
-        with open_base(path) as base:
-            kind = "norms" if base.kind == "norms" else "model"
-            return {"state": "read", "kind": kind, "family": base.family.name, "title": base.family.title}
-    except LorashrinkError as error:
-        return {"state": "read", "kind": "other", "error": str(error)}
-
-
-def _adapter_facts(path: Path) -> Mapping[str, Any]:
-    inspection = inspect(path, header=True)
-    for failure in inspection.failed:
-        return {"state": "failed", "kind": "other", "error": failure.error}
-    (table,) = inspection.files
-    ranks = [row.rank for row in table.layers]
-    return {
-        "state": "read",
-        "kind": "adapter",
-        "family": table.family,
-        "algo": table.algo,
-        "dtype": table.dtype,
-        "layers": len(table.layers),
-        "rank": span_text(ranks) if ranks else "",
-        "highest_rank": max(ranks, default=0),
-        "title": table.notes.get("title", ""),
-        "trained_on": table.notes.get("base model", ""),
-        "trigger": table.notes.get("trigger words", ""),
-        "shrunk": SOURCE in table.metadata,
-        "findings": tuple(finding.text for finding in table.health),
-    }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict, defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lorashrink.adapters import peft
@@ -55,15 +57,26 @@ class Measurer:
         """
         prepared = self.prepared(path, help)
         curve = prepared.curve(help.method.score, dtype=dtype, points=_POINTS)
-        qualities = {name: _quality(prepared, name, help, dtype) for name in LEVELS}
+        qualities: dict[str, dict[str, Any] | None] = dict.fromkeys(LEVELS)
+        for name in LEVELS:
+            with contextlib.suppress(RecipeError):
+                recipe = recipe_of({"by": "quality", "value": name}, help)
+                qualities[name] = _point(prepared.at(recipe, dtype=dtype))
         points = [{"bytes": size, "error": error} for size, error in curve.points]
         return {"points": points, "qualities": qualities}
 
     def at(self, path: Path, recipe: Recipe, help: Help, dtype: str) -> dict[str, Any]:
-        """Size, error and ranks per block that a recipe gives. Raises as `Prepared.at`."""
+        """Size, error and mean ranks per block, before and after, that a recipe gives. Raises as `Prepared.at`."""
         prepared = self.prepared(path, help)
         outcome = prepared.at(recipe, dtype=dtype)
-        return {**_point(outcome), "recipe": outcome.recipe, "blocks": _blocks(prepared, outcome)}
+        ranks: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for layer in prepared.adapter.layers:
+            ranks[block(layer.name)].append((layer.rank, outcome.ranks.get(layer.name, 0)))
+        blocks = []
+        for name, pairs in sorted(ranks.items()):
+            before, after = map(fmean, zip(*pairs, strict=True))
+            blocks.append({"block": name, "layers": len(pairs), "before": before, "after": after})
+        return {**_point(outcome), "recipe": outcome.recipe, "blocks": blocks}
 
 
 def saving(path: Path) -> dict[str, Any]:
@@ -74,28 +87,5 @@ def saving(path: Path) -> dict[str, Any]:
     return {"bytes": outcome.bytes, "error": outcome.relative_error}
 
 
-def _quality(prepared: Prepared, name: str, help: Help, dtype: str) -> dict[str, Any] | None:
-    try:
-        return _point(prepared.at(recipe_of({"by": "quality", "value": name}, help), dtype=dtype))
-    except RecipeError:
-        return None
-
-
 def _point(outcome: Outcome) -> dict[str, Any]:
     return {"bytes": outcome.bytes, "error": outcome.relative_error, "predicted_db": outcome.predicted_db}
-
-
-def _blocks(prepared: Prepared, outcome: Outcome) -> list[dict[str, Any]]:
-    """Mean ranks of the layers of each block, before and after."""
-    rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for layer in prepared.adapter.layers:
-        rows[block(layer.name)].append((layer.rank, outcome.ranks.get(layer.name, 0)))
-    return [
-        {
-            "block": name,
-            "layers": len(ranks),
-            "before": sum(before for before, _ in ranks) / len(ranks),
-            "after": sum(after for _, after in ranks) / len(ranks),
-        }
-        for name, ranks in sorted(rows.items())
-    ]

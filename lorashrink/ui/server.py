@@ -40,6 +40,15 @@ class Address:
     port: int
     loopback: bool
 
+    @classmethod
+    def of(cls, listener: socket.socket, host: str, token: str) -> Address:
+        """The address of a socket that was opened for `host`."""
+        number = listener.getsockname()[1]
+        bound = ipaddress.ip_address(listener.getsockname()[0])
+        shown = "127.0.0.1" if bound.is_unspecified else host
+        shown = f"[{shown}]" if ":" in shown else shown
+        return cls(f"http://{shown}:{number}/?token={token}", host, number, bound.is_loopback)
+
 
 def serve(
     folders: Sequence[str | Path],
@@ -66,7 +75,7 @@ def serve(
     if len(token) < _SHORTEST_TOKEN:
         raise UsageError(f"{TOKEN_VARIABLE}: a token has at least {_SHORTEST_TOKEN} characters.")
     with contextlib.closing(_listen(host, port)) as listener, Application(folders) as application:
-        address = _address(listener, host, token)
+        address = Address.of(listener, host, token)
         names = () if address.loopback else (host, socket.gethostname())
         server = _server(server_app(application, token, names=names, any_address=not address.loopback))
         with _ended_by_signals(server):
@@ -86,14 +95,6 @@ def _listen(host: str, port: int | None) -> socket.socket:
             reason = getattr(error, "strerror", None) or error
     option = f"--port {port}" if port is not None else f"--host {host}"
     raise UsageError(f"{option}: cannot be listened on ({reason}). Choose another one, or leave the option out.")
-
-
-def _address(listener: socket.socket, host: str, token: str) -> Address:
-    number = listener.getsockname()[1]
-    bound = ipaddress.ip_address(listener.getsockname()[0])
-    shown = "127.0.0.1" if bound.is_unspecified else host
-    shown = f"[{shown}]" if ":" in shown else shown
-    return Address(f"http://{shown}:{number}/?token={token}", host, number, bound.is_loopback)
 
 
 def _server(app: ASGIApp) -> uvicorn.Server:
