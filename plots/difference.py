@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from matplotlib import rc_context
@@ -14,8 +13,6 @@ from lorashrink.plots.style import AFTER, BEFORE, INK, RC
 from lorashrink.text import bare_percent_text, percent_text, size_text
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from lorashrink.results.comparison import BlockDifference, Comparison
 
 
@@ -29,7 +26,18 @@ def difference_per_block(comparison: Comparison) -> Figure:
     blocks = sorted((row for row in comparison.blocks if row.fro_a is not None), key=lambda row: order(row.block))
     figure = Figure(figsize=(width_of_blocks(len(blocks)), 5.4))
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-    _draw_differences(upper, blocks, comparison.total)
+    shares = [row.relative_difference for row in blocks]
+    bars = upper.bar(range(len(blocks)), [100 * (share or 0.0) for share in shares], width=0.66, color=AFTER)
+    texts = [_text_of(row) for row in blocks]
+    upper.bar_label(bars, texts, padding=2, fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+    upper.set_ylabel("‖A − B‖ / ‖A‖ (%)")
+    upper.margins(y=0.14)
+    upper.set_ylim(bottom=0)
+    total = comparison.total.relative_difference
+    if total is not None:
+        label = f"the whole: {percent_text(total)}"
+        upper.axhline(100 * total, color=INK, linewidth=1, linestyle="--", zorder=0.5, label=label)
+        legend_above(upper)
     lower.bar(range(len(blocks)), [row.fro_a or 0.0 for row in blocks], width=0.82, color=BEFORE, label="‖A‖")
     lower.bar(range(len(blocks)), [row.fro_b or 0.0 for row in blocks], width=0.46, color=AFTER, label="‖B‖")
     lower.set_ylabel("norm of ΔW")
@@ -40,24 +48,10 @@ def difference_per_block(comparison: Comparison) -> Figure:
     return figure
 
 
-def _side_alone(row: BlockDifference) -> str:
-    """Which side alone adds something to a block, if one does."""
-    return "" if row.fro_a and row.fro_b else "only in A" if row.fro_a else "only in B" if row.fro_b else ""
-
-
-def _draw_differences(axes: Axes, blocks: Sequence[BlockDifference], total: BlockDifference) -> None:
-    shares = [100 * (row.relative_difference or 0.0) for row in blocks]
-    bars = axes.bar(range(len(blocks)), shares, width=0.66, color=AFTER)
-    texts = [
-        _side_alone(row)
-        or ("" if row.relative_difference is None else bare_percent_text(100 * row.relative_difference))
-        for row in blocks
-    ]
-    axes.bar_label(bars, texts, padding=2, fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
-    axes.set_ylabel("‖A − B‖ / ‖A‖ (%)")
-    axes.margins(y=0.14)
-    axes.set_ylim(bottom=0)
-    if total.relative_difference is not None:
-        label = f"the whole: {percent_text(total.relative_difference)}"
-        axes.axhline(100 * total.relative_difference, color=INK, linewidth=1, linestyle="--", zorder=0.5, label=label)
-        legend_above(axes)
+def _text_of(row: BlockDifference) -> str:
+    """The difference, or which side alone adds something to a block."""
+    if row.fro_a and not row.fro_b:
+        return "only in A"
+    if row.fro_b and not row.fro_a:
+        return "only in B"
+    return "" if row.relative_difference is None else bare_percent_text(100 * row.relative_difference)

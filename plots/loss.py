@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lorashrink.errors import InputError
 from lorashrink.plots.style import AFTER, BEFORE, INK, RC
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Points = Sequence[tuple[int, float]]  # step, value
 
@@ -35,14 +31,7 @@ def loss_curve(scalars: Mapping[str, Points]) -> Figure:
     panels = figure.subplots(
         2 if rates else 1, sharex=True, squeeze=False, height_ratios=[3, 1] if rates else None
     ).flat
-    _losses(panels[0], scalars)
-    if rates:
-        _rates(panels[1], rates)
-    panels[-1].set_xlabel("optimizer step")
-    return figure
-
-
-def _losses(axes: Axes, scalars: Mapping[str, Points]) -> None:
+    axes = panels[0]
     axes.plot(*_columns(scalars.get(_CURRENT, ())), color=BEFORE, linewidth=0.8)
     axes.plot(*_columns(scalars[_AVERAGE]), color=AFTER, linewidth=2.2)
     step, value = scalars[_AVERAGE][-1]
@@ -50,15 +39,16 @@ def _losses(axes: Axes, scalars: Mapping[str, Points]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("loss (mean squared error)")
     axes.set_title("Loss of each step, pale, and its average")
-
-
-def _rates(axes: Axes, rates: Mapping[str, Points]) -> None:
-    for (name, points), style in zip(rates.items(), itertools.cycle(_STYLES), strict=False):
-        axes.plot(*_columns(points), color=INK, linewidth=1.2, linestyle=style, label=name)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("learning rate")
-    axes.yaxis.set_major_formatter("{x:.3g}")
+    if rates:
+        axes = panels[1]
+        for (name, points), style in zip(rates.items(), itertools.cycle(_STYLES), strict=False):
+            axes.plot(*_columns(points), color=INK, linewidth=1.2, linestyle=style, label=name)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("learning rate")
+        axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.set_xlabel("optimizer step")
+    return figure
 
 
 def _merged(rates: Mapping[str, Points]) -> dict[str, Points]:

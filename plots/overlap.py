@@ -79,5 +79,7 @@ def _cell_text(value: float, few: bool) -> str:
     """A cosine or share; without the zero before the point where cells are narrow."""
     if math.isnan(value):
         return "–"
-    text = f"{value:.2f}" if few else f"{value:.1f}" if abs(value) >= 0.995 else f"{value:.2f}".replace("0.", ".", 1)
+    text = f"{value:.2f}"
+    if not few:
+        text = f"{value:.1f}" if abs(value) >= 0.995 else text.replace("0.", ".", 1)
     return text.removeprefix("-") if not text.strip("-0.") else text

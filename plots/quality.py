@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _MEGA = 1e6
 _DRAWN = ("psnr", "ms_ssim")  # the measures that are drawn, from the top
 
+# Of a curve through recipes, and of the single pictures or passages around it.
+_LINE: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.6}
+_DOTS: dict[str, Any] = {"s": 7, "alpha": 0.3, "linewidths": 0}
+
 
 @rc_context(RC)
 def size_and_error(sweep: Sweep) -> Figure:
@@ -31,16 +35,11 @@ def size_and_error(sweep: Sweep) -> Figure:
     Points without error are not drawn, since they have no place on a logarithmic axis, and neither are calibrated ones,
     whose error of the weights says little about outputs. The suggested recipe is ringed.
     """
-    curves: dict[str, list[Point]] = {}
-    for point in sweep.points:
-        if has_error(point):
-            curves.setdefault(point.curve, []).append(point)
     figure = Figure(figsize=(8.0, 4.6))
     axes = figure.subplots()
-    for number, (name, points) in enumerate(curves.items()):
+    for name, colour, points in _curves(filter(has_error, sweep.points)):
         sizes, errors = [point.bytes / _MEGA for point in points], [point.relative_error for point in points]
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot(sizes, errors, marker="o", markersize=4, linewidth=1.6, color=colour, label=name)
+        axes.plot(sizes, errors, **_LINE, color=colour, label=name)
     size_axis(axes)
     error_axis(axes)
     axes.set_title(f"How small can it get: {size_text(sweep.bytes)} before")
@@ -85,27 +84,14 @@ def size_and_texts(sweep: Sweep) -> Figure:
     A curve per kind of recipe: means with dots per passage. A line shows the distance of the model without an adapter.
     """
     assert sweep.read is not None
-    curves: dict[str, list[Point]] = {}
-    for point in sweep.points:
-        if point.texts and point.texts.distance > 0:
-            curves.setdefault(point.curve, []).append(point)
     figure = Figure(figsize=(8.0, 4.6))
     axes = figure.subplots()
-    for number, (name, points) in enumerate(curves.items()):
-        colour = COLOURS[number % len(COLOURS)]
+    for name, colour, points in _curves(point for point in sweep.points if point.texts and point.texts.distance > 0):
         texts = [(point.bytes / _MEGA, point.texts) for point in points if point.texts]
-        axes.plot(
-            [size for size, _ in texts],
-            [text.distance for _, text in texts],
-            marker="o",
-            markersize=4,
-            linewidth=1.6,
-            color=colour,
-            label=name,
-        )
+        means = [(size, text.distance) for size, text in texts]
+        axes.plot(*zip(*means, strict=True), **_LINE, color=colour, label=name)
         dots = [(size, value) for size, text in texts for value in text.values if value > 0]
-        sizes, values = zip(*dots, strict=True)
-        axes.scatter(sizes, values, s=7, color=colour, alpha=0.3, linewidths=0)
+        axes.scatter(*zip(*dots, strict=True), **_DOTS, color=colour)
     size_axis(axes)
     axes.set_yscale("log")
     axes.set_ylabel("divergence (nats per token)" if sweep.read.perplexity else sweep.read.measure)
@@ -122,12 +108,12 @@ def size_and_texts(sweep: Sweep) -> Figure:
 
 
 def _draw_likeness(axes: Axes, sweep: Sweep, drawn: Drawn, measure: Measure) -> None:
-    curves: dict[str, list[tuple[float, Sequence[float]]]] = {}
-    for point in sweep.points:
-        if point.pictures is not None:
-            curves.setdefault(point.curve, []).append((point.bytes / _MEGA, point.pictures.values[measure.name]))
-    for number, (label, points) in enumerate(curves.items()):
-        _draw_spread(axes, label, points, COLOURS[number % len(COLOURS)])
+    for name, colour, points in _curves(point for point in sweep.points if point.pictures):
+        values = [(point.bytes / _MEGA, point.pictures.values[measure.name]) for point in points if point.pictures]
+        spreads = [(size, fmean(numbers), pstdev(numbers)) for size, numbers in values]
+        axes.errorbar(*zip(*spreads, strict=True), **_LINE, elinewidth=0.8, capsize=2, color=colour, label=name)
+        dots = [(size, number) for size, numbers in values for number in numbers]
+        axes.scatter(*zip(*dots, strict=True), **_DOTS, color=colour)
     size_axis(axes)
     axes.set_ylabel(f"{measure.title}{f' ({measure.unit.strip()})' * bool(measure.unit)}")
     for pictures, label, style in (
@@ -144,22 +130,13 @@ def _draw_likeness(axes: Axes, sweep: Sweep, drawn: Drawn, measure: Measure) -> 
         _mark_suggestion(axes, suggested.recipe if measure.name == _DRAWN[0] else "", position, above=10)
 
 
-def _draw_spread(axes: Axes, label: str, points: Sequence[tuple[float, Sequence[float]]], colour: str) -> None:
-    axes.errorbar(
-        [size for size, _ in points],
-        [fmean(values) for _, values in points],
-        [pstdev(values) for _, values in points],
-        marker="o",
-        markersize=4,
-        linewidth=1.6,
-        elinewidth=0.8,
-        capsize=2,
-        color=colour,
-        label=label,
-    )
-    sizes = [size for size, values in points for _ in values]
-    dots = [value for _, values in points for value in values]
-    axes.scatter(sizes, dots, s=7, color=colour, alpha=0.3, linewidths=0)
+def _curves(points: Iterable[Point]) -> Iterator[tuple[str, str, list[Point]]]:
+    """(name, colour, points) of the recipes of one kind."""
+    curves: dict[str, list[Point]] = {}
+    for point in points:
+        curves.setdefault(point.curve, []).append(point)
+    for number, (name, members) in enumerate(curves.items()):
+        yield name, COLOURS[number % len(COLOURS)], members
 
 
 def error_axis(axes: Axes) -> None:

@@ -44,12 +44,16 @@ def contact_sheet(title: str, cells: Sequence[Cell], *, side: int = 512) -> Imag
     )
     drawing = ImageDraw.Draw(sheet)
     drawing.text((_MARGIN, _MARGIN), title, INK, sheet_font(_TITLE_SIZE))
+    font = sheet_font(_TEXT_SIZE)
     for number, (cell, picture) in enumerate(zip(cells, small, strict=True)):
         row, column = divmod(number, columns)
         left = _MARGIN + column * (width + _GAP)
         top = _MARGIN + _TITLE_SIZE + _GAP + sum(heights[:row]) + row * (below + _GAP)
         sheet.paste(picture, (left, top))
-        _write(drawing, cell, left, top + picture.height + 8, width)
+        caption = [(line, INK) for line in wrapped(cell.caption, font, width, _CAPTION_LINES)]
+        caption += [(line, QUIET) for line in wrapped(cell.details, font, width, 1)]
+        for line_number, (line, colour) in enumerate(caption):
+            drawing.text((left, top + picture.height + 8 + line_number * _LEADING), line, colour, font)
     return sheet
 
 
@@ -58,15 +62,6 @@ def fitted(picture: Image.Image, side: int) -> Image.Image:
     small = picture.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     return small
-
-
-def _write(drawing: ImageDraw.ImageDraw, cell: Cell, left: int, top: int, width: int) -> None:
-    font = sheet_font(_TEXT_SIZE)
-    lines = wrapped(cell.caption, font, width, _CAPTION_LINES)
-    for number, line in enumerate(lines):
-        drawing.text((left, top + number * _LEADING), line, INK, font)
-    for line in wrapped(cell.details, font, width, 1):
-        drawing.text((left, top + len(lines) * _LEADING), line, QUIET, font)
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
