@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 # Control characters, with which a name could drive the terminal, marks that turn the order of a line around or end
 # it, and halves of characters that no encoding has.
@@ -40,6 +42,14 @@ def bytes_in(text: str) -> float:
     if not match:
         raise ValueError(text)
     return float(match["number"]) * _UNITS[(match["unit"] or "").upper()]
+
+
+def json_in(text: str | bytes | bytearray) -> Any:
+    """What a text holds as JSON; None if it does not parse."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def number_text(value: float | None, form: str = ".4g") -> str:

@@ -5,6 +5,7 @@ Outputs tell what they were made from, and without a record they are made again,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from lorashrink.results.automatic import Shrunk
 from lorashrink.shrinking.journal import stamps
 from lorashrink.shrinking.outputs import shown, source_files
 from lorashrink.sums.summing import contents_sha256
+from lorashrink.text import json_in
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +34,14 @@ class Record:
 
     def __init__(self, folder: Path, request: str) -> None:
         self._path, self._request = folder / NAME, request
-        self._entries = {str(entry["name"]): entry for entry in _lines(self._path) if entry.get("request") == request}
+        self._entries: dict[str, dict[str, Any]] = {}
+        text = ""
+        with contextlib.suppress(OSError):
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+        for entry in map(json_in, text.splitlines()):
+            is_entry = isinstance(entry, dict) and {"name", "result", "output"} <= entry.keys()
+            if is_entry and entry.get("request") == request:
+                self._entries[str(entry["name"])] = entry
 
     def result(self, item: Item) -> Shrunk | None:
         """What an equal run made of the adapter as it is now; None if there was none, or its output has changed."""
@@ -83,23 +92,6 @@ def _stamp(path: Path) -> list[int] | None:
     except OSError:
         return None
     return [stat.st_size, stat.st_mtime_ns]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that can be read."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    entries = []
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and {"name", "result", "output"} <= entry.keys():
-            entries.append(entry)
-    return entries
 
 
 def _is_sound(result: Shrunk) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lorashrink.errors import OutputError
 from lorashrink.files.disk import sha256_file, write_bytes
+from lorashrink.text import json_in
 
 _NOTES = ".metadata.json"  # LoRA Manager's
 _PREVIEWS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4")
@@ -43,10 +44,7 @@ def copy_sidecar(sidecar: Path, copy: Path, output: Path) -> None:
 
 def _notes_on(output: Path, data: bytes) -> bytes:
     """LoRA Manager's notes, corrected for the output: it trusts the name, size and hash in them."""
-    try:
-        notes = json.loads(data)
-    except ValueError:
-        return data
+    notes = json_in(data)
     if not isinstance(notes, dict):
         return data
     for key in ("preview_url", "file_path"):

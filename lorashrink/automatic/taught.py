@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorashrink.adapters import open_adapter
+from lorashrink.text import json_in
 
 _MOST_TAGS = 12  # of a prompt
 
@@ -53,7 +53,7 @@ def _name_words(metadata: Mapping[str, str], counts: Counter[str]) -> list[str]:
 def _tag_counts(text: str) -> Counter[str]:
     """Tag or caption -> in how many pictures it is."""
     counts: Counter[str] = Counter()
-    for tags in _object(text).values():
+    for tags in _dict(json_in(text)).values():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
             words = " ".join(str(tag).split())
             if words and isinstance(count, int):
@@ -67,7 +67,7 @@ def _trained_words(source: Path) -> Iterator[str]:
         path = source.with_suffix(ending)
         if not path.is_file() or path.stat().st_size > _LARGEST_SIDECAR:
             continue
-        entries = _object(path.read_text(encoding="utf-8", errors="replace"))
+        entries = _dict(json_in(path.read_text(encoding="utf-8", errors="replace")))
         words = entries.get("trainedWords") or _dict(entries.get("civitai")).get("trainedWords")
         if isinstance(words, list):
             yield from (word for entry in words[:3] for word in _phrases(str(entry)))
@@ -75,13 +75,6 @@ def _trained_words(source: Path) -> Iterator[str]:
 
 def _phrases(text: str) -> list[str]:
     return [" ".join(part.split())[:100] for part in text.split(",") if part.strip()][:3]
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        return _dict(json.loads(text))
-    except (ValueError, RecursionError):
-        return {}
 
 
 def _dict(value: object) -> dict[str, Any]:

@@ -23,7 +23,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(requested: bool) -> None:
+def print_version(requested: bool) -> None:
+    """The callback of `--version`."""
     if requested:
         typer.echo(f"lorashrink {__version__}")
         raise typer.Exit
@@ -32,7 +33,7 @@ def _print_version(requested: bool) -> None:
 @app.callback()
 def main_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Look inside LoRA adapters, shrink them, and see what that does to their pictures.

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
-from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, ImagesConfig, Model, seeds_of, split_base
+from lorashrink.cli.options import (
+    Device,
+    DrawnPrompts,
+    DrawnSeeds,
+    Force,
+    ImagesConfig,
+    Model,
+    ModelDtype,
+    seeds_of,
+    split_base,
+)
 from lorashrink.cli.printing import say
 from lorashrink.errors import UsageError
 from lorashrink.text import count_text, size_text
@@ -69,7 +79,7 @@ def calibrate(
     steps_used: Annotated[int, typer.Option("--steps-used", min=1, help="Steps of each picture to record.")] = 10,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Detail of the table: more is larger and better.")] = 16,
     loaded: Annotated[bool, typer.Option("--loaded", help="Record the model with the LoRA loaded.")] = False,
-    dtype: Annotated[str, typer.Option("--dtype", "-t", help="Of the model: auto, fp32, bf16 or fp16.")] = "auto",
+    dtype: ModelDtype = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> object:

@@ -64,6 +64,10 @@ Text = Annotated[
     Path | None,
     typer.Option("--text", help="For language models: a text that the base reads with each recipe (PEFT folders)."),
 ]
+Images = Annotated[
+    Path | None,
+    typer.Option("--images", help="Model to draw pictures with each recipe: SDXL, SD 1 to 3, or FLUX.1."),
+]
 Clip = Annotated[Path | None, typer.Option("--clip", help="Folder of a CLIP model, which compares the pictures too.")]
 
 # Of commands that watch or train a model while it draws.
@@ -76,6 +80,7 @@ DrawnPrompts = Annotated[
         help="What to draw: a prompt, or a .txt, .toml or .json file. The default is eight general prompts.",
     ),
 ]
+ModelDtype = Annotated[str, typer.Option("--dtype", "-t", help="Of the model: auto, fp32, bf16 or fp16.")]
 DrawnSeeds = Annotated[str, typer.Option("--seeds", help="Seeds for each prompt: 0,1,2.")]
 
 

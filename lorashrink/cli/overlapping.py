@@ -97,7 +97,7 @@ def _cosine_text(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def _csv_row(layer: LayerOverlap) -> dict[str, Any]:
+def csv_row(layer: LayerOverlap) -> dict[str, Any]:
     """A line of plain numbers; adapters are counted from 1, and a column of two is about a pair."""
     row: dict[str, Any] = {"name": layer.name, "block": layer.block, "shape": plain(layer.shape)}
     numbers = range(len(layer.fro))
@@ -155,5 +155,5 @@ def overlap(
 
         style.save(overlap_matrices(result), plot)
     if as_csv:
-        write_csv(as_csv, [_csv_row(layer) for layer in result.layers])
+        write_csv(as_csv, [csv_row(layer) for layer in result.layers])
     return result

@@ -9,7 +9,7 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.hints import check_names
-from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, ImagesConfig, Model, seeds_of
+from lorashrink.cli.options import Device, DrawnPrompts, DrawnSeeds, Force, ImagesConfig, Model, ModelDtype, seeds_of
 from lorashrink.cli.printing import say
 from lorashrink.errors import UsageError
 from lorashrink.text import count_text
@@ -49,7 +49,7 @@ def refine(
     closed_form: Annotated[
         bool, typer.Option("--closed-form", help="First give each dimension a factor; enough with --steps 0.")
     ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", "-t", help="Of the model: auto, fp32, bf16 or fp16.")] = "auto",
+    dtype: ModelDtype = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> object:

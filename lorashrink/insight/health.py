@@ -51,10 +51,8 @@ def check_health(
     findings += [large_convolutions(layers), stale_metadata(layers, metadata)]
     if compiled := [row.name for row in layers if "_orig_mod" in row.name]:
         where = f"in the names of {count_text(len(compiled), 'layer')} (first {compiled[0]})"
-        text = (
-            f"_orig_mod of torch.compile {where}: no program finds such layers in its model; take it out of the names"
-        )
-        findings.append(Finding("compiled", len(compiled), text))
+        meaning = "no program finds such layers in its model; take it out of the names"
+        findings.append(Finding("compiled", len(compiled), f"_orig_mod of torch.compile {where}: {meaning}"))
     if naming == "kohya":
         findings.append(mixed_alphas(layers))
     return tuple(finding for finding in findings if finding)

@@ -6,7 +6,6 @@ Keys: `ss_*` and `sshs_*` (sd-scripts), `modelspec.*` (https://github.com/Stabil
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -14,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
+
+from lorashrink.text import json_in
 
 _MOST_TAGS, _MOST_FOLDERS, _MOST_SIZES = 8, 4, 3
 
@@ -123,10 +124,7 @@ class _Training:
 
     def parsed(self, key: str) -> Any:
         """What an entry holds as JSON; None if it does not parse."""
-        try:
-            return json.loads(self.entries.get(key, "null"))
-        except (ValueError, RecursionError):
-            return None
+        return json_in(self.entries.get(key, "null"))
 
     def mapping(self, key: str) -> Mapping[str, Any]:
         """An entry that is a JSON object; {} if it is none."""

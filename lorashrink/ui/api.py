@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from lorashrink.errors import InputError, LorashrinkError, UsageError, explained
-from lorashrink.text import printable
+from lorashrink.text import json_in, printable
 from lorashrink.ui.application import Application
 from lorashrink.ui.guard import Guard
 
@@ -139,10 +139,7 @@ async def values_of(request: Request) -> Mapping[str, Any]:
         body += piece
         if len(body) > _MOST_JSON:
             raise UsageError(f"the request is larger than {_MOST_JSON} bytes.")
-    try:
-        values = json.loads(body or b"{}")
-    except (ValueError, RecursionError):
-        values = None
+    values = json_in(body or b"{}")
     if not isinstance(values, dict):
         raise UsageError("the request is no JSON object.")
     return values
