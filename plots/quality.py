@@ -110,8 +110,9 @@ def size_and_texts(sweep: Sweep) -> Figure:
 def _draw_likeness(axes: Axes, sweep: Sweep, drawn: Drawn, measure: Measure) -> None:
     for name, colour, points in _curves(point for point in sweep.points if point.pictures):
         values = [(point.bytes / _MEGA, point.pictures.values[measure.name]) for point in points if point.pictures]
-        spreads = [(size, fmean(numbers), pstdev(numbers)) for size, numbers in values]
-        axes.errorbar(*zip(*spreads, strict=True), **_LINE, elinewidth=0.8, capsize=2, color=colour, label=name)
+        sizes = [size for size, _ in values]
+        means, deviations = ([spread(numbers) for _, numbers in values] for spread in (fmean, pstdev))
+        axes.errorbar(sizes, means, deviations, **_LINE, elinewidth=0.8, capsize=2, color=colour, label=name)
         dots = [(size, number) for size, numbers in values for number in numbers]
         axes.scatter(*zip(*dots, strict=True), **_DOTS, color=colour)
     size_axis(axes)
