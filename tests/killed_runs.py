@@ -22,9 +22,9 @@ RECIPES = ["rank=2", "energy=0.9"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the journal, by name."""
-    paths = folder.iterdir() if folder.exists() else ()
-    return {path.name: path.read_bytes() for path in paths if path.name != journal.NAME}
+    """Every file but the journal, by its path in the folder."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != journal.NAME)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def run(sources: Path, out: Path) -> int:
@@ -33,7 +33,7 @@ def run(sources: Path, out: Path) -> int:
         return child
     status = 1
     try:
-        report = resize(sources, recipes=RECIPES, output=out, skip_existing=True, jobs=2)
+        report = resize(sources, recipes=RECIPES, output=out, recursive=True, skip_existing=True, jobs=2)
         status = len(report.failed)
     finally:
         os._exit(status)
@@ -52,10 +52,16 @@ def killed(sources: Path, out: Path, outputs: int, delay: float) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def written(folder: Path) -> list[str]:
-    """The names of the outputs."""
-    names = os.listdir(folder) if folder.exists() else []
-    return [name for name in names if name.endswith(".safetensors")]
+def written(folder: Path) -> list[Path]:
+    """The files with tensors of all outputs."""
+    return list(folder.rglob("*.safetensors"))
+
+
+def whole(remains: dict[str, bytes], expected: dict[str, bytes]) -> bool:
+    """Whether every output that is there is complete: a file, or a folder with all of its files."""
+    outputs = {name for name in remains if name.endswith(".safetensors")}
+    needed = {name for output in outputs for name in (output, str(Path(output).with_name("adapter_config.json")))}
+    return all(remains.get(name) == expected[name] for name in needed & expected.keys())
 
 
 def main(sources: Path, out: Path, reference: Path, count: int) -> None:
@@ -66,25 +72,24 @@ def main(sources: Path, out: Path, reference: Path, count: int) -> None:
     assert os.waitpid(run(sources, reference), 0)[1] == 0
     duration = time.perf_counter() - start
     expected, numbers, trials = contents(reference), random.Random(0), []
+    outputs = len(written(reference))
     for _ in range(count):
         shutil.rmtree(out, ignore_errors=True)
-        share = duration / len(expected)
-        stops = sorted(numbers.randrange(len(expected)) for _ in range(2))
+        share = duration / outputs
+        stops = sorted(numbers.randrange(outputs) for _ in range(2))
         stopped = [killed(sources, out, stop, numbers.uniform(0.0, 2 * share)) for stop in stops]
         remains = contents(out)
-        outputs_left = {name: data for name, data in remains.items() if name.endswith(".safetensors")}
         status = os.waitpid(run(sources, out), 0)[1]
         with journal.Journal(out) as opened:
             states = [entry.state for entry in opened.entries()]
         trials.append(
             {
                 "killed": any(stopped),
-                "outputs": len(outputs_left),
-                "leftovers": len(remains.keys() - outputs_left.keys()),
-                "whole": all(expected[name] == data for name, data in outputs_left.items()),
+                "outputs": sum(name.endswith(".safetensors") for name in remains),
+                "whole": whole(remains, expected),
                 "status": status,
                 "equal": contents(out) == expected,
-                "done": states == [journal.DONE] * len(expected),
+                "done": states == [journal.DONE] * outputs,
             }
         )
     print(json.dumps(trials))

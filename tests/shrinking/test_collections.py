@@ -1,11 +1,10 @@
-"""Collections: killed runs, the journal, groups by base, space on the disk, memory."""
+"""Collections: leftovers of killed runs, the journal, groups by base, space on the disk, memory."""
 
 from __future__ import annotations
 
 import csv
 import gc
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
-import killed_runs
 import pytest
 import torch
 from fixtures import random_tensors, shapes, write_base, write_styles, write_tensors
@@ -70,25 +68,7 @@ def run(*arguments: object, status: int = 0) -> str:
     return result.stdout
 
 
-# --- killed runs --------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_killed_runs_continue_to_the_same_bytes(tmp_path: Path) -> None:
-    write_styles(tmp_path / "in", 10)
-    places = [str(tmp_path / name) for name in ("in", "out", "reference")]
-    command = [sys.executable, killed_runs.__file__, *places, "20"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    trials = json.loads(done.stdout)
-    assert len(trials) == 20
-    for trial in trials:
-        assert trial["whole"], "a file under its name is complete"
-        assert (trial["status"], trial["equal"], trial["done"]) == (0, True, True), trial
-    # they were killed at work, and not before or after it
-    assert sum(trial["killed"] and 0 < trial["outputs"] < 20 for trial in trials) >= 8
-    assert any(trial["leftovers"] for trial in trials)
+# --- leftovers ----------------------------------------------------------------------------------
 
 
 def leftover(output: Path) -> Path:
