@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorashrink.making.conversion import convert as convert
     from lorashrink.making.extraction import extract as extract
     from lorashrink.making.merging import merge as merge
+    from lorashrink.measuring.run import evidence as evidence
     from lorashrink.packing.pack import pack as pack
     from lorashrink.packing.unpack import unpack as unpack
     from lorashrink.recipes.grammar import Recipe as Recipe
@@ -43,6 +44,7 @@ _MODULES = {
     "compare": "insight.comparison",
     "convert": "making.conversion",
     "demo": "demonstration",
+    "evidence": "measuring.run",
     "extract": "making.extraction",
     "inspect": "insight.inspection",
     "merge": "making.merging",

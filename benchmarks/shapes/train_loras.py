@@ -45,6 +45,10 @@ _LOHA = (
     "--network_dim=4 --network_alpha=4 --learning_rate=0.004 "
     "--network_args preset=full algo=loha conv_dim=4 conv_alpha=4"
 )
+_LOKR = (
+    "--network_dim=8 --network_alpha=8 --learning_rate=0.003 "
+    "--network_args preset=full algo=lokr factor=4 conv_dim=8 conv_alpha=8"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,9 @@ ADAPTERS = {
     "style-4": Recipe("--style sks", _locon(4, 4)),
     "style-32-seed2": Recipe("--style sks", _locon(32, 32), seed=2),
     "style-32-seed3": Recipe("--style sks", _locon(32, 32), seed=3),
+    "heart-seed2": Recipe("--shape heart", _locon(16, 8), seed=2),
+    "heart-seed3": Recipe("--shape heart", _locon(16, 8), seed=3),
+    "crescent-lokr": Recipe("--shape crescent", _LOKR),
     "style-8": Recipe("--style sks", _locon(8, 8)),
     "style-2": Recipe("--style sks", _locon(2, 2)),
 }

@@ -26,6 +26,7 @@ class Trial:
     prompts: tuple[Prompt, ...]
     calling: tuple[bool, ...]
     words: str  # where the prompts come from
+    triggers: tuple[str, ...] = ()  # the words that call it
 
 
 def trial_of(source: Path, asked_for: str | Path | None, *, side: int, scale: float) -> Trial:
@@ -39,7 +40,8 @@ def trial_of(source: Path, asked_for: str | Path | None, *, side: int, scale: fl
         prompts = _given(asked_for, side, scale)
         named = [_calls(prompt.prompt, triggers) for prompt in prompts]
         # Where none of them names what was taught, all of them count.
-        return Trial(prompts, tuple(named if any(named) else [True] * len(prompts)), "--prompts")
+        calls = tuple(named if any(named) else [True] * len(prompts))
+        return Trial(prompts, calls, "--prompts", tuple(triggers))
     words = "the adapter's metadata"
     calling = [caption for caption in captions if _calls(caption, triggers)]
     texts = _varied(calling) or [", ".join([caption, *triggers]) for caption in _varied(captions)]
@@ -52,7 +54,7 @@ def trial_of(source: Path, asked_for: str | Path | None, *, side: int, scale: fl
         Prompt(text, width=side, height=side, seed=number, steps=_STEPS, scale=scale, sampler=OWN)
         for number, text in enumerate(texts)
     )
-    return Trial(prompts, (True,) * len(prompts), words)
+    return Trial(prompts, (True,) * len(prompts), words, tuple(triggers))
 
 
 def _given(asked_for: str | Path, side: int, scale: float) -> tuple[Prompt, ...]:

@@ -15,6 +15,7 @@ from lorashrink.cli.making import base_norms, convert, extract
 from lorashrink.cli.merging import merge
 from lorashrink.cli.overlapping import overlap
 from lorashrink.cli.packing import pack, unpack
+from lorashrink.cli.proving import evidence
 from lorashrink.cli.refining import refine
 from lorashrink.cli.reporting import report
 from lorashrink.cli.resizing import resize
@@ -28,7 +29,7 @@ COMMANDS = (
     *(shrink, resize, sweep, calibrate, refine),
     *(inspect, compare, report, overlap),
     *(merge, extract, convert, pack, unpack, base_norms),
-    *(demo, ui),
+    *(demo, ui, evidence),
 )
 
 # They still work.

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,8 @@ _KEY = 24  # hexadecimal digits in a file name
 _FILE_NAME = re.compile(rf"_[0-9a-f]{{{_KEY}}}\.png$")
 
 CACHE_BYTES = 2_000_000_000  # of pictures in the user's cache, about 1,500 of 1024 × 1024
+
+PIXELS_AT_ONCE = 1 << 20  # what a model can draw at once on any device: one picture of SDXL, hundreds of a small model
 
 _SMALL = 1 << 24  # bytes: a model's settings and vocabularies are smaller, and their contents are part of its key
 
@@ -112,8 +114,12 @@ class Studio:
         folder: Path | None = None,
         device: str = "auto",
         settings: Path | None = None,
+        pixels_at_once: int = 0,
     ) -> None:
         """model: a folder as diffusers saves it, or a single file; settings: as for `open_pipeline`.
+
+        pixels_at_once: shots that differ in texts and seeds alone are drawn together, as many as have so many pixels,
+        which is quicker where pictures are small. What is drawn with a picture may change its last bits.
 
         Raises:
             UsageError: a package is missing, the model is none of `KINDS`, no such device.
@@ -125,9 +131,10 @@ class Studio:
         self.kind = KINDS[check_model(self.model, settings)]
         self.base: Base = open_base(self.model)
         self.folder = default_folder() if folder is None else folder
+        self._pixels_at_once = pixels_at_once
         self._own_cache = folder is None
         self._used: set[Path] = set()
-        self._model_key = " ".join(map(_model_key, (self.model, *companions(self.model, settings))))
+        self.model_key = " ".join(map(_model_key, (self.model, *companions(self.model, settings))))
         self._loaded: tuple[str, Any] | None = None
 
     @property
@@ -186,14 +193,18 @@ class Studio:
         if None in paths:
             pipeline = self._pipeline(dtype)
             with adapted(pipeline, adapter, self.base):
-                for index, (shot, key) in enumerate(zip(self.shots, keys, strict=True)):
+                for index, shot in enumerate(self.shots):
                     if paths[index] is None:
+                        group = self._drawn_together(index, [number for number, path in enumerate(paths) if not path])
                         what = f"{shot.label}: {shot.prompt.width} × {shot.prompt.height} pixels do not fit into memory"
                         advice = "Give it a smaller --w and --h; pictures that are drawn stay."
                         with enough_memory(what, self.device, advice):
-                            picture = draw_picture(pipeline, self.kind, shot, self.device, dtype)
-                        name = f"{shot.number:02d}_seed{shot.seed}_{label}_{key}.png"
-                        paths[index] = _write_png(self.folder / name, picture)
+                            shots = [self.shots[number] for number in group]
+                            pictures = draw_pictures(pipeline, self.kind, shots, self.device, dtype)
+                        for number, picture in zip(group, pictures, strict=True):
+                            other = self.shots[number]
+                            name = f"{other.number:02d}_seed{other.seed}_{label}_{keys[number]}.png"
+                            paths[number] = _write_png(self.folder / name, picture)
                     if progress:
                         progress(index + 1, len(self.shots))
                     path = paths[index]
@@ -203,6 +214,17 @@ class Studio:
         self._used.update(complete)
         return complete
 
+    def _drawn_together(self, first: int, missing: Sequence[int]) -> list[int]:
+        """The shot `first`, and those of the missing ones that go through the model with it."""
+        prompt = self.shots[first].prompt
+        same = [number for number in missing if _settings(self.shots[number].prompt) == _settings(prompt)]
+        return same[: max(1, self._pixels_at_once // (prompt.width * prompt.height))]
+
+    def release(self) -> None:
+        """Forget the loaded model, until the next picture is drawn."""
+        self._loaded = None
+        gc.collect()
+
     def _key(self, shot: Shot, contents: str, dtype: str) -> str:
         """A hash of everything that decides a picture; `contents` are the adapter's hashes, "" without one."""
         import diffusers
@@ -210,7 +232,7 @@ class Studio:
 
         facts = {
             "algorithm": _ALGORITHM,
-            "model": self._model_key,
+            "model": self.model_key,
             "adapter": contents,
             "prompt": asdict(shot.prompt),
             "seed": shot.start,
@@ -222,8 +244,7 @@ class Studio:
 
     def _pipeline(self, dtype: str) -> Any:
         if self._loaded is None or self._loaded[0] != dtype:
-            self._loaded = None  # two of them may not fit into memory
-            gc.collect()
+            self.release()  # two of them may not fit into memory
             self._loaded = (dtype, open_pipeline(self.model, device=self.device, dtype=dtype, settings=self.settings))
         return self._loaded[1]
 
@@ -290,23 +311,37 @@ def draw_picture(
 
     encoded: arguments of the pipeline instead of the prompt's texts. Raises NonFinite if the picture is NaN.
     """
+    return draw_pictures(pipeline, kind, [shot], device, dtype, encoded)[0]
+
+
+def draw_pictures(
+    pipeline: Any,
+    kind: Kind,
+    shots: Sequence[Shot],
+    device: str,
+    dtype: str,
+    encoded: Mapping[str, Any] | None = None,
+) -> list[Picture]:
+    """Draw shots that differ in texts and seeds alone, all at once; otherwise as `draw_picture`."""
     import numpy as np
     import torch
     from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-    prompt, vae = shot.prompt, pipeline.vae
+    prompt, vae = shots[0].prompt, pipeline.vae
     stride = pipeline.vae_scale_factor
     width, height = (side // (kind.patch * stride) * kind.patch * stride for side in (prompt.width, prompt.height))
-    generator = torch.Generator().manual_seed(shot.start)
+    generators = [torch.Generator().manual_seed(shot.start) for shot in shots]
     # Float32 on the CPU gives the same noise on every machine and in every precision.
-    noise = torch.randn((1, vae.config.latent_channels, height // stride, width // stride), generator=generator)
+    size = (1, vae.config.latent_channels, height // stride, width // stride)
+    noise = torch.cat([torch.randn(size, generator=generator) for generator in generators])
     noise = noise.to(device, getattr(torch, dtype))
-    texts = {"prompt": prompt.prompt} | ({"negative_prompt": prompt.negative} if kind.negative else {})
+    texts = {"prompt": [shot.prompt.prompt for shot in shots]}
+    texts |= {"negative_prompt": [shot.prompt.negative for shot in shots]} if kind.negative else {}
     cuda = [device] if device.startswith("cuda") else []
     with torch.no_grad(), torch.random.fork_rng(cuda), _sampled_by(pipeline, prompt.sampler):
         latents = pipeline(
-            latents=pixel_unshuffle(noise, 2).flatten(2).mT if kind.packed else noise,  # [1, h/2 · w/2, 4c] if packed
-            generator=generator,
+            latents=pixel_unshuffle(noise, 2).flatten(2).mT if kind.packed else noise,  # [n, h/2 · w/2, 4c] if packed
+            generator=generators,
             width=width,
             height=height,
             num_inference_steps=prompt.steps,
@@ -316,15 +351,21 @@ def draw_picture(
             **texts if encoded is None else encoded,
         )[0]
         if kind.packed:
-            latents = pixel_shuffle(latents.mT.reshape(1, -1, noise.shape[2] // 2, noise.shape[3] // 2), 2)
+            latents = pixel_shuffle(latents.mT.reshape(len(shots), -1, noise.shape[2] // 2, noise.shape[3] // 2), 2)
         # Each VAE knows how its latents were scaled; SDXL's overflows in half precision.
         latents = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
         with torch.autocast(device.partition(":")[0], enabled=False):
-            (pixels,) = vae.float().decode(latents, return_dict=False)[0]
-    if not pixels.isfinite().all():
-        raise NonFinite(f"{shot.label}: becomes no picture in {dtype}, but NaN.")
-    picture: Picture = np.rint((pixels / 2 + 0.5).clamp(0, 1).cpu().permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-    return picture
+            decoded = vae.float().decode(latents, return_dict=False)[0]  # [n, 3, height, width]
+    for shot, pixels in zip(shots, decoded, strict=True):
+        if not pixels.isfinite().all():
+            raise NonFinite(f"{shot.label}: becomes no picture in {dtype}, but NaN.")
+    scaled = (decoded / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy() * 255
+    return [np.rint(picture).astype(np.uint8) for picture in scaled]
+
+
+def _settings(prompt: Prompt) -> Prompt:
+    """What the pictures of a batch have in common."""
+    return replace(prompt, prompt="", negative="", seed=None)
 
 
 @contextmanager

@@ -122,6 +122,7 @@ def documents(adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ["demo", "-o", tmp_path / "demo"],
         ["shrink", "-o", tmp_path / "shrunk", adapter, missing],
         ["pack", "-o", tmp_path / "packed.safetensors", adapter],
+        ["evidence", lorashrink_example.path("model"), adapter, "-o", tmp_path / "evidence", "--plan"],
         ["unpack", "-o", tmp_path / "unpacked.safetensors", tmp_path / "packed.safetensors"],
     ]
     merge = ["merge", f"{adapter}:0.5", "-o", tmp_path / "m.safetensors"]

@@ -1,0 +1,1 @@
+"""Curves of quality over size, measured on anyone's model and adapters."""

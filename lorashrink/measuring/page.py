@@ -1,0 +1,186 @@
+"""The pages of a study: in HTML, one file with all that it shows, and in Markdown with its figures beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from lorashrink._version import __version__
+from lorashrink.reports.card import plain as markdown_text
+from lorashrink.reports.page import new_environment, rendered
+from lorashrink.reports.tables import Column
+from lorashrink.results.evidence import Evidence
+from lorashrink.results.shown import plain
+from lorashrink.text import count_text, decibel_text, size_text
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+_NONE = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row of a table in HTML."""
+
+    item: Any  # Measured, Reached or Difference
+    attributes: dict[str, str]
+
+
+def web_page(result: Evidence) -> bytes:
+    """The page as UTF-8."""
+    from lorashrink.plots.style import ROLES
+
+    return rendered(
+        "evidence.html",
+        title=result.model,
+        facts=facts_line(result),
+        result=result,
+        figures={f"curves-{number}": figure for number, figure in enumerate(_figures(result))},
+        figure_colours=ROLES,
+        difference_columns=_DIFFERENCES,
+        differences=[_Row(item, {"class": "chosen"} if not item.adapter else {}) for item in result.differences],
+        reached_columns=_REACHED,
+        reached=[_Row(item, {}) for item in result.reached],
+        point_columns=_POINTS,
+        points=[_Row(item, {}) for item in result.results],
+        off=prediction_error(result),
+        numbers=_numbers(result),
+    )
+
+
+def markdown_page(result: Evidence, figures: Path) -> bytes:
+    """The page as UTF-8; its figures are written into a folder, which is below that of the page."""
+    from lorashrink.plots import style
+    from lorashrink.plots.rates import size_and_quality
+
+    figures.mkdir(exist_ok=True)
+    names = []
+    for number, adapter in enumerate(result.adapters):
+        style.save(size_and_quality(result, adapter.name), figures / f"{number}.png")
+        names.append((adapter.name, f"{figures.name}/{number}.png"))
+    environment = new_environment(autoescape=False)
+    environment.filters["plain"] = markdown_text
+    text = environment.get_template("evidence.md").render(
+        version=__version__,
+        result=result,
+        facts=facts_line(result),
+        figures=names,
+        difference_columns=_DIFFERENCES,
+        differences=[_Row(item, {}) for item in result.differences],
+        reached_columns=_REACHED,
+        reached=[_Row(item, {}) for item in result.reached],
+        off=prediction_error(result),
+    )
+    return text.encode()
+
+
+def facts_line(result: Evidence) -> str:
+    """What was measured, in one line."""
+    pictures = sum(adapter.pictures for adapter in result.adapters)
+    return (
+        f"{result.kind}, {count_text(len(result.adapters), 'adapter')}, {count_text(len(result.curves), 'method')}, "
+        f"{count_text(len(result.results), 'file')}, {count_text(pictures, 'prompt and seed', 'prompts and seeds')}, "
+        f"drawn in {result.dtype} on {result.device.partition(':')[0]}"
+    )
+
+
+def prediction_error(result: Evidence) -> float | None:
+    """How far predictions are from what was seen, root mean square in dB, between 24 and 50 dB."""
+    pairs = [
+        (point.predicted_db, point.mean_db)
+        for point in result.results
+        if point.predicted_db is not None and not point.plain and 24 < point.mean_db < 50
+    ]
+    return fmean((predicted - seen) ** 2 for predicted, seen in pairs) ** 0.5 if pairs else None
+
+
+def _figures(result: Evidence) -> list[Markup]:
+    from markupsafe import Markup
+
+    from lorashrink.plots.rates import size_and_quality
+    from lorashrink.plots.style import inline_svg
+
+    figures = []
+    for number, adapter in enumerate(result.adapters):
+        name = f"figure-curves-{number}"
+        svg = inline_svg(size_and_quality(result, adapter.name), name)
+        figures.append(Markup(svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-caption" ', 1)))
+    return figures
+
+
+def _numbers(result: Evidence) -> Markup:
+    from jinja2.utils import htmlsafe_json_dumps
+
+    return htmlsafe_json_dumps(plain(asdict(result)), allow_nan=False, separators=(",", ":"))
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def _column(head: str, meaning: str, value: Callable[[_Row], float | None], text: Callable[[float], str]) -> Column:
+    def text_of(row: _Row) -> str:
+        number = value(row)
+        return _NONE if number is None else text(number)
+
+    return Column(head, meaning, text_of, value)
+
+
+def _of(name: str) -> Callable[[_Row], float | None]:
+    return lambda row: getattr(row.item, name)
+
+
+def _interval(row: _Row, names: Sequence[str], form: Callable[[float], str]) -> str:
+    value, low, high = (getattr(row.item, name) for name in names)
+    return _NONE if value is None else f"{form(value)} ({form(low)} to {form(high)})"
+
+
+def _signed(level: float) -> str:
+    return f"{level:+.1f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+_DIFFERENCES = (
+    Column("method", "and dtype", lambda row: row.item.curve, code=True),
+    Column("adapter", "of the study", lambda row: row.item.adapter or "mean of all"),
+    Column(
+        "dB at equal size",
+        "Bjøntegaard difference of the mean PSNR, with the 95 % interval over the prompts",
+        lambda row: _interval(row, ("decibels", "decibels_low", "decibels_high"), _signed),
+        _of("decibels"),
+    ),
+    Column(
+        "size at equal quality",
+        "Bjøntegaard difference in bytes of tensors, as a share, with the 95 % interval over the prompts",
+        lambda row: _interval(row, ("rate", "rate_low", "rate_high"), _percent),
+        _of("rate"),
+    ),
+)
+
+_REACHED = (
+    Column("adapter", "of the study", lambda row: row.item.adapter),
+    Column("method", "and dtype", lambda row: row.item.curve, code=True),
+    _column("tensors", "bytes without the header", _of("payload"), size_text),
+    _column("file", "bytes with the header", _of("bytes"), size_text),
+    _column("worst picture", "PSNR of the worst picture at this size", _of("worst_db"), decibel_text),
+)
+
+_POINTS = (
+    Column("adapter", "of the study", lambda row: row.item.adapter),
+    Column("method", "and dtype", lambda row: row.item.curve, code=True),
+    _column("tensors", "bytes without the header", _of("payload"), size_text),
+    _column("file", "bytes with the header", _of("bytes"), size_text),
+    _column("mean", "PSNR", _of("mean_db"), decibel_text),
+    _column("worst", "PSNR of the worst picture", _of("worst_db"), decibel_text),
+    _column("predicted", "mean PSNR", _of("predicted_db"), decibel_text),
+    _column("SSIM", "mean", lambda row: fmean(row.item.ssim), "{:.4f}".format),
+    _column("MS-SSIM", "mean", lambda row: fmean(row.item.ms_ssim), "{:.4f}".format),
+    Column("prompts", "with or without the words that call it", lambda row: "plain" if row.item.plain else "own"),
+    Column("recipe", "what is kept", lambda row: row.item.recipe, code=True),
+)
