@@ -42,7 +42,7 @@ WORK = {
     "read tensors": "lorashrink.files.store:TensorStore.read",
     "Gram matrices": "lorashrink.engine.spectrum:grams",
     "r×r algebra": "lorashrink.engine.spectrum:solve",
-    "form factors": "lorashrink.shrinking.write:truncate",
+    "form factors": "lorashrink.shrinking.write:truncate_together",
     "write tensors": "lorashrink.files.writing:SafetensorsWriter.write",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 # Tried in this order, so a longer prefix stands before one that it begins with.
 PREFIXES: tuple[tuple[str, str], ...] = (
@@ -37,19 +38,22 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("text_encoders.t5xxl.transformer.", "te3"),
     ("text_encoders.t5xxl.", "te3"),
 )
+_MEANINGS = dict(PREFIXES)
 # Any other text encoder that ComfyUI knows is the only one of its model.
-_OTHER_ENCODER = re.compile(r"text_encoders\.[^.]+\.(?:transformer\.)?")
+_PREFIX = re.compile("|".join([*map(re.escape, _MEANINGS), r"text_encoders\.[^.]+\.(?:transformer\.)?"]))
 
 # Old diffusers files name the attention processor instead of the projection, and omit the index
 # of the output projection's only layer; torch.compile adds a level. The last is a misspelling in published files.
+# Few names have the word, which is looked for first.
 _ALIASES = (
-    (re.compile(r"[._]processor(?=[._])"), ""),
-    (re.compile(r"([._])to_out$"), r"\1to_out\g<1>0"),
-    (re.compile(r"(?:(?<=[._])_|^)orig_mod[._]"), ""),  # of torch.compile
-    (re.compile(r"^sformer_blocks(?=[._])"), "transformer_blocks"),
+    ("processor", re.compile(r"[._]processor(?=[._])"), ""),
+    ("to_out", re.compile(r"([._])to_out$"), r"\1to_out\g<1>0"),
+    ("orig_mod", re.compile(r"(?:(?<=[._])_|^)orig_mod[._]"), ""),  # of torch.compile
+    ("sformer_blocks", re.compile(r"^sformer_blocks(?=[._])"), "transformer_blocks"),
 )
 
 
+@lru_cache(1 << 14)  # every step asks for the names of the same layers
 def address(name: str) -> tuple[str, str]:
     """(part of the model, module name with `_` for `.`) of an adapter layer.
 
@@ -57,27 +61,19 @@ def address(name: str) -> tuple[str, str]:
     from a flattened name, so the base's names are flattened too and compared.
     """
     part, rest = "", name
-    while prefix := _prefix(rest):
-        length, meaning = prefix
+    while prefix := _PREFIX.match(rest):
+        meaning = _MEANINGS.get(prefix[0], "te1")
         if part and meaning:
             break
-        part, rest = part or meaning, rest[length:]
+        part, rest = part or meaning, rest[prefix.end() :]
     return part, flat(rest)
-
-
-def _prefix(name: str) -> tuple[int, str] | None:
-    """(length, part that it means) of the prefix of a name, None if it has none."""
-    for prefix, meaning in PREFIXES:
-        if name.startswith(prefix):
-            return len(prefix), meaning
-    match = _OTHER_ENCODER.match(name)
-    return (match.end(), "te1") if match else None
 
 
 def flat(module: str) -> str:
     """A module name with `_` for `.`, in the one spelling that all its aliases share."""
-    for pattern, replacement in _ALIASES:
-        module = pattern.sub(replacement, module)
+    for word, pattern, replacement in _ALIASES:
+        if word in module:
+            module = pattern.sub(replacement, module)
     return module.replace(".", "_")
 
 

@@ -32,10 +32,10 @@ class Header:
         self._names = tuple(shapes)
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
-            self._shapes.setdefault(name, shape)
-            for index, letter in enumerate(name):
-                if letter == ".":
-                    self._shapes.setdefault(name[index + 1 :], shape)
+            ending = name
+            while ending:
+                self._shapes.setdefault(ending, shape)
+                ending = ending.partition(".")[2]
 
     def has(self, *endings: str) -> bool:
         """Whether every ending is that of a tensor."""

@@ -174,10 +174,12 @@ def _is_beside(start: str, modules: Mapping[str, Views]) -> bool:
 
 def _heads(module: str) -> Iterator[str]:
     """The keys under which the index may hold a name that fits."""
-    yield ""
-    for index, letter in enumerate(module):
-        if letter == ".":
-            yield module[: index + 1]
+    end = 0
+    while True:
+        yield module[:end]
+        end = module.find(".", end) + 1
+        if not end:
+            break
     yield module
 
 

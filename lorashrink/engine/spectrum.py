@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -103,7 +103,7 @@ class _Pair(NamedTuple):
     order: Tensor  # [r]: index of each singular value in the grid of products, first · (rank of second) + second
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Spectrum:
     """Singular values of one ΔW, and what it takes to truncate it.
 
@@ -122,7 +122,7 @@ class Spectrum:
     square: float | None = None  # ‖ΔW‖_F² of two factors, from their Gram matrices and not from `sigma`
     plain: _Plain | None = None  # with statistics
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The numerical rank: how many singular values are above rounding."""
         return int(np.count_nonzero(self._values > 0))
@@ -171,7 +171,7 @@ class Spectrum:
         down = ((right @ self.plain.grams.down) * right).sum(1).clamp(min=0).sqrt()
         return up.numpy(), down.numpy()
 
-    @property
+    @cached_property
     def _values(self) -> Values:
         # numpy's calls cost a tenth of torch's, which counts for thousands of layers
         return self.sigma.numpy()
@@ -276,9 +276,11 @@ class Cut(NamedTuple):
 def truncate_together(cuts: Sequence[Cut], device: str | torch.device) -> list[tuple[Tensor, Tensor]]:
     """`truncate` of many layers, in their order. On a GPU layers of equal shape and dtype are one product."""
     device = core_device(device)
+    if device.type == "cpu":
+        return [_truncated(cut, device) for cut in cuts]
     groups: dict[object, list[int]] = defaultdict(list)
     for index, (delta, spectrum, *_) in enumerate(cuts):
-        batched = device.type != "cpu" and isinstance(delta, Delta) and spectrum.left is not None
+        batched = isinstance(delta, Delta) and spectrum.left is not None
         groups[tuple((tensor.shape, tensor.dtype) for tensor in delta.tensors) if batched else index].append(index)
     results: dict[int, tuple[Tensor, Tensor]] = {}
     for indices in groups.values():

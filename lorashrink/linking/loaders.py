@@ -27,7 +27,7 @@ _ANY = frozenset((*LAYOUTS, OTHER))
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Layer names that a program reads: what they begin with, and the layouts of what follows.
+    """Layer names that a program reads: what they begin with, longest first, and the layouts of what follows.
 
     `families` are the models for which it does, none for all of them. `only` is what the rest of the name must fit,
     `beside` a tensor that the file must have. `multiplies` says that the program multiplies the factors, which PyTorch
@@ -49,7 +49,7 @@ class Names:
         """Whether this row reads a layer of this name, in a file for which it holds."""
         if not name.startswith(self.begins):
             return False
-        start = max((prefix for prefix in self.begins if name.startswith(prefix)), key=len)
+        start = next(prefix for prefix in self.begins if name.startswith(prefix))
         part, bare = _told(name)
         rest = name[len(start) :]
         if rest.startswith("_") or not (start or bare) or (self.only and not re.match(self.only, rest)):
@@ -125,7 +125,7 @@ def names(
     begins: str, layouts: str, families: str = "", *, only: str = "", beside: str = "", multiplies: str = ""
 ) -> Names:
     """A row; words in a text stand for several. The prefix `-` is none at all."""
-    prefixes = tuple("" if prefix == "-" else prefix for prefix in begins.split())
+    prefixes = tuple(sorted(("" if prefix == "-" else prefix for prefix in begins.split()), key=len, reverse=True))
     return Names(prefixes, _words(layouts), _words(families), only, beside, multiplies)
 
 
@@ -385,6 +385,12 @@ def layouts_of(family: str, module: str) -> frozenset[str]:
     return spelled or _ANY
 
 
+@lru_cache(1 << 10)  # a file has few endings, each of them thousands of times
+def _fits(endings: str, ending: str) -> bool:
+    """Whether this pattern is that of an ending."""
+    return re.fullmatch(endings, ending) is not None
+
+
 # --- which programs read a file -----------------------------------------------------------------
 
 
@@ -451,7 +457,7 @@ class _Reader:
         return [role for role, key in layer.keys.items() if not self._reads_ending(key[len(layer.name) :])]
 
     def _reads_ending(self, ending: str) -> bool:
-        return re.fullmatch(self.loader.endings, ending) is not None
+        return _fits(self.loader.endings, ending)
 
     def why_not(self) -> str:
         """What keeps the program from reading all of the adapter, "" if nothing does."""

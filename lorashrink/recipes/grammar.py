@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lorashrink.errors import RecipeError, nearest
 from lorashrink.recipes.habits import meant
@@ -81,7 +82,7 @@ def keys() -> list[str]:
     return [*TERMS, BYTES, *SELECTIONS, *MODIFIERS]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Recipe:
     """A parsed recipe. `str()` of it is canonical and parses back to an equal one."""
 
@@ -145,14 +146,14 @@ class Recipe:
         """The weight of `bytes`, 0 without it."""
         return dict(self.weights).get(BYTES, 0.0)
 
-    @property
+    @cached_property
     def normalised(self) -> dict[str, float]:
         """Weights of the score terms, divided by their sum; `bytes` is not among them."""
         terms = self._terms
         total = sum(terms.values())
         return {key: weight / total for key, weight in terms.items()}
 
-    @property
+    @cached_property
     def needs(self) -> frozenset[str]:
         """The `Term.needs` of all score terms with a weight."""
         return frozenset(TERMS[key].needs for key, weight in self.normalised.items() if weight)
@@ -162,7 +163,7 @@ class Recipe:
         """Which norms of the base weights the recipe uses: "fro", "spn"."""
         return (self.needs & NORMS).union(CAPS[key] for key in self.caps)
 
-    @property
+    @cached_property
     def judges_by_base(self) -> bool:
         """Whether a layer without a base weight has no score."""
         return bool(self.needs & {*NORMS, "weight"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import cached_property
+from functools import cache
 from typing import NamedTuple
 
 from lorashrink.adapters import Adapter, Layer, lora_form, peft
@@ -88,23 +88,20 @@ class Layout:
         self._converted = frozenset(position for position, layer in enumerate(self.layers) if not layer.family.written)
         # Layers whose core is multiplied into a factor, which may become larger than both.
         self._folded = frozenset(position for position, layer in enumerate(self.layers) if "mid" in layer.keys)
+        # Both are computed when they are needed, once for this layout and all that are made of it.
+        self._sizes = cache(self._all_sizes)
         self._groups: dict[tuple[int, int, str], Sizes.Group] = {}  # (position, rank, dtype) -> its tensors
 
     def of(self, recipe: Recipe) -> Layout:
         """The layout for a recipe that differs from this one's in its selection alone."""
-        layout = self._copy()
+        layout = copy(self)
         layout.recipe, layout.origin = recipe, replace(self.origin, recipe=str(recipe))
         return layout
 
     def in_dtypes(self, dtypes: Sequence[str]) -> Layout:
         """The layout with the layers in other dtypes."""
-        layout = self._copy()
-        layout.dtypes = dtypes
-        return layout
-
-    def _copy(self) -> Layout:
         layout = copy(self)
-        layout._sizes = self._sizes  # computed once for all of them
+        layout.dtypes = dtypes
         return layout
 
     def states_alpha(self, position: int) -> bool:
@@ -122,8 +119,9 @@ class Layout:
 
     def size(self, widths: Sequence[int], threshold: float | None, form: str | None = None) -> int:
         """Bytes of the file."""
-        groups = [self._sizes.group(self._copied), *(self._group(*item) for item in self._parts(widths, form))]
-        return self._sizes.size(groups, self.metadata(widths, threshold, form=form))
+        sizes = self._sizes()
+        groups = [sizes.group(self._copied), *(self._group(*item) for item in self._parts(widths, form))]
+        return sizes.size(groups, self.metadata(widths, threshold, form=form))
 
     def form_sizes(self, widths: Sequence[int], threshold: float | None) -> dict[str, int]:
         """Bytes of the file with all layers that are no LoRA left as they are, or all written as LoRA."""
@@ -190,8 +188,7 @@ class Layout:
         keys = [*layer.keys.values(), *layer.common.values()]
         return {key: self.adapter.store.tensors[key] for key in keys}
 
-    @cached_property
-    def _sizes(self) -> Sizes:
+    def _all_sizes(self) -> Sizes:
         tables = [self._copied]
         for position, options in enumerate(self.options):
             tables += [self.forms[position].tensors(1, dtype) for dtype in options]
@@ -202,7 +199,7 @@ class Layout:
     def _group(self, position: int, width: int) -> Sizes.Group:
         key = position, width, self.dtypes[position]
         if key not in self._groups:
-            self._groups[key] = self._sizes.group(self._of_layer(position, width))
+            self._groups[key] = self._sizes().group(self._of_layer(position, width))
         return self._groups[key]
 
     def metadata(

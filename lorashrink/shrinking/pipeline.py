@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from lorashrink.adapters import adapter_of
+from lorashrink.adapters import Adapter, adapter_of
 from lorashrink.errors import boundary
 from lorashrink.files.store import ComputedStore
-from lorashrink.linking.loaders import Loads, loads
+from lorashrink.linking.loaders import loads
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.ledger import Done, Ledger, Targets
@@ -23,7 +23,7 @@ from lorashrink.shrinking.plan import Plan, file_result
 from lorashrink.shrinking.reuse import OpenSource, own_base, recorded_results
 from lorashrink.shrinking.session import Session
 from lorashrink.shrinking.work import Work
-from lorashrink.shrinking.write import write
+from lorashrink.shrinking.write import Written, write
 from lorashrink.sums.summing import sources_of
 
 _IN_FLIGHT = 2  # adapters whose spectra are in memory: one is decomposed while another is written
@@ -95,32 +95,27 @@ def _finish(work: Work, session: Session, ledger: Ledger) -> None:
     done = None
     with boundary(source.path, partial(ledger.fail, source.path)), closing(work.adapter):
         plans = work.plans()
-        warnings: Mapping[Path, list[str]] = {}
+        written: Mapping[Path, Written] = {}
         if not options.dry_run:
             report = session.reporter(f"writing {source.path.name}")
             most = session.job.most_share * sum(path.stat().st_size for path in work.adapter.store.files)
             worthy = {path: plan for path, plan in plans.items() if plan.nbytes <= most}
-            warnings = write(worthy, pool=session.pool, device=session.device, progress=report) if worthy else {}
+            written = write(worthy, pool=session.pool, device=session.device, progress=report) if worthy else {}
         base, sources = own_base(source.against, session), sources_of(work.adapter)
+        family = source.against.base.family.name if source.against.base else None
         results = []
         for path, plan in plans.items():
-            result = file_result(
-                plan,
-                path,
-                started=work.started,
-                with_quantiles=options.quantiles,
-                warnings=warnings.get(path, ()),
-            )
-            results.append(replace(result, base=base, sources=sources, loads=_loads_of(plan, source)))
+            adapter, warnings = written.get(path) or (planned_adapter(plan), ())
+            result = file_result(plan, path, started=work.started, with_quantiles=options.quantiles, warnings=warnings)
+            readers = loads(replace(adapter, as_folder=plan.adapter.as_folder), family)
+            results.append(replace(result, base=base, sources=sources, loads=readers))
         traced = {path: recipe for path, recipe in work.traced.items() if path in plans or path not in work.outputs}
         done = Done(source.path, (*work.skipped, *results), source.trace(traced))
     if done:
         ledger.add(done)
 
 
-def _loads_of(plan: Plan, source: OpenSource) -> Loads:
-    """Which programs load the output, from what its header says."""
-    adapter, base = plan.adapter, source.against.base
+def planned_adapter(plan: Plan) -> Adapter:
+    """The output as a reader of its header will find it."""
     unread = {key: (info, lambda: torch.empty(0)) for key, info in plan.tensors.items()}
-    written = adapter_of(adapter.path, ComputedStore(adapter.path, unread, plan.metadata, ()), plan.settings)
-    return loads(replace(written, as_folder=adapter.as_folder), base.family.name if base else None)
+    return adapter_of(plan.adapter.path, ComputedStore(plan.adapter.path, unread, plan.metadata, ()), plan.settings)

@@ -143,7 +143,7 @@ class Prepared:
         check_output(path, force=force, inputs=list(self.adapter.store.files))
         planned = self._plan(recipe, dtype)
         with worker_pool(self._options.jobs) as pool:
-            warnings = write({path: planned}, pool=pool, device=self._device)[path]
+            warnings = write({path: planned}, pool=pool, device=self._device)[path].warnings
         return file_result(planned, path, started=self._work.started, warnings=warnings)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lorashrink.adapters import Layer, adapter_of, peft
+from lorashrink.adapters import Adapter, Layer, adapter_of, peft
 from lorashrink.engine.accelerators import computed
 from lorashrink.engine.delta import AnyDelta, Delta
 from lorashrink.engine.devices import core_device
@@ -50,20 +50,26 @@ R = TypeVar("R")
 Changes = dict[int, float]  # index of a layer -> ‖ΔW'' − ΔW'‖_F by rounding to 8 bits
 
 
+class Written(NamedTuple):
+    """An output that was written and read back."""
+
+    adapter: Adapter  # as a reader of the file finds it; the file is closed
+    warnings: list[str]  # about layers whose numbers are too small for the dtype
+
+
 def write(
     plans: Mapping[Path, Plan],
     *,
     pool: Executor,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> dict[Path, list[str]]:
+) -> dict[Path, Written]:
     """Compute and write the outputs of one adapter; each layer is read once for all of them.
 
-    Every file is complete, checked against the norms of its input and on the disk before it gets its name. Returns
-    warnings by output, about layers whose numbers are too small for the dtype. Raises OutputError, after which no
-    unfinished output of this adapter is left.
+    Every file is complete, checked against the norms of its input and on the disk before it gets its name. Raises
+    OutputError, after which no unfinished output of this adapter is left.
     """
-    warnings = {}
+    written = {}
     layers = next(iter(plans.values())).adapter.layers
     steps = _Steps(progress, len(layers) + sum(len(plan.written) for plan in plans.values()))
     with ExitStack() as stack:
@@ -73,7 +79,17 @@ def write(
             )
             for path, plan in plans.items()
         ]
-        _run(pool, _chunks(range(len(layers))), lambda chunk: _write_layers(chunk, outputs, device), steps)
+        # A GPU computes many layers at once, which are in memory together.
+        together = 1 if core_device(device).type == "cpu" else _CHUNK
+
+        def write_layers(chunk: Sequence[int]) -> None:
+            for start in range(0, len(chunk), together):
+                deltas: dict[int, AnyDelta] = {}
+                for plan, writer, changes in outputs:
+                    for key, value in _values(plan, chunk[start : start + together], deltas, device, changes):
+                        writer.write(key, value)
+
+        _run(pool, _chunks(range(len(layers))), write_layers, steps)
         for plan, writer, _ in outputs:
             for key in plan.verbatim:
                 writer.copy(key, plan.adapter.store, key)
@@ -82,20 +98,19 @@ def write(
             pool.submit(hashes.with_hashes, plan.metadata, plan.arrangement, writer.data_chunks)
             for plan, writer, _ in outputs
         ]
-        for output, entries in zip(outputs, hashed, strict=True):
-            plan, writer, _ = output
+        for (plan, writer, changes), entries in zip(outputs, hashed, strict=True):
             writer.flush()
             with writer.opened() as store:
                 names = writer.readable_names()
-                warnings[writer.path] = _verify(plan, writer.path, names, store, output.changes, pool, device, steps)
+                written[writer.path] = _verify(plan, writer.path, names, store, changes, pool, device, steps)
             writer.replace_metadata(entries.result())
             folder = writer.path.parent
             writer.commit({folder / peft.CONFIG_FILE: peft.to_file(plan.settings)} if plan.adapter.as_folder else None)
-    return warnings
+    return written
 
 
 def compute(plan: Plan, *, pool: Executor, device: str = "cpu") -> tuple[dict[str, Tensor], list[str]]:
-    """(the tensors of an output on the CPU, warnings as those of `write`), checked in the same way but not written.
+    """(the tensors of an output on the CPU, the warnings of `Written`), checked in the same way but not written.
 
     Raises OutputError as `write`.
     """
@@ -109,9 +124,8 @@ def compute(plan: Plan, *, pool: Executor, device: str = "cpu") -> tuple[dict[st
     for values in _run(pool, _chunks(range(len(layers))), of_chunk, _Steps(None, 0)):
         tensors |= values
     made = MemoryStore(str(plan.adapter.path), tensors, plan.metadata)
-    return tensors, _verify(
-        plan, Path("the shrunk adapter"), set(tensors), made, changes, pool, device, _Steps(None, 0)
-    )
+    name = Path("the shrunk adapter")
+    return tensors, _verify(plan, name, set(tensors), made, changes, pool, device, _Steps(None, 0)).warnings
 
 
 class _Output(NamedTuple):
@@ -150,16 +164,6 @@ def _run(pool: Executor, chunks: Sequence[Sequence[T]], task: Callable[[Sequence
             future.cancel()
 
 
-def _write_layers(indices: Sequence[int], outputs: Sequence[_Output], device: str) -> None:
-    # A GPU computes many layers at once, which are in memory together.
-    size = 1 if core_device(device).type == "cpu" else len(indices)
-    for start in range(0, len(indices), size):
-        deltas: dict[int, AnyDelta] = {}
-        for output in outputs:
-            for key, value in _values(output.plan, indices[start : start + size], deltas, device, output.changes):
-                output.writer.write(key, value)
-
-
 def _values(
     plan: Plan, indices: Sequence[int], deltas: dict[int, AnyDelta], device: str, changes: Changes
 ) -> Iterator[tuple[str, Tensor]]:
@@ -173,29 +177,22 @@ def _values(
         delta = deltas[planned.index] = deltas.get(planned.index) or planned.layer.delta
         cuts.append(Cut(delta, planned.spectrum, planned.kept, planned.caps, planned.width, plan.baked(planned)))
     for planned, (up, down) in zip(written, truncate_together(cuts, device), strict=True):
-        yield from _tensors(plan, planned, up, down, changes)
-
-
-def _tensors(
-    plan: Plan, planned: LayerPlan, up: Tensor, down: Tensor, changes: Changes
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a layer with these factors, in their dtypes."""
-    layer, width, scale = planned.layer, planned.width, plan.baked(planned)
-    if planned.dtype == FP8:
-        rounded = to_float8(up, down, *(planned.energies() or ()))
-        up, down = rounded.up, rounded.down
-        # readers multiply with what the factors lack
-        changes[planned.index] = rounded.error * abs(plan.recipe.rescale / scale)
-    _, family, keys, infos = planned.form
-    assert family.written
-    values = dict(family.pack(up, down) if family.pack else {"up": up, "down": down})
-    values["alpha"] = torch.tensor(float(plan.alpha))
-    if "bias" in keys:
-        # read at the scale of the factors, which is inside them now
-        values["bias"] = layer.store.read(keys["bias"]).float() * (layer.scale * scale)
-    for role in (*family.written(infos, width), *({"bias"} & keys.keys())):
-        info = plan.tensors[keys[role]]
-        yield keys[role], values[role].to(torch_dtype(info.dtype)).reshape(info.shape)
+        layer, scale = planned.layer, plan.baked(planned)
+        if planned.dtype == FP8:
+            rounded = to_float8(up, down, *(planned.energies() or ()))
+            up, down = rounded.up, rounded.down
+            # readers multiply with what the factors lack
+            changes[planned.index] = rounded.error * abs(plan.recipe.rescale / scale)
+        _, family, keys, infos = planned.form
+        assert family.written
+        values = dict(family.pack(up, down) if family.pack else {"up": up, "down": down})
+        values["alpha"] = torch.tensor(float(plan.alpha))
+        if "bias" in keys:
+            # read at the scale of the factors, which is inside them now
+            values["bias"] = layer.store.read(keys["bias"]).float() * (layer.scale * scale)
+        for role in (*family.written(infos, planned.width), *({"bias"} & keys.keys())):
+            info = plan.tensors[keys[role]]
+            yield keys[role], values[role].to(torch_dtype(info.dtype)).reshape(info.shape)
 
 
 def _verify(
@@ -207,8 +204,8 @@ def _verify(
     pool: Executor,
     device: str,
     steps: _Steps,
-) -> list[str]:
-    """Open the output as every loader does, and compare the norm of each layer with the input's; warnings."""
+) -> Written:
+    """Open the output as every loader does, and compare the norm of each layer with the input's."""
     by_name = {layer.name: layer for layer in plan.adapter.layers}
     gone = {key for name in plan.removed for key in (by_name[name].keys.values() if name in by_name else [name])}
     replaced = {key for planned in plan.written.values() for key in planned.layer.keys.values()}
@@ -219,21 +216,23 @@ def _verify(
     for planned in plan.written.values():
         by_width[planned.width].append(planned)
     chunks = [chunk for layers in by_width.values() for chunk in _chunks(layers)]
-    written = {layer.name: layer for layer in adapter_of(path, store, plan.settings)}
-    flushed = _run(pool, chunks, lambda chunk: _check_norms(plan, path, changes, written, chunk, device), steps)
-    return below_precision([name for names in flushed for name in names])
+    adapter = adapter_of(path, store, plan.settings)
+    layers = {layer.name: layer for layer in adapter}
+    flushed = _run(pool, chunks, lambda chunk: below_tolerance(plan, path, changes, layers, chunk, device), steps)
+    return Written(adapter, below_precision([name for names in flushed for name in names]))
 
 
-def _check_norms(
+def below_tolerance(
     plan: Plan, path: Path, changes: Changes, written: Mapping[str, Layer], chunk: Sequence[LayerPlan], device: str
 ) -> list[str]:
-    """Compare what a reader of the file gets, scale included, with what was to be kept.
+    """The names of layers whose numbers are too small for the dtype, where that is nothing beside the file.
 
-    Returns the names of layers whose numbers are too small for the dtype, where that is nothing beside the file.
+    The norms of layers of one width as a reader of the file gets them, scale included, are compared with what was to
+    be kept. Raises OutputError where they differ otherwise.
     """
     layers = [written[planned.form.name] for planned in chunk]
     deltas = [delta for layer in layers for delta in [layer.delta] if isinstance(delta, Delta)]
-    squares = computed(_squares, deltas, core_device(device))
+    squares = computed(lambda deltas, gpu: grams(deltas, gpu).squares()[0].tolist(), deltas, core_device(device))
     rescale, flushed = abs(plan.recipe.rescale), []
     for planned, layer, square in zip(chunk, layers, squares, strict=True):
         norm = abs(layer.scale) * math.sqrt(max(0.0, square))  # NaN, if a number overflowed, compares as wrong
@@ -257,9 +256,3 @@ def _check_norms(
             )
         flushed.append(layer.name)
     return flushed
-
-
-def _squares(deltas: Sequence[Delta], device: torch.device) -> list[float]:
-    """‖up · down‖_F² of each layer; they are of equal rank."""
-    squares: list[float] = grams(deltas, device).squares()[0].tolist()
-    return squares
