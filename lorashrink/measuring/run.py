@@ -488,7 +488,15 @@ class _Subject:
         path = self.source
         if not self._is_lora:
             path = self._folder / "whole.safetensors"
-            report = resize(self.source, recipes="energy=1", form="lora", dtype="fp32", output=path, force=True)
+            report = resize(
+                self.source,
+                base=self.study.studio.model,
+                recipes="energy=1",
+                form="lora",
+                dtype="fp32",
+                output=path,
+                force=True,
+            )
             if report.failed:
                 raise InputError(report.failed[0].error)
         self.study.studio.check(path)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from typer.testing import CliRunner
 
@@ -160,6 +162,19 @@ def test_packed_files_count_without_their_metadata(tmp_path: Path) -> None:
     (point,) = result.results
     assert 55_000 < point.payload <= 60_000
     assert point.bytes > point.payload
+
+
+def test_an_adapter_that_is_no_lora_is_drawn_as_one(tmp_path: Path) -> None:
+    """A LoKr of rank 2 whose larger factor is a product: w1 ⊗ (a·b). Only the base tells that the layer is linear."""
+    layer, generator = "lora_unet_input_blocks_1_0_emb_layers_1", torch.Generator().manual_seed(0)
+    shapes = {"lokr_w1": (4, 4), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 32)}
+    tensors = {f"{layer}.{key}": torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    save_file(tensors | {f"{layer}.alpha": torch.tensor(2.0)}, tmp_path / "lokr.safetensors")
+    result = study(tmp_path / "lokr.safetensors", tmp_path / "out", ["rank fp16"], sizes=(5_000,), steps=1)
+    assert not result.failed
+    (point,) = result.results
+    assert 8 * (32 + 128) * 2 <= point.payload < 2600  # all of it in fp16: rank 4 × 2
+    assert point.mean_db > 50
 
 
 # --- before any drawing --------------------------------------------------------------------------
