@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # source, recipe, file -> what the recipe makes of it; nothing is written without a file.
 Resize = Callable[[Path, Recipe, Path | None], FileResult]
 
-# A picture that is worse by this many dB than wanted needs no other picture beside it.
+# A picture that is worse by this many dB than the target needs no other picture beside it.
 _HOPELESS = 4.0
 
 
@@ -80,14 +80,14 @@ class Series:
         self._reference = dict(zip(self._shots, self._before, strict=True))
         self._levels: dict[Shot, float] = {}
 
-    def worst(self, file: Path, wanted: float) -> float:
+    def worst(self, file: Path, target: float) -> float:
         """PSNR in dB of the worst picture that calls the adapter; drawing ends at one that is hopeless."""
         # The worst prompt of the last size is likely to be the worst again.
         shots = [shot for shot, calls in zip(self._shots, self._calling, strict=True) if calls]
         shots.sort(key=lambda shot: self._levels.get(shot, math.inf))
 
         def hopeless(index: int, path: Path) -> bool:
-            return self._level(shots[index], path) < wanted - _HOPELESS
+            return self._level(shots[index], path) < target - _HOPELESS
 
         paths = self._draw(file, "candidate", shots, hopeless)
         levels = {shot: self._level(shot, path) for shot, path in zip(shots, paths, strict=False)}
@@ -138,7 +138,7 @@ def recipe_by_pictures(
                 return -math.inf
             return series.worst(file, level.worst)
 
-    size = smallest_size(worst_at, guess=guess, most=most, wanted=level.worst)
+    size = smallest_size(worst_at, guess=guess, most=most, target=level.worst)
     return None if size is None else Recipe.parse(method.of_size(size))
 
 

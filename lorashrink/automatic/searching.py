@@ -12,15 +12,15 @@ _GAIN, _LEAST_GAIN, _MOST_GAIN = 12.0, 4.0, 30.0
 
 _CLOSE = 1.1  # two sizes of a smaller ratio are not told apart
 
-_MARGIN, _ENOUGH = 0.4, 1.0  # dB above what is wanted: what is aimed at, and what needs no further search
+_MARGIN, _ENOUGH = 0.4, 1.0  # dB above the target: what is aimed at, and what needs no further search
 
 DRAWS = 6
 
 
 def smallest_size(
-    worst_at: Callable[[float], float], *, guess: float, most: float, wanted: float, draws: int = DRAWS
+    worst_at: Callable[[float], float], *, guess: float, most: float, target: float, draws: int = DRAWS
 ) -> float | None:
-    """The smallest of the sizes tried at which `worst_at` is at least `wanted`, None if none is.
+    """The smallest of the sizes tried at which `worst_at` is at least `target`, None if none is.
 
     worst_at: PSNR in dB of the worst picture at a size in bytes, -inf if there is no file of that size; it rises with
     the size, mostly. guess: the size that is tried first. most: no larger size is tried. The search is a bisection of
@@ -31,19 +31,19 @@ def smallest_size(
     size = min(guess, most)
     for _ in range(draws):
         levels[size] = worst_at(size)
-        if levels[size] >= wanted:
+        if levels[size] >= target:
             high = min(high, size)
-            if levels[size] <= wanted + _ENOUGH:
+            if levels[size] <= target + _ENOUGH:
                 break
         else:
             low = max(low, size)
         if low >= min(most, high / _CLOSE):
             break
-        size = _next_size(levels, size, low, min(high, most), wanted)
+        size = _next_size(levels, size, low, min(high, most), target)
     return high if math.isfinite(high) else None
 
 
-def _next_size(levels: dict[float, float], size: float, low: float, high: float, wanted: float) -> float:
+def _next_size(levels: dict[float, float], size: float, low: float, high: float, target: float) -> float:
     level = levels[size]
     if not math.isfinite(level):
         return math.sqrt(size * high)
@@ -51,7 +51,7 @@ def _next_size(levels: dict[float, float], size: float, low: float, high: float,
     drawn = sorted((size, level) for size, level in levels.items() if math.isfinite(level))
     gains = [(upper - lower) / math.log2(large / small) for (small, lower), (large, upper) in pairwise(drawn)]
     gain = min(max(fmean(gains), _LEAST_GAIN), _MOST_GAIN) if gains else _GAIN
-    step = min(max((wanted + _MARGIN - level) / gain, -2.0), 2.0)
+    step = min(max((target + _MARGIN - level) / gain, -2.0), 2.0)
     proposed = size * 2**step
     inside = low * _CLOSE < proposed < high / _CLOSE
     if inside or (high not in levels and max(proposed, low * _CLOSE) >= high):

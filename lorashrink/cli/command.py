@@ -6,8 +6,7 @@ import contextlib
 import functools
 import inspect
 import logging
-import signal
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn
 
@@ -18,12 +17,11 @@ from lorashrink.cli.conditions import Condition, Measure
 from lorashrink.cli.help import print_help_all
 from lorashrink.cli.printing import print_json, say
 from lorashrink.cli.progress import progress_bars
+from lorashrink.cli.signals import ended_by_signals
 from lorashrink.errors import Progress, explained
 from lorashrink.files.disk import count_finished, discard_unfinished
 from lorashrink.results.shown import plain
 from lorashrink.text import count_text, printable
-
-_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 EXIT_SOME_FAILED, EXIT_NOTHING_DONE, EXIT_CONDITION, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -136,7 +134,7 @@ def _session(name: str, as_json: bool, verbose: int, quiet: bool, debug: bool) -
         handler.setFormatter(_Formatter("%(message)s"))
     finished = count_finished()
     try:
-        with _ended_by_signals(), progress_bars(quiet) as progress:
+        with ended_by_signals(), progress_bars(quiet) as progress:
             yield progress
     except (typer.Exit, typer.Abort):
         raise
@@ -159,37 +157,6 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), keep="\n\t")
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """The first signal to end is a KeyboardInterrupt in the main thread, and there is no second one."""
-
-    def interrupt(*_: object) -> NoReturn:
-        for number in _ENDING:  # unfinished files are deleted now, and a second signal must not stop that
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in _ENDING}
-    heard = [number for number in _ENDING if before[number] is not signal.SIG_IGN]  # under nohup not all of them
-    try:
-        with contextlib.suppress(ValueError):  # not in the main thread
-            for number in heard:
-                signal.signal(number, interrupt)
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        _restore(before)
-        raise
-    else:
-        _restore(before)
-
-
-def _restore(handlers: Mapping[int, Any]) -> None:
-    with contextlib.suppress(ValueError, TypeError):
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -72,7 +72,7 @@ def print_comparison(comparison: Comparison, terminal: Terminal) -> None:
             f"{size_text(side.bytes)}, {count_text(side.layers, 'layer')} of rank {ranks}, {side.algo}, {side.dtype}"
         )
         console.print(f"{letter} {side.path}: {facts}")
-    console.print(_verdict(comparison.total, comparison.b.bytes / comparison.a.bytes))
+    console.print(verdict(comparison.total, comparison.b.bytes / comparison.a.bytes))
 
 
 def _one_line(text: str | None) -> str:
@@ -83,7 +83,7 @@ def _one_line(text: str | None) -> str:
     return line if len(line) <= 60 else f"{line[:57]}..."
 
 
-def _verdict(total: BlockDifference, bytes_kept: float) -> str:
+def verdict(total: BlockDifference, bytes_kept: float) -> str:
     """The whole comparison in one sentence."""
     size = f"{100 * bytes_kept:.3g} % of A's size"
     if total.fro_a is None:

@@ -63,9 +63,9 @@ _PLACEHOLDERS = {"path": "PATH", "int": "N", "float": "NUMBER"}
 _TYPE = re.compile(r"<(?:list\[)?(\w+)[^>]*>")
 
 
-def print_help_all(context: typer.Context, wanted: bool) -> None:
+def print_help_all(context: typer.Context, requested: bool) -> None:
     """The callback of `--help-all`."""
-    if wanted:
+    if requested:
         context.meta[_HELP_ALL] = True
         typer.echo(context.get_help())
         raise typer.Exit

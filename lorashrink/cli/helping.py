@@ -20,6 +20,6 @@ def help_of_command(
         typer.echo(program.get_help())
         return
     group: Any = program.command
-    name, found, _ = group.resolve_command(program, [command])
-    with found.make_context(name, ["--help"], parent=program) as inner:  # ends here, but for parsers of their own
-        found.invoke(inner)
+    name, resolved, _ = group.resolve_command(program, [command])
+    with resolved.make_context(name, ["--help"], parent=program) as inner:  # ends here, but for parsers of their own
+        resolved.invoke(inner)

@@ -32,8 +32,8 @@ def print_overlap(result: Overlap, terminal: Terminal) -> None:
     for title, matrix in (("cosine", result.cosine), ("subspace overlap", result.subspace)):
         columns = {str(i + 1): [_cosine_text(row[i], digits) for row in matrix] for i in range(len(names))}
         console.print(TextTable({title: names, **columns}))
-    console.print(_block_table(result, terminal.verbose > 0))
-    console.print(_layer_table(result, terminal.verbose > 0))
+    console.print(block_table(result, terminal.verbose > 0))
+    console.print(layer_table(result, terminal.verbose > 0))
     for number, member in enumerate(result.adapters, 1):
         ranks = " to ".join(map(str, dict.fromkeys(member.ranks))) or "none"
         facts = f"weight {member.weight:g}, norm {number_text(member.fro)}"
@@ -46,7 +46,8 @@ def print_overlap(result: Overlap, terminal: Terminal) -> None:
         console.print(f"{advice.kind}: {advice.text}")
 
 
-def _block_table(result: Overlap, everything: bool) -> TextTable:
+def block_table(result: Overlap, everything: bool) -> TextTable:
+    """The blocks, those with the most alike pairs first."""
     blocks = sorted(result.blocks, key=lambda block: -_closest_pair(block)[0])
     blocks = blocks if everything else blocks[:_SHOWN]
     columns = {
@@ -59,7 +60,8 @@ def _block_table(result: Overlap, everything: bool) -> TextTable:
     return TextTable(columns, extra=("of the base", "norm of the sum", "layers"), everything=everything)
 
 
-def _layer_table(result: Overlap, everything: bool) -> TextTable:
+def layer_table(result: Overlap, everything: bool) -> TextTable:
+    """The layers in their order, or those that the sum amplifies most."""
     rows = [(layer, layer.sum) for layer in result.layers if layer.sum]
     if not everything:
         rows = sorted(rows, key=lambda row: -(row[1].amplification or 0.0))[:_SHOWN]

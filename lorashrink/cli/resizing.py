@@ -197,7 +197,7 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
         order = {result.output: position for position, result in enumerate(results)}
         results = sorted(gathered.listed, key=lambda result: order[result.output])
     for result in results:
-        _print_details(console, result, terminal.verbose)
+        print_details(console, result, terminal.verbose)
     if not report.results:
         return
     console.print(table_of(results, _FILES, extra=_LESS_OF_FILES, everything=terminal.verbose > 0))
@@ -208,19 +208,20 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
     answers = {"\n".join(result.loads.lines) for result in results if not result.skipped}
     if len(answers) == 1 and (lines := answers.pop()):
         console.print(lines)
-    _print_sums(console, report, terminal.dry_run)
+    print_sums(console, report, terminal.dry_run)
 
 
-def _print_sums(console: Console, report: Report, dry_run: bool) -> None:
+def print_sums(console: Console, report: Report, dry_run: bool) -> None:
+    """Files, sizes and folders of all results together."""
     before = sum(result.bytes_before for result in report.results)
     after = sum(result.bytes_after for result in report.results)
     folders = sorted({str(Path(result.output).parent) for result in report.results})
     verb = "would be written" if dry_run else "written"
     difference = f"{size_text(abs(before - after))} {'saved' if after <= before else 'more'}"
     skipped = sum(result.skipped for result in report.results)
-    there = f", {skipped} already there" if skipped else ""
+    earlier = f", {skipped} already there" if skipped else ""
     console.print(
-        f"{count_text(len(report.results) - skipped, 'file')} {verb} to {', '.join(folders)}{there}: "
+        f"{count_text(len(report.results) - skipped, 'file')} {verb} to {', '.join(folders)}{earlier}: "
         f"{size_text(before)} -> {size_text(after)}, {difference}"
     )
     for stack in report.stacks:
@@ -231,7 +232,8 @@ def _print_sums(console: Console, report: Report, dry_run: bool) -> None:
         console.print(f"needs {size_text(report.space.needed)}; {size_text(report.space.free)} are free")
 
 
-def _print_details(console: Console, result: FileResult, verbose: int) -> None:
+def print_details(console: Console, result: FileResult, verbose: int) -> None:
+    """What is worth a line about one output."""
     name = Path(result.output).name
     for warning in result.warnings:
         say(f"{result.output}: {warning}", errors=True)

@@ -37,7 +37,7 @@ _BESIDE = {"magnitude": "DoRA's magnitude", "bias": "a bias beside the factors"}
 
 def other_differences(sides: Sequence[Adapter], dictionary: Base | None) -> tuple[list[OtherDifference], int]:
     """(tensors outside of all ΔW that differ, how many do not)."""
-    others_a, others_b = (_beside(side, dictionary) for side in sides)
+    others_a, others_b = (tensors_beside(side, dictionary) for side in sides)
     differences, equal = [], 0
     for owner in {**others_a, **others_b}:
         a, b = others_a.get(owner), others_b.get(owner)
@@ -50,8 +50,8 @@ def other_differences(sides: Sequence[Adapter], dictionary: Base | None) -> tupl
     return differences, equal
 
 
-def _beside(side: Adapter, dictionary: Base | None) -> dict[tuple[object, str], _Other]:
-    """(what it belongs to, what it is) -> tensor."""
+def tensors_beside(side: Adapter, dictionary: Base | None) -> dict[tuple[object, str], _Other]:
+    """(what it belongs to, what it is) -> a tensor that is no part of ΔW."""
 
     def owner(name: str) -> object:
         return (dictionary.find(name) if dictionary else ()) or address(name)

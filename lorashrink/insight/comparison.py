@@ -62,7 +62,7 @@ def compare(
         rows, sums = [], []
         measured = pool.map(partial(inner_products, device=core_device(device)), pairs)
         for unit, products in zip(pairs, measured, strict=True):
-            rows.append(_row(unit, products))
+            rows.append(layer_difference(unit, products))
             sums.append(products)
             if progress:
                 progress("comparing", len(rows), len(pairs))
@@ -77,8 +77,8 @@ def compare(
             base=opened.info if opened else None,
             a=Side(**summary(bound[FIRST])),
             b=Side(**summary(bound[SECOND])),
-            total=_together("total", sums),
-            blocks=tuple(_together(name, [sums[i] for i in indices]) for name, indices in by_block(rows)),
+            total=block_difference("total", sums),
+            blocks=tuple(block_difference(name, [sums[i] for i in indices]) for name, indices in by_block(rows)),
             layers=tuple(row for row in rows if row.names_a and row.names_b),
             only_a=tuple(row for row in rows if not row.names_b),
             only_b=tuple(row for row in rows if not row.names_a),
@@ -91,7 +91,8 @@ def compare(
 # --- tables -------------------------------------------------------------------------------------
 
 
-def _row(unit: Unit, sums: InnerProducts | None) -> LayerDifference:
+def layer_difference(unit: Unit, sums: InnerProducts | None) -> LayerDifference:
+    """The row of the layers that change one weight."""
     a, b = unit.of(FIRST), unit.of(SECOND)
     shortest = min((layers for layers in (a, b) if layers), key=len)
     flags = {
@@ -118,7 +119,8 @@ def _row(unit: Unit, sums: InnerProducts | None) -> LayerDifference:
     )
 
 
-def _together(name: str, sums: Sequence[InnerProducts | None]) -> BlockDifference:
+def block_difference(name: str, sums: Sequence[InnerProducts | None]) -> BlockDifference:
+    """The row of several weights together."""
     finite = [products for products in sums if products and products.finite]
     if sums and not finite:
         return BlockDifference(name, len(sums), len(sums))

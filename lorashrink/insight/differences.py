@@ -46,30 +46,31 @@ def inner_products(unit: Unit, device: torch.device) -> InnerProducts | None:
         if sides == [FIRST, SECOND] and len(unit.pieces) == 1:
             a, b = deltas
             if a.equals(b):
-                square = _of_members([a], [FIRST], [Piece(unit.rows, (0,))], device).a
+                square = _sums_over([a], [FIRST], [Piece(unit.rows, (0,))], device).a
                 return [InnerProducts(square, square, square, 0.0)]
             if isinstance(a, Kronecker) and isinstance(b, Kronecker):
                 factors = [*a.matrices(device), *b.matrices(device)]
                 if factors[0].shape == factors[2].shape and factors[1].shape == factors[3].shape:
-                    return [_of_kronecker(*factors)]
-        return [_of_members(deltas, sides, unit.pieces, device)]
+                    return [sums_of_kronecker(*factors)]
+        return [_sums_over(deltas, sides, unit.pieces, device)]
 
     return computed(products, [unit], device)[0]
 
 
-def _of_members(
+def _sums_over(
     deltas: Sequence[AnyDelta], sides: Sequence[int], pieces: Sequence[Piece], device: torch.device
 ) -> InnerProducts:
     factored = [delta for delta in deltas if isinstance(delta, Delta)]
     small = min(sum(piece.size for piece in pieces), fan_in(deltas[0].shape))
     if len(factored) == len(deltas) and sum(delta.rank for delta in factored) <= small:
-        return _of_factors(factored, sides, pieces, device)
-    return _of_rows(deltas, sides, pieces, device)
+        return sums_of_factors(factored, sides, pieces, device)
+    return sums_of_rows(deltas, sides, pieces, device)
 
 
-def _of_factors(
+def sums_of_factors(
     deltas: Sequence[Delta], sides: Sequence[int], pieces: Sequence[Piece], device: torch.device
 ) -> InnerProducts:
+    """From Gram matrices of the factors side by side, and from their R factors where sums cancel."""
     up, down = stacked_up(deltas, pieces), torch.cat([wide(delta.down) for delta in deltas])
     ranks = torch.tensor([delta.rank for delta in deltas])
     # B with a minus, so that the sum over everything is ‖A − B‖²
@@ -90,7 +91,7 @@ def _of_factors(
     return InnerProducts(a, b, product, difference)
 
 
-def _of_kronecker(first_a: Tensor, second_a: Tensor, first_b: Tensor, second_b: Tensor) -> InnerProducts:
+def sums_of_kronecker(first_a: Tensor, second_a: Tensor, first_b: Tensor, second_b: Tensor) -> InnerProducts:
     """Inner products of A = first_a ⊗ second_a and B = first_b ⊗ second_b, whose factors have the same shapes.
 
     With B = (c·first_b) ⊗ (second_b / c) so that first_a − c·first_b is orthogonal to first_b, A − B is the sum of
@@ -111,7 +112,7 @@ def _square(matrix: Tensor) -> float:
     return float(matrix.square().sum())
 
 
-def _of_rows(
+def sums_of_rows(
     deltas: Sequence[AnyDelta], sides: Sequence[int], pieces: Sequence[Piece], device: torch.device
 ) -> InnerProducts:
     """From ΔW itself, some rows at a time."""

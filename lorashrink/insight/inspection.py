@@ -119,7 +119,7 @@ def adapter_table(adapter: Adapter, base: Base | None, measure: Measure | None) 
         health=check_health(rows, metadata, family=facts["family"], naming=facts["naming"]),
         layers=rows,
         blocks=tuple(
-            _block(name, [adapter.layers[i] for i in indices], [rows[i] for i in indices])
+            block_row(name, [adapter.layers[i] for i in indices], [rows[i] for i in indices])
             for name, indices in by_block(rows)
         ),
         others=adapter.others,
@@ -127,7 +127,8 @@ def adapter_table(adapter: Adapter, base: Base | None, measure: Measure | None) 
     )
 
 
-def _block(name: str, layers: Sequence[Layer], rows: Sequence[LayerRow]) -> BlockRow:
+def block_row(name: str, layers: Sequence[Layer], rows: Sequence[LayerRow]) -> BlockRow:
+    """The row of a block, of its layers and their rows."""
     infos = [info for layer in layers for role, info in layer.infos.items() if role != "alpha"]
     return BlockRow(
         block=name,

@@ -57,7 +57,7 @@ def measuring(
             for layer, layer_views in zip(adapter.layers, views, strict=True):
                 if layer.name in spectra:
                     weight_norms = base_norms.get(views_id(layer_views), {}) if layer_views else {}
-                    rows.append(_numbers(layer, spectra[layer.name], weight_norms, singular_values, widest))
+                    rows.append(numbers_of(layer, spectra[layer.name], weight_norms, singular_values, widest))
                 else:
                     rows.append({"alpha": layer.alpha, "flags": ("needs_base",)})
             return rows
@@ -65,7 +65,7 @@ def measuring(
         yield measure
 
 
-def _numbers(
+def numbers_of(
     layer: Layer, spectrum: Spectrum, norms: Mapping[str, float], singular_values: bool, widest: int
 ) -> dict[str, object]:
     """The fields of a layer's row; `norms` are of the base weight, `widest` is the largest rank of the file."""

@@ -59,7 +59,7 @@ def overlap(
     """
     if limit is not None and not 0 < limit < math.inf:
         raise UsageError(f"limit: {limit:g} is not above 0.")
-    weights = _weights_of(adapters)
+    weights = weights_of(adapters)
     device = pick_device(device, [*weights] * len(weights))  # the work grows with the square of their number
     failed: dict[Path, LorashrinkError] = {}
     with ExitStack() as stack:
@@ -98,7 +98,7 @@ def overlap(
 # --- inputs -------------------------------------------------------------------------------------
 
 
-def _weights_of(entries: Sequence[str | Path]) -> dict[Path, float]:
+def weights_of(entries: Sequence[str | Path]) -> dict[Path, float]:
     """Path of each adapter -> its weight. Raises UsageError for fewer than two adapters, or one of them twice."""
     weights: dict[Path, float] = {}
     real_paths: set[str] = set()
@@ -156,7 +156,7 @@ class _Measured:
         matching = units(bound, rows)
         in_order = [weights[member.path] for member in members]
         interactions: list[Interaction | None] = []
-        for numbers in pool.map(partial(_interaction, weights=in_order, device=device), matching):
+        for numbers in pool.map(partial(interaction_of, weights=in_order, device=device), matching):
             interactions.append(numbers)
             if progress:
                 progress("overlap", len(interactions), len(matching))
@@ -228,7 +228,7 @@ class _Measured:
         )
 
 
-def _interaction(unit: Unit, weights: Sequence[float], device: torch.device) -> Interaction | None:
+def interaction_of(unit: Unit, weights: Sequence[float], device: torch.device) -> Interaction | None:
     """None if a layer needs a base weight that is not there."""
     if not unit.bound:
         return None

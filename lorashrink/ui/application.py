@@ -8,8 +8,6 @@ import secrets
 import shutil
 import tempfile
 import threading
-import time
-from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,17 +20,16 @@ from lorashrink.errors import InputError, LorashrinkError, OutputError, UsageErr
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.outputs import source_files
 from lorashrink.text import count_text
-from lorashrink.ui import drawing, measuring
+from lorashrink.ui import drawing
 from lorashrink.ui.folders import Folders, open_roots
 from lorashrink.ui.goals import DTYPES, Help, command_line, dtype_of, recipe_of
 from lorashrink.ui.jobs import Cancelled, Job, Jobs
 from lorashrink.ui.library import Entry, Library, Saving, identity_of
 from lorashrink.ui.measuring import Measurer
 from lorashrink.ui.outputs import Written, free_output
+from lorashrink.ui.savings import Savings
 
 _STOP_SECONDS = 10.0  # that a job gets to end
-_LOOK_SECONDS = 1.0
-_PAUSE_SECONDS = 0.2  # before it is looked again whether there is time for what nobody waits for
 _MOST_RESULTS = 50  # of each job in the state, which is asked for often
 _MOST_STEPS = 100  # of a picture
 
@@ -50,57 +47,31 @@ class Application:
         self.jobs = Jobs()
         self.measurer = Measurer()
         self._tables: dict[str, Path] = {}  # id -> a calibration table that was offered
-        self._to_measure: deque[str] = deque()  # ids, those that are on the screen first
-        self._measures_all = False
+        self.savings = Savings(self.library, self._busy)
         self._lock = threading.Lock()
-        self._measure = threading.Event()
         self._in_front = 0  # requests that somebody waits for
-        self._stopped = False
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Application:
-        for work in (_warm_up, self.library.read_headers, self._measure_savings, self.jobs.run):
+        for work in (_warm_up, self.library.read_headers, self.savings.run, self.jobs.run):
             thread = threading.Thread(target=work, daemon=True)
             thread.start()
             self._threads.append(thread)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stopped = True
         self.library.stop()
         self.jobs.stop()
-        self._measure.set()
+        self.savings.stop()
         for thread in self._threads:
             thread.join(_STOP_SECONDS)
         shutil.rmtree(self.uploads, ignore_errors=True)
 
     # --- in the background --------------------------------------------------------------------------
 
-    def _measure_savings(self) -> None:
-        while not self._stopped:
-            self._measure.wait(_LOOK_SECONDS)  # headers that are read meanwhile are a reason to go on too
-            self._measure.clear()
-            while (identity := self._next_to_measure()) and not self._stopped:
-                # Whatever somebody waits for comes first.
-                while (self._in_front or any(not job.over for job in self.jobs.all())) and not self._stopped:
-                    time.sleep(_PAUSE_SECONDS)
-                with contextlib.suppress(InputError):  # it was deleted meanwhile
-                    self._measure_saving(self.library.get(identity))
-
-    def _next_to_measure(self) -> str | None:
-        with self._lock:
-            if self._to_measure:
-                return self._to_measure.popleft()
-        entries = self.library.entries() if self._measures_all else []
-        return next((entry.id for entry in entries if _unmeasured(entry)), None)
-
-    def _measure_saving(self, entry: Entry) -> None:
-        if not _unmeasured(entry):
-            return
-        try:
-            self.library.update(entry.id, saving=Saving(**measuring.saving(entry.path)))
-        except Exception as error:
-            self.library.update(entry.id, saving_error=str(explained(entry.path, error)))
+    def _busy(self) -> bool:
+        """Whether somebody waits for something."""
+        return self._in_front > 0 or any(not job.over for job in self.jobs.all())
 
     @contextlib.contextmanager
     def _waited_for(self) -> Iterator[None]:
@@ -129,11 +100,8 @@ class Application:
 
         Headers of theirs that are unread come first.
         """
-        self._measures_all = everything
         self.library.read_first(identities)
-        with self._lock:
-            self._to_measure = deque(identities)
-        self._measure.set()
+        self.savings.request(identities, everything=everything)
 
     def adapter(self, identity: str) -> dict[str, Any]:
         """What the header of an adapter tells, and the files that help to shrink it."""
@@ -350,10 +318,6 @@ class Application:
             raise
         self.library.scan()
         return identity_of(path)
-
-
-def _unmeasured(entry: Entry) -> bool:
-    return entry.kind == "adapter" and entry.layers > 0 and not (entry.shrunk or entry.saving or entry.saving_error)
 
 
 def shrunk_row(entry: Entry, output: Path, result: FileResult) -> dict[str, Any]:

@@ -42,9 +42,9 @@ class Measurer:
         key = (path, stat.st_size, stat.st_mtime_ns, help)
         with self._locks[key]:  # a second request for the same adapter waits for the first
             if key not in self._kept:
-                made = prepare(path, base=help.base, calibration=help.calibration, progress=progress)
+                prepared = prepare(path, base=help.base, calibration=help.calibration, progress=progress)
                 with self._lock:
-                    self._kept[key] = made
+                    self._kept[key] = prepared
                     while len(self._kept) > _KEPT:
                         oldest, _ = self._kept.popitem(last=False)
                         self._locks.pop(oldest, None)

@@ -124,7 +124,7 @@ def test_inspect_prints_and_plots_files_without_layers(tmp_path: Path, base: Pat
     text = run("inspect", "--recommend", "--plot", tmp_path / "a.png", base, path)
     assert "no_layers: " in text
     assert "no recipe to recommend" in text
-    assert "0 layers, 1 other tensors" in text
+    assert "0 layers, 1 other tensor\n" in text
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(adapter: Path, tmp_path: Path) -> None:
