@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,23 +29,25 @@ def adapted(pipeline: Any, adapter: Path | None, base: Base) -> Iterator[None]:
     base: the same model. Afterwards, and after any error, the model is what it was, bit by bit. Raises InputError if
     the adapter cannot be put on it.
     """
-    changed: Sequence[Any] = ()
-    try:
+    with ExitStack() as stack:
         if adapter is not None:
-            states = _peft_states(adapter, pipeline, base)
-            changed = [getattr(pipeline, part) for part in states]
+            states: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)  # part of the pipeline -> PEFT's names
+            with open_adapter(adapter) as opened:
+                store = in_diffusers_names(opened, base).store
+                for key in store.tensors:
+                    part, _, name = key.partition(".")
+                    if ".lora_" in key and part in pipeline.components:
+                        if not hasattr(getattr(pipeline, part), "text_model"):
+                            name = name.removeprefix("text_model.")  # a level that transformers 5 has dropped
+                        states[part][name] = store.read(key)
             try:
                 for part, state in states.items():
                     if getattr(pipeline, part) is None:
                         raise ValueError(f"the model comes without its {part}")
-                    _inject(getattr(pipeline, part), state)
+                    stack.enter_context(_injected(getattr(pipeline, part), state))
             except (ValueError, KeyError, RuntimeError) as error:
                 raise InputError(f"{adapter}: PEFT cannot put it on the model ({first_sentence(error)}).") from error
         yield
-    finally:
-        for module in changed:
-            if module is not None:
-                _remove(module)
 
 
 def check_adapter(adapter: Path, base: Base) -> None:
@@ -85,28 +87,15 @@ def in_diffusers_names(adapter: Adapter, base: Base) -> Adapter:
     return renamed(adapter, "diffusers", base).adapter
 
 
-def _peft_states(adapter: Path, pipeline: Any, base: Base) -> dict[str, dict[str, torch.Tensor]]:
-    """Part of the pipeline -> tensors under PEFT's names."""
-    states: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    with open_adapter(adapter) as opened:
-        store = in_diffusers_names(opened, base).store
-        for key in store.tensors:
-            part, _, name = key.partition(".")
-            if ".lora_" not in key or part not in pipeline.components:
-                continue
-            # transformers 5 dropped this level of the first text encoder
-            name = name if hasattr(getattr(pipeline, part), "text_model") else name.removeprefix("text_model.")
-            states[part][name] = store.read(key)
-    return states
-
-
-def _inject(model: Any, state: dict[str, torch.Tensor]) -> None:
-    """Put PEFT's layers around those of the model. Raises ValueError if a tensor has no place.
+@contextmanager
+def _injected(model: Any, state: dict[str, torch.Tensor]) -> Iterator[None]:
+    """PEFT's layers around those of the model for as long as this lasts. Raises ValueError if a tensor has no place.
 
     diffusers' own loader guesses by names: ranks that differ in layers it does not list, and DoRA in kohya's names, are
     too much for it.
     """
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     names: dict[int, list[str]] = defaultdict(list)  # rank -> modules
     for key, tensor in state.items():
@@ -123,20 +112,17 @@ def _inject(model: Any, state: dict[str, torch.Tensor]) -> None:
         use_dora=any(".lora_magnitude_vector" in key for key in state),
         lora_bias=any(".lora_B.bias" in key for key in state),
     )
-    inject_adapter_in_model(config, model)
-    result: Any = set_peft_model_state_dict(model, state)
-    missing = [key for key in result.missing_keys if ".lora_" in key]
-    if missing or result.unexpected_keys:
-        raise ValueError(f"no place for {(missing + result.unexpected_keys)[0]}")
-
-
-def _remove(model: Any) -> None:
-    """Put the model's own layers, which PEFT leaves as they are, back into their places."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name, module in wrapped:
-        parent, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(parent), own_name, module.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    try:
+        inject_adapter_in_model(config, model)
+        result: Any = set_peft_model_state_dict(model, state)
+        missing = [key for key in result.missing_keys if ".lora_" in key]
+        if missing or result.unexpected_keys:
+            raise ValueError(f"no place for {(missing + result.unexpected_keys)[0]}")
+        yield
+    finally:  # the model's own layers are as they were, inside PEFT's
+        wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        for name, module in wrapped:
+            parent, _, own_name = name.rpartition(".")
+            setattr(model.get_submodule(parent), own_name, module.get_base_layer())
+        if hasattr(model, "peft_config"):
+            del model.peft_config

@@ -99,6 +99,19 @@ def read_picture(path: str | Path) -> Picture:
         raise InputError(f"{path}: cannot be read as a picture ({error}).") from error
 
 
+def write_picture(path: Path, picture: Picture) -> Path:
+    """Write a PNG file; returns its path. Raises OutputError."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, "png")
+    try:
+        write_bytes(path, data.getvalue())
+    except OutputError as error:
+        raise OutputError(f"--images-out {error}") from error
+    return path
+
+
 class Studio:
     """A model that draws the same shots with one adapter after the other, and keeps the pictures for later runs.
 
@@ -187,8 +200,7 @@ class Studio:
             UsageError: not enough memory.
         """
         dtype = dtype or self.dtype
-        contents = _adapter_hashes(adapter) if adapter else ""
-        keys = [self._key(shot, contents, dtype) for shot in self.shots]
+        keys = self._keys(adapter, dtype)
         paths = [next(filter(_is_complete, sorted(self.folder.glob(f"*_{key}.png"))), None) for key in keys]
         if None in paths:
             pipeline = self._pipeline(dtype)
@@ -202,9 +214,9 @@ class Studio:
                             shots = [self.shots[number] for number in group]
                             pictures = draw_pictures(pipeline, self.kind, shots, self.device, dtype)
                         for number, picture in zip(group, pictures, strict=True):
-                            other = self.shots[number]
-                            name = f"{other.number:02d}_seed{other.seed}_{label}_{keys[number]}.png"
-                            paths[number] = _write_png(self.folder / name, picture)
+                            drawn = self.shots[number]
+                            name = f"{drawn.number:02d}_seed{drawn.seed}_{label}_{keys[number]}.png"
+                            paths[number] = write_picture(self.folder / name, picture)
                     if progress:
                         progress(index + 1, len(self.shots))
                     path = paths[index]
@@ -225,22 +237,29 @@ class Studio:
         self._loaded = None
         gc.collect()
 
-    def _key(self, shot: Shot, contents: str, dtype: str) -> str:
-        """A hash of everything that decides a picture; `contents` are the adapter's hashes, "" without one."""
+    def _keys(self, adapter: Path | None, dtype: str) -> list[str]:
+        """For each shot a hash of everything that decides its picture."""
         import diffusers
         import torch
 
+        files: list[Path] = []
+        if adapter:
+            with open_adapter(adapter) as opened:
+                files += opened.store.files
+                files += [files[0].parent / peft.CONFIG_FILE] if opened.as_folder else []
         facts = {
             "algorithm": _ALGORITHM,
             "model": self.model_key,
-            "adapter": contents,
-            "prompt": asdict(shot.prompt),
-            "seed": shot.start,
+            "adapter": " ".join(map(sha256_file, files)),
             "device": self.device.partition(":")[0],
             "dtype": dtype,
             "versions": [diffusers.__version__, torch.__version__],
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY]
+        texts = (
+            json.dumps(facts | {"prompt": asdict(shot.prompt), "seed": shot.start}, sort_keys=True)
+            for shot in self.shots
+        )
+        return [hashlib.sha256(text.encode()).hexdigest()[:_KEY] for text in texts]
 
     def _pipeline(self, dtype: str) -> Any:
         if self._loaded is None or self._loaded[0] != dtype:
@@ -260,14 +279,6 @@ def _is_complete(path: Path) -> bool:
         _log.warning("%s: damaged, drawn anew", path)
         return False
     return True
-
-
-def _adapter_hashes(adapter: Path) -> str:
-    """The hashes of an adapter's file, or of the two of a PEFT folder."""
-    with open_adapter(adapter) as opened:
-        files = opened.store.files
-        settings = [files[0].parent / peft.CONFIG_FILE] if opened.as_folder else []
-    return " ".join(map(sha256_file, [*files, *settings]))
 
 
 def trim(folder: Path, limit: int, keep: Collection[Path]) -> None:
@@ -383,15 +394,3 @@ def _sampled_by(pipeline: Any, sampler: str) -> Iterator[None]:
         yield
     finally:
         pipeline.scheduler = own
-
-
-def _write_png(path: Path, picture: Picture) -> Path:
-    from PIL import Image
-
-    data = io.BytesIO()
-    Image.fromarray(picture).save(data, "png")
-    try:
-        write_bytes(path, data.getvalue())
-    except OutputError as error:
-        raise OutputError(f"--images-out {error}") from error
-    return path

@@ -201,7 +201,17 @@ def open_pipeline(model: Path, *, device: str, dtype: str, settings: Path | None
         if model.is_dir():
             pipeline = _load_folder(model, name, number_type)
         elif KINDS[name].denoiser == "transformer" and settings:  # most files of FLUX and SD 3 hold nothing else
-            transformer = _load_transformer(model, settings, number_type)
+            import diffusers
+
+            class_name = _config(settings / "transformer")["_class_name"]
+            transformer = getattr(diffusers, class_name).from_single_file(
+                str(model),
+                config=str(settings),
+                subfolder="transformer",
+                torch_dtype=number_type,
+                local_files_only=True,
+            )
+            check_filled(model, "transformer", transformer)
             pipeline = _load_folder(settings, name, number_type, transformer=transformer)
         else:
             pipeline = _load_file(model, name, number_type, settings)
@@ -223,17 +233,6 @@ def _load_folder(model: Path, name: str, dtype: torch.dtype, **parts: Any) -> An
         variant=weights_variant(model / kind.denoiser),
         **absent | dict(kind.takes) | parts,
     )
-
-
-def _load_transformer(model: Path, settings: Path, dtype: torch.dtype) -> Any:
-    import diffusers
-
-    name = json.loads((settings / "transformer" / "config.json").read_text(encoding="utf-8"))["_class_name"]
-    transformer = getattr(diffusers, name).from_single_file(
-        str(model), config=str(settings), subfolder="transformer", torch_dtype=dtype, local_files_only=True
-    )
-    check_filled(model, "transformer", transformer)
-    return transformer
 
 
 def _load_file(model: Path, name: str, dtype: torch.dtype, settings: Path | None) -> Any:

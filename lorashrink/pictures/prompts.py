@@ -69,61 +69,56 @@ def read_prompts(
         InputError: not UTF-8, or not the format that its ending names.
     """
     path = prompt_file(prompts)
-    entries = _entries(path) if path else _txt(str(prompts))
+    if path is None:
+        entries = _entries(str(prompts), ".txt")
+    else:
+        ending = path.suffix.lower()
+        if ending not in _ENDINGS:
+            raise UsageError(f"{path}: the name of a file of prompts ends in {', '.join(_ENDINGS)}")
+        try:
+            entries = _entries(path.read_text(encoding="utf-8-sig"), ending)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: no valid {ending[1:]} file of prompts in UTF-8 ({error})") from None
     if not entries:
         raise UsageError(
             f"{path or '--prompts'}: no prompts in it. Write a prompt, or one in each line of a .txt file."
         )
     own = {"sampler": sampler, "scale": scale, "width": side, "height": side}
     return tuple(
-        _prompt(_switches(entry) if isinstance(entry, str) else entry, f"{path or 'prompts'}: sample {number:02d}", own)
-        for number, entry in enumerate(entries)
+        _prompt(entry, f"{path or 'prompts'}: sample {number:02d}", own) for number, entry in enumerate(entries)
     )
 
 
-def _entries(path: Path) -> list[str | dict[str, Any]]:
-    if path.suffix.lower() not in _FORMATS:
-        raise UsageError(f"{path}: the name of a file of prompts ends in {', '.join(_FORMATS)}")
-    try:
-        return _FORMATS[path.suffix.lower()](path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no valid {path.suffix[1:].lower()} file of prompts in UTF-8 ({error})") from None
+_ENDINGS = (".txt", ".toml", ".json")
 
 
-def _txt(text: str) -> list[str | dict[str, Any]]:
-    return [line.strip() for line in text.split("\n") if line.strip() and not line.startswith("#")]
-
-
-def _toml(text: str) -> list[str | dict[str, Any]]:
-    match tomllib.loads(text):
-        case {"prompt": {"subset": [*subsets], **shared}} if all(isinstance(subset, dict) for subset in subsets):
-            return [shared | subset for subset in subsets]
-    raise ValueError("[[prompt.subset]] is missing")
-
-
-def _json(text: str) -> list[str | dict[str, Any]]:
+def _entries(text: str, ending: str) -> list[str | dict[str, Any]]:
+    """The lines or objects of a file with one of `_ENDINGS`. Raises ValueError."""
+    if ending == ".txt":
+        return [line.strip() for line in text.split("\n") if line.strip() and not line.startswith("#")]
+    if ending == ".toml":
+        match tomllib.loads(text):
+            case {"prompt": {"subset": [*subsets], **shared}} if all(isinstance(subset, dict) for subset in subsets):
+                return [shared | subset for subset in subsets]
+        raise ValueError("[[prompt.subset]] is missing")
     match json.loads(text):
         case [*entries] if all(isinstance(entry, str | dict) for entry in entries):
             return entries
     raise ValueError("it must be a list of lines or objects")
 
 
-_FORMATS: Mapping[str, Callable[[str], list[str | dict[str, Any]]]] = {".txt": _txt, ".toml": _toml, ".json": _json}
-
-
-def _switches(line: str) -> dict[str, Any]:
-    """A line of text as the object that says the same; unknown switches keep their dashes."""
-    prompt, *switches = line.split(" --")
-    values: dict[str, Any] = {"prompt": prompt}
-    for switch in switches:
-        name, _, value = switch.strip().partition(" ")
-        values[_SWITCHES.get(name.lower(), f"--{name}")] = value.strip()
-    return values
-
-
-def _prompt(values: Mapping[str, Any], where: str, own: Mapping[str, Any]) -> Prompt:
+def _prompt(entry: str | Mapping[str, Any], where: str, own: Mapping[str, Any]) -> Prompt:
+    """The prompt of a line with switches, or of an object."""
+    if isinstance(entry, str):
+        text, *switches = entry.split(" --")
+        values: dict[str, Any] = {"prompt": text}
+        for switch in switches:
+            name, _, value = switch.strip().partition(" ")
+            values[_SWITCHES.get(name.lower(), f"--{name}")] = value.strip()
+    else:
+        values = dict(entry)
     fields = dict(own)
     for key, value in values.items():
         if value is None:
