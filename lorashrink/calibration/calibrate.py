@@ -107,7 +107,14 @@ def calibrate(
     started = time.perf_counter()
     target = Path(output)
     sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters) if adapters else []
-    _check_options(sources, target, prompts, text, steps_used, rank, loaded)
+    if target.suffix != ".safetensors":
+        raise UsageError(f"{target}: statistics are a safetensors file; give a name that ends in .safetensors.")
+    if prompts is not None and text is not None:
+        raise UsageError("prompts are for models of pictures, text for language models; give one of them.")
+    if steps_used < 1 or rank < 1:
+        raise UsageError("steps used, and the rank of a table, are at least 1.")
+    if loaded and len(sources) != 1:
+        raise UsageError(f"one adapter can be on the model while it is watched, and {len(sources)} are given.")
     check_output(target, force=force, inputs=[Path(model), *sources])
     device = pick_device(device)
     weights_dtype = model_dtype(dtype, device)
@@ -117,30 +124,19 @@ def calibrate(
         companion = None if settings is None else Path(settings)
         observed = open_model(Path(model), base, prompts, text, seeds, steps_used, device, weights_dtype, companion)
         parts = watched(observed.modules, observed.layout, base)
-        plan = _plan_adapters(parts, base, opened, device) if opened else _plan_table(parts, rank, device)
+        plan = _Plan.of_adapters(parts, base, opened, device) if opened else _Plan.of_table(parts, rank, device)
         origin = _settings(observed, base, opened, plan, loaded)
         partial_file = target.with_name(f".{target.stem}.part.safetensors")
-        done = _resume(partial_file, plan, origin)
-        runs, passes = len(observed.runs), len(observed.runs) * observed.passes
+        done = plan.resume(partial_file, origin)
         if announce:
             announce(_effort(model, observed, plan, done, device, weights_dtype))
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(device)
         if loaded:
             stack.enter_context(adapted(observed.model, sources[0], base))
-        stack.enter_context(plan.recorder.hooked())
-        pass_numbers = itertools.count(done * observed.passes + 1)
-
-        def report() -> None:
-            if progress:
-                progress("calibrating", next(pass_numbers), passes)
-
-        saved = time.monotonic()
-        for number in range(done, runs):
-            observed.watch(number, plan.recorder, report)
-            if time.monotonic() - saved > _SAVE_SECONDS and number + 1 < runs:
-                _save(partial_file, plan, origin, number + 1)
-                saved = time.monotonic()
+        with plan.recorder.hooked():
+            _watch_runs(observed, plan, done, partial_file, origin, progress)
+        runs, passes = len(observed.runs), len(observed.runs) * observed.passes
         size = plan.write(target, passes, base, origin)
         partial_file.unlink(missing_ok=True)
     return Calibrated(
@@ -157,23 +153,27 @@ def calibrate(
     )
 
 
-def _check_options(
-    sources: Sequence[Path],
-    output: Path,
-    prompts: str | Path | None,
-    text: str | Path | None,
-    steps_used: int,
-    rank: int,
-    loaded: bool,
+def _watch_runs(
+    model: ObservedModel,
+    plan: _Plan,
+    done: int,
+    partial_file: Path,
+    settings: Mapping[str, Any],
+    progress: Progress | None,
 ) -> None:
-    if output.suffix != ".safetensors":
-        raise UsageError(f"{output}: statistics are a safetensors file; give a name that ends in .safetensors.")
-    if prompts is not None and text is not None:
-        raise UsageError("prompts are for models of pictures, text for language models; give one of them.")
-    if steps_used < 1 or rank < 1:
-        raise UsageError("steps used, and the rank of a table, are at least 1.")
-    if loaded and len(sources) != 1:
-        raise UsageError(f"one adapter can be on the model while it is watched, and {len(sources)} are given.")
+    """Watch all runs but those that are done, and save the sums now and then."""
+    runs, pass_numbers = len(model.runs), itertools.count(done * model.passes + 1)
+
+    def report() -> None:
+        if progress:
+            progress("calibrating", next(pass_numbers), runs * model.passes)
+
+    saved = time.monotonic()
+    for number in range(done, runs):
+        model.watch(number, plan.recorder, report)
+        if time.monotonic() - saved > _SAVE_SECONDS and number + 1 < runs:
+            save_tensors(partial_file, plan.sums, {"settings": json.dumps(settings), "done": str(number + 1)})
+            saved = time.monotonic()
 
 
 # --- which sums, and how they become a file -----------------------------------------------------
@@ -195,47 +195,60 @@ class _Plan:
             for key, tensor in watcher.state().items()
         }
 
+    def resume(self, partial_file: Path, settings: Mapping[str, Any]) -> int:
+        """Take over the sums of an equal calibration that was interrupted; returns how many runs it has done."""
+        if not partial_file.is_file():
+            return 0
+        with open_tensors(partial_file) as store:
+            if store.metadata.get("settings") != json.dumps(settings):
+                return 0
+            for key, tensor in self.sums.items():
+                tensor.copy_(store.read(key))
+            return int(store.metadata["done"])
 
-def _plan_table(parts: Sequence[Watched], rank: int, device: str) -> _Plan:
-    """A diagonal and `rank` columns for each side of every weight."""
-    watchers = {part.view: Sketched(part.view.shape, rank, device) for part in parts}
+    @classmethod
+    def of_table(cls, parts: Sequence[Watched], rank: int, device: str) -> _Plan:
+        """A diagonal and `rank` columns for each side of every weight."""
+        watchers = {part.view: Sketched(part.view.shape, rank, device) for part in parts}
 
-    def write(path: Path, passes: int, base: Base, settings: Mapping[str, Any]) -> int:
-        return write_table(path, {view: watcher.result(passes) for view, watcher in watchers.items()}, base, settings)
+        def write(path: Path, passes: int, base: Base, settings: Mapping[str, Any]) -> int:
+            results = {view: watcher.result(passes) for view, watcher in watchers.items()}
+            return write_table(path, results, base, settings)
 
-    recorder = Recorder([(part, watchers[part.view]) for part in parts])
-    return _Plan({str(view): watcher for view, watcher in watchers.items()}, recorder, len(watchers), write)
+        recorder = Recorder([(part, watchers[part.view]) for part in parts])
+        return cls({str(view): watcher for view, watcher in watchers.items()}, recorder, len(watchers), write)
 
+    @classmethod
+    def of_adapters(cls, parts: Sequence[Watched], base: Base, adapters: Mapping[Path, Adapter], device: str) -> _Plan:
+        """The Gram matrices of every layer of the adapters."""
+        by_key = by_weight(parts)
+        watchers: dict[str, dict[str, Projected]] = defaultdict(dict)  # layer -> first row -> its sums
+        sites = []
+        for adapter in adapters.values():
+            for layer, views in zip(adapter.layers, match(adapter, base), strict=True):
+                delta = layer.delta if views else None
+                if delta is not None and not isinstance(delta, Delta):
+                    raise InputError(
+                        f"{adapter.path}: layer {layer.name} is {layer.algo}, which has no two factors to watch. Make "
+                        "a table of the model instead, for every adapter: lorashrink calibrate MODEL -o "
+                        "table.safetensors"
+                    )
+                for site, rows in pieces(views, by_key):
+                    assert delta is not None
+                    watcher = Projected(delta.up[slice(*rows)], delta.down, device)
+                    watchers[f"{adapter_key(adapter)}/{layer.name}"][f"{rows[0]}"] = watcher
+                    sites.append((site, watcher))
 
-def _plan_adapters(parts: Sequence[Watched], base: Base, adapters: Mapping[Path, Adapter], device: str) -> _Plan:
-    """The Gram matrices of every layer of the adapters."""
-    by_key = by_weight(parts)
-    watchers: dict[str, dict[str, Projected]] = defaultdict(dict)  # layer -> first row -> its sums
-    sites = []
-    for adapter in adapters.values():
-        for layer, views in zip(adapter.layers, match(adapter, base), strict=True):
-            delta = layer.delta if views else None
-            if delta is not None and not isinstance(delta, Delta):
-                raise InputError(
-                    f"{adapter.path}: layer {layer.name} is {layer.algo}, which has no two factors to watch. Make a "
-                    "table of the model instead, for every adapter: lorashrink calibrate MODEL -o table.safetensors"
-                )
-            for site, rows in pieces(views, by_key):
-                assert delta is not None
-                watcher = Projected(delta.up[slice(*rows)], delta.down, device)
-                watchers[f"{adapter_key(adapter)}/{layer.name}"][f"{rows[0]}"] = watcher
-                sites.append((site, watcher))
+        def write(path: Path, passes: int, base: Base, settings: Mapping[str, Any]) -> int:
+            grams = {
+                layer: stacked_grams([watcher.result(passes) for watcher in by_rows.values()])
+                for layer, by_rows in watchers.items()
+            }
+            names = {adapter_key(adapter): path.name for path, adapter in adapters.items()}
+            return write_adapters(path, grams, names, base, settings)
 
-    def write(path: Path, passes: int, base: Base, settings: Mapping[str, Any]) -> int:
-        grams = {
-            layer: stacked_grams([watcher.result(passes) for watcher in by_rows.values()])
-            for layer, by_rows in watchers.items()
-        }
-        names = {adapter_key(adapter): path.name for path, adapter in adapters.items()}
-        return write_adapters(path, grams, names, base, settings)
-
-    flat = {f"{layer}|{row}": watcher for layer, by_rows in watchers.items() for row, watcher in by_rows.items()}
-    return _Plan(flat, Recorder(sites), len(watchers), write)
+        flat = {f"{layer}|{row}": watcher for layer, by_rows in watchers.items() for row, watcher in by_rows.items()}
+        return cls(flat, Recorder(sites), len(watchers), write)
 
 
 def _effort(path: str | Path, model: ObservedModel, plan: _Plan, done: int, device: str, dtype: str) -> Effort:
@@ -256,9 +269,6 @@ def _effort(path: str | Path, model: ObservedModel, plan: _Plan, done: int, devi
     )
 
 
-# --- going on after an interruption -------------------------------------------------------------
-
-
 def _settings(
     model: ObservedModel, base: Base, adapters: Mapping[Path, Adapter], plan: _Plan, loaded: bool
 ) -> dict[str, Any]:
@@ -276,19 +286,3 @@ def _settings(
         "sums": hashlib.sha256(str(sorted(shapes.items())).encode()).hexdigest()[:16],
         "versions": [__version__, torch.__version__],
     }
-
-
-def _save(path: Path, plan: _Plan, settings: Mapping[str, Any], done: int) -> None:
-    save_tensors(path, plan.sums, {"settings": json.dumps(dict(settings)), "done": str(done)})
-
-
-def _resume(path: Path, plan: _Plan, settings: Mapping[str, Any]) -> int:
-    """Take over the sums of an equal calibration that was interrupted; returns how many runs it has done."""
-    if not path.is_file():
-        return 0
-    with open_tensors(path) as store:
-        if store.metadata.get("settings") != json.dumps(dict(settings)):
-            return 0
-        for key, tensor in plan.sums.items():
-            tensor.copy_(store.read(key))
-        return int(store.metadata["done"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import TensorStore
 from lorashrink.files.writing import save_tensors
 from lorashrink.linking.matching import match
-from lorashrink.linking.rows import RowMap, Rows, row_intervals
+from lorashrink.linking.rows import Common, RowMap, Rows, row_intervals
 
 if TYPE_CHECKING:
     from lorashrink.adapters import Adapter
@@ -37,12 +37,12 @@ _HASH_DIGITS = 32  # of an adapter's hash, which stands before the names of its 
 class Noise(NamedTuple):
     """What errors without direction do in a layer: energy per squared length of rows of `down` and columns of `up`.
 
-    `left` is the part of it that the choice of the best rounding leaves.
+    `remaining` is the part of it that the choice of the best rounding leaves.
     """
 
     down: float
     up: float
-    left: float = 1.0
+    remaining: float = 1.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -99,14 +99,6 @@ class Sides(NamedTuple):
 
     inputs: Side  # C
     outputs: Side  # G
-
-
-class _Piece(NamedTuple):
-    """Rows of a layer, and where their statistics are."""
-
-    name: str
-    stored: tuple[int, int]  # rows of the stored statistics
-    rows: tuple[int, int]  # of the layer
 
 
 class _OfRows(NamedTuple):
@@ -190,7 +182,7 @@ class Statistics:
             FamilyMismatch, ShapeError: they are for another base.
         """
         if self.kind == "base":
-            return [self._of_views(views) if views else None for views in match(adapter, self.base)]
+            return [self.of_views(views) if views else None for views in match(adapter, self.base)]
         prefix = adapter_key(adapter)
         stored = {key for key in self.store.tensors if key.startswith(f"{prefix}/")}
         if not stored:
@@ -200,21 +192,14 @@ class Statistics:
                 "this adapter, or make a table of its base: lorashrink calibrate MODEL -o table.safetensors"
             )
         keys = [f"{prefix}/{layer.name}" for layer in adapter.layers]
-        stored_grams = [partial(self._stored_grams, key) if f"{key}.down" in stored else None for key in keys]
-        return [LayerStatistics(grams) if grams else None for grams in stored_grams]
 
-    def _stored_grams(self, key: str, delta: Delta) -> Grams:
-        down, up = (self.store.read(f"{key}.{side}").double() for side in ("down", "up"))
-        if down.shape != (delta.rank, delta.rank) or up.shape != down.shape:
-            raise InputError(f"{self.path}: {key} is {list(down.shape)}, and the layer has rank {delta.rank}.")
-        return Grams(down, up)
+        def read(key: str, delta: Delta) -> Grams:
+            down, up = (self.store.read(f"{key}.{side}").double() for side in ("down", "up"))
+            if down.shape != (delta.rank, delta.rank) or up.shape != down.shape:
+                raise InputError(f"{self.path}: {key} is {list(down.shape)}, and the layer has rank {delta.rank}.")
+            return Grams(down, up)
 
-    def _of_weights(self, pieces: Sequence[_Piece]) -> list[_OfRows]:
-        found = []
-        for piece in pieces:
-            inputs, outputs = self.sides(piece.name)
-            found.append(_OfRows(inputs, outputs.rows(*piece.stored), slice(*piece.rows)))
-        return found
+        return [LayerStatistics(partial(read, key)) if f"{key}.down" in stored else None for key in keys]
 
     def sides(self, name: str) -> Sides:
         """The statistics of the weight that has this name in the table."""
@@ -226,15 +211,23 @@ class Statistics:
 
         return Sides(side("in"), side("out"))
 
-    def _of_views(self, views: Views) -> LayerStatistics | None:
+    def of_views(self, views: Views) -> LayerStatistics | None:
         """The statistics of a layer that changes these views, None if some rows have no statistics."""
-        pieces = []
+        parts: list[Common[str]] = []
         for interval in row_intervals(views):
-            parts = sorted(self._stored_rows.common([interval]))
-            if sum(part.rows.size for part in parts) < interval.size:
+            stored = sorted(self._stored_rows.common([interval]))
+            if sum(part.rows.size for part in stored) < interval.size:
                 return None
-            pieces += [_Piece(part.owner, part.own.in_layer, part.rows.in_layer) for part in parts]
-        return LayerStatistics(weights=partial(self._of_weights, pieces))
+            parts += stored
+
+        def read() -> list[_OfRows]:
+            weights = [(part, self.sides(part.owner)) for part in parts]
+            return [
+                _OfRows(sides.inputs, sides.outputs.rows(*part.own.in_layer), slice(*part.rows.in_layer))
+                for part, sides in weights
+            ]
+
+        return LayerStatistics(weights=read)
 
     @cached_property
     def _stored_rows(self) -> RowMap[str]:
@@ -271,7 +264,11 @@ def open_statistics(path: str | Path) -> Statistics:
             raise InputError(f"{path}: no calibration statistics; make some with: lorashrink calibrate")
         if entries["version"] != str(VERSION):
             raise InputError(f"{path}: has version {entries['version']}, this program reads {VERSION}.")
-        base = _base_without_weights(path, json.loads(entries["base"]))
+        entry = json.loads(entries["base"])
+        family = next(family for family in FAMILIES if family.name == entry["family"])
+        shapes = {str(key): tuple(map(int, shape)) for key, shape in entry["tensors"].items()}
+        no_norms: dict[str, dict[str, float]] = {str(weight): {} for weight in entry["weights"]}
+        base = Base(path, "statistics", family, shapes, str(entry["fingerprint"]), norms=no_norms)
         pixels = json.loads(entries.get("settings", "{}")).get("pixels")
         return Statistics(path, entries["kind"], store, base, sha256_file(path), float(pixels) if pixels else None)
     except (KeyError, ValueError, TypeError, AttributeError, StopIteration, ArithmeticError, RecursionError) as error:
@@ -285,27 +282,6 @@ def open_statistics(path: str | Path) -> Statistics:
 def adapter_key(adapter: Adapter) -> str:
     """The name of an adapter in a statistics file: a hash of its contents."""
     return sha256_file(adapter.store.files[0])[:_HASH_DIGITS]
-
-
-def _base_entry(base: Base) -> dict[str, Any]:
-    """The names and shapes of a base's weights, as a statistics file holds them."""
-    used = {view.key for views in base.all_views for view in views}
-    shapes = {key: shape for key, shape in base.shapes.items() if key in used}
-    return {
-        "family": base.family.name,
-        "name": base.path.name,
-        "fingerprint": base.fingerprint,
-        "tensors": shapes,
-        "weights": [views_id(views) for views in base.all_views],
-    }
-
-
-def _base_without_weights(path: Path, entry: Mapping[str, Any]) -> Base:
-    """The base of an entry of `_base_entry`, with names and shapes only."""
-    family = next(family for family in FAMILIES if family.name == entry["family"])
-    shapes = {str(key): tuple(map(int, shape)) for key, shape in entry["tensors"].items()}
-    no_norms: dict[str, dict[str, float]] = {str(weight): {} for weight in entry["weights"]}
-    return Base(path, "statistics", family, shapes, str(entry["fingerprint"]), norms=no_norms)
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -324,28 +300,34 @@ def write_adapters(
     return _write(path, tensors, {"kind": "adapters", "adapters": json.dumps(dict(names))}, base, settings)
 
 
-def write_table(path: Path, found: Mapping[View, Sides], base: Base, settings: Mapping[str, Any]) -> int:
+def write_table(path: Path, statistics: Mapping[View, Sides], base: Base, settings: Mapping[str, Any]) -> int:
     """Write a base's statistics, diagonals and columns in bfloat16. Returns the bytes written. Raises OutputError."""
-    tensors = {key: tensor for view, sides in found.items() for key, tensor in _stored_sides(str(view), sides)}
-    rows = {str(view): view.span for view in found}
+    tensors: dict[str, Tensor] = {}
+    for view, sides in statistics.items():
+        for label, side in (("in", sides.inputs), ("out", sides.outputs)):
+            tensors[f"{view}|{label}.diagonal"] = side.diagonal.bfloat16()
+            tensors[f"{view}|{label}.low"] = side.low.bfloat16()
+            if side.taps is not None:
+                tensors[f"{view}|{label}.taps"] = side.taps.float()
+    rows = {str(view): view.span for view in statistics}
     return _write(path, tensors, {"kind": "base", "rows": json.dumps(rows)}, base, settings)
-
-
-def _stored_sides(name: str, sides: Sides) -> Iterator[tuple[str, Tensor]]:
-    for label, side in (("in", sides.inputs), ("out", sides.outputs)):
-        yield f"{name}|{label}.diagonal", side.diagonal.bfloat16()
-        yield f"{name}|{label}.low", side.low.bfloat16()
-        if side.taps is not None:
-            yield f"{name}|{label}.taps", side.taps.float()
 
 
 def _write(
     path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, str], base: Base, settings: Mapping[str, Any]
 ) -> int:
+    used = {view.key for views in base.all_views for view in views}
+    base_without_weights = {
+        "family": base.family.name,
+        "name": base.path.name,
+        "fingerprint": base.fingerprint,
+        "tensors": {key: shape for key, shape in base.shapes.items() if key in used},
+        "weights": [views_id(views) for views in base.all_views],
+    }
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "base": json.dumps(_base_entry(base)),
+        "base": json.dumps(base_without_weights),
         "settings": json.dumps(dict(settings), sort_keys=True),
         **entries,
     }

@@ -160,8 +160,8 @@ class _Sketch:
         values, vectors = torch.linalg.eigh((core + core.mT) / 2)
         kept = values > _TINY * values[-1:].clamp(min=0)
         factor = product @ (vectors * torch.where(kept, 1 / values.clamp(min=1e-300).sqrt(), 0))
-        left, sigma, _ = torch.linalg.svd(factor, full_matrices=False)
-        low = (left * sigma)[:, : self.rank]
+        basis, sigma, _ = torch.linalg.svd(factor, full_matrices=False)
+        low = (basis * sigma)[:, : self.rank]
         rest = (self._diagonal.cpu().double() / count - (low**2).sum(1)).clamp(min=0)
         return Side(rest.float(), low.float())
 
@@ -209,17 +209,18 @@ class Recorder:
             with torch.no_grad():
                 for _, watcher in self.sites[module]:
                     watcher.add_inputs(module, inputs[0].detach())
-            register_hook: Any = output.register_hook
-            register_hook(lambda gradient: self._record_gradient(module, gradient))
-        return output
 
-    def _record_gradient(self, module: nn.Module, gradient: Tensor) -> None:
-        rows = positions(gradient, module)
-        broken = ~torch.isfinite(rows).all()
-        for site, watcher in self.sites[module]:
-            name = str(site.view)
-            self._broken[name] = self._broken[name] | broken if name in self._broken else broken
-            watcher.add_gradients(rows[:, slice(*site.rows)])
+            def add_gradients(gradient: Tensor) -> None:
+                rows = positions(gradient, module)
+                broken = ~torch.isfinite(rows).all()
+                for site, watcher in self.sites[module]:
+                    name = str(site.view)
+                    self._broken[name] = self._broken[name] | broken if name in self._broken else broken
+                    watcher.add_gradients(rows[:, slice(*site.rows)])
+
+            register_hook: Any = output.register_hook
+            register_hook(add_gradients)
+        return output
 
     def check(self) -> None:
         """Raises NonFinite, naming a layer, if a gradient was NaN or infinity."""

@@ -200,7 +200,7 @@ class Studio:
             UsageError: not enough memory.
         """
         dtype = dtype or self.dtype
-        keys = self._keys(adapter, dtype)
+        keys = self.picture_keys(adapter, dtype)
         paths = [next(filter(_is_complete, sorted(self.folder.glob(f"*_{key}.png"))), None) for key in keys]
         if None in paths:
             pipeline = self._pipeline(dtype)
@@ -237,7 +237,7 @@ class Studio:
         self._loaded = None
         gc.collect()
 
-    def _keys(self, adapter: Path | None, dtype: str) -> list[str]:
+    def picture_keys(self, adapter: Path | None, dtype: str) -> list[str]:
         """For each shot a hash of everything that decides its picture."""
         import diffusers
         import torch

@@ -88,7 +88,7 @@ class Decomposed:
         # Noise has no direction; a kept dimension mostly lies in those that matter more.
         noise = statistics.noise() or Noise(*(float(sigma.sum() / (side**2).sum()) for side in (down, up)))
         shares = (down**2 * noise.down + up**2 * noise.up) / np.maximum(sigma, 1e-300)
-        return np.where(sigma > 0, errors * shares * noise.left, 0.0)
+        return np.where(sigma > 0, errors * shares * noise.remaining, 0.0)
 
     @cached_property
     def _file_norm(self) -> float | None:

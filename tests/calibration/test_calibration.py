@@ -170,7 +170,7 @@ def test_fused_and_split_weights_share_statistics(table: Path, tmp_path: Path) -
         parts = [statistics.sides(f"{name}.{part}_proj.weight") for part in "qkv"]
         up, down = torch.randn(3 * 48, 4, generator=generator), torch.randn(4, 48, generator=generator)
         views = tuple(View(f"{name}.{part}_proj.weight", (48, 48)) for part in "qkv")
-        fused = statistics._of_views(views)
+        fused = statistics.of_views(views)
         assert fused
         grams = fused.grams(Delta(up, down, 1.0, (3 * 48, 48)))
         torch.testing.assert_close(grams.down, sum(sides.inputs.gram(down) for sides in parts) / 3)
@@ -179,7 +179,7 @@ def test_fused_and_split_weights_share_statistics(table: Path, tmp_path: Path) -
         of_up, of_down = fused.energies()
         torch.testing.assert_close(of_up(up.mT), grams.up.diagonal().float(), rtol=1e-4, atol=0)
         torch.testing.assert_close(of_down(down), grams.down.diagonal().float(), rtol=1e-4, atol=0)
-        some = statistics._of_views((View(views[1].key, (20, 48), (10, 30)),))
+        some = statistics.of_views((View(views[1].key, (20, 48), (10, 30)),))
         assert some
         grams = some.grams(Delta(up[:20], down, 1.0, (20, 48)))
         torch.testing.assert_close(grams.up, parts[1].outputs.rows(10, 30).gram(up[:20].mT))

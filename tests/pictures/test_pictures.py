@@ -135,13 +135,15 @@ def test_a_model_with_nothing_new_to_draw_is_not_loaded(studio: Studio, model: P
 def test_a_pictures_key_holds_all_that_decides_it(studio: Studio, model: Path, lora: Path, tmp_path: Path) -> None:
     shot = studio.shots[0]
     second_model = tiny_sdxl.write_model(tmp_path / "second", seed=1)
-    keys = [studio._key(shot, "", "float32"), studio._key(shot, "a", "float32"), studio._key(shot, "", "float16")]
+    keys = studio.picture_keys(None, "float32")[:1]
+    keys += studio.picture_keys(lora, "float32")[:1] + studio.picture_keys(None, "float16")[:1]
     changes = {"prompt": "b", "negative": "b", "width": 72, "height": 72, "seed": 9, "steps": 3, "scale": 1.0}
     for name, value in {**changes, "sampler": "ddim"}.items():
-        keys.append(studio._key(replace(shot, prompt=replace(SMALL, **{name: value})), "", "float32"))
+        studio.shots = (replace(shot, prompt=replace(SMALL, **{name: value})),)
+        keys += studio.picture_keys(None, "float32")
     for folder in (second_model, model):
-        with Studio(folder, studio.shots) as own_studio:
-            keys.append(own_studio._key(shot, "", "float32"))
+        with Studio(folder, [shot]) as own_studio:
+            keys += own_studio.picture_keys(None, "float32")
     assert keys.pop() == keys[0]
     assert len(set(keys)) == len(keys)
 
