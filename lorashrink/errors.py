@@ -89,18 +89,14 @@ def explained(subject: object, error: Exception) -> LorashrinkError:
     if isinstance(error, LorashrinkError):
         return error
     log.debug("%s", subject, exc_info=error)
-    return Unexpected(f"{subject}: {_what_is_wrong(error)}")
-
-
-def _what_is_wrong(error: Exception) -> str:
-    words = " ".join(str(error).split())[:300]
+    words, kind = " ".join(str(error).split())[:300], type(error).__name__
+    fault = f"unexpected {kind}: {words}. This is an error of lorashrink; please report it with what --debug shows."
     if isinstance(error, MemoryError) or "not enough memory" in words or "out of memory" in words:
-        return "does not fit into memory. Close other programs, or use a machine with more."
-    if isinstance(error, OSError) and error.strerror:
+        fault = "does not fit into memory. Close other programs, or use a machine with more."
+    elif isinstance(error, OSError) and error.strerror:
         where = f" {error.filename}" if error.filename else ""
-        return f"the system refused it ({error.strerror}{where}). See to that, and run the same line again."
-    kind = type(error).__name__
-    return f"unexpected {kind}: {words}. This is an error of lorashrink; please report it with what --debug shows."
+        fault = f"the system refused it ({error.strerror}{where}). See to that, and run the same line again."
+    return Unexpected(f"{subject}: {fault}")
 
 
 def hint_of(text: str) -> str | None:

@@ -94,7 +94,16 @@ class Recipe:
     @classmethod
     def parse(cls, text: str) -> Recipe:
         """Parse one recipe. Raises RecipeError naming the recipe, the item, and what would be right."""
-        items = _parse_items(text)
+        split = [[piece.strip() for piece in item.partition("=")] for item in text.split(",")]
+        if not all(any(pieces) for pieces in split):
+            raise RecipeError(f"recipe '{text}': an item is empty. Example: {DEFAULT}")
+        names = [key for key, _, _ in split]
+        if not set(names) <= set(keys()) and (recipe_meant := meant({key: number for key, _, number in split})):
+            raise RecipeError(f"recipe '{text}': unknown here. Did you mean {recipe_meant}?")
+        for key in names:
+            if names.count(key) > 1:
+                raise RecipeError(f"recipe '{text}': {key} is given twice.")
+        items = {key: _item_value(text, key, equals, number) for key, equals, number in split}
         selections = [key for key in items if key in SELECTIONS]
         if len(selections) != 1:
             fault = f"it has {' and '.join(selections)}" if selections else f"such as {text},thr=-3.55"
@@ -216,7 +225,7 @@ class Recipe:
 
     def __str__(self) -> str:
         items = [*self.weights, (self.select, self.value), *self.modifiers.items()]
-        return ",".join(f"{key}={_value_text(key, value)}" for key, value in items)
+        return ",".join(f"{key}={(_size_text if key == 'size' else _shortest)(value)}" for key, value in items)
 
     def file_items(self) -> str:
         """The recipe as a part of a file name: `frockpt1_th-3.55`."""
@@ -232,10 +241,6 @@ class Recipe:
         else:
             items.append(_file_item("th" if self.select == "thr" else self.select, self.value))
         return "_".join(items)
-
-
-def _value_text(key: str, value: float) -> str:
-    return _size_text(value) if key == "size" else _shortest(value)
 
 
 def _size_text(value: float, form: str = "") -> str:
@@ -262,20 +267,6 @@ def parse_recipes(texts: str | Sequence[str]) -> list[Recipe]:
         if recipe in recipes[:number]:
             raise RecipeError(f"recipe '{recipe}' is given twice.")
     return recipes
-
-
-def _parse_items(text: str) -> dict[str, float]:
-    """Key -> number of every item of a recipe."""
-    items = [[piece.strip() for piece in item.partition("=")] for item in text.split(",")]
-    if not all(any(pieces) for pieces in items):
-        raise RecipeError(f"recipe '{text}': an item is empty. Example: {DEFAULT}")
-    names = [key for key, _, _ in items]
-    if not set(names) <= set(keys()) and (recipe := meant({key: number for key, _, number in items})):
-        raise RecipeError(f"recipe '{text}': unknown here. Did you mean {recipe}?")
-    for key in names:
-        if names.count(key) > 1:
-            raise RecipeError(f"recipe '{text}': {key} is given twice.")
-    return {key: _item_value(text, key, equals, number) for key, equals, number in items}
 
 
 def _item_value(text: str, key: str, equals: str, number: str) -> float:

@@ -28,17 +28,16 @@ def meant(items: Mapping[str, str]) -> str | None:
     if renamed.keys() != items.keys():
         return _text(renamed)
     (key, number), *more = items.items()
-    return _of_number(key) if not number and not more else None
+    if number or more:
+        return None
+    try:
+        value = float(key)
+    except ValueError:
+        return None
+    if value < 0:
+        return f"fro_ckpt=1,thr={key}"
+    return f"energy={key}" if value < 1 else f"rank={value:.0f}"
 
 
 def _text(items: Mapping[str, str]) -> str:
     return ",".join(f"{key}={number}" if number else key for key, number in items.items())
-
-
-def _of_number(text: str) -> str | None:
-    """The recipe for a bare number: a threshold, a share, or a rank."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return f"fro_ckpt=1,thr={text}" if value < 0 else f"energy={text}" if value < 1 else f"rank={value:.0f}"

@@ -43,13 +43,13 @@ _SAME_PRICE = 1 + 1e-5
 
 def fine_enough(offer: Offer) -> Offer:
     """What is on offer without dtypes that round the layer too coarsely; the last one always stays."""
-    *others, last = offer
-    return {name: offer[name] for name in others if not _coarse(offer[name])} | {last: offer[last]}
-
-
-def _coarse(facts: LayerFacts) -> bool:
-    squares = facts.sigma**2
-    return facts.noise is not None and float((facts.noise * squares).sum()) > _COARSE**2 * float(squares.sum())
+    *coarser, last = offer
+    fine = {}
+    for name in coarser:
+        facts, squares = offer[name], offer[name].sigma ** 2
+        if facts.noise is None or float((facts.noise * squares).sum()) <= _COARSE**2 * float(squares.sum()):
+            fine[name] = facts
+    return {**fine, last: offer[last]}
 
 
 def select_in_dtypes(
@@ -93,9 +93,9 @@ def _selected(
 ) -> Selection:
     several = any(len(offer) > 1 for offer in offers)
     if recipe.select == "quality":
-        return _by_quality(recipe, offers, anchor)
+        return _Market(recipe, offers).for_quality(anchor)
     if recipe.select == "size" and several:
-        return _by_size(recipe, offers, file_size)
+        return _Market(recipe, offers).for_size(file_size)
     dtypes = tuple(next(iter(offer)) for offer in offers)
     facts = [next(iter(offer.values())) for offer in offers]
     selection = select(recipe, facts, lambda widths, threshold: file_size(widths, threshold, dtypes), scores)
@@ -104,57 +104,6 @@ def _selected(
         counts = [len(kept) for kept in selection.kept]
         dtypes = market.dtypes(counts, market.price_of(counts, selection.threshold))
     return replace(selection, dtypes=dtypes)
-
-
-def _by_quality(recipe: Recipe, offers: Sequence[Offer], anchor: float) -> Selection:
-    market = _Market(recipe, offers)
-    allowed = allowed_distortion(recipe.value, anchor)
-
-    def reached(price: float) -> bool:
-        return distortion(*market.losses_at(price)) <= allowed
-
-    if not reached(market.lowest):
-        best = predicted_db(distortion(*market.losses_at(market.lowest)), anchor)
-        raise RecipeError(
-            f"recipe '{recipe}': about {best:.1f} dB is the most that this dtype gives. Use -t mixed, or less."
-        )
-    return market.selection(_last(market, reached))
-
-
-def _by_size(recipe: Recipe, offers: Sequence[Offer], file_size: SizeInDtypes) -> Selection:
-    market = _Market(recipe, offers)
-
-    def size(price: float) -> int:
-        selection = market.selection(price)
-        return file_size(selection.widths, selection.threshold, selection.dtypes)
-
-    least = size(market.highest)
-    if least > budget(recipe):
-        raise RecipeError(
-            f"recipe '{recipe}': the parts of this file that cannot shrink need {size_text(least)}; "
-            f"the smallest possible is size={size_for(least)}."
-        )
-    if size(market.lowest) <= budget(recipe):
-        return market.selection(market.lowest)
-    return market.selection(_first(market, lambda price: size(price) <= budget(recipe)))
-
-
-def _last(market: _Market, holds: Callable[[float], bool]) -> float:
-    """The highest price for which it holds; it holds for the lowest."""
-    low, high = market.lowest, market.highest
-    while high > low * _SAME_PRICE:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
-
-
-def _first(market: _Market, holds: Callable[[float], bool]) -> float:
-    """The lowest price for which it holds; it holds for the highest."""
-    low, high = market.lowest, market.highest
-    while high > low * _SAME_PRICE:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
 
 
 @dataclass(eq=False)
@@ -243,25 +192,59 @@ class _Market:
         ]
         return choose([float(choose(list(values))) for values in prices if len(values)] or [1.0])
 
-    def _best(self, price: float) -> tuple[list[int], list[str]]:
-        """(dimensions, dtype) of each layer that cost least."""
+    def selection(self, price: float) -> Selection:
+        """What is kept at a price per byte: of each layer the rank and the dtype that cost least."""
         import numpy as np
 
         ranks = np.arange(self._width)
         costs = (
             self._dropped[:, None, :] + ROUNDING_IN_CHOICES * self._rounding + price * self._bytes[:, :, None] * ranks
         )
-        flat = costs.reshape(len(costs), -1).argmin(1)
-        return (flat % self._width).tolist(), [self.names[index] for index in (flat // self._width).tolist()]
-
-    def selection(self, price: float) -> Selection:
-        """What is kept at a price per byte."""
-        counts, dtypes = self._best(price)
-        counts = adjusted(self.recipe, self._facts, counts)
+        columns, counts = np.divmod(costs.reshape(len(costs), -1).argmin(1), self._width)
+        dtypes = tuple(self.names[column] for column in columns.tolist())
+        counts = adjusted(self.recipe, self._facts, counts.tolist())
         kept = tuple(tuple(order[:count].tolist()) for order, count in zip(self._orders, counts, strict=True))
         everything = all(count == facts.rank for count, facts in zip(counts, self._facts, strict=True))
         threshold = None if everything else 0.5 * math.log10(price / self._unit)
-        return Selection(kept, tuple(widths_of(self.recipe, counts)), threshold, tuple(dtypes))
+        return Selection(kept, tuple(widths_of(self.recipe, counts)), threshold, dtypes)
+
+    def for_quality(self, anchor: float) -> Selection:
+        """The smallest selection for which the recipe's quality is predicted. Raises RecipeError if none is enough."""
+        allowed = allowed_distortion(self.recipe.value, anchor)
+        least = distortion(*self.losses_at(self.lowest))
+        if least > allowed:
+            best = predicted_db(least, anchor)
+            raise RecipeError(
+                f"recipe '{self.recipe}': about {best:.1f} dB is the most that this dtype gives. Use -t mixed, or less."
+            )
+        price, _ = self._bisected(lambda price: distortion(*self.losses_at(price)) > allowed)
+        return self.selection(price)
+
+    def for_size(self, file_size: SizeInDtypes) -> Selection:
+        """The best selection within the recipe's size. Raises RecipeError if nothing is small enough."""
+
+        def size(price: float) -> int:
+            selection = self.selection(price)
+            return file_size(selection.widths, selection.threshold, selection.dtypes)
+
+        limit, least = budget(self.recipe), size(self.highest)
+        if least > limit:
+            raise RecipeError(
+                f"recipe '{self.recipe}': the parts of this file that cannot shrink need {size_text(least)}; "
+                f"the smallest possible is size={size_for(least)}."
+            )
+        if size(self.lowest) <= limit:
+            return self.selection(self.lowest)
+        _, price = self._bisected(lambda price: size(price) <= limit)
+        return self.selection(price)
+
+    def _bisected(self, high_enough: Callable[[float], bool]) -> tuple[float, float]:
+        """Two neighbouring prices: the upper one is `high_enough`, the lower one is not."""
+        low, high = self.lowest, self.highest
+        while high > low * _SAME_PRICE:
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if high_enough(middle) else (middle, high)
+        return low, high
 
     def losses_at(self, price: float) -> tuple[float, float]:
         """(dropped, rounding) of what is kept at a price."""
