@@ -45,36 +45,29 @@ def in_memory(source: object) -> Tensors | None:
         return source
     if isinstance(source, Mapping):
         return Tensors(source)
-    if hasattr(source, "components") and hasattr(source, "load_lora_weights"):
-        return _of_pipeline(source)
-    if hasattr(source, "peft_config") and hasattr(source, "active_adapters"):
-        return _of_peft_model(source)
+    model: Any = source
+    if hasattr(model, "components") and hasattr(model, "load_lora_weights"):
+        from peft import get_peft_model_state_dict
+
+        name = _active(model.get_active_adapters(), "pipeline")
+        tensors: dict[str, Tensor] = {}
+        settings: dict[str, dict[str, Any]] = {}
+        for component, module in model.components.items():
+            config = getattr(module, "peft_config", {}).get(name)
+            if config is not None:
+                state = get_peft_model_state_dict(module, adapter_name=name)
+                tensors |= {f"{component}.{key}": tensor for key, tensor in state.items()}
+                settings[component] = _plain(config)
+        metadata = {"format": "pt", peft.METADATA_KEY: peft.to_metadata(settings)}
+        return Tensors(tensors, metadata, f"adapter {name} of the pipeline", settings, model, name)
+    if hasattr(model, "peft_config") and hasattr(model, "active_adapters"):
+        from peft import get_peft_model_state_dict
+
+        name = _active(model.active_adapters, "PeftModel")
+        tensors = get_peft_model_state_dict(model, adapter_name=name)
+        settings = {"": _plain(model.peft_config[name])}
+        return Tensors(tensors, {}, f"adapter {name} of the PeftModel", settings, model, name)
     return None
-
-
-def _of_peft_model(model: Any) -> Tensors:
-    from peft import get_peft_model_state_dict
-
-    name = _active(model.active_adapters, "PeftModel")
-    tensors = get_peft_model_state_dict(model, adapter_name=name)
-    settings = {"": _plain(model.peft_config[name])}
-    return Tensors(tensors, {}, f"adapter {name} of the PeftModel", settings, model, name)
-
-
-def _of_pipeline(pipeline: Any) -> Tensors:
-    from peft import get_peft_model_state_dict
-
-    name = _active(pipeline.get_active_adapters(), "pipeline")
-    tensors: dict[str, Tensor] = {}
-    settings: dict[str, dict[str, Any]] = {}
-    for component, module in pipeline.components.items():
-        config = getattr(module, "peft_config", {}).get(name)
-        if config is not None:
-            state = get_peft_model_state_dict(module, adapter_name=name)
-            tensors |= {f"{component}.{key}": tensor for key, tensor in state.items()}
-            settings[component] = _plain(config)
-    metadata = {"format": "pt", peft.METADATA_KEY: peft.to_metadata(settings)}
-    return Tensors(tensors, metadata, f"adapter {name} of the pipeline", settings, pipeline, name)
 
 
 def _active(names: object, kind: str) -> str:
@@ -87,10 +80,10 @@ def _active(names: object, kind: str) -> str:
 
 def _plain(config: Any) -> dict[str, Any]:
     """PEFT's settings as JSON could hold them."""
-    return {key: _jsonable(value) for key, value in asdict(config).items()}
-
-
-def _jsonable(value: object) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    return sorted(value) if isinstance(value, (set, frozenset)) else value
+    settings = asdict(config)
+    for key, value in settings.items():
+        if isinstance(value, Enum):
+            settings[key] = value.value
+        elif isinstance(value, (set, frozenset)):
+            settings[key] = sorted(value)
+    return settings

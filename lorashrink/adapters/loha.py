@@ -22,20 +22,18 @@ def check(infos: Infos) -> str | None:
     if ("t1" in infos) != ("t2" in infos):
         return "one half has a Tucker core and the other has none"
     for half in HALVES:
-        if problem := half.problem(infos) or _empty(infos, half):
+        if problem := half.problem(infos):
             return problem
+        if half.core in infos and 0 in infos[half.core].shape:
+            return f"{half.core} {list(infos[half.core].shape)} is empty"
+        a, b = infos[half.a].shape, infos[half.b].shape
+        if 0 in (*a, *b):
+            return f"{half.a} {list(a)} or {half.b} {list(b)} is empty"
     if FIRST.shape(infos) != SECOND.shape(infos):
         return f"its halves make {list(FIRST.shape(infos))} and {list(SECOND.shape(infos))}"
     if rank(infos) != infos["w2_b"].shape[0]:
         return f"its halves have the ranks {rank(infos)} and {infos['w2_b'].shape[0]}"
     return None
-
-
-def _empty(infos: Infos, half: Factors) -> str | None:
-    a, b = infos[half.a].shape, infos[half.b].shape
-    if half.core in infos and 0 in infos[half.core].shape:
-        return f"{half.core} {list(infos[half.core].shape)} is empty"
-    return f"{half.a} {list(a)} or {half.b} {list(b)} is empty" if 0 in (*a, *b) else None
 
 
 def rank(infos: Infos) -> int:

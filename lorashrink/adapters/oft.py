@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorashrink.adapters.family import Family, Infos, Needs, Shape, Stored, unscaled
+from lorashrink.adapters.family import Family, Infos, Needs, Stored, unscaled
 from lorashrink.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -49,8 +49,16 @@ def check_rows(infos: Infos) -> str | None:
     if parts != ["blocks"] and parts != [f"blocks{number}" for number in range(len(parts))]:
         return f"it has {', '.join(parts)}, and others are missing"
     for part in parts:
-        if problem := _blocks_problem(infos[part].shape):
-            return problem
+        blocks = infos[part].shape
+        if len(blocks) not in (3, 4) or blocks[-1] != blocks[-2]:
+            return f"oft_blocks {list(blocks)} are no square blocks"
+        if 0 in blocks:
+            return f"oft_blocks {list(blocks)} are empty"
+        if len(blocks) == 4:
+            stages, count, size, _ = blocks
+            # compared first, because 2 to the power of a number in a header may be anything
+            if size % 2 or stages > count.bit_length() or count % 2 ** (stages - 1):
+                return f"{count} blocks of {size} rows have no {stages} butterfly stages"
     if "rescale" in infos:
         rescale, out = infos["rescale"].shape, turned_rows(infos)
         if rescale[:1] != (out,) or math.prod(rescale) != out:
@@ -58,29 +66,9 @@ def check_rows(infos: Infos) -> str | None:
     return None
 
 
-def _blocks_problem(blocks: Shape) -> str | None:
-    if len(blocks) not in (3, 4) or blocks[-1] != blocks[-2]:
-        return f"oft_blocks {list(blocks)} are no square blocks"
-    if 0 in blocks:
-        return f"oft_blocks {list(blocks)} are empty"
-    if len(blocks) == 4:
-        stages, count, size, _ = blocks
-        # compared first, because 2 to the power of a number in a header may be anything
-        if size % 2 or stages > count.bit_length() or count % 2 ** (stages - 1):
-            return f"{count} blocks of {size} rows have no {stages} butterfly stages"
-    return None
-
-
 def turned_rows(infos: Infos) -> int:
     """How many rows all rotations together turn: the outputs of the base weight."""
     return sum(infos[part].shape[-3] * infos[part].shape[-1] for part in _parts(infos))
-
-
-def _skew(blocks: Tensor, bound: float) -> Tensor:
-    skew = blocks.double()
-    skew = skew - skew.mT
-    norm = float(skew.norm())
-    return skew * (bound / norm) if 0 < bound < norm else skew
 
 
 def _turn_less_one(skew: Tensor) -> Tensor:
@@ -92,14 +80,6 @@ def _turn_less_one(skew: Tensor) -> Tensor:
     # The root of NaN is no error here; they are refused with the layer's name elsewhere.
     root = torch.linalg.cholesky_ex(identity + skew.mT @ skew)[0]
     return torch.cholesky_solve(2 * (skew + skew @ skew), root)
-
-
-def _diagonal(skew: Tensor, rows: Tensor) -> Tensor:
-    """What the rotation changes in rows [k·b, m]."""
-    count, size, _ = skew.shape
-    turns = _turn_less_one(-skew).to(rows.dtype)  # the transposed rotation is that of −Q
-    change: Tensor = turns @ rows.reshape(count, size, -1)
-    return change.flatten(0, 1)
 
 
 def _butterfly(skew: Tensor, rows: Tensor) -> Tensor:
@@ -129,8 +109,16 @@ def delta_rows(stored: Stored) -> Dense:
         raise ShapeError(f"Rotations of {sum(sizes)} rows do not fit a weight of {weight.shape[0]} rows.")
     changes = []
     for blocks, rows in zip(rotations, torch.split(weight, sizes), strict=True):
-        skew = _skew(blocks, stored.scale * len(rows))
-        changes.append(_diagonal(skew, rows) if skew.ndim == 3 else _butterfly(skew, rows))
+        skew = blocks.double()
+        skew = skew - skew.mT
+        norm, bound = float(skew.norm()), stored.scale * len(rows)
+        if 0 < bound < norm:
+            skew = skew * (bound / norm)
+        if skew.ndim == 4:
+            changes.append(_butterfly(skew, rows))
+        else:
+            turns = _turn_less_one(-skew).to(rows.dtype)  # the transposed rotation is that of −Q
+            changes.append((turns @ rows.reshape(*skew.shape[:2], -1)).flatten(0, 1))
     change = torch.cat(changes)
     if "rescale" in stored.tensors:
         rescale = stored.tensors["rescale"].float().reshape(-1, 1)
@@ -172,24 +160,19 @@ def delta_columns(stored: Stored) -> Dense:
     upper[:, row, column] = triangles
     if "scaled" in stored.tensors:
         upper /= 2 * math.sqrt(size - 1)
-    turns = _series_or_exact(_near_identity(upper - upper.mT, stored.config), stored.config)
+    skew = upper - upper.mT
+    if stored.config.get("coft"):  # each block is no longer than eps/√k
+        eps = stored.config.get("eps", _COFT_EPS)
+        if not isinstance(eps, int | float):
+            raise ShapeError(f"eps in the adapter's settings should be a number, it is {eps!r}.")
+        shorter: Tensor = eps / math.sqrt(count) / skew.flatten(1).norm(dim=1)[:, None, None]
+        skew = skew * shorter.clamp(max=1).nan_to_num(nan=1.0)
+    turns = _series_or_exact(skew, stored.config)
     # OneTrainer, whose files come without settings, turns the inputs of a linear layer but the kernel of a convolution
     turns = turns if len(stored.shape) > 2 and not stored.config else turns.mT
     blocks = weight.reshape(len(weight), -1, size).transpose(0, 1)
     change = (blocks @ turns.to(weight.dtype)).transpose(0, 1).flatten(1)
     return Dense(change, 1.0, stored.shape)
-
-
-def _near_identity(skew: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """With PEFT's `coft`: each block no longer than eps/√k."""
-    if not config.get("coft"):
-        return skew
-    eps = config.get("eps", _COFT_EPS)
-    if not isinstance(eps, int | float):
-        raise ShapeError(f"eps in the adapter's settings should be a number, it is {eps!r}.")
-    norms = skew.flatten(1).norm(dim=1)[:, None, None]
-    shorter: Tensor = eps / math.sqrt(len(skew)) / norms
-    return skew * shorter.clamp(max=1).nan_to_num(nan=1.0)
 
 
 def _series_or_exact(skew: Tensor, config: Mapping[str, Any]) -> Tensor:

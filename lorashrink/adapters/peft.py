@@ -206,7 +206,10 @@ def with_ranks(
         stored = {module: rank for owner, module, rank in modules if owner == component}
         if not stored:
             continue
-        _forget_first_numbers(config)
+        if isinstance(config.get("init_lora_weights"), str):  # others are slow, not for every rank, or change the base
+            config["init_lora_weights"] = True
+            for key in _OF_FIRST_NUMBERS:
+                config.pop(key, None)
         if others and "r" in config:
             roots = {module: rank**0.5 if config.get("use_rslora") else 1 for module, rank in stored.items()}
             alphas = {module: (alpha or rank) / roots[module] for module, rank in stored.items()}
@@ -220,14 +223,6 @@ def with_ranks(
     return new
 
 
-def _forget_first_numbers(config: dict[str, Any]) -> None:
-    """Make the initialisation the ordinary one: others are slow, not for every rank, or change the base."""
-    if isinstance(config.get("init_lora_weights"), str):
-        config["init_lora_weights"] = True
-        for key in _OF_FIRST_NUMBERS:
-            config.pop(key, None)
-
-
 def _before(values: Mapping[str, float], patterns: object, default: float | None) -> dict[str, float]:
     """A table with these modules before the patterns of others; PEFT takes the first pattern that fits."""
     if not isinstance(patterns, Mapping) or not patterns:
@@ -236,8 +231,14 @@ def _before(values: Mapping[str, float], patterns: object, default: float | None
 
 
 def _patterns(values: Mapping[str, float], default: float | None) -> dict[str, float]:
-    """PEFT's table of the modules that do not have the default."""
-    return {_pattern(module): value for module, value in sorted(values.items()) if value != default}
+    """PEFT's table of the modules that do not have the default; the start keeps out names that only end alike."""
+    table = {}
+    for module, value in sorted(values.items()):
+        if value != default:
+            # transformers >= 5 has no such level in CLIPTextModel; loaders take it off the names but not off patterns
+            name = module.removeprefix("text_model.")
+            table[f"^{module}" if name == module else f"^(text_model.)?{name}"] = value
+    return table
 
 
 def to_metadata(settings: Settings) -> str:
@@ -310,9 +311,3 @@ class Patterns:
                 raise ValueError(f"the pattern {pattern[:40]}... is too large")
             self._compiled[pattern] = regex.compile(rf"(.*\.)?({pattern})$")
         return self._compiled[pattern]
-
-
-def _pattern(module: str) -> str:
-    """A regular expression for one module and, by its start, for none that only ends like it."""
-    # transformers >= 5 has no such level in CLIPTextModel, and loaders take it off the names but not off patterns
-    return "^(text_model.)?" + module.removeprefix("text_model.") if module.startswith("text_model.") else f"^{module}"

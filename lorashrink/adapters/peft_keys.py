@@ -95,13 +95,8 @@ _CONVERT = (
 
 def changes_base(config: Mapping[str, Any]) -> str | None:
     """The initialisation that takes its first factors out of the base at load; None if there is none."""
-    name = _initialisation(config)
-    return name if name in FROM_BASE else None
-
-
-def _initialisation(config: Mapping[str, Any]) -> str | None:
     value = config.get("init_lora_weights")
-    return value.lower() if isinstance(value, str) else None
+    return value.lower() if isinstance(value, str) and value.lower() in FROM_BASE else None
 
 
 def check_keys(settings: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -115,13 +110,22 @@ def check_keys(settings: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             )
         for key, value in config.items():
             if problem := _problem(KEYS[kind], key, value):
-                raise InputError(f"{path}: {key} is {_short(value)} in its settings: {problem}")
+                text = repr(value)
+                text = text if len(text) <= 40 else f"{text[:37]}..."
+                raise InputError(f"{path}: {key} is {text} in its settings: {problem}")
 
 
 def _problem(rows: _Rows, key: str, value: object) -> str | None:
     """Why a value is refused, with the way out."""
     if key == "init_lora_weights":
-        return _bad_initialisation(value)
+        if not isinstance(value, str) or value.lower() in (*_FIRST_NUMBERS, *FROM_BASE, "true", "false"):
+            return None
+        if value.lower().startswith(("pissa", "corda", "loftq")):
+            return (
+                "PEFT changes the base at load in a way that the files do not hold (it is random, quantised, or comes "
+                f"from data). {_CONVERT}"
+            )
+        return f"this initialisation is not known, and may change the base. {_CONVERT}"
     if _is_empty(value) or (meaning := rows.get(key)) in (UNDERSTOOD, HARMLESS):
         return None
     if meaning is None:
@@ -134,22 +138,6 @@ def _problem(rows: _Rows, key: str, value: object) -> str | None:
 def _is_empty(value: object) -> bool:
     """Whether this is what a setting says that is not used."""
     return value is None or value is False or value in ("", [], {}, ())
-
-
-def _bad_initialisation(value: object) -> str | None:
-    if not isinstance(value, str) or value.lower() in (*_FIRST_NUMBERS, *FROM_BASE, "true", "false"):
-        return None
-    if value.lower().startswith(("pissa", "corda", "loftq")):
-        return (
-            "PEFT changes the base at load in a way that the files do not hold (it is random, quantised, or comes "
-            f"from data). {_CONVERT}"
-        )
-    return f"this initialisation is not known, and may change the base. {_CONVERT}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def refuse_new_names(config: Mapping[str, Any], naming: str) -> str | None:

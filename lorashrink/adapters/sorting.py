@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import regex
 
@@ -31,6 +31,9 @@ class Endings:
     """What the names of tensors end with, in all families together."""
 
     families: tuple[Family, ...]
+    # An output has the names of its input, and the files of a batch mostly have the same.
+    _splits: dict[str, tuple[str, str] | None] = field(default_factory=dict, init=False, repr=False)
+    _choices: dict[frozenset[str], tuple[Family | None, bool]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def suffixes(self) -> tuple[str, ...]:
@@ -46,20 +49,28 @@ class Endings:
         }
         return frozenset(self.suffixes) - proofs
 
+    @cached_property
+    def suffix_pattern(self) -> re.Pattern[str]:
+        """Matches the suffix of a tensor's name, in a group that has its number."""
+        # The leftmost match is the longest suffix. An empty group behind each names it, so that every alternative
+        # begins with a dot or a letter, which re uses to skip the rest.
+        return re.compile("|".join(f"{suffix}(?P<s{number}>)$" for number, suffix in enumerate(self.suffixes)))
+
+    @cached_property
+    def common_pattern(self) -> re.Pattern[str]:
+        """Matches the names of tensors that several layers share."""
+        names = dict.fromkeys(name for family in self.families for name in family.common.values())
+        return re.compile("|".join(f"^(?:{name})$" for name in names) or r"(?!)")
+
     def split(self, key: str) -> tuple[str, str] | None:
         """(name of the layer, suffix) of a tensor's name; None if it ends as no family's do."""
-        splits = self._splits
-        if key in splits:
-            return splits[key]
-        match = self._suffix.search(key)
+        if key in self._splits:
+            return self._splits[key]
+        match = self.suffix_pattern.search(key)
         split = (key[: match.start()], self.suffixes[int(str(match.lastgroup)[1:])]) if match else None
-        if len(splits) < _REMEMBERED:
-            splits[key] = split
+        if len(self._splits) < _REMEMBERED:
+            self._splits[key] = split
         return split
-
-    def common(self, key: str) -> bool:
-        """Whether this is a tensor that several layers share."""
-        return bool(self._common.search(key))
 
     def choice(self, suffixes: frozenset[str]) -> tuple[Family | None, bool]:
         """(the first family that has all these suffixes, of which only weak ones may belong to none, or None;
@@ -75,26 +86,6 @@ class Endings:
             twice = fitting is None and len({family.name for family in marked}) == 1
             self._choices[suffixes] = fitting, twice
         return self._choices[suffixes]
-
-    @cached_property
-    def _splits(self) -> dict[str, tuple[str, str] | None]:
-        # An output has the names of its input, and the files of a batch mostly have the same.
-        return {}
-
-    @cached_property
-    def _choices(self) -> dict[frozenset[str], tuple[Family | None, bool]]:
-        return {}
-
-    @cached_property
-    def _suffix(self) -> re.Pattern[str]:
-        # The leftmost match is the longest suffix. An empty group behind each names it, so that every alternative
-        # begins with a dot or a letter, which re uses to skip the rest.
-        return re.compile("|".join(f"{suffix}(?P<s{number}>)$" for number, suffix in enumerate(self.suffixes)))
-
-    @cached_property
-    def _common(self) -> re.Pattern[str]:
-        names = dict.fromkeys(name for family in self.families for name in family.common.values())
-        return re.compile("|".join(f"^(?:{name})$" for name in names) or r"(?!)")
 
 
 # The registry is read at each call, so that a family added to it counts at once.
@@ -125,15 +116,21 @@ def sort_keys(store: TensorStore, settings: peft.Settings) -> tuple[tuple[Layer,
     patterns = peft.Patterns()
     shared = set(SHARED.values())
     for name, keys in groups.items():
+        family, twice = endings.choice(frozenset(keys))
         if keys.keys() <= shared:
             others |= dict.fromkeys(keys.values(), carried.get(name, "belongs to factors that are not there"))
         elif keys.keys() <= endings.weak:
             others |= {key: _companion(key) for key in keys.values()}
-        elif family := _family(store, endings, name, keys):
+        elif family:
             layer, stay = _layer(store, settings, patterns, family, name, keys)
             others |= stay
             if layer:
                 layers.append(layer)
+        elif twice:
+            raise ShapeError(
+                f"{store.path}: layer {name} is there in two spellings: {', '.join(sorted(keys.values()))}. "
+                "Export the file again."
+            )
         else:
             others |= dict.fromkeys(keys.values(), f"its layer, {name}, is made of several families")
     for key in {key for layer in layers for key in layer.common.values()}:
@@ -147,7 +144,7 @@ def _grouped(store: TensorStore, endings: Endings) -> tuple[dict[str, dict[str, 
     others: dict[str, str] = {}
     carried: dict[str, str] = {}
     for key in store.tensors:
-        if endings.common(key):  # it is taken out of `others` again if a layer uses it
+        if endings.common_pattern.search(key):  # it is taken out of `others` again if a layer uses it
             others[key] = "shared by layers that stay as they are"
         elif (split := endings.split(key)) and not (split[1] in endings.weak and _CARRIED.search(key)):
             name, suffix = split
@@ -169,23 +166,6 @@ def _companion(key: str) -> str:
     return next((reason for pattern, reason in families.COMPANIONS if re.search(pattern, key)), UNKNOWN)
 
 
-def _family(store: TensorStore, endings: Endings, name: str, keys: Mapping[str, str]) -> Family | None:
-    """The family of a layer with these suffixes; None if it is made of several."""
-    family, twice = endings.choice(frozenset(keys))
-    if twice:
-        raise ShapeError(
-            f"{store.path}: layer {name} is there in two spellings: {', '.join(sorted(keys.values()))}. "
-            "Export the file again."
-        )
-    return family
-
-
-@cache
-def _roles(family: Family) -> Mapping[str, str]:
-    """Suffix -> role."""
-    return {suffix: role for role, suffix in {**SHARED, **family.suffixes}.items()}
-
-
 def _layer(
     store: TensorStore,
     settings: peft.Settings,
@@ -195,14 +175,21 @@ def _layer(
     tagged: Mapping[str, str],
 ) -> tuple[Layer | None, dict[str, str]]:
     """(the layer that these tensors make, or None; key -> why it is no part of it). `tagged` maps suffixes to keys."""
-    roles = _roles(family)
+    roles = {suffix: role for role, suffix in {**SHARED, **family.suffixes}.items()}
     stay = {key: _companion(key) for suffix, key in tagged.items() if suffix not in roles}
     keys = {roles[suffix]: key for suffix, key in tagged.items() if suffix in roles}
     common = {
         role: key for role, pattern in family.common.items() for key in store.tensors if re.fullmatch(pattern, key)
     }
     infos = {role: store.tensors[key] for role, key in {**keys, **common}.items()}
-    if reason := _reason_to_carry(settings, family, name, infos):
+    if not family.common.keys() <= infos.keys():
+        reason: str | None = "its shared matrices are not in the file"
+    else:
+        in_peft = family.name == "lora" and "lora_A" in family.suffixes["down"]
+        reason = (
+            (peft.experts(settings, name) if in_peft else None) or family.carried(infos) or peft.carried(settings, name)
+        )
+    if reason:
         return None, stay | dict.fromkeys(keys.values(), reason)
     _check(store, name, family, keys, infos)
     try:
@@ -217,14 +204,6 @@ def _layer(
     if family.name == "lora" and (initialisation := changes_base(config)):
         family = against_true_base(family, initialisation)
     return Layer(name, family, keys, infos, store, scale, config, common), stay
-
-
-def _reason_to_carry(settings: peft.Settings, family: Family, name: str, infos: Infos) -> str | None:
-    """Why the tensors of a layer are copied along, None if they make a ΔW."""
-    if not family.common.keys() <= infos.keys():
-        return "its shared matrices are not in the file"
-    in_peft = family.name == "lora" and "lora_A" in family.suffixes["down"]
-    return (peft.experts(settings, name) if in_peft else None) or family.carried(infos) or peft.carried(settings, name)
 
 
 def _check(store: TensorStore, name: str, family: Family, keys: Mapping[str, str], infos: Infos) -> None:
