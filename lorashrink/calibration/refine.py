@@ -9,57 +9,38 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from lorashrink.adapters import Adapter, Layer, open_adapter
-from lorashrink.bases import Base, open_base
-from lorashrink.calibration.denoising import denoiser_inputs, draw_latents, guided, step_width, with_inputs
-from lorashrink.calibration.models import model_dtype, open_frozen_pipeline, pipeline_arguments
+from lorashrink.adapters import Adapter, open_adapter
+from lorashrink.bases import open_base
+from lorashrink.calibration.models import model_dtype, open_frozen_pipeline
 from lorashrink.calibration.scaling import DAMPINGS, effects, ridge
-from lorashrink.calibration.sites import Watched, by_weight, forward_hooks, modules_of, pieces, watched
-from lorashrink.engine.delta import Delta
+from lorashrink.calibration.timesteps import Timestep, batches, hold_out, predict, record
+from lorashrink.calibration.trained_layers import TrainedLayer, layers_added, trained_layers
 from lorashrink.engine.devices import pick_device
-from lorashrink.errors import InputError, NonFinite, Progress, UsageError
+from lorashrink.errors import NonFinite, Progress, UsageError
 from lorashrink.files.disk import check_output, sha256_file
 from lorashrink.files.metadata_keys import REFINED
-from lorashrink.files.store import cast
 from lorashrink.files.writing import save_tensors
-from lorashrink.linking.matching import match
 from lorashrink.pictures.adapting import adapted, check_adapter
-from lorashrink.pictures.drawing import Shot
 from lorashrink.pictures.pipelines import KINDS, Kind, check_packages, enough_memory, pipeline_kind
 
 # Adam's rate at the start, relative to the size of each factor's numbers; it is halved where it is too high.
 _RATE, _SLOWEST = 0.01, 1e-4
-
 _BETAS = (0.9, 0.99)
-
 _WARMUP = 5  # steps: in its first steps Adam knows only the signs of gradients
-
 _MEAN = 0.9  # decay of the running mean of the factors, which is the result: it has less of the batches' noise
-
 _ROUND = 10  # steps of Adam between two errors on what is held out
-
 _TINY = 1e-6
-
 _SMALLER = "Give the prompts a smaller --w and --h."
-
-_HELD = 4  # one picture in so many is held out
-
-_MOST_HELD = 48  # sampling steps of the held-out error
-
 _MOST_SCALED = 128  # sampling steps of the closed form; more gain nothing
-
-_PIXELS = 1 << 20  # that go through the model at once; at least one picture does
 
 # A smaller error is rounding, as a share of the prediction; a smaller gain is chance, as a share of the error.
 _ROUNDING, _GAIN = 1e-8, 1e-3
@@ -140,18 +121,18 @@ def refine(
         companion = None if settings is None else Path(settings)
         weights_dtype = model_dtype(dtype, device)
         pipeline, shots = open_frozen_pipeline(Path(model), kind, prompts, seeds, device, weights_dtype, companion)
-        layers = _trained_layers(adapter, pipeline, base, device)
+        layers = trained_layers(adapter, pipeline, base, device)
         with adapted(pipeline, reference, base):
-            timesteps: list[_Timestep] = []
+            timesteps: list[Timestep] = []
             for number, shot in enumerate(shots, start=1):
-                timesteps += _record(pipeline, kind, shot)
+                timesteps += record(pipeline, kind, shot)
                 if progress:
                     progress("drawing", number, len(shots))
         if not all(math.isfinite(timestep.size) for timestep in timesteps):
             raise NonFinite(
                 "the model predicts NaN or infinity with the original adapter. Use another --dtype, such as fp32."
             )
-        stack.enter_context(_added(layers))
+        stack.enter_context(layers_added(layers))
         search = _Search(layers, pipeline, kind, timesteps, batch)
         with enough_memory(f"{model}: training does not fit into memory", device, _SMALLER):
             if closed_form:
@@ -175,169 +156,6 @@ def refine(
     )
 
 
-# --- the factors --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _TrainedLayer:
-    """One layer of the shrunk adapter, and where it adds to the model."""
-
-    layer: Layer
-    up: Tensor  # [out, r] float32
-    down: Tensor  # [r, in·kh·kw] float32
-    scale: float
-    sites: tuple[tuple[Watched, tuple[int, int]], ...]  # a module's rows, and those of `up` that belong there
-
-    def rounded(self) -> tuple[Tensor, Tensor]:
-        """Both factors in the dtype of the file."""
-        up, down = (
-            cast(tensor.detach().cpu(), self.layer.infos[role].dtype)
-            for role, tensor in (("up", self.up), ("down", self.down))
-        )
-        return up, down
-
-    def change(self, module: nn.Module, inputs: Tensor, rows: tuple[int, int]) -> Tensor:
-        """scale · up · down · x for some rows of `up`, in the dtype of x."""
-        up, down = self.up[slice(*rows)].to(inputs.dtype), self.down.to(inputs.dtype)
-        if isinstance(module, nn.Conv2d):
-            weight = down.reshape(len(down), -1, *module.kernel_size)
-            inner = functional.conv2d(inputs, weight, None, module.stride, module.padding, module.dilation)
-            return functional.conv2d(inner, up[:, :, None, None]) * self.scale
-        return functional.linear(functional.linear(inputs, down), up) * self.scale
-
-
-def _trained_layers(adapter: Adapter, pipeline: Any, base: Base, device: str) -> list[_TrainedLayer]:
-    by_key = by_weight(watched(modules_of(pipeline, base), "diffusers", base))
-    layers = []
-    for layer, views in zip(adapter.layers, match(adapter, base), strict=True):
-        two_factors = layer.own.keys() == {"up", "down"} and layer.keys.keys() <= {"up", "down", "alpha"}
-        if layer.family.name != "lora" or not two_factors:
-            raise InputError(
-                f"{adapter.path}: layer {layer.name} is {layer.algo}, and only LoRA of two factors is refined. "
-                "Make one of it with `lorashrink resize --as lora -r energy=1`."
-            )
-        sites = tuple(pieces(views, by_key))
-        if sites and not layer.off:
-            delta = layer.delta
-            assert isinstance(delta, Delta)
-            up, down = (tensor.to(device, torch.float32).clone().requires_grad_() for tensor in (delta.up, delta.down))
-            layers.append(_TrainedLayer(layer, up, down, delta.scale, sites))
-    if not layers:
-        raise InputError(f"{adapter.path}: changes no layer of the loaded model.")
-    return layers
-
-
-@contextmanager
-def _added(layers: Sequence[_TrainedLayer]) -> Iterator[None]:
-    """The layers add to the outputs of the model's modules for as long as this lasts."""
-    by_module: dict[nn.Module, list[tuple[_TrainedLayer, int, tuple[int, int]]]] = defaultdict(list)
-    for layer in layers:
-        for site, rows in layer.sites:
-            by_module[site.module].append((layer, site.start, rows))
-
-    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        for layer, start, rows in by_module[module]:
-            change = layer.change(module, inputs[0], rows)
-            channel = 1 if isinstance(module, nn.Conv2d) else -1
-            behind = output.shape[channel] - start - change.shape[channel]
-            if start or behind:
-                around = (0, 0) * (output.dim() - 2) if channel == 1 else ()
-                change = functional.pad(change, (*around, start, behind))
-            output = output + change
-        return output
-
-    with forward_hooks(by_module, add):
-        yield
-
-
-# --- sampling steps -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Timestep:
-    """One sampling step of a picture that is drawn with the original adapter."""
-
-    shot: Shot
-    sample: Tensor  # [1, ...], the denoiser's input
-    time: Tensor  # [], its other input
-    target: Tensor  # [1, ...] float32, the guided prediction
-    width: float  # by how much the step changes the picture, for a prediction of length 1
-
-    @property
-    def size(self) -> float:
-        """The error of predicting nothing, which other errors are a share of."""
-        return float(self.target.square().sum()) * self.width
-
-
-def _record(pipeline: Any, kind: Kind, shot: Shot) -> list[_Timestep]:
-    """The sampling steps of a shot that is drawn with the adapter on the model."""
-    timesteps: list[_Timestep] = []
-
-    def recorded_step(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = forward(*args, **kwargs)
-        sample, time = denoiser_inputs(args, kwargs)
-        target = guided(pipeline, output[0].float()).cpu()
-        width = step_width(pipeline.scheduler, len(timesteps))
-        timesteps.append(_Timestep(shot, sample[:1].cpu(), time.flatten()[0].cpu(), target, width))
-        return output
-
-    with torch.no_grad():
-        draw_latents(pipeline, kind.denoiser, pipeline_arguments([shot], kind), recorded_step)
-    return timesteps
-
-
-class _Enough(Exception):
-    """The denoiser has been called, and the pipeline need not go on."""
-
-
-def _predict(pipeline: Any, kind: Kind, timesteps: Sequence[_Timestep]) -> Tensor:
-    """The guided predictions [n, ...] float32 at time steps of equal size and guidance; with gradients, if enabled.
-
-    The pipeline prepares all other inputs of the denoiser, text included: the adapter may change the text encoders.
-    """
-    predictions: list[Tensor] = []
-
-    def predicted_step(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        sample, _ = denoiser_inputs(args, kwargs)
-        branches = len(sample) // len(timesteps)  # 2 with guidance
-        samples = torch.cat([timestep.sample for timestep in timesteps] * branches).to(sample)
-        times = torch.stack([timestep.time for timestep in timesteps] * branches).to(sample.device)
-        args, kwargs = with_inputs(args, kwargs, samples, times)
-        predictions.append(guided(pipeline, forward(*args, **kwargs)[0].float()))
-        raise _Enough
-
-    arguments = pipeline_arguments([timestep.shot for timestep in timesteps], kind)
-    with suppress(_Enough):
-        draw_latents(pipeline, kind.denoiser, arguments, predicted_step)
-    return predictions[0]
-
-
-def _split(timesteps: Sequence[_Timestep]) -> tuple[list[_Timestep], list[_Timestep]]:
-    """Time steps to train on, and time steps held out: whole pictures if there are enough. Raises UsageError."""
-    numbers = {shot: number for number, shot in enumerate(dict.fromkeys(timestep.shot for timestep in timesteps))}
-    trained: list[_Timestep] = []
-    held: list[_Timestep] = []
-    for index, timestep in enumerate(timesteps):
-        number = numbers[timestep.shot] if len(numbers) >= _HELD else index
-        (held if number % _HELD == _HELD - 1 else trained).append(timestep)
-    if not trained or not held:
-        raise UsageError(
-            "too few steps to train on some and hold out others. Give more prompts, or more steps in each."
-        )
-    return trained, held[:: math.ceil(len(held) / _MOST_HELD)]
-
-
-def _batches(timesteps: Sequence[_Timestep]) -> Iterator[list[_Timestep]]:
-    """Groups that can go through the model at once."""
-    groups: dict[tuple[int, int, float], list[_Timestep]] = defaultdict(list)
-    for timestep in timesteps:
-        prompt = timestep.shot.prompt
-        groups[prompt.width, prompt.height, prompt.scale].append(timestep)
-    for (width, height, _), group in groups.items():
-        most = max(1, _PIXELS // (width * height))
-        yield from (group[start : start + most] for start in range(0, len(group), most))
-
-
 # --- training -----------------------------------------------------------------------------------
 
 
@@ -350,15 +168,15 @@ class _Search:
 
     def __init__(
         self,
-        layers: Sequence[_TrainedLayer],
+        layers: Sequence[TrainedLayer],
         pipeline: Any,
         kind: Kind,
-        timesteps: Sequence[_Timestep],
+        timesteps: Sequence[Timestep],
         batch: int,
     ) -> None:
         """Raises UsageError if there are too few time steps, NonFinite if the model predicts NaN."""
         self.layers, self.pipeline, self.kind = layers, pipeline, kind
-        self.trained, self.held = _split(timesteps)
+        self.trained, self.held = hold_out(timesteps)
         self.batch = min(batch, len(self.trained))
         self.factors = [factor for layer in layers for factor in (layer.up, layer.down)]
         self.start = self.best = _copies(self.factors)
@@ -383,7 +201,7 @@ class _Search:
         rows, missing = [], []
         for number, timestep in enumerate(chosen, 1):
             with torch.enable_grad():
-                prediction = _predict(self.pipeline, self.kind, [timestep])
+                prediction = predict(self.pipeline, self.kind, [timestep])
                 noise = torch.randn(prediction.shape, generator=generator) * math.sqrt(timestep.width)
                 rows.append(effects((prediction * noise.to(prediction.device)).sum(), ups))
             missing.append(((timestep.target - prediction.detach().cpu()) * noise).sum().double())
@@ -423,7 +241,7 @@ class _Search:
     def settle(self) -> bool:
         """Round the best factors as in the file. Returns False, with the factors of the start, if they gain nothing."""
         self._set_factors(self.best)
-        rounded = [factor.float() for layer in self.layers for factor in layer.rounded()]
+        rounded = [factor.float() for layer in self.layers for factor in layer.rounded().values()]
         self.after = self._held_out_error([factor.to(self.factors[0].device) for factor in rounded])
         improved = self.after < self.before * (1 - _GAIN)
         if not improved:
@@ -438,7 +256,7 @@ class _Search:
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         chosen = torch.randperm(len(self.trained), generator=generator)[: self.batch].tolist()
-        for timesteps in _batches([self.trained[index] for index in chosen]):
+        for timesteps in batches([self.trained[index] for index in chosen]):
             with torch.enable_grad():
                 torch.autograd.backward([self._error(timesteps) / self.unit])
         before = _copies(self.factors)
@@ -453,12 +271,12 @@ class _Search:
         current = _copies(self.factors)
         self._set_factors(values)
         with torch.no_grad():
-            error = sum(float(self._error(timesteps)) for timesteps in _batches(self.held))
+            error = sum(float(self._error(timesteps)) for timesteps in batches(self.held))
         self._set_factors(current)
         return error / sum(timestep.size for timestep in self.held)
 
-    def _error(self, timesteps: Sequence[_Timestep]) -> Tensor:
-        predictions = _predict(self.pipeline, self.kind, timesteps)
+    def _error(self, timesteps: Sequence[Timestep]) -> Tensor:
+        predictions = predict(self.pipeline, self.kind, timesteps)
         differences = predictions - torch.cat([timestep.target for timestep in timesteps]).to(predictions.device)
         widths = torch.tensor([timestep.width for timestep in timesteps], device=predictions.device)
         return (differences.square().flatten(1).sum(1) * widths).sum()
@@ -475,14 +293,10 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 # --- the file -----------------------------------------------------------------------------------
 
 
-def _write(path: Path, adapter: Adapter, trained: Sequence[_TrainedLayer], reference: Path, steps: int) -> None:
+def _write(path: Path, adapter: Adapter, trained: Sequence[TrainedLayer], reference: Path, steps: int) -> None:
     """Write the adapter with the trained factors and all other tensors as they are. Raises OutputError."""
     store = adapter.store
     with open_adapter(reference) as opened:
         origin = {"steps": steps, "like_sha256": sha256_file(opened.store.files[0])}
-    new = {
-        layer.layer.keys[role]: tensor
-        for layer in trained
-        for role, tensor in zip(("up", "down"), layer.rounded(), strict=True)
-    }
-    save_tensors(path, new, {**store.metadata, REFINED: json.dumps(origin)}, source=store)
+    factors = {key: factor for layer in trained for key, factor in layer.rounded().items()}
+    save_tensors(path, factors, {**store.metadata, REFINED: json.dumps(origin)}, source=store)

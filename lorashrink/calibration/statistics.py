@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from lorashrink.adapters import Adapter
 
 FORMAT = "lorashrink-statistics"
-
 VERSION = 1
-
 _HASH_DIGITS = 32  # of an adapter's hash, which stands before the names of its layers
 
 

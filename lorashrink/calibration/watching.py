@@ -25,9 +25,7 @@ from lorashrink.engine.gram import Grams
 from lorashrink.errors import NonFinite
 
 _EXTRA = 16  # columns of a sketch besides twice the rank that the result keeps
-
 _PROBES = 8  # random sums of channels that stand for all of them where only taps matter
-
 _TINY = 1e-12
 
 
