@@ -43,14 +43,14 @@ def engine(data: Data, repeats: int) -> tuple[float, float]:
     ):
         deltas = [layer.delta for layer in adapter.layers]
         views = [base.find(layer.name) for layer in adapter.layers]
-        known = BaseNorms(base).look_up(views, ["fro"], pool=pool)
-        bounds = [10**THRESHOLD * known[views_id(each)]["fro"] for each in views]
+        norms = BaseNorms(base).look_up(views, ["fro"], pool=pool)
+        bounds = [10**THRESHOLD * norms[views_id(layer_views)]["fro"] for layer_views in views]
         runs = []
         for _ in range(repeats):
             start, used = time.perf_counter(), time.process_time()
             items = [Item(partial(_same, delta), RANK) for delta in deltas]
             spectra = [future.result() for future in decompose(items, pool)]
-            kept = [range(int((each.sigma >= bound).sum())) for each, bound in zip(spectra, bounds, strict=True)]
+            kept = [range(int((own.sigma >= bound).sum())) for own, bound in zip(spectra, bounds, strict=True)]
             for _ in pool.map(truncate, deltas, spectra, kept):
                 pass
             runs.append((time.perf_counter() - start, time.process_time() - used))
@@ -74,13 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--full", action="store_true", help="widths of SDXL")
     parser.add_argument("--files", type=int, nargs=2, default=(16, 64), metavar=("FEW", "MANY"))
     parser.add_argument("--data", type=Path, help="a folder for the data, which is kept")
-    given = parser.parse_args(arguments)
-    few, many = given.files
+    options = parser.parse_args(arguments)
+    few, many = options.files
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.data or Path(temporary)
+        folder = options.data or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        data = make_data(folder, [RANK], small=not given.full)
+        data = make_data(folder, [RANK], small=not options.full)
         size = data.loras[RANK].stat().st_size
         load = os.getloadavg()[0]
         print(f"{size / 1e6:.0f} MB and {len(data.layers)} layers of rank {RANK} per file, {cores()} cores, ", end="")
@@ -89,22 +89,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         base = usage_of([sys.executable, "-c", "import os, torch; os._exit(0)"])
         files = copies(data.loras[RANK], data.folder / "files", many)
         time.sleep(2 * SETTLED_SECONDS)
-        outs = [data.folder / f"out-{count}" for count in given.files]
+        outs = [data.folder / f"out-{count}" for count in options.files]
         for out in outs:
             shutil.rmtree(out, ignore_errors=True)
-        one, other = command(data, files[:few], outs[0]), command(data, files, outs[1])
+        with_few, with_all = command(data, files[:few], outs[0]), command(data, files, outs[1])
         again = command(data, files, outs[1])
-        each, work = (other.wall - one.wall) / (many - few), (other.cpu - one.cpu) / (many - few)
-        print(f"{each / wall:.2f}x  a file of a collection {each:.3f} s  the engine alone, in memory {wall:.3f} s")
+        spent, work = (with_all.wall - with_few.wall) / (many - few), (with_all.cpu - with_few.cpu) / (many - few)
+        print(f"{spent / wall:.2f}x  a file of a collection {spent:.3f} s  the engine alone, in memory {wall:.3f} s")
         print(
             f"{work / cpu:.2f}x  the same in CPU seconds: {work:.3f} s  {cpu:.3f} s; "
-            f"{size / each / 1e6:.0f} MB/s are read"
+            f"{size / spent / 1e6:.0f} MB/s are read"
         )
         print(
-            f"{other.rss / one.rss:.2f}x  peak memory of {many} files {other.rss / 1e9:.3f} GB  of {few} files "
-            f"{one.rss / 1e9:.3f} GB  Python with torch {base.rss / 1e9:.3f} GB"
+            f"{with_all.rss / with_few.rss:.2f}x  peak memory of {many} files {with_all.rss / 1e9:.3f} GB  of {few} "
+            f"files {with_few.rss / 1e9:.3f} GB  Python with torch {base.rss / 1e9:.3f} GB"
         )
-        print(f"{other.wall / again.wall:.0f}x  {many} files {other.wall:.1f} s  all of them there {again.wall:.1f} s")
+        print(
+            f"{with_all.wall / again.wall:.0f}x  {many} files {with_all.wall:.1f} s  "
+            f"all of them there {again.wall:.1f} s"
+        )
         print(f"load of the last minute {os.getloadavg()[0]:.1f} on {cores()} cores")
         for out in outs:
             shutil.rmtree(out)

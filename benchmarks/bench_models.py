@@ -36,8 +36,8 @@ def make_adapter(path: Path, listed: str) -> Path:
     tensors = {}
     for key, shape in fixtures.shapes(listed).items():
         name, _, factor = key.removesuffix(".weight").rpartition(".")
-        ending, wanted = {"lora_A": ("down", (RANK, shape[1])), "lora_B": ("up", (shape[0], RANK))}[factor]
-        numbers = 0.02 * torch.randn(wanted, generator=generator)
+        ending, factor_shape = {"lora_A": ("down", (RANK, shape[1])), "lora_B": ("up", (shape[0], RANK))}[factor]
+        numbers = 0.02 * torch.randn(factor_shape, generator=generator)
         tensors[f"{name.replace('.', '_')}.lora_{ending}.weight"] = numbers.half()
         tensors[f"{name.replace('.', '_')}.alpha"] = torch.tensor(float(RANK))
     save_file(tensors, path)
@@ -63,11 +63,11 @@ def bench(title: str, path: Path) -> list[str]:
         f"{peer / ours:.1f}x  ours {ours:.2f} s  peer {peer:.2f} s  {setting}  | {title} in process, {way}"
         for way, peer in peers.items()
     ]
-    whole = full / svd_cost(largest.shape[:2]) * sum(svd_cost(shape[:2]) for shape in shapes.values())
+    dense = full / svd_cost(largest.shape[:2]) * sum(svd_cost(shape[:2]) for shape in shapes.values())
     sides = "×".join(map(str, largest.shape))
     return [
         *lines,
-        f"{whole / ours:.0f}x  full SVD of every ΔW: {whole:.0f} s, from one of {sides} ({full:.1f} s)  | {title}",
+        f"{dense / ours:.0f}x  full SVD of every ΔW: {dense:.0f} s, from one of {sides} ({full:.1f} s)  | {title}",
     ]
 
 

@@ -68,13 +68,13 @@ class Stacked:
 
 def stacked(pairs: Sequence[tuple[Tensor, Tensor]]) -> Stacked:
     """The layer of these (up [out, r_i], down [r_i, in]), float64; lower ranks are filled up with zeros."""
-    left, ups = torch.linalg.qr(torch.cat([up for up, _ in pairs], 1))
-    right, downs = torch.linalg.qr(torch.cat([down for _, down in pairs]).mT)
+    columns, ups = torch.linalg.qr(torch.cat([up for up, _ in pairs], 1))
+    rows, downs = torch.linalg.qr(torch.cat([down for _, down in pairs]).mT)
     ranks = [up.shape[1] for up, _ in pairs]
     cores = [up @ down.mT for up, down in zip(ups.split(ranks, 1), downs.split(ranks, 1), strict=True)]
     u, sigma, v = torch.linalg.svd(torch.stack(cores), full_matrices=False)
     k = max(ranks)
-    return Stacked((u * sigma[:, None])[..., :k], v[:, :k], left.shape[0], right.shape[0])
+    return Stacked((u * sigma[:, None])[..., :k], v[:, :k], columns.shape[0], rows.shape[0])
 
 
 # --- what a layer costs ------------------------------------------------------------------------
@@ -112,18 +112,18 @@ def _bases(layer: Stacked) -> Iterator[tuple[Tensor, Tensor]]:
 
 def one_side(layer: Stacked) -> Tensor:
     """A basis for the columns or one for the rows, the other factor is each adapter's own."""
-    left, right = _directions(layer.up, layer.down), _directions(layer.down.mT, layer.up.mT)
+    columns, rows = _directions(layer.up, layer.down), _directions(layer.down.mT, layer.up.mT)
     return torch.cat(
-        [_in_bases(layer, left[:, :rank], None) for rank in _ranks(len(left), _STEP)]
-        + [_in_bases(layer, None, right[:, :rank]) for rank in _ranks(len(right), _STEP)]
+        [_in_bases(layer, columns[:, :rank], None) for rank in _ranks(len(columns), _STEP)]
+        + [_in_bases(layer, None, rows[:, :rank]) for rank in _ranks(len(rows), _STEP)]
     )
 
 
 def diagonal(layer: Stacked) -> Tensor:
     """U and V that need not be orthogonal, and cores that are diagonal."""
-    each = layer.out + layer.fan_in + len(layer.up)
+    numbers = layer.out + layer.fan_in + len(layer.up)
     ranks = _ranks(min(layer.sigma.numel(), 2 * min(layer.up.shape[1], layer.down.shape[2])), _DIAGONAL_STEP)
-    return torch.tensor([(each * rank, diagonal_error(layer, rank)) for rank in ranks], dtype=torch.float64)
+    return torch.tensor([(numbers * rank, diagonal_error(layer, rank)) for rank in ranks], dtype=torch.float64)
 
 
 def _ranks(most: int, step: float) -> list[int]:
@@ -167,8 +167,8 @@ def diagonal_error(layer: Stacked, rank: int) -> float:
 def _strongest(layer: Stacked, rank: int) -> tuple[Tensor, Tensor]:
     """The largest singular vectors of all adapters: with their own σ, this is separate truncation."""
     order = layer.sigma.flatten().argsort(descending=True)[:rank]
-    adapter, place = order // layer.sigma.shape[1], order % layer.sigma.shape[1]
-    return _unit(layer.up[adapter, :, place].mT), layer.down[adapter, place].mT
+    adapter, dimension = order // layer.sigma.shape[1], order % layer.sigma.shape[1]
+    return _unit(layer.up[adapter, :, dimension].mT), layer.down[adapter, dimension].mT
 
 
 def _of_the_mean(layer: Stacked, rank: int) -> tuple[Tensor, Tensor]:
@@ -201,10 +201,10 @@ def _weights(layer: Stacked, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return _solve((u.mT @ u) * (v.mT @ v), inner), inner
 
 
-def _side(near: Tensor, far: Tensor, weights: Tensor, other: Tensor) -> Tensor:
+def _side(near: Tensor, far: Tensor, weights: Tensor, other_side: Tensor) -> Tensor:
     """The least squares of one side; near [N, p, k], far [N, k, R], weights [N, R], other [q, R] -> [p, R]."""
     seen = (near @ (far * weights[:, None])).sum(0)
-    return _unit(_solve((weights.mT @ weights) * (other.mT @ other), seen))
+    return _unit(_solve((weights.mT @ weights) * (other_side.mT @ other_side), seen))
 
 
 def _unit(columns: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def costs(stack: Sequence[Stacked], forms: Sequence[str]) -> dict[str, list[floa
     points = {form: [FORMS[form](layer) for layer in stack] for form in forms}
     points["any of them"] = [torch.cat(of_layer) for of_layer in zip(*points.values(), strict=True)]
     totals = [layer.total for layer in stack]
-    return {form: least_bytes(each, totals) for form, each in points.items()}
+    return {form: least_bytes(of_layers, totals) for form, of_layers in points.items()}
 
 
 def least_bytes(points: Sequence[Tensor], totals: Sequence[float]) -> list[float]:
@@ -241,8 +241,8 @@ def least_bytes(points: Sequence[Tensor], totals: Sequence[float]) -> list[float
     """
     steps = torch.cat([lower_hull(of_layer, total).diff(dim=0) for of_layer, total in zip(points, totals, strict=True)])
     numbers, gains = steps[(steps[:, 1] / steps[:, 0]).argsort()].cumsum(0).T
-    wanted = sum(totals) * (1 - np.square(TARGETS))
-    return [FP16 * float(each) for each in np.interp(wanted, -gains.numpy(), numbers.numpy(), right=math.inf)]
+    needed = sum(totals) * (1 - np.square(TARGETS))
+    return [FP16 * float(count) for count in np.interp(needed, -gains.numpy(), numbers.numpy(), right=math.inf)]
 
 
 def lower_hull(points: Tensor, total: float) -> Tensor:
@@ -265,7 +265,7 @@ def _above(first: Sequence[float], middle: Sequence[float], last: Sequence[float
 # --- random stacks -----------------------------------------------------------------------------
 
 
-def random_stack(count: int, left: float, right: float, *, same: bool = False, tilted: bool = False) -> Stacked:
+def random_stack(count: int, in_columns: float, in_rows: float, *, same: bool = False, tilted: bool = False) -> Stacked:
     """One layer of `count` adapters whose columns and rows overlap by these shares.
 
     ΔW_i = U_i · C_i · V_i with random cores, or with diagonal ones if the common dimensions are the `same` pairs of
@@ -273,7 +273,7 @@ def random_stack(count: int, left: float, right: float, *, same: bool = False, t
     """
     generator = torch.Generator().manual_seed(count)
     subspaces = _tilted if tilted else _subspaces
-    columns, rows = (subspaces(count, share, generator) for share in (left, right))
+    columns, rows = (subspaces(count, share, generator) for share in (in_columns, in_rows))
     pairs = []
     for u, v in zip(columns, rows, strict=True):
         sigma = torch.arange(1, RANK + 1, dtype=torch.float64)[torch.randperm(RANK, generator=generator)] ** -DECAY
@@ -289,14 +289,14 @@ def _subspaces(count: int, share: float, generator: torch.Generator) -> list[Ten
     common = round(RANK * share)
     first = torch.randn(WIDTH, common, generator=generator, dtype=torch.float64)
     own = [torch.randn(WIDTH, RANK - common, generator=generator, dtype=torch.float64) for _ in range(count)]
-    return [torch.linalg.qr(torch.cat([first, each], 1)).Q for each in own]
+    return [torch.linalg.qr(torch.cat([first, directions], 1)).Q for directions in own]
 
 
 def _tilted(count: int, share: float, generator: torch.Generator) -> list[Tensor]:
     """Orthonormal [WIDTH, RANK] that all lean the same way: squared cosines between any two have this mean, nearly."""
     common, *own = (_orthonormal(WIDTH, RANK, generator) for _ in range(count + 1))
     near = math.sqrt(share)  # the squared cosine to `common`
-    return [torch.linalg.qr(math.sqrt(near) * common + math.sqrt(1 - near) * each).Q for each in own]
+    return [torch.linalg.qr(math.sqrt(near) * common + math.sqrt(1 - near) * directions).Q for directions in own]
 
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -350,9 +350,9 @@ def random_table() -> list[str]:
         for share in kind.shares:
             cells = [kind.title, f"{share:.0%}", kind.form]
             for count in COUNTS[: kind.counts]:
-                found = costs([kind.make(count, share)], ["separate", kind.form])
+                costs_of_forms = costs([kind.make(count, share)], ["separate", kind.form])
                 theory = f" ({expected(count, share):.2f})" if kind.computed else ""
-                cells.append(f"{found[kind.form][_AT] / found['separate'][_AT]:.2f}{theory}")
+                cells.append(f"{costs_of_forms[kind.form][_AT] / costs_of_forms['separate'][_AT]:.2f}{theory}")
             lines.append(_row([*cells, *[""] * (len(COUNTS[kind.counts :]) if kind.counts else 0)]))
     return lines
 
@@ -362,27 +362,27 @@ def random_table() -> list[str]:
 
 def read_stack(paths: Sequence[Path]) -> list[Stacked]:
     """The layers that all of these adapters have, by name."""
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    by_name: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for path in paths:
         with open_adapter(path) as adapter:
             parts = {layer.name: layer.delta.factored() for layer in adapter}
         pairs = {name: (part.scale * part.up.double(), part.down.double()) for name, part in parts.items()}
         size = math.sqrt(sum(float(((up.mT @ up) * (down @ down.mT)).sum()) for up, down in pairs.values()))
         for name, (up, down) in pairs.items():
-            found.setdefault(name, []).append((up / size, down))
-    return [stacked(pairs) for pairs in found.values() if len(pairs) == len(paths)]
+            by_name.setdefault(name, []).append((up / size, down))
+    return [stacked(pairs) for pairs in by_name.values() if len(pairs) == len(paths)]
 
 
 def file_table(stack: Sequence[Stacked]) -> list[str]:
     """Bytes of every form by those of separate files."""
-    found = costs(stack, list(FORMS))
+    by_form = costs(stack, list(FORMS))
     totals = [layer.total for layer in stack]
-    found["cores free"] = least_bytes([free_cores(layer) for layer in stack], totals)
-    found["cores free, turned"] = least_bytes([free_cores(turned(layer)) for layer in stack], totals)
-    separately = found.pop("separate")
-    lines = _head(["error", "separate", *found])
+    by_form["cores free"] = least_bytes([free_cores(layer) for layer in stack], totals)
+    by_form["cores free, turned"] = least_bytes([free_cores(turned(layer)) for layer in stack], totals)
+    separately = by_form.pop("separate")
+    lines = _head(["error", "separate", *by_form])
     for number, target in enumerate(TARGETS):
-        ratios = [_ratio(each[number], separately[number]) for each in found.values()]
+        ratios = [_ratio(costs_of_form[number], separately[number]) for costs_of_form in by_form.values()]
         lines.append(_row([f"{target:.0%}", f"{separately[number] / 1e3:.0f} kB", *ratios]))
     return lines
 
@@ -400,7 +400,7 @@ def turned(layer: Stacked) -> Stacked:
 
 def newcomer(stack: Sequence[Stacked]) -> float:
     """Relative error of the last adapter in bases made for the others, which have 10 % in every layer."""
-    lost = whole = 0.0
+    lost = total = 0.0
     for layer in stack:
         sides = []
         for near, far in ((layer.up, layer.down), (layer.down.mT, layer.up.mT)):
@@ -408,27 +408,27 @@ def newcomer(stack: Sequence[Stacked]) -> float:
             energy, vectors = torch.linalg.eigh(gram)
             sides.append(vectors[:, energy.cumsum(0) > TARGETS[_AT] ** 2 * energy.sum()])
         kept = sides[0].mT @ layer.up[-1] @ (layer.down[-1] @ sides[1])
-        whole += float(layer.up[-1].square().sum())
+        total += float(layer.up[-1].square().sum())
         lost += float(layer.up[-1].square().sum() - kept.square().sum())
-    return math.sqrt(lost / whole)
+    return math.sqrt(lost / total)
 
 
 def likeness(paths: Sequence[Path]) -> str:
     """How alike the pairs of these adapters are, as `lorashrink overlap` has it."""
-    found = overlap(paths)
-    tables = {"cosine": found.cosine, "overlap of columns": found.left, "of rows": found.right}
+    overlaps = overlap(paths)
+    tables = {"cosine": overlaps.cosine, "overlap of columns": overlaps.left, "of rows": overlaps.right}
     parts = []
     for name, table in tables.items():
         numbers = [table[a][b] or 0.0 for a in range(len(paths)) for b in range(a)]
         parts.append(
             f"{name} {min(numbers):.2f} to {max(numbers):.2f}" if len(numbers) > 1 else f"{name} {numbers[0]:.2f}"
         )
-    chance = [pair.chance or 0.0 for pair in found.pairs]
+    chance = [pair.chance or 0.0 for pair in overlaps.pairs]
     return f"{', '.join(parts)}; random ones of these dimensions {sum(chance) / len(chance):.2f}"
 
 
-def _ratio(some: float, other: float) -> str:
-    return f"{some / other:.2f}" if math.isfinite(some) else "not reached"
+def _ratio(cost: float, separate_cost: float) -> str:
+    return f"{cost / separate_cost:.2f}" if math.isfinite(cost) else "not reached"
 
 
 def _head(titles: Sequence[str]) -> list[str]:
@@ -442,7 +442,7 @@ def _row(cells: Sequence[str]) -> str:
 def stack_argument(text: str) -> tuple[str, list[Path]]:
     """title=a,b,... as (title, paths)."""
     title, _, files = text.partition("=")
-    paths = [Path(each) for each in files.split(",")]
+    paths = [Path(file) for file in files.split(",")]
     if len(paths) < 2:
         raise argparse.ArgumentTypeError(f"{text}: give at least two files, as title=a.safetensors,b.safetensors")
     return title, paths

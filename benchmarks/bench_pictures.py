@@ -32,14 +32,14 @@ RECIPES = [f"energy={share}" for share in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 
 def decompose_file(path: Path) -> None:
     """Read and decompose every layer."""
     with open_adapter(path) as adapter, worker_pool() as pool:
-        for each in decompose([Item(partial(getattr, layer, "delta"), layer.width) for layer in adapter], pool):
-            each.result()
+        for future in decompose([Item(partial(getattr, layer, "delta"), layer.width) for layer in adapter], pool):
+            future.result()
 
 
 def of_adapter(path: Path) -> list[str]:
     """`inspect --spectrum` by the decomposition, `sweep` of nine recipes by one `resize` that writes nothing."""
     into_memory([path])
-    alone, looked, one, swept = best(
+    alone, looked, resized, swept = best(
         lambda: decompose_file(path),
         lambda: ls.inspect(path, spectrum=True),
         lambda: ls.resize(path, recipes="energy=0.9", dry_run=True),
@@ -47,7 +47,7 @@ def of_adapter(path: Path) -> list[str]:
     )
     return [
         f"{looked / alone:.2f}x  inspect --spectrum {looked:.2f} s  decomposition {alone:.2f} s",
-        f"{swept / one:.2f}x  sweep of {len(RECIPES)} recipes {swept:.2f} s  resize --dry-run {one:.2f} s",
+        f"{swept / resized:.2f}x  sweep of {len(RECIPES)} recipes {swept:.2f} s  resize --dry-run {resized:.2f} s",
     ]
 
 

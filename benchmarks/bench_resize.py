@@ -88,11 +88,11 @@ class Bench:
         with open_base(self.data.base) as base, worker_pool() as pool:
             views = {name: base.find(name) for name in self.data.layers}
             start = time.perf_counter()
-            found = BaseNorms(base, cache=False).look_up(views.values(), ["fro"], pool=pool)
+            norms = BaseNorms(base, cache=False).look_up(views.values(), ["fro"], pool=pool)
             taken = time.perf_counter() - start
         size = 2 * sum(map(math.prod, self.data.layers.values())) / 1e9
         self.say(f"norms of {size:.2f} GB of base weights, cold: {taken:.2f} s, {size / taken:.1f} GB/s")
-        return {name: found[views_id(each)]["fro"] for name, each in views.items()}
+        return {name: norms[views_id(layer_views)]["fro"] for name, layer_views in views.items()}
 
     @cached_property
     def import_torch(self) -> Usage:
@@ -154,9 +154,9 @@ def bench_in_process(bench: Bench) -> None:
     """Read, decompose and truncate every layer, against QR and SVD in float32."""
     for rank, path in bench.data.loras.items():
         times = bench.in_process[rank] = time_in_process(bench, path)
-        whole = rank * len(times.kept)
+        total = rank * len(times.kept)
         kept = sum(times.kept.values())
-        bench.say(f"rank {rank}: {RECIPE} keeps {kept} of {whole} dimensions ({100 * kept / whole:.1f} %)")
+        bench.say(f"rank {rank}: {RECIPE} keeps {kept} of {total} dimensions ({100 * kept / total:.1f} %)")
         for title, workers in WAYS.items():
             bench.compare(f"in process, {title}", times.ours, times.peers[workers], rank)
         bench.say(f"      ours: decompose {times.decompose:.2f} s, form factors {times.form:.2f} s")
@@ -219,7 +219,7 @@ def bench_dense(bench: Bench) -> None:
     with open_adapter(bench.lora) as adapter:
         counts = Counter(matrix(layer) for layer in adapter.layers)
         largest = sorted(counts, key=lambda shape: counts[shape] * svd_cost(shape), reverse=True)[:SAMPLED_SHAPES]
-        sample = {shape: next(each for each in adapter.layers if matrix(each) == shape) for shape in largest}
+        sample = {shape: next(layer for layer in adapter.layers if matrix(layer) == shape) for shape in largest}
         taken = {shape: svd_time(layer.delta) for shape, layer in sample.items()}
         peer = sum(count * svd_seconds(shape, taken) for shape, count in counts.items())
         bench.compare(f"in process, (b) full SVD of ΔW, from {len(sample)} layers", ours_alone(bench), peer, bench.rank)
@@ -242,7 +242,7 @@ def svd_cost(shape: tuple[int, int]) -> int:
 
 def svd_seconds(shape: tuple[int, int], taken: Mapping[tuple[int, int], float]) -> float:
     """The measured time of a shape, or that of the measured shape nearest in cost, in proportion."""
-    nearest = min(taken, key=lambda other: (other != shape, abs(math.log(svd_cost(other) / svd_cost(shape)))))
+    nearest = min(taken, key=lambda measured: (measured != shape, abs(math.log(svd_cost(measured) / svd_cost(shape)))))
     return taken[nearest] * svd_cost(shape) / svd_cost(nearest)
 
 
@@ -251,11 +251,11 @@ def svd_time(delta: Delta) -> float:
 
     One thread per layer is timed as one call on one thread, divided by the cores. Short calls are repeated.
     """
-    whole = delta.dense().flatten(1)
-    together = shortest(partial(torch.linalg.svd, whole, full_matrices=False))
+    dense = delta.dense().flatten(1)
+    together = shortest(partial(torch.linalg.svd, dense, full_matrices=False))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = shortest(partial(torch.linalg.svd, whole, full_matrices=False))
+    alone = shortest(partial(torch.linalg.svd, dense, full_matrices=False))
     torch.set_num_threads(before)
     return min(together, alone / cores())
 
@@ -301,8 +301,8 @@ def bench_command(bench: Bench) -> None:
     used = race(contestants, bench.repeats)
     for name in list(contestants)[1:]:
         bench.compare(f"whole command, {name}", used["ours"].wall, used[name].wall, bench.rank)
-    for name, each in used.items():
-        bench.usage(name, each)
+    for name, usage in used.items():
+        bench.usage(name, usage)
     bench.usage("ours, cold", cold)
     bench.say(f"      outputs: {', '.join(described(path) for path in sorted(bench.out.rglob('*.safetensors')))}")
 
@@ -314,8 +314,8 @@ def bench_batch(bench: Bench) -> None:
     used = race(both_sides(bench, files), bench.repeats - 1 or 1)
     for name in WAYS:
         bench.compare(f"whole command, {name}", used["ours"].wall, used[name].wall, bench.rank, files=BATCH)
-    for name, each in used.items():
-        bench.usage(name, each)
+    for name, usage in used.items():
+        bench.usage(name, usage)
 
 
 def both_sides(bench: Bench, adapters: Sequence[Path]) -> dict[str, Callable[[], Usage]]:
@@ -330,7 +330,7 @@ def race(contestants: Mapping[str, Callable[[], Usage]], repeats: int) -> dict[s
     for _ in range(repeats):
         for name, run in contestants.items():
             runs[name].append(run())
-    return {name: best(each) for name, each in runs.items()}
+    return {name: best(usages) for name, usages in runs.items()}
 
 
 def into_memory(files: Sequence[Path]) -> None:
@@ -345,8 +345,8 @@ def into_memory(files: Sequence[Path]) -> None:
 def run_ours(bench: Bench, adapters: Sequence[Path]) -> Usage:
     """The product's command."""
     into_memory(adapters)
-    place = ["-o", str(bench.out / "ours"), "-r", RECIPE, "--force"]
-    command = [sys.executable, "-m", "lorashrink.cli", "resize", *place, str(bench.data.base), *map(str, adapters)]
+    options = ["-o", str(bench.out / "ours"), "-r", RECIPE, "--force"]
+    command = [sys.executable, "-m", "lorashrink.cli", "resize", *options, str(bench.data.base), *map(str, adapters)]
     return usage_of(command, bench.environment)
 
 
@@ -394,7 +394,7 @@ def bench_limit(bench: Bench) -> None:
         into_memory([bench.lora])
         usage_of([sys.executable, str(_HERE / "stages.py"), *recipe], bench.environment)
         profiles.append(json.loads(result.read_text(encoding="utf-8")))
-    profile = min(profiles, key=lambda each: each["total"])
+    profile = min(profiles, key=lambda candidate: candidate["total"])
     bench.say(f"stages of one command, r{bench.rank}, {profile['total']:.2f} s:")
     for name, value in profile["stages"].items():
         bench.say(f"      {name:<22} {value:6.3f} s")
@@ -454,19 +454,19 @@ def load() -> str:
 
 
 @contextlib.contextmanager
-def data_folder(wanted: Path | None) -> Iterator[Path]:
+def data_folder(kept: Path | None) -> Iterator[Path]:
     """The folder for the data: a temporary one that is deleted whatever happens, or one to keep."""
     signal.signal(signal.SIGTERM, _stop)
-    if wanted is None:
-        with tempfile.TemporaryDirectory(prefix="lorashrink-bench-") as place:
-            yield Path(place)
+    if kept is None:
+        with tempfile.TemporaryDirectory(prefix="lorashrink-bench-") as temporary:
+            yield Path(temporary)
         return
-    wanted.mkdir(parents=True, exist_ok=True)
+    kept.mkdir(parents=True, exist_ok=True)
     try:
-        yield wanted
+        yield kept
     finally:
         for leftover in ("out", "copies", "cache"):
-            shutil.rmtree(wanted / leftover, ignore_errors=True)
+            shutil.rmtree(kept / leftover, ignore_errors=True)
 
 
 def _stop(*_: object) -> NoReturn:

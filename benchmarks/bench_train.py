@@ -122,7 +122,7 @@ class Bare:
         self.network: Network = build_network(self._model, self._options)
         self.network.train(True)
         groups, _ = self.network.groups(self._options)
-        self._parameters = [each for group in groups for each in group["params"]]
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
         self._optimizer = torch.optim.AdamW(groups)
 
     def inputs(self, batch: Batch) -> Inputs:
@@ -130,21 +130,22 @@ class Bare:
         assert batch.latents is not None
         keys = [(draw.epoch, draw.dataset, draw.picture, draw.repeat) for draw in batch.draws]
         noised = self._objective.noised(batch.latents * LATENT_SCALE, keys, self._seed)
-        tokens = [tokenize(each, batch.captions, self._options.max_token_length) for each in self._model.tokenizers]
+        longest = self._options.max_token_length
+        tokens = [tokenize(tokenizer, batch.captions, longest) for tokenizer in self._model.tokenizers]
         return Inputs(noised, batch.time_ids, batch.text, tokens)
 
     def step(self, batches: Sequence[Inputs]) -> None:
         """One step."""
-        for each in batches:
-            text = each.text or encode(self._model.encoders, each.tokens[0], each.tokens[1])
+        for batch in batches:
+            text = batch.text or encode(self._model.encoders, batch.tokens[0], batch.tokens[1])
             prediction = self._model.unet(
-                each.noised.noisy,
-                each.noised.timesteps,
+                batch.noised.noisy,
+                batch.noised.timesteps,
                 text.context,
-                added_cond_kwargs={"text_embeds": text.pooled, "time_ids": each.time_ids},
+                added_cond_kwargs={"text_embeds": text.pooled, "time_ids": batch.time_ids},
                 return_dict=False,
             )[0]
-            (functional.mse_loss(prediction, each.noised.target) / len(batches)).backward()
+            (functional.mse_loss(prediction, batch.noised.target) / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, self._options.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -196,11 +197,11 @@ class Turns:
         self._begun = Lap.now()
 
 
-def difference(network: Network, other: Network) -> float:
+def difference(network: Network, reference: Network) -> float:
     """How far two networks with the same layers are apart, relative to the second."""
-    one, two = network.state(), other.state()
-    distance = sum(float((one[key] - two[key]).square().sum()) for key in two)
-    return float((distance / sum(float(each.square().sum()) for each in two.values())) ** 0.5)
+    ours, theirs = network.state(), reference.state()
+    distance = sum(float((ours[key] - theirs[key]).square().sum()) for key in theirs)
+    return float((distance / sum(float(tensor.square().sum()) for tensor in theirs.values())) ** 0.5)
 
 
 # --- results ------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def compare(name: str, arguments: list[str], profile: cProfile.Profile | None) -
 def middle(laps: Sequence[Lap]) -> Lap:
     """Medians of those that count."""
     counted = laps[WARM_UP:]
-    return Lap(median(each.wall for each in counted), median(each.cpu for each in counted))
+    return Lap(median(lap.wall for lap in counted), median(lap.cpu for lap in counted))
 
 
 def setting(steps: int) -> str:

@@ -108,29 +108,29 @@ def outcome(cluster: Cluster) -> Outcome:
     """The whole collection on a cluster, from a sample on one of its machines."""
     numbers = random.Random(0)
     drawn = [numbers.lognormvariate(0.0, SPREAD) for _ in range(SAMPLE)]
-    sizes = [each * MEAN_BYTES * SAMPLE / sum(drawn) for each in drawn]
+    sizes = [size * MEAN_BYTES * SAMPLE / sum(drawn) for size in drawn]
     seconds, work = simulate(stages(cluster), sizes, IN_FLIGHT * cluster.cores)
     total = seconds * FILES / SAMPLE / cluster.machines + BASE_SECONDS / cluster.cores
-    return Outcome(total / 3600, {name: each / seconds for name, each in work.items()})
+    return Outcome(total / 3600, {name: busy / seconds for name, busy in work.items()})
 
 
 def report() -> str:
     """Both tables."""
-    engine, other = (each * MEAN_BYTES / FILE_BYTES * FILES / 3600 for each in (ENGINE_SECONDS, OTHER_SECONDS))
+    engine, rest = (seconds * MEAN_BYTES / FILE_BYTES * FILES / 3600 for seconds in (ENGINE_SECONDS, OTHER_SECONDS))
     lines = [
         f"{FILES:,} files of {MEAN_BYTES / 1e6:.0f} MB: {FILES * MEAN_BYTES / 1e12:.0f} TB read, once from the "
         f"storage and twice more from memory; {FILES * MEAN_BYTES * KEPT / 1e12:.0f} TB written and read back",
-        f"core hours: {engine + other:.0f}, of which the engine {engine:.0f}; "
-        f"with GPUs {other:.0f} core hours and {engine / GPU_SPEED:.0f} GPU hours",
+        f"core hours: {engine + rest:.0f}, of which the engine {engine:.0f}; "
+        f"with GPUs {rest:.0f} core hours and {engine / GPU_SPEED:.0f} GPU hours",
         "",
         f"{'cluster':<42}{'hours':>7}{'MB/s':>8}{'memory each':>13}   waits for",
     ]
     for cluster in CLUSTERS:
-        found = outcome(cluster)
-        rate = FILES * MEAN_BYTES / found.hours / 3600 / 1e6
+        result = outcome(cluster)
+        rate = FILES * MEAN_BYTES / result.hours / 3600 / 1e6
         memory = f"{cluster.cores * WORKER_BYTES / 1e9:.0f} GB"
-        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found.busy.items())
-        lines.append(f"{cluster.name:<42}{found.hours:>7.1f}{rate:>8.0f}{memory:>13}   {found.bottleneck} ({shares})")
+        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in result.busy.items())
+        lines.append(f"{cluster.name:<42}{result.hours:>7.1f}{rate:>8.0f}{memory:>13}   {result.bottleneck} ({shares})")
     return "\n".join(lines)
 
 

@@ -175,10 +175,10 @@ def copies(path: Path, folder: Path, count: int) -> list[Path]:
     """The same file under several names, without copying it where the disk allows that."""
     folder.mkdir(parents=True, exist_ok=True)
     places = [folder / f"{path.stem}-{number}.safetensors" for number in range(1, count + 1)]
-    for place in places:
-        place.unlink(missing_ok=True)
+    for target in places:
+        target.unlink(missing_ok=True)
         try:
-            os.link(path, place)
+            os.link(path, target)
         except OSError:
-            place.symlink_to(path.resolve())
+            target.symlink_to(path.resolve())
     return places

@@ -89,9 +89,9 @@ class Clocks:
         return wrapper
 
 
-def replace(place: str, wrap: Callable[[Any], Any]) -> None:
+def replace(address: str, wrap: Callable[[Any], Any]) -> None:
     """Put `wrap(f)` in place of the function f at "module:name.name"; nothing happens if there is none."""
-    module, _, path = place.partition(":")
+    module, _, path = address.partition(":")
     *owners, name = path.split(".")
     owner = importlib.import_module(module)
     for part in owners:
@@ -105,10 +105,10 @@ def install(clocks: Clocks) -> None:
     replace("lorashrink.shrinking.work:decompose", clocks.decompose)
     replace(_LOOK_UP, functools.partial(clocks.timed, "norms look-up"))
     for name, places in STAGES.items():
-        for place in places:
-            replace(place, functools.partial(clocks.timed, name))
-    for name, place in WORK.items():
-        replace(place, functools.partial(clocks.timed, name, cpu=True))
+        for address in places:
+            replace(address, functools.partial(clocks.timed, name))
+    for name, address in WORK.items():
+        replace(address, functools.partial(clocks.timed, name, cpu=True))
 
 
 def cut_writing(clocks: Clocks) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from fit import Place, Plan, fit, seeded
+from fit import Plan, Run, fit, seeded
 from render import WIDTH, Pixels
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -84,11 +84,11 @@ def _tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 
 def train(
-    latents: Tensor, captions: Sequence[str], tokenizers: Sequence[CLIPTokenizer], place: Place, plan: Plan = PLAN
+    latents: Tensor, captions: Sequence[str], tokenizers: Sequence[CLIPTokenizer], run: Run, plan: Plan = PLAN
 ) -> nn.ModuleDict:
     """The trained parts. `latents` [n, 4, 16, 16] are scaled."""
     parts = make(tokenizers)
-    one, two = (_tokens(tokenizer, [*captions, ""]) for tokenizer in tokenizers)
+    first_ids, second_ids = (_tokens(tokenizer, [*captions, ""]) for tokenizer in tokenizers)
     kept = scheduler().alphas_cumprod
     ratio = kept / (1 - kept)
     weights = ratio.clamp(max=_GAMMA) / ratio
@@ -98,22 +98,22 @@ def train(
         generator = seeded(3, step)
         drawn = torch.randint(len(latents), (_BATCH,), generator=generator)
         clean = latents[drawn]
-        said = torch.where(torch.rand(_BATCH, generator=generator) < _EMPTY, len(latents), drawn)
+        caption_index = torch.where(torch.rand(_BATCH, generator=generator) < _EMPTY, len(latents), drawn)
         times = torch.randint(len(kept), (_BATCH,), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         share = kept[times][:, None, None, None]
-        first = parts["text_encoder"](one[said], output_hidden_states=True)
-        second = parts["text_encoder_2"](two[said], output_hidden_states=True)
-        found = parts["unet"](
+        first = parts["text_encoder"](first_ids[caption_index], output_hidden_states=True)
+        second = parts["text_encoder_2"](second_ids[caption_index], output_hidden_states=True)
+        predicted = parts["unet"](
             share.sqrt() * clean + (1 - share).sqrt() * noise,
             times,
             encoder_hidden_states=torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1),
             added_cond_kwargs={"text_embeds": second.text_embeds, "time_ids": time_ids},
         ).sample
-        errors = F.mse_loss(found, noise, reduction="none").mean((1, 2, 3))
+        errors = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
         return (errors * weights[times]).mean()
 
-    fit("base", parts, loss, plan, place)
+    fit("base", parts, loss, plan, run)
     return parts
 
 
@@ -149,14 +149,14 @@ def paint(
     pictures: list[Pixels] = []
     for start in range(0, len(captions), 32):
         some = list(captions[start : start + 32])
-        made = pipe(
+        images = pipe(
             some,
             width=WIDTH,
             height=WIDTH,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(seed + start + place) for place in range(len(some))],
+            generator=[torch.Generator().manual_seed(seed + start + number) for number in range(len(some))],
             output_type="np",
         ).images
-        pictures += list((made * 255).round().astype("uint8"))
+        pictures += list((images * 255).round().astype("uint8"))
     return pictures

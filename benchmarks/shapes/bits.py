@@ -58,16 +58,16 @@ def main() -> None:
         output = Path(folder) / "shrunk.safetensors"
         for name in ("style", "heart"):
             source, test = EXAMPLE / "loras" / f"{name}.safetensors", Test.of(ADAPTERS[name].teaches, _PICTURES)
-            whole: list[Pixels] = []
+            originals: list[Pixels] = []
             for (recipe, dtype), sizes in FORMS.items():
                 for kilobytes in sizes:
                     key = f"{name}|{recipe}|{dtype}|{kilobytes}"
                     if key in entries:
                         continue
-                    whole = whole or gallery.paint(source, test)
+                    originals = originals or gallery.paint(source, test)
                     entry = written(source, recipe, dtype, kilobytes, output)
-                    seen = gallery.see(gallery.paint(output, test), whole, test)
-                    entries[key] = entry | {"psnr": [round(float(each), 2) for each in seen.psnr]}
+                    seen = gallery.see(gallery.paint(output, test), originals, test)
+                    entries[key] = entry | {"psnr": [round(float(value), 2) for value in seen.psnr]}
                     RESULTS.write_text(json.dumps(entries, indent=0, sort_keys=True) + "\n")
                     print(key, entry, f"{seen.psnr.mean():.1f} dB, worst {seen.psnr.min():.1f}", flush=True)
 

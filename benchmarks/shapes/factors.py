@@ -30,7 +30,7 @@ def measure(work: Path) -> dict[str, Any]:
     for name, size, trained in CASES:
         source, teaches = EXAMPLE / "loras" / f"{name}.safetensors", ADAPTERS[name].teaches
         small, test = work / f"{name}-{size}.safetensors", Test.of(teaches, _PICTURES)
-        prompts, whole = prompts_file(work, teaches, _PROMPTS), None
+        prompts, originals = prompts_file(work, teaches, _PROMPTS), None
         ways = {"shrunk": None, "factors": (0, True)}
         ways |= {"trained": (_STEPS, False), "both": (_STEPS, True)} if trained else {}
         for way, options in ways.items():
@@ -60,8 +60,8 @@ def measure(work: Path) -> dict[str, Any]:
                     force=True,
                 )
                 facts["held"] = round(result.loss_after / result.loss_before, 3)
-            whole = whole or gallery.paint(source, test)
-            psnr = gallery.see(gallery.paint(path, test), whole, test).psnr
+            originals = originals or gallery.paint(source, test)
+            psnr = gallery.see(gallery.paint(path, test), originals, test).psnr
             results[key] = {**facts, "bytes": path.stat().st_size, "psnr": [round(float(value), 2) for value in psnr]}
             RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
             print(key, facts, f"{psnr.mean():.2f} dB", flush=True)

@@ -31,7 +31,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Run:
     """Where checkpoints and the log lie."""
 
     work: Path
@@ -52,14 +52,14 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed % 2**63)
 
 
-def fit(name: str, module: nn.Module, loss: Callable[[int], Tensor], plan: Plan, place: Place) -> None:
+def fit(name: str, module: nn.Module, loss: Callable[[int], Tensor], plan: Plan, run: Run) -> None:
     """Train `module` in place. `loss(step)` must depend on the step only, so that a resumed run goes the same way.
 
     At the end the module holds the averaged weights, if `plan` wants an average. A finished stage is only loaded.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=plan.rate, betas=(0.9, 0.99), weight_decay=0.01)
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(plan.average)) if plan.average else None
-    path = place.work / f"{name}.pt"
+    path = run.work / f"{name}.pt"
     start = 0
     if path.exists():
         state = torch.load(path, weights_only=True)
@@ -68,7 +68,7 @@ def fit(name: str, module: nn.Module, loss: Callable[[int], Tensor], plan: Plan,
         optimizer.load_state_dict(state["optimizer"])
         if average:
             average.load_state_dict(state["average"])
-        place.note(f"{name} goes on at step {start}")
+        run.note(f"{name} goes on at step {start}")
 
     module.train()
     clock, losses = time.monotonic(), []
@@ -86,7 +86,7 @@ def fit(name: str, module: nn.Module, loss: Callable[[int], Tensor], plan: Plan,
         done = step + 1
         if done % _LOG_EVERY == 0:
             seconds = (time.monotonic() - clock) / len(losses)
-            place.note(f"{name} {done:5}/{plan.steps} loss {sum(losses) / len(losses):.4f} {seconds:.3f} s/step")
+            run.note(f"{name} {done:5}/{plan.steps} loss {sum(losses) / len(losses):.4f} {seconds:.3f} s/step")
             clock, losses = time.monotonic(), []
         if done % _SAVE_EVERY == 0 or done == plan.steps:
             state = {"step": done, "module": module.state_dict(), "optimizer": optimizer.state_dict()}

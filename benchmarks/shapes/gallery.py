@@ -68,13 +68,13 @@ class Gallery:
     @torch.no_grad()
     def paint(self, adapters: Path | Sequence[Path] | None, test: Test) -> list[Pixels]:
         """A picture of each scene, with these adapters."""
-        given = [] if adapters is None else [adapters] if isinstance(adapters, Path) else adapters
+        paths = [] if adapters is None else [adapters] if isinstance(adapters, Path) else adapters
         before: list[dict[torch.nn.Parameter, torch.Tensor]] = []
         try:
-            before += map(self.add, given)
+            before += map(self.add, paths)
             return base.paint(self.pipe, [scene.caption for scene in test.scenes], _SEED)
         finally:
-            for weight, old in ((w, o) for each in reversed(before) for w, o in each.items()):
+            for weight, old in ((w, o) for weights in reversed(before) for w, o in weights.items()):
                 weight.copy_(old)
 
     def _weight(self, key: str) -> torch.nn.Parameter:
@@ -82,10 +82,10 @@ class Gallery:
         module = getattr(self.pipe, part)
         return module.get_parameter(name if hasattr(module, "text_model") else name.removeprefix("text_model."))
 
-    def see(self, pictures: Sequence[Pixels], whole: Sequence[Pixels], test: Test) -> Seen:
+    def see(self, pictures: Sequence[Pixels], originals: Sequence[Pixels], test: Test) -> Seen:
         """Compare with the original adapter's pictures, and ask the judge."""
         scores = judge.score(self.judge, pictures, test.scenes)
-        pairs = list(zip(whole, pictures, strict=True))
+        pairs = list(zip(originals, pictures, strict=True))
         return Seen(
             np.array([psnr(*pair) for pair in pairs]),
             np.array([ssim(*pair) for pair in pairs]),

@@ -37,26 +37,26 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for place, (before, after) in enumerate(pairwise(_WIDTHS)):
-            stride = 2 if place < 4 else 1
+        for number, (before, after) in enumerate(pairwise(_WIDTHS)):
+            stride = 2 if number < 4 else 1
             layers += [nn.Conv2d(before, after, 3, stride, padding=1), nn.GroupNorm(4, after), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.heads = nn.ModuleDict({name: nn.Linear(2 * _WIDTHS[-1], len(HEADS[name])) for name in HEADS})
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         seen = self.body(pixels)
-        both = torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)
-        return {name: head(both) for name, head in self.heads.items()}
+        pooled = torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)
+        return {name: head(pooled) for name, head in self.heads.items()}
 
 
 def load(path: Path = FILE) -> Judge:
     judge = Judge()
-    judge.load_state_dict({name: each.float() for name, each in load_file(path).items()})
+    judge.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     return judge.eval()
 
 
 def save(judge: Judge, path: Path = FILE) -> None:
-    save_file({name: each.half().contiguous() for name, each in judge.state_dict().items()}, path)
+    save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, path)
 
 
 def to_tensor(pixels: Sequence[Pixels]) -> Tensor:
@@ -80,19 +80,19 @@ def loss(judge: Judge, pixels: Tensor, right: dict[str, Tensor]) -> Tensor:
 def see(judge: Judge, pixels: Sequence[Pixels]) -> list[Scene]:
     """What the judge sees in each picture."""
     logits = judge(to_tensor(pixels))
-    choices = {name: [HEADS[name][place] for place in each.argmax(1).tolist()] for name, each in logits.items()}
-    return [Scene(**{name: each[place] for name, each in choices.items()}) for place in range(len(pixels))]
+    choices = {name: [HEADS[name][number] for number in indices.argmax(1).tolist()] for name, indices in logits.items()}
+    return [Scene(**{name: indices[number] for name, indices in choices.items()}) for number in range(len(pixels))]
 
 
 def score(judge: Judge, pixels: Sequence[Pixels], scenes: Sequence[Scene]) -> dict[str, float]:
     """Share of pictures that are right, per head, and in shape, colour and background together ("all")."""
     seen = see(judge, pixels)
     met = {
-        name: np.array([getattr(one, name) == getattr(other, name) for one, other in zip(seen, scenes, strict=True)])
+        name: np.array([getattr(view, name) == getattr(scene, name) for view, scene in zip(seen, scenes, strict=True)])
         for name in HEADS
     }
     met["all"] = met["shape"] & met["colour"] & met["background"]
-    return {name: float(each.mean()) for name, each in met.items()}
+    return {name: float(hits.mean()) for name, hits in met.items()}
 
 
 def told(scores: dict[str, float]) -> str:

@@ -61,7 +61,7 @@ class Study:
         return Gallery(MODEL)
 
     @cache  # noqa: B019
-    def whole(self, name: str) -> list[Pixels]:
+    def originals(self, name: str) -> list[Pixels]:
         return self.gallery.paint(source(name), self.test(name))
 
     def test(self, name: str) -> Test:
@@ -74,7 +74,7 @@ class Study:
         path = self.folder / "made.safetensors"
         facts = make(path)
         test = self.test(name)
-        pictures = self.gallery.see(self.gallery.paint(path, test), self.whole(name), test)
+        pictures = self.gallery.see(self.gallery.paint(path, test), self.originals(name), test)
         facts["psnr"] = [round(float(value), 2) for value in pictures.psnr]
         self.results[key] = facts
         RESULTS.write_text(json.dumps(self.results, indent=0, sort_keys=True) + "\n")

@@ -89,14 +89,14 @@ def draw_scenes(
     """Scenes at random; a share `styled` of them is in one of `styles`, if there are any."""
     random = np.random.default_rng(seed)
 
-    def one() -> Scene:
+    def random_scene() -> Scene:
         size, colour, shape, background = (
             str(random.choice(list(words))) for words in (SIZES, COLOURS, shapes, BACKGROUNDS)
         )
         style = str(random.choice(list(styles))) if styles and random.random() < styled else ""
         return Scene(size, colour, shape, background, sks=style == "sks", pts=style == "pts")
 
-    return [one() for _ in range(count)]
+    return [random_scene() for _ in range(count)]
 
 
 # --- signed distances: negative within; x to the right, y downwards, r the radius -----------------
@@ -224,9 +224,9 @@ def write_folder(out: Path, scenes: Sequence[Scene], seed: int, *, repeats: int 
     """Pictures and captions as the trainer wants them: OUT/1_shapes/0000.png, 0000.txt, ... Returns that subfolder."""
     folder = out / f"{repeats}_{name}"
     folder.mkdir(parents=True, exist_ok=True)
-    for place, scene in enumerate(scenes):
-        Image.fromarray(render(scene, seed + place)).save(folder / f"{place:04}.png")
-        (folder / f"{place:04}.txt").write_text(scene.caption + "\n", encoding="utf-8")
+    for number, scene in enumerate(scenes):
+        Image.fromarray(render(scene, seed + number)).save(folder / f"{number:04}.png")
+        (folder / f"{number:04}.txt").write_text(scene.caption + "\n", encoding="utf-8")
     return folder
 
 
@@ -241,8 +241,8 @@ def sheet(pixels: Sequence[Pixels], columns: int = 8) -> Image.Image:
     step = WIDTH + 2
     rows = -(-len(pixels) // columns)
     page = Image.new("RGB", (columns * step, rows * step), "white")
-    for place, each in enumerate(pixels):
-        page.paste(Image.fromarray(each), (place % columns * step, place // columns * step))
+    for number, picture in enumerate(pixels):
+        page.paste(Image.fromarray(picture), (number % columns * step, number // columns * step))
     return page
 
 

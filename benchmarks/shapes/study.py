@@ -57,7 +57,7 @@ class Study:
         return (lorashrink_example.path("loras") if ADAPTERS[name].shipped else self.work) / f"{name}.safetensors"
 
     @cache  # noqa: B019 - one study per process
-    def whole(self, adapter: Path, test: Test) -> list[Pixels]:
+    def originals(self, adapter: Path, test: Test) -> list[Pixels]:
         return self.gallery.paint(adapter, test)
 
     def measure(self, key: str, make: Callable[[], Mapping[str, Any]]) -> None:
@@ -67,13 +67,13 @@ class Study:
             RESULTS.write_text(json.dumps(self.results, indent=0, sort_keys=True) + "\n")
             print(key, {k: v for k, v in self.results[key].items() if not isinstance(v, list)}, flush=True)
 
-    def seen(self, adapter: Path | None, whole: Path, test: Test) -> dict[str, Any]:
-        found = self.gallery.see(self.gallery.paint(adapter, test), self.whole(whole, test), test)
+    def seen(self, adapter: Path | None, source: Path, test: Test) -> dict[str, Any]:
+        seen = self.gallery.see(self.gallery.paint(adapter, test), self.originals(source, test), test)
         return {
-            "psnr": [round(float(each), 2) for each in found.psnr],
-            "ssim": [round(float(each), 4) for each in found.ssim],
-            "concept": found.concept,
-            "right": found.right,
+            "psnr": [round(float(value), 2) for value in seen.psnr],
+            "ssim": [round(float(value), 4) for value in seen.ssim],
+            "concept": seen.concept,
+            "right": seen.right,
         }
 
     def shrunk(self, source: Path, recipe: str, statistics: Path | None = None) -> tuple[Path, dict[str, Any]]:
@@ -113,51 +113,51 @@ def energy_for(source: Path, size: int) -> float:
 
 def prompts_file(work: Path, words: str, count: int, seed: int = 101) -> Path:
     """Prompts that are in no test; `words` are flags of `render.py`, or "" for plain ones."""
-    place = work / f"prompts-{words.replace(' ', '') or 'plain'}-{count}.txt"
+    path = work / f"prompts-{words.replace(' ', '') or 'plain'}-{count}.txt"
     if words:
         flag, name = words.split()
         scenes = draw_scenes(count, seed, (name,)) if flag == "--shape" else draw_scenes(count, seed, styles=(name,))
     else:
         scenes = draw_scenes(count, seed)
     lines = [f"{scene.caption} --w 64 --h 64 --d {number} --l 4 --s 20" for number, scene in enumerate(scenes)]
-    place.write_text("\n".join(lines) + "\n")
-    return place
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def calibrated(
     work: Path, name: str, adapter: Path | None, *, words: str = "", count: int = 16, steps: int = 10, **options: Any
 ) -> Path:
-    place = work / f"statistics-{name}.safetensors"
-    if not place.exists():
+    path = work / f"statistics-{name}.safetensors"
+    if not path.exists():
         model = options.pop("model", MODEL)
         ls.calibrate(
             [adapter] if adapter else [],
             model=model,
-            output=place,
+            output=path,
             prompts=prompts_file(work, words, count),
             steps_used=steps,
             **options,
         )
-    return place
+    return path
 
 
 def one_sided(work: Path, source: Path, side: str) -> Path:
     """Adapter statistics of which the other side is one number per layer."""
-    place = work / f"statistics-only-{side}.safetensors"
+    path = work / f"statistics-only-{side}.safetensors"
     with open_statistics(source) as statistics, ls.open_adapter(ADAPTER_OF[source]) as adapter:
-        found = {}
+        grams_of_layers = {}
         for layer, make in zip(adapter, statistics.of_layers(adapter), strict=True):
             assert make
             grams, delta = make.grams(layer.delta), layer.delta
             own = Grams(delta.down.double() @ delta.down.double().mT, delta.up.double().mT @ delta.up.double())
             up, down = (
-                float(each.trace() / plain.trace().clamp(min=1e-30))
-                for each, plain in ((grams.up, own.up), (grams.down, own.down))
+                float(gram.trace() / plain.trace().clamp(min=1e-30))
+                for gram, plain in ((grams.up, own.up), (grams.down, own.down))
             )
             pair = Grams(grams.down, own.up * up) if side == "in" else Grams(own.down * down, grams.up)
-            found[f"{statistics_key(adapter)}/{layer.name}"] = pair
-        write_adapters(place, found, {statistics_key(adapter): "one-sided"}, statistics.base, {})
-    return place
+            grams_of_layers[f"{statistics_key(adapter)}/{layer.name}"] = pair
+        write_adapters(path, grams_of_layers, {statistics_key(adapter): "one-sided"}, statistics.base, {})
+    return path
 
 
 def statistics_key(adapter: Any) -> str:
@@ -171,16 +171,14 @@ ADAPTER_OF: dict[Path, Path] = {}
 
 def diagonal_only(work: Path, table: Path) -> Path:
     """The table without its columns."""
-    place = work / "statistics-diagonal.safetensors"
+    path = work / "statistics-diagonal.safetensors"
     with open_statistics(table) as statistics:
-        found = {}
-        for pieces in statistics._by_key.values():
-            for low, high, name in pieces:
-                view = next(each for views in statistics.base.all_views for each in views if str(each) == name)
-                assert (low, high) == (0, view.shape[0])
-                found[view] = Sides(*(_flat(side) for side in statistics.sides(name)))
-        write_table(place, found, statistics.base, {})
-    return place
+        flat = {}
+        for view in (view for views in statistics.base.all_views for view in views):
+            if f"{view}|in.diagonal" in statistics.store.tensors:
+                flat[view] = Sides(*(_flat(side) for side in statistics.sides(str(view))))
+        write_table(path, flat, statistics.base, {})
+    return path
 
 
 def _flat(side: Side) -> Side:
@@ -190,36 +188,37 @@ def _flat(side: Side) -> Side:
 @contextmanager
 def positions_summed() -> Iterator[None]:
     """Inputs and gradients of a picture added up before their products are: all positions as one."""
-    apart, back = watching.positions, watching.Recorder._backward
-    backward = [False]
+    apart, add_inputs = watching.positions, watching.Projected.add_inputs
+    reading_inputs = False
 
     def positions(tensor: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
         rows = apart(tensor, module).unflatten(0, (len(tensor), -1))
-        return rows.sum(1) if backward[0] else rows.mean(1)
+        return rows.mean(1) if reading_inputs else rows.sum(1)
 
-    def noted(self: watching.Recorder, module: torch.nn.Module, gradient: torch.Tensor) -> None:
-        backward[0] = True
-        back(self, module, gradient)
-        backward[0] = False
+    def add_mean_inputs(self: watching.Projected, module: torch.nn.Module, batch: torch.Tensor) -> None:
+        nonlocal reading_inputs
+        reading_inputs = True
+        add_inputs(self, module, batch)
+        reading_inputs = False
 
-    watching.positions, watching.Recorder._backward = positions, noted
+    watching.positions, watching.Projected.add_inputs = positions, add_mean_inputs
     try:
         yield
     finally:
-        watching.positions, watching.Recorder._backward = apart, back
+        watching.positions, watching.Projected.add_inputs = apart, add_inputs
 
 
 def other_checkpoint(study: Study) -> Path:
     """The model with an adapter built in, as a fine-tune is."""
-    place = study.work / "other-model"
-    if not (place / "unet").exists():
-        shutil.copytree(MODEL, place, dirs_exist_ok=True)
+    folder = study.work / "other-model"
+    if not (folder / "unet").exists():
+        shutil.copytree(MODEL, folder, dirs_exist_ok=True)
         gallery = Gallery(MODEL)
         gallery.add(study.adapter("crescent-32"))
-        gallery.pipe.unet.save_pretrained(place / "unet")
-        gallery.pipe.text_encoder.save_pretrained(place / "text_encoder")
-        gallery.pipe.text_encoder_2.save_pretrained(place / "text_encoder_2")
-    return place
+        gallery.pipe.unet.save_pretrained(folder / "unet")
+        gallery.pipe.text_encoder.save_pretrained(folder / "text_encoder")
+        gallery.pipe.text_encoder_2.save_pretrained(folder / "text_encoder_2")
+    return folder
 
 
 # --- measurements -------------------------------------------------------------------------------
@@ -295,8 +294,8 @@ def calibration(study: Study, table: Path) -> None:
 
 def small(study: Study, table: Path) -> None:
     """Adapters trained at a low rank against one of rank 32 that was shrunk to the same size."""
-    test, plain = (Test.of("--style sks", 96, plain=each) for each in (False, True))
-    whole = study.adapter("style-32")
+    test, plain = (Test.of("--style sks", 96, plain=is_plain) for is_plain in (False, True))
+    original = study.adapter("style-32")
     for name in (*SMALL, "style-32"):
         source = study.adapter(name)
         study.measure(f"small|{name}|trained", lambda source=source: _alone(study, source, source, test, plain))
@@ -306,14 +305,18 @@ def small(study: Study, table: Path) -> None:
                 study.measure(
                     f"small|{name}|{recipe}",
                     lambda recipe=recipe, size=size: _alone(
-                        study, *study.shrunk(whole, RECIPES[recipe].format(size=size), table)[:1], whole, test, plain
+                        study,
+                        study.shrunk(original, RECIPES[recipe].format(size=size), table)[0],
+                        original,
+                        test,
+                        plain,
                     ),
                 )
 
 
-def _alone(study: Study, path: Path, whole: Path, test: Test, plain: Test) -> dict[str, Any]:
-    own, other = study.seen(path, whole, test), study.seen(path, whole, plain)
-    return {"bytes": path.stat().st_size, **own, "plain_right": other["right"], "plain_concept": other["concept"]}
+def _alone(study: Study, path: Path, original: Path, test: Test, plain: Test) -> dict[str, Any]:
+    own, of_plain = study.seen(path, original, test), study.seen(path, original, plain)
+    return {"bytes": path.stat().st_size, **own, "plain_right": of_plain["right"], "plain_concept": of_plain["concept"]}
 
 
 def stacks(study: Study, table: Path) -> None:
@@ -325,14 +328,14 @@ def stacks(study: Study, table: Path) -> None:
     together = study.gallery.paint([style, heart], test)
 
     def against(paths: Path | Sequence[Path]) -> dict[str, Any]:
-        found = study.gallery.see(study.gallery.paint(paths, test), together, test)
+        seen = study.gallery.see(study.gallery.paint(paths, test), together, test)
         files = [paths] if isinstance(paths, Path) else paths
         return {
             "bytes": sum(path.stat().st_size for path in files),
-            "psnr": [round(float(each), 2) for each in found.psnr],
-            "ssim": [round(float(each), 4) for each in found.ssim],
-            "concept": found.concept,
-            "right": found.right,
+            "psnr": [round(float(value), 2) for value in seen.psnr],
+            "ssim": [round(float(value), 4) for value in seen.ssim],
+            "concept": seen.concept,
+            "right": seen.right,
         }
 
     study.measure("stacks|together", lambda: against([style, heart]))
@@ -345,13 +348,13 @@ def stacks(study: Study, table: Path) -> None:
             study.measure(
                 f"stacks|merged, {recipe}|{rank}", lambda text=text: against(study.shrunk(merged, text, table)[0])
             )
-        each = []
+        halves = []
         for number, source in enumerate((style, heart)):
             half = f"fro_ckpt,bytes,size={limit / 2**21:.6f}"
             path = study.work / f"part{number}.safetensors"
             shutil.copy(study.shrunk(source, half)[0], path)
-            each.append(path)
-        study.measure(f"stacks|each half of the bytes, fro_ckpt,bytes|{rank}", lambda each=each: against(each))
+            halves.append(path)
+        study.measure(f"stacks|each half of the bytes, fro_ckpt,bytes|{rank}", lambda halves=halves: against(halves))
 
 
 def refined(study: Study, table: Path) -> None:
@@ -375,7 +378,7 @@ def refined(study: Study, table: Path) -> None:
 def floor(study: Study, name: str) -> None:
     """The original adapter, drawn in half precision."""
     source, test = study.adapter(name), Test.of(ADAPTERS[name].teaches, _PICTURES)
-    study.whole(source, test)
+    study.originals(source, test)
     pipe = study.gallery.pipe
     pipe.to(torch.float16)
     try:

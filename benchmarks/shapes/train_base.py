@@ -15,7 +15,7 @@ import torch
 import vae
 import words
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from fit import Place, Plan, fit, seeded
+from fit import Plan, Run, fit, seeded
 from judge import Judge
 from render import BASE_SHAPES, SHAPES, STYLES, Scene, draw_scenes, render, sheet
 from torch import Tensor
@@ -31,9 +31,9 @@ _STYLED = 0.4
 _HELD_OUT = 9_000_000  # seeds from here on are in no training set
 
 
-def _pool(name: str, scenes: Sequence[Scene], seed: int, place: Place) -> Tensor:
+def _pool(name: str, scenes: Sequence[Scene], seed: int, run: Run) -> Tensor:
     """Rendered pictures in -1..1, kept in the work folder."""
-    path = place.work / f"{name}.pt"
+    path = run.work / f"{name}.pt"
     if not path.exists():
         pixels = torch.stack([torch.from_numpy(render(scene, seed + i)) for i, scene in enumerate(scenes)])
         torch.save(pixels, path)
@@ -44,10 +44,10 @@ def _all_scenes(count: int, seed: int) -> list[Scene]:
     return draw_scenes(count, seed, SHAPES, STYLES, _STYLED)
 
 
-def train_judge(autoencoder: AutoencoderKL, place: Place) -> Judge:
+def train_judge(autoencoder: AutoencoderKL, run: Run) -> Judge:
     """The judge; a third of its pictures went through the autoencoder."""
     scenes = _all_scenes(12_000, 2)
-    pixels = _pool("judge-pictures", scenes, 1_000_000, place)
+    pixels = _pool("judge-pictures", scenes, 1_000_000, run)
     coded = vae.decode(autoencoder, vae.encode(autoencoder, pixels[::3]))
     pixels[::3] = coded
     right = judge.answers(scenes)
@@ -59,28 +59,28 @@ def train_judge(autoencoder: AutoencoderKL, place: Place) -> Judge:
         noise = torch.randn((_JUDGE_BATCH, *pixels.shape[1:]), generator=seeded(5, step))
         return judge.loss(model, pixels[drawn] + 0.03 * noise, {name: each[drawn] for name, each in right.items()})
 
-    fit("judge", model, loss, _JUDGE_PLAN, place)
+    fit("judge", model, loss, _JUDGE_PLAN, run)
     return model
 
 
-def check_judge(model: Judge, autoencoder: AutoencoderKL, place: Place) -> None:
+def check_judge(model: Judge, autoencoder: AutoencoderKL, run: Run) -> None:
     """Accuracy on pictures that it was not trained on, as rendered and through the autoencoder."""
     scenes = _all_scenes(512, 4)
     pixels = [render(scene, _HELD_OUT + i) for i, scene in enumerate(scenes)]
-    place.note(f"judge on renders: {judge.told(judge.score(model, pixels, scenes))}")
+    run.note(f"judge on renders: {judge.told(judge.score(model, pixels, scenes))}")
     coded = vae.decode(autoencoder, vae.encode(autoencoder, judge.to_tensor(pixels)))
-    place.note(f"VAE on held-out pictures: {vae.decibels(autoencoder, judge.to_tensor(pixels)):.1f} dB")
+    run.note(f"VAE on held-out pictures: {vae.decibels(autoencoder, judge.to_tensor(pixels)):.1f} dB")
     seen = list(((coded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
-    place.note(f"judge through the VAE: {judge.told(judge.score(model, seen, scenes))}")
+    run.note(f"judge through the VAE: {judge.told(judge.score(model, seen, scenes))}")
 
 
-def check_base(folder: Path, model: Judge, place: Place) -> None:
+def check_base(folder: Path, model: Judge, run: Run) -> None:
     """Accuracy of the saved pipeline on 64 prompts; a sheet of their pictures goes to the work folder."""
     pipe = base.load(folder)
     scenes = draw_scenes(64, 5)
     pictures = base.paint(pipe, [scene.caption for scene in scenes], _HELD_OUT)
-    place.note(f"base, 64 prompts: {judge.told(judge.score(model, pictures, scenes))}")
-    sheet(pictures).save(place.work / "sheet.png")
+    run.note(f"base, 64 prompts: {judge.told(judge.score(model, pictures, scenes))}")
+    sheet(pictures).save(run.work / "sheet.png")
 
 
 def _save(pipe: StableDiffusionXLPipeline, work: Path, out: Path) -> None:
@@ -103,22 +103,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    place = Place(args.work, args.log)
+    run = Run(args.work, args.log)
 
     merges = words.read_merges(args.merges)
     tokenizers = [words.write_tokenizer(args.work / name, merges, pad) for name, pad in words.PADS.items()]
-    autoencoder = vae.train(_pool("vae-pictures", _all_scenes(4096, 1), 0, place), place)
-    model = train_judge(autoencoder, place)
+    autoencoder = vae.train(_pool("vae-pictures", _all_scenes(4096, 1), 0, run), run)
+    model = train_judge(autoencoder, run)
     judge.save(model, args.judge)
-    check_judge(judge.load(args.judge), autoencoder, place)
+    check_judge(judge.load(args.judge), autoencoder, run)
 
     scenes = draw_scenes(16_000, 3, BASE_SHAPES)
-    latents = vae.encode(autoencoder, _pool("base-pictures", scenes, 2_000_000, place)) * vae.SCALE
-    place.note(f"latents: mean {latents.mean():.3f}, deviation {latents.std():.3f}")
+    latents = vae.encode(autoencoder, _pool("base-pictures", scenes, 2_000_000, run)) * vae.SCALE
+    run.note(f"latents: mean {latents.mean():.3f}, deviation {latents.std():.3f}")
     plan = replace(base.PLAN, steps=args.steps)
-    parts = base.train(latents, [scene.caption for scene in scenes], tokenizers, place, plan)
+    parts = base.train(latents, [scene.caption for scene in scenes], tokenizers, run, plan)
     _save(base.pipeline(parts, autoencoder, tokenizers), args.work, args.out)
-    check_base(args.out, judge.load(args.judge), place)
+    check_base(args.out, judge.load(args.judge), run)
 
 
 if __name__ == "__main__":

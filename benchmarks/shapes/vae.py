@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from fit import Place, Plan, fit, seeded
+from fit import Plan, Run, fit, seeded
 from torch import Tensor
 
 SCALE = 0.13025  # SDXL's own
@@ -49,7 +49,7 @@ def _loss(vae: AutoencoderKL, pixels: Tensor, step: int) -> Tensor:
     return loss + 1e-4 * latents.square().mean()
 
 
-def train(pixels: Tensor, place: Place) -> AutoencoderKL:
+def train(pixels: Tensor, run: Run) -> AutoencoderKL:
     """A trained autoencoder whose scaled latents have mean 0 and deviation 1. `pixels` [n, 3, 64, 64] in -1..1."""
     vae = make()
 
@@ -57,7 +57,7 @@ def train(pixels: Tensor, place: Place) -> AutoencoderKL:
         drawn = torch.randint(len(pixels), (_BATCH,), generator=seeded(1, step))
         return _loss(vae, pixels[drawn], step)
 
-    fit("vae", vae, loss, PLAN, place)
+    fit("vae", vae, loss, PLAN, run)
     _fold(vae, encode(vae, pixels[:2048]))
     return vae
 
@@ -65,13 +65,13 @@ def train(pixels: Tensor, place: Place) -> AutoencoderKL:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Unscaled latents [n, 4, 16, 16]: the means."""
-    return torch.cat([vae.encode(each).latent_dist.mean for each in pixels.split(64)])
+    return torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(64)])
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Pixels of unscaled latents, in -1..1."""
-    return torch.cat([vae.decode(each).sample for each in latents.split(64)]).clamp(-1, 1)
+    return torch.cat([vae.decode(part).sample for part in latents.split(64)]).clamp(-1, 1)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     else:
         packed = path.read_bytes()
     lines = gzip.decompress(packed).decode().split("\n")
-    return [(left, right) for left, right in (line.split() for line in lines[1 : _MERGES + 1])]
+    return [(first, second) for first, second in (line.split() for line in lines[1 : _MERGES + 1])]
 
 
 def used_merges(word: str, ranks: dict[tuple[str, str], int]) -> set[tuple[str, str]]:
@@ -49,8 +49,8 @@ def used_merges(word: str, ranks: dict[tuple[str, str], int]) -> set[tuple[str, 
         if best not in ranks:
             break
         used.add(best)
-        place = pairs.index(best)
-        parts[place : place + 2] = ["".join(best)]
+        index = pairs.index(best)
+        parts[index : index + 2] = ["".join(best)]
     return used
 
 
@@ -59,7 +59,7 @@ def write_tokenizer(folder: Path, merges: list[tuple[str, str]], pad: str) -> CL
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     kept = sorted(set().union(*(used_merges(word, ranks) for word in WORDS)), key=ranks.__getitem__)
     letters = list(bytes_to_unicode().values())
-    vocabulary = [*letters, *(f"{each}</w>" for each in letters), *("".join(pair) for pair in kept), START, END]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in kept), START, END]
     settings = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": 77,
@@ -70,7 +70,7 @@ def write_tokenizer(folder: Path, merges: list[tuple[str, str]], pad: str) -> CL
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(
-        json.dumps({word: place for place, word in enumerate(vocabulary)}, ensure_ascii=False), encoding="utf-8"
+        json.dumps({word: index for index, word in enumerate(vocabulary)}, ensure_ascii=False), encoding="utf-8"
     )
     lines = ["#version: 0.2", *(" ".join(pair) for pair in kept)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -50,9 +50,9 @@ def interval(numbers: Sequence[float] | NDArray[np.float64]) -> tuple[float, flo
     return float(limits.confidence_interval.low), float(limits.confidence_interval.high)
 
 
-def gain(one: Entry, other: Entry) -> str:
-    """By how much one is above the other, picture by picture, with its interval."""
-    differences = np.asarray(one["psnr"]) - np.asarray(other["psnr"])
+def gain(entry: Entry, reference: Entry) -> str:
+    """By how much an entry is above a reference, picture by picture, with its interval."""
+    differences = np.asarray(entry["psnr"]) - np.asarray(reference["psnr"])
     low, high = interval(differences)
     return f"{differences.mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
@@ -80,12 +80,12 @@ def recipes_table(results: Mapping[str, Entry], name: str, label: str = "own") -
 def concepts_table(results: Mapping[str, Entry]) -> str:
     rows = []
     for name in _SHOWN:
-        whole, none = (results[f"recipes|{name}|own|{what}|"]["concept"] for what in ("whole", "none"))
+        original, none = (results[f"recipes|{name}|own|{what}|"]["concept"] for what in ("whole", "none"))
         cells = [
             " / ".join(f"{results[f'recipes|{name}|own|{recipe}|{rank}']['concept']:.2f}" for rank in _RANKS)
             for recipe in FEW
         ]
-        rows.append([_TITLES[name], f"{whole:.2f}", f"{none:.2f}", *cells])
+        rows.append([_TITLES[name], f"{original:.2f}", f"{none:.2f}", *cells])
     return table(["adapter", "whole", "none", *(f"`{recipe}` at the four sizes" for recipe in FEW)], rows)
 
 
@@ -99,10 +99,10 @@ def correlations(results: Mapping[str, Entry]) -> str:
             _, adapter, label, recipe, rank = (*key.split("|"), "", "", "", "")[:5]
             if key.startswith("recipes|") and adapter == name and label == "own" and rank:
                 points[recipe].append((entry["error"], mean(entry)))
-        plain = [point for recipe, each in points.items() if "calib" not in recipe for point in each]
-        every = [point for each in points.values() for point in each]
+        plain = [point for recipe, of_recipe in points.items() if "calib" not in recipe for point in of_recipe]
+        every = [point for of_recipe in points.values() for point in of_recipe]
         rows.append(
-            [_TITLES[name], *(f"{spearmanr(*zip(*each, strict=True)).statistic:.2f}" for each in (plain, every))]
+            [_TITLES[name], *(f"{spearmanr(*zip(*some, strict=True)).statistic:.2f}" for some in (plain, every))]
         )
     return table(["adapter", "recipes without statistics", "with the calibrated one"], rows)
 
@@ -127,10 +127,10 @@ def seeds_table(results: Mapping[str, Entry]) -> str:
     for name in names:
         gains = []
         for rank in _RANKS:
-            one, other = (
+            calibrated, plain = (
                 results[f"recipes|{name}|own|{recipe}|{rank}"] for recipe in ("calib,bytes", "fro_ckpt,bytes")
             )
-            gains.append(gain(one, other))
+            gains.append(gain(calibrated, plain))
         rows.append([_TITLES[name], *gains])
     sizes = [f"{results[f'recipes|style-32|own|calib,bytes|{rank}']['bytes'] / 1000:.0f} kB" for rank in _RANKS]
     return table(["adapter", *sizes], rows)
@@ -226,18 +226,18 @@ def curves(axes: Axes, results: Mapping[str, Entry], name: str) -> None:
     axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
     axes.minorticks_off()
     axes.axhline(mean(results[f"recipes|{name}|own|none|"]), color="gray", linestyle=":", linewidth=1)
-    whole = results[f"recipes|{name}|own|whole|"]["bytes"] / 1e6
-    axes.set_title(f"{_TITLES[name]}, {whole:.1f} MB")
+    megabytes = results[f"recipes|{name}|own|whole|"]["bytes"] / 1e6
+    axes.set_title(f"{_TITLES[name]}, {megabytes:.1f} MB")
 
 
 def figure(results: Mapping[str, Entry], names: Sequence[str]) -> Figure:
     with rc_context(style.RC):
         drawn = Figure(figsize=(3.6 * len(names), 3.8), layout="constrained")
-        for place, name in enumerate(names):
-            axes = drawn.add_subplot(1, len(names), place + 1)
+        for number, name in enumerate(names):
+            axes = drawn.add_subplot(1, len(names), number + 1)
             curves(axes, results, name)
             axes.set_xlabel("file size (MB)")
-            if not place:
+            if not number:
                 axes.set_ylabel("PSNR (dB)")
         handles, labels = axes.get_legend_handles_labels()
         drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels) if len(names) > 2 else 3)
