@@ -649,7 +649,7 @@ def damaged(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_shape_that_passes_the_check_makes_a_sound_layer(name: str) -> None:
-    """Whatever is wrong with a header, the check says it, or the layer is sound with the shape that it has."""
+    """A header fails the check, or its layer has the shape that it states."""
     family, roles = HEALTHY[name]
     assert family.check(infos_of(roles)) is None
     refused = 0
@@ -826,7 +826,7 @@ def layers_of(family: Family, listed: Mapping[str, tuple[int, ...]]) -> dict[str
 
 @pytest.mark.parametrize("listing", LISTED)
 def test_the_layers_of_a_real_file(listing: str) -> None:
-    """All pass the check, and one of each kind of shape makes what rank and width say."""
+    """All pass the check, and each shape gives the stated rank and width."""
     family = LISTED[listing]
     layers = layers_of(family, shapes(listing))
     assert layers

@@ -438,7 +438,7 @@ def test_a_layer_of_another_part_or_model_is_not_found(base_of, name, base):
 
 
 def test_names_of_the_first_cosmos_are_known(base_of):
-    """diffusers' own conversion does not tell it from its successor, so this is by hand."""
+    """By hand: diffusers' conversion takes it for its successor."""
     block = "blocks.block3.blocks"
     shapes = {f"net.{block}.{name}.weight": (8, 4) for name in ("0.block.attn.to_q.0", "2.block.layer1")}
     shapes |= {f"net.{name}.weight": (8, 4) for name in ("blocks.block0.blocks.0.block.attn.to_q.0",)}
@@ -490,7 +490,7 @@ def test_reading_a_weight_swaps_halves_and_transposes(tmp_path):
 
 @pytest.mark.parametrize("name", READABLE)
 def test_a_flattened_name_means_one_weight_the_own_one_first(base_of, name):
-    """All names of all weights are gathered anew; where two weights share one, none or the base's own stays."""
+    """Compared with all names of all weights; ambiguous names mean nothing."""
     base = base_of(name)
     own = {}
     for key, shape in base.shapes.items():

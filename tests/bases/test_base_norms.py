@@ -77,7 +77,7 @@ def test_spectral_norms_of_planted_spectra(name: str, shape: tuple[int, int], si
 
 @pytest.mark.parametrize("side", [200, 300])
 def test_matrices_of_one_shape_are_computed_together(side: int, device: str) -> None:
-    """A matrix with NaN among them is NaN alone; zero and huge matrices change nothing."""
+    """NaN, zero and huge matrices do not change the others."""
     matrices = torch.stack([gaussian(side, 400, seed=n) for n in range(5)])
     matrices[1] = 0
     matrices[2, 3, 4] = torch.nan
@@ -146,7 +146,7 @@ def test_norms_are_computed_once(copy: Path) -> None:
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("way", ["in place", "renamed over", "in place, times restored"])
 def test_a_changed_base_never_gives_the_old_norms(copy: Path, tmp_path: Path, way: str) -> None:
-    """resize_lora keys its cache by the path and answers with the norms of the file that was there before."""
+    """resize_lora, which keys its cache by the path, gives the old norms."""
     before, stat = norm(copy), copy.stat()
     tensors = {key: value * 4 for key, value in load_file(copy).items()}
     if way == "renamed over":

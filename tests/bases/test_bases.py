@@ -341,7 +341,7 @@ def test_every_unet_weight_is_found_by_its_own_flattened_name(base_in, layout):
 
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_views_of_a_weight_cover_it_once(base_in, layout):
-    """Thirds meet end to end, and the names of one weight are names of no other."""
+    """Parts neither overlap nor leave rows out, and names are unique."""
     base = base_in(layout)
     single = {views for views in base.weights.values() if len(views) == 1}
     by_key = {}
@@ -555,7 +555,7 @@ def test_a_norm_table_knows_the_modules_of_both_layouts(tmp_path):
 
 
 def test_weights_without_norms_in_a_table_are_not_found(tmp_path):
-    """As those of a table that an older version has made, if a later one knows more names."""
+    """Older tables lack weights whose names a later version knows."""
     path = fixtures.write_header(tmp_path / "flux.safetensors", TRANSFORMER)
     norms(path, tmp_path / "table.json")
     table = json.loads((tmp_path / "table.json").read_text())

@@ -249,7 +249,7 @@ def test_nf4_is_read_as_bitsandbytes_reads_it(tmp_path):
 @pytest.mark.parametrize("shape", [(6, 130), (5, 7), (3, 64), (4, 6, 3, 3)])
 @pytest.mark.parametrize("nested", [False, True])
 def test_four_bits_are_looked_up_and_scaled_per_block(tmp_path, shape, nested):
-    """Number by number; blocks do not end with rows, and the last is not full."""
+    """Compared number by number; blocks cross rows, the last is not full."""
     generator = torch.Generator().manual_seed(1)
     count = int(np.prod(shape))
     blocks = -(-count // 64)

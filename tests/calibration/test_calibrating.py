@@ -67,7 +67,7 @@ def watch_once(module: nn.Module, watcher: Watcher, inputs: Tensor, projection: 
 
 
 def test_statistics_of_one_position_are_exact() -> None:
-    """Σ(gᵀ·E·x)² over one position is the squared change of the projected output where the weight changes by E."""
+    """Σ(gᵀ·E·x)² is the squared change of the projected output."""
     torch.manual_seed(0)
     layer = nn.Linear(6, 5).requires_grad_(False)
     up, down = torch.randn(5, 3), torch.randn(3, 6)
@@ -137,7 +137,7 @@ def test_a_sketch_keeps_strong_directions_and_the_diagonal() -> None:
 
 
 def test_adapter_and_table_agree_where_both_are_exact(prompts: Path, tmp_path: Path) -> None:
-    """The same pictures watched both ways, with a table that leaves nothing out."""
+    """The same pictures, with a table of full rank."""
     own, general = tmp_path / "adapter.safetensors", tmp_path / "table.safetensors"
     result = ls.calibrate(STYLE, model=MODEL, output=own, prompts=prompts, steps_used=2)
     assert (result.layers, result.runs, result.passes) == (282, 2, 4)
@@ -223,7 +223,7 @@ def test_an_error_while_drawing_leaves_the_model_as_before() -> None:
 
 
 def test_a_forward_that_was_replaced_before_is_put_back() -> None:
-    """accelerate replaces the forward of modules that it moves between devices."""
+    """accelerate replaces the forward of modules that it moves."""
     module = nn.Linear(2, 2)
     module.forward = own_forward = module.forward
     with wrapped_forward(module, lambda forward, args, kwargs: 2 * forward(*args, **kwargs)):
@@ -288,7 +288,7 @@ def test_several_adapters_share_the_pictures(prompts: Path, tmp_path: Path) -> N
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_language_model_with_a_peft_adapter(tmp_path: Path) -> None:
-    """The kept dimensions change the next word's distribution less than those of the largest norm."""
+    """Calibrated dimensions keep the next word better than the largest ones."""
     folder = write_llama(tmp_path / "llama")
     torch.manual_seed(1)
     model = get_peft_model(
@@ -352,7 +352,7 @@ def test_a_pretrained_encoder_keeps_its_hidden_states(tmp_path: Path) -> None:
 
 
 def test_a_projection_of_words_measures_divergence(tmp_path: Path) -> None:
-    """The mean square of its change is twice the divergence from what it was, for small changes."""
+    """The mean square of small changes is twice the divergence."""
     model = LlamaForCausalLM.from_pretrained(write_llama(tmp_path)).requires_grad_(False)
     tokens = torch.randint(1, 28, (1, 1), generator=torch.Generator().manual_seed(3))
     head = model.lm_head

@@ -163,7 +163,7 @@ def test_a_table_gives_every_layer_the_grams_of_its_weight(table: Path) -> None:
 
 
 def test_fused_and_split_weights_share_statistics(table: Path, tmp_path: Path) -> None:
-    """A layer of q, k and v in one has the inputs of each, and the outputs one below the other."""
+    """A fused q, k, v has the mean of inputs and the rows of outputs."""
     generator = torch.Generator().manual_seed(5)
     name = "text_encoder_2.text_model.encoder.layers.0.self_attn"
     with open_statistics(table) as statistics:
@@ -214,7 +214,7 @@ def test_calibrated_recipes_keep_what_they_ask_for(table: Path, tmp_path: Path, 
 
 
 def test_energy_counts_the_squares_of_all_layers_together(table: Path, tmp_path: Path) -> None:
-    """Best dimensions first, in whatever layer, until their squares are 90 % of all squares."""
+    """The best dimensions of all layers that hold 90 % of the squares."""
     with open_statistics(table) as statistics, open_adapter(STYLE) as adapter:
         makers = statistics.of_layers(adapter)
         sigmas = [

@@ -154,7 +154,7 @@ def test_a_rate_that_is_too_high_falls_and_nothing_gets_worse(
 def test_a_perfect_start_stays_bit_by_bit_on_every_kind_of_model(
     write: Callable[[Path], Path], names: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """The original adapter through this module's hooks predicts what it predicts through PEFT, fused layers too."""
+    """These hooks and PEFT give the same predictions, also for fused layers."""
     model = write(tmp_path / "model")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 4 --l 4 --d 1\na dog --w 64 --h 64 --s 4 --l 4 --d 2\n")

@@ -23,7 +23,7 @@ LINES = (
 
 
 def test_effects_are_what_scales_change() -> None:
-    """By differences in float64 of a function that is not linear; a factor without effect has zeros."""
+    """Compared with differences in float64; unused factors give zeros."""
     generator = torch.Generator().manual_seed(0)
     ups = [torch.randn(5, rank, generator=generator, dtype=torch.float64).requires_grad_() for rank in (2, 3, 4)]
     mixed = torch.randn(5, generator=generator, dtype=torch.float64)
@@ -42,7 +42,7 @@ def test_effects_are_what_scales_change() -> None:
 
 @pytest.mark.parametrize(("samples", "dimensions"), [(20, 6), (6, 20)])
 def test_ridge_is_the_regression_with_a_penalty(samples: int, dimensions: int) -> None:
-    """The same least squares, written out with a row for the penalty of each dimension."""
+    """Compared with least squares that have a row for each penalty."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(samples, dimensions, generator=generator, dtype=torch.float64)
     missing = torch.randn(samples, generator=generator, dtype=torch.float64)
@@ -60,7 +60,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_factors_bring_predictions_nearer_without_training(prompts: Path, tmp_path: Path) -> None:
-    """Each column of a factor is multiplied with one number, and nothing else changes."""
+    """Columns of factors are scaled, and nothing else changes."""
     small, better = tmp_path / "small.safetensors", tmp_path / "better.safetensors"
     assert not ls.resize(HEART, recipes="rank=1", dtype="fp32", output=small).failed
     result = ls.refine(small, like=HEART, model=MODEL, output=better, prompts=prompts, steps=0, closed_form=True)

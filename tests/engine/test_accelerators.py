@@ -230,7 +230,7 @@ def test_a_batch_that_does_not_converge_is_solved_one_by_one(monkeypatch: pytest
 
 
 def test_right_results_are_taken_as_they_are(untrusted: None) -> None:
-    """Zero, rank-deficient and badly scaled matrices, of which only the lower triangle counts."""
+    """Zero, rank-deficient and badly scaled matrices, lower triangles only."""
     matrices = symmetric(6, 12)
     matrices[0] = 0
     matrices[1] *= 1e-200
@@ -246,7 +246,7 @@ def test_right_results_are_taken_as_they_are(untrusted: None) -> None:
 
 
 def test_threads_meet_libraries_that_are_loaded_already(monkeypatch: pytest.MonkeyPatch, gpu: None) -> None:
-    """torch's CUDA libraries load at the first call, and a second thread's call during that fails."""
+    """torch loads CUDA libraries at the first call; threads must not collide."""
     loading, loaded = threading.Lock(), threading.Event()
 
     def lazy(real: Callable[..., object]) -> Callable[..., object]:

@@ -37,7 +37,7 @@ def test_workers_and_their_owner_run_torch_on_one_thread(three_threads: int) -> 
 
 
 def test_overlapping_pools_of_two_threads_leave_the_thread_count(three_threads: int) -> None:
-    """The second pool opens while the count is 1, and closes after the first one."""
+    """The second pool opens at a count of 1 and closes last."""
     first_open, second_open, first_closed = (threading.Event() for _ in range(3))
 
     def first() -> int:

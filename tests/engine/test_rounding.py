@@ -69,7 +69,7 @@ def test_a_dimension_of_zeros_stays_zero() -> None:
 
 
 def test_the_best_of_the_balances_is_taken_for_the_energies() -> None:
-    """Against all balances by brute force, where one direction of each side counts alone."""
+    """Compared with all balances, where one direction of each side counts."""
     up, down = pair(48, 6, 40)
     generator = torch.Generator().manual_seed(1)
     left, right = torch.randn(48, 1, generator=generator), torch.randn(40, 1, generator=generator)

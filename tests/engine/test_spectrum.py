@@ -178,7 +178,7 @@ def test_all_dimensions_together_are_the_delta(delta: Delta) -> None:
 
 @given(deltas(), st.integers(0, 16))
 def test_truncation_is_the_best_approximation_of_its_rank(delta: Delta, rank: int) -> None:
-    """Eckart & Young: the error is the root sum of squares of the values that are left out."""
+    """The error is the root sum of squares of the dropped values."""
     result = spectrum(delta)
     rank = min(rank, result.rank)
     up, down = truncate(delta, result, range(rank))

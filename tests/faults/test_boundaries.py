@@ -102,7 +102,7 @@ def test_one_bad_input_does_not_stop_the_others(
 def test_an_unforeseen_error_is_the_line_of_its_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, error: Exception
 ) -> None:
-    """Whatever the error, of whatever part: the others are done, and the line says what to do."""
+    """The other inputs are done, and the line says what to do."""
     monkeypatch.chdir(tmp_path)
     good = [write_adapter(tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate("abc")]
     real = adapters.adapter_of

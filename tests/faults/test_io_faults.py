@@ -284,7 +284,7 @@ def test_a_folder_that_vanishes_fails_its_files_with_a_message(tmp_path: Path, m
 
 
 def test_two_processes_may_write_into_one_folder(tmp_path: Path) -> None:
-    """The outputs are those of one run, and no temporary file of either is left."""
+    """The outputs are those of one run, and no temporary file remains."""
     for seed in range(12):
         single_file(tmp_path / "in" / f"{seed}.safetensors", seed)
     line = [sys.executable, "-m", "lorashrink.cli", "resize", "-r", "rank=2", "--force", "-o"]

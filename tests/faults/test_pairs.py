@@ -75,7 +75,7 @@ def test_a_pair_is_the_old_or_the_new_one_whatever_rename_fails(
 @pytest.mark.parametrize("before", [{}, OLD])
 @pytest.mark.parametrize("step", range(4))
 def test_a_killed_replacement_is_put_back_by_the_next_run(tmp_path: Path, before: dict[str, bytes], step: int) -> None:
-    """Killed before each rename; then no reader finds a pair that is half old and half new."""
+    """Killed before each rename; no reader then finds a mixed pair."""
     for name, data in before.items():
         (tmp_path / name).write_bytes(data)
     code = f"""
@@ -145,7 +145,7 @@ def test_a_peft_folder_is_replaced_as_a_pair(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_in_any_number_leave_no_temporary_file(tmp_path: Path, number: signal.Signals) -> None:
-    """A second and third signal arrive while the first one's cleaning goes on."""
+    """More signals arrive while the first one is handled."""
     for seed in range(3):
         peft_folder(tmp_path / "in" / f"{seed}", 16, seed)
     slow = f"""

@@ -107,7 +107,7 @@ def test_two_loras_of_any_rank_scale_and_dtype(tmp_path_factory, sides, ranks, k
 def test_small_differences_keep_their_digits_in_any_basis(
     tmp_path_factory, exponent: float, sides: tuple[int, int], more: int, seed: int
 ) -> None:
-    """B is A in other factors, with up to three directions more: a difference of 1e-6 is told to 8 digits."""
+    """A difference of 1e-6 in other factors has 8 correct digits."""
     rank, (out, inner) = 6, sides
     up, down = randn(out, rank, seed=seed), randn(rank, inner, seed=seed + 1)
     turn = randn(rank, rank, seed=seed + 2) + 3 * torch.eye(rank, dtype=torch.float64)

@@ -102,7 +102,7 @@ def test_a_shared_alpha_of_the_largest_rank_is_not_odd(tmp_path: Path) -> None:
 
 
 def test_oversized_convolutions_are_reported_with_their_share(tmp_path: Path) -> None:
-    """Kernels of 16 × (24 + 24 × 9) and other layers of 2 × (24 + 24) numbers of 4 bytes, and two alphas."""
+    """The share is computed from the shapes of the layers."""
     path = write(tmp_path / "a.safetensors", {LINEAR: (24, 24, 2), CONV: (24, 24, 16, 3)}, alpha=2)
     for header in (False, True):
         layers, text = health(path, header=header)["conv_rank"]

@@ -174,7 +174,7 @@ def test_high_ranks_iterate_for_the_largest_singular_values(decay: float) -> Non
 
 @pytest.mark.parametrize("rank", [4, 150])
 def test_sums_that_cancel_keep_their_digits(rank: int) -> None:
-    """B is A in other factors and a millionth more: what is left of A − B is told to seven digits."""
+    """A − B of nearly equal adapters in other factors has seven digits."""
     up, down, turn = (
         randn(200, rank),
         randn(rank, 180, seed=1),
@@ -370,7 +370,7 @@ def test_amplified_layers_have_shares_of_their_adapters(tmp_path: Path) -> None:
 
 
 def test_spikes_of_the_sum_follow_the_rule_of_inspect(tmp_path: Path) -> None:
-    """Two layers without a spike have one together, and one with a spike has none with another."""
+    """Spikes can appear in a sum, and vanish in it."""
     result = overlapped(tmp_path, planted(6.0, 0.9), planted(6.0, -0.4))
     assert only(result).flags == ("amplified", "spike")
     assert [advice.kind for advice in result.advice if advice.kind == "spike"] == ["spike"]

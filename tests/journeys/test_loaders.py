@@ -402,7 +402,7 @@ def read_by(pipeline, path, probe):
 
 @pytest.mark.parametrize("name", RENAMED)
 def test_diffusers_renames_to_the_same(tmp_path, name):
-    """FLUX in full width, which diffusers takes for granted: what it reads under other names is what it reads here."""
+    """diffusers, which expects FLUX in full width, reads the same ΔW."""
     pipeline, native, theirs, namings = RENAMED[name]
     generator = torch.Generator().manual_seed(3)
     probe = functools.cache(lambda width: torch.randn(width, 2, generator=generator))
@@ -674,7 +674,7 @@ def test_comfy_finds_a_module_for_every_key(comfy_base, tmp_path, name, naming):
 
 
 def test_comfys_own_files_follow_the_rules_of_comfy():
-    """Adapters that are out there in its names, and those that it does not read."""
+    """Published adapters in its names, and those that it does not read."""
     for name in ("flux_lora_aitoolkit_bfl", "wan21_1_3b_lora_comfy", "sdxl_lora_kohya_te1_te2", "flux_lora_diffusers"):
         native, prefix, theirs, encoders, prefixes = COMFY[name.partition("_")[0].replace("wan21", "wan")]
         names = comfy_names(modules_of(native, prefix), modules_of(theirs), encoders, prefixes)
@@ -801,7 +801,7 @@ def test_peft_loads_a_folder_in_8_bits(tmp_path):
 
 @pytest.mark.parametrize("name", ["wan21_1_3b_lora_musubi", "qwen_image_lora_musubi", "z_image_lora_aitoolkit"])
 def test_diffusers_renames_8_bit_factors_of_wide_models(tmp_path, name):
-    """Where diffusers multiplies factors under the input's names, the output has others, and reads the same ΔW."""
+    """Outputs have other names than inputs, and diffusers reads the same ΔW."""
     pipeline, native, _, _ = RENAMED[name]
     generator = torch.Generator().manual_seed(3)
     shapes = with_rank(first_blocks(name), 4)

@@ -136,7 +136,7 @@ def test_trainer_reads_the_captions_of_a_written_folder(tmp_path: Path) -> None:
     ("name", "teaches", "least"), [("style", "--style sks", 0.25), ("heart", "--shape heart", 0.9)]
 )
 def test_example_adapters_do_what_they_were_taught(name: str, teaches: str, least: float) -> None:
-    """The judge sees it with the adapter, where it fits into the picture, and never without."""
+    """The judge sees the concept with the adapter, and never without."""
     adapter = MODEL.parent / "loras" / f"{name}.safetensors"
     drawn, test = gallery.Gallery(MODEL), gallery.Test.of(teaches, 12)
     whole = drawn.paint(adapter, test)

@@ -47,7 +47,7 @@ __all__ = ["bases"]  # a fixture
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_pair_of_namings_keeps_the_effect(bases, tmp_path: Path, name: str) -> None:
-    """The conversions take turns with kinds of bases; all results are compared on the native file."""
+    """All results are compared on the native file of each kind of base."""
     family, pattern = ADAPTERS[name]
     listed = {key: shape for key, shape in few(shapes(name)).items() if re.search(pattern, key)}
     source = write_tensors(tmp_path / "a.safetensors", numbers(listed), fixtures.metadata(name))
@@ -191,7 +191,7 @@ def whole_scale(name: str, dtype: torch.dtype = torch.float16) -> dict[str, Tens
 
 @pytest.mark.parametrize("name", ["sd15_lora_kohya", "sdxl_lora_kohya_te1_te2", "flux_lora_kohya_te1"])
 def test_a_round_trip_gives_the_same_bits(bases, tmp_path: Path, name: str) -> None:
-    """FLUX is fused for kohya and split for diffusers: the parts of a fused layer have one `down`."""
+    """FLUX is fused for kohya and split for diffusers, with one `down`."""
     family, before = ADAPTERS[name][0], whole_scale(name)
     source = write_tensors(tmp_path / "a.safetensors", before)
     renamed = converted(source, bases(family, "diffusers"), "diffusers", tmp_path / "there")
@@ -304,7 +304,7 @@ def test_parts_with_one_down_are_fused_at_their_own_rank(bases, tmp_path: Path) 
 
 
 def test_parts_with_downs_of_their_own_become_a_block_diagonal(bases, tmp_path: Path) -> None:
-    """The rank is the sum of the parts' ranks; a part's columns are zero in the rows of the others."""
+    """The ranks of the parts add up, and other parts' rows are zero."""
     ranks = {"q": 4, "k": 2, "v": 3}
     parts = {letter: pair(WIDTH, rank, WIDTH, rank) for letter, rank in ranks.items()}
     source = diffusers_file(tmp_path / "a.safetensors", {f"{BLOCK}.to_{letter}": parts[letter] for letter in "vqk"})
@@ -363,7 +363,7 @@ def test_shift_and_scale_change_places(bases, tmp_path: Path, family: str, their
 
 
 def test_three_names_of_one_weight_get_their_own_rows(bases, tmp_path: Path) -> None:
-    """XLabs' processors change the first rows of `linear1`, diffusers' `proj_mlp` the rest."""
+    """XLabs changes the first rows of `linear1`, diffusers the rest."""
     layers = {
         "single_blocks.1.processor.qkv_lora": pair(3 * WIDTH, 4, WIDTH),
         "transformer.single_transformer_blocks.1.proj_mlp": pair(4 * WIDTH, 2, WIDTH, seed=1),
@@ -429,7 +429,7 @@ def test_alphas_keep_their_values(bases, tmp_path: Path) -> None:
 
 
 def test_diffusers_settings_go_when_alphas_are_written(bases, tmp_path: Path) -> None:
-    """`lora_adapter_metadata` names modules that a converted file does not have."""
+    """`lora_adapter_metadata` would name modules that are not there."""
     layers = {f"{BLOCK}.to_out.0": pair(WIDTH, 4, WIDTH), f"{BLOCK}.to_add_out": pair(WIDTH, 2, WIDTH)}
     settings = {
         "transformer.r": 4,
@@ -560,7 +560,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families_are_renamed_with_their_tensors(tmp_path: Path, name: str) -> None:
-    """Tensors keep their endings and bits, and a round trip gives the same file."""
+    """Endings and bits stay, and a round trip gives the same file."""
     listed = {key: shape for key, shape in shapes(name).items() if re.search("mid_block|middle_block", key)}
     tensors = {key: torch.randn(shape).half() for key, shape in listed.items() if not key.endswith(".diff_b")}
     source = write_tensors(tmp_path / "a.safetensors", tensors)
@@ -577,7 +577,7 @@ def test_other_families_are_renamed_with_their_tensors(tmp_path: Path, name: str
 
 
 def test_a_tucker_core_is_renamed_and_keeps_its_alpha(bases, tmp_path: Path) -> None:
-    """A Tucker layer is not a product of two factors that could take the strength."""
+    """The strength cannot go into a layer of three factors."""
     name = "lora_unet_down_blocks_0_resnets_0_conv1"
     tensors = {
         f"{name}.lora_up.weight": torch.randn(10, 4, 1, 1),
@@ -595,7 +595,7 @@ def test_a_tucker_core_is_renamed_and_keeps_its_alpha(bases, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["flux_lokr_simpletuner", "sd35_medium_lokr_simpletuner"])
 def test_layers_that_cannot_be_split_are_kept_and_listed(tmp_path: Path, name: str) -> None:
-    """A Kronecker product cannot be split into rows of q, k and v; layers with equal rows are renamed."""
+    """A Kronecker product has no rows of q, k and v; equal rows are renamed."""
     listed = {key: shape for key, shape in shapes(name).items() if re.search("_transformer_blocks_0_", key)}
     tensors = {key: torch.randn(shape).half() for key, shape in listed.items()}
     source = write_tensors(tmp_path / "a.safetensors", tensors)
@@ -739,7 +739,7 @@ def test_peft_reads_a_folder_after_a_round_trip(llama: Path, tmp_path: Path, con
 @pytest.mark.filterwarnings("ignore:Adapter 'default'.*have invalid shape:peft.utils.warning.PeftWarning")
 @pytest.mark.parametrize("naming", ["kohya", "comfy"])
 def test_a_bias_gets_the_name_of_other_programs(llama: Path, tmp_path: Path, naming: str) -> None:
-    """PEFT multiplies a bias by the strength of the factors, and ComfyUI adds `diff_b` unscaled."""
+    """PEFT scales a bias as the factors, ComfyUI adds `diff_b` unscaled."""
     folder = peft_folder(tmp_path / "adapter", **CONFIGS["bias"])
     result = converted(folder, llama, naming, tmp_path / "out")
     name = {"kohya": "lora_unet_model_layers_0_mlp_up_proj", "comfy": "diffusion_model.model.layers.0.mlp.up_proj"}
@@ -800,7 +800,7 @@ def test_only_lora_becomes_a_folder(bases, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["out.safetensors", "adapter_model.safetensors"])
 def test_a_folder_is_not_written_as_a_single_file(llama: Path, tmp_path: Path, name: str) -> None:
-    """The settings beside it might belong to another adapter in the same folder."""
+    """Settings beside a file might belong to another adapter."""
     second = peft_folder(tmp_path / "other", r=2)
     before = (second / "adapter_config.json").read_bytes()
     source = kohya_file(tmp_path / "a.safetensors", {"lora_unet_model_layers_0_mlp_up_proj": (*pair(24, 2, 16), 3.0)})
@@ -1086,7 +1086,7 @@ def test_the_command_lists_kept_tensors(bases, tmp_path: Path) -> None:
 
 
 def test_hashes_are_those_of_the_new_tensors(bases, tmp_path: Path) -> None:
-    """sd-scripts hashes the tensors, and part of a re-save with the training entries alone."""
+    """As sd-scripts computes them, of the tensors and of a re-save."""
     entries = {
         "ss_network_dim": "4",
         "ss_tag_frequency": '{"img": {"a": 3, "é": 1}}',

@@ -139,7 +139,7 @@ SPECTRA = {
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_a_large_layer_is_within_one_percent_of_the_best(tmp_path: Path, spectrum: str) -> None:
-    """Only dimensions that a recipe can keep are computed; the others are known as a sum."""
+    """Only dimensions that a recipe can keep are computed."""
     delta = 1e-2 * with_spectrum(SPECTRA[spectrum])
     weight = torch.randn(LARGE, generator=torch.Generator().manual_seed(5)) * 1e-2
     small = {"block.small.weight": torch.zeros(8, 8)}
@@ -156,7 +156,7 @@ def test_a_large_layer_is_within_one_percent_of_the_best(tmp_path: Path, spectru
 
 
 def test_several_recipes_share_one_reading(tuned: Path, tmp_path: Path) -> None:
-    """Dimensions are computed up to the largest limit of the recipes, and no result is worse for it."""
+    """Dimensions reach up to the largest limit, and all results are right."""
     texts = ["rank=2", "rank=8,conv_rank=4", "energy=0.9", "fro_ckpt=1,thr=-3.5"]
     together = extract(tuned, EXAMPLE, recipes=texts, dtype="fp32", output=tmp_path / "together")
     for text, result in zip(texts, together.results, strict=True):
@@ -451,7 +451,7 @@ def test_unchanged_weights_are_listed(base: dict[str, Tensor], tmp_path: Path) -
 
 
 def test_weights_of_only_one_checkpoint_are_listed(base: dict[str, Tensor], tmp_path: Path) -> None:
-    """The first layer has more inputs, as in inpainting models, and a block is missing."""
+    """The first layer has more inputs, and a block is missing."""
     new = changed(base)
     first = "model.diffusion_model.input_blocks.0.0.weight"
     gone = "model.diffusion_model.input_blocks.3.0.op.weight"

@@ -59,7 +59,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # two adapters, as meant
 @pytest.mark.parametrize("first", ["kohya", "diffusers"])
 def test_diffusers_draws_with_the_sum_as_with_both(pipe, folder, tmp_path: Path, first: str) -> None:
-    """Files of different namings, ranks and layers, compared with diffusers' `set_adapters`."""
+    """Other namings, ranks and layers, compared with `set_adapters`."""
     paths = {
         "kohya": kohya(pipe, tmp_path / "kohya.safetensors", ldm_name),
         "diffusers": diffusers_file(pipe, tmp_path / "diffusers.safetensors"),
@@ -172,7 +172,7 @@ def test_a_dry_run_writes_nothing(pair: tuple[Path, Path], tmp_path: Path) -> No
 
 
 def test_recipes_with_a_base_see_the_sum(adapter: Path, base: Path, tmp_path: Path) -> None:
-    """Twice the strength keeps more dimensions of the same adapter at a threshold relative to the base."""
+    """Twice the strength keeps more dimensions at the same threshold."""
     kept = []
     for weight in (0.5, 2):
         document = json.loads(

@@ -265,7 +265,7 @@ def test_a_folder_of_any_kind_loads_as_before(
 def test_a_folder_shrunk_without_a_base_loads_as_before(
     folders: dict[str, Path], tmp_path: Path, kind: str, form: str
 ) -> None:
-    """Only the base tells whether some layers of LoKr are convolutions, and a folder holds layers of one kind."""
+    """LoKr convolutions are unknown without a base; one kind fills a folder."""
     result = only(resize(folders[kind], recipes="energy=1", form=form, dtype="fp32", output=tmp_path))
     assert distance(output(result.output), output(folders[kind])) < 1e-4
 
@@ -274,7 +274,7 @@ def test_a_folder_shrunk_without_a_base_loads_as_before(
 def test_a_truncated_folder_is_read_at_the_right_strength(
     folders: dict[str, Path], small_base: Path, tmp_path: Path, kind: str
 ) -> None:
-    """PEFT's output equals the model with each ΔW, as read here, added to its weight."""
+    """PEFT's output equals the model with each ΔW added to its weight."""
     report = resize(folders[kind], base=small_base, recipes="rank=3", form="lora", dtype="fp32", output=tmp_path)
     result = only(report)
     model = small_model()
@@ -393,7 +393,7 @@ def test_vllm_loads_no_dora(folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_vllm_loads_folders(folders: dict[str, Path], small_base: Path, tmp_path: Path) -> None:
-    """vLLM does not know the names in a single file; with the model they become a folder's."""
+    """vLLM reads no single files; with the model they become folders."""
     name = "lora_unet_encoder_layer_0_attention_self_query"
     generator = torch.Generator().manual_seed(4)
     up, down = torch.randn(32, 6, generator=generator), torch.randn(6, 32, generator=generator)

@@ -100,7 +100,7 @@ def test_a_reader_written_from_the_documentation_agrees(tmp_path: Path, quality:
 
 
 def test_escapes_and_every_class_survive_the_plain_reader(tmp_path: Path) -> None:
-    """One large number among small ones needs an escape; classes from the coarsest to the finest are used."""
+    """One large number needs an escape, and all classes are used."""
     generator = torch.Generator().manual_seed(1)
     factors = [torch.randn(19, 700, generator=generator) for _ in range(2)]
     factors[0][7, 5] = 4000.0
@@ -123,7 +123,7 @@ def test_escapes_and_every_class_survive_the_plain_reader(tmp_path: Path) -> Non
 
 
 def test_zeros_do_not_make_a_code_that_readers_refuse(tmp_path: Path) -> None:
-    """A layer of almost nothing but zeros takes far less than a bit per number."""
+    """A layer of nearly only zeros takes far less than a bit per number."""
     source = small(tmp_path / "a.safetensors")
     tensors = load_file(source)
     up = torch.zeros(40_000, 4)
@@ -139,7 +139,7 @@ def test_zeros_do_not_make_a_code_that_readers_refuse(tmp_path: Path) -> None:
 
 
 def test_a_published_packed_file_unpacks_to_the_same_bits(tmp_path: Path) -> None:
-    """The hash was written down when the file was packed, on another machine and perhaps another system."""
+    """The hash was recorded when the file was packed, on another machine."""
     expected = json.loads((GOLDEN / "expected.json").read_text())
     ordinary = unpacked_file(GOLDEN / "golden.safetensors", tmp_path / "u.safetensors")
     assert hashlib.sha256(ordinary.read_bytes()).hexdigest() == expected["file_sha256"]
@@ -215,7 +215,7 @@ def test_packing_beats_half_precision_at_the_same_error(tmp_path: Path) -> None:
 
 
 def test_statistics_keep_what_the_model_needs(tmp_path: Path) -> None:
-    """At one size, judged by the statistics in the dense form of their norm, tr(G·E·C·Eᵀ)."""
+    """Judged at one size by the dense form of the norm, tr(G·E·C·Eᵀ)."""
     from lorashrink.calibration.statistics import open_statistics
 
     source, table = EXAMPLE / "loras" / "heart.safetensors", EXAMPLE / "table.safetensors"
@@ -403,7 +403,7 @@ def test_a_damaged_file_is_refused_in_a_moment(tmp_path: Path, kind: str) -> Non
 
 
 def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    """Of the index and the code; a flip in the metadata is none of the numbers'."""
+    """In the index and in the code."""
     packed(small(tmp_path / "a.safetensors"), tmp_path / "p.safetensors")
     raw = bytearray((tmp_path / "p.safetensors").read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")

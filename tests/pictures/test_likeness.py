@@ -39,14 +39,14 @@ def test_psnr_of_one_different_number_is_divided_by_all_numbers() -> None:
 
 
 def test_ssim_of_plain_pictures_is_its_luminance_term() -> None:
-    """(2·a·b + C1) / (a² + b² + C1) with C1 = (0.01 · 255)²; contrast and structure are 1 without variance."""
+    """(2·a·b + C1) / (a² + b² + C1) with C1 = (0.01 · 255)²."""
     c1 = (0.01 * 255) ** 2
     expected = (2 * 100 * 150 + c1) / (100**2 + 150**2 + c1)
     assert ssim(plain(100), plain(150)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_ssim_of_an_inverted_pattern_is_negative() -> None:
-    """Equal means, equal variances v, covariance −v: (C2 − 2v) / (C2 + 2v), with C2 = (0.03 · 255)²."""
+    """(C2 − 2v) / (C2 + 2v) with variances v and C2 = (0.03 · 255)²."""
     board = np.indices((8, 8)).sum(0) % 2
     picture, inverted = (
         np.repeat((64 * cells + 96)[..., None], 3, -1).astype(np.uint8) for cells in (board, 1 - board)
@@ -101,7 +101,7 @@ def noisy(sides: tuple[int, int], amount: float, seed: int = 0) -> tuple[np.ndar
 @pytest.mark.parametrize("amount", [2, 25, 120])
 @pytest.mark.parametrize("sides", [(176, 176), (192, 320), (512, 256)])
 def test_ms_ssim_is_that_of_another_program(sides: tuple[int, int], amount: float) -> None:
-    """It takes pictures of 161 pixels and more; at multiples of 16 both halve them alike."""
+    """At multiples of 16 pixels, which both programs halve alike."""
     a, b = noisy(sides, amount)
     pair = [torch.tensor(picture).permute(2, 0, 1)[None].double() for picture in (a, b)]
     assert ms_ssim(a, b) == pytest.approx(float(pytorch_msssim.ms_ssim(*pair, data_range=255, win=WINDOW)), abs=1e-9)
@@ -115,7 +115,7 @@ def test_ms_ssim_of_one_scale_is_ssim_with_a_gaussian_window() -> None:
 
 @pytest.mark.parametrize(("side", "share"), [(176, 0.1333), (175, 0.2363 / 0.8668), (11, 1)])
 def test_ms_ssim_of_plain_pictures_is_luminance_at_the_coarsest_scale(side: int, share: float) -> None:
-    """Its exponent is its weight among the scales that there are: five from 176 pixels on, one below 22."""
+    """Five scales from 176 pixels on, one below 22."""
     c1 = (0.01 * 255) ** 2
     luminance = (2 * 100 * 150 + c1) / (100**2 + 150**2 + c1)
     assert ms_ssim(plain(100, side), plain(150, side)) == pytest.approx(luminance**share)

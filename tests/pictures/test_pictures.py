@@ -190,7 +190,7 @@ def test_a_peft_folder_is_drawn_and_swept(studio: Studio, model: Path, prompts: 
 
 
 def test_dora_is_drawn_as_its_formula_says(studio: Studio, model: Path, tmp_path: Path) -> None:
-    """m · (W + ΔW) / ‖W + ΔW‖ per row; diffusers 0.42 reads kohya's DoRA as LoRA, and is no reference."""
+    """m · (W + ΔW) / ‖W + ΔW‖; diffusers 0.42 reads kohya's DoRA as LoRA."""
     lora = write_sdxl_adapter(
         tmp_path / "in" / "dora.safetensors", model, {"unet": SDXL_MODULES["unet"][:4]}, dora=True
     )

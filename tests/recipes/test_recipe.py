@@ -219,7 +219,7 @@ def test_scores_by_hand(text: str, expected: list[float]) -> None:
 
 
 def test_terms_of_the_adapter_move_with_rescale() -> None:
-    """In resize_lora they do not, and a tenth of the strength loses nearly all ranks."""
+    """In resize_lora they do not, and nearly all ranks are lost."""
     assert kept("spn_lora,thr=-.9,rescale=.1", LAYER) == kept("spn_lora,thr=-.9", LAYER) == [2]
 
 
@@ -264,7 +264,7 @@ def test_selections_by_hand(text: str, count: int) -> None:
 
 
 def test_a_delta_of_rank_one_keeps_one_dimension() -> None:
-    """sd-scripts makes rank 2 of rank 1 by sv_fro, sv_ratio and sv_cumulative, and fails on a single value."""
+    """sd-scripts keeps two, and fails on a single singular value."""
     for text in ("sv_fro=.9", "sv_cumulative=.9", "sv_ratio=10", "energy=.9"):
         assert kept(text, facts(5.0, 0.0, 0.0), facts(5.0)) == [1, 1]
 

@@ -239,7 +239,7 @@ def test_narrow_screens_need_no_sideways_scrolling(browser: Browser, pictures_pa
 
 
 def test_page_has_the_labels_that_screen_readers_need(pictures: Opened) -> None:
-    """Every control has a name, every picture a text, every table a caption and heads, headings leave no level out."""
+    """Controls, pictures and tables have names, and no heading level is skipped."""
     page = pictures.page
     for selector, condition in (
         ("img[src]", "each.alt"),

@@ -172,7 +172,7 @@ def test_factors_take_the_scale_and_alpha_becomes_the_rank(tmp_path: Path, alpha
 
 
 def test_layers_of_different_rank_share_one_alpha(tmp_path: Path) -> None:
-    """diffusers 0.42 gives the most frequent alpha of a kohya file to all of its attention layers."""
+    """diffusers 0.42 gives all attention layers the most frequent alpha."""
     layers = {"lora_unet_a": (*pair(), 8.0), "lora_unet_b": (*pair(rank=3, seed=5), 1.5)}
     source = make(tmp_path / "a.safetensors", layers, ss_network_dim="8", ss_network_alpha="8")
     path = only(resize(source, recipes="rank=5", dtype="fp32"))
@@ -315,7 +315,7 @@ def test_multiplied_layers_depend_on_the_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_dora_keeps_its_magnitude_and_at_least_one_dimension(tmp_path: Path, side: str) -> None:
-    """Without ΔW the weight would be m·W/‖W‖, not W, so such a layer is never removed."""
+    """Without ΔW the weight would be m·W/‖W‖ and not W."""
     source = tmp_path / "a.safetensors"
     magnitude = torch.rand(24, 1).half() if side == "out" else torch.rand(1, 40).half()
     tensors = {}
@@ -440,7 +440,7 @@ def test_metadata_is_updated_and_otherwise_kept(tmp_path: Path) -> None:
 
 
 def test_hashes_equal_those_of_other_tools(tmp_path: Path) -> None:
-    """sshs_model_hash over the tensors; the legacy hash as sd-scripts does it, over a re-save with `ss_*` alone."""
+    """sshs_model_hash, and the legacy hash of sd-scripts over a re-save."""
     layers = {f"lora_unet_{i}": (*pair(400, 64, 300, seed=i), 4.0) for i in range(12)}
     path = only(resize(make(tmp_path / "a.safetensors", layers, **TRAINING), recipes="rank=60"))
     raw, new = path.read_bytes(), metadata(path)

@@ -313,7 +313,7 @@ def test_high_quality_mixes_dtypes_and_low_quality_does_not(tmp_path: Path) -> N
 
 
 def test_statistics_choose_the_rounding(tmp_path: Path) -> None:
-    """The error that statistics weigh, computed from their own covariances, is below that of rounding without them."""
+    """The weighted error is lower than with rounding without statistics."""
     from lorashrink.calibration.statistics import open_statistics
     from lorashrink.engine.rounding import to_float8
 

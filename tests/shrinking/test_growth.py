@@ -118,7 +118,7 @@ def test_a_layer_of_next_to_no_norm_does_not_stop_the_others(
 
 
 def test_a_layer_that_does_not_fit_the_base_says_its_shapes(base: Path, tmp_path: Path) -> None:
-    """The first layer of an inpainting model has more inputs than that of its relative."""
+    """Inpainting models have more inputs in the first layer."""
     torch.manual_seed(0)
     first = "input_blocks_4_0_in_layers_2"
     shapes = {first: (24, 25, 3, 3), "input_blocks_4_1_proj_in": (24, 24), "input_blocks_4_1_proj_out": (24, 24)}

@@ -119,7 +119,7 @@ def test_the_common_threshold_is_the_lowest_that_fits(stack: list[Member], budge
 
 @given(stacks, st.integers(600, 9000))
 def test_no_shares_of_the_budget_lose_less(stack: list[Member], budget: int) -> None:
-    """A common threshold loses least of all choices of its size, up to one dimension that did not fit."""
+    """Of all choices of its size a common threshold loses least."""
     recipe = Recipe.parse(f"{RECIPE}{budget / MIB!r}")
     together = select_together(recipe, stack)
     full_ranks = [[facts.rank for facts in member.layers] for member in stack]

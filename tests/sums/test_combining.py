@@ -98,7 +98,7 @@ WEIGHTS = st.one_of(st.sampled_from([0.0, 1.0, -1.0]), st.floats(-3, -1e-3), st.
     seed=st.integers(0, 1 << 20),
 )
 def test_the_sum_is_the_dense_one(tmp_path_factory, sides, terms, seed: int) -> None:
-    """Ranks above the sides too, factors of very different lengths, weights of any sign."""
+    """Also for large ranks, factors of unequal lengths and any weights."""
     folder = tmp_path_factory.mktemp("x")
     written = []
     for number, (rank, weight, alpha, dtype, uneven) in enumerate(terms):
@@ -127,7 +127,7 @@ def test_the_sum_is_the_dense_one(tmp_path_factory, sides, terms, seed: int) -> 
     seed=st.integers(0, 1 << 20),
 )
 def test_a_shrunk_sum_is_the_best_of_its_rank(tmp_path_factory, ranks, kept, weights, seed: int) -> None:
-    """Eckart and Young: no matrix of this rank is closer than the one of the first singular triples."""
+    """Compared with the first singular triples of the dense sum."""
     folder = tmp_path_factory.mktemp("x")
     terms = [
         (write(folder, f"{number}", lora(Q, 48, 40, rank, seed=seed + 2 * number)), weight)
@@ -151,7 +151,7 @@ def test_ranks_add_up_and_single_layers_stay(tmp_path: Path) -> None:
 
 
 def test_factors_of_very_different_lengths_keep_their_digits(tmp_path: Path) -> None:
-    """Of up·10⁷ and down·10⁻⁷ nothing is taken for rounding beside factors of usual lengths."""
+    """up·10⁷ and down·10⁻⁷ are not taken for rounding."""
     long = lora(Q, 40, 30, 4, seed=5)
     long[f"{Q}.lora_up.weight"] *= 1e7
     long[f"{Q}.lora_down.weight"] *= 1e-7
@@ -160,7 +160,7 @@ def test_factors_of_very_different_lengths_keep_their_digits(tmp_path: Path) -> 
 
 
 def test_terms_that_cancel_leave_no_layer(tmp_path: Path) -> None:
-    """Also where equal layers have unlike factors, so that nothing is equal but ΔW."""
+    """Also where equal layers have unlike factors."""
     turn = randn(4, 4, seed=8) + 3 * torch.eye(4)
     twin = lora(Q, 40, 30, 4)
     up, down = (twin[f"{Q}.lora_{side}.weight"].double() for side in ("up", "down"))
@@ -294,7 +294,7 @@ PAIRS = [name for name in ADAPTERS if ADAPTERS[name][0] in ("sdxl", "sd15", "flu
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_two_namings_become_the_first_one(bases, tmp_path: Path, name: str) -> None:
-    """Where one naming fuses what the other splits, either may be first. One of them lacks a layer."""
+    """In both orders, fused and split; one adapter lacks a layer."""
     family, pattern = ADAPTERS[name]
     listed = {key: shape for key, shape in few(shapes(name)).items() if re.search(pattern, key)}
     native = bases(family, "native")
@@ -326,7 +326,7 @@ def flux(side: int = 96) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("fused", ["lora", "loha", "loha of full rank", "full"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_a_fused_layer_is_added_to_some_of_its_parts(bases, tmp_path: Path, fused: str, order) -> None:
-    """The layout is the first adapter's, and a part that it lacks gets the name that it would have."""
+    """Parts that the first adapter lacks get the names of its layout."""
     tensors = {
         "lora": lora(FUSED, 288, 96, 6, 3.0),
         "loha": loha(FUSED, 288, 96, 3),
@@ -417,7 +417,7 @@ def dora(rank: int, magnitude: tuple[int, ...], seed: int) -> Tensors:
 
 @pytest.mark.parametrize("magnitude", [(40, 1), (1, 40)])
 def test_dora_is_merged_as_what_it_adds_to_the_base(tmp_path: Path, magnitude: tuple[int, int]) -> None:
-    """A magnitude per output is that of a row, one per input that of a column."""
+    """A magnitude per output belongs to rows, one per input to columns."""
     base_tensors = {
         key: torch.randn(s, generator=torch.Generator().manual_seed(3))
         for key, s in few(shapes("base_sdxl_ldm")).items()

@@ -59,7 +59,7 @@ def test_no_point_beats_a_point_of_the_front() -> None:
 
 
 def test_the_knee_is_furthest_below_the_line_between_the_ends() -> None:
-    """Sizes 1, 2, 4, 8, 16 are equally far apart; errors of 1, .2, .15, .1, 0 are lowest under the line at 2."""
+    """With these errors at equal distances the knee is at the second size."""
     points = _with_front([point_of(2**index, error) for index, error in enumerate([1, 0.2, 0.15, 0.1, 0])])
     chosen = suggest(points, 16)
     assert chosen is not None

@@ -239,7 +239,7 @@ def test_the_guides_command_says_what_has_no_effect_and_little_else(guided: tupl
 def test_other_programs_compute_what_was_trained_from_the_files(
     guided: tuple[Path, Path, str], model: Path, tmp_path: Path
 ) -> None:
-    """fp16 keeps 11 bits, and a change is the product of two numbers; the pipeline computes in float32."""
+    """Within the precision of fp16; the pipeline computes in float32."""
     _, output, _ = guided
     file = output / "mylora.safetensors"
     assert {value.dtype for value in load_file(file).values()} == {torch.float16}

@@ -189,7 +189,7 @@ def test_only_what_changed_is_sent_again(server: Server) -> None:
 
 
 def test_strange_things_in_a_folder_do_not_stop_the_list(start: Start, tmp_path: Path) -> None:
-    """Pipes, folders in folders in folders, folders without rights, and links in a circle."""
+    """Pipes, deep folders, folders without rights, links in a circle."""
     folder = tmp_path / "loras"
     deep = folder.joinpath(*["d"] * 100)
     deep.mkdir(parents=True)

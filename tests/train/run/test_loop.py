@@ -186,7 +186,7 @@ def test_text_encoders_stay_as_they_are_where_their_rate_is_zero(model: Path, da
 
 
 def test_the_last_layer_of_the_first_text_encoder_is_not_reached(model: Path, data: Path, tmp_path: Path) -> None:
-    """SDXL reads the layer before it. The second encoder's last layer is reached by the pooled vector."""
+    """SDXL reads the layer before it, and the pooled vector of the second."""
     tensors = run(flags(model, data, tmp_path / "o"))
     trained = {key.split(".")[0] for key, value in tensors.items() if key.endswith("lora_up.weight") and value.any()}
     assert any(name.startswith("lora_te1_text_model_encoder_layers_0") for name in trained)
@@ -214,7 +214,7 @@ def test_logs_hold_what_the_options_say(model: Path, data: Path, tmp_path: Path)
 
 
 def test_files_and_states_come_and_go_as_asked(model: Path, data: Path, tmp_path: Path) -> None:
-    """Six steps in an epoch, three epochs; files of the last four steps stay, states of the last two."""
+    """The files of the last four steps and the states of the last two stay."""
     more = "--max_train_epochs=3 --save_every_n_steps=2 --save_last_n_steps=4 --save_last_n_steps_state=2 --save_state"
     run(flags(model, data, tmp_path / "o", *more.split(), "--save_every_n_epochs=1", "--save_last_n_epochs=1"))
     steps = {f"x-step{step:08d}" for step in (14, 16, 18)}
@@ -257,7 +257,7 @@ def test_nothing_to_train_on_is_exit_status_2(model: Path, tmp_path: Path, capfd
 
 
 def test_what_a_picture_costs_is_taken_from_its_own_folder(model: Path, data: Path, tmp_path: Path) -> None:
-    """Regularisation pictures of weight 0 leave no trace but the order of the others."""
+    """Regularisation pictures of weight 0 change only the order."""
     reg = training.write_data(tmp_path / "reg", {"r.png": (64, 64)})
     common = ("--optimizer_type=torch.optim.SGD", "--max_train_steps=12", "--max_grad_norm=0", "--learning_rate=0")
     weighted = flags(model, data, tmp_path / "o", *common, "--unet_lr=0.1", f"--reg_data_dir={reg}")
@@ -305,7 +305,7 @@ def test_all_damaged_pictures_are_named_before_training(
 def test_saves_and_samples_that_cannot_happen_are_warned_about(
     model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Six pictures make six steps an epoch; five are one epoch that is not full."""
+    """Six pictures make six steps an epoch; five steps are less than one."""
     (tmp_path / "p.txt").write_text("a cat --w 64 --h 64 --s 1")
     never = [
         "save_every_n_steps=6", "save_every_n_epochs=2", "sample_every_n_epochs=1", "caption_dropout_every_n_epochs=2"

@@ -74,7 +74,7 @@ def test_every_optimizer_lowers_a_loss(name: str) -> None:
 
 @pytest.mark.parametrize(("precision", "args"), [("bf16", ()), ("fp16", ()), ("bf16", ("foreach=True",))])
 def test_one_kernel_on_a_gpu_does_all_parameters(device: str, precision: str, args: tuple[str, ...]) -> None:
-    """But not with fp16, whose skipped steps accelerate must see, nor where the user chose."""
+    """Not with fp16, whose skipped steps accelerate sees, or by choice."""
     groups = two_groups()
     for group in groups:
         group["params"] = [Parameter(group["params"][0].detach().to(device))]

@@ -110,7 +110,7 @@ def test_one_process_writes_and_speaks_and_both_draw(two: tuple[Path, str]) -> N
 
 
 def test_two_resumed_processes_end_with_the_same_bits(model: Path, data: Path, tmp_path: Path) -> None:
-    """Each process drops other modules, so each must go on with its own random numbers."""
+    """Each process goes on with its own random numbers for dropout."""
     common = ("--max_train_steps=4", "--network_args", "preset=attn-mlp", "module_dropout=0.3")
     states = ("--save_state", "--save_every_n_steps=2")
     first = start([*TORCHRUN, *MODULE, *flags(model, data, tmp_path / "1", *common, *states)])
