@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorashrink.adapters import Adapter, open_adapter
+from lorashrink.adapters import open_adapter
 from lorashrink.bases import open_base
 from lorashrink.calibration.models import model_dtype, open_frozen_pipeline
 from lorashrink.calibration.scaling import DAMPINGS, effects, ridge
@@ -139,7 +139,11 @@ def refine(
                 search.scale(progress)
             search.run(steps, progress)
         improved = search.settle()
-        _write(target, adapter, layers if improved else (), reference, search.steps)
+        factors = {key: factor for layer in layers for key, factor in layer.rounded().items()} if improved else {}
+        with open_adapter(reference) as original:
+            origin = {"steps": search.steps, "like_sha256": sha256_file(original.store.files[0])}
+        metadata = {**adapter.store.metadata, REFINED: json.dumps(origin)}
+        save_tensors(target, factors, metadata, source=adapter.store)
     return Refined(
         path=str(target),
         source=str(source),
@@ -288,15 +292,3 @@ class _Search:
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
-
-
-# --- the file -----------------------------------------------------------------------------------
-
-
-def _write(path: Path, adapter: Adapter, trained: Sequence[TrainedLayer], reference: Path, steps: int) -> None:
-    """Write the adapter with the trained factors and all other tensors as they are. Raises OutputError."""
-    store = adapter.store
-    with open_adapter(reference) as opened:
-        origin = {"steps": steps, "like_sha256": sha256_file(opened.store.files[0])}
-    factors = {key: factor for layer in trained for key, factor in layer.rounded().items()}
-    save_tensors(path, factors, {**store.metadata, REFINED: json.dumps(origin)}, source=store)

@@ -192,13 +192,10 @@ def _by_energy(facts: LayerFacts, share: float) -> int:
     return _smallest(np.append((facts.sigma**2).cumsum(), facts.total), share)
 
 
-def _by_rank(recipe: Recipe, facts: LayerFacts) -> int:
-    rank = recipe.modifiers.get("conv_rank", recipe.value) if facts.kernel else recipe.value
-    return min(int(rank), facts.rank)
-
-
 _PER_LAYER: dict[str, Callable[[Recipe, LayerFacts], int]] = {
-    "rank": _by_rank,
+    "rank": lambda recipe, facts: min(
+        int(recipe.modifiers.get("conv_rank", recipe.value) if facts.kernel else recipe.value), facts.rank
+    ),
     "energy": lambda recipe, facts: _by_energy(facts, recipe.value),
     "sv_fro": lambda recipe, facts: _by_energy(facts, recipe.value**2),
     "sv_cumulative": lambda recipe, facts: _smallest(facts.sigma.cumsum(), recipe.value),
