@@ -115,8 +115,8 @@ def test_outputs_have_the_error_of_the_level(collection: Path, base: Path) -> No
     report = ls.shrink(collection / "lora.safetensors", base=base, output=collection / "out", quality="small")
     (result,) = report.results
     assert result.method == "base"
-    wanted = error_for(LEVELS["small"], BASE_LINE)
-    assert result.relative_error <= wanted
+    allowed = error_for(LEVELS["small"], BASE_LINE)
+    assert result.relative_error <= allowed
     assert error_between(collection / "lora.safetensors", Path(str(result.output))) == pytest.approx(
         result.relative_error,
         abs=5e-3,  # what 8 bits add
@@ -145,14 +145,14 @@ def test_a_rerun_writes_nothing_again(collection: Path) -> None:
 def test_a_rerun_makes_what_is_missing_or_changed(collection: Path) -> None:
     ls.shrink(collection)
     (collection / "shrunk" / "lora.safetensors").unlink()
-    other = collection / "styles" / "other.v2.safetensors"
-    tensors = {key: tensor * 2 if "up" in key else tensor for key, tensor in load_file(other).items()}
-    save_file(tensors, other)
+    second = collection / "styles" / "other.v2.safetensors"
+    tensors = {key: tensor * 2 if "up" in key else tensor for key, tensor in load_file(second).items()}
+    save_file(tensors, second)
     with pytest.raises(AssertionError):
-        assert error_between(other, collection / "shrunk/styles/other.v2.safetensors") < 0.2
+        assert error_between(second, collection / "shrunk/styles/other.v2.safetensors") < 0.2
     report = ls.shrink(collection, force=True)
     assert [result.skipped for result in report.results] == [None, None]
-    assert error_between(other, collection / "shrunk/styles/other.v2.safetensors") < 0.2
+    assert error_between(second, collection / "shrunk/styles/other.v2.safetensors") < 0.2
 
 
 def test_another_quality_replaces_own_outputs(collection: Path) -> None:
@@ -302,9 +302,9 @@ def test_options_that_mean_nothing_are_refused(collection: Path, options: dict, 
 
 def test_a_record_serves_only_the_same_request(collection: Path) -> None:
     first = ls.shrink(collection, quality=35)
-    other = ls.shrink(collection, quality=36)
-    assert [result.skipped for result in other.results] == [None, None]
-    assert [a.bytes_after < b.bytes_after for a, b in zip(first.results, other.results, strict=True)] == [True, True]
+    coarser = ls.shrink(collection, quality=36)
+    assert [result.skipped for result in coarser.results] == [None, None]
+    assert [a.bytes_after < b.bytes_after for a, b in zip(first.results, coarser.results, strict=True)] == [True, True]
 
 
 def test_outputs_never_replace_inputs(collection: Path) -> None:

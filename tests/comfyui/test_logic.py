@@ -235,16 +235,16 @@ def test_the_overlap_of_a_stack_is_advice_and_a_picture(lora):
 def test_a_grid_has_a_column_for_each_lora_and_tells_psnr(lora):
     generator = torch.Generator().manual_seed(0)
     full = torch.rand(2, 64, 96, 3, generator=generator)
-    other = (full + 0.05 * torch.randn(full.shape, generator=generator)).clamp(0, 1)
+    noisy = (full + 0.05 * torch.randn(full.shape, generator=generator)).clamp(0, 1)
     shrunk = logic.shrink(str(lora), ls.Recipe.parse("rank=4"))
-    image = logic.grid(full, [(other, shrunk), (full, None)], shrunk.bytes_before)
-    enlarged = other[0].repeat_interleave(2, 0).repeat_interleave(2, 1)  # to about 256 pixels
+    image = logic.grid(full, [(noisy, shrunk), (full, None)], shrunk.bytes_before)
+    enlarged = noisy[0].repeat_interleave(2, 0).repeat_interleave(2, 1)  # to about 256 pixels
     top, left, gap = 12 + 3 * 24, 12 + 192 + 12, 12
     assert image.shape == (1, top + 2 * (128 + gap), gap + 3 * (192 + gap), 3)
     assert torch.allclose(image[0, top : top + 128, left : left + 192], enlarged, atol=1 / 255)
-    a, b = ((picture * 255).round().byte().numpy() for picture in (full, other))
+    a, b = ((picture * 255).round().byte().numpy() for picture in (full, noisy))
     expected = np.mean([peak_signal_noise_ratio(x, y, data_range=255) for x, y in zip(a, b, strict=True)])
-    assert f"PSNR {expected:.1f} dB" in logic._likeness(full, other)
+    assert f"PSNR {expected:.1f} dB" in logic._likeness(full, noisy)
 
 
 def test_pictures_of_other_sizes_are_refused(lora):
@@ -331,8 +331,8 @@ def test_the_nodes_are_linked_into_comfyui(tmp_path):
 
 def test_what_is_no_comfyui_or_holds_other_nodes_is_left_alone(tmp_path):
     assert install(tmp_path).exit_code == 2
-    other = tmp_path / "custom_nodes" / "lorashrink"
-    other.mkdir(parents=True)
-    (other / "mine.py").write_text("")
+    own_nodes = tmp_path / "custom_nodes" / "lorashrink"
+    own_nodes.mkdir(parents=True)
+    (own_nodes / "mine.py").write_text("")
     assert install(tmp_path, "--force").exit_code == 2
-    assert (other / "mine.py").is_file()
+    assert (own_nodes / "mine.py").is_file()

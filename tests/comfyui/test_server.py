@@ -123,8 +123,8 @@ def test_a_merge_draws_what_its_saved_file_draws(server, tmp_path):
     merged = latents(server, loader, tmp_path)
     saving = {"class_type": "LorashrinkSave", "inputs": {"shrunk": ["2", 2], "name": "merged", "overwrite": True}}
     server.run({"1": {"class_type": "SmallModelLoader", "inputs": {}}, "2": loader, "3": saving})
-    whole = node("LoraLoader", lora_name="merged.safetensors", strength_model=1.0, strength_clip=1.0)
-    assert torch.equal(merged, latents(server, whole, tmp_path))
+    loader = node("LoraLoader", lora_name="merged.safetensors", strength_model=1.0, strength_clip=1.0)
+    assert torch.equal(merged, latents(server, loader, tmp_path))
 
 
 def test_errors_are_words_on_the_node(server, tmp_path):
@@ -166,7 +166,7 @@ def api_form(workflow, info):
         inputs, values = {}, list(item.get("widgets_values", []))
         for group in ("required", "optional"):
             for name, spec in info[item["type"]]["input"].get(group, {}).items():
-                socket = next((one for one in item.get("inputs", []) if one["name"] == name), None)
+                socket = next((entry for entry in item.get("inputs", []) if entry["name"] == name), None)
                 is_widget = isinstance(spec[0], list) or spec[0] in ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
                 value = values.pop(0) if is_widget else None
                 if is_widget and len(spec) > 1 and spec[1].get("control_after_generate"):

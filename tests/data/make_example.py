@@ -69,8 +69,8 @@ def unet() -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield from transformer(f"output_blocks.{number}.1", width, DEPTHS[level])
             number += 1
         if level:
-            place = 2 if DEPTHS[level] else 1
-            yield f"output_blocks.{number - 1}.{place}.conv", (width, width, 3, 3)
+            index = 2 if DEPTHS[level] else 1
+            yield f"output_blocks.{number - 1}.{index}.conv", (width, width, 3, 3)
     yield "time_embed.0", (EMBEDDING, CHANNELS[0])
     yield "label_emb.0.0", (EMBEDDING, 96)
     yield "out.2", (4, CHANNELS[0], 3, 3)
@@ -135,8 +135,8 @@ def adapter_tensors(base: dict[str, torch.Tensor], generator: torch.Generator) -
     tensors: dict[str, torch.Tensor] = {}
     for name, shape in layers:
         # What training moves most differs from block to block; text encoders move little.
-        place = 0.3 if "_te" in name else 1.5 if "output_blocks" in name else 1.0
-        strength = 0.02 * place * 10 ** float(torch.rand((), generator=generator) - 0.5) * shape[0] ** 0.5
+        weight = 0.3 if "_te" in name else 1.5 if "output_blocks" in name else 1.0
+        strength = 0.02 * weight * 10 ** float(torch.rand((), generator=generator) - 0.5) * shape[0] ** 0.5
         tensors |= dict(layer_tensors(name, shape, strength, generator))
     for key in tensors:
         if key.startswith(f"lora_te1_text_model_encoder_layers_{TE1[1] - 1}_") and "lora_up" in key:

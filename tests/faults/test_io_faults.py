@@ -163,7 +163,7 @@ if LONG:
     LINES["extract"] = ["extract", "-r", "rank=2", "--force", "-o", "out/x.safetensors", "tuned", "base"]
 
 
-class Place:
+class Scratch:
     """A folder with inputs, and outputs of an earlier run."""
 
     def __init__(self, folder: Path, line: list[str]) -> None:
@@ -210,16 +210,16 @@ def test_any_call_of_the_system_may_fail_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, replaced: bool
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    place = Place(tmp_path, LINES[kind])
-    first = place.run()
+    scratch = Scratch(tmp_path, LINES[kind])
+    first = scratch.run()
     assert first.exit_code == 0, first.output
-    new, inputs = place.outputs(), place.inputs()
+    new, inputs = scratch.outputs(), scratch.inputs()
     old = {name: b"old " + name.encode() for name in new} if replaced and "--force" in LINES[kind] else {}
     with monkeypatch.context() as patch:
         faults = Faults(tmp_path, patch)
-        place.restore(old)
+        scratch.restore(old)
         faults.plan(None)
-        assert place.run().exit_code == 0
+        assert scratch.run().exit_code == 0
         counts = dict(faults.counts)
     assert sum(counts.values()) > 10
     number = 0
@@ -230,30 +230,30 @@ def test_any_call_of_the_system_may_fail_once(
             if not LONG and name in _MANY and number % 3:
                 continue
             for error in errors if LONG else [errors[number % len(errors)]]:
-                place.restore(old)
+                scratch.restore(old)
                 with monkeypatch.context() as patch:
                     faults = Faults(tmp_path, patch)
                     faults.plan((name, index, error))
-                    result = place.run()
-                check(place, result, f"{name} {index} {error}", old, new, inputs)
+                    result = scratch.run()
+                check(scratch, result, f"{name} {index} {error}", old, new, inputs)
 
 
 def check(
-    place: Place, result: Any, where: str, old: dict[str, bytes], new: dict[str, bytes], inputs: dict[str, bytes]
+    scratch: Scratch, result: Any, where: str, old: dict[str, bytes], new: dict[str, bytes], inputs: dict[str, bytes]
 ) -> None:
     """The state of the disk and the words after a run in which one call failed."""
     assert isinstance(result.exception, SystemExit | None), (where, repr(result.exception))
-    found = place.outputs()
-    assert not [name for name in found if name.endswith((".tmp", ".old"))], (where, list(found))
+    present = scratch.outputs()
+    assert not [name for name in present if name.endswith((".tmp", ".old"))], (where, list(present))
     before, after = groups(old), groups(new)
-    for group, files in groups(found).items():
+    for group, files in groups(present).items():
         if group.endswith(".csv") and result.exit_code:  # the table of a run that failed has no rows
             assert after[group][group].startswith(next(iter(files.values()))) or files == before.get(group), where
         else:
             assert files in (before.get(group), after.get(group)), (where, group, result.output)
-    assert before.keys() <= groups(found).keys(), (where, list(found))
+    assert before.keys() <= groups(present).keys(), (where, list(present))
     if result.exit_code == 0:
-        assert found == new, (where, result.output)
+        assert present == new, (where, result.output)
     else:
         assert result.exit_code in (1, 2), (where, result.exit_code)
         lines = result.stderr.strip().splitlines()
@@ -261,7 +261,7 @@ def check(
         assert lines[-1].startswith(("lorashrink: ", "Error: Invalid value")), (where, lines)
         assert "unexpected" not in result.stderr, (where, lines)
         assert "Traceback" not in result.stderr, (where, lines)
-    assert place.inputs() == inputs, where
+    assert scratch.inputs() == inputs, where
 
 
 # --- whole runs ------------------------------------------------------------------------------------
@@ -288,11 +288,11 @@ def test_two_processes_may_write_into_one_folder(tmp_path: Path) -> None:
     for seed in range(12):
         single_file(tmp_path / "in" / f"{seed}.safetensors", seed)
     line = [sys.executable, "-m", "lorashrink.cli", "resize", "-r", "rank=2", "--force", "-o"]
-    both = [
+    processes = [
         subprocess.Popen([*line, str(tmp_path / "out"), str(tmp_path / "in")], stderr=subprocess.PIPE) for _ in "ab"
     ]
-    errors = [process.communicate(timeout=200)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
     resize(tmp_path / "in", recipes="rank=2", output=tmp_path / "alone")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()

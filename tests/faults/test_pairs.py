@@ -122,8 +122,8 @@ def test_a_peft_folder_is_replaced_as_a_pair(
     source, out = peft_folder(tmp_path / "in", 16, 0), tmp_path / "out"
     line = [*command, "-o", str(out), str(source)]
     assert CliRunner().invoke(app, line).exit_code == 0
-    (made,) = out.iterdir()
-    before = contents(made)
+    (output,) = out.iterdir()
+    before = contents(output)
     peft_folder(source, 64, 1)
     real = os.replace
 
@@ -137,10 +137,10 @@ def test_a_peft_folder_is_replaced_as_a_pair(
         result = CliRunner().invoke(app, [*line, "--force"])
     assert result.exit_code == 2
     assert "No space left" in result.stderr
-    assert contents(made) == before
+    assert contents(output) == before
     assert CliRunner().invoke(app, [*line, "--force"]).exit_code == 0
-    assert contents(made) != before
-    assert contents(made).keys() == {CONFIG, WEIGHTS}
+    assert contents(output) != before
+    assert contents(output).keys() == {CONFIG, WEIGHTS}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -49,8 +49,8 @@ def assemble(path: Path, *, in_memory: bool) -> bytes:
 
 
 def test_a_file_put_together_in_memory_is_the_same(tmp_path: Path) -> None:
-    whole = assemble(tmp_path / "a.safetensors", in_memory=True)
-    assert whole == assemble(tmp_path / "b.safetensors", in_memory=False)
+    contents = assemble(tmp_path / "a.safetensors", in_memory=True)
+    assert contents == assemble(tmp_path / "b.safetensors", in_memory=False)
     assert load_file(tmp_path / "a.safetensors").keys() == zoo().keys()
 
 
@@ -96,8 +96,8 @@ def test_what_reads_back_otherwise_is_not_published(tmp_path: Path, monkeypatch:
     original: Callable[..., int] = os.pwrite
 
     def flipped(number: int, data: memoryview, offset: int) -> int:
-        whole = not offset and len(data) > 900
-        return original(number, bytes([data[0] ^ 1]) + bytes(data[1:]) if whole else data, offset)
+        is_first_chunk = not offset and len(data) > 900
+        return original(number, bytes([data[0] ^ 1]) + bytes(data[1:]) if is_first_chunk else data, offset)
 
     monkeypatch.setattr(os, "pwrite", flipped)
     with pytest.raises(OutputError, match="reads back otherwise"):

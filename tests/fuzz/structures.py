@@ -41,13 +41,13 @@ def mutated(draw: st.DrawFn, name: str) -> dict[str, Tensor]:
     for _ in range(draw(st.integers(1, 3))):
         if not tensors:
             break
-        key, other = (draw(st.sampled_from(sorted(tensors))) for _ in range(2))
+        key, second = (draw(st.sampled_from(sorted(tensors))) for _ in range(2))
         tensor = tensors[key]
         match draw(st.integers(0, 8)):
             case 0:
                 del tensors[key]
             case 1:
-                tensors[key], tensors[other] = tensors[other], tensors[key]
+                tensors[key], tensors[second] = tensors[second], tensors[key]
             case 2:
                 tensors[key] = tensor.transpose(0, -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
             case 3:

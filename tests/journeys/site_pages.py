@@ -143,17 +143,17 @@ def schemas(*, open_ended: bool = True) -> dict[str, dict[str, Any]]:
 
 def _document(name: str, kind: type, open_ended: bool) -> dict[str, Any]:
     definitions: dict[str, Any] = {}
-    whole = _object(kind, definitions)
+    document = _object(kind, definitions)
     head = {"version": {"type": "string", "description": "of lorashrink"}, "command": {"type": "string"}}
-    whole["properties"] = head | whole["properties"]
-    whole["required"] = sorted({"version", *whole["required"]})
+    document["properties"] = head | document["properties"]
+    document["required"] = sorted({"version", *document["required"]})
     if not open_ended:
-        for part in (whole, *definitions.values()):
+        for part in (document, *definitions.values()):
             part["additionalProperties"] = False
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"lorashrink {name} --json",
-        **whole,
+        **document,
         "$defs": dict(sorted(definitions.items())),
     }
 

@@ -106,9 +106,10 @@ def test_every_command_works_in_the_order_of_the_guide(folder: Path) -> None:
     (folder / "prompts.txt").write_text(re.sub(r"--s \d+", "--s 2", first))
     for words in COMMANDS:
         run(words)
-    for place in ("small", "out"):
-        whole, shrunk = folder / "out" / "teapot.safetensors", folder / place / "teapot_frockpt1_th-3.55.safetensors"
-        assert 0 < shrunk.stat().st_size < whole.stat().st_size
+    original = folder / "out" / "teapot.safetensors"
+    for target in ("small", "out"):
+        shrunk = folder / target / "teapot_frockpt1_th-3.55.safetensors"
+        assert 0 < shrunk.stat().st_size < original.stat().st_size
     assert (folder / "out" / "sample" / "teapot_000002_sheet.png").stat().st_size > 0
     assert list((folder / "logs").glob("teapot-*/loss.png"))
 
@@ -128,13 +129,13 @@ def test_prompt_file_is_read_without_warnings(folder: Path, caplog: pytest.LogCa
 
 
 def test_every_flag_is_one_of_the_trainer() -> None:
-    known = set(Options.__dataclass_fields__)
+    trainer_flags = set(Options.__dataclass_fields__)
     of_prompts, of_others = {"n", "w", "h", "d", "s", "l", "ss"}, {"local-dir", "spda"}
     in_commands = {flag(word) for words in COMMANDS if words[:2] == ["lorashrink", "train"] for word in words}
     in_prose = set(re.findall(r"--([a-z][\w-]*)", PROSE))
     assert len(in_prose) > 40
-    assert in_commands - known == {"", "help"}
-    assert in_prose - known == of_prompts | of_others | {"help"}
+    assert in_commands - trainer_flags == {"", "help"}
+    assert in_prose - trainer_flags == of_prompts | of_others | {"help"}
 
 
 def test_every_flag_of_the_main_command_is_explained() -> None:

@@ -90,9 +90,9 @@ def test_judge_knows_styles_and_shapes_beyond_the_base() -> None:
 
 def test_rendering_is_a_function_of_scene_and_seed() -> None:
     scene = render.parse(CAPTIONS[0])
-    first, again, other = (render.render(scene, seed) for seed in (1, 1, 2))
+    first, again, another_seed = (render.render(scene, seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, other)
+    assert not np.array_equal(first, another_seed)
     assert first.shape == (64, 64, 3)
     assert tuple(first[32, 32]) == render.COLOURS["red"]
     assert tuple(first[0, 0]) == render.BACKGROUNDS["white"]
@@ -122,8 +122,8 @@ def test_trainer_reads_the_captions_of_a_written_folder(tmp_path: Path) -> None:
     scenes = render.draw_scenes(6, 3, styles=["sks"])
     folder = render.write_folder(tmp_path, scenes, 100, repeats=4)
     assert [scene for _, scene in render.read_folder(folder)] == scenes
-    found = scan(parse([f"--train_data_dir={tmp_path}", "--resolution=64", "--caption_extension=.txt"]))
-    (dataset,) = found.datasets
+    scanned = scan(parse([f"--train_data_dir={tmp_path}", "--resolution=64", "--caption_extension=.txt"]))
+    (dataset,) = scanned.datasets
     assert [picture.caption for picture in dataset.pictures] == [scene.caption for scene in scenes]
     assert {picture.repeats for picture in dataset.pictures} == {4}
     assert {picture.fit.bucket for picture in dataset.pictures} == {(64, 64)}
@@ -139,9 +139,9 @@ def test_example_adapters_do_what_they_were_taught(name: str, teaches: str, leas
     """The judge sees the concept with the adapter, and never without."""
     adapter = MODEL.parent / "loras" / f"{name}.safetensors"
     drawn, test = gallery.Gallery(MODEL), gallery.Test.of(teaches, 12)
-    whole = drawn.paint(adapter, test)
-    without = drawn.see(drawn.paint(None, test), whole, test)
-    assert drawn.see(whole, whole, test).concept >= least
+    originals = drawn.paint(adapter, test)
+    without = drawn.see(drawn.paint(None, test), originals, test)
+    assert drawn.see(originals, originals, test).concept >= least
     assert without.concept == 0
     assert without.psnr.mean() < 25
 

@@ -81,8 +81,8 @@ def test_site_loads_nothing_from_the_network(site: Path) -> None:
 
 def test_site_has_a_search_index_of_every_page(site: Path) -> None:
     index = json.loads((site / "search" / "search_index.json").read_text("utf-8"))
-    found = {entry["location"].partition("#")[0] for entry in index["docs"]}
-    assert {page.relative_to(site).as_posix() for page in site.rglob("*.html")} - {"404.html"} <= found
+    indexed = {entry["location"].partition("#")[0] for entry in index["docs"]}
+    assert {page.relative_to(site).as_posix() for page in site.rglob("*.html")} - {"404.html"} <= indexed
 
 
 @needs_chromium

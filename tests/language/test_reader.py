@@ -76,11 +76,13 @@ def test_divergence_and_perplexity_are_those_of_the_models(
         with torch.no_grad():
             return [model(input_ids=piece[None]).logits[0].log_softmax(-1) for piece in passages]
 
-    whole = answers(trained)
+    before = answers(trained)
     for point in document["points"]:
         (written,) = ls.resize(trained, recipes=point["recipe"], output=tmp_path / point["recipe"]).results
         small = answers(Path(written.output))
-        truth = [float(kl_div(b, a, log_target=True, reduction="batchmean")) for a, b in zip(whole, small, strict=True)]
+        truth = [
+            float(kl_div(b, a, log_target=True, reduction="batchmean")) for a, b in zip(before, small, strict=True)
+        ]
         assert point["texts"]["values"] == pytest.approx(truth, rel=1e-3, abs=1e-7)
         assert point["texts"]["worst_distance"] == pytest.approx(max(truth), rel=1e-3)
         losses = [-answer[:-1].gather(1, piece[1:, None]) for answer, piece in zip(small, passages, strict=True)]

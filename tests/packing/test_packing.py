@@ -77,10 +77,10 @@ def deltas(path: Path) -> dict[str, Tensor]:
         return {layer.name: layer.delta.dense().double() for layer in adapter}
 
 
-def distance(whole: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+def distance(exact: Mapping[str, Tensor], approximate: Mapping[str, Tensor]) -> float:
     """sqrt(Σ‖ΔW - ΔW'‖² / Σ‖ΔW‖²)."""
-    lost = sum(float((delta - other.get(name, torch.zeros(()))).square().sum()) for name, delta in whole.items())
-    return math.sqrt(lost / sum(float(delta.square().sum()) for delta in whole.values()))
+    lost = sum(float((delta - approximate.get(name, torch.zeros(()))).square().sum()) for name, delta in exact.items())
+    return math.sqrt(lost / sum(float(delta.square().sum()) for delta in exact.values()))
 
 
 # --- the format ---------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_statistics_keep_what_the_model_needs(tmp_path: Path) -> None:
     from lorashrink.calibration.statistics import open_statistics
 
     source, table = EXAMPLE / "loras" / "heart.safetensors", EXAMPLE / "table.safetensors"
-    whole = deltas(source)
+    exact = deltas(source)
     harms = []
     for name, options in {"calibrated": {"calibration": table}, "plain": {}}.items():
         packed(source, tmp_path / f"{name}.safetensors", size=110_000, **options)
@@ -227,7 +227,7 @@ def test_statistics_keep_what_the_model_needs(tmp_path: Path) -> None:
         harm = 0.0
         with open_statistics(table) as statistics, open_adapter(source) as adapter:
             for layer, of_layer in list(zip(adapter, statistics.of_layers(adapter), strict=True))[::6]:
-                error = whole[layer.name] - kept.get(layer.name, torch.zeros_like(whole[layer.name]))
+                error = exact[layer.name] - kept.get(layer.name, torch.zeros_like(exact[layer.name]))
                 flat = error.flatten(1).float()
                 delta = type(layer.delta)(flat, torch.eye(flat.shape[1]), 1.0, layer.shape)
                 grams = of_layer.grams(delta)

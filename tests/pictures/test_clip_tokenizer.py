@@ -34,9 +34,9 @@ def test_a_batch_is_padded_and_cut_to_77_tokens(tokenizer: Any) -> None:
 
 
 def test_another_padding_leaves_texts_alone(tokenizer: Any) -> None:
-    other = bundled_tokenizer()
-    other.pad_token_id = 0
-    ids = other("0 !", padding="max_length", max_length=6)["input_ids"]
+    padded = bundled_tokenizer()
+    padded.pad_token_id = 0
+    ids = padded("0 !", padding="max_length", max_length=6)["input_ids"]
     assert ids == [49406, 271, 256, 49407, 0, 0]
 
 

@@ -262,8 +262,8 @@ def test_the_out_proj_that_diffusers_needs_counts_for_size(tmp_path: Path) -> No
         for name, strength in (("q_proj", 1.0), ("out_proj", 1e-6 * (1 + block)))
     }
     path = make(tmp_path / "a.safetensors", layers)
-    (whole,) = resize(path, recipes="thr=-1", output=tmp_path / "whole").results
-    budget = whole.bytes_after - 300
+    (unlimited,) = resize(path, recipes="thr=-1", output=tmp_path / "whole").results
+    budget = unlimited.bytes_after - 300
     (shrunk,) = resize(path, recipes=f"size={budget / 2**20}", output=tmp_path / "out").results
     assert shrunk.bytes_after <= budget
     (kept,) = [layer for layer in shrunk.layers if "out_proj" in layer.name and layer.rank_after]

@@ -52,8 +52,8 @@ def test_a_state_dict_shrinks_to_the_tensors_of_the_file(adapter, base, state, r
         assert row.rank_after == of_file.rank_after
         assert row.rle_ckpt == pytest.approx(of_file.rle_ckpt)
     same = {"ss_network_dim", "sshs_model_hash", "sshs_legacy_hash", "lorashrink.energy", "resize_params"}
-    there = metadata_of(tmp_path / "out.safetensors")
-    assert {key: result.metadata.get(key) for key in same} == {key: there.get(key) for key in same}
+    in_file = metadata_of(tmp_path / "out.safetensors")
+    assert {key: result.metadata.get(key) for key in same} == {key: in_file.get(key) for key in same}
 
 
 def test_a_mapping_without_metadata_is_an_adapter(adapter):
@@ -265,7 +265,7 @@ def test_results_become_plain_data_and_tables(adapter, monkeypatch):
     pandas = types.SimpleNamespace(DataFrame=rows.extend)  # what is under test are the rows
     monkeypatch.setitem(__import__("sys").modules, "pandas", pandas)
     report.results[0].to_pandas()
-    assert [one["name"] for one in rows] == [layer.name for layer in report.results[0].layers]
+    assert [row["name"] for row in rows] == [layer.name for layer in report.results[0].layers]
 
 
 def test_pandas_is_asked_for_only_where_it_is_needed(adapter, monkeypatch):

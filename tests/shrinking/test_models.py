@@ -94,13 +94,13 @@ def test_a_shrunk_peft_model_is_saved_and_loaded_by_peft(tmp_path):
 
 
 def test_a_peft_model_is_inspected_and_compared():
-    model, other = peft_model(), peft_model()
+    model, shrunk = peft_model(), peft_model()
     table = ls.inspect(model).files[0]
     for row in table.layers:
         expected = deltas(model)[row.name.removeprefix("base_model.model.")].detach().norm()
         assert row.fro == pytest.approx(float(expected), rel=1e-4)
-    report = ls.resize(other, recipes="rank=1")
-    difference = ls.compare(model, other).total.relative_difference
+    report = ls.resize(shrunk, recipes="rank=1")
+    difference = ls.compare(model, shrunk).total.relative_difference
     assert difference == pytest.approx(report.results[0].relative_error, rel=1e-3)
 
 

@@ -426,7 +426,7 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(folder):
         model.unet(**noisy_input(), encoder_hidden_states=text.context).sample.square().mean().backward()
         gradients.append([weight.grad for weight in trained])
         checkpointed = [
-            any(getattr(each, "gradient_checkpointing", False) for each in part.modules()) for part in model.modules
+            any(getattr(module, "gradient_checkpointing", False) for module in part.modules()) for part in model.modules
         ]
         assert checkpointed == [enabled, False, enabled, enabled]
         assert [part.training for part in model.modules] == [enabled, False, enabled, enabled]
@@ -488,7 +488,7 @@ def prompts():
 
 def encode_captions(model, captions, limit=None):
     with torch.no_grad():
-        return encode(model.encoders, *(tokenize(each, captions, limit) for each in model.tokenizers))
+        return encode(model.encoders, *(tokenize(tokenizer, captions, limit) for tokenizer in model.tokenizers))
 
 
 def test_text_is_encoded_as_diffusers_encodes_it(folder, loaded, prompts):
@@ -568,7 +568,7 @@ def test_hidden_states_of_chunks_are_joined_to_one_row_of_positions(loaded):
         for caption in range(2):
             with torch.no_grad():
                 chunks = [encoder(ids[caption, k, None], output_hidden_states=True) for k in range(3)]
-            states = [each.hidden_states[-2][0] for each in chunks]
+            states = [chunk.hidden_states[-2][0] for chunk in chunks]
             expected = torch.cat([states[0][:76], states[1][1:76], states[2][1:77]])
             assert torch.allclose(hidden[caption], expected, atol=1e-6)
             if encoder is loaded.encoders[1]:

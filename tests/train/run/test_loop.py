@@ -314,9 +314,9 @@ def test_saves_and_samples_that_cannot_happen_are_warned_about(
     assert saving.run_length(parse(flags(model, data, tmp_path)), 6).epochs == 1
     with training.session(flags(model, data, tmp_path / "out", *more)):
         pass
-    said = [record.message for record in caplog.records if "cannot happen" in record.message]
-    assert [line.partition(": ")[0] for line in said] == [f"--{words}" for words in never]
-    assert [line.split(" has ")[1].split(";")[0] for line in said] == [
+    warnings = [record.message for record in caplog.records if "cannot happen" in record.message]
+    assert [line.partition(": ")[0] for line in warnings] == [f"--{words}" for words in never]
+    assert [line.split(" has ")[1].split(";")[0] for line in warnings] == [
         "5 steps",
         "1 epochs",
         "0 full epochs",
@@ -336,8 +336,8 @@ def test_saves_and_samples_that_cannot_happen_are_warned_about(
 )
 def test_only_what_is_beyond_the_end_cannot_happen(more: str, named: str) -> None:
     options = parse(["--max_train_steps=5", "--sample_prompts=p.txt", *more.split()])
-    said = saving.never(options, saving.run_length(options, 6))
-    assert [line.partition(": ")[0] for line in said] == ([named] if named else [])
+    warnings = saving.never(options, saving.run_length(options, 6))
+    assert [line.partition(": ")[0] for line in warnings] == ([named] if named else [])
 
 
 @pytest.mark.parametrize(
@@ -358,8 +358,8 @@ def test_ranks_from_a_file_are_those_that_the_next_file_names(
     run(flags(model, data, tmp_path / "1", *ranks, "--network_args", *args))
     first = tmp_path / "1" / "x.safetensors"
     algo = [word for word in args if word.startswith("algo")]
-    asked = ("--network_dim=64", "--network_alpha=8", "--max_train_steps=1", f"--network_weights={first}")
-    run(flags(model, data, tmp_path / "2", *asked, "--dim_from_weights", "--network_args", "preset=full", *algo))
+    arguments = ("--network_dim=64", "--network_alpha=8", "--max_train_steps=1", f"--network_weights={first}")
+    run(flags(model, data, tmp_path / "2", *arguments, "--dim_from_weights", "--network_args", "preset=full", *algo))
     with safe_open(tmp_path / "2" / "x.safetensors", "pt") as file:
         entries = file.metadata()
     assert (entries["ss_network_dim"], entries["ss_network_alpha"]) == expected[:2]
