@@ -106,7 +106,7 @@ def calibrate(
     """
     started = time.perf_counter()
     target = Path(output)
-    sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters) if adapters else []
+    sources = find_adapters(adapters) if adapters else []
     if target.suffix != ".safetensors":
         raise UsageError(f"{target}: statistics are a safetensors file; give a name that ends in .safetensors.")
     if prompts is not None and text is not None:

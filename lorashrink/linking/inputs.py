@@ -19,15 +19,15 @@ from lorashrink.files.header import read_header
 from lorashrink.files.reading import PICKLE_SUFFIXES
 
 
-def find_adapters(entries: Sequence[str | Path], *, recursive: bool = False) -> list[Path]:
+def find_adapters(entries: str | Path | Sequence[str | Path], *, recursive: bool = False) -> list[Path]:
     """The adapter files that paths, folders and globs stand for, each once, in order.
 
     In folders only files that hold adapter tensors count, by their headers. Raises InputError if an entry
     stands for none.
     """
     files: dict[str, Path] = {}
-    for entry in map(str, entries):
-        for path in _adapters_at(entry, recursive):
+    for entry in [entries] if isinstance(entries, (str, Path)) else entries:
+        for path in _adapters_at(str(entry), recursive):
             in_folder = path.name in peft.WEIGHTS_FILES and peft.is_folder(path.parent)
             adapter = path.parent if in_folder else path
             files.setdefault(os.path.realpath(adapter), adapter)

@@ -64,7 +64,7 @@ def convert(
     kind = OUTPUT_DTYPES[dtype]
     if naming is None and kind is None:
         raise UsageError("convert: nothing to do. Name a --naming, a --dtype, or both.")
-    sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, recursive=recursive)
+    sources = find_adapters(adapters, recursive=recursive)
     label = "_".join(filter(None, [naming, dtype if kind else None]))
     folders = folders_of_outputs(sources, output)
     targets = {

@@ -79,7 +79,7 @@ def pack(
     goal = _Goal(quality or QUALITY, size)
     decided_by = "calibration" if calibration else "base" if base else "weights"
     recipe = Recipe.parse(_RECIPES[decided_by])
-    sources = find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters, recursive=recursive)
+    sources = find_adapters(adapters, recursive=recursive)
     folders = folders_of_outputs(sources, output)
     targets = {
         source: name_outputs(source, [("packed", recipe)], folders[source], sources=len(sources)) for source in sources

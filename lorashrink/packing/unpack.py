@@ -44,7 +44,7 @@ def unpack(
     if kind not in FACTOR_DTYPES:
         raise UsageError(f"dtype: '{dtype}' is not one of fp16, bf16, fp32.")
     coder()
-    sources = find_adapters([packed] if isinstance(packed, (str, Path)) else packed, recursive=recursive)
+    sources = find_adapters(packed, recursive=recursive)
     folders = folders_of_outputs(sources, output)
     targets = {}
     errors: dict[Path, LorashrinkError] = {}
