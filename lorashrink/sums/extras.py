@@ -42,6 +42,16 @@ class _Extra:
     def read(self) -> Tensor:
         return self.side.store.read(self.key)
 
+    def output_name(self, first: Adapter, names: Names) -> str | None:
+        """The name of its layer in the output's naming, None if nothing tells it."""
+        if self.side is first and not names.renames:
+            return self.name
+        if names.base and (views := names.base.find(self.name)):
+            for address, module_views in names.by_key.get(views[0].key, ()):
+                if module_views == views:
+                    return names.named(*address)
+        return self.name if names.alike(self.side) else None
+
 
 # Differences of vectors and modulations, which are added like those of matrices.
 _DIFFERENCES = (".diff", ".diff_b", ".diff_m", ".w_norm", ".b_norm")
@@ -65,38 +75,21 @@ def collect_extras(sides: Sequence[Adapter], weights: Sequence[float], names: Na
                 groups[names.owner(layer.name), ".diff_b"].append(bias)
     extras = Extras({}, {}, {})
     for (_, ending), members in groups.items():
-        layer_in_output = _output_name(members[0], sides[0], names)
-        if layer_in_output is None:
-            _drop(extras, members, "has no known name in the output's naming")
-            continue
-        key = layer_in_output + ending
-        if ending in _DIFFERENCES:
-            extras.tensors[key] = _weighted_sum(members, dtype)
-            extras.kept[key] = members[0].reason
-        elif _nothing_to_add(members):
-            extras.tensors[key] = (members[0].info, members[0].read)
-            extras.kept[key] = members[0].reason
+        lead, adds = members[0], ending in _DIFFERENCES
+        target = lead.output_name(sides[0], names)
+        if target is not None and (adds or _nothing_to_add(members)):
+            extras.tensors[target + ending] = weighted_sum(members, dtype) if adds else (lead.info, lead.read)
+            extras.kept[target + ending] = lead.reason
         else:
-            _drop(extras, members, "which cannot be weighted or added")
+            why = "has no known name in the output's naming" if target is None else "which cannot be weighted or added"
+            extras.dropped.update(
+                {f"{extra.key} ({extra.side.path.name})": f"{extra.reason}, {why}" for extra in members}
+            )
     return extras
 
 
-def _output_name(extra: _Extra, first: Adapter, names: Names) -> str | None:
-    """The name of its layer in the output's naming, None if nothing tells it."""
-    if extra.side is first and not names.renames:
-        return extra.name
-    if names.base and (views := names.base.find(extra.name)):
-        for address, module_views in names.by_key.get(views[0].key, ()):
-            if module_views == views:
-                return names.named(*address)
-    return extra.name if names.alike(extra.side) else None
-
-
-def _drop(extras: Extras, members: Sequence[_Extra], why: str) -> None:
-    extras.dropped.update({f"{extra.key} ({extra.side.path.name})": f"{extra.reason}, {why}" for extra in members})
-
-
-def _weighted_sum(members: Sequence[_Extra], dtype: str) -> LazyTensor:
+def weighted_sum(members: Sequence[_Extra], dtype: str) -> LazyTensor:
+    """The sum in a dtype of the format; a tensor alone at full strength stays as it is. Raises ShapeError."""
     lead = members[0]
     if any(extra.info.shape != lead.info.shape for extra in members):
         raise ShapeError(

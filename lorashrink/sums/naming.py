@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -22,6 +22,17 @@ class Spelling(NamedTuple):
 
     family: Family
     endings: Mapping[str, str]  # role -> ending
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Spelling | None:
+        """That of the first LoRA in the adapter."""
+        layer = next((layer for layer in adapter if layer.family.name == "lora"), None)
+        if layer is None:
+            return None
+        if layer.family is lora.KOHYA:
+            return KOHYA
+        used = {role: layer.keys[role] for role in ("up", "down", "alpha") if role in layer.keys}
+        return cls(layer.family, {role: key[len(layer.name) :] for role, key in used.items()})
 
 
 KOHYA = Spelling(lora.KOHYA, {"up": ".lora_up.weight", "down": ".lora_down.weight", "alpha": ".alpha"})
@@ -53,9 +64,25 @@ class Names:
             layout = layout_of(requested, base) if base else None
             return cls(requested, True, spelling, base, layout, _by_key(base, layout))
         used = naming([layer.name for layer in first])
-        layout = _layout(first, views, base, used) if base else None
-        names = cls(used, False, _spelling(first), base, layout, _by_key(base, layout))
-        return replace(names, short=frozenset(names._shortened(first, views)))
+        layout = layout_used(first, views, base, used) if base else None
+        names = cls(used, False, Spelling.of(first), base, layout, _by_key(base, layout))
+        modules = base.modules(layout) if base and layout else {}
+        addresses = {module_views: address for address, module_views in modules.items()}
+        short = set()
+        for layer, layer_views in zip(first, views, strict=True):
+            part, module = addresses.get(layer_views, ("", ""))
+            if module.startswith(_LEVEL) and layer.name == names.named(part, module.removeprefix(_LEVEL)):
+                short.add(part)
+        return replace(names, short=frozenset(short))
+
+    @property
+    def hint(self) -> str:
+        """What helps where a layer has no name in this naming."""
+        if self.renames:
+            return "Leave --naming out."
+        if self.naming not in NAMINGS:
+            return f"Choose one with --naming and a base: {', '.join(NAMINGS)}."
+        return "Give the base with --base; a norm table is enough."
 
     def modules(self, key: str) -> list[tuple[str, Views]]:
         """(name, views) of the layers that a tensor of the base has in this naming."""
@@ -66,15 +93,6 @@ class Names:
         assert self.base is not None, "it has the modules"
         module = module.removeprefix(_LEVEL) if part in self.short else module
         return layer_name_in(self.naming, self.base.family, part, module)
-
-    def _shortened(self, first: Adapter, views: Sequence[Views]) -> Iterator[str]:
-        """The parts of which the adapter has names without the level that they have here."""
-        modules = self.base.modules(self.layout) if self.base and self.layout else {}
-        addresses = {module_views: address for address, module_views in modules.items()}
-        for layer, layer_views in zip(first, views, strict=True):
-            part, module = addresses.get(layer_views, ("", ""))
-            if module.startswith(_LEVEL) and layer.name == self.named(part, module.removeprefix(_LEVEL)):
-                yield part
 
     def alike(self, side: Adapter) -> bool:
         """Whether an adapter's own names are of this naming."""
@@ -93,7 +111,7 @@ def _by_key(base: Base | None, layout: str | None) -> dict[str, list[tuple[_Addr
     return modules
 
 
-def _layout(first: Adapter, views: Sequence[Views], base: Base, used: str) -> str | None:
+def layout_used(first: Adapter, views: Sequence[Views], base: Base, used: str) -> str | None:
     """The layout that the first adapter's names are made of; None if its names are of no naming that can be written."""
     if used not in NAMINGS:
         return None
@@ -108,14 +126,3 @@ def _layout(first: Adapter, views: Sequence[Views], base: Base, used: str) -> st
             )
     best = max(counts, key=counts.__getitem__, default=None)
     return best if best and counts[best] else layout_of(used, base)
-
-
-def _spelling(adapter: Adapter) -> Spelling | None:
-    """Spelling of the first LoRA in the adapter."""
-    layer = next((layer for layer in adapter if layer.family.name == "lora"), None)
-    if layer is None:
-        return None
-    if layer.family is lora.KOHYA:
-        return KOHYA
-    used = {role: layer.keys[role] for role in ("up", "down", "alpha") if role in layer.keys}
-    return Spelling(layer.family, {role: key[len(layer.name) :] for role, key in used.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorashrink.adapters.family import Shape
@@ -47,15 +47,25 @@ def dora_delta(layer: Layer) -> Dense:
 def side_by_side(deltas: Sequence[Delta], runs: Sequence[Sequence[RowRun]], shape: Shape) -> Delta:
     """One product of factors: each `up` in its own columns and, times its scale, in the rows that it changes.
 
-    Where several have the same `down`, as parts of a fused weight often do, their columns are added.
+    Where several have the same `down`, as parts of a fused weight often do, their columns are added. A sum that is
+    nothing but rounding, as far as some random inputs tell, becomes zero.
     """
     import torch
 
-    pairs = zip(deltas, runs, strict=True)
-    ups = [_placed(_precise(delta.up) * delta.scale, delta_runs, shape[0]) for delta, delta_runs in pairs]
-    downs = [_precise(delta.down) for delta in deltas]
-    if _cancel(ups, downs):
-        return Delta(torch.zeros(shape[0], 1), torch.zeros(1, fan_in(shape)), 1.0, shape)
+    ups, downs = [], [_precise(delta.down) for delta in deltas]
+    for delta, delta_runs in zip(deltas, runs, strict=True):
+        up = _precise(delta.up) * delta.scale
+        if not covers(delta_runs, shape[0]):
+            own, up = up, up.new_zeros(shape[0], up.shape[1])
+            for at, start, size in delta_runs:
+                up[at : at + size] = own[start : start + size]
+        ups.append(up[: shape[0]])
+    if len(ups) > 1:
+        probes = torch.randn(fan_in(shape), _PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        images = [up.double() @ (down.double() @ probes) for up, down in zip(ups, downs, strict=True)]
+        total = torch.stack(images).sum(0)
+        if float(total.norm()) <= _CANCELLED * sum(float(image.norm()) for image in images):
+            return Delta(torch.zeros(shape[0], 1), torch.zeros(1, fan_in(shape)), 1.0, shape)
     unique: list[tuple[Tensor, Tensor]] = []
     for up, down in zip(ups, downs, strict=True):
         same = (
@@ -66,7 +76,7 @@ def side_by_side(deltas: Sequence[Delta], runs: Sequence[Sequence[RowRun]], shap
             unique.append((up, down))
         else:
             unique[twin] = (unique[twin][0] + up, down)
-    factors = [_balanced(up, down) for up, down in unique]
+    factors = [balanced(up, down) for up, down in unique]
     dtype = max((factor.dtype for pair in factors for factor in pair), key=lambda dtype: dtype.itemsize)
     up = torch.cat([up.to(dtype) for up, _ in factors], 1)
     return Delta(up, torch.cat([down.to(dtype) for _, down in factors]), 1.0, shape)
@@ -79,28 +89,7 @@ def _precise(factor: Tensor) -> Tensor:
     return factor if factor.dtype == torch.float64 else factor.float()
 
 
-def _placed(up: Tensor, runs: Sequence[RowRun], rows: int) -> Tensor:
-    """[rows, r] with the rows of `up` where they belong, and zeros elsewhere."""
-    if covers(runs, rows):
-        return up[:rows]
-    placed = up.new_zeros(rows, up.shape[1])
-    for at, start, size in runs:
-        placed[at : at + size] = up[start : start + size]
-    return placed
-
-
-def _cancel(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> bool:
-    """Whether the sum is nothing but rounding, as far as some random inputs tell."""
-    import torch
-
-    if len(ups) < 2:
-        return False
-    probes = torch.randn(downs[0].shape[1], _PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    images = [up.double() @ (down.double() @ probes) for up, down in zip(ups, downs, strict=True)]
-    return float(torch.stack(images).sum(0).norm()) <= _CANCELLED * sum(float(image.norm()) for image in images)
-
-
-def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Both sides about equally long, by a power of two, so that no digit is lost.
 
     Side by side, a factor that is small only because its partner is large would look like rounding.
@@ -117,23 +106,16 @@ def summed_matrix(deltas: Sequence[AnyDelta], runs: Sequence[Sequence[RowRun]], 
     import torch
 
     total = torch.zeros(shape[0], fan_in(shape))
-    lengths = 0.0
+    lengths, step = 0.0, max(1, _BLOCK // fan_in(shape))
     for delta, delta_runs in zip(deltas, runs, strict=True):
         square = 0.0
-        for at, rows in _blocks(delta, delta_runs):
-            total[at : at + len(rows)] += rows
-            square += float(rows.double().square().sum())
+        for at, start, size in delta_runs:
+            for low in range(0, size, step):
+                high = min(low + step, size)
+                rows = delta.rows(start + low, start + high).dense()
+                total[at + low : at + high] += rows
+                square += float(rows.double().square().sum())
         lengths += math.sqrt(square)
     if len(deltas) > 1 and float(total.double().norm()) <= _CANCELLED * lengths:
         total.zero_()
     return Dense(total, 1.0, shape)
-
-
-def _blocks(delta: AnyDelta, runs: Sequence[RowRun]) -> Iterator[tuple[int, Tensor]]:
-    """(first row in the sum, rows of ΔW, float32), no more than some at a time."""
-    width = fan_in(delta.shape)
-    step = max(1, _BLOCK // width)
-    for at, start, size in runs:
-        for low in range(start, start + size, step):
-            high = min(low + step, start + size)
-            yield at + low - start, delta.rows(low, high).dense()

@@ -13,8 +13,7 @@ from lorashrink.bases import Views, views_shape
 from lorashrink.engine.delta import fan_in
 from lorashrink.errors import ShapeError, UsageError
 from lorashrink.files.store import TensorStore, tensor_info
-from lorashrink.linking.pairing import Member, members_of
-from lorashrink.linking.renaming import NAMINGS
+from lorashrink.linking.pairing import members_of
 from lorashrink.linking.rows import RowMap, RowRun, joined_runs, row_intervals
 from lorashrink.names import kind
 from lorashrink.sums.layers import Part, SumLayer
@@ -24,22 +23,10 @@ from lorashrink.sums.naming import KOHYA, PEFT, Names, Spelling
 def output_slots(
     sides: Sequence[Adapter], views: Sequence[Sequence[Views]], weights: Sequence[float], names: Names
 ) -> list[Slot]:
-    """The layers of the output, with what adds to each of their rows."""
+    """The layers of the output, with what adds to each of their rows. Raises UsageError for rows without a name."""
     members = [member for member in members_of(sides, views) if weights[member.side] or member.side == 0]
-    slots, owners = _share_out(sides, members, names)
-    for side, layer, layer_views in members:
-        runs: dict[int, list[RowRun]] = defaultdict(list)
-        for rows, own, index in owners.common(row_intervals(layer_views)) if weights[side] else ():
-            runs[index].append(RowRun(own.first, rows.first, rows.size))
-        for index, slot_runs in runs.items():
-            slots[index].parts.append(Part(layer, weights[side], joined_runs(slot_runs)))
-    return [slot for slot in slots if slot.parts]
-
-
-def _share_out(sides: Sequence[Adapter], members: Sequence[Member], names: Names) -> tuple[list[Slot], RowMap[int]]:
-    """(layers of the output, which of them has which rows). Raises UsageError for rows without a name."""
     slots: list[Slot] = []
-    owners = RowMap[int]()
+    owners = RowMap[int]()  # which of the slots has which rows
 
     def take(name: str, views: Views, lead: Layer | None) -> None:
         if rows := owners.free(row_intervals(views)):
@@ -47,27 +34,25 @@ def _share_out(sides: Sequence[Adapter], members: Sequence[Member], names: Names
             slots.append(Slot(name, views, lead))
 
     alike = [names.alike(side) for side in sides]
-    for side, layer, views in members:
+    for side, layer, layer_views in members:
         if side or names.renames:
-            rows = owners.free(row_intervals(views))
-            for name, module in [module for interval in rows for module in names.modules(interval.key)]:
+            free = owners.free(row_intervals(layer_views))
+            for name, module in [module for interval in free for module in names.modules(interval.key)]:
                 take(name, module, None)
-            unnamed = owners.free(row_intervals(views))
-            if unnamed and (unnamed != rows or not alike[side]):
-                raise _unnamed(sides[side], layer, names)
-        take(layer.name, views, layer)
-    return slots, owners
-
-
-def _unnamed(side: Adapter, layer: Layer, names: Names) -> UsageError:
-    hint = "Give the base with --base; a norm table is enough."
-    if names.renames:
-        hint = "Leave --naming out."
-    elif names.naming not in NAMINGS:
-        hint = f"Choose one with --naming and a base: {', '.join(NAMINGS)}."
-    return UsageError(
-        f"{side.path}: {layer.name} has no known name in {names.naming} naming, which the output is to have. {hint}"
-    )
+            unnamed = owners.free(row_intervals(layer_views))
+            if unnamed and (unnamed != free or not alike[side]):
+                raise UsageError(
+                    f"{sides[side].path}: {layer.name} has no known name in {names.naming} naming, which the output "
+                    f"is to have. {names.hint}"
+                )
+        take(layer.name, layer_views, layer)
+    for side, layer, layer_views in members:
+        runs: dict[int, list[RowRun]] = defaultdict(list)
+        for rows, own, index in owners.common(row_intervals(layer_views)) if weights[side] else ():
+            runs[index].append(RowRun(own.first, rows.first, rows.size))
+        for index, slot_runs in runs.items():
+            slots[index].parts.append(Part(layer, weights[side], joined_runs(slot_runs)))
+    return [slot for slot in slots if slot.parts]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -81,7 +66,7 @@ class Slot:
 
     def layer(self, spelling: Spelling | None, dtype: str, store: TensorStore) -> SumLayer:
         """The sum as a LoRA under the slot's name. Raises ShapeError if its parts do not fit each other."""
-        shape = self._shape()
+        shape = self.shape()
         for part in self.parts:
             if fan_in(part.layer.shape) != fan_in(shape):
                 raise ShapeError(
@@ -108,7 +93,7 @@ class Slot:
             kind=dtype,
         )
 
-    def _shape(self) -> Shape:
+    def shape(self) -> Shape:
         """Shape of the base weight, as far as base and adapters tell. Raises UsageError if they tell too little."""
         if self.lead is None:
             return views_shape(self.views)

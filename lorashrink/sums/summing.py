@@ -52,12 +52,13 @@ def combined(
     with ExitStack() as stack:
         sides = [stack.enter_context(open_adapter(path)) for path, _ in terms.terms]
         if base is None:
-            _check_families(sides)
+            check_one_model(sides)
         dictionary, views = matched(sides, base)
         bound = bind_all(sides, views, base)
         folder = bound[0].as_folder if naming is None else naming == "peft"
-        _check_settings([side for side, weight in zip(bound, weights, strict=True) if weight], folder)
-        _check_layers([side for side, weight in zip(bound, weights, strict=True) if weight], as_base_delta)
+        used = [side for side, weight in zip(bound, weights, strict=True) if weight]
+        check_settings(used, folder)
+        check_layers(used, as_base_delta)
         names = Names.of(bound[0], views[0], dictionary, naming)
         slots = output_slots(bound, views, weights, names)
         dtypes = [layer.dtype if layer.dtype in FACTOR_DTYPES else "F16" for side in bound for layer in side]
@@ -70,7 +71,7 @@ def combined(
         ]
         store = _Store(terms.path, extras.tensors, metadata.summed(origins), bound)
         layers = tuple(slot.layer(names.spelling, dtype, store) for slot in slots)
-        settings = _settings(bound, layers, folder, naming)
+        settings = sum_settings(bound, layers, folder, naming)
         if settings and not folder:
             store.metadata[peft.METADATA_KEY] = peft.to_metadata(settings)
         stack.pop_all()  # the store closes them
@@ -126,7 +127,7 @@ class _Store(ComputedStore):
 # --- what cannot be added -----------------------------------------------------------------------
 
 
-def _check_families(sides: Sequence[Adapter]) -> None:
+def check_one_model(sides: Sequence[Adapter]) -> None:
     """Raises FamilyMismatch if the adapters were made for different families of models, as far as they tell."""
     families = [(side, family) for side in sides if (family := adapter_family(side))]
     for (a, family_a), (b, family_b) in combinations(families, 2):
@@ -137,7 +138,7 @@ def _check_families(sides: Sequence[Adapter]) -> None:
             )
 
 
-def _check_settings(sides: Sequence[Adapter], folder: bool) -> None:
+def check_settings(sides: Sequence[Adapter], folder: bool) -> None:
     """Raises UsageError if a setting gives an adapter a meaning that the sum cannot have."""
     kept = [[only_in_peft(config) for config in side.settings.values()] for side in sides]
     for side, entries in zip(sides, kept, strict=True):
@@ -153,7 +154,7 @@ def _check_settings(sides: Sequence[Adapter], folder: bool) -> None:
             )
 
 
-def _check_layers(sides: Sequence[Adapter], as_base_delta: bool) -> None:
+def check_layers(sides: Sequence[Adapter], as_base_delta: bool) -> None:
     """Raises UsageError if what a layer adds cannot be had, or is no sum."""
     for side in sides:
         for layer in side:
@@ -176,7 +177,9 @@ def _check_layers(sides: Sequence[Adapter], as_base_delta: bool) -> None:
 # --- PEFT's settings ----------------------------------------------------------------------------
 
 
-def _settings(sides: Sequence[Adapter], layers: Sequence[SumLayer], folder: bool, naming: str | None) -> peft.Settings:
+def sum_settings(
+    sides: Sequence[Adapter], layers: Sequence[SumLayer], folder: bool, naming: str | None
+) -> peft.Settings:
     """Settings that name every module of the sum; {} where the first adapter has none, unless a folder needs them."""
     first = sides[0]
     if folder:
@@ -185,7 +188,9 @@ def _settings(sides: Sequence[Adapter], layers: Sequence[SumLayer], folder: bool
                 f"the sum changes {len(parts)} models ({', '.join(sorted(parts))}), and a PEFT folder is for one. "
                 "Name an adapter in one file first, or use --naming diffusers with a base."
             )
-        return _settings_of(layers, "base_model.model.", _agreed([side.settings.get("", {}) for side in sides]))
+        shared, *others = [entries for side in sides if (entries := side.settings.get("", {}))] or [{}]
+        agreed = {key: value for key, value in shared.items() if all(entries.get(key) == value for entries in others)}
+        return _settings_of(layers, "base_model.model.", agreed)
     if naming not in (None, "diffusers") or peft.METADATA_KEY not in first.store.metadata:
         return {}
     components: dict[str, list[SumLayer]] = defaultdict(list)
@@ -200,9 +205,3 @@ def _settings(sides: Sequence[Adapter], layers: Sequence[SumLayer], folder: bool
 def _settings_of(layers: Sequence[SumLayer], prefix: str, settings: Mapping[str, object]) -> peft.Settings:
     scales = {layer.name.removeprefix(prefix): (layer.rank, 1.0) for layer in layers}
     return peft.settings_for(scales, {**settings, "use_dora": False, "lora_bias": False})
-
-
-def _agreed(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """The entries that are equal in all settings that are not empty."""
-    first, *others = [entries for entries in settings if entries] or [{}]
-    return {key: value for key, value in first.items() if all(entries.get(key) == value for entries in others)}
