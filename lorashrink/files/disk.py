@@ -132,7 +132,10 @@ def publish(temporaries: Mapping[Path, Path]) -> None:
             if others:
                 token = secrets.token_hex(4)
                 for path in filter(os.path.exists, [last, *reversed(others)]):
-                    stack.callback(os.close, _owned(path))
+                    # Other processes take no open file for left behind; Windows would give it no new name.
+                    number = os.open(path if os.name == "posix" else os.devnull, os.O_RDONLY)
+                    stack.callback(os.close, number)
+                    lock_file(number)
                     aside[path] = _aside(path, token)
                     os.replace(path, aside[path])
             for path, temporary in temporaries.items():
@@ -164,15 +167,6 @@ def _put_back(aside: Mapping[Path, Path]) -> None:
             with contextlib.suppress(OSError):
                 os.replace(old, path)
                 break
-
-
-def _owned(path: Path) -> int:
-    """A descriptor that keeps other processes from taking the file for left behind; of nothing where none could."""
-    if os.name != "posix":  # files that are open get no new name there
-        return os.open(os.devnull, os.O_RDONLY)
-    number = os.open(path, os.O_RDONLY)
-    lock_file(number)
-    return number
 
 
 def _flush_folder(folder: Path) -> None:
@@ -221,7 +215,7 @@ def clear_leftovers(outputs: Iterable[Path]) -> list[Path]:
     Outputs that were set aside and never replaced get their names back before.
     """
     outputs = list(outputs)
-    _recover(outputs)
+    recover(outputs)
     prefixes: dict[Path, set[str]] = defaultdict(set)
     for path in outputs:
         prefixes[path.parent].add(_temporary_prefix(path))
@@ -235,7 +229,7 @@ def clear_leftovers(outputs: Iterable[Path]) -> list[Path]:
     return [path for path in leftovers if _delete_unlocked(path)]
 
 
-def _recover(outputs: Sequence[Path]) -> None:
+def recover(outputs: Sequence[Path]) -> None:
     """Put back outputs of several files that a killed process had set aside, where it did not get to replace all.
 
     Of each output the file that it is known by comes first.

@@ -6,7 +6,6 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +90,10 @@ class Sizes:
         ends = present[0].cumsum()
         offsets = np.concatenate([ends, ends - present[0]])
         digits = 1 + np.searchsorted(_POWERS, offsets, side="right")
-        entries = int(present[1].sum() + digits.sum()) + max(0, present.shape[1] - 1)
-        return _header_length(metadata, entries) + int(present[0].sum())
+        entries: int = int(present[1].sum() + digits.sum()) + max(0, present.shape[1] - 1)
+        start = len(_metadata_entry(metadata).encode())
+        length = 2 + start + (1 if start and entries else 0) + entries
+        return 8 + length + -length % 8 + int(present[0].sum())
 
 
 _POWERS = [10**power for power in range(1, 19)]
@@ -102,13 +103,6 @@ def _entry(name: str, info: TensorInfo) -> tuple[str, str]:
     """A tensor's entry before its first offset and behind its second one; a comma is between these."""
     shape = ",".join(map(str, info.shape))
     return f'{_compact(name)}:{{"dtype":"{info.dtype}","shape":[{shape}],"data_offsets":[', "]}"
-
-
-def _header_length(metadata: Mapping[str, str], entries: int) -> int:
-    """Bytes of length and header whose entries of tensors have so many."""
-    start = len(_metadata_entry(metadata).encode())
-    length = 2 + start + (1 if start and entries else 0) + entries
-    return 8 + length + -length % 8
 
 
 def _metadata_entry(metadata: Mapping[str, str]) -> str:
@@ -137,7 +131,7 @@ def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[
     Raises InputError if the file cannot be opened, and DamagedFile if it is cut short, no safetensors file, or has a
     header that contradicts itself or the file's size.
     """
-    raw, size = _raw_header(path)
+    raw, size = raw_header(path)
     data_start = 8 + len(raw)
     try:
         header = json.loads(raw)
@@ -150,12 +144,20 @@ def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[
         raise DamagedFile(
             f"{path}: the safetensors header is broken ({str(error)[:200]}). Download or copy it again."
         ) from error
-    _check_layout(path, tensors, data_start, size)
+    end = data_start
+    for start, nbytes, name in sorted([(info.offset, info.nbytes, name) for name, info in tensors.items()]):
+        if start < end:
+            raise DamagedFile(f"{path}: tensor {name} overlaps another one. Download or copy the file again.")
+        end = start + nbytes
+    if end > size:
+        raise DamagedFile(
+            f"{path}: cut short: its header promises {end} bytes, the file has {size}. Download or copy it again."
+        )
     return tensors, metadata, raw
 
 
-def _raw_header(path: Path) -> tuple[bytes, int]:
-    """(header without its length, size of the file)."""
+def raw_header(path: Path) -> tuple[bytes, int]:
+    """(header without its length, size of the file). Raises as `read_header`."""
     try:
         with open_file(path) as handle:
             size = os.fstat(handle.fileno()).st_size
@@ -163,7 +165,10 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             brace = handle.read(1)
             if 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                return brace + _read_all(handle, length - 1), size
+                raw = bytearray(brace)
+                while len(raw) < length and (piece := handle.read(length - len(raw))):  # which may be shorter
+                    raw += piece
+                return bytes(raw), size
     except FileNotFoundError as error:
         raise InputError(f"{path}: {absent_text(path)}") from error
     except OSError as error:
@@ -179,14 +184,6 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
         f"{path}: not a safetensors file, or cut short: its header claims {length} bytes, the file has {size}. "
         "Download or copy it again."
     )
-
-
-def _read_all(handle: FileIO, count: int) -> bytes:
-    """So many bytes, or fewer where the file ends; the system may give them in pieces."""
-    data = bytearray()
-    while len(data) < count and (piece := handle.read(count - len(data))):
-        data += piece
-    return bytes(data)
 
 
 def _each_name_once(raw: bytes, header: Mapping[str, Any]) -> bool:
@@ -224,29 +221,11 @@ def _tensor_info(entry: Mapping[str, Any], file: int, data_start: int) -> Tensor
         raise ValueError(f"a tensor ends at {end}, before its start at {begin}")
     if not isinstance(dtype, str):
         raise ValueError("a dtype must be a name")
-    count = _count(shape)
-    if dtype in DTYPES and count * DTYPES[dtype][0] != end - begin:
-        raise ValueError(f"{dtype} {list(shape)} does not fill bytes {begin} to {end}")
-    return TensorInfo(dtype, shape, end - begin, file, data_start + begin)
-
-
-def _count(shape: Sequence[int]) -> int:
-    """The product, as far as 64 bits hold it: that of a hostile shape has millions of digits."""
     count = 1
     for side in shape:
         count *= side
-        if count >= _TOO_LARGE:
+        if count >= _TOO_LARGE:  # the product of a hostile shape has millions of digits
             raise ValueError("a shape is larger than any file")
-    return count
-
-
-def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
-    end = data_start
-    for start, nbytes, name in sorted([(info.offset, info.nbytes, name) for name, info in tensors.items()]):
-        if start < end:
-            raise DamagedFile(f"{path}: tensor {name} overlaps another one. Download or copy the file again.")
-        end = start + nbytes
-    if end > size:
-        raise DamagedFile(
-            f"{path}: cut short: its header promises {end} bytes, the file has {size}. Download or copy it again."
-        )
+    if dtype in DTYPES and count * DTYPES[dtype][0] != end - begin:
+        raise ValueError(f"{dtype} {list(shape)} does not fill bytes {begin} to {end}")
+    return TensorInfo(dtype, shape, end - begin, file, data_start + begin)

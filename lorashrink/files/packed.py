@@ -137,7 +137,7 @@ class Index:
                 Section(*(_whole(part[key]) for key in ("layers", "words", "crc32"))) for part in entries["sections"]
             ),
         )
-        index._check()
+        index.check()
         return index
 
     def form(self, layer: int) -> Form:
@@ -161,7 +161,7 @@ class Index:
             for end, dtype, shape, _ in form.constants:
                 yield name + end, tensor_info(dtype, shape)
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raises ValueError for what contradicts itself."""
         for form in self.forms:
             if not form.factors or any(not 0 <= axis <= len(rest) or 0 in rest for _, axis, rest in form.factors):
@@ -222,7 +222,11 @@ def open_packed(stored: TensorStore) -> PackedStore:
     entry = _entry(stored)
     try:
         index = Index.from_bytes(b"".join(map(bytes, stored.chunks(INDEX))))
-        _check_sizes(index, stored.tensors[CODE].nbytes)
+        nbytes = stored.tensors[CODE].nbytes
+        if index.numbers > NUMBERS_PER_BYTE * nbytes + _NUMBERS_SLACK:
+            raise ValueError(f"it claims {index.numbers} numbers in {nbytes} bytes")
+        if 4 * sum(section.words for section in index.sections) != nbytes:
+            raise ValueError("sections do not fill the code")
     except (
         *(ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError),
         *(RecursionError, zlib.error),
@@ -234,14 +238,6 @@ def open_packed(stored: TensorStore) -> PackedStore:
     if len({*names, *stored.tensors}) != len(names) + len(stored.tensors):
         raise DamagedFile(f"{stored.path}: a name is in the packed file twice. Download or copy it again.")
     return PackedStore(stored, index, str(entry.get("sha256", "")), as_folder=entry.get("folder") is True)
-
-
-def _check_sizes(index: Index, nbytes: int) -> None:
-    """Raises ValueError if there are more numbers than so many bytes can hold."""
-    if index.numbers > NUMBERS_PER_BYTE * nbytes + _NUMBERS_SLACK:
-        raise ValueError(f"it claims {index.numbers} numbers in {nbytes} bytes")
-    if 4 * sum(section.words for section in index.sections) != nbytes:
-        raise ValueError("sections do not fill the code")
 
 
 class PackedStore(ComputedStore):
@@ -259,21 +255,16 @@ class PackedStore(ComputedStore):
         super().__init__(stored.path, computed, metadata, stored.files, stored.headers)
         self.index, self.sha256, self.as_folder = index, sha256, as_folder
         self._stored = stored
-        self._sections = self._section_of_names()
+        self._sections: dict[str, int] = {}  # name -> number of its section
+        layers = iter(range(len(index.names)))
+        for number, section in enumerate(index.sections):
+            for layer in itertools.islice(layers, section.layers):
+                form = index.form(layer)
+                ends = [factor[0] for factor in form.factors] + [constant[0] for constant in form.constants]
+                self._sections |= dict.fromkeys([index.names[layer] + end for end in ends], number)
         self._starts = [0, *itertools.accumulate(section.words for section in index.sections)]
         self._decoding = threading.Lock()
         self._decoded: dict[int, dict[str, Tensor]] = {}
-
-    def _section_of_names(self) -> dict[str, int]:
-        sections: dict[str, int] = {}
-        layer = 0
-        for number, section in enumerate(self.index.sections):
-            for _ in range(section.layers):
-                form, name = self.index.form(layer), self.index.names[layer]
-                ends = [factor[0] for factor in form.factors] + [constant[0] for constant in form.constants]
-                sections |= dict.fromkeys([name + end for end in ends], number)
-                layer += 1
-        return sections
 
     def _read_packed(self, name: str) -> Tensor:
         return self._section(self._sections[name])[name]
@@ -294,7 +285,7 @@ class PackedStore(ComputedStore):
         layers = range(first, first + section.layers)
         raw = self._stored.read(CODE, (4 * self._starts[number], 4 * self._starts[number + 1])).numpy()
         words = raw.view("<u4").astype(np.uint32)
-        runs = list(self._runs(layers))
+        runs = list(self.runs(layers))
         values = decode(words, runs, self.index.tables, self._stored.path)
         crc, start, tensors = 0, 0, {}
         for layer in layers:
@@ -311,7 +302,7 @@ class PackedStore(ComputedStore):
             raise DamagedFile(f"{self.path}: the code of the packed file is damaged. Download or copy it again.")
         return tensors
 
-    def _runs(self, layers: range) -> Iterator[Run]:
+    def runs(self, layers: range) -> Iterator[Run]:
         """The runs of these layers: factor by factor, dimension by dimension."""
         ranks = self.index.ranks[: layers.start]
         scale = sum(ranks)
@@ -424,7 +415,7 @@ def decode(words: Any, runs: Sequence[Run], tables: Mapping[str, Sequence[int]],
         totals[runs[index].class_] = totals.get(runs[index].class_, 0) + runs[index].count
     try:
         ans = coder().stack.AnsCoder(words)
-        numbers = [_decode_class(ans, class_, count, tables[str(class_)]) for class_, count in totals.items()]
+        numbers = [decode_class(ans, class_, count, tables[str(class_)]) for class_, count in totals.items()]
     except ValueError as error:
         raise DamagedFile(f"{path}: the code of the packed file is damaged. Download or copy it again.") from error
     steps = np.array([step(runs[index].scale, runs[index].class_) for index in by_class], dtype=np.float32)
@@ -436,7 +427,8 @@ def decode(words: Any, runs: Sequence[Run], tables: Mapping[str, Sequence[int]],
     return torch.cat(ordered)
 
 
-def _decode_class(ans: Any, class_: int, count: int, table: Sequence[int]) -> Whole:
+def decode_class(ans: Any, class_: int, count: int, table: Sequence[int]) -> Whole:
+    """The numbers of a class, [count] int32: those of the table, escaped ones, and low bits beside them."""
     import numpy as np
 
     numbers: Whole = ans.decode(table_model(table), count)

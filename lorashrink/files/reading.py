@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zipfile
 from collections.abc import Mapping
@@ -23,14 +24,15 @@ def open_tensors(path: Path) -> TensorStore:
     Raises InputError (missing, unreadable) or DamagedFile (not what its name says).
     """
     if path.name.endswith(".json") and ".index." in path.name:
-        return _open_shards(path)
+        return open_shards(path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
-        return _open_pickle(path)
+        return open_pickle(path)
     tensors, metadata, header = read_header(path)
     return TensorStore(path, tensors, metadata, [path], [header])
 
 
-def _open_shards(index: Path) -> TensorStore:
+def open_shards(index: Path) -> TensorStore:
+    """Open the files that a shard index names. Raises as `open_tensors`."""
     try:
         weight_map = json.loads(read_text(index))["weight_map"]
         names = sorted(set(weight_map.values()))
@@ -55,12 +57,19 @@ def _open_shards(index: Path) -> TensorStore:
     return TensorStore(index, tensors, {}, [index.parent / name for name in names], headers)
 
 
-def _open_pickle(path: Path) -> TensorStore:
+def open_pickle(path: Path) -> TensorStore:
+    """Load a pickle that holds nothing but tensors. Raises as `open_tensors`."""
     if not path.is_file():
         raise InputError(f"{path}: {absent_text(path)}")
     import torch
 
-    _check_unpacked_size(path)
+    if zipfile.is_zipfile(path):  # whose parts torch writes as they are, so that they do not unpack to far more
+        # torch says what is wrong with a damaged one
+        with (
+            contextlib.suppress(zipfile.BadZipFile, ValueError, OSError, NotImplementedError),
+            zipfile.ZipFile(path) as archive,
+        ):
+            _check_claims(path, sum(part.file_size for part in archive.infolist()))
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -81,16 +90,6 @@ def _open_pickle(path: Path) -> TensorStore:
             )
     _check_claims(path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     return pickled_store(path, tensors)
-
-
-def _check_unpacked_size(path: Path) -> None:
-    """Refuse a zip file whose parts unpack to far more than it holds; torch writes them as they are."""
-    if zipfile.is_zipfile(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                _check_claims(path, sum(part.file_size for part in archive.infolist()))
-        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
-            pass  # torch says what is wrong with it
 
 
 def _check_claims(path: Path, claimed: int) -> None:

@@ -10,7 +10,7 @@ import stat
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from io import FileIO
 from mmap import mmap
 from pathlib import Path
@@ -223,15 +223,11 @@ class TensorStore:
             slab = None if index in self._slabs else SLABS.take(path.stat().st_size)
             if slab is not None:
                 self._own_slabs.append(slab)
-                self._read_whole(index, memoryview(slab))
+                starts = range(0, len(slab), _READ_CHUNK)
+                parts = [memoryview(slab)[start : start + _READ_CHUNK] for start in starts]
+                with ThreadPoolExecutor(_READERS) as readers:
+                    list(readers.map(partial(self._read_at, index), parts, starts))
                 self._slabs[index] = slab
-
-    def _read_whole(self, index: int, view: memoryview) -> None:
-        def read(start: int) -> None:
-            self._read_at(index, view[start : start + _READ_CHUNK], start)
-
-        with ThreadPoolExecutor(_READERS) as readers:
-            list(readers.map(read, range(0, len(view), _READ_CHUNK)))
 
     def loaded(self, index: int) -> memoryview | None:
         """All bytes of a file that `load` has read."""

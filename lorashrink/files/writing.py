@@ -110,13 +110,17 @@ class SafetensorsWriter:
 
     def flush(self) -> None:
         """Write what was put together in memory, read it back and compare. Raises OutputError."""
+        import numpy as np
+
         if self._slab is None:
             return
         whole = memoryview(self._slab)
         self._write_file(0, whole)
-        start = 0
+        expected, start = np.frombuffer(whole, np.uint8), 0
         with open(self.temporary, "rb", buffering=0) as handle:
-            while (chunk := handle.read(COPY_CHUNK)) and _same(chunk, whole[start : start + len(chunk)]):
+            while chunk := handle.read(COPY_CHUNK):
+                if not np.array_equal(np.frombuffer(chunk, np.uint8), expected[start : start + len(chunk)]):
+                    break
                 start += len(chunk)
         if start != len(whole):
             raise OutputError(f"{self.path}: what was written reads back otherwise; check the disk and the memory.")
@@ -202,9 +206,3 @@ class SafetensorsWriter:
                 view, offset = view[count:], offset + count
         except OSError as error:
             raise OutputError(cannot_write(self.path, error)) from error
-
-
-def _same(first: bytes, second: memoryview) -> bool:
-    import numpy as np
-
-    return len(first) == len(second) and np.array_equal(np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8))
