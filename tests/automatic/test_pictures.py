@@ -88,7 +88,7 @@ def test_a_model_that_cannot_draw_is_a_base_and_says_so(tmp_path: Path) -> None:
     assert report.notes[0].startswith("no pictures were drawn")
 
 
-def test_an_adapter_that_the_model_cannot_draw_with_is_shrunk_without_pictures(tmp_path: Path, prompts: Path) -> None:
+def test_an_adapter_that_cannot_be_drawn_is_shrunk_without_pictures(tmp_path: Path, prompts: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 

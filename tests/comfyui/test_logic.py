@@ -329,7 +329,7 @@ def test_the_nodes_are_linked_into_comfyui(tmp_path):
     assert target.is_symlink()
 
 
-def test_what_is_no_comfyui_or_holds_other_nodes_is_left_alone(tmp_path):
+def test_folders_without_comfyui_or_with_other_nodes_stay_unchanged(tmp_path):
     assert install(tmp_path).exit_code == 2
     own_nodes = tmp_path / "custom_nodes" / "lorashrink"
     own_nodes.mkdir(parents=True)

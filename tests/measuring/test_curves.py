@@ -27,7 +27,7 @@ def test_a_line_that_is_3_db_above_needs_fewer_bytes_by_that_slope() -> None:
     assert quality.low == pytest.approx(quality.high) == pytest.approx(3)  # in every resample, too
 
 
-def test_lines_of_other_slopes_differ_by_the_mean_over_what_they_share() -> None:
+def test_lines_of_unequal_slopes_differ_by_the_mean_over_their_overlap() -> None:
     """25 + 4·x and 20 + 8·x, x = log2(size): over x from 0 to 3 the mean distance is -5 + 4·1.5 = 1."""
     first, second = line([1, 2, 8], [25, 25], 4), line([1, 4, 8], [20, 20], 8)
     quality, rate = quality_gap([(first, second)]), rate_gap([(first, second)])

@@ -201,7 +201,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("megabytes", [0.2, 0.35, 0.5])
-def test_files_together_fill_the_budget_and_keep_more_than_with_shares(
+def test_a_common_budget_is_filled_and_keeps_more_than_shares(
     stack: list[Path], base: Path, tmp_path: Path, megabytes: float
 ) -> None:
     report = ls.resize(stack, base=base, recipes=f"{RECIPE}{megabytes}", stack=True, output=tmp_path / "together")

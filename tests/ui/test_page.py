@@ -371,7 +371,7 @@ def test_every_control_has_a_name_and_headings_leave_no_level_out(front: Opened)
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
-def test_a_phone_shows_one_thing_at_a_time_without_sideways_scrolling(browser: Browser, server: Server) -> None:
+def test_a_phone_shows_the_list_or_the_page_without_sideways_scrolling(browser: Browser, server: Server) -> None:
     with opened(browser, server, viewport={"width": 390, "height": 844}) as page:
         expect(page.page.get_by_role("button", name="style", exact=True)).to_be_visible()
         assert page.page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -391,9 +391,7 @@ def test_the_page_is_dark_for_people_who_prefer_dark(browser: Browser, server: S
 # --- when the server goes away --------------------------------------------------------------------------
 
 
-def test_the_page_says_that_the_server_is_gone_and_goes_on_when_it_is_back(
-    browser: Browser, start: Start, tmp_path: Path
-) -> None:
+def test_the_page_reports_a_lost_server_and_goes_on_later(browser: Browser, start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "loras"
     folder.mkdir()
     shutil.copy(HEART, folder)

@@ -188,7 +188,7 @@ def test_only_what_changed_is_sent_again(server: Server) -> None:
     assert 0 < changes["rows"][0]["saving"]["bytes"] < HEART.stat().st_size
 
 
-def test_strange_things_in_a_folder_do_not_stop_the_list(start: Start, tmp_path: Path) -> None:
+def test_pipes_and_circular_links_do_not_stop_the_list(start: Start, tmp_path: Path) -> None:
     """Pipes, deep folders, folders without rights, links in a circle."""
     folder = tmp_path / "loras"
     deep = folder.joinpath(*["d"] * 100)
@@ -423,7 +423,7 @@ def test_drawing_ends_after_the_picture_that_is_being_drawn(start: Start, tmp_pa
 # --- files that are dropped -------------------------------------------------------------------------
 
 
-def test_a_dropped_file_is_listed_and_what_is_made_of_it_goes_to_the_folder(server: Server, library: Path) -> None:
+def test_a_dropped_file_is_listed_and_its_outputs_go_to_the_folder(server: Server, library: Path) -> None:
     status, _, body = server.request("/api/upload?name=dropped.safetensors", data=HEART.read_bytes(), method="PUT")
     assert status == 200
     row = server.row("dropped.safetensors")

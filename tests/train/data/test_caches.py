@@ -164,7 +164,7 @@ def test_encoding_several_pictures_at_once_changes_rounding_only(folder: Path, m
         assert not torch.allclose(single.get(picture, False), single.get(picture, True).flip(-1), atol=0.1)
 
 
-def test_captions_in_memory_and_in_files_are_those_encoded_in_training(folder: Path, model: Model) -> None:
+def test_cached_captions_equal_those_encoded_in_training(folder: Path, model: Model) -> None:
     chosen = options(folder)
     cached = [
         texts(replace(chosen, cache_text_encoder_outputs_to_disk=False), model),
@@ -370,7 +370,7 @@ DAMAGE: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_file_of_latents_that_does_not_fit_is_made_anew_and_counted(
+def test_outdated_files_of_latents_are_made_anew_and_counted(
     damage: Damage, single: Path, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = single / "a_0064x0064_sdxl.npz"
@@ -538,7 +538,7 @@ TEXT_DAMAGE: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("damage", TEXT_DAMAGE.values(), ids=TEXT_DAMAGE)
-def test_a_file_of_captions_that_does_not_fit_is_made_anew_and_counted(
+def test_outdated_files_of_captions_are_made_anew_and_counted(
     damage: Damage, single: Path, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = single / "a_te_outputs.npz"
@@ -599,7 +599,7 @@ def test_code_in_a_file_is_never_run(name: str, single: Path, model: Model, tmp_
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def test_pictures_whose_files_would_have_one_name_are_refused_on_disk_only(single: Path, model: Model) -> None:
+def test_pictures_of_equal_names_are_refused_on_disk_only(single: Path, model: Model) -> None:
     tiny_sdxl.write_pictures(single, {"a.jpg": (64, 64), "a.webp": (64, 32)})
     with pytest.raises(InputError) as caught:
         latents(options(single), model.vae)

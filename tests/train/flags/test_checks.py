@@ -240,16 +240,14 @@ NOTED = [
 
 
 @pytest.mark.parametrize(("arguments", "named"), NOTED)
-def test_options_that_do_not_do_what_they_seem_to_are_pointed_out_once(
-    arguments: str, named: str, good: list[str], tmp_path: Path
-) -> None:
+def test_misleading_options_are_pointed_out_once(arguments: str, named: str, good: list[str], tmp_path: Path) -> None:
     (line,) = check(parse([*good, *arguments.format(tmp=tmp_path).split()]))
 
     assert named in line
     assert "\n" not in line
 
 
-def test_the_default_largest_bucket_gets_a_hint_that_its_double_does_not(good: list[str]) -> None:
+def test_only_the_default_largest_bucket_gets_a_hint(good: list[str]) -> None:
     (hint,) = check(parse([*good, "--enable_bucket"]))
 
     assert "--max_bucket_reso=2048" in hint

@@ -615,7 +615,7 @@ def test_a_start_that_does_not_fit_is_refused_with_names(
         build_network(load(base), options(base, small, network_weights=str(path), **changes))
 
 
-def test_ranks_of_a_file_are_taken_for_each_module_with_dropout_as_asked(base: Path, tmp_path: Path) -> None:
+def test_ranks_come_from_the_file_and_dropout_from_the_options(base: Path, tmp_path: Path) -> None:
     first = build_network(load(base), options(base, "conv_dim=5", "conv_alpha=3", "preset=unet-only"))
     path = write(first, tmp_path / "lora.safetensors")
     chosen = options(base, network_weights=str(path), dim_from_weights=True, network_dropout=0.25)
@@ -663,7 +663,7 @@ def test_the_keys_are_those_that_lycoris_reads() -> None:
     assert OLD_NAMES.keys() | OPPOSITES.keys() == {"use_cp", "use_conv_cp", "disable_conv_cp", "constrain"}
 
 
-def test_the_presets_are_those_of_lycoris_but_for_one_that_matches_nothing() -> None:
+def test_the_presets_are_those_of_lycoris_except_an_empty_one() -> None:
     assert {name: preset["enable_conv"] for name, preset in PRESET.items() if name != "ia3"} == PRESETS
 
 

@@ -213,9 +213,7 @@ def test_saving_twice_gives_equal_bytes(tmp_path: Path, ending: str) -> None:
     ("precision", "dtype"),
     [(None, torch.float32), ("float", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)],
 )
-def test_a_file_holds_the_tensors_in_the_precision_that_was_asked_for(
-    tmp_path: Path, precision: str | None, dtype: torch.dtype
-) -> None:
+def test_a_file_has_the_requested_precision(tmp_path: Path, precision: str | None, dtype: torch.dtype) -> None:
     path = saving.save_adapter(tmp_path / "a.safetensors", adapter(), {}, precision=precision)
     read = load_file(path)
     assert read.keys() == adapter().keys()

@@ -213,7 +213,7 @@ def test_logs_hold_what_the_options_say(model: Path, data: Path, tmp_path: Path)
     assert {"max_norm/keys_scaled", "max_norm/max_key_norm", "norm/avg_key_norm"} < scalars.keys()
 
 
-def test_files_and_states_come_and_go_as_asked(model: Path, data: Path, tmp_path: Path) -> None:
+def test_only_the_last_files_and_states_stay(model: Path, data: Path, tmp_path: Path) -> None:
     """The files of the last four steps and the states of the last two stay."""
     more = "--max_train_epochs=3 --save_every_n_steps=2 --save_last_n_steps=4 --save_last_n_steps_state=2 --save_state"
     run(flags(model, data, tmp_path / "o", *more.split(), "--save_every_n_epochs=1", "--save_last_n_epochs=1"))

@@ -80,7 +80,7 @@ EVERY_NOISE = Options(noise_offset=0.1, noise_offset_random_strength=True, adapt
 
 
 @pytest.mark.parametrize("options", [Options(), EVERY_NOISE])
-def test_a_picture_gets_the_same_noise_in_any_batch_at_any_place_of_it(options: Options) -> None:
+def test_the_noise_of_a_picture_does_not_depend_on_its_batch(options: Options) -> None:
     latents, objective = randn(4, 4, 6, 5), Objective(options)
     together = objective.noised(latents, KEYS[:4], 5)
     torch.manual_seed(99)

@@ -180,7 +180,7 @@ def test_adaptive_optimizers_take_one_rate_near_one(name: str, caplog: pytest.Lo
     ]
 
 
-def test_the_rate_that_was_found_is_logged_beside_the_one_that_was_given() -> None:
+def test_the_adapted_rate_is_logged_beside_the_requested_one() -> None:
     groups = two_groups(0.5, 0.5)
     optimizer, _ = make_optimizer(
         Options(optimizer_type="Prodigy", learning_rate=0.5, optimizer_args=("d0=0.001",)), groups

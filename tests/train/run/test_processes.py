@@ -82,7 +82,7 @@ def two(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return folder / "o", done.stderr
 
 
-def test_two_processes_with_a_batch_of_one_are_one_with_a_batch_of_two(
+def test_two_processes_of_batch_one_equal_one_process_of_batch_two(
     two: tuple[Path, str], model: Path, data: Path, tmp_path: Path
 ) -> None:
     """But for rounding, and for averaging gradients in another order."""
