@@ -23,7 +23,7 @@ _WRITE, _CHECKS, _COMMIT = "write", ("verify", "hash"), "fsync, rename"
 # Functions that run one after another, by the stage they belong to; a missing one is left out of the table.
 # The stages of writing are cut where the first of `_CHECKS` begins, because those may run side by side.
 STAGES = {
-    "open base": ["lorashrink.shrinking.session:open_base"],
+    "open base": ["lorashrink.shrinking.prepared:open_base"],
     "open adapter, match": ["lorashrink.shrinking.request:open_adapter", "lorashrink.shrinking.work:match"],
     "read the file": ["lorashrink.files.store:TensorStore.load"],
     "norms look-up": ["lorashrink.shrinking.session:BaseNorms"],
