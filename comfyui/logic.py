@@ -12,10 +12,13 @@ import numpy as np
 import torch
 
 import lorashrink as ls
+from lorashrink.automatic.levels import LEVELS
+from lorashrink.automatic.method import Method
+from lorashrink.automatic.methods import Methods
 from lorashrink.automatic.sidecars import copy_sidecar, sidecars
 from lorashrink.bases import Base
 from lorashrink.errors import NotABase, OutputError, UsageError
-from lorashrink.files.store import OUTPUT_DTYPES
+from lorashrink.files.store import MIXTURES, OUTPUT_DTYPES
 from lorashrink.linking.inputs import is_sum, to_sum
 from lorashrink.pictures.likeness import ms_ssim, psnr
 from lorashrink.results.prepared import Outcome
@@ -26,27 +29,41 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-DTYPES = tuple(name for name in OUTPUT_DTYPES if not name.isdigit())
+DTYPES = (*MIXTURES, *(name for name in OUTPUT_DTYPES if not name.isdigit()))
 
 # --- targets ------------------------------------------------------------------------------------
 
 QUALITY, SIZE, RANK, RECIPE = "quality", "size in MB", "rank", "recipe"
 TARGETS = (QUALITY, SIZE, RANK, RECIPE)
+QUALITIES = tuple(LEVELS)
 
-_SCORE = "fro_ckpt,bytes"  # compares layers by what they change in the model, and by what they cost
+
+def method_for(source: str, base: Base | None) -> Method:
+    """What `lorashrink shrink` would compare the LoRA with: a calibration table, the model, or the LoRA alone.
+
+    Raises LorashrinkError.
+    """
+    with Methods(base, None) as methods:
+        return methods.of(to_sum([source]).terms[0][1] if is_sum(source) else source)
 
 
 def recipe_for(
-    target: str, *, quality: float = 99.0, megabytes: float = 50.0, rank: int = 16, recipe: str = ""
+    target: str,
+    method: Method,
+    *,
+    quality: str = "high",
+    megabytes: float = 50.0,
+    rank: int = 16,
+    recipe: str = "",
 ) -> ls.Recipe:
-    """The recipe of a target. quality: percent of the energy of ΔW. megabytes: millions of bytes.
+    """The recipe of a target, by the method that `shrink` would take. megabytes: millions of bytes.
 
     Raises RecipeError.
     """
     texts = {
-        QUALITY: f"energy={quality / 100:.12g}",
-        SIZE: f"{_SCORE},size={megabytes * 1e6 / 2**20:.6g}",
-        RANK: f"rank={rank}",
+        QUALITY: method.of_level(LEVELS[quality]),
+        SIZE: method.of_size(megabytes * 1e6),
+        RANK: method.of_rank(rank),
         RECIPE: recipe.strip(),
     }
     return ls.Recipe.parse(texts[target])
@@ -151,30 +168,32 @@ def _stamp(source: str) -> tuple[object, ...]:
 _prepared: weakref.WeakValueDictionary[tuple[object, ...], Prepared] = weakref.WeakValueDictionary()
 
 
-def prepare(source: str, base: Base | None) -> Prepared:
+def prepare(source: str, base: Base | None, calibration: Path | None = None) -> Prepared:
     """The decomposed LoRA, at once if it was asked for before. Raises LorashrinkError."""
-    key = (*_stamp(source), base.fingerprint if base else None)
+    key = (*_stamp(source), base.fingerprint if base else None, *(_stamp(str(calibration)) if calibration else ()))
     prepared = _prepared.get(key)
     if prepared is None:
-        prepared = ls.prepare(source, base=base)
+        prepared = ls.prepare(source, base=base, calibration=calibration)
         _prepared[key] = prepared
     return prepared
 
 
-def shrink(source: str, recipe: ls.Recipe, *, dtype: str = "same", base: Base | None = None) -> Shrunk:
+def shrink(
+    source: str, recipe: ls.Recipe, *, dtype: str = "same", base: Base | None = None, calibration: Path | None = None
+) -> Shrunk:
     """What the recipe makes of a LoRA; tensors are not computed yet. Raises LorashrinkError."""
-    prepared = prepare(source, base)
+    prepared = prepare(source, base, calibration)
     if recipe.needs_base and base is None:
         raise UsageError(
             f"recipe '{recipe}' compares the LoRA with its model, and lorashrink does not know this kind of model. "
-            "Choose the target quality or rank, or a recipe without fro_ckpt, such as bytes,size=32."
+            "Choose another target, or a recipe without fro_ckpt, such as bytes,size=32."
         )
     outcome = prepared.at(recipe, dtype=dtype)
     return Shrunk(prepared, outcome, source, prepared.adapter.store.nbytes)
 
 
-def report(shrunk: Shrunk) -> str:
-    """What happened, in plain words."""
+def report(shrunk: Shrunk, method: Method | None = None) -> str:
+    """What happened, in plain words. method: what the target was reached with."""
     outcome, before = shrunk.outcome, shrunk.bytes_before
     ranks = [rank for rank in outcome.ranks.values() if rank]
     removed = len(outcome.ranks) - len(ranks)
@@ -184,6 +203,7 @@ def report(shrunk: Shrunk) -> str:
         f"error of the weights {percent_text(outcome.relative_error)}, energy kept {share_text(outcome.energy)}",
         f"ranks {span_text(ranks)} in {len(ranks)} layers" + (f", {removed} layers removed" if removed else ""),
         f"recipe {outcome.recipe}, dtype {outcome.dtype}",
+        *([method.why] if method else []),
     ]
     if outcome.copied:
         lines.append(
@@ -196,10 +216,10 @@ def report(shrunk: Shrunk) -> str:
 
 
 def curve_figure(shrunk: Shrunk, base: Base | None) -> Figure:
-    """Size against error of the LoRA, with the target ringed."""
+    """Size against error of the LoRA, with the target ringed. The layers share a size by their error in the model."""
     from lorashrink.plots.curve import size_and_choice
 
-    score = _SCORE if base is not None else "bytes"
+    score = "bytes" if base is None else "fro_ckpt,bytes"
     return size_and_choice(shrunk.prepared.curve(score, dtype=shrunk.outcome.dtype), shrunk.outcome)
 
 

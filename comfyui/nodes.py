@@ -10,6 +10,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import ComfyExtension, io, ui
 
+from lorashrink import Recipe
 from lorashrink.errors import LorashrinkError
 
 from . import logic
@@ -52,13 +53,11 @@ def _target_inputs() -> list[io.Input]:
             default=logic.QUALITY,
             tooltip="Which of the widgets below decides how small the LoRA becomes.",
         ),
-        io.Float.Input(
+        io.Combo.Input(
             "quality",
-            default=99.0,
-            min=10.0,
-            max=100.0,
-            step=0.1,
-            tooltip="Percent of the LoRA's energy that is kept in each layer. 99 is hard to see; 95 is smaller.",
+            options=list(logic.QUALITIES),
+            default="high",
+            tooltip="How alike the pictures are to be: same, high (hard to tell apart) or small.",
         ),
         io.Float.Input(
             "megabytes",
@@ -77,8 +76,8 @@ def _target_inputs() -> list[io.Input]:
         io.Combo.Input(
             "dtype",
             options=list(logic.DTYPES),
-            default="same",
-            tooltip="Numbers of the shrunk LoRA; 'same' keeps those of the file.",
+            default="auto",
+            tooltip="Numbers of the shrunk LoRA: auto takes fp8 where it is good enough, same those of the file.",
         ),
     ]
 
@@ -112,21 +111,22 @@ class _WithTarget(io.ComfyNode):
     """A node with a target, which is checked before anything runs."""
 
     @classmethod
-    def validate_inputs(cls, target=None, quality=None, megabytes=None, rank=None, recipe=None) -> bool | str:
-        widgets = {"quality": quality, "megabytes": megabytes, "rank": rank, "recipe": recipe}
-        if not isinstance(target, str):
-            return True  # it comes from another node
-        try:
-            logic.recipe_for(target, **{name: value for name, value in widgets.items() if value is not None})
-        except LorashrinkError as error:
-            return str(error)
+    def validate_inputs(cls, target=None, recipe=None) -> bool | str:
+        if target == logic.RECIPE and recipe is not None:  # None: it comes from another node
+            try:
+                Recipe.parse(recipe)
+            except LorashrinkError as error:
+                return str(error)
         return True
 
 
-def _shrink(source: str, model: Any, clip: Any, dtype: str, **target: Any) -> tuple[logic.Shrunk, Any]:
-    """(the shrunk LoRA, the base in the model)."""
+def _shrink(source: str, model: Any, clip: Any, dtype: str, **target: Any) -> tuple[logic.Shrunk, str, Any]:
+    """(the shrunk LoRA, the report, the base in the model)."""
     base = logic.base_of(model, clip)
-    return logic.shrink(source, logic.recipe_for(**target), dtype=dtype, base=base), base
+    method = logic.method_for(source, base)
+    recipe = logic.recipe_for(method=method, **target)
+    shrunk = logic.shrink(source, recipe, dtype=dtype, base=base, calibration=method.calibration)
+    return shrunk, logic.report(shrunk, None if target["target"] == logic.RECIPE else method), base
 
 
 def _applied(model: Any, clip: Any, state: Any, strength_model: float, strength_clip: float) -> tuple[Any, Any]:
@@ -156,9 +156,8 @@ class ShrinkLora(_OfFiles, _WithTarget):
 
     @classmethod
     def execute(cls, model, lora_name, strength_model, strength_clip, dtype, clip=None, **target: Any) -> io.NodeOutput:
-        shrunk, base = _shrink(_path(lora_name), model, clip, dtype, **target)
+        shrunk, text, base = _shrink(_path(lora_name), model, clip, dtype, **target)
         model, clip = _applied(model, clip, shrunk.state_dict(), strength_model, strength_clip)
-        text = logic.report(shrunk)
         picture = logic.to_image(logic.curve_figure(shrunk, base))
         return io.NodeOutput(model, clip, shrunk, text, picture, ui=ui.PreviewText(text))
 
@@ -187,9 +186,8 @@ class CompareLora(_OfFiles, _WithTarget):
     @classmethod
     def execute(cls, model, lora_name, strength_model, strength_clip, dtype, clip=None, **target: Any) -> io.NodeOutput:
         path = _path(lora_name)
-        shrunk, _ = _shrink(path, model, clip, dtype, **target)
+        shrunk, text, _ = _shrink(path, model, clip, dtype, **target)
         full = comfy.utils.load_torch_file(path, safe_load=True)
-        text = logic.report(shrunk)
         return io.NodeOutput(
             *_applied(model, clip, full, strength_model, strength_clip),
             *_applied(model, clip, shrunk.state_dict(), strength_model, strength_clip),
@@ -323,7 +321,7 @@ class MergeLoras(_OfFiles, _WithTarget):
 
     @classmethod
     def execute(cls, model, dtype, target, quality, megabytes, rank, recipe, clip=None, **stack: Any) -> io.NodeOutput:
-        shrunk, _ = _shrink(
+        shrunk, text, _ = _shrink(
             logic.sum_of(_stack(stack)),
             model,
             clip,
@@ -335,7 +333,6 @@ class MergeLoras(_OfFiles, _WithTarget):
             recipe=recipe,
         )
         model, clip = _applied(model, clip, shrunk.state_dict(), 1.0, 1.0)
-        text = logic.report(shrunk)
         return io.NodeOutput(model, clip, shrunk, text, ui=ui.PreviewText(text))
 
 

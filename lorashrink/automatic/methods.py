@@ -79,7 +79,9 @@ class Methods:
     def of(self, source: Source) -> Method:
         """The best method for an adapter. Raises InputError if the adapter cannot be read."""
         alone = Method(
-            "adapter", f"by the adapter alone (a table of its model makes files about half as large: {_CALIBRATE})"
+            "adapter",
+            "method: the LoRA alone. With a calibration table of its model, files become about half as large: "
+            f"{_CALIBRATE}",
         )
         if self._base is None and not self._tables:
             return alone
@@ -88,14 +90,15 @@ class Methods:
             base = (self._base_path or self._base) if fits else None
             for table, where in self._tables:
                 if _fits(adapter, table):
-                    return Method("calibrated", f"calibrated with {table.path.name}, {where}", base, table.path)
+                    return Method("calibrated", f"method: calibrated with {table.path.name}, {where}", base, table.path)
         if base and self._base:
             why = (
-                f"compared with {self._base.path.name} (a table of it makes files about a third smaller: {_CALIBRATE})"
+                f"method: compared with {self._base.path.name}. With a calibration table of it, files become about a "
+                f"third smaller: {_CALIBRATE}"
             )
             return Method("base", why, base)
         if named := self._calibration or (self._base and self._base.path):
-            return Method("adapter", f"by the adapter alone: {named.name} is for another model")
+            return Method("adapter", f"method: the LoRA alone. {named.name} is for another model")
         return alone
 
 

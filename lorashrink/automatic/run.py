@@ -35,6 +35,7 @@ from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.in_memory import refuse_options
 from lorashrink.shrinking.options import ResizeOptions
 from lorashrink.shrinking.outputs import shown, source_files
+from lorashrink.shrinking.request import open_input
 from lorashrink.shrinking.run import shrink as resize_targets
 from lorashrink.sums.summing import contents_sha256
 from lorashrink.text import size_text
@@ -200,6 +201,7 @@ class Run:
         report = resize_targets(
             {item.source: {item.output: recipe} for item, recipe in recipes.items()},
             self._options(method),
+            opener=partial(open_input, dtype=self.request.dtype),
             most_share=self.request.most_share,
             each=take,
             progress=self.progress,
@@ -215,7 +217,11 @@ class Run:
     def _resize(self, method: Method, source: Path, recipe: Recipe, file: Path | None) -> FileResult:
         """What a recipe makes of one adapter, as `drawing.Resize`. Raises InputError."""
         options = replace(self._options(method), dry_run=file is None)
-        report = resize_targets({source: {file or source.with_name("_.safetensors"): recipe}}, options)
+        report = resize_targets(
+            {source: {file or source.with_name("_.safetensors"): recipe}},
+            options,
+            opener=partial(open_input, dtype=options.dtype),
+        )
         if report.failed:
             raise InputError(report.failed[0].error)
         return report.results[0]

@@ -20,20 +20,24 @@ def progress_bars(quiet: bool) -> Iterator[Progress | None]:
         return
     from rich import progress as bars
     from rich.console import Console
+    from rich.table import Column
     from rich.text import Text
 
     class Rate(bars.ProgressColumn):
         def render(self, task: bars.Task) -> Text:
             return Text(f"{task.speed:.0f}/s" if task.speed else "")
 
+    console = Console(stderr=True)
+    # Of one width, so that bars do not jump from file to file.
+    texts = Column(width=max(20, console.width // 2 - 5), no_wrap=True, overflow="ellipsis")
     columns = (
-        bars.TextColumn("{task.description}", markup=False),  # names of files may look like it
+        bars.TextColumn("{task.description}", markup=False, table_column=texts),  # names of files may look like it
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
         Rate(),
         bars.TimeRemainingColumn(),
     )
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as display:
+    with bars.Progress(*columns, console=console, transient=True) as display:
         tasks: dict[str, Any] = {}
         lock = threading.Lock()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,11 +31,16 @@ def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
         console.print(line)
     for line in report.notes:
         console.print(line)
+    warned: dict[str, list[str]] = defaultdict(list)
     for result in report.results:
-        for warning in result.warnings:
-            say(f"{result.input}: {warning}", errors=True)
+        # What was written now; -v repeats what an earlier run said, and what concerns files that are not written.
+        for warning in result.warnings if terminal.verbose or not result.skipped else ():
+            warned[warning].append(result.input)
         for detail in result.details if terminal.verbose else ():
             console.print(f"{Path(result.input).name}: {detail}")
+    for warning, inputs in warned.items():
+        names = inputs[0] if len(inputs) == 1 else f"{len(inputs)} files ({some_names(inputs, terminal.verbose)})"
+        say(f"{names}: {warning}", errors=True)
     if shrunk:
         root = os.path.commonpath([Path(result.input).absolute().parent for result in shrunk])
         drawn = any(result.worst_picture_db is not None for result in shrunk)
@@ -51,10 +57,10 @@ def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
         console.print(table_of(listed, columns))
         if more := len(shrunk) - len(listed):
             console.print(f"and {more} more; -v lists them")
-    skipped: dict[str | None, list[str]] = {}
+    skipped: dict[str | None, list[str]] = defaultdict(list)
     for result in report.results:
         if not result.output:
-            skipped.setdefault(result.skipped, []).append(Path(result.input).name)
+            skipped[result.skipped].append(Path(result.input).name)
     for reason, names in skipped.items():
         console.print(f"not written, {reason}: {some_names(names, terminal.verbose)}")
     if shrunk:

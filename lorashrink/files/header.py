@@ -180,10 +180,9 @@ def raw_header(path: Path) -> tuple[bytes, int]:
         raise DamagedFile(
             f"{path}: a pickle and not safetensors. Rename it to .pt or .ckpt to load it without its code."
         )
-    raise DamagedFile(
-        f"{path}: not a safetensors file, or cut short: its header claims {length} bytes, the file has {size}. "
-        "Download or copy it again."
-    )
+    claim = f"its header claims {length} bytes, the file has {size}"
+    damage = f"not a safetensors file, or cut short: {claim}" if size else "the file is empty"
+    raise DamagedFile(f"{path}: {damage}. Download or copy it again.")
 
 
 def _each_name_once(raw: bytes, header: Mapping[str, Any]) -> bool:

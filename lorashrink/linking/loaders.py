@@ -17,6 +17,7 @@ from lorashrink.adapters import Adapter, Layer, adapter_family, layer_name
 from lorashrink.bases import Base, BaseFamily, family_named
 from lorashrink.bases.rules import LAYOUTS
 from lorashrink.errors import UsageError
+from lorashrink.files.store import IN_8_BITS
 from lorashrink.linking.renaming import layer_name_in
 from lorashrink.names import address, flat
 from lorashrink.text import count_text
@@ -539,44 +540,47 @@ def _ending(key: str) -> str:
 
 
 def open_for_8_bits(
-    open_as: Callable[[str | None], Adapter], base: Base | None, naming: str | None, *, in_8_bits: bool
+    open_as: Callable[[str | None], Adapter], base: Base | None, naming: str | None, *, dtype: str
 ) -> Adapter:
     """The adapter that `open_as` makes for a naming, in another one where its 8-bit factors would not load.
 
-    Raises UsageError if there is none, and what `open_as` raises.
+    dtype: the user's word for the output's; with "auto" the adapter keeps its names where no others are known, and is
+    then written in fp16 (see `hinders_8_bits`). Raises UsageError if another dtype needs names that nobody tells, and
+    what `open_as` raises.
     """
     adapter = open_as(naming)
-    if not in_8_bits:
+    if dtype not in IN_8_BITS:
         return adapter
     try:
-        other = naming_for_8_bits(adapter, base)
+        family = base.family.name if base else adapter_family(adapter)
+        failing = _failing_in_8_bits(adapter, family)
+        namings = [name for name in ("comfy", "diffusers") if base and _suits(failing, base.family, adapter, name)]
+        if failing and not namings and dtype != "auto":
+            raise UsageError(
+                f"{adapter.path}: {hinders_8_bits(adapter, family)}. Give the base, or its norm table, from which "
+                "other names come, or use -t fp16."
+            )
     except BaseException:
         adapter.close()
         raise
-    if other is None:
+    if not (failing and namings):
         return adapter
     adapter.close()
-    note = f"has {other} names: under its input's the factors are multiplied at loading, which fails in fp8"
-    adapter = open_as(other)
+    note = f"has {namings[0]} names: under its input's the factors are multiplied at loading, which fails in fp8"
+    adapter = open_as(namings[0])
     return replace(adapter, notes=(*adapter.notes, note))
 
 
-def naming_for_8_bits(adapter: Adapter, base: Base | None) -> str | None:
-    """A naming in which programs load the adapter's layers with 8-bit factors; None if its own names are fine.
+def hinders_8_bits(adapter: Adapter, family: str | None) -> str:
+    """Why the adapter should not have 8-bit factors under its names, "" if nothing is known against it."""
+    if family is None:
+        return "its names tell no model, so it is not known which programs read it in fp8"
+    failing = _failing_in_8_bits(adapter, family)
+    return f"{failing[0].title} multiplies the factors under these names, and cannot in fp8" if failing else ""
 
-    Raises UsageError if only a base tells other names, and there is none.
-    """
-    family = base.family.name if base else adapter_family(adapter)
-    failing = [loader for loader in LOADERS if family in loader.families and _fails_in_8_bits(loader, adapter, family)]
-    if not failing:
-        return None
-    namings = [naming for naming in ("comfy", "diffusers") if base and _suits(failing, base.family, adapter, naming)]
-    if not namings:
-        raise UsageError(
-            f"{adapter.path}: {failing[0].title} multiplies the factors under these names when it loads them, and "
-            "cannot in fp8. Give the base, or its norm table, from which other names come, or use -t fp16."
-        )
-    return namings[0]
+
+def _failing_in_8_bits(adapter: Adapter, family: str | None) -> list[Loader]:
+    return [loader for loader in LOADERS if family in loader.families and _fails_in_8_bits(loader, adapter, family)]
 
 
 def _fails_in_8_bits(loader: Loader, adapter: Adapter, family: str) -> bool:

@@ -18,7 +18,7 @@ from lorashrink.adapters.family import Shape
 from lorashrink.bases import Base, Views, open_base, views_shape
 from lorashrink.bases.weights import name_weights
 from lorashrink.errors import FamilyMismatch, InputError, NotABase, Progress, UsageError
-from lorashrink.files.store import IN_8_BITS, ComputedStore, tensor_info
+from lorashrink.files.store import ComputedStore, tensor_info
 from lorashrink.linking.loaders import open_for_8_bits
 from lorashrink.linking.renaming import NAMINGS, layer_name_in, layout_of
 from lorashrink.recipes.grammar import DEFAULT, parse_recipes
@@ -75,7 +75,7 @@ def extract(
             lambda name: _difference(path, opened, naming=name or naming, vectors=vectors),
             opened,
             naming,
-            in_8_bits=dtype in IN_8_BITS,
+            dtype=dtype,
         ),
         variant=f",extracted from {Path(base).name},naming={naming},vectors={vectors}",
         progress=progress,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorashrink.errors import InputError, Progress, UsageError
-from lorashrink.files.store import IN_8_BITS
 from lorashrink.linking.inputs import to_sum
 from lorashrink.linking.loaders import open_for_8_bits
 from lorashrink.linking.renaming import check_naming
@@ -83,7 +82,7 @@ def merge(
             lambda name: combined(terms, opened, naming=name, as_base_delta=as_base_delta),
             opened,
             naming,
-            in_8_bits=dtype in IN_8_BITS,
+            dtype=dtype,
         ),
         variant=variant_of(naming, as_base_delta=as_base_delta),
         progress=progress,

@@ -59,11 +59,15 @@ def shrunk_page(report: ShrinkReport, folder: Path) -> bytes:
     shrunk = report.written
     names = {result.input: os.path.relpath(result.output or "", folder) for result in shrunk}
     drawn = [result for result in shrunk if result.pictures]
+    not_written: dict[str, list[str]] = {}
+    for result in report.results:
+        if not result.output:
+            not_written.setdefault(result.skipped or "", []).append(Path(result.input).name)
     before, after = (sum(getattr(result, key) for result in shrunk) for key in ("bytes_before", "bytes_after"))
     return rendered(
         "shrunk.html",
         title=names[shrunk[0].input] if len(shrunk) == 1 else count_text(len(shrunk), "LoRA"),
-        facts=f"{size_text(before)} before, {size_text(after)} after, {share_text(1 - after / before)} saved",
+        facts=f"{size_text(before)} before, {size_text(after)} after, {1 - after / before:.0%} saved",
         report=report,
         figure_colours={},  # it has no figures
         before=before,
@@ -72,7 +76,7 @@ def shrunk_page(report: ShrinkReport, folder: Path) -> bytes:
         shrunk=[_FileRow(names[result.input], result) for result in shrunk],
         columns=_COLUMNS,
         reasons=dict.fromkeys(result.why for result in shrunk),
-        left=[(Path(result.input).name, result.skipped) for result in report.results if not result.output],
+        not_written=not_written,
         failed=[(Path(failure.input).name, failure.error) for failure in report.failed],
         sheets=[
             _PairSheet(names[result.input], result, list(map(_PairRow.of, result.pictures)))
@@ -86,7 +90,7 @@ _COLUMNS = (
     Column("file", "in the folder", lambda row: row.name, code=True),
     Column("before", "size", lambda row: size_text(row.result.bytes_before), lambda row: row.result.bytes_before),
     Column("after", "size", lambda row: size_text(row.result.bytes_after), lambda row: row.result.bytes_after),
-    Column("share", "size after / size before", lambda row: share_text(row.result.share), lambda row: row.result.share),
+    Column("share", "size after / size before", lambda row: f"{row.result.share:.0%}", lambda row: row.result.share),
     Column(
         "quality",
         "PSNR of the worst picture, or what is predicted for the mean",

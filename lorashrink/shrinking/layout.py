@@ -12,6 +12,7 @@ from lorashrink.adapters import Adapter, Layer, lora_form, peft
 from lorashrink.adapters.family import Family, Infos
 from lorashrink.files.header import Sizes
 from lorashrink.files.store import DTYPES, FACTOR_DTYPES, MIXTURES, OUTPUT_DTYPES, TensorInfo, tensor_info
+from lorashrink.linking.loaders import hinders_8_bits
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.shrinking import metadata
 
@@ -78,7 +79,9 @@ class Layout:
         self.layers = [adapter.layers[index] for index in judged]
         self.forms = [Form.of(layer) for layer in self.layers]
         # Per layer the dtypes that it may be written in, the preferred one first.
-        self.options = [dtypes_for(dtype, layer.dtype) for layer in self.layers]
+        self.no_fp8 = hinders_8_bits(adapter, family) if dtype == "auto" else ""
+        word = "fp16" if self.no_fp8 else dtype
+        self.options = [dtypes_for(word, layer.dtype) for layer in self.layers]
         self.dtypes: Sequence[str] = [options[0] for options in self.options]
         self.small = any(FP8 in options for options in self.options)
         if self.small and family not in READ_WITH_ALPHA:

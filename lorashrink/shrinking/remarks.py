@@ -25,7 +25,12 @@ def output_warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int
     layers = decomposed.adapter.layers
     if not layout.written(widths):
         warnings.append(
-            "no layer is smaller as a LoRA of these ranks, or can be one; the output is a copy of the input"
+            "no layer becomes smaller: its own form is already smaller than a LoRA of these ranks, or it cannot be a "
+            "LoRA. The output is a copy of the input"
+        )
+    if layout.no_fp8:
+        warnings.append(
+            f"is in fp16: {layout.no_fp8}. --base MODEL halves the file, or -t fp8 if your program reads it"
         )
     off = [layer.name for layer in layers if layer.off]
     if off:
@@ -119,8 +124,8 @@ def unreadable_encoders(layers: Sequence[Layer], removed: Collection[str]) -> li
         if match := _ENCODER.match(layer.name):
             encoders.setdefault(match[0], []).append(layer.name)
     return [
-        f"{encoder} keeps other layers but no self_attn_out_proj, and diffusers 0.42 cannot load such a file; "
-        "--naming diffusers helps"
+        f"{encoder} keeps other layers but no self_attn_out_proj, and diffusers 0.42 cannot load such a file. For "
+        "diffusers: lorashrink convert --naming diffusers"
         for encoder, names in encoders.items()
         if any(name not in removed for name in names)
         and all(name in removed for name in names if name.endswith("out_proj"))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from lorashrink.adapters import UNKNOWN, Adapter, open_adapter, peft
 from lorashrink.bases import Base
@@ -17,7 +18,7 @@ from lorashrink.errors import InputError, RecipeError, UsageError
 from lorashrink.files.disk import absent_text
 from lorashrink.files.header import read_header
 from lorashrink.files.metadata_keys import RECIPE
-from lorashrink.files.store import IN_8_BITS, MIXTURES
+from lorashrink.files.store import MIXTURES
 from lorashrink.linking.inputs import Sum, check_exists, find_inputs, split_weight
 from lorashrink.linking.loaders import open_for_8_bits
 from lorashrink.linking.renaming import check_naming, renamed
@@ -135,13 +136,15 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
         targets,
         replace(options, form="lora") if reader else options,
         opener=partial(
-            _open,
+            open_input,
             sums=sums,
             naming=options.naming,
             target=reader,
             strict=options.strict,
-            in_8_bits=options.dtype in IN_8_BITS
-            or (options.dtype == "same" and any(recipe.select == "quality" for recipe in recipes)),
+            # As in `Work.outline`.
+            dtype="mixed"
+            if options.dtype == "same" and any(recipe.select == "quality" for recipe in recipes)
+            else options.dtype,
         ),
         bases=bases,
         reader=reader.title if reader else "",
@@ -257,16 +260,18 @@ def check_calibration(recipes: Sequence[Recipe], calibration: str | Path | None)
             )
 
 
-def _open(
+def open_input(
     source: Path,
     base: Base | None,
     *,
-    sums: Mapping[Path, Sum],
-    naming: str | None,
-    target: Target | None,
-    strict: bool,
-    in_8_bits: bool,
+    dtype: str,
+    sums: Mapping[Path, Sum] = MappingProxyType({}),
+    naming: str | None = None,
+    target: Target | None = None,
+    strict: bool = False,
 ) -> Adapter:
+    """The adapter of a source, with the names, the form and the contents that these options of `resize` ask for."""
+
     def open_as(name: str | None) -> Adapter:
         if source in sums:
             return combined(sums[source], base, naming=name)
@@ -277,7 +282,7 @@ def _open(
             adapter.close()
             raise
 
-    adapter = open_for_8_bits(open_as, base, naming, in_8_bits=in_8_bits)
+    adapter = open_for_8_bits(open_as, base, naming, dtype=dtype)
     try:
         unknown = [key for key, reason in adapter.others.items() if reason == UNKNOWN]
         if strict and unknown:

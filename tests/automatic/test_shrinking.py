@@ -246,7 +246,7 @@ def test_an_adapter_for_another_model_is_shrunk_alone(collection: Path, tmp_path
     save_file(tensors, collection / "flux.safetensors")
     results = {Path(result.input).name: result for result in ls.shrink(collection, calibration=TABLE, rank=2).results}
     assert results["flux.safetensors"].method == "adapter"
-    assert results["flux.safetensors"].why == "by the adapter alone: table.safetensors is for another model"
+    assert results["flux.safetensors"].why == "method: the LoRA alone. table.safetensors is for another model"
 
 
 def test_a_file_that_fails_does_not_stop_the_others(collection: Path) -> None:

@@ -26,7 +26,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
 
 LORA = {"lora_name": "style.safetensors", "strength_model": 1.0, "strength_clip": 1.0}
-TARGET = {"target": "size in MB", "quality": 99.0, "megabytes": 50.0, "rank": 16, "dtype": "same"}
+TARGET = {"target": "size in MB", "quality": "high", "megabytes": 50.0, "rank": 16, "dtype": "same"}
 TARGET |= {"recipe": "fro_ckpt=1,thr=-3.55"}
 SAMPLER = {"seed": 3, "steps": 20, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 SIZE = {"width": 1024, "height": 1024, "batch_size": 1}

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import lorashrink as ls
 import lorashrink_example
+from lorashrink.automatic.method import Method
 from lorashrink.bases.norms import BaseNorms
 from lorashrink.cli import app
 from lorashrink.errors import LorashrinkError, OutputError, RecipeError, UsageError
@@ -56,17 +57,35 @@ def comfy_model(base, prefix="model.diffusion_model."):
 # --- targets ------------------------------------------------------------------------------------
 
 
+ALONE = Method("adapter", "")
+
+
 def test_each_target_gives_its_recipe():
-    assert str(logic.recipe_for("quality", quality=98.5)) == "energy=0.985"
-    assert str(logic.recipe_for("rank", rank=8)) == "rank=8"
-    assert str(logic.recipe_for("recipe", recipe=" spn_lora=1,thr=-1.2 ")) == "spn_lora=1,thr=-1.2"
-    recipe = logic.recipe_for("size in MB", megabytes=32)
+    assert str(logic.recipe_for("quality", ALONE, quality="high")) == "energy=0.994988"  # 40 dB: error 10^((17-40)/20)
+    assert str(logic.recipe_for("rank", ALONE, rank=8)) == "rank=8"
+    assert str(logic.recipe_for("recipe", ALONE, recipe=" spn_lora=1,thr=-1.2 ")) == "spn_lora=1,thr=-1.2"
+    recipe = logic.recipe_for("size in MB", ALONE, megabytes=32)
     assert recipe.value * 2**20 == pytest.approx(32e6, rel=1e-5)
 
 
 def test_a_wrong_recipe_is_said_in_words():
     with pytest.raises(RecipeError, match="Did you mean rank"):
-        logic.recipe_for("recipe", recipe="rnk=4")
+        logic.recipe_for("recipe", ALONE, recipe="rnk=4")
+
+
+def test_a_quality_gives_the_file_that_shrink_writes(adapter, base, tmp_path):
+    unet = {key: tensor for key, tensor in load_file(base).items() if key.startswith("model.diffusion_model.")}
+    file = fixtures.write_tensors(tmp_path / "unet.safetensors", unet)
+    model = comfy_model(base)
+    loaded = logic.base_of(model)
+    method = logic.method_for(str(adapter), loaded)
+    shrunk = logic.shrink(str(adapter), logic.recipe_for("quality", method, quality="small"), dtype="auto", base=loaded)
+    (written,) = ls.shrink(adapter, base=file, quality="small", output=tmp_path / "out").results
+    expected, state = load_file(written.output), shrunk.state_dict()
+    assert (method.name, written.method) == ("base", "base")
+    assert state.keys() == expected.keys()
+    assert all(state[key].equal(tensor) for key, tensor in expected.items())
+    assert method.why in logic.report(shrunk, method)
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -140,7 +159,7 @@ def test_a_shrunk_lora_is_what_resize_writes(adapter, base, tmp_path):
     model = comfy_model(base)
     unet = {key: tensor for key, tensor in load_file(base).items() if key.startswith("model.diffusion_model.")}
     file = fixtures.write_tensors(tmp_path / "unet.safetensors", unet)
-    for recipe in (logic.recipe_for("size in MB", megabytes=0.06), logic.recipe_for("quality", quality=95)):
+    for recipe in (logic.recipe_for("size in MB", Method("base", ""), megabytes=0.06), ls.Recipe.parse("energy=0.95")):
         shrunk = logic.shrink(str(adapter), recipe, base=logic.base_of(model))
         ls.resize(adapter, base=file, recipes=recipe, output=tmp_path / "a.safetensors", force=True)
         expected = load_file(tmp_path / "a.safetensors")

@@ -16,7 +16,7 @@ from lorashrink.node_pack import install
 
 pytestmark = pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no ComfyUI")
 
-TARGET = {"target": "rank", "quality": 99.0, "megabytes": 0.5, "rank": 3, "recipe": "rank=2", "dtype": "same"}
+TARGET = {"target": "rank", "quality": "high", "megabytes": 0.5, "rank": 3, "recipe": "rank=2", "dtype": "same"}
 STRENGTHS = {"strength_model": 0.8, "strength_clip": 0.6}
 
 
@@ -73,7 +73,7 @@ def shrink(name, **target):
 def test_the_shrunk_lora_draws_what_its_file_draws(server, tmp_path):
     for target in (
         {"rank": 3},
-        {"target": "quality", "quality": 90.0},
+        {"target": "quality", "quality": "small", "dtype": "auto"},
         {"target": "size in MB", "megabytes": 0.4, "dtype": "bf16"},
         {"target": "recipe", "recipe": "fro_ckpt=1,thr=-2.5"},
     ):
@@ -87,7 +87,7 @@ def test_the_shrunk_lora_draws_what_its_file_draws(server, tmp_path):
 
 def test_at_full_rank_it_draws_what_the_source_draws(server, tmp_path):
     source = latents(server, stock("style.safetensors"), tmp_path)
-    full = latents(server, shrink("style.safetensors", target="quality", quality=100.0, dtype="fp32"), tmp_path)
+    full = latents(server, shrink("style.safetensors", target="recipe", recipe="energy=1", dtype="fp32"), tmp_path)
     nothing = latents(server, stock("style.safetensors") | {"class_type": "LoraLoader"}, tmp_path)
     without = node("LoraLoader", lora_name="style.safetensors", strength_model=0.0, strength_clip=0.0)
     effect = (source - latents(server, without, tmp_path)).norm()

@@ -18,13 +18,15 @@ from formats_samples import ADAPTERS, BASES, EXCEPTIONS, LAYOUTS, SYNTHETIC, For
 from formats_table import DOCUMENT, MODELS, QUANTISED, WHAT, containers, document
 from torch import Tensor
 
-from lorashrink.adapters import Adapter, Layer, layer_name
+from lorashrink.adapters import Adapter, Layer, layer_name, open_adapter
 from lorashrink.adapters.peft import CONFIG_FILE, METADATA_KEY, WEIGHTS_FILE
 from lorashrink.bases import recognise
 from lorashrink.engine.delta import AnyDelta, Delta
 from lorashrink.linking import matching
+from lorashrink.linking.loaders import loads
 from lorashrink.names import address
 from lorashrink.results.shrinking import FileResult
+from lorashrink.shrinking.run import resize
 
 # --- what is compared ---------------------------------------------------------------------------
 
@@ -245,3 +247,16 @@ def test_every_list_is_in_the_table() -> None:
 
 def test_the_documented_table_is_up_to_date(page: str) -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == page, "run: make formats"
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_auto_keeps_every_program_that_loads_the_file(formats: Formats, name: str, tmp_path: Path) -> None:
+    source = formats.shrunk(name).before.path
+    with open_adapter(source) as adapter:
+        before = loads(adapter)
+    report = resize(source, recipes="rank=2", dtype="auto", output=tmp_path)
+    (after,) = report.results
+    assert set(before.loads_in or ()) <= set(after.loads.loads_in or ())
+    if before.loads_in is None:  # nobody can say who would read fp8
+        with open_adapter(after.output) as adapter:
+            assert not any(layer.dtype.startswith("F8") for layer in adapter)
