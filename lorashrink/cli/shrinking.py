@@ -39,8 +39,8 @@ def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
         for detail in result.details if terminal.verbose else ():
             console.print(f"{Path(result.input).name}: {detail}")
     for warning, inputs in warned.items():
-        names = inputs[0] if len(inputs) == 1 else f"{len(inputs)} files ({some_names(inputs, terminal.verbose)})"
-        say(f"{names}: {warning}", errors=True)
+        files = inputs[0] if len(inputs) == 1 else f"{len(inputs)} files ({some_names(inputs, terminal.verbose)})"
+        say(f"{files}: {warning}", errors=True)
     if shrunk:
         root = os.path.commonpath([Path(result.input).absolute().parent for result in shrunk])
         drawn = any(result.worst_picture_db is not None for result in shrunk)

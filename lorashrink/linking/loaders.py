@@ -544,31 +544,43 @@ def open_for_8_bits(
 ) -> Adapter:
     """The adapter that `open_as` makes for a naming, in another one where its 8-bit factors would not load.
 
-    dtype: the user's word for the output's; with "auto" the adapter keeps its names where no others are known, and is
-    then written in fp16 (see `hinders_8_bits`). Raises UsageError if another dtype needs names that nobody tells, and
-    what `open_as` raises.
+    dtype: the user's word for the output's. With "auto" the adapter keeps its names where no others are known, and is
+    then written in fp16 (see `hinders_8_bits`). Raises as `naming_for_8_bits` and `open_as`.
     """
     adapter = open_as(naming)
     if dtype not in IN_8_BITS:
         return adapter
     try:
-        family = base.family.name if base else adapter_family(adapter)
-        failing = _failing_in_8_bits(adapter, family)
-        namings = [name for name in ("comfy", "diffusers") if base and _suits(failing, base.family, adapter, name)]
-        if failing and not namings and dtype != "auto":
-            raise UsageError(
-                f"{adapter.path}: {hinders_8_bits(adapter, family)}. Give the base, or its norm table, from which "
-                "other names come, or use -t fp16."
-            )
-    except BaseException:
+        other = naming_for_8_bits(adapter, base)
+    except BaseException as error:
+        if dtype == "auto" and isinstance(error, UsageError):
+            return adapter
         adapter.close()
         raise
-    if not (failing and namings):
+    if other is None:
         return adapter
     adapter.close()
-    note = f"has {namings[0]} names: under its input's the factors are multiplied at loading, which fails in fp8"
-    adapter = open_as(namings[0])
+    note = f"has {other} names: under its input's the factors are multiplied at loading, which fails in fp8"
+    adapter = open_as(other)
     return replace(adapter, notes=(*adapter.notes, note))
+
+
+def naming_for_8_bits(adapter: Adapter, base: Base | None) -> str | None:
+    """A naming in which programs load the adapter's layers with 8-bit factors; None if its own names are fine.
+
+    Raises UsageError if only a base tells other names, and there is none.
+    """
+    family = base.family.name if base else adapter_family(adapter)
+    failing = _failing_in_8_bits(adapter, family)
+    if not failing:
+        return None
+    namings = [naming for naming in ("comfy", "diffusers") if base and _suits(failing, base.family, adapter, naming)]
+    if not namings:
+        raise UsageError(
+            f"{adapter.path}: {hinders_8_bits(adapter, family)}. Give the base, or its norm table, from which other "
+            "names come, or use -t fp16."
+        )
+    return namings[0]
 
 
 def hinders_8_bits(adapter: Adapter, family: str | None) -> str:
