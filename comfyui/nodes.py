@@ -29,12 +29,6 @@ def _path(name: str) -> str:
     return folder_paths.get_full_path_or_raise("loras", name)
 
 
-def _stamp(*names: str) -> list[tuple[str, float]]:
-    """Names and times of files, so that a file that was replaced is read again."""
-    paths = [folder_paths.get_full_path("loras", name) for name in names if name]
-    return [(path, os.path.getmtime(path)) for path in paths if path]
-
-
 def _lora_input(id: str = "lora_name", **options: Any) -> io.Combo.Input:
     return io.Combo.Input(id, options=_loras(), tooltip="A file of the loras folder.", **options)
 
@@ -104,7 +98,9 @@ class _OfFiles(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **values: Any) -> object:
-        return _stamp(*(value for key, value in values.items() if key.startswith("lora_")))
+        names = [value for key, value in values.items() if key.startswith("lora_") and value]
+        paths = [folder_paths.get_full_path("loras", name) for name in names]
+        return [(path, os.path.getmtime(path)) for path in paths if path]
 
 
 class _WithTarget(io.ComfyNode):

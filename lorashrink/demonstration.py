@@ -65,7 +65,7 @@ def demo(output: str | Path = "demo-out", *, progress: Progress | None = None) -
         progress=progress,
     )
     try:
-        pictures = _figures(page, plan.results[0], folder)
+        pictures = write_figures(page, plan.results[0], folder)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written into ({error.strerror or error}).") from error
     return Demo(example.commands(folder, drawing), inspection, shrunk, page, pictures)
@@ -108,7 +108,8 @@ class _Example:
         return tuple(shlex.join(["lorashrink", *map(str, words)]) for words in commands)
 
 
-def _figures(page: ReportFile, shrunk: FileResult, folder: Path) -> tuple[str, ...]:
+def write_figures(page: ReportFile, shrunk: FileResult, folder: Path) -> tuple[str, ...]:
+    """Write ranks, sizes and pictures into a folder; their paths."""
     from lorashrink.plots import style
     from lorashrink.plots.comparison_sheet import pictures_by_size
     from lorashrink.plots.quality import size_and_error, size_and_pictures

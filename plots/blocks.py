@@ -26,13 +26,13 @@ def grouped(blocks: Sequence[str], most: int) -> dict[str, list[str]]:
     ordered = sorted(set(blocks), key=order)
     groups = []
     for length in range(1, len(ordered) + 2):
-        groups = _runs(ordered, length)
+        groups = runs_of(ordered, length)
         if len(groups) <= most:
             break  # else the widest runs, which are too many too
     return {_label(members): members for members in groups}
 
 
-def _runs(ordered: Sequence[str], length: int) -> list[list[str]]:
+def runs_of(ordered: Sequence[str], length: int) -> list[list[str]]:
     """Runs of up to `length` blocks of one word; text encoders are one run each."""
     runs: list[list[str]] = []
     for block in ordered:

@@ -42,7 +42,7 @@ def pictures_by_size(sweep: Sweep, *, side: int = 320) -> Image.Image:
     ]
     labels = drawn.labels
     cut = f", the first {_MOST_ROWS} of {len(labels)} pictures" if len(labels) > _MOST_ROWS else ""
-    return _table(
+    return picture_table(
         f"{Path(sweep.source).name} at {count_text(len(columns) - 1, 'size')}{cut}",
         [heads for heads, _, _ in columns],
         labels[:_MOST_ROWS],
@@ -79,7 +79,7 @@ def _read(path: str, side: int) -> Image.Image:
     return small.resize((times * small.width, times * small.height), Image.Resampling.NEAREST)
 
 
-def _table(
+def picture_table(
     title: str, heads: Sequence[Sequence[str]], labels: Sequence[str], rows: Sequence[Sequence[tuple[Image.Image, str]]]
 ) -> Image.Image:
     """heads: lines above each column. labels: one left of each row. rows: pictures, and a text below each."""

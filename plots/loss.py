@@ -26,7 +26,12 @@ def loss_curve(scalars: Mapping[str, Points]) -> Figure:
     """
     if not scalars.get(_AVERAGE):
         raise InputError(f"the log holds no {_AVERAGE}, so no step of training is in it")
-    rates = _merged({tag.removeprefix(_RATE): scalars[tag] for tag in sorted(scalars) if tag.startswith(_RATE)})
+    names: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for tag in sorted(scalars):
+        if tag.startswith(_RATE) and scalars[tag]:
+            names.setdefault(tuple(scalars[tag]), []).append(tag.removeprefix(_RATE))
+    # Equal curves under one name, because one would hide the other.
+    rates = {"\n".join(same): points for points, same in names.items()}
     figure = Figure(figsize=(8.0, 5.0 if rates else 3.8))
     panels = figure.subplots(
         2 if rates else 1, sharex=True, squeeze=False, height_ratios=[3, 1] if rates else None
@@ -49,15 +54,6 @@ def loss_curve(scalars: Mapping[str, Points]) -> Figure:
         axes.yaxis.set_major_formatter("{x:.3g}")
     axes.set_xlabel("optimizer step")
     return figure
-
-
-def _merged(rates: Mapping[str, Points]) -> dict[str, Points]:
-    """Equal curves under one name, because one would hide the other."""
-    names: dict[tuple[tuple[int, float], ...], list[str]] = {}
-    for name, points in rates.items():
-        if points:
-            names.setdefault(tuple(points), []).append(name)
-    return {"\n".join(same): points for points, same in names.items()}
 
 
 def _columns(points: Points) -> tuple[list[int], list[float]]:

@@ -68,7 +68,7 @@ def size_and_pictures(sweep: Sweep) -> Figure:
     rows = figure.subplots(len(_DRAWN), sharex=True)
     for axes, name in zip(rows, _DRAWN, strict=True):
         measure = next(measure for measure in MEASURES if measure.name == name)
-        _draw_likeness(axes, sweep, drawn, measure)
+        draw_likeness(axes, sweep, drawn, measure)
     rows[0].set_title(
         f"{count_text(len(drawn.files), 'picture')} against the original adapter's, {size_text(sweep.bytes)}"
     )
@@ -107,7 +107,8 @@ def size_and_texts(sweep: Sweep) -> Figure:
     return figure
 
 
-def _draw_likeness(axes: Axes, sweep: Sweep, drawn: Drawn, measure: Measure) -> None:
+def draw_likeness(axes: Axes, sweep: Sweep, drawn: Drawn, measure: Measure) -> None:
+    """One measure of the pictures over the size, with the two ends of its scale."""
     for name, colour, points in _curves(point for point in sweep.points if point.pictures):
         values = [(point.bytes / _MEGA, point.pictures.values[measure.name]) for point in points if point.pictures]
         sizes = [size for size, _ in values]

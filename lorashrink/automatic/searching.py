@@ -39,11 +39,12 @@ def smallest_size(
             low = max(low, size)
         if low >= min(most, high / _CLOSE):
             break
-        size = _next_size(levels, size, low, min(high, most), target)
+        size = next_size(levels, size, low, min(high, most), target)
     return high if math.isfinite(high) else None
 
 
-def _next_size(levels: dict[float, float], size: float, low: float, high: float, target: float) -> float:
+def next_size(levels: dict[float, float], size: float, low: float, high: float, target: float) -> float:
+    """Where to look next, after `size`, between the largest size that is too small and the smallest that is not."""
     level = levels[size]
     if not math.isfinite(level):
         return math.sqrt(size * high)

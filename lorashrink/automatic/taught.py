@@ -26,12 +26,12 @@ def taught(source: Path, count: int) -> tuple[list[str], list[str]]:
     """The words that call an adapter, and captions of its training: any sentences, or `count` groups of tags."""
     with open_adapter(source) as adapter:
         metadata = adapter.store.metadata
-    counts = _tag_counts(metadata.get("ss_tag_frequency", ""))
+    counts = tag_counts(metadata.get("ss_tag_frequency", ""))
     shown = metadata.get("ss_num_train_images", "")
     total = int(shown) if re.fullmatch(r"\d{1,9}", shown) else 0
-    named = [*_phrases(metadata.get("modelspec.trigger_phrase", "")), *_trained_words(source)]
+    named = [*_phrases(metadata.get("modelspec.trigger_phrase", "")), *trained_words(source)]
     common = [tag for tag, images in counts.most_common(3) if total and images >= _TRIGGER_SHARE * total]
-    triggers = list(dict.fromkeys(named or common or _name_words(metadata, counts)))
+    triggers = list(dict.fromkeys(named or common or name_words(metadata, counts)))
     rest = [tag for tag, _ in counts.most_common() if tag not in triggers]
     captions = [tag for tag in rest if len(tag.split()) > 3]  # sentences: each is a caption of its own
     if not captions and rest:
@@ -41,7 +41,7 @@ def taught(source: Path, count: int) -> tuple[list[str], list[str]]:
     return triggers, captions
 
 
-def _name_words(metadata: Mapping[str, str], counts: Counter[str]) -> list[str]:
+def name_words(metadata: Mapping[str, str], counts: Counter[str]) -> list[str]:
     """Words of the adapter's own name that captions of its training use."""
     name = f"{metadata.get('ss_output_name', '')} {metadata.get('modelspec.title', '')}"
     words = dict.fromkeys(word for word in re.findall(r"[^\W\d_]{3,}", name.lower()))
@@ -50,7 +50,7 @@ def _name_words(metadata: Mapping[str, str], counts: Counter[str]) -> list[str]:
     return [word for word, count in used.items() if total and count >= _NAME_SHARE * total][:1]
 
 
-def _tag_counts(text: str) -> Counter[str]:
+def tag_counts(text: str) -> Counter[str]:
     """Tag or caption -> in how many pictures it is."""
     counts: Counter[str] = Counter()
     for tags in _dict(json_in(text)).values():
@@ -61,7 +61,7 @@ def _tag_counts(text: str) -> Counter[str]:
     return counts
 
 
-def _trained_words(source: Path) -> Iterator[str]:
+def trained_words(source: Path) -> Iterator[str]:
     """Trigger words in the files that civitai's tools and LoRA managers keep beside an adapter."""
     for ending in (".civitai.info", ".metadata.json"):
         path = source.with_suffix(ending)

@@ -56,7 +56,7 @@ def command(
         @functools.wraps(function)
         def run(*, as_json: bool, verbose: int, quiet: bool, debug: bool, help_all: bool, **arguments: Any) -> None:
             name = function.__name__.replace("_", "-")
-            with _session(name, as_json, verbose, quiet, debug) as progress:
+            with session(name, as_json, verbose, quiet, debug) as progress:
                 conditions = [Condition.parse(text, quantities) for text in arguments.pop("fail_on", None) or ()]
                 terminal = Terminal(as_json, verbose, quiet, arguments.get("dry_run", False), progress)
                 result = function(terminal, **arguments)
@@ -82,13 +82,13 @@ def command(
                 raise typer.Exit(EXIT_CONDITION)
 
         run.__annotations__ = {}  # typer reads the options of a command from its signature
-        run.__signature__ = _signature(function, verbose_help)  # type: ignore[attr-defined]
+        run.__signature__ = command_signature(function, verbose_help)  # type: ignore[attr-defined]
         return run
 
     return decorate
 
 
-def _signature(function: Callable[..., object], verbose_help: str) -> inspect.Signature:
+def command_signature(function: Callable[..., object], verbose_help: str) -> inspect.Signature:
     """The options of the function, and behind them those of all commands; `--csv` stands beside `--json`."""
     _, *own = inspect.signature(function, eval_str=True).parameters.values()
     options = {parameter.name: (parameter.annotation, parameter.default) for parameter in own}
@@ -127,7 +127,7 @@ def _signature(function: Callable[..., object], verbose_help: str) -> inspect.Si
 
 
 @contextlib.contextmanager
-def _session(name: str, as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[Progress | None]:
+def session(name: str, as_json: bool, verbose: int, quiet: bool, debug: bool) -> Iterator[Progress | None]:
     """Progress on stderr, and the only place where errors become exit statuses."""
     logging.basicConfig(level=logging.DEBUG if debug or verbose > 1 else logging.WARNING, format="%(message)s")
     for handler in logging.getLogger().handlers:

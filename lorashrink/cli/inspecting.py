@@ -69,12 +69,13 @@ def print_inspection(inspection: Inspection, terminal: Terminal) -> None:
     console = new_console()
     if len(inspection.files) == 1 or terminal.verbose:
         for adapter in inspection.files:
-            _print_adapter(console, adapter, terminal.verbose > 0)
+            print_adapter(console, adapter, terminal.verbose > 0)
     if len(inspection.files) > 1:
         console.print(table_of(inspection.files, _FILES, extra=_LESS_OF_FILES, everything=terminal.verbose > 0))
 
 
-def _print_adapter(console: Console, adapter: AdapterTable, everything: bool) -> None:
+def print_adapter(console: Console, adapter: AdapterTable, everything: bool) -> None:
+    """All about one adapter, its facts last, where they are seen first."""
     width = max(map(len, adapter.notes), default=0)
     for label, text in adapter.notes.items():
         console.print(f"{label:<{width}}  {text}")

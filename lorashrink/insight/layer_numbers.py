@@ -69,7 +69,7 @@ def numbers_of(
     layer: Layer, spectrum: Spectrum, norms: Mapping[str, float], singular_values: bool, widest: int
 ) -> dict[str, object]:
     """The fields of a layer's row; `norms` are of the base weight, `widest` is the largest rank of the file."""
-    facts: dict[str, object] = {"alpha": layer.alpha, "scale": layer.scale, "flags": _flags(layer, spectrum, widest)}
+    facts: dict[str, object] = {"alpha": layer.alpha, "scale": layer.scale, "flags": flags_of(layer, spectrum, widest)}
     facts |= {"base_fro": norms.get("fro"), "base_spectral": norms.get("spn")}
     if not spectrum.finite:
         return facts
@@ -92,7 +92,8 @@ def numbers_of(
     return facts
 
 
-def _flags(layer: Layer, spectrum: Spectrum, widest: int) -> tuple[str, ...]:
+def flags_of(layer: Layer, spectrum: Spectrum, widest: int) -> tuple[str, ...]:
+    """What is unusual about a layer; see `health`."""
     if not spectrum.finite:
         return ("nan",)
     sigma, alpha, scale = spectrum.sigma, layer.alpha, layer.scale

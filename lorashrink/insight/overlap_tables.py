@@ -122,7 +122,7 @@ def layer_overlap(
     if numbers:
         for number, sigma in zip(adapters, numbers.spectral.tolist(), strict=True):
             spectral[number] = sigma
-        total = _layer_sum(adapters, numbers, fro, spectral, weights, norms)
+        total = layer_sum(adapters, numbers, fro, spectral, weights, norms)
     flags = {
         "needs_base": total is None,
         "alone": total and len(adapters) == 1,
@@ -146,7 +146,7 @@ def layer_overlap(
     )
 
 
-def _layer_sum(
+def layer_sum(
     adapters: Sequence[int],
     numbers: Interaction,
     fro: Sequence[float],
@@ -154,6 +154,7 @@ def _layer_sum(
     weights: Sequence[float],
     norms: Mapping[str, float],
 ) -> LayerSum:
+    """What the adapters add to one weight together. `adapters`: those that change it; the rest is of all adapters."""
     size, first, second = numbers.total
     shares = dict(zip(adapters, numbers.shares.tolist(), strict=True))
     return LayerSum(

@@ -36,9 +36,9 @@ class Reader:
     def __init__(
         self, model: Path, adapter: Path, text: Path, *, device: str, progress: Progress | None = None
     ) -> None:
-        _check(model, adapter)
+        check_readable(model, adapter)
         self.name, self.file, self._progress = str(model), str(text), progress
-        self._causal, self._model, tokenizer = _load(model, adapter, device)
+        self._causal, self._model, tokenizer = load_model(model, adapter, device)
         try:
             words = text.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -145,7 +145,8 @@ def _surprise(answer: Tensor, tokens: Tensor) -> float:
     return float(-answer[:-1].gather(1, tokens[1:, None]).mean())
 
 
-def _check(model: Path, adapter: Path) -> None:
+def check_readable(model: Path, adapter: Path) -> None:
+    """Raises UsageError if a package is missing, or transformers and PEFT have no such kind of model or adapter."""
     from importlib.util import find_spec
 
     for package in ("transformers", "peft"):
@@ -162,7 +163,7 @@ def _check(model: Path, adapter: Path) -> None:
         raise UsageError(f"{adapter}: changes its base at load (init_lora_weights), and is not compared by --text.")
 
 
-def _load(model: Path, adapter: Path, device: str) -> tuple[bool, Any, Any]:
+def load_model(model: Path, adapter: Path, device: str) -> tuple[bool, Any, Any]:
     """(whether it predicts next words, the model with the original adapter, its tokenizer)."""
     import torch
     from peft import PeftModel

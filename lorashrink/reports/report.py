@@ -118,7 +118,7 @@ def report(
         unswept="" if result else str(refusal or table.health[0].text),
         shrunk=shrunk,
         hashes=hashes,
-        commands=_commands(source, path, recipes, {**shared, **tried}, shrunk, paths=paths),
+        commands=command_lines(source, path, recipes, {**shared, **tried}, shrunk, paths=paths),
     )
     data = write_card(path, findings) if as_card else page(findings, progress, paths=paths)
     write_bytes(path, data)
@@ -159,7 +159,7 @@ _OPTIONS = {
 }
 
 
-def _commands(
+def command_lines(
     source: Path,
     output: Path,
     recipes: str | Sequence[str],

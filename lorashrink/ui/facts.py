@@ -37,15 +37,16 @@ def facts_of(path: Path) -> Mapping[str, Any]:
                 family = json.loads(metadata.get("base", "{}")).get("family")
                 return {"state": "read", "kind": "statistics", "family": family}
             if not looks_like_adapter(tensors):
-                return _model_facts(path)
+                return model_facts(path)
         elif not peft.is_folder(path):
-            return _model_facts(path)
-        return _adapter_facts(path)
+            return model_facts(path)
+        return adapter_facts(path)
     except Exception as error:  # whatever a file does, the others are read
         return {"state": "failed", "kind": "other", "error": str(explained(path, error))}
 
 
-def _model_facts(path: Path) -> Mapping[str, Any]:
+def model_facts(path: Path) -> Mapping[str, Any]:
+    """The fields of a model or norm table, or of a file that is neither."""
     try:
         with open_base(path) as base:
             kind = "norms" if base.kind == "norms" else "model"
@@ -54,7 +55,8 @@ def _model_facts(path: Path) -> Mapping[str, Any]:
         return {"state": "read", "kind": "other", "error": str(error)}
 
 
-def _adapter_facts(path: Path) -> Mapping[str, Any]:
+def adapter_facts(path: Path) -> Mapping[str, Any]:
+    """The fields of an adapter."""
     inspection = inspect(path, header=True)
     for failure in inspection.failed:
         return {"state": "failed", "kind": "other", "error": failure.error}

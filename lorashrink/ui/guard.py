@@ -49,7 +49,7 @@ class Guard:
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        refusal = self._refusal(Request(scope))
+        refusal = self.refusal_of(Request(scope))
         if refusal is None:
             await self.app(scope, receive, send_with_headers)
         else:
@@ -57,7 +57,8 @@ class Guard:
             response = JSONResponse({"error": error, "hint": hint}, status_code=status)
             await response(scope, receive, send_with_headers)
 
-    def _refusal(self, request: Request) -> tuple[int, str, str] | None:
+    def refusal_of(self, request: Request) -> tuple[int, str, str] | None:
+        """(status, error, what to do) of a request that is not let through, else None."""
         host = request.headers.get("host", "")
         if not self._is_own_name(host):
             return 403, f"the Host {host[:100]!r} is not this server", "Open the address that lorashrink ui printed."

@@ -153,16 +153,11 @@ class Library:
         self.scan()
         while self._unread.wait() and not self._stopped.is_set():
             self._unread.clear()
-            while (entry := self._next_unread()) and not self._stopped.is_set():
-                self.update(entry.id, **facts_of(entry.path))
-
-    def _next_unread(self) -> Entry | None:
-        with self._lock:
-            while self._waiting:
-                entry = self._entries.get(self._waiting.popleft())
+            while self._waiting and not self._stopped.is_set():
+                with self._lock:
+                    entry = self._entries.get(self._waiting.popleft())
                 if entry and entry.state == "listed":
-                    return entry
-        return None
+                    self.update(entry.id, **facts_of(entry.path))
 
     def stop(self) -> None:
         """End `read_headers`."""

@@ -36,32 +36,34 @@ class Savings:
         while not self._stopped.is_set():
             self._requested.wait(_LOOK_SECONDS)
             self._requested.clear()
-            while (identity := self._next()) and not self._stopped.is_set():
-                while self._busy() and not self._stopped.is_set():
+            while not self._stopped.is_set():
+                if self._busy():
                     self._stopped.wait(_PAUSE_SECONDS)
-                with contextlib.suppress(InputError):  # it was deleted meanwhile
-                    self._measure(self._library.get(identity))
+                    continue
+                entry = self._next()
+                if entry is None:
+                    break
+                try:
+                    path = self._library.get(entry.id).path  # which may lead out of the folders by now
+                    self._library.update(entry.id, saving=Saving(**saving(path)))
+                except Exception as error:
+                    self._library.update(entry.id, saving_error=str(explained(entry.path, error)))
 
     def stop(self) -> None:
         """End `run` after the adapter that is being measured."""
         self._stopped.set()
         self._requested.set()
 
-    def _next(self) -> str | None:
+    def _next(self) -> Entry | None:
+        """An adapter that was not measured yet."""
         with self._lock:
-            if self._first:
-                return self._first.popleft()
-            everything = self._everything
-        entries = self._library.entries() if everything else []
-        return next((entry.id for entry in entries if _unmeasured(entry)), None)
-
-    def _measure(self, entry: Entry) -> None:
-        if not _unmeasured(entry):
-            return
-        try:
-            self._library.update(entry.id, saving=Saving(**saving(entry.path)))
-        except Exception as error:
-            self._library.update(entry.id, saving_error=str(explained(entry.path, error)))
+            first, everything = self._first, self._everything
+        while first:
+            with contextlib.suppress(InputError):  # it was deleted meanwhile
+                entry = self._library.get(first.popleft())
+                if _unmeasured(entry):
+                    return entry
+        return next(filter(_unmeasured, self._library.entries()), None) if everything else None
 
 
 def _unmeasured(entry: Entry) -> bool:

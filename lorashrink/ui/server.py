@@ -74,7 +74,7 @@ def serve(
     token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
     if len(token) < _SHORTEST_TOKEN:
         raise UsageError(f"{TOKEN_VARIABLE}: a token has at least {_SHORTEST_TOKEN} characters.")
-    with contextlib.closing(_listen(host, port)) as listener, Application(folders) as application:
+    with contextlib.closing(listen(host, port)) as listener, Application(folders) as application:
         address = Address.of(listener, host, token)
         names = () if address.loopback else (host, socket.gethostname())
         server = _server(server_app(application, token, names=names, any_address=not address.loopback))
@@ -86,7 +86,8 @@ def serve(
     discard_unfinished()
 
 
-def _listen(host: str, port: int | None) -> socket.socket:
+def listen(host: str, port: int | None) -> socket.socket:
+    """A socket at an address of this machine. Raises UsageError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for number in (DEFAULT_PORT, 0) if port is None else (port,):
         try:
