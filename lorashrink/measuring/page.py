@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorashrink._version import __version__
 from lorashrink.reports.card import plain as markdown_text
-from lorashrink.reports.page import new_environment, rendered
-from lorashrink.reports.tables import Column
+from lorashrink.reports.page import json_element, labelled_figure, new_environment, rendered
+from lorashrink.reports.tables import Column, number_column
 from lorashrink.results.evidence import Evidence
-from lorashrink.results.shown import plain
 from lorashrink.text import count_text, decibel_text, size_text
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
 
 _NONE = "–"
 
@@ -32,14 +28,17 @@ class _Row:
 
 def web_page(result: Evidence) -> bytes:
     """The page as UTF-8."""
+    from lorashrink.plots.rates import size_and_quality
     from lorashrink.plots.style import ROLES
 
+    curves = [size_and_quality(result, adapter.name) for adapter in result.adapters]
+    figures = {f"curves-{number}": labelled_figure(curve, f"curves-{number}") for number, curve in enumerate(curves)}
     return rendered(
         "evidence.html",
         title=result.model,
         facts=facts_line(result),
         result=result,
-        figures={f"curves-{number}": figure for number, figure in enumerate(_figures(result))},
+        figures=figures,
         figure_colours=ROLES,
         difference_columns=_DIFFERENCES,
         differences=[_Row(item, {"class": "chosen"} if not item.adapter else {}) for item in result.differences],
@@ -48,7 +47,7 @@ def web_page(result: Evidence) -> bytes:
         point_columns=_POINTS,
         points=[_Row(item, {}) for item in result.results],
         off=prediction_error(result),
-        numbers=_numbers(result),
+        numbers=json_element(result),
     )
 
 
@@ -98,35 +97,7 @@ def prediction_error(result: Evidence) -> float | None:
     return fmean((predicted - seen) ** 2 for predicted, seen in pairs) ** 0.5 if pairs else None
 
 
-def _figures(result: Evidence) -> list[Markup]:
-    from markupsafe import Markup
-
-    from lorashrink.plots.rates import size_and_quality
-    from lorashrink.plots.style import inline_svg
-
-    figures = []
-    for number, adapter in enumerate(result.adapters):
-        name = f"figure-curves-{number}"
-        svg = inline_svg(size_and_quality(result, adapter.name), name)
-        figures.append(Markup(svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-caption" ', 1)))
-    return figures
-
-
-def _numbers(result: Evidence) -> Markup:
-    from jinja2.utils import htmlsafe_json_dumps
-
-    return htmlsafe_json_dumps(plain(asdict(result)), allow_nan=False, separators=(",", ":"))
-
-
 # --- tables -------------------------------------------------------------------------------------
-
-
-def _column(head: str, meaning: str, value: Callable[[_Row], float | None], text: Callable[[float], str]) -> Column:
-    def text_of(row: _Row) -> str:
-        number = value(row)
-        return _NONE if number is None else text(number)
-
-    return Column(head, meaning, text_of, value)
 
 
 def _of(name: str) -> Callable[[_Row], float | None]:
@@ -166,21 +137,21 @@ _DIFFERENCES = (
 _REACHED = (
     Column("adapter", "of the study", lambda row: row.item.adapter),
     Column("method", "and dtype", lambda row: row.item.curve, code=True),
-    _column("tensors", "bytes without the header", _of("payload"), size_text),
-    _column("file", "bytes with the header", _of("bytes"), size_text),
-    _column("worst picture", "PSNR of the worst picture at this size", _of("worst_db"), decibel_text),
+    number_column("tensors", "bytes without the header", _of("payload"), size_text),
+    number_column("file", "bytes with the header", _of("bytes"), size_text),
+    number_column("worst picture", "PSNR of the worst picture at this size", _of("worst_db"), decibel_text),
 )
 
 _POINTS = (
     Column("adapter", "of the study", lambda row: row.item.adapter),
     Column("method", "and dtype", lambda row: row.item.curve, code=True),
-    _column("tensors", "bytes without the header", _of("payload"), size_text),
-    _column("file", "bytes with the header", _of("bytes"), size_text),
-    _column("mean", "PSNR", _of("mean_db"), decibel_text),
-    _column("worst", "PSNR of the worst picture", _of("worst_db"), decibel_text),
-    _column("predicted", "mean PSNR", _of("predicted_db"), decibel_text),
-    _column("SSIM", "mean", lambda row: fmean(row.item.ssim), "{:.4f}".format),
-    _column("MS-SSIM", "mean", lambda row: fmean(row.item.ms_ssim), "{:.4f}".format),
+    number_column("tensors", "bytes without the header", _of("payload"), size_text),
+    number_column("file", "bytes with the header", _of("bytes"), size_text),
+    number_column("mean", "PSNR", _of("mean_db"), decibel_text),
+    number_column("worst", "PSNR of the worst picture", _of("worst_db"), decibel_text),
+    number_column("predicted", "mean PSNR", _of("predicted_db"), decibel_text),
+    number_column("SSIM", "mean", lambda row: fmean(row.item.ssim), "{:.4f}".format),
+    number_column("MS-SSIM", "mean", lambda row: fmean(row.item.ms_ssim), "{:.4f}".format),
     Column("prompts", "with or without the words that call it", lambda row: "plain" if row.item.plain else "own"),
     Column("recipe", "what is kept", lambda row: row.item.recipe, code=True),
 )

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from lorashrink.reports.findings import Findings
 from lorashrink.reports.sheet import picture_sheet
 from lorashrink.reports.tables import layer_columns, layer_rows, point_columns, point_rows
 from lorashrink.results.inspection import AdapterTable
+from lorashrink.results.shown import plain
 from lorashrink.text import count_text, decibel_text, printable, share_text, size_text, span_text
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def page(findings: Findings, progress: Progress | None = None, *, paths: bool = 
         kinds=sorted({row.kind for row in table.layers}),
         commands=findings.commands,
         hashes=findings.hashes,
-        numbers=numbers_as_json(findings),
+        numbers=_numbers(findings),
         figure_colours=ROLES,
     )
 
@@ -108,35 +109,42 @@ def facts_line(table: AdapterTable) -> str:
     return ", ".join(filter(None, facts))
 
 
-def numbers_as_json(findings: Findings) -> Markup:
-    """All numbers of the page as JSON: what `inspect`, `sweep` and a dry run of `resize` print, for programs.
-
-    Without singular values, which are most of it. No text in it can end the element that it stands in.
-    """
+def json_element(document: object) -> Markup:
+    """A result, or several by their names, as JSON in a page. No text in it can end the element that it stands in."""
     from jinja2.utils import htmlsafe_json_dumps
 
+    return htmlsafe_json_dumps(plain(document), dumps=json.dumps, allow_nan=False, separators=(",", ":"))
+
+
+def labelled_figure(figure: Figure, name: str) -> Markup:
+    """A figure as SVG that its caption names; see `figure` in `macros.html`."""
+    from markupsafe import Markup
+
+    from lorashrink.plots.style import inline_svg
+
+    svg = inline_svg(figure, f"figure-{name}")
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-labelledby="figure-{name}-caption" ', 1))
+
+
+def _numbers(findings: Findings) -> Markup:
+    """What `inspect`, `sweep` and a dry run of `resize` print, for programs; without singular values: most of it."""
     table = replace(findings.table, layers=tuple(replace(row, singular_values=None) for row in findings.table.layers))
     document = {
         "version": __version__,
-        "inspect": asdict(table),
-        "sweep": findings.sweep and asdict(findings.sweep),
-        "resize": findings.shrunk and asdict(replace(findings.shrunk, seconds=0.0)),  # the time is not of the adapter
+        "inspect": table,
+        "sweep": findings.sweep,
+        "resize": findings.shrunk and replace(findings.shrunk, seconds=0.0),  # the time is not of the adapter
     }
-    # Infinity and NaN are no JSON.
-    finite = json.loads(json.dumps(document), parse_constant=lambda _: None)
-    return htmlsafe_json_dumps(finite, dumps=json.dumps, allow_nan=False, separators=(",", ":"))
+    return json_element(document)
 
 
 def inline_figures(findings: Findings, progress: Progress | None) -> dict[str, Markup]:
     """Name -> SVG of the figures that there are numbers for."""
-    from markupsafe import Markup
-
     from lorashrink.plots.heat import norms_by_kind
     from lorashrink.plots.overview import layer_overview
     from lorashrink.plots.quality import has_error, size_and_error, size_and_pictures, size_and_texts
     from lorashrink.plots.ranks import rank_per_block
     from lorashrink.plots.spectra import spectra_per_block
-    from lorashrink.plots.style import inline_svg
 
     table, sweep = findings.table, findings.sweep
     drawings: dict[str, Callable[[], Figure]] = {}
@@ -155,9 +163,7 @@ def inline_figures(findings: Findings, progress: Progress | None) -> dict[str, M
         drawings["ranks"] = partial(rank_per_block, findings.shrunk)
     figures = {}
     for done, (name, draw) in enumerate(drawings.items(), 1):
-        svg = inline_svg(draw(), f"figure-{name}")
-        labelled = svg.replace("<svg ", f'<svg role="img" aria-labelledby="figure-{name}-caption" ', 1)
-        figures[name] = Markup(labelled)
+        figures[name] = labelled_figure(draw(), name)
         if progress:
             progress("figures", done, len(drawings))
     return figures

@@ -38,9 +38,11 @@ class Column:
         return "" if number is None else number
 
 
-def _numbers(
+def number_column(
     head: str, meaning: str, number: Callable[[Any], float | None], text: Callable[[float], str] = number_text
 ) -> Column:
+    """A column of numbers, with a dash where there is none."""
+
     def text_of(row: object) -> str:
         value = number(row)
         return "–" if value is None else text(value)
@@ -64,7 +66,7 @@ def point_columns(sweep: Sweep) -> list[Column]:
     measures = [measure for measure in MEASURES if sweep.drawn and measure.name in sweep.drawn.none.values]
     if sweep.drawn:
         worst = [
-            _numbers(
+            number_column(
                 "worst picture",
                 "PSNR in dB against the original adapter's",
                 lambda row: row.point.pictures and row.point.pictures.worst_psnr,
@@ -73,31 +75,31 @@ def point_columns(sweep: Sweep) -> list[Column]:
         ]
     elif sweep.read:
         worst = [
-            _numbers(
+            number_column(
                 "worst passage",
                 f"{sweep.read.measure} from the original adapter",
                 lambda row: row.point.texts and row.point.texts.worst_distance,
                 "{:.2g}".format,
             ),
-            _numbers("perplexity", "of the text", lambda row: row.point.texts and row.point.texts.perplexity),
+            number_column("perplexity", "of the text", lambda row: row.point.texts and row.point.texts.perplexity),
         ]
     else:
         worst = []
     return [
         Column("recipe", "what is kept", lambda row: row.point.recipe, code=True),
-        _numbers("size", "of the file", lambda row: row.point.bytes, size_text),
-        _numbers(
+        number_column("size", "of the file", lambda row: row.point.bytes, size_text),
+        number_column(
             "of before", "size / size of the original adapter", lambda row: row.point.bytes / sweep.bytes, share_text
         ),
         *worst,
-        _numbers(
+        number_column(
             "error",
             "of the weights, ‖lost‖ / ‖ΔW‖; says little of calibrated recipes",
             lambda row: None if row.point.calibrated else row.point.relative_error,
             share_text,
         ),
-        _numbers("energy", "share of Σσ² that is kept", lambda row: row.point.energy, share_text),
-        _numbers(
+        number_column("energy", "share of Σσ² that is kept", lambda row: row.point.energy, share_text),
+        number_column(
             "mean rank", "over all layers, removed ones count as 0", lambda row: row.point.mean_rank, "{:.1f}".format
         ),
         Column(
@@ -161,16 +163,16 @@ _LAYER_COLUMNS = (
     Column("kind", "of layer", lambda row: row.layer.kind),
     Column("shape", "of ΔW", lambda row: "×".join(map(str, row.layer.shape))),
     Column("algo", "family of the adapter's layer", lambda row: row.layer.algo),
-    _numbers("rank", "in the file", lambda row: row.layer.rank, "{:d}".format),
-    _numbers("new rank", "by the recipe; 0 is removed", _from_result("rank_after"), "{:d}".format),
-    _numbers("error", "‖lost‖ / ‖ΔW‖", _from_result("rle_lora"), share_text),
-    _numbers("error of base", "‖lost‖ / ‖W‖", _from_result("rle_ckpt"), share_text),
-    _numbers("energy", "share of Σσ² that is kept", _from_result("energy"), share_text),
-    _numbers("alpha", "in the file", lambda row: row.layer.alpha, "{:g}".format),
-    _numbers("‖ΔW‖", "Frobenius norm", lambda row: row.layer.fro),
-    _numbers("of base", "‖ΔW‖ / ‖W‖", lambda row: row.layer.fro_ratio, share_text),
-    _numbers("σ₁", "spectral norm", lambda row: row.layer.spectral),
-    _numbers("eff. rank", "exp of the entropy of σ²/Σσ²", lambda row: row.layer.effective_rank, "{:.1f}".format),
+    number_column("rank", "in the file", lambda row: row.layer.rank, "{:d}".format),
+    number_column("new rank", "by the recipe; 0 is removed", _from_result("rank_after"), "{:d}".format),
+    number_column("error", "‖lost‖ / ‖ΔW‖", _from_result("rle_lora"), share_text),
+    number_column("error of base", "‖lost‖ / ‖W‖", _from_result("rle_ckpt"), share_text),
+    number_column("energy", "share of Σσ² that is kept", _from_result("energy"), share_text),
+    number_column("alpha", "in the file", lambda row: row.layer.alpha, "{:g}".format),
+    number_column("‖ΔW‖", "Frobenius norm", lambda row: row.layer.fro),
+    number_column("of base", "‖ΔW‖ / ‖W‖", lambda row: row.layer.fro_ratio, share_text),
+    number_column("σ₁", "spectral norm", lambda row: row.layer.spectral),
+    number_column("eff. rank", "exp of the entropy of σ²/Σσ²", lambda row: row.layer.effective_rank, "{:.1f}".format),
     Column("remarks", "what is unusual", lambda row: " ".join(row.layer.flags)),
 )
 
