@@ -54,8 +54,8 @@ def resize(
     What is written:
         output: a folder, or a file name if there is exactly one output; default is beside the input.
         dtype: "same" (default), "fp8", "fp16", "bf16" or "fp32"; "mixed" is fp8 or fp16 layer by layer, by what a byte
-            is worth, and "auto" is fp8 as far as its rounding does not show, and mixed above. `quality=` takes "mixed"
-            in place of "same".
+            is worth. "auto" is fp8 as far as its rounding does not show, mixed above, and fp16 under names that a
+            program would load, but not in fp8. `quality=` takes "mixed" in place of "same".
         form: what becomes of layers that are not LoRA: "lora" (all that can be are written as LoRA), "same" (they stay
             as they are) or "auto" (default; each is written in the smaller form).
         naming: "kohya", "diffusers", "comfy" or "peft" for other names than the input's, which needs a base.
