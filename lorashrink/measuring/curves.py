@@ -7,7 +7,7 @@ Carlson's monotone cubic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ Values = np.ndarray[Any, np.dtype[np.float64]]
 
 _LEAST_RISE = 1e-6  # dB between neighbouring points, so that a curve can be read from both sides
 
-_RESAMPLES, _LIMITS = 400, (2.5, 97.5)  # percent
+_RESAMPLES, _LIMITS = 500, (2.5, 97.5)  # percent
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -77,7 +77,7 @@ def quality_gap(pairs: Sequence[tuple[Curve, Curve]]) -> Gap | None:
 
     Pictures are resampled within each pair, the same ones for both curves. None if no pair has sizes in common.
     """
-    return _gap(pairs, mean_quality_gap)
+    return _gap(pairs, _quality_distances)
 
 
 def rate_gap(pairs: Sequence[tuple[Curve, Curve]]) -> Gap | None:
@@ -85,56 +85,67 @@ def rate_gap(pairs: Sequence[tuple[Curve, Curve]]) -> Gap | None:
 
     As `quality_gap`; None if no pair has qualities in common.
     """
-    gap = _gap(pairs, mean_rate_gap)
+    gap = _gap(pairs, _rate_distances)
     return gap and Gap(*(float(np.exp(value)) for value in (gap.value, gap.low, gap.high)))
 
 
-def mean_quality_gap(sizes: tuple[Values, Values], means: tuple[Values, Values]) -> float | None:
-    """The mean distance of two curves in dB over the logarithm of the size."""
-    return _mean_distance([np.log(values) for values in sizes], means)
+# A pair, and mean qualities [points, samples] of both curves -> [samples] distances, NaN where nothing is shared.
+_Distances = Callable[[tuple[Curve, Curve], tuple[Values, Values]], Values]
 
 
-def mean_rate_gap(sizes: tuple[Values, Values], means: tuple[Values, Values]) -> float | None:
-    """The mean distance of two curves in the logarithm of the size over dB."""
-    return _mean_distance([_rising(values) for values in means], [np.log(values) for values in sizes])
-
-
-def _mean_distance(x: Sequence[Values], y: Sequence[Values]) -> float | None:
-    if min(map(len, x)) < 2:
+def _gap(pairs: Sequence[tuple[Curve, Curve]], distances: _Distances) -> Gap | None:
+    generator = np.random.default_rng(0)
+    values, sampled = [], []
+    for pair in pairs:
+        value = distances(pair, (pair[0].means[:, None], pair[1].means[:, None]))[0]
+        if np.isnan(value):
+            continue
+        values.append(value)
+        count = pair[0].values.shape[1]
+        pictures = generator.integers(count, size=(_RESAMPLES, count))
+        sampled.append(distances(pair, (_means_of(pair[0], pictures), _means_of(pair[1], pictures))))
+    if not values:
         return None
+    # A few resamples may share nothing, where the curves hardly do.
+    samples = np.array(sampled)
+    shared = ~np.isnan(samples)
+    met = shared.any(0)
+    means = np.where(shared, samples, 0).sum(0)[met] / shared.sum(0)[met]
+    low, high = np.percentile(means, _LIMITS)
+    return Gap(float(np.mean(values)), float(low), float(high))
+
+
+def _means_of(curve: Curve, pictures: Any) -> Values:
+    result: Values = curve.values[:, pictures].mean(-1)
+    return result
+
+
+def _quality_distances(pair: tuple[Curve, Curve], means: tuple[Values, Values]) -> Values:
+    """Mean distances in dB over the logarithm of the size."""
+    return _mean_distances([np.log(curve.sizes) for curve in pair], means)
+
+
+def _rate_distances(pair: tuple[Curve, Curve], means: tuple[Values, Values]) -> Values:
+    """Mean distances in the logarithm of the size over dB."""
+    sizes = [np.log(curve.sizes)[:, None] for curve in pair]
+    samples = zip(*(values.T for values in means), strict=True)
+    return np.concatenate([_mean_distances([_rising(values) for values in sample], sizes) for sample in samples])
+
+
+def _mean_distances(x: Sequence[Values], y: Sequence[Values]) -> Values:
+    """[samples]: by how much the second of two curves is above the first, over the part of x [points] that they share.
+
+    y: [points, samples] of both curves.
+    """
+    nothing = np.full(y[0].shape[1], np.nan)
+    if min(map(len, x)) < 2:
+        return nothing
     low, high = max(values[0] for values in x), min(values[-1] for values in x)
     if high <= low:
-        return None
-    first, second = (
-        float(PchipInterpolator(*points).integrate(low, high)) / (high - low) for points in zip(x, y, strict=True)
-    )
-    return float(second - first)
-
-
-def _gap(pairs: Sequence[tuple[Curve, Curve]], distance: Any) -> Gap | None:
-    shared = [pair for pair in pairs if distance(*_sizes_and_means(pair)) is not None]
-    if not shared:
-        return None
-    value = float(np.mean([distance(*_sizes_and_means(pair)) for pair in shared]))
-    generator = np.random.default_rng(0)
-    sampled = []
-    for _ in range(_RESAMPLES):
-        distances = []
-        for pair in shared:
-            count = pair[0].values.shape[1]
-            distances.append(distance(*_sizes_and_means(pair, generator.integers(count, size=count))))
-        # A few resamples may share nothing, where the curves hardly do.
-        if met := [each for each in distances if each is not None]:
-            sampled.append(np.mean(met))
-    low, high = np.percentile(sampled, _LIMITS)
-    return Gap(value, float(low), float(high))
-
-
-def _sizes_and_means(
-    pair: tuple[Curve, Curve], pictures: Any = slice(None)
-) -> tuple[tuple[Values, Values], tuple[Values, Values]]:
-    first, second = pair
-    return (first.sizes, second.sizes), (first.values[:, pictures].mean(1), second.values[:, pictures].mean(1))
+        return nothing
+    first, second = (PchipInterpolator(*curve).integrate(low, high) / (high - low) for curve in zip(x, y, strict=True))
+    result: Values = second - first
+    return result
 
 
 def _rising(values: Values) -> Values:

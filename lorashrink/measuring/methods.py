@@ -184,11 +184,11 @@ class Maker:
 
     def _packed(self, method: Method, payload: float, path: Path) -> Made | None:
         judge = _JUDGES[method.score]
-        with open_adapter(self.source) as adapter:
+        with open_adapter(self.reference) as adapter:
             metadata = adapter.store.metadata
         size = int(payload) + len(header_bytes({}, metadata))
         report = pack(
-            self.source,
+            self.reference,
             output=path,
             size=size,
             base=self.model if judge == "base" else None,

@@ -170,9 +170,12 @@ def test_an_adapter_that_is_no_lora_is_drawn_as_one(tmp_path: Path) -> None:
     shapes = {"lokr_w1": (4, 4), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 32)}
     tensors = {f"{layer}.{key}": torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     save_file(tensors | {f"{layer}.alpha": torch.tensor(2.0)}, tmp_path / "lokr.safetensors")
-    result = study(tmp_path / "lokr.safetensors", tmp_path / "out", ["rank fp16"], sizes=(5_000,), steps=1)
+    result = study(
+        tmp_path / "lokr.safetensors", tmp_path / "out", ["rank fp16", "energy packed"], sizes=(5_000,), steps=1
+    )
     assert not result.failed
-    (point,) = result.results
+    point, packed = result.results
+    assert packed.payload < point.payload
     assert 8 * (32 + 128) * 2 <= point.payload < 2600  # all of it in fp16: rank 4 × 2
     assert point.mean_db > 50
 
