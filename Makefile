@@ -38,10 +38,12 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_overlap.py
 	$(BIN)/python benchmarks/bench_pictures.py
 
-# Trains what is not there yet, five minutes for each adapter, and measures for an hour.
+# Trains what is not there yet, five minutes for each adapter, and measures for two hours.
 evidence: $(VENV)/dev
 	$(BIN)/python benchmarks/shapes/train_loras.py --work evidence-out
 	$(BIN)/python benchmarks/shapes/study.py --work evidence-out
+	$(BIN)/python benchmarks/shapes/curves.py --work evidence-out
+	$(BIN)/python benchmarks/shapes/language.py --work evidence-out
 	$(BIN)/python benchmarks/shapes/packed.py
 	$(BIN)/python benchmarks/shapes/factors.py --work evidence-out
 	$(BIN)/python benchmarks/shapes/write_up.py

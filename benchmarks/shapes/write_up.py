@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import curves
 import factors
+import language
 import numpy as np
 import packed
-from bits import FORMS
-from bits import RESULTS as BITS
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,7 +22,9 @@ from scipy.stats import bootstrap, spearmanr
 from study import FEW, RECIPES, RESULTS, SMALL, STUDIED
 
 from lorashrink.automatic.levels import ADAPTER_LINE, BASE_LINE
+from lorashrink.measuring.curves import Curve, quality_gap, rate_gap
 from lorashrink.plots import style
+from lorashrink.plots.rates import named_curves
 
 DOCS = Path(__file__).parents[2] / "docs"
 _RANKS = (1, 2, 4, 8)
@@ -33,6 +35,9 @@ _TITLES = {
     "style-32-seed2": "the same, second seed",
     "style-32-seed3": "the same, third seed",
     "heart": "heart, rank 16",
+    "heart-seed2": "heart, second seed",
+    "heart-seed3": "heart, third seed",
+    "crescent-lokr": "crescent, LoKr",
     "crescent-32": "crescent, rank 32",
     "dots-loha": "dots, LoHa",
 }
@@ -174,27 +179,175 @@ def small_table(results: Mapping[str, Entry]) -> str:
     return table(["size", "", "style seen", "shape and colours right", "the same without the style's word"], rows)
 
 
-def bits_table(bits: Mapping[str, Entry]) -> str:
-    """kB of numbers for a mean PSNR, between the sizes that were drawn."""
-    curves: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
-    for key, entry in bits.items():
-        name, recipe, dtype, _ = key.split("|")
-        curves.setdefault((recipe, dtype, name), []).append((mean(entry), entry["payload"] / 1000))
+# --- curves by `lorashrink evidence` ------------------------------------------------------------
+
+Studies = Mapping[str, Mapping[str, Any]]
+
+_FP16 = ("rank fp16", "energy fp16", "fro_ckpt fp16", curves.ANCHOR)
+_FP8, _PACKED = curves.ROUNDED
+_QUALITY = 40  # dB
+
+
+def curve_of(study: Mapping[str, Any], name: str) -> Curve | None:
+    """The curve of a method, None if it was not measured."""
+    points = [point for point in study["points"] if point["curve"] == name and not (point["draw"] or point["plain"])]
+    return Curve.of([(point["payload"], point["psnr"]) for point in points]) if len(points) > 1 else None
+
+
+def reached(study: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """What a method takes for 40 dB."""
+    return next((entry for entry in study["reached"] if entry["curve"] == name), None)
+
+
+def best_fp16(study: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The method without calibration in fp16 that takes the fewest bytes for 40 dB."""
+    found = [entry for name in _FP16 if (entry := reached(study, name))]
+    return min(found, key=lambda entry: entry["payload"], default=None)
+
+
+def shares(studies: Studies, name: str, key: str = "payload") -> dict[str, float]:
+    """Adapter -> bytes for 40 dB as a share of the best method without calibration in fp16."""
+    found = {}
+    for adapter in curves.MAIN:
+        study = studies.get(adapter)
+        entry, best = (reached(study, name), best_fp16(study)) if study else (None, None)
+        if entry and best:
+            found[adapter] = entry[key] / best[key]
+    return found
+
+
+def sizes_table(studies: Studies) -> str:
+    """kB of tensors for 40 dB, and the worst picture there."""
     rows = []
-    for recipe, dtype in FORMS:
+    names = (*_FP16, "fro_ckpt,bytes fp8", "calib,bytes fp16", _FP8, curves.SCALED, _PACKED)
+    for name in names:
         cells = []
-        for quality in (30, 35, 40, 45):
-            sizes = [_size_at(curves[recipe, dtype, name], quality) for name in ("style", "heart")]
-            cells.append(" / ".join("–" if size is None else f"{size:.0f}" for size in sizes))
-        rows.append([f"`{recipe}`, {dtype}", *cells])
-    return table(["style / heart", "30 dB", "35 dB", "40 dB", "45 dB"], rows)
+        for adapter in curves.MAIN:
+            entry = reached(studies[adapter], name) if adapter in studies else None
+            cells.append(f"{entry['payload'] / 1000:.0f} ({entry['worst_db']:.0f})" if entry else "–")
+        rows.append([f"`{name}`", *cells])
+    return table(["method", *(_TITLES[adapter] for adapter in curves.MAIN)], rows)
 
 
-def _size_at(curve: Sequence[tuple[float, float]], quality: float) -> float | None:
-    seen, sizes = np.array(sorted(curve)).T
-    if not seen[0] <= quality <= seen[-1]:
-        return None
-    return float(np.exp(np.interp(quality, seen, np.log(sizes))))
+def gaps_table(studies: Studies) -> str:
+    """Bjøntegaard differences to `fro_ckpt,bytes` in fp16, in the mean of the adapters that have both."""
+    rows = []
+    for name in dict.fromkeys(point["curve"] for study in studies.values() for point in study["points"]):
+        pairs = [
+            (anchor, curve)
+            for adapter in curves.MAIN
+            if adapter in studies
+            and (anchor := curve_of(studies[adapter], curves.ANCHOR))
+            and (curve := curve_of(studies[adapter], name))
+        ]
+        if name == curves.ANCHOR or not pairs:
+            continue
+        quality, rate = quality_gap(pairs), rate_gap(pairs)
+        rows.append(
+            [
+                f"`{name}`",
+                str(len(pairs)),
+                f"{quality.value:+.1f} ({quality.low:+.1f} to {quality.high:+.1f})" if quality else "–",
+                f"{100 * rate.value:.0f} % ({100 * rate.low:.0f} to {100 * rate.high:.0f})" if rate else "–",
+            ]
+        )
+    return table(["method", "adapters", "dB at equal size", "size at equal quality"], rows)
+
+
+def targets_table(studies: Studies) -> str:
+    """What was aimed at, and what came out."""
+
+    def text(found: Mapping[str, float]) -> tuple[str, str]:
+        return f"{100 * np.mean(list(found.values())):.0f} %", f"{100 * max(found.values()):.0f} %"
+
+    def worse(name: str) -> str:
+        gaps = [
+            entry["worst_db"] - best["worst_db"]
+            for adapter in curves.MAIN
+            if adapter in studies
+            and (entry := reached(studies[adapter], name))
+            and (best := best_fp16(studies[adapter]))
+        ]
+        return f"{np.mean(gaps):+.1f} dB in the mean, {min(gaps):+.1f} at least"
+
+    fp8, smallest, files = shares(studies, _FP8), shares(studies, _PACKED), shares(studies, _FP8, "bytes")
+    halves = {
+        adapter: half["payload"] / whole["payload"]
+        for adapter in curves.MAIN
+        if adapter in studies
+        and (half := reached(studies[adapter], "fro_ckpt,bytes fp8"))
+        and (whole := reached(studies[adapter], curves.ANCHOR))
+    }
+    rows = [
+        ["`calib,bytes` in fp8, tensors, mean", "36 %", text(fp8)[0], str(len(fp8))],
+        ["the same, largest", "42 %", text(fp8)[1], str(len(fp8))],
+        ["the same, whole files, mean", "45 %", text(files)[0], str(len(files))],
+        ["the same, worst picture against that of the best in fp16", "no worse", worse(_FP8), str(len(fp8))],
+        ["packed with calibration, mean", "17 %", text(smallest)[0], str(len(smallest))],
+        ["`fro_ckpt,bytes` in fp8 against the same in fp16, mean", "55 %", text(halves)[0], str(len(halves))],
+    ]
+    return table(
+        ["bytes for 40 dB, as a share of the best in fp16 without calibration", "aim", "seen", "adapters"], rows
+    )
+
+
+def predicted_table(studies: Studies) -> str:
+    """How far predictions were off."""
+    rows = []
+    for name in ("calib,bytes fp16", _FP8, _PACKED):
+        cells = []
+        for adapter in curves.MAIN:
+            pairs = [
+                (point["predicted_db"], float(np.mean(point["psnr"])))
+                for point in studies.get(adapter, {"points": []})["points"]
+                if point["curve"] == name and not point["plain"] and point["predicted_db"] is not None
+            ]
+            off = [predicted - seen for predicted, seen in pairs if 28 < seen < 45]
+            cells.append(f"{np.mean(off):+.1f}" if off else "–")
+        rows.append([f"`{name}`", *cells])
+    return table(["predicted − seen, dB", *(_TITLES[adapter] for adapter in curves.MAIN)], rows)
+
+
+def judged_table(studies: Studies) -> str:
+    """Share of pictures that show the concept near 40 dB, and of plain prompts that are right."""
+    rows = []
+    for name in (curves.ANCHOR, _FP8, _PACKED):
+        cells = []
+        for adapter in curves.MAIN:
+            points = [point for point in studies.get(adapter, {"points": []})["points"] if point["curve"] == name]
+            own = [point["concept"] for point in points if point["draw"]]
+            plain = [f"{np.mean(point['psnr']):.0f} dB" for point in points if point["plain"]]
+            cells.append(f"{np.mean(own):.2f}, {plain[0]}" if own and plain else "–")
+        rows.append([f"`{name}`", *cells])
+    return table(["concept seen, plain prompts", *(_TITLES[adapter] for adapter in curves.MAIN)], rows)
+
+
+def retrained_table(studies: Studies) -> str:
+    """What further seeds of training take for 40 dB, as shares of `fro_ckpt,bytes` in fp16."""
+    rows = []
+    for names in curves.SEEDS.values():
+        for name in names:
+            anchor = reached(studies[name], curves.ANCHOR) if name in studies else None
+            cells = [
+                f"{100 * entry['payload'] / anchor['payload']:.0f} %"
+                for method in curves.ROUNDED
+                if anchor and (entry := reached(studies[name], method))
+            ]
+            if anchor and len(cells) == len(curves.ROUNDED):
+                rows.append([_TITLES[name], f"{anchor['payload'] / 1000:.0f} kB", *cells])
+    return table(["adapter", f"`{curves.ANCHOR}`", *(f"`{name}`" for name in curves.ROUNDED)], rows)
+
+
+def rates_figure(studies: Studies, adapter: str) -> Figure:
+    """Quality over size of six methods, with their names beside them."""
+    shown = ("rank fp16", curves.ANCHOR, "fro_ckpt,bytes fp8", "calib,bytes fp16", _FP8, _PACKED)
+    study = studies[adapter]
+    lines = {
+        name: [(size, float(level)) for size, level in zip(curve.sizes, curve.means, strict=True)]
+        for name in shown
+        if (curve := curve_of(study, name))
+    }
+    return named_curves({"mean PSNR (dB)": lines}, quality=_QUALITY, title=f"Six methods, {_TITLES[adapter]}")
 
 
 def stacks_table(results: Mapping[str, Entry]) -> str:
@@ -212,7 +365,7 @@ def stacks_table(results: Mapping[str, Entry]) -> str:
 # --- figures ------------------------------------------------------------------------------------
 
 
-def curves(axes: Axes, results: Mapping[str, Entry], name: str) -> None:
+def draw_curves(axes: Axes, results: Mapping[str, Entry], name: str) -> None:
     for number, recipe in enumerate(RECIPES):
         entries = [results[f"recipes|{name}|own|{recipe}|{rank}"] for rank in _RANKS]
         sizes = np.array([entry["bytes"] for entry in entries]) / 1e6
@@ -235,7 +388,7 @@ def figure(results: Mapping[str, Entry], names: Sequence[str]) -> Figure:
         drawn = Figure(figsize=(3.6 * len(names), 3.8), layout="constrained")
         for number, name in enumerate(names):
             axes = drawn.add_subplot(1, len(names), number + 1)
-            curves(axes, results, name)
+            draw_curves(axes, results, name)
             axes.set_xlabel("file size (MB)")
             if not number:
                 axes.set_ylabel("PSNR (dB)")
@@ -257,7 +410,7 @@ def page(results: Mapping[str, Entry]) -> str:
         f"{_TITLES[name]}:\n\n{recipes_table(results, name, 'plain')}" for name in ("style-32", "heart")
     )
     floor = mean(results["floor|style-32"])
-    of_packed = json.loads(packed.RESULTS.read_text())
+    of_packed, studies = json.loads(packed.RESULTS.read_text()), json.loads(curves.RESULTS.read_text())
     return (
         (Path(__file__).parent / "evidence.md")
         .read_text()
@@ -274,8 +427,15 @@ def page(results: Mapping[str, Entry]) -> str:
             floor=f"{floor:.1f}",
             pictures=len(results["floor|style-32"]["psnr"]),
             refined=refined_table(results),
-            bits=bits_table(json.loads(BITS.read_text())),
+            studied=len([name for name in curves.MAIN if name in studies]),
+            targets=targets_table(studies),
+            sizes=sizes_table(studies),
+            gaps=gaps_table(studies),
+            seen=judged_table(studies),
+            predicted=predicted_table(studies),
+            retrained=retrained_table(studies),
             factors=factors.table(json.loads(factors.RESULTS.read_text())),
+            language=language.tables(json.loads(language.RESULTS.read_text())),
             packed=packed.table(of_packed),
             predictions=packed.predictions(of_packed),
         )
@@ -285,10 +445,16 @@ def page(results: Mapping[str, Entry]) -> str:
 def main() -> None:
     results = json.loads(RESULTS.read_text())
     (DOCS / "evidence.md").write_text(page(results))
-    for name, shown in (("evidence.png", _SHOWN), ("calibrated.png", ("style", "style-32"))):
-        style.save(figure(results, shown), DOCS / name)
-        with Image.open(DOCS / name) as drawn:
-            small = drawn.convert("RGB").quantize(256)
+    studies = json.loads(curves.RESULTS.read_text())
+    drawn = {
+        "evidence.png": figure(results, _SHOWN),
+        "calibrated.png": figure(results, ("style", "style-32")),
+        "rates.png": rates_figure(studies, "style"),
+    }
+    for name, plot in drawn.items():
+        style.save(plot, DOCS / name)
+        with Image.open(DOCS / name) as picture:
+            small = picture.convert("RGB").quantize(256)
         small.save(DOCS / name, optimize=True)
 
 
