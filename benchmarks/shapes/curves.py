@@ -61,8 +61,8 @@ def judged(name: str) -> Any:
         pairs = list(zip(seen, scenes, strict=True))
         right = ("shape", "colour", "background")
         return {
-            "concept": [float(getattr(one, head) == getattr(other, head)) for one, other in pairs],
-            "right": [float(all(getattr(one, key) == getattr(other, key) for key in right)) for one, other in pairs],
+            "concept": [float(getattr(view, head) == getattr(scene, head)) for view, scene in pairs],
+            "right": [float(all(getattr(view, key) == getattr(scene, key) for key in right)) for view, scene in pairs],
         }
 
     return tell
@@ -105,7 +105,7 @@ def brief(document: Mapping[str, Any]) -> dict[str, Any]:
         for point in document["results"]
     ]
     (adapter,) = document["adapters"]
-    facts = {"bytes": adapter["bytes"], "whole": adapter["whole"], "none": round(adapter["none_db"], 2)}
+    facts = {"bytes": adapter["bytes"], "full_size": adapter["full_size"], "none": round(adapter["none_db"], 2)}
     reached = [entry for entry in document["reached"] if entry["payload"]]
     return {**facts, "points": points, "reached": reached}
 

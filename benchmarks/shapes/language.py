@@ -151,24 +151,24 @@ def measure(work: Path) -> dict[str, Any]:
             results.setdefault(
                 f"{task}|none", {"nats": list(none.values), "right": right(folder, None, task), "bytes": 0}
             )
-            whole = {"right": right(folder, work / task, task), "bytes": maker.whole}
-            results.setdefault(f"{task}|whole", whole)
+            unshrunk = {"right": right(folder, work / task, task), "bytes": maker.full_size}
+            results.setdefault(f"{task}|whole", unshrunk)
             for name in METHODS:
                 (method,) = Method.parse(name)
                 for share in _SHARES:
                     key = f"{task}|{name}|{share}"
-                    size = share * maker.whole * (0.5 if method.dtype == "fp8" else 1)
-                    made = None if key in results else maker.make(method, size, Path(temporary))
-                    if made is None:
+                    size = share * maker.full_size * (0.5 if method.dtype == "fp8" else 1)
+                    file = None if key in results else maker.make(method, size, Path(temporary))
+                    if file is None:
                         continue
-                    texts = reader.compare(made.path.parent, name)
+                    texts = reader.compare(file.path.parent, name)
                     results[key] = {
-                        "bytes": made.payload,
+                        "bytes": file.payload,
                         "nats": [float(f"{value:.4g}") for value in texts.values],
-                        "right": round(right(folder, made.path.parent, task), 4),
+                        "right": round(right(folder, file.path.parent, task), 4),
                     }
                     RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
-                    print(key, made.payload, f"{texts.distance:.4g}", results[key]["right"], flush=True)
+                    print(key, file.payload, f"{texts.distance:.4g}", results[key]["right"], flush=True)
     return results
 
 
@@ -183,9 +183,9 @@ def tables(results: Mapping[str, Any]) -> str:
     """Divergence and right answers at each size, and Bjøntegaard differences."""
     lines = []
     for task in TASKS:
-        whole, none = results[f"{task}|whole"], results[f"{task}|none"]
+        unshrunk, none = results[f"{task}|whole"], results[f"{task}|none"]
         lines += [
-            f"**{task}** ({whole['bytes'] / 1000:.0f} kB; right answers {whole['right']:.0%}, without the adapter "
+            f"**{task}** ({unshrunk['bytes'] / 1000:.0f} kB; right answers {unshrunk['right']:.0%}, without it "
             f"{none['right']:.0%})\n",
             f"| method | {' | '.join(f'{share:.0%} of the numbers' for share in _SHARES)} | size at equal divergence |",
             f"|{' --- |' * (len(_SHARES) + 2)}",

@@ -201,19 +201,19 @@ def reached(study: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 
 def best_fp16(study: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The method without calibration in fp16 that takes the fewest bytes for 40 dB."""
-    found = [entry for name in _FP16 if (entry := reached(study, name))]
-    return min(found, key=lambda entry: entry["payload"], default=None)
+    entries = [entry for name in _FP16 if (entry := reached(study, name))]
+    return min(entries, key=lambda entry: entry["payload"], default=None)
 
 
 def shares(studies: Studies, name: str, key: str = "payload") -> dict[str, float]:
     """Adapter -> bytes for 40 dB as a share of the best method without calibration in fp16."""
-    found = {}
+    parts = {}
     for adapter in curves.MAIN:
         study = studies.get(adapter)
         entry, best = (reached(study, name), best_fp16(study)) if study else (None, None)
         if entry and best:
-            found[adapter] = entry[key] / best[key]
-    return found
+            parts[adapter] = entry[key] / best[key]
+    return parts
 
 
 def sizes_table(studies: Studies) -> str:
@@ -225,7 +225,8 @@ def sizes_table(studies: Studies) -> str:
         for adapter in curves.MAIN:
             entry = reached(studies[adapter], name) if adapter in studies else None
             cells.append(f"{entry['payload'] / 1000:.0f} ({entry['worst_db']:.0f})" if entry else "–")
-        rows.append([f"`{name}`", *cells])
+        if set(cells) != {"–"}:
+            rows.append([f"`{name}`", *cells])
     return table(["method", *(_TITLES[adapter] for adapter in curves.MAIN)], rows)
 
 
@@ -257,8 +258,8 @@ def gaps_table(studies: Studies) -> str:
 def targets_table(studies: Studies) -> str:
     """What was aimed at, and what came out."""
 
-    def text(found: Mapping[str, float]) -> tuple[str, str]:
-        return f"{100 * np.mean(list(found.values())):.0f} %", f"{100 * max(found.values()):.0f} %"
+    def text(parts: Mapping[str, float]) -> tuple[str, str]:
+        return f"{100 * np.mean(list(parts.values())):.0f} %", f"{100 * max(parts.values()):.0f} %"
 
     def worse(name: str) -> str:
         gaps = [
@@ -272,11 +273,11 @@ def targets_table(studies: Studies) -> str:
 
     fp8, smallest, files = shares(studies, _FP8), shares(studies, _PACKED), shares(studies, _FP8, "bytes")
     halves = {
-        adapter: half["payload"] / whole["payload"]
+        adapter: half["payload"] / full["payload"]
         for adapter in curves.MAIN
         if adapter in studies
         and (half := reached(studies[adapter], "fro_ckpt,bytes fp8"))
-        and (whole := reached(studies[adapter], curves.ANCHOR))
+        and (full := reached(studies[adapter], curves.ANCHOR))
     }
     rows = [
         ["`calib,bytes` in fp8, tensors, mean", "36 %", text(fp8)[0], str(len(fp8))],

@@ -105,7 +105,7 @@ def methods_of(texts: Sequence[str], dtypes: Sequence[str]) -> tuple[Method, ...
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A file that a method has made."""
+    """A file of a method."""
 
     path: Path
     recipe: str
@@ -142,18 +142,18 @@ class Maker:
         recipe = self._recipe(method, payload)
         if recipe is None:
             return None
-        made = None
+        file = None
         for _ in range(2):
             with suppress(RecipeError):  # it cannot reach so small a size
                 result = self.prepared.save(recipe, folder / name, dtype=method.dtype, force=True)
-                made = Made(folder / name, recipe, *_sizes(folder / name), result.relative_error, result.predicted_db)
-                self._headers[method] = made.bytes - made.payload
-            if made is None or "size=" not in recipe or abs(made.payload / payload - 1) < 0.01:
+                file = Made(folder / name, recipe, *_sizes(folder / name), result.relative_error, result.predicted_db)
+                self._headers[method] = file.bytes - file.payload
+            if file is None or "size=" not in recipe or abs(file.payload / payload - 1) < 0.01:
                 break
             recipe = self._recipe(method, payload) or recipe  # now that the header's size is known
-        if made and method.scaled:
-            return self._scaled(made, folder)
-        return made
+        if file and method.scaled:
+            return self._scaled(file, folder)
+        return file
 
     def _recipe(self, method: Method, payload: float) -> str | None:
         if method.score == "rank":
@@ -178,7 +178,7 @@ class Maker:
         return sum(width * ranks.get(layer.name, 0) * _numbers(layer.shape) for layer in self.prepared.adapter.layers)
 
     @property
-    def whole(self) -> int:
+    def full_size(self) -> int:
         """Bytes of all dimensions in fp16."""
         return self._payload(self.prepared.at("energy=1", dtype="fp16").ranks, "fp16")
 
@@ -205,12 +205,12 @@ class Maker:
         own = path.stat().st_size - len(header_bytes({}, entries))
         return Made(path, f"packed by {judge}", own, path.stat().st_size, result.relative_error, result.predicted_db)
 
-    def _scaled(self, made: Made, folder: Path) -> Made:
+    def _scaled(self, file: Made, folder: Path) -> Made:
         """The file with a factor for each dimension, where that brings the model nearer to the original."""
         self.before_scaling()
         path = folder / "scaled.safetensors"
         refine(
-            made.path,
+            file.path,
             like=self.reference,
             model=self.model,
             output=path,
@@ -222,7 +222,7 @@ class Maker:
             force=True,
             progress=self.progress,
         )
-        return Made(path, made.recipe + SCALED, *_sizes(path), made.relative_error, made.predicted_db)
+        return Made(path, file.recipe + SCALED, *_sizes(path), file.relative_error, file.predicted_db)
 
 
 def _numbers(shape: Sequence[int]) -> int:

@@ -263,17 +263,17 @@ class _Study:
     def _note(self, what: str, error: LorashrinkError) -> None:
         self.notes.append(f"{what}: not measured. {error}")
 
-    def _table(self, given: Path | None) -> Path:
+    def _table(self, named: Path | None) -> Path:
         """The calibration table: the one that was named, one at hand, or a new one in the folder."""
         own = self.folder / "table.safetensors"
-        with Methods(self.studio.model, given) as at_hand:
+        with Methods(self.studio.model, named) as at_hand:
             at_hand.check()
             source = next(iter(self.subjects.values())).source
             method = at_hand.of(source)
         if method.calibration:
             return method.calibration
-        if given:
-            raise UsageError(f"--calibration {given}: is for another model than these adapters.")
+        if named:
+            raise UsageError(f"--calibration {named}: is for another model than these adapters.")
         if not own.exists():
             self.studio.release()
             calibrate(
@@ -343,7 +343,7 @@ class _Subject:
             algo=algo,
             bytes=self._bytes,
             payload=payload,
-            whole=self._whole,
+            full_size=self._full_size,
             pictures=len(self.own),
             words=self.trial.words,
             prompts_sha256=_hash_of_shots(self.own),
@@ -377,11 +377,11 @@ class _Subject:
 
     def _followed(self, method: Method) -> Iterator[Measured]:
         """The curve from the lowest quality of interest to the highest one."""
-        start, seen = _START[method.dtype] * self._whole, set[int]()
+        start, seen = _START[method.dtype] * self._full_size, set[int]()
 
         def point_at(step: int) -> Measured | None:
             size = start * _STEP**step
-            return self._measured(method, size) if size < 1.2 * self._whole else None
+            return self._measured(method, size) if size < 1.2 * self._full_size else None
 
         first = point_at(0)
         if first is None:
@@ -407,41 +407,41 @@ class _Subject:
         """One file: made, drawn with and compared, unless an earlier run did so. None if there is no such file."""
         facts = [str(method), self.study.table_key if method.calibrated else "", f"{size:.0f}", str(draw), str(plain)]
         key = "|".join([self.name, self.scope, *map(str, facts)])
-        known = self.study.journal.get(key)
-        if known is None or (self.study.request.judge and not known["judged"]):
-            known = self._measure(method, size, draw, plain)
-            if known is None:
+        entry = self.study.journal.get(key)
+        if entry is None or (self.study.request.judge and not entry["judged"]):
+            entry = self._measure(method, size, draw, plain)
+            if entry is None:
                 return None
-            self.study.journal.add(key, known)
-        series = {name: tuple(known[name]) for name in ("psnr", "ssim", "ms_ssim")}
-        judged = {name: tuple(numbers) for name, numbers in known["judged"].items()}
-        return Measured(**{**known, **series, "judged": judged})
+            self.study.journal.add(key, entry)
+        series = {name: tuple(entry[name]) for name in ("psnr", "ssim", "ms_ssim")}
+        judged = {name: tuple(numbers) for name, numbers in entry["judged"].items()}
+        return Measured(**{**entry, **series, "judged": judged})
 
     def _measure(self, method: Method, size: float, draw: int, plain: bool) -> dict[str, Any] | None:
-        made = self._maker.make(method, size, self._folder)
-        if made is None:
+        file = self._maker.make(method, size, self._folder)
+        if file is None:
             return None
         shots = self.plain if plain else self.own
-        whole = self._whole_pictures(plain)
-        paths = self._draw(made.path, f"{method} {made.payload // 1000} kB", shots)
+        originals = self._original_pictures(plain)
+        paths = self._draw(file.path, f"{method} {file.payload // 1000} kB", shots)
         pictures = [read_picture(path) for path in paths]
         values = {
-            name: [round(compare(*pair), _DIGITS) for pair in zip(whole, pictures, strict=True)]
+            name: [round(compare(*pair), _DIGITS) for pair in zip(originals, pictures, strict=True)]
             for name, compare in comparisons(None, self.study.studio.device).items()
         }
         judge = self.study.request.judge
         texts = [shot.prompt.prompt for shot in shots]
-        judged = {name: list(map(float, each)) for name, each in judge(pictures, texts).items()} if judge else {}
+        judged = {name: list(map(float, numbers)) for name, numbers in judge(pictures, texts).items()} if judge else {}
         for path in paths:
             path.unlink(missing_ok=True)
         facts = {
             "adapter": self.name,
             "curve": str(method),
-            "recipe": made.recipe,
-            "payload": made.payload,
-            "bytes": made.bytes,
-            "relative_error": made.relative_error,
-            "predicted_db": made.predicted_db,
+            "recipe": file.recipe,
+            "payload": file.payload,
+            "bytes": file.bytes,
+            "relative_error": file.relative_error,
+            "predicted_db": file.predicted_db,
             "draw": draw,
             "plain": plain,
             "judged": judged,
@@ -449,11 +449,11 @@ class _Subject:
         return facts | values
 
     def _against_none(self) -> list[float]:
-        whole = self._whole_pictures(False)
+        originals = self._original_pictures(False)
         none = self._pictures(None, "none", self.own)
-        return [psnr(*pair) for pair in zip(whole, none, strict=True)]
+        return [psnr(*pair) for pair in zip(originals, none, strict=True)]
 
-    def _whole_pictures(self, plain: bool) -> list[Picture]:
+    def _original_pictures(self, plain: bool) -> list[Picture]:
         """What the original adapter draws, which is kept in memory."""
         if plain not in self._kept:
             self._kept[plain] = self._pictures(self._reference, "whole", self.plain if plain else self.own)
@@ -469,18 +469,18 @@ class _Subject:
         return study.studio.draw(adapter, re.sub(r"\W+", "-", f"{self.name} {label}"), progress=report)
 
     @property
-    def _whole(self) -> int:
+    def _full_size(self) -> int:
         """Bytes of all dimensions in fp16."""
-        return int(self._remembered("whole", lambda: {"bytes": self._maker.whole})["bytes"])
+        return int(self._remembered("whole", lambda: {"bytes": self._maker.full_size})["bytes"])
 
     def _remembered(self, name: str, compute: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
         """Facts that need no drawing anew in a later run."""
         key = f"{self.name}|{self.scope}|{name}"
-        known = self.study.journal.get(key)
-        if known is None:
-            known = compute()
-            self.study.journal.add(key, known)
-        return known
+        entry = self.study.journal.get(key)
+        if entry is None:
+            entry = compute()
+            self.study.journal.add(key, entry)
+        return entry
 
     @cached_property
     def _reference(self) -> Path:

@@ -19,7 +19,7 @@ class Studied:
     algo: str
     bytes: int  # of its file
     payload: int  # bytes of its tensors
-    whole: int  # bytes of its dimensions in fp16, as LoRA
+    full_size: int  # bytes of its dimensions in fp16, as LoRA
     pictures: int  # prompts that call it, times seeds
     words: str  # where the prompts come from
     prompts_sha256: str

@@ -78,15 +78,17 @@ def test_likeness_is_that_of_scikit_image(drawn: tuple[Path, Evidence, list[Pict
     """The pictures of the original adapter are in the folder, those of each file went to the judge."""
     root, result, seen = drawn
     paths = sorted((root / "out" / "pictures").glob("*style-whole*.png"))
-    whole = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    originals = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
     own = [path for path in paths if path.name.startswith(("00", "01"))]
     assert len(own) == 4  # two prompts with the word, two without
     for point, pictures in zip(result.results, seen, strict=True):
         for picture, level, alike in zip(pictures, point.psnr, point.ssim, strict=True):
-            others = [peak_signal_noise_ratio(other, picture) for other in whole]
-            assert min(abs(other - level) for other in others) < 1e-3
-            structures = [structural_similarity(other, picture, channel_axis=-1, data_range=255) for other in whole]
-            assert min(abs(other - alike) for other in structures) < 1e-3
+            levels = [peak_signal_noise_ratio(original, picture) for original in originals]
+            assert min(abs(number - level) for number in levels) < 1e-3
+            structures = [
+                structural_similarity(original, picture, channel_axis=-1, data_range=255) for original in originals
+            ]
+            assert min(abs(number - alike) for number in structures) < 1e-3
     assert all(0 <= value <= 1 for point in result.results for value in point.ms_ssim)
 
 
@@ -95,15 +97,15 @@ def test_sizes_are_those_of_the_file_that_resize_writes(
 ) -> None:
     _, result, _ = drawn
     point = result.points("style", "calib,bytes fp8")[-1]
-    (made,) = ls.resize(
+    (resized,) = ls.resize(
         STYLE, base=MODEL, calibration=TABLE, recipes=point.recipe, dtype="fp8", output=tmp_path / "made.safetensors"
     ).results
-    path = Path(made.output)
+    path = Path(resized.output)
     data = path.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     assert (point.bytes, point.payload) == (len(data), len(data) - header)
     assert abs(point.payload / SIZES[-1] - 1) < 0.05
-    assert point.predicted_db == pytest.approx(made.predicted_db)
+    assert point.predicted_db == pytest.approx(resized.predicted_db)
 
 
 def test_one_rank_stays_below_the_size(drawn: tuple[Path, Evidence, list[Pictures]]) -> None:
