@@ -13,8 +13,8 @@ from torch import Tensor
 from lorashrink.engine.delta import Delta
 from lorashrink.engine.eigen import eigh
 
-# A Gram matrix squares the condition number. Rounding gives it false eigenvalues of up to about 6·eps64·λ_1 at 1280 rows,
-# more at more rows and in float32 sketches, so below this share of σ_1 nothing is trustworthy, and counts as 0.
+# A Gram matrix squares the condition number. Rounding gives it false eigenvalues of up to about 6·eps64·λ_1 at 1280
+# rows, more at more rows and in float32 sketches, so below this share of σ_1 nothing is trustworthy, and counts as 0.
 SIGMA_FLOOR = 2.0**-23
 
 # Up to this spread of its Cholesky root's diagonal a factor is as good as any; trained ones stay far below.

@@ -74,7 +74,7 @@ def markdown_page(result: Evidence, figures: Path) -> bytes:
         reached=[_Row(item, {}) for item in result.reached],
         off=prediction_error(result),
     )
-    return text.encode()
+    return (text.strip() + "\n").encode()
 
 
 def facts_line(result: Evidence) -> str:
