@@ -23,7 +23,7 @@ from lorashrink.bases import open_base
 from lorashrink.train.data.batches import Batch
 from lorashrink.train.data.scanning import Data, Draw
 from lorashrink.train.flags.options import Options, parse
-from lorashrink.train.model.loading import Model, set_attention, set_checkpointing, weight_dtype
+from lorashrink.train.model.loading import Model, set_checkpointing, weight_dtype
 from lorashrink.train.model.network import Network, build_network
 from lorashrink.train.run.objective import BatchLoss
 from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
@@ -122,7 +122,6 @@ class Steps:
         self.accelerator = Accelerator(mixed_precision=options.mixed_precision)
         model = random_model(options, size, self.accelerator.device)
         self.network: Network = build_network(model, options).to(self.accelerator.device)
-        set_attention(model, options)
         set_checkpointing(model, options)
         groups, rates = self.network.groups(options)
         trains_text = any("textencoder" in rate for rate in rates)

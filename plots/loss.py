@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -15,6 +17,21 @@ Points = Sequence[tuple[int, float]]  # step, value
 
 _CURRENT, _AVERAGE, _RATE = "loss/current", "loss/average", "lr/"
 _STYLES = ("-", "--", ":", "-.")
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What tensorboard logged below a run's folder: tag -> (step, value), in the order of steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+    for file in folder.rglob("*.tfevents.*"):
+        log = EventAccumulator(str(file), size_guidance={"scalars": 0})  # 0: all of them, not a sample
+        log.Reload()
+        for tag in log.Tags()["scalars"]:
+            scalars[tag] += [(event.step, event.value) for event in log.Scalars(tag)]
+    if not scalars:
+        raise InputError(f"{folder}: no log in it; --logging_dir makes one")
+    return {tag: sorted(points, key=lambda point: point[0]) for tag, points in scalars.items()}
 
 
 @rc_context(RC)

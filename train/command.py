@@ -9,10 +9,9 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from lorashrink.errors import LorashrinkError, UsageError
+from lorashrink.errors import LorashrinkError
 from lorashrink.train.flags.options import parse, write_config
 
 _log = logging.getLogger(__name__)
@@ -23,7 +22,12 @@ DONE, STOPPED, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str], program: str = "lorashrink train") -> int:
     """Run the trainer and return its exit status: 0 done, 1 stopped while training, 2 not started, 130 interrupted."""
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes, the first
-    _log_to_stderr(speaks)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain())
+    logger = logging.getLogger("lorashrink")  # not those of other packages
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if speaks else logging.ERROR)
+    logger.propagate = False
     status, debug = NOTHING_DONE, "--debug" in arguments
     try:
         options = parse(arguments, program)
@@ -35,8 +39,8 @@ def main(arguments: Sequence[str], program: str = "lorashrink train") -> int:
 
         for warning in check(options):
             _log.warning(warning)
-        with _installed():
-            from lorashrink.train.run.preparing import plan, prepare
+        from lorashrink.train.run.preparing import plan, prepare
+
         if options.plan:
             if speaks:
                 sys.stdout.write(f"{plan(options)}\n")
@@ -51,31 +55,15 @@ def main(arguments: Sequence[str], program: str = "lorashrink train") -> int:
                 traceback.print_exc()
             _log.error("%s", error)
         return status
+    except ModuleNotFoundError as error:
+        _log.error("training needs %s, which is not installed: pip install 'lorashrink[train]'", error.name)
+        return status
     except KeyboardInterrupt as stop:
         _log.error("interrupted %s", f"{stop}" or "at once; files saved before are complete")
         return INTERRUPTED
-
-
-@contextmanager
-def _installed() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        missing = f"training needs {error.name}, which is not installed"
-        raise UsageError(f"{missing}: pip install 'lorashrink[train]'") from None
 
 
 class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         prefix = {logging.WARNING: "warning: ", logging.ERROR: "lorashrink: "}.get(record.levelno, "")
         return prefix + super().format(record)
-
-
-def _log_to_stderr(speaks: bool) -> None:
-    """What lorashrink's own modules say, warnings of other packages not; errors from every process."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Plain())
-    logger = logging.getLogger("lorashrink")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if speaks else logging.ERROR)
-    logger.propagate = False

@@ -236,27 +236,15 @@ def _load_folder(model: Path, name: str, dtype: torch.dtype, **parts: Any) -> An
 
 
 def _load_file(model: Path, name: str, dtype: torch.dtype, settings: Path | None) -> Any:
-    import diffusers
-
     published = _published_settings(name)
+    assert settings or published  # `check_model` has looked
     parts: dict[str, Any] = {}
-    if not settings:  # what a model's folder has itself is not passed: diffusers reads it there
-        assert published is not None  # `check_model` has looked
+    if published and not settings:  # what a model's folder has itself is not passed: diffusers reads it there
         tokenizer, second_tokenizer = clip_tokenizers(_tokenizer_of_file(model))
         parts = {"scheduler": scheduler_of_file(model), "tokenizer": tokenizer}
         if (published / "text_encoder_2").is_dir():
             parts["tokenizer_2"] = second_tokenizer
-    pipeline = getattr(diffusers, name).from_single_file(
-        str(model),
-        config=str(settings or published),
-        torch_dtype=dtype,
-        local_files_only=True,
-        **KINDS[name].takes,
-        **parts,
-    )
-    for part, module in pipeline.components.items():
-        check_filled(model, part, module)
-    return pipeline
+    return read_file(model, name, dtype, settings or published, **parts)
 
 
 # --- the parts of a model, for all that load one ------------------------------------------------
@@ -274,19 +262,37 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
 
 
+def read_file(model: Path, name: str, dtype: torch.dtype, settings: Path | None, **parts: Any) -> Any:
+    """A model in one file as diffusers' pipeline of this name; `parts` are not read from it, and None leaves one out.
+
+    settings: a folder of a model of the same kind. Raises InputError if tensors are missing.
+    """
+    import diffusers
+
+    pipeline = getattr(diffusers, name).from_single_file(
+        str(model), config=str(settings), torch_dtype=dtype, local_files_only=True, **KINDS[name].takes, **parts
+    )
+    for part, module in pipeline.components.items():
+        check_filled(model, part, module)
+    return pipeline
+
+
 @contextmanager
-def loading(model: Path) -> Iterator[None]:
-    """Raises InputError, which names the model, for whatever diffusers and transformers raise while they load it."""
+def loading(model: Path, hint: str = "") -> Iterator[None]:
+    """Raises InputError, which names the model, for whatever diffusers and transformers raise while they load it.
+
+    hint: what more there is to say of a model that they cannot load; it begins with a space.
+    """
     try:
         yield
-    except LorashrinkError:
+    except (LorashrinkError, MemoryError):
         raise
     except NotImplementedError as error:  # that a tensor without data cannot be copied
         raise InputError(
             f"{model}: lacks tensors of its family. The file is damaged, or not the whole model."
         ) from error
     except Exception as error:  # they have no common class
-        raise InputError(f"{model}: diffusers cannot load it ({first_sentence(error)}).") from error
+        raise InputError(f"{model}: diffusers cannot load it ({first_sentence(error)}).{hint}") from error
 
 
 def first_sentence(error: Exception) -> str:

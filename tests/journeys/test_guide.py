@@ -19,7 +19,7 @@ from lorashrink.pictures.prompts import read_prompts
 from lorashrink.train.command import main
 from lorashrink.train.flags.checks import check
 from lorashrink.train.flags.options import Options, parse
-from lorashrink.train.output.saving import epochs_due, run_length, run_names
+from lorashrink.train.output.saving import adapter_path, epochs_due, run_length
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
@@ -158,9 +158,7 @@ def test_worked_example_has_the_numbers_of_the_program() -> None:
     assert [int(number) for number in re.findall(r"= (\d+) \|", section)] == [
         *(240, batches, length.steps_per_epoch, length.epochs, behind_a_step, shown)
     ]
-    saved = [
-        run_names(options).file(epoch=epoch).name for epoch in epochs_due(options.save_every_n_epochs, length.epochs)
-    ]
+    saved = [adapter_path(options, epoch=epoch).name for epoch in epochs_due(options, length.epochs)]
     assert len(saved) == 2
     assert all(f"`{name}`" in PROSE for name in saved)
     assert f"`{options.output_name}_{options.sample_every_n_steps:06d}_sheet.png`" in PROSE

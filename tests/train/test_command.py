@@ -331,13 +331,13 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--spda", "--spda; did you mean --sdpa?"),
+        ("--spda", "--spda (did you mean --sdpa?)"),
         ("--pretrained_model_name_or_path=/no/such/model", "/no/such/model"),
         ("--pretrained_model_name_or_path={}/sd15-folder", "SD 1.x, and lorashrink trains on SDXL"),
         ("--pretrained_model_name_or_path={}/sdxl_locon_kohya.safetensors", "this is an adapter, not a base"),
         ("--train_data_dir={}/nothing", "no pictures"),
         ("--train_data_dir={}/empty", "b.txt is empty"),
-        ("--config_file={}/settings.toml", "--unet_lrr; did you mean --unet_lr?"),
+        ("--config_file={}/settings.toml", "--unet_lrr (did you mean --unet_lr?)"),
         ("--resume={}/state", "only folders that --save_state"),
         ("--output_dir={}/file", "is a file"),
         ("--output_dir={}/file/below", "is a file"),

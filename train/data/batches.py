@@ -49,9 +49,6 @@ def _number(seed: int, purpose: tuple[str | int, ...]) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-# --- the order of an epoch -----------------------------------------------------------------------
-
-
 def chunks(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
     """The items in their order, `size` at a time; the last chunk may be smaller."""
     return [items[start : start + size] for start in range(0, len(items), size)]
@@ -79,9 +76,6 @@ def epoch_batches(data: Data, epoch: int, seed: int, *, world: int = 1) -> list[
             batches += chunks(draws[bucket], dataset.options.train_batch_size)
     chance.shuffle(batches)
     return list(islice(cycle(batches), math.ceil(len(batches) / world) * world))
-
-
-# --- what is in a batch --------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -128,9 +122,6 @@ def _batch(
     )
 
 
-# --- reading them --------------------------------------------------------------------------------
-
-
 class Loader:
     """The batches of one process; without caches they have pixels, and no encoded text."""
 
@@ -145,7 +136,7 @@ class Loader:
         texts: TextCache | None,
     ) -> None:
         self._data, self._seed, self._rank, self._world = data, seed, rank, world
-        reads_files = latents is None or latents.memory is None or (texts is not None and texts.memory is None)
+        reads_files = latents is None or latents.memory is None
         read = partial(_batch, data, seed, options.prior_loss_weight, latents, texts)
         self._order: list[Sequence[Draw]] = []  # of the epoch that is read
         self._batches = read_ahead(read, self._order, options, in_workers=reads_files)

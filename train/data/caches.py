@@ -1,8 +1,8 @@
-"""What is encoded once: latents of pictures, and captions, in memory or in .npz files beside the pictures.
+"""What is encoded once: latents of pictures, in memory or in .npz files beside the pictures, and captions, in memory.
 
 Names and keys of the files are sd-scripts', so that both programs read each other's. A hash in each file, of what it
-was made from, shows when picture, caption, VAE or text encoders have changed. sd-scripts writes none: its latents are
-used if their sizes fit, and its captions are encoded anew. Latents in files are unscaled float32.
+was made from, shows when picture or VAE have changed. sd-scripts writes none: its files are used if their sizes fit.
+Latents in files are unscaled float32.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,6 @@ _log = logging.getLogger(__name__)
 
 _Arrays = Mapping[str, npt.NDArray[Any]]
 
-_NO_CACHE = "the cache file is missing or does not fit the picture; start again, without --skip_cache_check"
-
-
-# --- latents -------------------------------------------------------------------------------------
 
 _SOURCE_KEY = "source_hash"
 
@@ -65,7 +61,7 @@ class LatentCache:
             return self.memory[_identity(picture)][int(flipped)]
         arrays = _read(_latent_file(picture))
         if not _fits(arrays, picture, self.stride):
-            raise InputError(f"{_latent_file(picture)}: {_NO_CACHE}")
+            raise InputError(f"{_latent_file(picture)}: was changed while it was used; start again")
         return torch.from_numpy(arrays["latents_flipped" if flipped else "latents"].astype(np.float32, copy=False))
 
 
@@ -82,16 +78,23 @@ def cache_latents(data: Data, vae: AutoencoderKL, options: Options, *, seed: int
         check_pixels(pictures)
         encoded = _encoded(pictures, vae, options, seed, quiet)
         return LatentCache({_identity(picture): latents for picture, latents in encoded}, stride)
-    _check_distinct((_latent_file(picture), _identity(picture), picture) for picture in pictures)
-    salt = _salt("latents", [vae])
-
-    def is_there(picture: Picture) -> bool:
-        arrays = _read(_latent_file(picture))
-        same = _SOURCE_KEY not in arrays or str(arrays[_SOURCE_KEY]) == _source_hash(picture, salt)
-        return same and _fits(arrays, picture, stride)
-
-    share = {picture: _latent_file(picture) for picture in pictures[rank::world]}
-    missing = _missing(share, is_there, options, "latents")
+    files: dict[Path, Picture] = {}
+    for picture in pictures:
+        path = _latent_file(picture)
+        if (first := files.setdefault(path, picture)) is not picture:
+            raise InputError(
+                f"{path}: {first.path} and {picture.path} would need this cache file for different contents. Rename "
+                "one, or keep the cache in memory (without _to_disk)"
+            )
+    salt = _salt(vae)
+    missing, stale = [], 0
+    for path, picture in list(files.items())[rank::world]:
+        exists = os.path.exists(path)
+        if not exists or not _is_fresh(_read(path), picture, stride, salt):
+            missing.append(picture)
+            stale += exists
+    if stale:
+        _log.warning("%d cache files of latents are damaged or do not fit, and are made anew", stale)
     check_pixels(missing)
     for picture, latents in _encoded(missing, vae, options, seed, quiet):
         arrays = {
@@ -158,6 +161,12 @@ def _pixels(pictures: Sequence[Picture]) -> Tensor:
     return torch.stack([to_pixels(read_pixels(picture), flipped=False) for picture in pictures])
 
 
+def _is_fresh(arrays: _Arrays, picture: Picture, stride: int, salt: bytes) -> bool:
+    """Whether these are the latents that the VAE makes of the picture now, as far as a file tells."""
+    same = _SOURCE_KEY not in arrays or str(arrays[_SOURCE_KEY]) == _source_hash(picture, salt)
+    return same and _fits(arrays, picture, stride)
+
+
 def _fits(arrays: _Arrays, picture: Picture, stride: int) -> bool:
     """Whether these are finite latents of the picture's sizes and crop, mirrored ones too where they are needed."""
     width, height = picture.fit.bucket
@@ -176,126 +185,12 @@ def _fits(arrays: _Arrays, picture: Picture, stride: int) -> bool:
     )
 
 
-# --- captions ------------------------------------------------------------------------------------
-
-_TEXT_KEYS = ("hidden_state1", "hidden_state2", "pool2")
-_HASH_KEY = "caption_hash"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TextCache:
-    """Encoded captions. `memory` holds them by the hash of the caption; None: in files."""
-
-    salt: bytes  # what hashes depend on besides captions
-    memory: Mapping[str, Encoded] | None
-    trusting: bool  # files without a hash are taken to fit
-
-    def get(self, picture: Picture) -> Encoded:
-        """The picture's caption, encoded, a batch of 1; InputError if the file is missing, damaged or of another."""
-        if self.memory is not None:
-            return self.memory[self.hash(_caption(picture))]
-        if encoded := self.read(picture):
-            return encoded
-        raise InputError(f"{_text_file(picture)}: {_NO_CACHE}")
-
-    def read(self, picture: Picture) -> Encoded | None:
-        """The same from its file, or None where that does not fit."""
-        arrays = _read(_text_file(picture))
-        fits = str(arrays[_HASH_KEY]) == self.hash(_caption(picture)) if _HASH_KEY in arrays else self.trusting
-        if not fits or not arrays.keys() >= {*_TEXT_KEYS}:
-            return None
-        return Encoded(*(torch.from_numpy(arrays[key])[None] for key in _TEXT_KEYS))
-
-    def hash(self, caption: str) -> str:
-        """A hash of the caption, the longest length and the encoders."""
-        return hashlib.blake2b(caption.encode(), key=self.salt, digest_size=16).hexdigest()
-
-
-def cache_texts(data: Data, model: Model, options: Options, *, rank: int, world: int) -> TextCache:
-    """Encode every caption that is not there yet, on the device of the text encoders; see `cache_latents`.
-
-    Raises UsageError also if captions change from one showing to the next.
-    """
-    for subset in data.subsets:
-        if varies(subset.options):
-            raise UsageError(
-                f"{subset.folder}: --cache_text_encoder_outputs needs captions that stay the same; leave out "
-                "shuffle_caption, and dropout of captions and tags"
-            )
-    cache = TextCache(_salt(str(options.max_token_length), model.encoders), None, options.skip_cache_check)
-    pictures, quiet = data.pictures, rank > 0
-    if not options.cache_text_encoder_outputs_to_disk:
-        captions = list(dict.fromkeys(map(_caption, pictures)))
-        pairs = zip(captions, _encoded_captions(captions, model, options, quiet), strict=True)
-        return replace(cache, memory={cache.hash(caption): encoded for caption, encoded in pairs})
-    _check_distinct((_text_file(picture), _caption(picture), picture) for picture in pictures)
-    by_file = list({_text_file(picture): picture for picture in pictures}.values())
-    share = {picture: _text_file(picture) for picture in by_file[rank::world]}
-    missing = _missing(share, lambda picture: cache.read(picture) is not None, options, "captions")
-    captions = list(map(_caption, missing))
-    for picture, encoded in zip(missing, _encoded_captions(captions, model, options, quiet), strict=True):
-        arrays = {key: part[0].numpy() for key, part in zip(_TEXT_KEYS, encoded, strict=True)}
-        _write(_text_file(picture), arrays | {_HASH_KEY: np.array(cache.hash(_caption(picture)))})
-    return cache
-
-
-def _caption(picture: Picture) -> str:
-    """The caption of a picture whose caption never changes."""
-    return draw_caption(picture.caption, picture.subset.options, numbers(0, "caption"), epoch=1)
-
-
-def _text_file(picture: Picture) -> Path:
-    return picture.path.with_name(f"{picture.path.stem}_te_outputs.npz")
-
-
-def _encoded_captions(captions: Sequence[str], model: Model, options: Options, quiet: bool) -> Iterator[Encoded]:
-    """The encoding of each caption, a batch of 1 on the CPU."""
-    groups = chunks(captions, options.text_encoder_batch_size or 1)
-    for group in tqdm(groups, "captions", leave=False, disable=quiet or None):
-        tokens = [tokenize(tokenizer, group, options.max_token_length) for tokenizer in model.tokenizers]
-        with torch.no_grad():
-            encoded = encode(model.encoders, *tokens)
-        dtype = encoded.hidden1.dtype
-        encoded = encoded.to("cpu", torch.float32 if dtype == torch.bfloat16 else dtype)  # numpy has no bfloat16
-        for index in range(len(group)):
-            yield Encoded(*(part[index : index + 1].clone() for part in encoded))
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-def _salt(settings: str, modules: Iterable[torch.nn.Module]) -> bytes:
-    """A hash of settings, and of a little of every weight of what encodes: other bases have others."""
-    digest = hashlib.blake2b(settings.encode(), digest_size=16)
-    for module in modules:
-        for weight in module.parameters():
-            digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+def _salt(vae: AutoencoderKL) -> bytes:
+    """A hash of a little of every weight of the VAE: others have others."""
+    digest = hashlib.blake2b(b"latents", digest_size=16)
+    for weight in vae.parameters():
+        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.digest()
-
-
-def _check_distinct(files: Iterable[tuple[Path, Hashable, Picture]]) -> None:
-    """Refuse files that would have to hold two things, of which each run would overwrite one."""
-    contents: dict[Path, tuple[Hashable, Picture]] = {}
-    for path, content, picture in files:
-        first_content, first = contents.setdefault(path, (content, picture))
-        if first_content != content:
-            raise InputError(
-                f"{path}: {first.path} and {picture.path} would need this cache file for different contents. Rename "
-                "one, or keep the cache in memory (without _to_disk)"
-            )
-
-
-def _missing(
-    files: Mapping[Picture, Path], is_there: Callable[[Picture], bool], options: Options, what: str
-) -> list[Picture]:
-    """Those that must be encoded; with --skip_cache_check every file is taken to fit."""
-    exists = {picture: os.path.exists(path) for picture, path in files.items()}
-    missing = [
-        picture for picture in files if not (exists[picture] and (options.skip_cache_check or is_there(picture)))
-    ]
-    if stale := sum(exists[picture] for picture in missing):
-        _log.warning("%d cache files of %s are damaged or do not fit, and are made anew", stale, what)
-    return missing
 
 
 def _read(path: Path) -> _Arrays:
@@ -315,3 +210,43 @@ def _write(path: Path, arrays: _Arrays) -> None:
         write_bytes(path, data.getvalue())
     except OutputError as error:
         raise OutputError(f"{error} Or keep the cache in memory: leave out the options that end in _to_disk") from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextCache:
+    """Encoded captions, which never change."""
+
+    memory: Mapping[str, Encoded]
+
+    def get(self, picture: Picture) -> Encoded:
+        """The picture's caption, encoded, a batch of 1."""
+        return self.memory[_caption(picture)]
+
+
+def cache_texts(data: Data, model: Model, options: Options, *, quiet: bool = False) -> TextCache:
+    """Encode every caption, on the device of the text encoders; on a terminal with a bar, unless `quiet`.
+
+    Raises UsageError if captions change from one showing to the next.
+    """
+    for subset in data.subsets:
+        if varies(subset.options):
+            raise UsageError(
+                f"{subset.folder}: --cache_text_encoder_outputs needs captions that stay the same; leave out "
+                "shuffle_caption, and dropout of captions and tags"
+            )
+    memory: dict[str, Encoded] = {}
+    captions = list(dict.fromkeys(map(_caption, data.pictures)))
+    groups = chunks(captions, options.text_encoder_batch_size or 1)
+    for group in tqdm(groups, "captions", leave=False, disable=quiet or None):
+        tokens = [tokenize(tokenizer, group, options.max_token_length) for tokenizer in model.tokenizers]
+        with torch.no_grad():
+            encoded = encode(model.encoders, *tokens)
+        encoded = encoded.to("cpu", encoded.hidden1.dtype)
+        for index, caption in enumerate(group):
+            memory[caption] = Encoded(*(part[index : index + 1].clone() for part in encoded))
+    return TextCache(memory)
+
+
+def _caption(picture: Picture) -> str:
+    """The caption of a picture whose caption never changes."""
+    return draw_caption(picture.caption, picture.subset.options, numbers(0, "caption"), epoch=1)

@@ -28,15 +28,13 @@ def _splits(options: Options) -> bool:
 def read_caption(picture: Path, options: Options) -> list[str] | None:
     """The lines of a picture's caption file, stripped: its caption, and lines that are not used, without blank ones.
 
-    None where there is no such file.
-
-    Raises InputError if the file is empty, or no UTF-8 text, or cannot be read.
+    None where there is no such file. Raises InputError if it is empty, or no UTF-8 text, or cannot be read.
     """
     path = picture.with_name(picture.stem + options.caption_extension)
-    if not path.is_file():
-        return None
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None
     except UnicodeDecodeError:
         raise InputError(f"{path} is no UTF-8 text; save it with the encoding UTF-8") from None
     except OSError as error:
@@ -54,29 +52,23 @@ def draw_caption(caption: str, options: Options, random: Random, *, epoch: int) 
     if options.caption_dropout_every_n_epochs > 0 and epoch % options.caption_dropout_every_n_epochs == 0:
         return ""
     caption = " ".join(filter(None, (options.caption_prefix, caption, options.caption_suffix)))
+    mark, separator = options.keep_tokens_separator, options.caption_separator
     if _splits(options):
-        head, tags, tail = _parts(caption, options)
+        if mark and mark in caption:
+            # Between the marks blank tags vanish; without a mark they are tags like others.
+            head, tags, *tail = [list(filter(None, _tags(part, separator))) for part in caption.split(mark, 2)]
+        else:
+            tags, tail = _tags(caption, separator), []
+            head, tags = tags[: options.keep_tokens], tags[options.keep_tokens :]
         if options.shuffle_caption:
             random.shuffle(tags)
         if options.caption_tag_dropout_rate > 0:
             tags = [tag for tag in tags if random.random() >= options.caption_tag_dropout_rate]
-        separator = options.caption_separator
-        caption = (separator if separator[-1:].isspace() else f"{separator} ").join(head + tags + tail)
+        joined = separator if separator[-1:].isspace() else f"{separator} "
+        caption = joined.join(head + tags + (tail[0] if tail else []))
     if options.secondary_separator:
-        caption = caption.replace(options.secondary_separator, options.caption_separator)
+        caption = caption.replace(options.secondary_separator, separator)
     return caption
-
-
-def _parts(caption: str, options: Options) -> tuple[list[str], list[str], list[str]]:
-    """The tags that stay in front, those that vary, and those that stay at the end."""
-    mark, separator = options.keep_tokens_separator, options.caption_separator
-    if mark and mark in caption:
-        # Between the marks blank tags vanish; without a mark they are tags like others.
-        head, tags, *tail = [list(filter(None, _tags(part, separator))) for part in caption.split(mark, 2)]
-        return head, tags, tail[0] if tail else []
-    tags = _tags(caption, separator)
-    kept = max(options.keep_tokens, 0)
-    return tags[:kept], tags[kept:], []
 
 
 def _tags(text: str, separator: str) -> list[str]:

@@ -30,16 +30,12 @@ _log = logging.getLogger(__name__)
 _UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 
 
-def _endings() -> frozenset[str]:
-    for plugin in ("pillow_avif", "pillow_jxl"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(plugin)
-    readable = Image.registered_extensions().keys()
-    return frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"} | ({".avif", ".jxl"} & readable))
-
-
 # Found on import, because processes that are not forked must load the plugins too.
-_ENDINGS = _endings()
+for _plugin in ("pillow_avif", "pillow_jxl"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(_plugin)
+_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"} | ({".avif", ".jxl"} & Image.registered_extensions().keys())
+_NEVER_READ = {".heic", ".heif", ".avif", ".jxl", *Image.registered_extensions()} - _ENDINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +110,7 @@ def scan(options: Options) -> Data:
     datasets: list[Dataset] = []
     used: list[Subset] = []
     notes: _Notes = {}
-    for settings, subsets in _configured(options) if options.dataset_config else [(options, _folders(options))]:
+    for settings, subsets in _configured(options) if options.dataset_config else _named(options):
         table = bucket_table(settings)
         pictures: list[Picture] = []
         for subset in subsets:
@@ -158,8 +154,6 @@ _BARE = "pictures have no caption file; the words of their folder are used, even
 _BLANK = "caption files begin with a blank line; an empty caption is trained on"
 _SEVERAL_LINES = "caption files have more than one line; only the first is used"
 _LONELY = "caption files belong to no picture and are not used"
-
-_NEVER_READ = frozenset({".heic", ".heif", ".avif", ".jxl", *Image.registered_extensions()}) - _ENDINGS
 
 
 def _read(subset: Subset, options: Options, table: tuple[Size, ...], notes: _Notes) -> Iterator[Picture]:
@@ -228,29 +222,27 @@ def _evened(pictures: Sequence[Picture]) -> tuple[Picture, ...]:
     return tuple(train)
 
 
-def _folders(options: Options) -> list[Subset]:
-    """The folders named N_words in --train_data_dir and --reg_data_dir."""
-    reg = _named_folders(options.reg_data_dir, options, is_reg=True) if options.reg_data_dir else ()
-    return [*_named_folders(options.train_data_dir or "", options, is_reg=False), *reg]
-
-
-def _named_folders(name: str, options: Options, *, is_reg: bool) -> Iterator[Subset]:
-    parent = Path(name)
-    if not parent.is_dir():
-        raise InputError(f"{parent}: no such folder (--{'reg' if is_reg else 'train'}_data_dir)")
-    named = False
-    for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
-        repeats, _, words = folder.name.partition("_")
-        if repeats.isdecimal() and int(repeats) > 0:
-            named = True
-            yield Subset(folder, int(repeats), words, is_reg, options)
-        else:
-            note = "%s is ignored: its name must begin with how often to show its pictures, as in 10_words"
-            _log.warning(note, folder)
-    if loose := len(_picture_files(parent)):
-        _log.warning("%d pictures directly in %s are not used; only those in its folders are", loose, parent)
-    if is_reg and not named:
-        raise InputError(f"{parent}: no folders named as in {parent / '1_words'}, of regularisation pictures")
+def _named(options: Options) -> Iterator[tuple[Options, list[Subset]]]:
+    """The one dataset of the folders named N_words in --train_data_dir and --reg_data_dir."""
+    subsets: list[Subset] = []
+    for name, is_reg in ((options.train_data_dir, False), (options.reg_data_dir, True)):
+        parent, count = Path(name or ""), len(subsets)
+        if name is None:
+            continue
+        if not parent.is_dir():
+            raise InputError(f"{parent}: no such folder (--{'reg' if is_reg else 'train'}_data_dir)")
+        for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
+            repeats, _, words = folder.name.partition("_")
+            if repeats.isdecimal() and int(repeats) > 0:
+                subsets.append(Subset(folder, int(repeats), words, is_reg, options))
+            else:
+                note = "%s is ignored: its name must begin with how often to show its pictures, as in 10_words"
+                _log.warning(note, folder)
+        if loose := len(_picture_files(parent)):
+            _log.warning("%d pictures directly in %s are not used; only those in its folders are", loose, parent)
+        if is_reg and len(subsets) == count:
+            raise InputError(f"{parent}: no folders named as in {parent / '1_words'}, of regularisation pictures")
+    yield options, subsets
 
 
 # --- dataset files ------------------------------------------------------------------------------
@@ -288,13 +280,9 @@ def _configured(options: Options) -> list[tuple[Options, list[Subset]]]:
         _log.warning("--train_data_dir and --reg_data_dir are ignored, because %s names the folders", path)
     content = read_toml(path)
     try:
-        tables = content.get("datasets", [])
-        if not isinstance(tables, list):
-            raise UsageError("datasets must be written [[datasets]], with two brackets")
-        if unknown := list(_unknown_keys(content)):
-            raise UsageError("; ".join(unknown))
-        general = _section("[general]", content.get("general", {}))
-        return [_dataset(options, general | _section("[[datasets]]", table)) for table in tables]
+        if problems := list(_problems(content)):
+            raise UsageError("; ".join(problems))
+        return [_dataset(options, content.get("general", {}) | table) for table in content.get("datasets", [])]
     except (InputError, UsageError) as error:
         raise type(error)(f"{path}: {error}") from None
 
@@ -307,64 +295,60 @@ def _dataset(options: Options, keys: Mapping[str, Any]) -> tuple[Options, list[S
         _log.warning(warning)
     subsets: dict[str, Subset] = {}
     for table in keys.get("subsets", []):
-        inner = {**keys, **_section("[[datasets.subsets]]", table)}
-        if "image_dir" not in inner:
+        inner = {**keys, **table}
+        own, folder = _with_keys(options, inner), inner.get("image_dir")
+        if folder is None:
             raise UsageError("image_dir is missing in a [[datasets.subsets]]")
-        folder, own = inner["image_dir"], _with_keys(options, inner)
-        repeats = own.dataset_repeats
         if not Path(folder).is_dir():
             raise InputError(f"image_dir {folder} is no folder")
-        if repeats < 1:
-            _log.warning("%s is ignored: it is shown %d times (num_repeats)", folder, repeats)
+        if own.dataset_repeats < 1:
+            _log.warning("%s is ignored: it is shown %d times (num_repeats)", folder, own.dataset_repeats)
         elif folder in subsets:
             _log.warning("a second [[datasets.subsets]] with image_dir %s is ignored", folder)
         else:
             words, is_reg = inner.get("class_tokens", ""), inner.get("is_reg", False)
-            subsets[folder] = Subset(Path(folder), repeats, words, is_reg, own)
+            subsets[folder] = Subset(Path(folder), own.dataset_repeats, words, is_reg, own)
     return settings, list(subsets.values())
 
 
 def _with_keys(options: Options, keys: Mapping[str, Any]) -> Options:
-    return replace(options, **{key: value for key, value in keys.items() if key not in _ALONE})
+    """The options with those that keys of a dataset file stand for replaced."""
+    values = {_OPTION_OF.get(key, key): value for key, value in keys.items() if key not in _ALONE}
+    if isinstance(values.get("resolution"), list):
+        values["resolution"] = ",".join(map(str, values["resolution"]))
+    try:
+        return replace(options, **read_values(values))
+    except UsageError as error:
+        message = str(error)
+        for key in keys:
+            message = message.replace(f"--{_OPTION_OF.get(key, key)}", key)
+        raise UsageError(message) from None
 
 
-def _unknown_keys(content: Mapping[str, Any]) -> Iterator[str]:
-    """What is said about each section and key that does not exist, of the file's sections in their order."""
+def _problems(content: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the sections and keys of a dataset file, in their order, but for values of options."""
     for key in sorted(content.keys() - {"general", "datasets"}):
         yield f"no such section: {key} (there are [general] and [[datasets]])"
-    sections = [("[general]", content.get("general"))]
-    for dataset in content.get("datasets", []):
-        subsets = dataset.get("subsets") if isinstance(dataset, dict) else None
-        tables = subsets if isinstance(subsets, list) else []
-        sections += [("[[datasets]]", dataset), *(("[[datasets.subsets]]", table) for table in tables)]
-    for name, table in sections:
-        for key in table if isinstance(table, dict) else ():
+    sections, tables = [("[general]", content.get("general", {}))], content.get("datasets", [])
+    if not isinstance(tables, list):
+        yield "datasets must be written [[datasets]], with two brackets"
+        return
+    for table in tables:
+        subsets = table.get("subsets") if isinstance(table, dict) else None
+        inner = subsets if isinstance(subsets, list) else []
+        sections += [("[[datasets]]", table), *(("[[datasets.subsets]]", subset) for subset in inner)]
+    for name, section in sections:
+        if not isinstance(section, dict):
+            yield f"{name} must be a section of keys and values"
+            continue
+        for key, value in section.items():
             if key not in _ALLOWED[name] and key not in UNSUPPORTED:
                 homes = [section for section, allowed in _ALLOWED.items() if key in allowed]
                 near = nearest(key, _ALLOWED[name])
                 hint = f" (it belongs in {homes[-1]})" if homes else f" (did you mean {near}?)" if near else ""
                 yield f"no such key in {name}: {key}{hint}"
-
-
-def _section(name: str, table: Any) -> dict[str, Any]:
-    """The keys of one section, checked, under the names of their options."""
-    if not isinstance(table, dict):
-        raise UsageError(f"{name} must be a section of keys and values")
-    checked: dict[str, Any] = {}
-    for key, value in table.items():
-        if key in _ALONE:
-            kind, expected = _ALONE[key]
-            if type(value) is not kind:
-                raise UsageError(f"{key} must be {expected}, not {value!r}")
-            checked[key] = value
-            continue
-        option = str(_OPTION_OF.get(key, key))
-        joined = ",".join(map(str, value)) if key == "resolution" and isinstance(value, list) else value
-        try:
-            checked |= read_values({option: joined})
-        except UsageError as error:
-            raise UsageError(str(error).replace(f"--{option}", key)) from None
-    return checked
+            elif key in _ALONE and type(value) is not _ALONE[key][0]:
+                yield f"{key} must be {_ALONE[key][1]}, not {value!r}"
 
 
 # --- pixels -------------------------------------------------------------------------------------

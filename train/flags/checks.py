@@ -27,9 +27,8 @@ LEARNING_RATES = (
 def check(options: Options) -> list[str]:
     """What the user should know about these options before training starts, one line each.
 
-    Raises:
-        UsageError: training with these options is impossible, or would not do what one of them asks for.
-        InputError: a file of settings, such as a preset, cannot be read.
+    Raises UsageError (training with them is impossible, or would not do what one of them asks for) and InputError (a
+    file of settings, such as a preset, cannot be read).
     """
     if not options.plan:  # which needs neither base nor pictures
         _check_paths(options)
@@ -46,14 +45,11 @@ def check(options: Options) -> list[str]:
     return warnings
 
 
-_FOLDERS = ("tokenizer_cache_dir", "train_data_dir", "reg_data_dir", "resume", "model_config")
-_FILES = ("dataset_config", "network_weights", "base_weights", "sample_prompts")
-_EITHER = ("pretrained_model_name_or_path", "vae")
 _HUB = ". lorashrink downloads nothing by itself; `hf download MODEL --local-dir FOLDER` fetches one into FOLDER"
 _PATHS: tuple[tuple[tuple[str, ...], str, Callable[[Path], bool], str], ...] = (
-    (_FOLDERS, "folder", Path.is_dir, ""),
-    (_FILES, "file", Path.is_file, ""),
-    (_EITHER, "file or folder on this machine named", Path.exists, _HUB),
+    (("tokenizer_cache_dir", "train_data_dir", "reg_data_dir", "resume", "model_config"), "folder", Path.is_dir, ""),
+    (("dataset_config", "network_weights", "base_weights", "sample_prompts"), "file", Path.is_file, ""),
+    (("pretrained_model_name_or_path", "vae"), "file or folder on this machine named", Path.exists, _HUB),
 )
 
 
@@ -141,11 +137,7 @@ def bucket_limits(options: Options) -> tuple[int, int]:
 
 
 def check_sizes(options: Options) -> Iterator[str]:
-    """Warnings about --resolution and the buckets; the sections of a --dataset_config are checked one by one.
-
-    Raises:
-        UsageError: sizes that contradict each other.
-    """
+    """Warnings about --resolution and the buckets; UsageError for sizes that contradict each other."""
     step = options.bucket_reso_steps
     if step % 32:
         raise UsageError(f"--bucket_reso_steps={step}: must be a multiple of 32 for SDXL")
@@ -180,7 +172,6 @@ def _check_packages(options: Options) -> None:
     packages: dict[str, object] = {
         "wandb": options.log_with in ("wandb", "all") and f"--log_with={options.log_with}",
         "tensorboard": options.logging_dir and options.log_with != "wandb" and "--logging_dir",
-        "xformers": options.xformers and not options.mem_eff_attn and "--xformers",
         optimizer_path(options).partition(".")[0]: "." not in name and name,
     }
     for package, wanted_by in packages.items():
@@ -188,8 +179,6 @@ def _check_packages(options: Options) -> None:
             on_pypi = package.replace("_", "-")
             raise UsageError(f"{wanted_by} needs the package {on_pypi}: pip install {on_pypi}")
 
-
-# --- what goes together: errors are raised, warnings are yielded --------------------------------
 
 # An option -> the one without which it cannot do what it asks for.
 _NEEDS = {
@@ -228,7 +217,7 @@ _DECIDES = {
     "max_train_epochs": "max_train_steps",
     "save_n_epoch_ratio": "save_every_n_epochs",
 }
-_IDLE = ("clip_skip", "highvram", "disable_mmap_load_safetensors")
+_IDLE = ("clip_skip", "highvram", "disable_mmap_load_safetensors", "xformers", "mem_eff_attn", "skip_cache_check")
 
 
 def _is_set(options: Options, name: str) -> bool:
@@ -303,16 +292,18 @@ def _check_schedule(o: Options) -> Iterator[str]:
 
 def _check_others(o: Options) -> Iterator[str]:
     """What no table holds, because a value matters and not only whether it is there."""
-    steps, epochs = o.sample_every_n_steps, o.sample_every_n_epochs
+    steps, epochs, name = o.sample_every_n_steps, o.sample_every_n_epochs, o.output_name
     strengths, bases = len(o.base_weights_multiplier), len(o.base_weights)
     if o.full_bf16 and o.mixed_precision != "bf16":
         raise UsageError("--full_bf16 needs --mixed_precision=bf16")
     if o.log_with in ("tensorboard", "all") and not o.logging_dir:
         raise UsageError(f"--log_with={o.log_with} needs --logging_dir, the folder for the logs")
+    if name is not None and (name in (".", "..") or set(name) & set("/\\\0")):
+        raise UsageError(f"--output_name={name}: must be a name and no path; the folder goes into --output_dir")
+    if o.metadata_thumbnail and not o.metadata_thumbnail.startswith("data:"):
+        raise UsageError("--metadata_thumbnail must be the picture as a data URL, such as data:image/png;base64,...")
     if o.shrink and o.save_model_as != "safetensors":
         raise UsageError("--shrink needs --save_model_as=safetensors")
-    if o.sample_prompts and Path(o.sample_prompts).suffix.lower() not in (".txt", ".toml", ".json"):
-        raise UsageError(f"--sample_prompts={o.sample_prompts}: the file's name must end in .txt, .toml or .json")
     if o.network_dropout is not None and not 0 <= o.network_dropout < 1:
         raise UsageError(f"--network_dropout={o.network_dropout}: must be a share, from 0 to below 1")
     if (o.min_timestep or 0) > (o.max_timestep or 1000):
@@ -324,10 +315,10 @@ def _check_others(o: Options) -> Iterator[str]:
     if not o.caption_extension.startswith("."):
         ending = o.caption_extension
         yield f"--caption_extension={ending} has no dot: the caption of a.png would be in a{ending}"
+    if o.cache_text_encoder_outputs_to_disk:
+        yield "--cache_text_encoder_outputs_to_disk keeps captions in memory, because encoding them takes seconds"
     if o.zero_terminal_snr and not o.v_parameterization:
         yield "--zero_terminal_snr is for bases that predict v; with others (no --v_parameterization) it does harm"
-    if sum((o.sdpa, o.xformers, o.mem_eff_attn)) > 1:
-        yield "of several kinds of attention, --mem_eff_attn goes before --xformers and that before --sdpa"
     if o.mixed_precision == "fp16" and not o.no_half_vae and not o.vae:
         yield "SDXL's own VAE often fails in fp16; --no_half_vae avoids that"
     if o.save_model_as != "safetensors":

@@ -44,7 +44,7 @@ class NetworkArgs:
     bypass: bool
     dora: bool
     values: Mapping[str, str | bool]
-    warnings: tuple[str, ...]
+    warnings: list[str]
 
 
 def read_network_args(options: Options) -> NetworkArgs:
@@ -71,23 +71,16 @@ def read_network_args(options: Options) -> NetworkArgs:
         raise UsageError("--network_args: algo=full has no bypass_mode; leave it out")
     if bypass and dora:
         raise UsageError("--network_args: bypass_mode=True would leave DoRA's magnitudes out; give it or dora_wd=True")
-    warnings += _without_effect(pairs, algo, preset, bypass=bypass)
-    warnings += _surprises(options, pairs, algo, bypass=bypass, dora=dora)
     # LyCORIS takes a number 0 for "not given", and some booleans in quotes for true.
     values: dict[str, str | bool] = {
         key: text.lower() == "true" if _KEYS[key][0] == _BOOLEAN else text
         for key, text in pairs.items()
         if key != "preset"
     }
-    return NetworkArgs(algo, preset, bypass, dora, values | {"algo": algo, "bypass_mode": bypass}, tuple(warnings))
+    arguments = NetworkArgs(algo, preset, bypass, dora, values | {"algo": algo, "bypass_mode": bypass}, warnings)
+    warnings += _warnings(options, pairs, arguments)
+    return arguments
 
-
-def given_network_args(options: Options) -> dict[str, object]:
-    """The pairs of the command line, with --network_dropout among them: what sd-scripts writes into metadata."""
-    return {**key_values("--network_args", options.network_args), "dropout": options.network_dropout}
-
-
-# --- keys and values ----------------------------------------------------------------------------
 
 # What a value must be -> whether a text is that.
 _TEXT = "text"
@@ -230,11 +223,9 @@ def _check_preset(preset: str) -> None:
             _check_algo(str(override.get("algo", "lora")).lower())
 
 
-# --- warnings -----------------------------------------------------------------------------------
-
-
-def _without_effect(pairs: Mapping[str, str], algo: str, preset: str, *, bypass: bool) -> Iterator[str]:
-    """Keys that LyCORIS reads and does not use, unless they are off anyway."""
+def _warnings(options: Options, pairs: Mapping[str, str], arguments: NetworkArgs) -> Iterator[str]:
+    """Keys that LyCORIS reads and does not use, unless they are off anyway, and what works otherwise than expected."""
+    algo, preset, bypass, dora = arguments.algo, arguments.preset, arguments.bypass, arguments.dora
     for key, text in pairs.items():
         if algo not in _KEYS[key][1] and text.lower() not in ("false", "0", "0.0", "-1"):
             yield f"--network_args: {key} has no effect with algo={algo}"
@@ -243,10 +234,6 @@ def _without_effect(pairs: Mapping[str, str], algo: str, preset: str, *, bypass:
     if float(pairs.get("dropout", 0)) and not bypass:
         hint = "" if algo == "full" else " without bypass_mode=True"
         yield f"--network_dropout (or dropout in --network_args) has no effect with algo={algo}{hint}"
-
-
-def _surprises(options: Options, pairs: Mapping[str, str], algo: str, *, bypass: bool, dora: bool) -> Iterator[str]:
-    """What works otherwise than one would expect."""
     if algo in _EXPERIMENTAL or dora:
         name = "dora_wd=True" if dora else f"algo={algo}"
         yield f"--network_args: {name} is experimental: other programs may load its files wrongly or not at all"

@@ -85,17 +85,15 @@ class Options:
     max_bucket_reso: int = _row(1024, "largest side of a bucket; 2048 loses fewer pixels of wide pictures")
     bucket_reso_steps: int = _row(64, "sides of buckets are multiples of this, itself a multiple of 32")
     bucket_no_upscale: bool = _row(False, "never enlarge a picture; the two limits of buckets are not used then")
-    resize_interpolation: str | None = _row(
-        None, "how pictures are resized; if not given, area to shrink and lanczos to enlarge", choices=INTERPOLATIONS
-    )
+    resize_interpolation: str | None = _row(None, "how to resize; area or lanczos if not given", choices=INTERPOLATIONS)
     max_data_loader_n_workers: int = _row(8, "processes that prepare pictures; 0 prepares them in the program itself")
     persistent_data_loader_workers: bool = _row(False, "keep these processes from epoch to epoch")
     cache_latents: bool = _row(False, "run the VAE once per picture, before training, and keep the results in memory")
     cache_latents_to_disk: bool = _row(False, "the same, in .npz files beside the pictures, for the next run too")
     vae_batch_size: int = _row(1, "pictures that the VAE encodes at once")
-    skip_cache_check: bool = _row(False, "trust .npz files without opening them first")
+    skip_cache_check: bool = _row(False, "accepted, no effect: .npz files are always checked")
     cache_text_encoder_outputs: bool = _row(False, "encode captions once, before; needs --network_train_unet_only")
-    cache_text_encoder_outputs_to_disk: bool = _row(False, "the same, in .npz files beside the pictures")
+    cache_text_encoder_outputs_to_disk: bool = _row(False, "the same, in memory too: encoding takes seconds")
     text_encoder_batch_size: int | None = _row(None, "captions that are encoded at once")
     prior_loss_weight: float = _row(1.0, "how much regularisation pictures count")
 
@@ -151,8 +149,8 @@ class Options:
     mixed_precision: str = _row("no", "format of base and arithmetic; 16 bits halve it", choices=("no", "fp16", "bf16"))
     full_bf16: bool = _row(False, "keep the adapter in bf16 too; needs --mixed_precision bf16")
     sdpa: bool = _row(False, "torch's own attention, which is used in any case")
-    xformers: bool = _row(False, "attention by xformers")
-    mem_eff_attn: bool = _row(False, "torch's memory-efficient attention only")
+    xformers: bool = _row(False, "accepted, no effect: torch's own attention is used")
+    mem_eff_attn: bool = _row(False, "accepted, no effect")
     seed: int | None = _row(None, "whole number that makes a run repeatable; random if not given")
     resume: str | None = _row(None, "state folder (see --save_state) to go on from")
 
@@ -280,9 +278,6 @@ def unsupported(name: str, value: Any) -> str | None:
     return f"{name}; {_INSTEAD[name]}" if name in _INSTEAD else name
 
 
-# --- the command line ---------------------------------------------------------------------------
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}. `--help` lists all options")
@@ -332,11 +327,8 @@ def _help(row: dataclasses.Field[Any]) -> str:
 def parse(arguments: Sequence[str], program: str = "lorashrink train") -> Options:
     """The options of a command line, with those of its --config_file below them.
 
-    An empty value, as scripts pass for what is not set, means that the flag was not given.
-
-    Raises:
-        UsageError: a flag that does not exist, is not supported, or has a value of the wrong kind.
-        InputError: the configuration file cannot be read.
+    An empty value, as scripts pass for what is not set, means that the flag was not given. Raises UsageError (a flag
+    does not exist, is not supported, or has a value of the wrong kind) and InputError (that file cannot be read).
     """
     namespace, rest = parser(program).parse_known_args(list(arguments))
     if unknown := [word.split("=")[0].removeprefix("--") for word in rest if word.startswith("--")]:
@@ -347,17 +339,30 @@ def parse(arguments: Sequence[str], program: str = "lorashrink train") -> Option
     unread = {name: " ".join(words[name]) if words[name] else True for name in words if name in UNSUPPORTED}
     values = read_values(words | unread)
     if (path := values.get("config_file")) and not values.get("output_config"):
-        values = _from_file(_toml(path)) | values
-    return _tidy(Options(**values))
+        flat: dict[str, Any] = {}
+        for key, value in read_toml(_toml(path)).items():  # headings of sections mean nothing, as in sd-scripts
+            flat |= value if isinstance(value, dict) else {key: value}
+        try:
+            values = read_values(flat) | values
+        except UsageError as error:
+            raise UsageError(f"{_toml(path)}: {error}") from None
+    options = Options(**values)
+    # Aliases, and spellings that mean another option.
+    extension = options.caption_extention
+    return dataclasses.replace(
+        options,
+        caption_extension=options.caption_extension if extension is None else extension,
+        save_precision="float" if options.save_precision == "fp32" else options.save_precision,
+        max_token_length=None if options.max_token_length == 75 else options.max_token_length,
+        cache_latents=options.cache_latents or options.cache_latents_to_disk,
+        cache_text_encoder_outputs=options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk,
+    )
 
 
 def _no_such_options(names: Sequence[str]) -> str:
-    near = {name: nearest(name, [*_kinds(), *UNSUPPORTED]) for name in names}
-    if len(near) == 1:
-        [(name, guess)] = near.items()
-        return f"no such option: --{name}; " + (f"did you mean --{guess}?" if guess else "`--help` lists all")
-    guesses = (f"--{name}" + (f" (did you mean --{guess}?)" if guess else "") for name, guess in near.items())
-    return f"no such options: {', '.join(guesses)}; `--help` lists all"
+    guesses = ((name, nearest(name, [*_kinds(), *UNSUPPORTED])) for name in names)
+    listed = ", ".join(f"--{name}" + (f" (did you mean --{guess}?)" if guess else "") for name, guess in guesses)
+    return f"no such option: {listed}; `--help` lists all"
 
 
 def read_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -389,19 +394,6 @@ def _converted(name: str, value: Any, kind: type, several: bool) -> Any:
     return result
 
 
-def _tidy(options: Options) -> Options:
-    """The same with aliases and spellings that mean another option resolved."""
-    extension = options.caption_extention
-    return dataclasses.replace(
-        options,
-        caption_extension=options.caption_extension if extension is None else extension,
-        save_precision="float" if options.save_precision == "fp32" else options.save_precision,
-        max_token_length=None if options.max_token_length == 75 else options.max_token_length,
-        cache_latents=options.cache_latents or options.cache_latents_to_disk,
-        cache_text_encoder_outputs=options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk,
-    )
-
-
 def key_values(flag: str, words: Iterable[str]) -> dict[str, str]:
     """The `key=value` words of a flag that takes several."""
     values = {}
@@ -411,9 +403,6 @@ def key_values(flag: str, words: Iterable[str]) -> dict[str, str]:
             raise UsageError(f"{flag}: '{word}' is no key=value pair, such as weight=8 (no blanks around '=')")
         values[key] = value
     return values
-
-
-# --- settings files -----------------------------------------------------------------------------
 
 
 def _toml(path: str | Path) -> Path:
@@ -431,23 +420,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no valid TOML ({error})") from None
 
 
-def _from_file(path: Path) -> dict[str, Any]:
-    """The options in a configuration file; headings of sections mean nothing, as in sd-scripts."""
-    flat: dict[str, Any] = {}
-    for key, value in read_toml(path).items():
-        flat |= value if isinstance(value, dict) else {key: value}
-    try:
-        return read_values(flat)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-
-
 def write_config(options: Options) -> Path:
     """Write the options that differ from their defaults to --config_file, as TOML, and return its path.
 
-    Raises:
-        UsageError: no --config_file, or it exists.
-        OutputError: it cannot be written.
+    Raises UsageError (no --config_file, or it exists) and OutputError (it cannot be written).
     """
     if not options.config_file:
         raise UsageError("--output_config needs --config_file, the file to write")

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lorashrink.adapters import looks_like_adapter
@@ -27,15 +24,7 @@ from lorashrink.bases import open_base
 from lorashrink.errors import InputError, NotABase, UsageError
 from lorashrink.files.reading import PICKLE_SUFFIXES, open_tensors
 from lorashrink.files.store import is_file, read_text
-from lorashrink.pictures.pipelines import (
-    VELOCITY,
-    ZERO_SIGNAL,
-    check_filled,
-    clip_tokenizers,
-    first_sentence,
-    tokenizer_folder,
-    weights_variant,
-)
+from lorashrink.pictures import pipelines
 from lorashrink.train.flags.options import Options
 
 _log = logging.getLogger(__name__)
@@ -44,8 +33,8 @@ LATENT_SCALE = 0.13025  # brings SDXL's latents to about unit variance (vae/conf
 CHUNK = 75  # tokens of text in the 77 positions of a CLIP encoder; the others are BOS and EOS
 SETTINGS = Path(__file__).parents[1] / "sdxl"  # the published settings of SDXL 1.0, for files without any
 
-_KINDS = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-_DOUBT = "The file is damaged, or of a model with other settings (--model_config gives those of a single file)"
+CLASSES = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+_DOUBT = " The file is damaged, or of a model with other settings (--model_config gives those of a single file)"
 # Folder of a part -> what its tensors begin with in a single file.
 _PARTS = {
     "unet": "model.diffusion_model.",
@@ -75,9 +64,6 @@ def weight_dtype(options: Options) -> torch.dtype:
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
 
 
-# --- loading ------------------------------------------------------------------------------------
-
-
 def load_model(options: Options, device: torch.device) -> Model:
     """The base, frozen, in `weight_dtype` (the VAE in float32 with --no_half_vae).
 
@@ -93,19 +79,22 @@ def load_model(options: Options, device: torch.device) -> Model:
     _check_prediction(path, options)
     places = [place for place in (path, config) if place and place.is_dir()]
     places += [Path(options.tokenizer_cache_dir)] if options.tokenizer_cache_dir else []
-    folder = tokenizer_folder(places)
+    folder = pipelines.tokenizer_folder(places)
     if folder is None:
         raise UsageError(
             f"no tokenizer in {' or '.join(map(str, places)) or 'a single file'}; give --tokenizer_cache_dir, "
             "a folder that holds the folder tokenizer of any SDXL model"
         )
-    with _reading(folder, "tokenizer"):
-        tokenizers = clip_tokenizers(folder)
+    with pipelines.loading(folder):
+        tokenizers = pipelines.clip_tokenizers(folder)
     vae = _load_vae(Path(options.vae or path), settings, torch.float32 if options.no_half_vae else dtype).to(target)
     if path.is_dir():
-        unet, first, second = (_load_part(kind, path / part, dtype).to(target) for part, kind in _KINDS.items())
+        unet, first, second = (_load_part(kind, path / part, dtype).to(target) for part, kind in CLASSES.items())
     else:
-        unet, first, second = (part.to(target) for part in _load_file(path, settings, dtype))
+        absent = dict.fromkeys(("vae", "tokenizer", "tokenizer_2", "scheduler"))
+        with pipelines.loading(path, _DOUBT):
+            pipeline = pipelines.read_file(path, "StableDiffusionXLPipeline", dtype, settings, **absent)
+        unet, first, second = (getattr(pipeline, part).to(target) for part in CLASSES)
     model = Model(unet, vae, (first, second), tokenizers)
     _check_fit(path, model)
     # Old settings have a wrong number here, with which the pooled vector would not be that at EOS.
@@ -158,7 +147,7 @@ def _check_prediction(path: Path, options: Options) -> None:
         known = "prediction_type" in config
     else:
         with open_tensors(path) as store:
-            velocity, zero_signal = VELOCITY in store.tensors, ZERO_SIGNAL in store.tensors
+            velocity, zero_signal = pipelines.VELOCITY in store.tensors, pipelines.ZERO_SIGNAL in store.tensors
         known = velocity
     if velocity and not options.v_parameterization:
         more = " and --zero_terminal_snr" if zero_signal else ""
@@ -176,50 +165,25 @@ def _load_vae(path: Path, settings: Path, dtype: torch.dtype) -> Any:
         return _load_part(AutoencoderKL, path / "vae" if (path / "vae").is_dir() else path, dtype)
     open_tensors(path).close()
     more = {"config": str(settings), "torch_dtype": dtype, "local_files_only": True}
-    with _reading(path, "vae"):
+    with pipelines.loading(path, _DOUBT):
         vae = AutoencoderKL.from_single_file(str(path), subfolder="vae", **more)
-    check_filled(path, "vae", vae)
+    pipelines.check_filled(path, "vae", vae)
     return vae
 
 
 def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    named = "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"
     more = {
-        "variant": weights_variant(folder, half=dtype == torch.float16),
-        "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype,
+        "variant": pipelines.weights_variant(folder, half=dtype == torch.float16),
+        named: dtype,
+        "local_files_only": True,
     }
-    with _reading(folder.parent, folder.name):
-        part, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **more)
+    with pipelines.loading(folder, _DOUBT):
+        part, info = kind.from_pretrained(folder, output_loading_info=True, **more)
     if missing := sorted(info["missing_keys"]):
-        raise InputError(
-            f"{folder.parent}: its {folder.name} lacks {len(missing)} tensors, such as {missing[0]}. {_DOUBT}"
-        )
+        lack = f"its {folder.name} lacks {len(missing)} tensors, such as {missing[0]}"
+        raise InputError(f"{folder.parent}: {lack}.{_DOUBT}")
     return part
-
-
-def _load_file(path: Path, settings: Path, dtype: torch.dtype) -> list[Any]:
-    """UNet and text encoders of a single file in the original names."""
-    # Its import says things that `quiet_libraries` must come before.
-    from diffusers.pipelines import StableDiffusionXLPipeline
-
-    more = {"config": str(settings), "torch_dtype": dtype, "local_files_only": True, "add_watermarker": False}
-    absent = dict.fromkeys(("vae", "tokenizer", "tokenizer_2", "scheduler"))
-    with _reading(path, "model"):
-        pipeline = StableDiffusionXLPipeline.from_single_file(str(path), **more, **absent)
-    for part in _KINDS:
-        check_filled(path, part, getattr(pipeline, part))
-    return [getattr(pipeline, part) for part in _KINDS]
-
-
-@contextmanager
-def _reading(path: Path, part: str) -> Iterator[None]:
-    try:
-        yield
-    except MemoryError:
-        raise
-    except NotImplementedError as error:  # that a tensor without data cannot be copied
-        raise InputError(f"{path}: its {part} lacks tensors. {_DOUBT}") from error
-    except Exception as error:
-        raise InputError(f"{path}: its {part} cannot be loaded: {first_sentence(error)}. {_DOUBT}") from error
 
 
 def _check_fit(path: Path, model: Model) -> None:
@@ -238,30 +202,6 @@ def _check_fit(path: Path, model: Model) -> None:
         raise InputError(f"{path}: its {wrong}. Give the whole plain model, whose parts belong together")
 
 
-# --- setting up ---------------------------------------------------------------------------------
-
-
-class _MemoryEfficient(AttnProcessor2_0):  # type: ignore[misc]
-    """torch's attention without its flash and cuDNN kernels; where the third does not run, plain arithmetic does."""
-
-    def __call__(self, *args: Any, **more: Any) -> Any:
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            return super().__call__(*args, **more)
-
-
-def set_attention(model: Model, options: Options) -> None:
-    """Choose the kernel of the UNet's attention: --mem_eff_attn, --xformers, or torch's own choice (--sdpa)."""
-    if options.mem_eff_attn:
-        model.unet.set_attn_processor(_MemoryEfficient())
-    elif options.xformers:
-        try:
-            model.unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise UsageError(
-                f"--xformers: it does not run here ({first_sentence(error)}). Install xformers, or give --sdpa instead"
-            ) from error
-
-
 def set_checkpointing(model: Model, options: Options) -> None:
     """With --gradient_checkpointing, recompute activations instead of keeping them; gradients stay the same.
 
@@ -276,9 +216,6 @@ def set_checkpointing(model: Model, options: Options) -> None:
         enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
         enable()
         encoder.train()
-
-
-# --- pictures to latents ------------------------------------------------------------------------
 
 
 def vae_stride(vae: AutoencoderKL) -> int:
@@ -297,9 +234,6 @@ def encode_pixels(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[torch
     noise = [torch.randn(mean.shape[1:], generator=generator) for generator in generators]
     latents: Tensor = mean + deviation * torch.stack(noise)
     return latents
-
-
-# --- captions to what the UNet is conditioned on --------------------------------------------------
 
 
 class Encoded(NamedTuple):

@@ -445,20 +445,21 @@ def _load(module: LycorisNetworkKohya, weights: Mapping[str, Tensor], path: Path
         )
     if options.dim_from_weights:
         return  # the network was made of them
-    # LyCORIS would write the file's alpha and compute with its own; half precision has rounded the file's
-    alphas = {key for key in weights if key.endswith(".alpha")}
+    numbers = {}
+    theirs: Any
+    ours: Any
     for key, value in weights.items():
-        if key in alphas:
-            fits = math.isclose(value.item(), own[key].item(), rel_tol=0.01)
-        else:
-            fits = value.shape == own[key].shape
+        if not key.endswith(".alpha"):
+            theirs, ours = list(value.shape), list(own[key].shape)
+            fits, numbers[key] = theirs == ours, value.to(own[key].device)
+        else:  # LyCORIS would write the file's and compute with its own; half precision has rounded the file's
+            theirs, ours = value.item(), own[key].item()
+            fits = math.isclose(theirs, ours, rel_tol=0.01)
         if not fits:
-            theirs, ours = (tensor.item() if key in alphas else list(tensor.shape) for tensor in (value, own[key]))
             raise UsageError(
                 f"--network_weights {path}: {key} is {theirs}, and {ours} in this network: another rank or alpha. Give "
                 "--dim_from_weights, or --network_dim, --network_alpha, conv_dim and conv_alpha as in the file"
             )
-    numbers = {key: value.to(own[key].device) for key, value in weights.items() if key not in alphas}
     module.load_state_dict(numbers, strict=False)
 
 

@@ -6,25 +6,24 @@ are added when it is written. ModelSpec: https://github.com/Stability-AI/ModelSp
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-import mimetypes
 import os
+import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 
 from lorashrink._version import __version__
-from lorashrink.errors import InputError
 from lorashrink.files.disk import sha256_file
 from lorashrink.train.data.buckets import Size
 from lorashrink.train.data.captions import tag_counts
 from lorashrink.train.data.scanning import Data, Dataset, Picture, Subset
 from lorashrink.train.flags.checks import bucket_limits, parse_resolution
-from lorashrink.train.flags.options import Options
+from lorashrink.train.flags.options import Options, key_values
 from lorashrink.train.output.saving import Length
 
 # `ss_` and the name of the option that is written as it is.
@@ -55,109 +54,71 @@ _OPTIONAL_SPEC = (
     "author", "description", "license", "tags", "usage_hint", "thumbnail", "merged_from", "trigger_phrase",
     "preprocessor", "is_negative_embedding",
 )  # fmt: skip
+_OF_SUBSETS = (
+    "flip_aug", "shuffle_caption", "keep_tokens", "keep_tokens_separator", "secondary_separator", "caption_prefix",
+    "caption_suffix", "resize_interpolation",
+)  # fmt: skip
 # What the old hash reads: 64 KiB at 1 MiB.
 _OLD_HASH_START, _OLD_HASH_LENGTH = 0x100000, 0x10000
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A base or VAE as the metadata names it; only files have hashes."""
+def run_entries(
+    options: Options,
+    data: Data,
+    length: Length,
+    processes: int,
+    *,
+    seed: int,
+    optimizer: str,
+    dims: Mapping[str, object] | None = None,
+) -> dict[str, object]:
+    """What all files of a run say. Times are Unix times in seconds.
 
-    name: str
-    old_hash: str | None = None  # 8 hexadecimal digits
-    sha256: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What the metadata says that the options do not know. Times are Unix times in seconds.
-
-    The last three change from file to file: `dataclasses.replace`.
+    optimizer: module.Class(arguments). dims: `Network.dims`, where a file decided which layers there are.
     """
-
-    session_id: int  # the same in all files of a run
-    started_at: float
-    seed: int
-    length: Length
-    optimizer: str  # module.Class(arguments)
-    network_args: Mapping[str, object]  # what the network was made with; `dropout` is among them
-    pictures: Mapping[str, object]  # entries of `picture_entries`
-    base: Source
-    vae: Source | None = None
-    dims: Mapping[str, object] | None = None  # `Network.dims`; None: the options name them
-    steps: int = 0
-    epoch: int = 0  # counted from 0 in files of steps, from 1 in others
-    finished_at: float = 0.0
-
-
-def source(text: str) -> Source:
-    """What the metadata says about a file (which is read in full, for its hashes), a folder or a name."""
-    name = os.path.basename(os.path.abspath(text)) if os.path.exists(text) else text
-    if not os.path.isfile(text):
-        return Source(name)
-    sha256 = sha256_file(Path(text))
-    with open(text, "rb") as handle:
-        handle.seek(_OLD_HASH_START)
-        old = hashlib.sha256(handle.read(_OLD_HASH_LENGTH)).hexdigest()[:8]
-    return Source(name, old, sha256)
-
-
-def training_metadata(options: Options, facts: Facts) -> dict[str, str]:
-    """The entries of one file; with --no_metadata only what other programs need, and what the user wrote for it."""
-    warmup, network_args = options.lr_warmup_steps, _network_args(facts)
-    entries = {
+    warmup = options.lr_warmup_steps
+    network_args = {**key_values("--network_args", options.network_args), "dropout": options.network_dropout}
+    if dims is not None:  # sd-scripts writes these as texts
+        asked = {name: value for name, value in network_args.items() if name not in _OF_LAYERS}
+        network_args = asked | {name: str(value) for name, value in dims.items() if name in _OF_LAYERS}
+    return {
         **{f"ss_{name}": getattr(options, name) for name in _AS_GIVEN},
         **_FIXED,
-        "ss_session_id": facts.session_id,
-        "ss_training_started_at": facts.started_at,
+        "ss_session_id": random.SystemRandom().getrandbits(32),
+        "ss_training_started_at": time.time(),
         "ss_text_encoder_lr": options.text_encoder_lr[0] if options.text_encoder_lr else None,
-        "ss_num_batches_per_epoch": facts.length.batches_per_epoch,
-        "ss_num_epochs": facts.length.epochs,
-        "ss_max_train_steps": facts.length.steps,
+        "ss_num_batches_per_epoch": length.batches_per_epoch,
+        "ss_num_epochs": length.epochs,
+        "ss_max_train_steps": length.steps,
         "ss_lr_warmup_steps": int(warmup) if warmup == int(warmup) else warmup,
-        "ss_seed": facts.seed,
-        "ss_optimizer": facts.optimizer,
+        "ss_seed": seed,
+        "ss_optimizer": optimizer,
         "ss_debiased_estimation": options.debiased_estimation_loss,
-        **facts.pictures,
-        **({"ss_network_args": json.dumps(network_args)} if options.network_args or facts.dims is not None else {}),
-        **{f"ss_{name}": value for name, value in (facts.dims or {}).items() if name.startswith("network_")},
-        **_source("sd_model", facts.base),
-        **(_source("vae", facts.vae) if facts.vae else {}),
-        "ss_training_finished_at": facts.finished_at,
-        "ss_steps": facts.steps,
-        "ss_epoch": facts.epoch,
+        **_picture_entries(data, options, processes),
+        **({"ss_network_args": json.dumps(network_args)} if options.network_args or dims is not None else {}),
+        **{f"ss_{name}": value for name, value in (dims or {}).items() if name.startswith("network_")},
+        **_source("sd_model", options.pretrained_model_name_or_path or ""),
+        **(_source("vae", options.vae) if options.vae else {}),
     }
+
+
+def file_metadata(
+    options: Options, run: Mapping[str, object], *, steps: int, epoch: int, finished_at: float
+) -> dict[str, str]:
+    """The entries of one file; with --no_metadata only what other programs need, and what the user wrote for it.
+
+    run: `run_entries`. epoch: counted from 0 in files of steps, from 1 in others.
+    """
+    entries = {**run, "ss_training_finished_at": finished_at, "ss_steps": steps, "ss_epoch": epoch}
     if options.no_metadata:
         entries = {key: entries[key] for key in _MINIMUM if key in entries}
-    entries |= {f"modelspec.{name}": value for name, value in _model_spec(options, facts.finished_at).items()}
-    # File names may hold bytes that are not text.
-    return {key: str(value).encode("utf-8", "replace").decode() for key, value in entries.items()}
-
-
-def _network_args(facts: Facts) -> dict[str, object]:
-    """What the network was made with. Where a file decided, its ranks, and no preset, for none chose the layers."""
-    if facts.dims is None:
-        return dict(facts.network_args)
-    asked = {name: value for name, value in facts.network_args.items() if name not in _OF_LAYERS}
-    # sd-scripts' arguments of a network are texts
-    return asked | {name: str(value) for name, value in facts.dims.items() if name in _OF_LAYERS}
-
-
-def _source(kind: str, source: Source) -> dict[str, object]:
-    hashes = {f"ss_{kind}_hash": source.old_hash, f"ss_new_{kind}_hash": source.sha256}
-    return {**{key: value for key, value in hashes.items() if value is not None}, f"ss_{kind}_name": source.name}
-
-
-def _model_spec(options: Options, finished_at: float) -> dict[str, object]:
     optional = {name: getattr(options, f"metadata_{name}") for name in _OPTIONAL_SPEC}
-    if optional["thumbnail"] is not None:
-        optional["thumbnail"] = data_url(optional["thumbnail"])
     first, end = options.min_timestep, options.max_timestep
     if first is not None or end is not None:
         optional["timestep_range"] = f"{first or 0},{1000 if end is None else end}"
     title = options.metadata_title if options.metadata_title is not None else options.output_name
     width, height = parse_resolution(options.resolution or "1024")
-    return {
+    spec = {
         "sai_model_spec": "1.0.1",
         "architecture": "stable-diffusion-xl-v1-base/lora",
         "implementation": "https://github.com/Stability-AI/generative-models",
@@ -168,28 +129,32 @@ def _model_spec(options: Options, finished_at: float) -> dict[str, object]:
         "prediction_type": "v" if options.v_parameterization else "epsilon",
         **{name: value for name, value in optional.items() if value is not None},
     }
+    entries |= {f"modelspec.{name}": value for name, value in spec.items()}
+    # File names may hold bytes that are not text.
+    return {key: str(value).encode("utf-8", "replace").decode() for key, value in entries.items()}
 
 
-def data_url(text: str) -> str:
-    """A picture as text: `text` itself if it is that, else the file that it names."""
-    if text.startswith("data:"):
-        return text
-    try:
-        data = Path(text).read_bytes()
-    except OSError as error:
-        raise InputError(f"--metadata_thumbnail {text}: cannot be read ({error.strerror})") from None
-    kind = mimetypes.guess_type(text)[0] or "application/octet-stream"
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def _source(kind: str, text: str) -> dict[str, object]:
+    """The entries of a base or VAE: of a file (which is read in full, for its hashes), a folder or a name."""
+    name = os.path.basename(os.path.abspath(text)) if os.path.exists(text) else text
+    if not os.path.isfile(text):
+        return {f"ss_{kind}_name": name}
+    sha256 = sha256_file(Path(text))
+    with open(text, "rb") as handle:
+        handle.seek(_OLD_HASH_START)
+        old = hashlib.sha256(handle.read(_OLD_HASH_LENGTH)).hexdigest()[:8]
+    return {f"ss_{kind}_hash": old, f"ss_new_{kind}_hash": sha256, f"ss_{kind}_name": name}
 
-
-# --- pictures -----------------------------------------------------------------------------------
 
 _Subsets = Sequence[tuple[Subset, Sequence[Picture]]]
 
 
-def picture_entries(data: Data, options: Options, processes: int) -> dict[str, object]:
+def _picture_entries(data: Data, options: Options, processes: int) -> dict[str, object]:
     """The entries about the pictures. They name folders without where these lie."""
-    datasets = [(dataset, _by_subset(dataset)) for dataset in data.datasets]
+    datasets: list[tuple[Dataset, _Subsets]] = [
+        (dataset, [(subset, list(own)) for subset, own in groupby(dataset.pictures, lambda picture: picture.subset)])
+        for dataset in data.datasets
+    ]
     subsets = [pair for _, pairs in datasets for pair in pairs]
     tags = {folder: counts for _, pairs in reversed(datasets) for folder, counts in _tags(pairs).items()}
     entries: dict[str, object] = {
@@ -206,22 +171,13 @@ def picture_entries(data: Data, options: Options, processes: int) -> dict[str, o
         "ss_total_batch_size": options.train_batch_size * processes * options.gradient_accumulation_steps,
         "ss_resolution": parse_resolution(dataset.options.resolution),
         "ss_color_aug": False,
-        "ss_flip_aug": options.flip_aug,
         "ss_random_crop": False,
-        "ss_shuffle_caption": options.shuffle_caption,
         "ss_bucket_no_upscale": dataset.options.enable_bucket and dataset.options.bucket_no_upscale,
-        "ss_keep_tokens": options.keep_tokens,
+        **{f"ss_{name}": getattr(options, name) for name in ("flip_aug", "shuffle_caption", "keep_tokens")},
         **{f"ss_{name}": value for name, value in _bucket_limits(dataset).items()},
         "ss_reg_dataset_dirs": json.dumps(_folders(subsets, is_reg=True)),
         "ss_bucket_info": json.dumps(_bucket_info(dataset)),
     }
-
-
-def _by_subset(dataset: Dataset) -> _Subsets:
-    pictures: defaultdict[Subset, list[Picture]] = defaultdict(list)
-    for picture in dataset.pictures:
-        pictures[picture.subset].append(picture)
-    return list(pictures.items())
 
 
 def _showings(subsets: _Subsets, *, is_reg: bool) -> int:
@@ -285,17 +241,8 @@ def _dataset(dataset: Dataset, subsets: _Subsets) -> dict[str, object]:
             {
                 "img_count": len(pictures),
                 "num_repeats": subset.repeats,
-                "color_aug": False,
-                "flip_aug": subset.options.flip_aug,
-                "random_crop": False,
-                "shuffle_caption": subset.options.shuffle_caption,
-                "keep_tokens": subset.options.keep_tokens,
-                "keep_tokens_separator": subset.options.keep_tokens_separator,
-                "secondary_separator": subset.options.secondary_separator,
-                "enable_wildcard": False,
-                "caption_prefix": subset.options.caption_prefix,
-                "caption_suffix": subset.options.caption_suffix,
-                "resize_interpolation": subset.options.resize_interpolation,
+                **{name: getattr(subset.options, name) for name in _OF_SUBSETS},
+                **dict.fromkeys(("color_aug", "random_crop", "enable_wildcard"), False),
                 "image_dir": subset.folder.name,
                 "class_tokens": subset.class_words,
                 "is_reg": subset.is_reg,

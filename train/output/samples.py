@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import io
 import logging
 import math
 import random
@@ -20,12 +19,12 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from lorashrink.errors import NonFinite
-from lorashrink.files.disk import write_bytes
 from lorashrink.pictures.drawing import Shot, draw_picture
 from lorashrink.pictures.pipelines import KINDS
 from lorashrink.pictures.prompts import Prompt
 from lorashrink.pictures.samplers import scheduler
 from lorashrink.plots.sheet import Cell, contact_sheet
+from lorashrink.plots.style import save_picture
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import CHUNK, Model, encode, token_count, tokenize, weight_dtype
 
@@ -36,26 +35,21 @@ _KIND = KINDS["StableDiffusionXLPipeline"]
 _WEIGHT = re.compile(r"\([^()]+:\s*\d*\.?\d+\s*\)")
 
 
-def check_prompts(prompts: Sequence[Prompt], tokenizer: CLIPTokenizer, world: int, options: Options) -> list[str]:
+def check_prompts(prompts: Sequence[Prompt], tokenizer: CLIPTokenizer, world: int, options: Options) -> Iterator[str]:
     """Warnings: prompts longer than what the encoders read, token weights, a number that leaves processes waiting."""
     limit = options.max_token_length or CHUNK
-    warnings = []
     for number, prompt in enumerate(prompts):
         for name, text in (("prompt", prompt.prompt), ("negative prompt", prompt.negative)):
             start = f"sample {number:02d}: the {name} has"
             if (count := token_count(tokenizer, text)) > limit:
-                warnings.append(
-                    f"{start} {count} tokens, {count + 2} with its start and end; what is beyond {limit} ({limit + 2}) "
-                    "is cut off. Shorten it, or raise --max_token_length (up to 225)."
-                )
+                tokens = f"{count} tokens, {count + 2} with its start and end"
+                advice = "is cut off. Shorten it, or raise --max_token_length (up to 225)."
+                yield f"{start} {tokens}; what is beyond {limit} ({limit + 2}) {advice}"
             if weight := _WEIGHT.search(text):
-                warnings.append(f"{start} a weight, {weight[0]}, which is read as plain text.")
+                yield f"{start} a weight, {weight[0]}, which is read as plain text."
     if len(prompts) % world:
-        warnings.append(
-            f"{len(prompts)} sample prompts do not divide evenly among {world} processes, so some wait for others; "
-            f"{math.ceil(len(prompts) / world) * world} would."
-        )
-    return warnings
+        uneven = f"{len(prompts)} sample prompts do not divide evenly among {world} processes, so some wait for others"
+        yield f"{uneven}; {math.ceil(len(prompts) / world) * world} would."
 
 
 def due(options: Options, *, step: int, epoch: int | None = None) -> bool:
@@ -78,7 +72,6 @@ def draw(
     model: Model,
     prompts: Sequence[Prompt],
     options: Options,
-    folder: Path,
     *,
     step: int,
     epoch: int | None = None,
@@ -86,7 +79,7 @@ def draw(
     world: int,
     device: torch.device,
 ) -> list[Path]:
-    """Draw this process's share of the prompts and write it below folder/sample; the paths of the pictures.
+    """Draw this process's share of the prompts and write it below output_dir/sample; the paths of the pictures.
 
     The UNet is on `device` and the network in eval mode. Encoders and VAE may be elsewhere and go back there. The state
     of the global random numbers stays. Raises OutputError if a picture cannot be written.
@@ -119,7 +112,8 @@ def draw(
                 continue
             ending = "" if prompt.seed is None else f"_{prompt.seed}"
             name = f"{_moment(options, step, epoch)}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{ending}.png"
-            paths.append(_write_png(folder / "sample" / name, Image.fromarray(picture)))
+            paths.append(_folder(options) / name)
+            save_picture(Image.fromarray(picture), paths[-1])
     return paths
 
 
@@ -149,11 +143,8 @@ def _encoded(model: Model, prompt: Prompt, options: Options, device: torch.devic
     }
 
 
-def _write_png(path: Path, picture: Image.Image) -> Path:
-    data = io.BytesIO()
-    picture.save(data, "png")
-    write_bytes(path, data.getvalue())
-    return path
+def _folder(options: Options) -> Path:
+    return Path(options.output_dir or "", "sample")
 
 
 def _moment(options: Options, step: int, epoch: int | None) -> str:
@@ -162,14 +153,12 @@ def _moment(options: Options, step: int, epoch: int | None) -> str:
     return f"{name}{step:06d}" if epoch is None else f"{name}e{epoch:06d}"
 
 
-def write_sheet(
-    prompts: Sequence[Prompt], options: Options, folder: Path, *, step: int, epoch: int | None = None
-) -> Path:
+def write_sheet(prompts: Sequence[Prompt], options: Options, *, step: int, epoch: int | None = None) -> Path:
     """One page with the pictures of this moment; called by one process, after all have drawn."""
     start = _moment(options, step, epoch)
     cells = []
     for number, prompt in enumerate(prompts):
-        drawn = (folder / "sample").glob(f"{glob.escape(f'{start}_{number:02d}')}_*.png")
+        drawn = _folder(options).glob(f"{glob.escape(f'{start}_{number:02d}')}_*.png")
         # An earlier run may have left others; names begin with the time, so they sort.
         if path := max(drawn, key=lambda path: path.name, default=None):
             seed = "random seed" if prompt.seed is None else f"seed {prompt.seed}"
@@ -178,4 +167,6 @@ def write_sheet(
             cells.append(Cell(Image.open(path), f"{number:02d}  {prompt.prompt}", settings))
     moment = f"step {step}" if epoch is None else f"epoch {epoch}, step {step}"
     title = f"{options.output_name}, {moment}" if options.output_name else moment
-    return _write_png(folder / "sample" / f"{start}_sheet.png", contact_sheet(title, cells))
+    sheet = _folder(options) / f"{start}_sheet.png"
+    save_picture(contact_sheet(title, cells), sheet)
+    return sheet

@@ -19,31 +19,28 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import load
+from torch import Tensor
 
 from lorashrink._version import __version__
-from lorashrink.errors import InputError, LorashrinkError, NonFinite, OutputError, UsageError
+from lorashrink.errors import InputError, LorashrinkError, NonFinite, OutputError
 from lorashrink.files.disk import write_bytes
 from lorashrink.files.hashes import LEGACY_HASH, MODEL_HASH
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import cast
 from lorashrink.files.writing import save_tensors
+from lorashrink.text import share_text, size_text
+from lorashrink.train.data.scanning import Data
 from lorashrink.train.flags.options import Options
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from torch import Tensor
-
-    from lorashrink.train.data.scanning import Data
 
 _log = logging.getLogger(__name__)
 
 NETWORK_FILE, STATE_FILE = "network.safetensors", "train_state.json"
 
 _PRECISIONS = {"float": "F32", "fp16": "F16", "bf16": "BF16"}
-
-
-# --- how long ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,59 +82,37 @@ def never(options: Options, length: Length) -> list[str]:
     ]
 
 
-# --- when and under which name -------------------------------------------------------------------
+def adapter_path(options: Options, *, epoch: int | None = None, step: int | None = None) -> Path:
+    """The file after this epoch, counted from 1, or after this step; without either the final one."""
+    return Path(options.output_dir or "", f"{_stem(options, epoch, step)}.{options.save_model_as}")
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Where files and state folders go. Without a name, sd-scripts' words stand for it."""
-
-    folder: Path
-    name: str | None
-    extension: str  # without dot
-
-    def file(self, *, epoch: int | None = None, step: int | None = None) -> Path:
-        """The file after this epoch, counted from 1, or after this step; without either the final one."""
-        return self.folder / f"{self._stem(epoch, step)}.{self.extension}"
-
-    def state(self, *, epoch: int | None = None, step: int | None = None) -> Path:
-        """The state folder of the same moment."""
-        return self.folder / f"{self._stem(epoch, step)}-state"
-
-    def _stem(self, epoch: int | None, step: int | None) -> str:
-        if epoch is not None:
-            return f"{self.name or 'epoch'}-{epoch:06d}"
-        return self.name or "last" if step is None else f"{self.name or 'at'}-step{step:08d}"
+def state_path(options: Options, *, epoch: int | None = None, step: int | None = None) -> Path:
+    """The state folder of the same moment."""
+    return Path(options.output_dir or "", f"{_stem(options, epoch, step)}-state")
 
 
-def run_names(options: Options) -> Names:
-    """The names of this run's files. Raises a UsageError if --output_name is a path."""
-    name = options.output_name
-    if name is not None and (name in (".", "..") or set(name) & set("/\\\0")):
-        raise UsageError(f"--output_name {name}: must be a name and no path; the folder goes into --output_dir")
-    if name == "":
-        _log.warning("--output_name is empty; files are named epoch-..., at-step... and last")
-    return Names(Path(options.output_dir or ""), name or None, options.save_model_as)
+def _stem(options: Options, epoch: int | None, step: int | None) -> str:
+    """Without a name, sd-scripts' words stand for it."""
+    if epoch is not None:
+        return f"{options.output_name or 'epoch'}-{epoch:06d}"
+    return options.output_name or "last" if step is None else f"{options.output_name or 'at'}-step{step:08d}"
 
 
-def epochs_between_saves(options: Options, epochs: int) -> int | None:
-    """After how many epochs a file is saved; --save_n_epoch_ratio wins. None: not after epochs."""
-    if options.save_n_epoch_ratio is not None and options.save_n_epoch_ratio > 0:
-        return max(1, epochs // options.save_n_epoch_ratio)
-    return options.save_every_n_epochs
-
-
-def epochs_due(every: int | None, epochs: int) -> range:
+def epochs_due(options: Options, epochs: int) -> range:
     """The epochs, counted from 1, after which a file is saved. Not the last one, whose file is the final one."""
-    return range(every, epochs, every) if every and every > 0 else range(0)
+    ratio = options.save_n_epoch_ratio
+    every = max(1, epochs // ratio) if ratio else options.save_every_n_epochs
+    return range(every, epochs, every) if every else range(0)
 
 
-def steps_due(every: int | None, steps: int) -> range:
+def steps_due(options: Options, steps: int) -> range:
     """The steps after which a file is saved; as in sd-scripts, the last may be among them."""
-    return range(every, steps + 1, every) if every and every > 0 else range(0)
+    every = options.save_every_n_steps
+    return range(every, steps + 1, every) if every else range(0)
 
 
-def expired(options: Options, names: Names, every: int, *, epoch: int | None = None, step: int = 0) -> list[Path]:
+def expired(options: Options, every: int, *, epoch: int | None = None, step: int = 0) -> list[Path]:
     """The file and the state folder that go after those of this epoch or step were saved.
 
     What stays is counted in files after epochs and in steps after steps, as in sd-scripts.
@@ -146,12 +121,12 @@ def expired(options: Options, names: Names, every: int, *, epoch: int | None = N
     files: int | None = getattr(options, f"save_last_n_{unit}s")
     states: int | None = getattr(options, f"save_last_n_{unit}s_state") or files
     paths = []
-    for path, keep in ((names.file, files), (names.state, states if options.save_state else None)):
+    for path, keep in ((adapter_path, files), (state_path, states if options.save_state else None)):
         if keep is None:
             continue
-        gone = (step - max(keep, 0) - 1) // every * every if epoch is None else epoch - every * max(keep, 1)
+        gone = (step - keep - 1) // every * every if epoch is None else epoch - every * keep
         if gone > 0:
-            paths.append(path(**{unit: gone}))
+            paths.append(path(options, **{unit: gone}))
     return paths
 
 
@@ -171,9 +146,6 @@ def remove(paths: Sequence[Path]) -> None:
             _log.info("deleted %s, as --save_last_n_... asks", path)
 
 
-# --- adapters ------------------------------------------------------------------------------------
-
-
 def save_adapter(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, precision: str | None = None
 ) -> Path:
@@ -181,17 +153,12 @@ def save_adapter(
 
     `.safetensors` gets the metadata, and hashes of the contents in it (`sshs_*`); `.ckpt` and `.pt` are dictionaries of
     tensors without metadata. `precision` is "float", "fp16", "bf16", or None to keep what the tensors have.
-
-    Raises:
-        NonFinite: a tensor has NaN or infinity, or would have in that precision; nothing is written.
-        OutputError: the file cannot be written.
+    Raises NonFinite, and writes nothing, if a tensor has or would have NaN or infinity; OutputError if it cannot.
     """
     ready = {name: _in_precision(path, name, tensor, precision) for name, tensor in tensors.items()}
     if path.suffix == ".safetensors":
         save_tensors(path, ready, {**metadata, MODEL_HASH: "", LEGACY_HASH: ""})
     else:
-        import torch
-
         buffer = io.BytesIO()
         torch.save(ready, buffer)
         write_bytes(path, buffer.getvalue())
@@ -209,9 +176,6 @@ def _in_precision(path: Path, name: str, tensor: Tensor, precision: str | None) 
             why = "NaN or infinity: training has failed. Use a lower learning rate, or --mixed_precision bf16"
         raise NonFinite(f"{path}: not written, because {name} has {why}. Files saved before are good")
     return written.cpu().contiguous()
-
-
-# --- states --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,14 +231,7 @@ def save_state(
     """
     unfinished, old = (folder.with_name(f".{folder.name}.{end}") for end in ("unfinished", "old"))
     main = accelerator.is_main_process
-    entries = {
-        "current_epoch": position.epoch,
-        "current_step": position.step,
-        "batch": position.batch,
-        "seed": position.seed,
-        "version": __version__,
-        "options": dict(fingerprint),
-    }
+    entries = {**dataclasses.asdict(position), "version": __version__, "options": dict(fingerprint)}
     try:
         if main:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -302,24 +259,20 @@ def save_state(
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def peek_state(folder: Path) -> dict[str, Any]:
-    """The `train_state.json` of a state folder: current_epoch, current_step, batch, seed, version, options."""
+def peek_state(folder: Path) -> tuple[Position, dict[str, str]]:
+    """Where the run of a state folder stands, and its `fingerprint`."""
     path = folder / STATE_FILE
     if not path.is_file() or not (folder / NETWORK_FILE).is_file():
-        raise InputError(
-            f"--resume {folder}: {STATE_FILE} or {NETWORK_FILE} is missing; only folders that --save_state of "
-            "lorashrink wrote can be resumed"
-        )
+        needs = "only folders that --save_state of lorashrink wrote can be resumed"
+        raise InputError(f"--resume {folder}: {STATE_FILE} or {NETWORK_FILE} is missing; {needs}")
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        numbers = [state[key] for key in ("current_epoch", "current_step", "batch", "seed")]
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise ValueError("a number is not one")
-        if not isinstance(state["version"], str) or not isinstance(state["options"], dict):
+        numbers = [state[field.name] for field in dataclasses.fields(Position)]
+        if any(type(number) is not int or number < 0 for number in numbers) or not isinstance(state["options"], dict):
             raise ValueError("an entry has the wrong type")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); resume from another state folder") from None
-    return dict(state)
+    return Position(*numbers), state["options"]
 
 
 def load_state(
@@ -332,11 +285,8 @@ def load_state(
     """Go back to a saved state; every process calls this. Options that are not as they were are named in a warning.
 
     `load_network` takes the raw parameters and buffers. The state's seed is used, not `seed`, which is --seed.
-
     """
-    from accelerate.utils import load
-
-    state = peek_state(folder)
+    position, before = peek_state(folder)
     randomness = folder / f"random_states_{accelerator.process_index}.pkl"
     try:
         with open_tensors(folder / NETWORK_FILE) as store:
@@ -347,20 +297,12 @@ def load_state(
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         why = "it is damaged, or from a run with another network or optimizer"
         raise InputError(f"--resume {folder}: cannot be loaded; {why} ({error})") from error
-    if changed := "; ".join(changes(state["options"], fingerprint)):
+    differing = [key for key in dict.fromkeys((*fingerprint, *before)) if before.get(key) != fingerprint.get(key)]
+    if changed := "; ".join(f"{key} {fingerprint.get(key)} (was {before.get(key)})" for key in differing):
         _log.warning("--resume: not as if the run had not been interrupted, because these changed: %s", changed)
-    if seed is not None and seed != state["seed"]:
-        _log.warning("--resume: --seed %d is ignored; the run goes on with its own, %d", seed, state["seed"])
-    return Position(state["current_epoch"], state["batch"], state["current_step"], state["seed"])
-
-
-def changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What differs between the fingerprints of a state and of the run that resumes it."""
-    differing = [key for key in dict.fromkeys((*now, *then)) if then.get(key) != now.get(key)]
-    return [f"{key} {now.get(key)} (was {then.get(key)})" for key in differing]
-
-
-# --- shrunk files --------------------------------------------------------------------------------
+    if seed is not None and seed != position.seed:
+        _log.warning("--resume: --seed %d is ignored; the run goes on with its own, %d", seed, position.seed)
+    return position
 
 
 def shrink(path: Path, options: Options) -> list[Path]:
@@ -382,7 +324,7 @@ def shrink(path: Path, options: Options) -> list[Path]:
     for failure in report.failed:
         _log.warning("%s was saved but not shrunk: %s", path.name, failure.error)
     for result in report.results:
-        before, after = f"{result.bytes_before / 1e6:.2f} MB", f"{result.bytes_after / 1e6:.2f} MB"
-        outcome = f"shrunk by {result.recipe} to {after} (error {100 * result.relative_error:.2f} %)"
-        _log.info("%s: %s, %s: %s", path.name, before, outcome, Path(result.output).name)
+        sizes = f"{size_text(result.bytes_before)}, shrunk by {result.recipe} to {size_text(result.bytes_after)}"
+        name = Path(result.output).name
+        _log.info("%s: %s (error %s): %s", path.name, sizes, share_text(result.relative_error), name)
     return [Path(result.output) for result in report.results]

@@ -15,8 +15,7 @@ from diffusers.training_utils import compute_snr
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from lorashrink.errors import UsageError
-from lorashrink.train.data.batches import Batch, generator, numbers
+from lorashrink.train.data.batches import Batch, chunks, generator, numbers
 from lorashrink.train.data.caches import posterior
 from lorashrink.train.data.scanning import Data
 from lorashrink.train.flags.options import Options
@@ -49,13 +48,16 @@ class BatchLoss(nn.Module):
         unet, dtype = self._model.unet, weight_dtype(self._options)
         text = self._text(batch)
         keys = [(draw.epoch, draw.dataset, draw.picture, draw.repeat) for draw in batch.draws]
-        noised = self.objective.noised(self._latents(batch).to(unet.device) * LATENT_SCALE, keys, self._seed)
-        time_ids = batch.time_ids.to(unet.device)
+        latents = self._latents(batch).to(unet.device, non_blocking=True) * LATENT_SCALE
+        noised = self.objective.noised(latents, keys, self._seed)
         prediction = unet(
             noised.noisy.to(dtype),
             noised.timesteps,
             text.context.to(dtype),
-            added_cond_kwargs={"text_embeds": text.pooled.to(dtype), "time_ids": time_ids},
+            added_cond_kwargs={
+                "text_embeds": text.pooled.to(dtype),
+                "time_ids": batch.time_ids.to(unet.device, non_blocking=True),
+            },
             return_dict=False,
         )[0]
         return self.objective.loss(prediction, noised, batch.weights)
@@ -64,13 +66,10 @@ class BatchLoss(nn.Module):
         if batch.latents is not None:
             return batch.latents
         assert batch.pixels is not None
-        pictures = self._data.pictures_of(batch.draws)
-        generators = [
-            posterior(self._seed, picture, flipped) for picture, flipped in zip(pictures, batch.flipped, strict=True)
-        ]
-        size = max(self._options.vae_batch_size, 1)
-        chunks = (slice(start, start + size) for start in range(0, len(generators), size))
-        return torch.cat([encode_pixels(self._model.vae, batch.pixels[chunk], generators[chunk]) for chunk in chunks])
+        shown, size = zip(self._data.pictures_of(batch.draws), batch.flipped, strict=True), self._options.vae_batch_size
+        generators = [posterior(self._seed, picture, flipped) for picture, flipped in shown]
+        parts = zip(torch.split(batch.pixels, size), chunks(generators, size), strict=True)
+        return torch.cat([encode_pixels(self._model.vae, pixels, own) for pixels, own in parts])
 
     def _text(self, batch: Batch) -> Encoded:
         if batch.text is not None:
@@ -107,7 +106,8 @@ class Objective:
             rescale_betas_zero_snr=options.zero_terminal_snr,
         )
         self._options = options
-        self._range = _timestep_range(options)
+        first, end = options.min_timestep or 0, options.max_timestep or TIMESTEPS
+        self._range = first, max(end, first + 1)  # equal limits mean that one timestep, as in sd-scripts
         self._weights = timestep_weights(options, compute_snr(self.noise_schedule, torch.arange(TIMESTEPS)))
 
     def noised(self, latents: Tensor, keys: Sequence[tuple[str | int, ...]], seed: int) -> Noised:
@@ -181,15 +181,6 @@ def timestep_weights(options: Options, snr: Tensor) -> Tensor:
     if options.debiased_estimation_loss:
         weights = weights * (1 / (bounded + 1) if v else bounded.rsqrt())
     return weights
-
-
-def _timestep_range(options: Options) -> tuple[int, int]:
-    """The first timestep and the one after the last. Equal limits mean that one timestep, as in sd-scripts."""
-    first = 0 if options.min_timestep is None else options.min_timestep
-    end = TIMESTEPS if options.max_timestep is None else options.max_timestep
-    if not 0 <= first <= end <= TIMESTEPS or first == TIMESTEPS:
-        raise UsageError(f"--min_timestep {first} and --max_timestep {end} leave no timestep to train")
-    return first, max(end, first + 1)
 
 
 def _coarse_noise(shape: torch.Size, levels: int, discount: float, tensors: Generator, chance: random.Random) -> Tensor:

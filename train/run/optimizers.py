@@ -8,7 +8,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeGuard, cast, runtime_checkable
+from typing import Any, cast
 
 from diffusers.optimization import get_piecewise_constant_schedule
 from torch.optim import Optimizer
@@ -23,15 +23,6 @@ from lorashrink.train.flags.options import Options, key_values
 _log = logging.getLogger(__name__)
 
 
-@runtime_checkable
-class _ScheduleFree(Protocol):
-    """What tells a schedule-free optimizer from others: it keeps two versions of the weights."""
-
-    def train(self) -> None: ...
-
-    def eval(self) -> None: ...
-
-
 def make_optimizer(options: Options, groups: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, str]:
     """The optimizer of these parameter groups, and its description for metadata: `module.Class(key=value,...)`."""
     name = optimizer_name(options)
@@ -44,27 +35,24 @@ def make_optimizer(options: Options, groups: Sequence[Mapping[str, Any]]) -> tup
         hint = "the options for it have no effect, but with --optimizer_args relative_step=False"
         _log.warning("Adafactor sets the learning rate itself: %s", hint)
     own = [{key: value for key, value in group.items() if not (relative and key == "lr")} for group in groups]
+    rate = None if relative else options.learning_rate
     with _refusing(flag, "--optimizer_args"):
-        rate = None if relative else options.learning_rate
-        optimizer: Optimizer = kind(own, lr=rate, **_fused(kind, own, options, arguments), **arguments)
-    if "d" in optimizer.defaults:
-        _check_adaptive_rates(name, {group["lr"] for group in optimizer.param_groups})
-    train_mode(optimizer)
+        # On a GPU one kernel for all parameters; with fp16 torch would not tell accelerate that a step was skipped.
+        on_gpu = all(parameter.is_cuda for group in own for parameter in group["params"])
+        takes_it = kind.__module__.startswith("torch.optim.") and "fused" in inspect.signature(kind).parameters
+        chosen = {"fused", "foreach", "capturable", "differentiable"} & arguments.keys()
+        fused = {"fused": True} if takes_it and on_gpu and not chosen and options.mixed_precision != "fp16" else {}
+        optimizer: Optimizer = kind(own, lr=rate, **fused, **arguments)
+    if "d" in optimizer.defaults:  # Prodigy and its like find one factor for all groups, and multiply it by one rate
+        rates = {group["lr"] for group in optimizer.param_groups}
+        if len(rates) > 1:
+            raise UsageError(f"{flag} takes one learning rate: give --unet_lr and --text_encoder_lr alike")
+        if (rate := rates.pop()) <= 0.1:
+            _log.warning("%s finds the learning rate itself, and multiplies it by yours, %g; 1 is usual", name, rate)
+    if hasattr(optimizer, "train"):  # schedule-free: one version of the weights is trained, another one is used
+        optimizer.train()
     settings = ",".join(f"{key}={value}" for key, value in arguments.items())
     return optimizer, f"{kind.__module__}.{kind.__name__}" + (f"({settings})" if settings else "")
-
-
-def _fused(
-    kind: Any, groups: Sequence[Mapping[str, Any]], options: Options, arguments: Mapping[str, Any]
-) -> dict[str, bool]:
-    """`fused` for optimizers of torch on a GPU: one kernel for all parameters.
-
-    With fp16 torch would not tell accelerate that a step was skipped.
-    """
-    takes_it = kind.__module__.startswith("torch.optim.") and "fused" in inspect.signature(kind).parameters
-    chosen = {"fused", "foreach", "capturable", "differentiable"} & arguments.keys()
-    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return {"fused": True} if takes_it and on_gpu and not chosen and options.mixed_precision != "fp16" else {}
 
 
 def make_scheduler(options: Options, optimizer: Optimizer, total_steps: int) -> LRScheduler:
@@ -72,7 +60,7 @@ def make_scheduler(options: Options, optimizer: Optimizer, total_steps: int) -> 
 
     `total_steps` is how often it is stepped, which accelerate does once per process and optimizer step.
     """
-    if _is_schedule_free(optimizer):
+    if hasattr(optimizer, "eval"):  # schedule-free
         if options.lr_scheduler != "constant" or options.lr_scheduler_type or options.lr_warmup_steps:
             hint = "--lr_scheduler and --lr_warmup_steps have no effect; --optimizer_args warmup_steps=N is its own"
             _log.warning("%s needs no schedule: %s", optimizer_name(options), hint)
@@ -90,52 +78,28 @@ def make_scheduler(options: Options, optimizer: Optimizer, total_steps: int) -> 
             return cast(LRScheduler, kind(optimizer, **arguments))
     if name == "adafactor":
         raise UsageError("--lr_scheduler adafactor needs --optimizer_args relative_step=True")
-    warmup = _steps(options.lr_warmup_steps, total_steps)
-    settings = _schedule_settings(options, total_steps).get(name, {})
+    warmup, decay = (
+        int(value * total_steps) if isinstance(value, float) else value
+        for value in (options.lr_warmup_steps, options.lr_decay_steps)
+    )
+    cycles, lowest = options.lr_scheduler_num_cycles, options.lr_scheduler_min_lr_ratio
+    lowered = {"num_cycles": cycles / 2, "min_lr_rate": lowest}
+    settings: dict[str, dict[str, Any]] = {
+        "inverse_sqrt": {"timescale": options.lr_scheduler_timescale},
+        "cosine_with_restarts": {"num_cycles": cycles},
+        "polynomial": {"power": options.lr_scheduler_power},
+        "cosine_with_min_lr": lowered,
+        "cosine_warmup_with_min_lr": lowered,
+        "warmup_stable_decay": {"num_cycles": cycles / 2, "num_decay_steps": decay, "min_lr_ratio": lowest or 0.0},
+    }
     with _refusing(flag, "--lr_scheduler_args and its other options"):
         if name == "piecewise_constant":
             return cast(LRScheduler, get_piecewise_constant_schedule(optimizer, **arguments))
         if name == "constant":
             return cast(LRScheduler, get_constant_schedule(optimizer, **arguments))
         # What both give is refused, not decided.
-        return cast(LRScheduler, get_scheduler(name, optimizer, warmup, total_steps, dict(**settings, **arguments)))
-
-
-def _schedule_settings(options: Options, total: int) -> dict[str, dict[str, Any]]:
-    """What schedules take besides the warm-up and the number of steps, by their names."""
-    cycles, lowest = options.lr_scheduler_num_cycles, options.lr_scheduler_min_lr_ratio
-    lowered = {"num_cycles": cycles / 2, "min_lr_rate": lowest}
-    decay = {"num_decay_steps": _steps(options.lr_decay_steps, total), "min_lr_ratio": lowest or 0.0}
-    return {
-        "inverse_sqrt": {"timescale": options.lr_scheduler_timescale},
-        "cosine_with_restarts": {"num_cycles": cycles},
-        "polynomial": {"power": options.lr_scheduler_power},
-        "cosine_with_min_lr": lowered,
-        "cosine_warmup_with_min_lr": lowered,
-        "warmup_stable_decay": {"num_cycles": cycles / 2} | decay,
-    }
-
-
-def _steps(value: float, total: int) -> int:
-    """A number of steps, from that number or from a share of all steps."""
-    return int(value * total) if isinstance(value, float) else value
-
-
-def train_mode(optimizer: Optimizer) -> None:
-    """Put the weights where a schedule-free optimizer trains them. Other optimizers have but one version of them."""
-    if _is_schedule_free(optimizer):
-        optimizer.train()
-
-
-def eval_mode(optimizer: Optimizer) -> None:
-    """Put the weights where a schedule-free optimizer wants them used: before saving and before samples."""
-    if _is_schedule_free(optimizer):
-        optimizer.eval()
-
-
-def _is_schedule_free(optimizer: Optimizer) -> TypeGuard[_ScheduleFree]:
-    # accelerate's wrapper has these methods too, and there they pass the call on, or do nothing.
-    return isinstance(optimizer, _ScheduleFree)
+        more = dict(**settings.get(name, {}), **arguments)
+        return cast(LRScheduler, get_scheduler(name, optimizer, warmup, total_steps, more))
 
 
 def learning_rates(optimizer: Optimizer, names: Sequence[str]) -> dict[str, float]:
@@ -146,14 +110,6 @@ def learning_rates(optimizer: Optimizer, names: Sequence[str]) -> dict[str, floa
         if "d" in group:
             rates[f"lr/d*lr/{name}"] = float(group["d"] * group["lr"])
     return rates
-
-
-def _check_adaptive_rates(name: str, rates: set[float]) -> None:
-    """Prodigy and the D-Adaptation family find one factor for all groups, and multiply it by one learning rate."""
-    if len(rates) > 1:
-        raise UsageError(f"--optimizer_type {name} takes one learning rate: give --unet_lr and --text_encoder_lr alike")
-    if max(rates) <= 0.1:
-        _log.warning("%s finds the learning rate itself, and multiplies it by yours, %g; 1 is usual", name, max(rates))
 
 
 def _pairs(flag: str, words: Iterable[str]) -> dict[str, Any]:

@@ -8,8 +8,6 @@ import logging
 import math
 import os
 import random
-import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,36 +24,27 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lorashrink.errors import InputError, LorashrinkError, UsageError
 from lorashrink.pictures.pipelines import quiet_libraries
 from lorashrink.pictures.prompts import Prompt, read_prompts
 from lorashrink.pictures.samplers import check_samplers
-from lorashrink.train.data.batches import Loader, batch_count
+from lorashrink.text import count_text
+from lorashrink.train.data.batches import Loader, batch_count, epoch_batches
 from lorashrink.train.data.buckets import Size
 from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts
 from lorashrink.train.data.scanning import Data, check_pixels, scan
 from lorashrink.train.flags.checks import optimizer_name, parse_resolution
-from lorashrink.train.flags.network_args import given_network_args
 from lorashrink.train.flags.options import Options
-from lorashrink.train.model.loading import (
-    CHUNK,
-    SETTINGS,
-    Model,
-    load_model,
-    set_attention,
-    set_checkpointing,
-    token_count,
-    weight_dtype,
-)
+from lorashrink.train.model import loading
+from lorashrink.train.model.loading import CHUNK, SETTINGS, Model, weight_dtype
 from lorashrink.train.model.network import Network, build_network
 from lorashrink.train.output import samples, saving
-from lorashrink.train.output.metadata import Facts, picture_entries, source, training_metadata
+from lorashrink.train.output.metadata import run_entries
 from lorashrink.train.output.saving import Length, Position, run_length
-from lorashrink.train.run.loop import TRACKER, Session, log_folder_of, tracker_of
+from lorashrink.train.run.loop import Session
 from lorashrink.train.run.objective import BatchLoss
 from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
 
@@ -65,33 +54,30 @@ _log = logging.getLogger(__name__)
 def prepare(options: Options) -> Session:
     """Load, check and cache everything that the run needs; each part raises its own errors."""
     quiet_libraries()
-    names = saving.run_names(options)
     prompts: tuple[Prompt, ...] = ()
     if options.sample_prompts:
         prompts = read_prompts(Path(options.sample_prompts), sampler=options.sample_sampler)
         check_samplers(prompts)
-    log_folder = log_folder_of(options, datetime.now())
-    accelerator = _accelerator(options, log_folder)
-    processes = accelerator.num_processes
-    log_folder = _agreed(log_folder)
+    accelerator = _accelerator(options)
+    rank, processes = accelerator.process_index, accelerator.num_processes
     chosen_seed = options.seed
+    resumed = saving.peek_state(Path(options.resume))[0] if options.resume else None
     drawn = random.SystemRandom().getrandbits(32) if chosen_seed is None else chosen_seed
-    resumed = saving.peek_state(Path(options.resume)) if options.resume else None
-    seed = resumed["seed"] if resumed else _agreed(drawn)
+    [seed] = broadcast_object_list([resumed.seed if resumed else drawn])  # that of the main process
     options = replace(options, seed=seed)
 
     data = scan(options)
     length = run_length(options, -(-batch_count(data) // processes))
-    if resumed and resumed["current_step"] >= length.steps:
-        end = f"it stands at step {resumed['current_step']}, and training ends at step {length.steps}"
+    if resumed and resumed.step >= length.steps:
+        end = f"it stands at step {resumed.step}, and training ends at step {length.steps}"
         raise UsageError(f"--resume {options.resume}: {end}; raise --max_train_steps or --max_train_epochs")
-    model = load_model(options, accelerator.device)
+    model = loading.load_model(options, accelerator.device)
     prompt_warnings = samples.check_prompts(prompts, model.tokenizers[0], processes, options)
     for warning in (*saving.never(options, length), *prompt_warnings):
         _log.warning(warning)
     limit = options.max_token_length or CHUNK
     captions = [picture.caption for picture in data.pictures]
-    if long := sum(token_count(model.tokenizers[0], caption) > limit for caption in captions):
+    if long := sum(loading.token_count(model.tokenizers[0], caption) > limit for caption in captions):
         counts = f"{long} of {len(captions)} captions have more than {limit} tokens"
         _log.warning("%s, the rest is not read (--max_token_length)", counts)
     network = build_network(model, options).to(accelerator.device)
@@ -106,17 +92,19 @@ def prepare(options: Options) -> Session:
     # What takes long comes when nothing is left that could be wrong with the options.
     if not options.cache_latents:
         check_pixels(data.pictures)
-    latents, texts = _caches(data, model, options, accelerator)
-    model.unet.to(accelerator.device)
-    if latents is None:
-        model.vae.to(accelerator.device)
-    if texts is None:
-        for encoder in model.encoders:
-            encoder.to(accelerator.device)
-    set_attention(model, options)
-    set_checkpointing(model, options)
+    latents: LatentCache | None = None
+    texts: TextCache | None = None
+    if options.cache_latents:
+        with _encoding([model.vae], accelerator):
+            latents = cache_latents(data, model.vae, options, seed=seed, rank=rank, world=processes)
+    if options.cache_text_encoder_outputs:
+        with _encoding(model.encoders, accelerator):
+            texts = cache_texts(data, model, options, quiet=rank > 0)
+    for module in (model.unet, *([] if latents else [model.vae]), *([] if texts else model.encoders)):
+        module.to(accelerator.device)
+    loading.set_checkpointing(model, options)
     batch_loss.train()
-    loader = Loader(data, options, seed, accelerator.process_index, processes, latents, texts)
+    loader = Loader(data, options, seed, rank, processes, latents, texts)
     fingerprint = saving.fingerprint(options, data, processes)
     position = Position(epoch=1, batch=0, step=0, seed=seed)
     if options.resume:
@@ -127,27 +115,16 @@ def prepare(options: Options) -> Session:
         # From here on only what LyCORIS drops is drawn from global random numbers, and each process drops its own.
         set_seed(seed, device_specific=True)
 
-    facts = Facts(
-        session_id=random.SystemRandom().getrandbits(32),
-        started_at=time.time(),
-        seed=seed,
-        length=length,
-        optimizer=description,
-        network_args=given_network_args(options),
-        pictures=picture_entries(data, options, processes),
-        base=source(options.pretrained_model_name_or_path or ""),
-        vae=source(options.vae) if options.vae else None,
-        dims=network.dims if options.dim_from_weights else None,
-    )
-    training_metadata(options, facts)  # what is wrong with it is found now, not when hours of training are saved
+    dims = network.dims if options.dim_from_weights else None
+    metadata = run_entries(options, data, length, processes, seed=seed, optimizer=description, dims=dims)
     _log.info("%s", describe(options, data, network, length, processes))
-    if tracker_of(options):
+    if accelerator.log_with:
         shown = {
             name: value if isinstance(value, (bool, int, float)) else str(value)  # what loggers take
             for name, value in dataclasses.asdict(options).items()
         }
         extra: dict[str, Any] = {"wandb": {"name": options.wandb_run_name}} if options.wandb_run_name else {}
-        tracker = options.log_tracker_name or TRACKER
+        tracker = options.log_tracker_name or "network_train"
         accelerator.init_trackers(tracker, shown if options.log_config else None, extra)
     return Session(
         options=options,
@@ -162,19 +139,19 @@ def prepare(options: Options) -> Session:
         length=length,
         position=position,
         fingerprint=fingerprint,
-        facts=facts,
-        names=names,
+        metadata=metadata,
         prompts=prompts,
-        log_folder=log_folder,
     )
 
 
-def _accelerator(options: Options, log_folder: Path | None) -> Accelerator:
-    folder = str(log_folder) if log_folder else None
+def _accelerator(options: Options) -> Accelerator:
+    folder = None
+    if options.logging_dir:
+        folder = os.path.join(options.logging_dir, f"{options.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}")
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        log_with=tracker_of(options),
+        log_with=options.log_with or ("tensorboard" if folder else None),
         project_config=ProjectConfiguration(folder, logging_dir=folder),
         # Not every layer has gradients in every step: some are never reached, some are dropped.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
@@ -188,29 +165,6 @@ def _accelerator(options: Options, log_folder: Path | None) -> Accelerator:
         hint = "leave out --multi_gpu and --gpu_ids, or install the torch that fits your GPUs"
         raise UsageError(f"{started} processes were started for GPUs that torch does not find; {hint}")
     return accelerator
-
-
-def _agreed(value: Any) -> Any:
-    """What the main process says, in every process."""
-    shared = [value]
-    broadcast_object_list(shared)
-    return shared[0]
-
-
-def _caches(
-    data: Data, model: Model, options: Options, accelerator: Accelerator
-) -> tuple[LatentCache | None, TextCache | None]:
-    """What is encoded once."""
-    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    latents: LatentCache | None = None
-    texts: TextCache | None = None
-    if options.cache_latents:
-        with _encoding([model.vae], accelerator):
-            latents = cache_latents(data, model.vae, options, seed=options.seed or 0, **share)
-    if options.cache_text_encoder_outputs:
-        with _encoding(model.encoders, accelerator):
-            texts = cache_texts(data, model, options, **share)
-    return latents, texts
 
 
 @contextmanager
@@ -241,38 +195,32 @@ def describe(options: Options, data: Data | None, network: Network, length: Leng
     parameters = sum(part.parameters for part in network.summary)
     precision = options.save_precision if options.save_precision in ("fp16", "bf16") else "float32"
     megabytes = parameters * (4 if precision == "float32" else 2) / 1e6
-    batch = max(dataset.options.train_batch_size for dataset in data.datasets) if data else options.train_batch_size
-    accumulation = options.gradient_accumulation_steps
-    lines = [
-        f"pictures: none in {options.train_data_dir or '--train_data_dir'}",
-        f"network: {sum(part.modules for part in network.summary)} modules, {parameters / 1e6:.1f} million parameters; "
-        f"a file has {megabytes:.1f} MB in {precision}",
-        *(f"  {part.name}: {part.modules} modules, {part.parameters:,} parameters" for part in network.summary),
-        f"batch: {batch} × {accumulation} accumulated × {_several(processes, 'process', 'processes')}"
-        f" = {_several(batch * accumulation * processes, 'picture')} per step",
-    ]
+    batch, accumulation = options.train_batch_size, options.gradient_accumulation_steps
+    pictures = f"none in {options.train_data_dir or '--train_data_dir'}"
+    epochs = options.max_train_epochs
+    duration = count_text(epochs, "epoch") if epochs else count_text(options.max_train_steps, "step")
+    duration += "; without pictures it is not known how many steps an epoch has"
     if data:
-        buckets = len({picture.fit.bucket for picture in data.pictures})
-        showings = sum(picture.repeats for picture in data.pictures)
-        lines[0] = (
-            f"pictures: {len(data.pictures)} in {_several(len(data.subsets), 'folder')} and "
-            f"{_several(buckets, 'bucket')}, {_several(showings, 'showing')} per epoch"
-        )
+        batch = max(dataset.options.train_batch_size for dataset in data.datasets)
+        buckets = count_text(len({picture.fit.bucket for picture in data.pictures}), "bucket")
+        showings = count_text(sum(picture.repeats for picture in data.pictures), "showing")
+        folders = count_text(len(data.subsets), "folder")
+        pictures = f"{len(data.pictures)} in {folders} and {buckets}, {showings} per epoch"
     if length:
-        lines.append(
-            f"length: {_several(length.batches_per_epoch, 'batch', 'batches')} or "
-            f"{_several(length.steps_per_epoch, 'step')} per epoch, "
-            f"{_several(length.epochs, 'epoch')}, {_several(length.steps, 'step')}"
-        )
-    else:
-        epochs = options.max_train_epochs
-        duration = _several(epochs, "epoch") if epochs else _several(options.max_train_steps, "step")
-        lines.append(f"length: {duration}; without pictures it is not known how many steps an epoch has")
-    return "\n".join(lines)
-
-
-def _several(count: int, singular: str, plural: str = "") -> str:
-    return f"{count} {singular if count == 1 else plural or singular + 's'}"
+        batches = count_text(length.batches_per_epoch, "batch", "batches")
+        per_epoch = f"{batches} or {count_text(length.steps_per_epoch, 'step')} per epoch"
+        duration = f"{per_epoch}, {count_text(length.epochs, 'epoch')}, {count_text(length.steps, 'step')}"
+    return "\n".join(
+        [
+            f"pictures: {pictures}",
+            f"network: {sum(part.modules for part in network.summary)} modules, {parameters / 1e6:.1f} million "
+            f"parameters; a file has {megabytes:.1f} MB in {precision}",
+            *(f"  {part.name}: {part.modules} modules, {part.parameters:,} parameters" for part in network.summary),
+            f"batch: {batch} × {accumulation} accumulated × {count_text(processes, 'process', 'processes')}"
+            f" = {count_text(batch * accumulation * processes, 'picture')} per step",
+            f"length: {duration}",
+        ]
+    )
 
 
 def plan(options: Options) -> str:
@@ -287,10 +235,12 @@ def plan(options: Options) -> str:
     batch, size = options.train_batch_size, parse_resolution(options.resolution or "1024")
     if options.dataset_config or (options.train_data_dir and Path(options.train_data_dir).is_dir()):
         data = scan(options)
-        length = run_length(options, -(-batch_count(data) // processes))
+        batches = epoch_batches(data, 1, 0)
+        shapes = [(len(batch), data.pictures_of(batch)[0].fit.bucket) for batch in batches]
+        batch, size = max(shapes, key=lambda shape: shape[0] * math.prod(shape[1]))
+        length = run_length(options, -(-len(batches) // processes))
         for warning in saving.never(options, length):
             _log.warning(warning)
-        batch, size = _largest_batch(data)
     name = options.pretrained_model_name_or_path or ""
     settings, base = Path(options.model_config or name), name
     if options.model_config:
@@ -303,55 +253,41 @@ def plan(options: Options) -> str:
     weights = options.network_weights if options.dim_from_weights else None
     sizes = replace(options, base_weights=(), base_weights_multiplier=(), network_weights=weights)
     network = build_network(model, sizes)
-    described = describe(options, data, network, length, processes)
+    described = describe(options, data, network, length, processes)  # before rates of 0 freeze some of it
     memory = step_memory(model, network, options, batch, size)
     return "\n".join(
         [
             f"base: {base}",
             described,
             "",
-            f"GPU memory in GiB for {_several(batch, 'picture')} of {size[0]}×{size[1]}, about:",
+            f"GPU memory in GiB for {count_text(batch, 'picture')} of {size[0]}×{size[1]}, about:",
             *(f"  {part:<32}{taken / GIB:6.2f}" for part, taken in memory.items()),
             f"  {'in all':<32}{sum(memory.values()) / GIB:6.2f}",
         ]
     )
 
 
-def _largest_batch(data: Data) -> tuple[int, Size]:
-    """Pictures and size of the batch with the most pixels."""
-    batches = []
-    for dataset in data.datasets:
-        shown: Counter[Size] = Counter()
-        for picture in dataset.pictures:
-            shown[picture.fit.bucket] += picture.repeats
-        batches += [(min(count, dataset.options.train_batch_size), bucket) for bucket, count in shown.items()]
-    return max(batches, key=lambda batch: batch[0] * math.prod(batch[1]))
-
-
 def _empty_model(settings: Path, options: Options) -> Model:
     """The model of a folder's settings on the meta device, frozen, in the dtypes of training; without tokenizers."""
+
+    def empty(kind: Any, folder: Path) -> Any:
+        if issubclass(kind, ModelMixin):
+            return kind.from_config(kind.load_config(folder, local_files_only=True))
+        return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+
     # Bases without a VAE go with --vae, and the VAEs of all SDXL models have one size.
     vae_settings = settings if (settings / "vae" / "config.json").is_file() else SETTINGS
     no_tokenizers: Any = (None, None)
     try:
         with torch.device("meta"):
-            unet, vae = (
-                kind.from_config(kind.load_config(folder, local_files_only=True))
-                for kind, folder in ((UNet2DConditionModel, settings / "unet"), (AutoencoderKL, vae_settings / "vae"))
-            )
-            encoders = (
-                CLIPTextModel(CLIPTextConfig.from_pretrained(settings / "text_encoder", local_files_only=True)),
-                CLIPTextModelWithProjection(
-                    CLIPTextConfig.from_pretrained(settings / "text_encoder_2", local_files_only=True)
-                ),
-            )
+            unet, first, second = (empty(kind, settings / part) for part, kind in loading.CLASSES.items())
+            model = Model(unet, empty(AutoencoderKL, vae_settings / "vae"), (first, second), no_tokenizers)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{settings}: the settings of the base cannot be read: {error}") from error
-    model = Model(unet, vae, encoders, no_tokenizers)
     for module in model.modules:
         module.requires_grad_(False).to(weight_dtype(options))
     if options.no_half_vae:
-        vae.float()
+        model.vae.float()
     return model
 
 

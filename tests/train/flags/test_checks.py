@@ -20,7 +20,7 @@ def good(tmp_path: Path) -> list[str]:
     """Options without anything to say about; what they name exists, and holds nothing."""
     for name in ("base", "pictures", "state"):
         (tmp_path / name).mkdir()
-    for name in ("prompts.txt", "prompts.yaml", "adapter.safetensors", "data.toml"):
+    for name in ("prompts.txt", "adapter.safetensors", "data.toml"):
         (tmp_path / name).touch()
     return [
         f"--pretrained_model_name_or_path={tmp_path / 'base'}",
@@ -106,7 +106,6 @@ REFUSED = [
     ("--use_8bit_adam --optimizer_type=AdamW", "--optimizer_type"),
     ("--min_timestep=500 --max_timestep=400", "--max_timestep=400"),
     ("--network_module=networks.oft", "--network_module"),
-    ("--sample_prompts={tmp}/prompts.yaml", ".toml"),
     ("--dim_from_weights", "--network_weights"),
     # Of lorashrink, where sd-scripts fails later, or does something that was not asked for.
     ("--network_train_unet_only --network_train_text_encoder_only", "--network_train_text_encoder_only"),
@@ -124,6 +123,10 @@ REFUSED = [
     ("--network_args algo=ia3", "ia3"),
     ("--optimizer_type=DAdaptAdam", "not supported: --optimizer_type DAdaptAdam"),
     ("--optimizer_type=SGD", "dotted path"),
+    ("--output_name=a/b", "--output_name=a/b"),
+    ("--metadata_thumbnail=cover.png", "data URL"),
+    ("--output_name=..", "no path"),
+    ("--output_name=a\\b", "no path"),
     ("--enable_wildcard", "not supported: --enable_wildcard"),
     ("--token_warmup_step=9", "not supported: --token_warmup_step"),
 ]  # fmt: skip
@@ -208,7 +211,9 @@ NOTED = [
     ("--clip_skip=2", "--clip_skip"),
     ("--highvram", "--highvram"),
     ("--disable_mmap_load_safetensors", "--disable_mmap_load_safetensors"),
-    ("--sdpa --mem_eff_attn", "--mem_eff_attn"),
+    ("--sdpa --mem_eff_attn", "--mem_eff_attn has no effect"),
+    ("--xformers", "--xformers has no effect"),
+    ("--skip_cache_check", "--skip_cache_check has no effect"),
     ("--mixed_precision=fp16", "--no_half_vae"),
     ("--caption_extension=txt", "--caption_extension=txt"),
     ("--base_weights {tmp}/adapter.safetensors", "--base_weights_multiplier"),
@@ -224,6 +229,7 @@ NOTED = [
     ("--save_last_n_steps_state=2", "--save_state"),
     ("--save_last_n_epochs_state=2", "--save_state"),
     ("--save_model_as=ckpt", "metadata"),
+    ("--cache_text_encoder_outputs_to_disk --network_train_unet_only", "in memory"),
     ("--sample_every_n_steps=2", "--sample_prompts"),
     ("--sample_every_n_epochs=2", "--sample_prompts"),
     ("--sample_at_first", "--sample_prompts"),
@@ -258,7 +264,6 @@ def test_only_the_default_largest_bucket_gets_a_hint(good: list[str]) -> None:
     ("arguments", "package"),
     [
         ("--log_with=wandb", "wandb"),
-        ("--xformers", "xformers"),
         ("--optimizer_type=AdamW8bit", "bitsandbytes"),
         ("--use_8bit_adam", "bitsandbytes"),
         ("--use_lion_optimizer", "lion-pytorch"),

@@ -305,7 +305,7 @@ def test_spellings_mean_what_they_mean_in_sd_scripts(arguments: list[str], expec
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--spda"], "no such option: --spda; did you mean --sdpa?"),
+        (["--spda"], "no such option: --spda (did you mean --sdpa?)"),
         (["--network_dims=8"], "did you mean --network_dim?"),
         (["--xyzzy"], "`--help` lists all"),
         (["--network_args", "algo=locon", "--spda"], "did you mean --sdpa?"),
@@ -393,7 +393,7 @@ def test_a_configuration_file_has_any_sections_and_the_command_line_wins(tmp_pat
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("network_dims = 8", "no such option: --network_dims; did you mean --network_dim?"),
+        ("network_dims = 8", "no such option: --network_dims (did you mean --network_dim?)"),
         ('keep_tokens = "one"', '--keep_tokens must be a whole number, not "one"'),
         ("keep_tokens = 1.5", "--keep_tokens must be a whole number, not 1.5"),
         ("keep_tokens = true", "--keep_tokens must be a whole number, not true"),
@@ -502,10 +502,10 @@ def test_all_unknown_keys_of_a_settings_file_are_named_at_once(tmp_path: Path) -
     with pytest.raises(UsageError) as caught:
         parse(["--config_file", path])
     assert str(caught.value) == (
-        f"{path}: no such options: --network_dims (did you mean --network_dim?), --qqqq, "
+        f"{path}: no such option: --network_dims (did you mean --network_dim?), --qqqq, "
         "--learning_rat (did you mean --learning_rate?); `--help` lists all"
     )
-    with pytest.raises(UsageError, match="no such options: --qqqq, --wwww; "):
+    with pytest.raises(UsageError, match="no such option: --qqqq, --wwww; "):
         parse(["--qqqq=1", "--wwww"])
     with pytest.raises(UsageError, match=r"not supported: --fp8_base.*; not supported: --loss_type"):
         parse(["--fp8_base", "--loss_type=huber"])

@@ -25,7 +25,6 @@ from lorashrink.train.model.loading import (
     encode,
     encode_pixels,
     load_model,
-    set_attention,
     set_checkpointing,
     token_count,
     tokenize,
@@ -316,12 +315,12 @@ def test_no_tensor_of_a_folder_is_left_at_random(copy, file, name):
 def test_no_tensor_of_a_single_file_is_left_at_random(folder, single, tmp_path, part, name):
     tensors = {key: value for key, value in load_file(single).items() if key != name}
     path = tiny_single_file.write_tensors(tensors, tmp_path / "incomplete.safetensors")
-    with pytest.raises(InputError, match=f"its ({part}|model) lacks (1 )?tensors"):
+    with pytest.raises(InputError, match=f"(its {part})? lacks (1 )?tensors"):
         load(path, model_config=str(folder))
 
 
 def test_a_file_of_other_sizes_than_its_settings_is_refused(folder, single):
-    with pytest.raises(InputError, match=r"cannot be loaded.*--model_config"):
+    with pytest.raises(InputError, match=r"cannot load it.*--model_config"):
         load(single, tokenizer_cache_dir=str(folder))
 
 
@@ -433,36 +432,6 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(folder):
     for without, with_checkpoints in zip(*gradients, strict=True):
         assert without.abs().max() > 0
         assert torch.equal(without, with_checkpoints)
-
-
-def predict(model):
-    context = torch.randn(2, 77, 40, generator=torch.Generator().manual_seed(4))
-    with torch.no_grad():
-        return model.unet(**noisy_input(), encoder_hidden_states=context).sample
-
-
-def test_mem_eff_attn_keeps_the_fast_kernels_off_inside_the_attention_only(folder):
-    model = load(folder)
-    usual = predict(model)
-    set_attention(model, Options(mem_eff_attn=True, xformers=True, sdpa=True))
-    seen = []
-    projection = model.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_out[0]
-    projection.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
-    # Both are exact attention; float32 rounding differs.
-    assert torch.allclose(predict(model), usual, atol=1e-5)
-    assert seen == [False]
-    assert torch.backends.cuda.flash_sdp_enabled()
-
-
-def test_sdpa_is_what_is_used_anyway(folder, loaded):
-    model = load(folder)
-    set_attention(model, Options(sdpa=True))
-    assert torch.equal(predict(model), predict(loaded))
-
-
-def test_xformers_that_is_not_there_is_a_matter_of_options(folder):
-    with pytest.raises(UsageError, match=r"--xformers: it does not run here .*--sdpa"):
-        set_attention(load(folder), Options(xformers=True))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -13,11 +13,10 @@ import tiny_sdxl
 from safetensors import safe_open
 
 from lorashrink import __version__
-from lorashrink.errors import InputError
 from lorashrink.train.data.buckets import Fit
 from lorashrink.train.data.scanning import Data, Dataset, Picture, Subset, scan
 from lorashrink.train.flags.options import Options, parse
-from lorashrink.train.output.metadata import Facts, Source, picture_entries, source, training_metadata
+from lorashrink.train.output.metadata import file_metadata, run_entries
 from lorashrink.train.output.saving import run_length, save_adapter
 
 # The names that sd-scripts' trainer writes in every run (48d368fa).
@@ -70,21 +69,12 @@ PICTURES = Data(
 )
 
 
-def facts(options: Options, data: Data = PICTURES, **changed: object) -> Facts:
-    complete = Facts(
-        session_id=123,
-        started_at=1700000000.25,
-        seed=42,
-        length=run_length(options, 20),
-        optimizer="torch.optim.adamw.AdamW(weight_decay=0.1)",
-        network_args={"algo": "locon", "conv_dim": "256", "dropout": 0.0},
-        pictures=picture_entries(data, options, processes=2),
-        base=Source("base-diffusers"),
-        steps=100,
-        epoch=25,
-        finished_at=1700003600.5,
-    )
-    return dataclasses.replace(complete, **changed)
+def entries_of(options: Options, data: Data = PICTURES) -> dict[str, str]:
+    """The metadata of a file, with times and numbers that tests can name."""
+    adamw = "torch.optim.adamw.AdamW(weight_decay=0.1)"
+    run = run_entries(options, data, run_length(options, 20), 2, seed=42, optimizer=adamw)
+    run |= {"ss_session_id": 123, "ss_training_started_at": 1700000000.25}
+    return file_metadata(options, run, steps=100, epoch=25, finished_at=1700003600.5)
 
 
 def names(metadata: dict[str, str], beginning: str) -> set[str]:
@@ -93,23 +83,25 @@ def names(metadata: dict[str, str], beginning: str) -> set[str]:
 
 def test_the_keys_are_those_of_sd_scripts() -> None:
     options = Options()
-    entries = training_metadata(options, facts(options))
+    entries = entries_of(options)
     assert names(entries, "ss_") == ALWAYS | OF_FOLDERS
     assert names(entries, "modelspec.") == SPEC
     assert len(entries) == len(ALWAYS | OF_FOLDERS) + len(SPEC)
     assert {type(value) for value in entries.values()} == {str}
 
 
-def test_a_dataset_file_a_vae_and_network_arguments_change_the_keys() -> None:
-    options = Options(dataset_config="d.toml", network_args=("algo=locon",), vae="v.safetensors")
-    vae = Source("v.safetensors", "01234567", "a" * 64)
-    entries = training_metadata(options, facts(options, vae=vae, base=Source("b.ckpt", "89abcdef", "b" * 64)))
+def test_a_dataset_file_a_vae_and_network_arguments_change_the_keys(tmp_path: Path) -> None:
+    base, vae = tmp_path / "b.ckpt", tmp_path / "v.safetensors"
+    for path in (base, vae):
+        path.write_bytes(path.name.encode())
+    chosen = {"pretrained_model_name_or_path": str(base), "vae": str(vae)}
+    entries = entries_of(Options(dataset_config="d.toml", network_args=("algo=locon",), **chosen))
     assert names(entries, "ss_") == ALWAYS | OF_DATASET_FILES | {
         "network_args", "sd_model_hash", "new_sd_model_hash", "vae_hash", "new_vae_hash", "vae_name",
     }  # fmt: skip
     assert entries["ss_sd_model_name"] == "b.ckpt"
-    assert entries["ss_sd_model_hash"] == "89abcdef"
-    assert entries["ss_new_vae_hash"] == "a" * 64
+    assert entries["ss_sd_model_hash"] == hashlib.sha256(b"").hexdigest()[:8]  # of what is at 1 MiB
+    assert entries["ss_new_vae_hash"] == hashlib.sha256(b"v.safetensors").hexdigest()
 
 
 def test_the_metadata_of_the_guides_command() -> None:
@@ -123,7 +115,7 @@ def test_the_metadata_of_the_guides_command() -> None:
         --multires_noise_discount=0.1 --gradient_accumulation_steps=6 --gradient_checkpointing --train_batch_size=8
         --max_train_steps=400 --shuffle_caption --sdpa --lr_warmup_steps=40""")
     )
-    entries = training_metadata(options, facts(options))
+    entries = entries_of(options)
     assert entries == {
         "ss_output_name": "mylora",
         "ss_learning_rate": "0.0001",
@@ -203,7 +195,7 @@ def test_the_metadata_of_the_guides_command() -> None:
         "ss_reg_dataset_dirs": '{"1_person": {"n_repeats": 1, "img_count": 4}}',
         "ss_tag_frequency": '{"10_zo\\u00eb": {"zo\\u00eb": 3, "hat": 1}, "1_person": {"person": 4}}',
         "ss_bucket_info": '{"buckets": {"0": {"resolution": [1024, 1024], "count": 34}}, "mean_img_ar_error": 0.0}',
-        "ss_sd_model_name": "base-diffusers",
+        "ss_sd_model_name": "/models/base-diffusers/",
         "ss_training_finished_at": "1700003600.5",
         "ss_steps": "100",
         "ss_epoch": "25",
@@ -220,13 +212,13 @@ def test_the_metadata_of_the_guides_command() -> None:
 
 def test_no_metadata_keeps_what_programs_need_and_what_users_wrote() -> None:
     options = Options(no_metadata=True, network_args=("algo=locon",), network_dim=8, metadata_author="Ann")
-    entries = training_metadata(options, facts(options))
+    entries = entries_of(options)
     assert names(entries, "ss_") == {
         "v2", "base_model_version", "network_module", "network_dim", "network_alpha", "network_args",
     }  # fmt: skip
     assert names(entries, "modelspec.") == SPEC | {"author"}
     without = dataclasses.replace(options, network_args=())
-    assert "ss_network_args" not in training_metadata(without, facts(without))
+    assert "ss_network_args" not in entries_of(without)
 
 
 @pytest.mark.parametrize(
@@ -251,38 +243,35 @@ def test_no_metadata_keeps_what_programs_need_and_what_users_wrote() -> None:
     ],
 )
 def test_single_values(options: Options, key: str, value: str) -> None:
-    assert training_metadata(options, facts(options))[key] == value
+    assert entries_of(options)[key] == value
 
 
-def test_a_thumbnail_may_be_a_file(tmp_path: Path) -> None:
-    (tmp_path / "t.png").write_bytes(b"\x89PNG")
-    options = Options(metadata_thumbnail=str(tmp_path / "t.png"))
-    assert training_metadata(options, facts(options))["modelspec.thumbnail"] == "data:image/png;base64,iVBORw=="
-    missing = Options(metadata_thumbnail=str(tmp_path / "no.png"))
-    with pytest.raises(InputError, match=r"--metadata_thumbnail .*no\.png"):
-        training_metadata(missing, facts(missing))
+def base_entries(path: str) -> dict[str, str]:
+    """The entries about the base; without hashes where it is no file."""
+    entries = entries_of(Options(pretrained_model_name_or_path=path))
+    return {key: value for key, value in entries.items() if "sd_model" in key}
 
 
 @pytest.mark.parametrize("size", [10, 0x110000 + 5])
 def test_a_base_that_is_a_file_has_both_hashes(tmp_path: Path, size: int) -> None:
     data = bytes(number % 251 for number in range(size))
     (tmp_path / "base.safetensors").write_bytes(data)
-    read = source(str(tmp_path / "base.safetensors"))
-    assert read == Source(
-        "base.safetensors",
-        hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
-        hashlib.sha256(data).hexdigest(),
-    )
+    assert base_entries(str(tmp_path / "base.safetensors")) == {
+        "ss_sd_model_name": "base.safetensors",
+        "ss_sd_model_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
+        "ss_new_sd_model_hash": hashlib.sha256(data).hexdigest(),
+    }
 
 
 @pytest.mark.parametrize("ending", ["", "/", "//", "/."])
 def test_a_base_that_is_a_folder_has_a_name_even_with_a_slash_behind_it(tmp_path: Path, ending: str) -> None:
     (tmp_path / "base").mkdir()
-    assert source(f"{tmp_path}/base{ending}") == Source("base")
+    assert base_entries(f"{tmp_path}/base{ending}") == {"ss_sd_model_name": "base"}
 
 
 def test_a_base_that_is_not_there_is_a_name_as_it_was_given() -> None:
-    assert source("stabilityai/stable-diffusion-xl-base-1.0") == Source("stabilityai/stable-diffusion-xl-base-1.0")
+    name = "stabilityai/stable-diffusion-xl-base-1.0"
+    assert base_entries(name) == {"ss_sd_model_name": name}
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -316,7 +305,7 @@ def test_pictures_are_counted_with_the_repeats_of_their_folders(tmp_path: Path) 
             "--flip_aug",
         ]
     )
-    entries = training_metadata(options, facts(options, scan(options)))
+    entries = entries_of(options, scan(options))
     read = {
         key: json.loads(entries[f"ss_{key}"])
         for key in ("dataset_dirs", "reg_dataset_dirs", "tag_frequency", "bucket_info")
@@ -353,9 +342,7 @@ def test_the_mean_difference_of_aspect_counts_each_picture_once() -> None:
     subset = Subset(Path("/p/1_x"), 1, "x", False, Options())
     pictures = tuple(Picture(Path("1_x/a.png"), "", subset, fit, repeats) for fit, repeats in fits)
     data = Data((Dataset(pictures, Options(resolution="1024", enable_bucket=True)),), (subset,))
-    entry = picture_entries(data, Options(), processes=1)["ss_bucket_info"]
-    assert isinstance(entry, str)
-    report = json.loads(entry)
+    report = json.loads(entries_of(Options(), data)["ss_bucket_info"])
     assert report["mean_img_ar_error"] == pytest.approx(0.1)
     assert report["buckets"] == {
         "0": {"resolution": [512, 512], "count": 1},
@@ -366,7 +353,7 @@ def test_the_mean_difference_of_aspect_counts_each_picture_once() -> None:
 
 def test_without_buckets_there_is_nothing_to_say_about_them(tmp_path: Path) -> None:
     options = parse(_folders(tmp_path))
-    entries = training_metadata(options, facts(options, scan(options)))
+    entries = entries_of(options, scan(options))
     assert {
         key: entries[f"ss_{key}"] for key in ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_info")
     } == {
@@ -406,7 +393,7 @@ def test_a_dataset_file_is_described_dataset_by_dataset(tmp_path: Path) -> None:
         """
     )
     options = parse([f"--dataset_config={tmp_path}/d.toml"])
-    entries = training_metadata(options, facts(options, scan(options)))
+    entries = entries_of(options, scan(options))
     first, second = json.loads(entries["ss_datasets"])
     assert entries["ss_num_train_images"] == "18"
     assert json.loads(entries["ss_dataset_dirs"]) == {
@@ -452,7 +439,7 @@ def test_a_dataset_file_is_described_dataset_by_dataset(tmp_path: Path) -> None:
 
 def test_the_metadata_survives_a_file(tmp_path: Path) -> None:
     options = Options(training_comment='Zoë said "yes"\n\t☃', network_args=("algo=locon",))
-    entries = training_metadata(options, facts(options))
+    entries = entries_of(options)
     path = save_adapter(tmp_path / "a.safetensors", {}, entries)
     with safe_open(path, "pt") as opened:
         read = opened.metadata()

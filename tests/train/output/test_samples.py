@@ -50,7 +50,7 @@ def test_long_prompts_weights_and_uneven_numbers_are_pointed_out(model: Model) -
     assert "(cat:1.2)" in weight
     assert "3 sample prompts" in uneven
     assert uneven.endswith("4 would.")
-    assert check_prompts([prompts[0], prompts[2]], tokenizer, 2, Options(max_token_length=150)) == []
+    assert list(check_prompts([prompts[0], prompts[2]], tokenizer, 2, Options(max_token_length=150))) == []
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,8 @@ def paths(
     rank: int = 0,
     world: int = 1,
 ) -> list[Path]:
-    return draw(
-        model, prompts, options or Options(), folder, step=step, epoch=epoch, rank=rank, world=world, device=CPU
-    )
+    options = replace(options or Options(), output_dir=str(folder))
+    return draw(model, prompts, options, step=step, epoch=epoch, rank=rank, world=world, device=CPU)
 
 
 def farthest(first: Image.Image, second: Image.Image) -> int:
@@ -233,7 +232,9 @@ def test_the_sheet_shows_the_newest_picture_of_each_prompt(tmp_path: Path) -> No
     }
     for name, colour in files.items():
         Image.new("RGB", (64, 64), colour).save(tmp_path / "sample" / name)
-    path = write_sheet([Prompt("one"), Prompt("two", seed=5)], Options(output_name="a[1]"), tmp_path, step=10)
+    path = write_sheet(
+        [Prompt("one"), Prompt("two", seed=5)], Options(output_dir=str(tmp_path), output_name="a[1]"), step=10
+    )
     assert path == tmp_path / "sample" / "a[1]_000010_sheet.png"
     colours = {colour for count, colour in Image.open(path).getcolors(1 << 20) if count >= 64 * 64}
     assert colours == {(255, 255, 255), (255, 0, 0), (0, 0, 255)}

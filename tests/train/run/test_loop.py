@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from training import equal, flags, run, session
 
 from lorashrink.adapters import open_adapter
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
+from lorashrink.plots.loss import read_scalars
 from lorashrink.train.command import main
 from lorashrink.train.flags.options import parse
 from lorashrink.train.output import saving
-from lorashrink.train.run.loop import read_scalars
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +85,8 @@ def test_workers_caches_and_checkpointing_do_not_change_a_bit(
     )
 
 
-@pytest.mark.parametrize("cache", ["--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"])
-def test_cached_captions_do_not_change_a_bit(cache: str, model: Path, data: Path, tmp_path: Path) -> None:
+def test_cached_captions_do_not_change_a_bit(model: Path, data: Path, tmp_path: Path) -> None:
+    cache = "--cache_text_encoder_outputs"
     plain = run(flags(model, data, tmp_path / "1", "--network_train_unet_only"))
     cached = run(flags(model, data, tmp_path / "2", "--network_train_unet_only", cache))
     assert not any(key.startswith("lora_te") for key in plain)
@@ -122,7 +123,7 @@ def test_the_state_at_the_end_of_an_epoch_goes_on_with_the_next(model: Path, dat
         flags(model, data, tmp_path / "1", *common, "--save_every_n_epochs=1", "--save_every_n_steps=6")
     )
     for name in ("x-000001-state", "x-step00000006-state"):
-        assert json.loads((tmp_path / "1" / name / "train_state.json").read_text())["current_step"] == 6
+        assert json.loads((tmp_path / "1" / name / "train_state.json").read_text())["step"] == 6
         assert equal(
             uninterrupted, run(flags(model, data, tmp_path / name, *common, f"--resume={tmp_path / '1' / name}"))
         )
@@ -213,6 +214,12 @@ def test_logs_hold_what_the_options_say(model: Path, data: Path, tmp_path: Path)
     assert {"max_norm/keys_scaled", "max_norm/max_key_norm", "norm/avg_key_norm"} < scalars.keys()
 
 
+def test_a_log_prefix_alone_logs_nothing(model: Path, data: Path, tmp_path: Path) -> None:
+    with session(flags(model, data, tmp_path / "o", "--log_prefix=run-")) as ready:
+        assert ready.accelerator.trackers == []
+        assert ready.accelerator.logging_dir is None
+
+
 def test_only_the_last_files_and_states_stay(model: Path, data: Path, tmp_path: Path) -> None:
     """The files of the last four steps and the states of the last two stay."""
     more = "--max_train_epochs=3 --save_every_n_steps=2 --save_last_n_steps=4 --save_last_n_steps_state=2 --save_state"
@@ -282,7 +289,7 @@ def test_metadata_tells_how_it_was_made(model: Path, data: Path, tmp_path: Path)
 def test_a_failed_write_is_an_error_and_keeps_the_earlier_adapter(model: Path, data: Path, tmp_path: Path) -> None:
     first = run(flags(model, data, tmp_path / "o"))
     with training.session(flags(model, data, tmp_path / "o", "--seed=2")) as ready:
-        ready.names = type(ready.names)(Path("/dev/full"), "x", "safetensors")
+        ready.options = dataclasses.replace(ready.options, output_dir="/dev/full")
         with pytest.raises(OutputError):
             ready.run()
     assert equal(first, load_file(tmp_path / "o" / "x.safetensors"))

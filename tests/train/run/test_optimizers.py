@@ -17,11 +17,9 @@ from torch.optim import Optimizer
 from lorashrink.errors import UsageError
 from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.run.optimizers import (
-    eval_mode,
     learning_rates,
     make_optimizer,
     make_scheduler,
-    train_mode,
 )
 
 RADAM_FREE, ADAMW_FREE, SGD_FREE = (f"schedulefree.{name}ScheduleFree" for name in ("RAdam", "AdamW", "SGD"))
@@ -251,12 +249,12 @@ class TestScheduleFree:
         optimizer, _ = make_optimizer(Options(optimizer_type=name), groups)
         step(optimizer, groups, 8)
         training = values(groups)
-        eval_mode(optimizer)
+        optimizer.eval()
         used = values(groups)
         assert not same(training, used)
-        eval_mode(optimizer)
+        optimizer.eval()
         assert same(used, values(groups))
-        train_mode(optimizer)
+        optimizer.train()
         for back, before in zip(values(groups), training, strict=True):
             torch.testing.assert_close(back, before)
 
@@ -266,7 +264,7 @@ class TestScheduleFree:
         prepared = Accelerator(cpu=True).prepare(optimizer)
         step(prepared, groups, 8)
         training = values(groups)
-        eval_mode(prepared)
+        prepared.eval()
         assert not same(training, values(groups))
 
     @pytest.mark.parametrize("name", ORDINARY)
@@ -275,8 +273,9 @@ class TestScheduleFree:
         optimizer, _ = make_optimizer(Options(optimizer_type=name, learning_rate=1.0), groups)
         step(optimizer, groups, 2)
         before = values(groups)
-        eval_mode(optimizer)
-        train_mode(optimizer)
+        prepared = Accelerator(cpu=True).prepare(optimizer)
+        prepared.eval()
+        prepared.train()
         assert same(before, values(groups))
 
     def test_the_schedule_changes_nothing_and_says_what_it_leaves_out(self, caplog: pytest.LogCaptureFixture) -> None:
