@@ -91,7 +91,7 @@ def resize(
         clear(job)
         try:
             # Ray prints about lost processes, and what is printed belongs to the caller.
-            with contextlib.redirect_stdout(sys.stderr), _connected(ray, address):
+            with contextlib.redirect_stdout(sys.stderr), connected(ray, address):
                 _Driver(ray, task, session, ledger, transfer, gpus_per_task).run()
         finally:
             clear(job)  # of processes that were lost
@@ -99,7 +99,7 @@ def resize(
 
 
 @contextlib.contextmanager
-def _connected(ray: ModuleType, address: str) -> Iterator[None]:
+def connected(ray: ModuleType, address: str) -> Iterator[None]:
     """A connection to the cluster, and a cluster on this machine if it is to be "local".
 
     A connection that is open already is used, and stays open.
@@ -159,12 +159,14 @@ class _Driver:
             paths = [path for path in bases if path.suffix == ".json" and ".index." not in path.name]
             tables = {path: path.read_bytes() for path in paths}
         shared = self.ray.put((replace(self.job, targets={}), tables))
-        run_id, cpus = uuid.uuid4().hex, self.job.options.jobs
-        task = self.ray.remote(num_cpus=cpus, num_gpus=self.gpus, max_retries=_TRIES)(_shrink)
+        run_id, cpus = uuid.uuid4().hex, self.job.options.jobs or 1
+        per_cpu = _QUEUE_WITH_FILES if self.transfer else _QUEUE
+        task = self.ray.remote(num_cpus=cpus, num_gpus=self.gpus, max_retries=_TRIES)(shrink_source)
         waiting: dict[Any, _Waiting] = {}
         try:
-            for source, outputs, existing in self._to_do():
-                while len(waiting) >= self._room():
+            for source, outputs, existing in self.to_do():
+                available = int(self.ray.cluster_resources().get("CPU", 1))
+                while len(waiting) >= max(1, available // cpus) * per_cpu:
                     self._take(waiting)
                 files = source_files(source) if self.transfer else []
                 before = stamps(files) if self.transfer else None
@@ -182,13 +184,7 @@ class _Driver:
             for reference in waiting:
                 self.ray.cancel(reference, force=True)
 
-    def _room(self) -> int:
-        """How many tasks may wait at a time."""
-        cpus = int(self.ray.cluster_resources().get("CPU", 1))
-        assert self.job.options.jobs
-        return max(1, cpus // self.job.options.jobs) * (_QUEUE_WITH_FILES if self.transfer else _QUEUE)
-
-    def _to_do(self) -> Iterator[tuple[Path, Mapping[Path, Recipe], Done | None]]:
+    def to_do(self) -> Iterator[tuple[Path, Mapping[Path, Recipe], Done | None]]:
         """(source, outputs to make, results of its other ones); the ledger gets those with nothing to make."""
         for source, outputs in self.job.targets.items():
             try:
@@ -227,7 +223,7 @@ class _Driver:
 _open: dict[str, tuple[Session, ExitStack]] = {}
 
 
-def _shrink(
+def shrink_source(
     run_id: str,
     shared: tuple[Job, Mapping[Path, bytes]],
     source: Path,
@@ -235,18 +231,18 @@ def _shrink(
     contents: Files,
 ) -> tuple[Done, dict[Path, Files]]:
     """(what became of one adapter, its outputs if they are to be sent back). A task may be done more than once."""
-    session = _session(run_id, shared)
+    session = session_of(run_id, shared)
     try:
         if not contents:
             return _carried_out(source, outputs, session), {}
         with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
-            return _shrink_copy(Path(folder), source, outputs, contents, session)
+            return shrink_copy(Path(folder), source, outputs, contents, session)
     except BaseException:
         _open.pop(run_id)[1].close()  # its threads may have been stopped
         raise
 
 
-def _session(run_id: str, shared: tuple[Job, Mapping[Path, bytes]]) -> Session:
+def session_of(run_id: str, shared: tuple[Job, Mapping[Path, bytes]]) -> Session:
     """The session that this process has open for a run."""
     if run_id not in _open:
         for _, stack in _open.values():
@@ -288,7 +284,7 @@ def _carried_out(source: Path, outputs: Mapping[Path, Recipe], session: Session)
     return box.done
 
 
-def _shrink_copy(
+def shrink_copy(
     folder: Path, source: Path, outputs: Mapping[Path, Recipe], contents: Files, session: Session
 ) -> tuple[Done, dict[Path, Files]]:
     """The same with files in a folder of this machine, and their own names in the outcome."""

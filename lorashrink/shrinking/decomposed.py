@@ -70,10 +70,10 @@ class Decomposed:
             base_alignment=None if aligned is None else aligned.abs().numpy(),
             tail=self.spectra[index].tail,
             file_norm=self._file_norm,
-            noise=self._noise(index, with_alpha) if DTYPES[dtype][0] == 1 else None,
+            noise=self.noise(index, with_alpha) if DTYPES[dtype][0] == 1 else None,
         )
 
-    def _noise(self, index: int, with_alpha: bool) -> Values:
+    def noise(self, index: int, with_alpha: bool) -> Values:
         """[r]: what rounding to e4m3 changes of each dimension if it is the last one that is kept, relative to σ²."""
         spectrum, shape = self.spectra[index], self.adapter.layers[index].shape
         up, down = spectrum.lengths()

@@ -37,23 +37,19 @@ def anchors(layers: Sequence[Layer], best: Sequence[float], copied: Collection[s
 
     best: per layer the score of its best dimension. copied: the keys that are copied.
     """
-    found = []
-    for encoder, positions in _by_encoder([layer.name for layer in layers]).items():
+    encoders: dict[str, list[int]] = {}
+    for position, layer in enumerate(layers):
+        if match := _ENCODER.match(layer.name):
+            encoders.setdefault(match[0], []).append(position)
+    result = []
+    for encoder, positions in encoders.items():
         projections = tuple(position for position in positions if layers[position].name.endswith("out_proj"))
         inside = [key for key in copied if key.startswith(f"{encoder}_")]
         if projections and not any("out_proj" in key for key in inside):
             others = tuple(position for position in positions if position not in projections)
             chosen = max(projections, key=lambda position: best[position])
-            found.append(Anchor(encoder, chosen, projections, bool(inside), others))
-    return found
-
-
-def _by_encoder(names: Sequence[str]) -> dict[str, list[int]]:
-    encoders: dict[str, list[int]] = {}
-    for position, name in enumerate(names):
-        if match := _ENCODER.match(name):
-            encoders.setdefault(match[0], []).append(position)
-    return encoders
+            result.append(Anchor(encoder, chosen, projections, bool(inside), others))
+    return result
 
 
 def readable(recipe: Recipe, missing: Sequence[Anchor], widths: Sequence[int]) -> list[int]:

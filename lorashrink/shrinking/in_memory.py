@@ -55,12 +55,13 @@ def refuse_options(held: Tensors, names: Collection[str]) -> None:
 def put_back(held: Tensors, state: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Give a PeftModel or pipeline the shrunk adapter in place of the one that it was taken from."""
     if hasattr(held.model, "load_lora_weights"):
-        _put_into_pipeline(held, state)
+        put_into_pipeline(held, state)
     else:
-        _put_into_peft_model(held, state, settings)
+        put_into_peft_model(held, state, settings)
 
 
-def _put_into_peft_model(held: Tensors, state: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]]) -> None:
+def put_into_peft_model(held: Tensors, state: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """`put_back` for a PeftModel."""
     from peft import LoraConfig, set_peft_model_state_dict
 
     model, name = held.model, held.adapter_name
@@ -77,7 +78,8 @@ def _put_into_peft_model(held: Tensors, state: Mapping[str, Tensor], settings: M
     model.set_adapter(name)
 
 
-def _put_into_pipeline(held: Tensors, state: Mapping[str, Tensor]) -> None:
+def put_into_pipeline(held: Tensors, state: Mapping[str, Tensor]) -> None:
+    """`put_back` for a diffusers pipeline, at the strengths that the old adapter had."""
     pipeline, name = held.model, held.adapter_name
     weights = {component: _weight(module, name) for component, module in pipeline.components.items()}
     pipeline.delete_adapters(name)

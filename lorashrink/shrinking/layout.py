@@ -92,7 +92,7 @@ class Layout:
         # Layers whose core is multiplied into a factor, which may become larger than both.
         self._folded = frozenset(position for position, layer in enumerate(self.layers) if "mid" in layer.keys)
         # Both are computed when they are needed, once for this layout and all that are made of it.
-        self._sizes = cache(self._all_sizes)
+        self._sizes = cache(self.all_sizes)
         self._groups: dict[tuple[int, int, str], Sizes.Group] = {}  # (position, rank, dtype) -> its tensors
 
     def of(self, recipe: Recipe) -> Layout:
@@ -123,7 +123,12 @@ class Layout:
     def size(self, widths: Sequence[int], threshold: float | None, form: str | None = None) -> int:
         """Bytes of the file."""
         sizes = self._sizes()
-        groups = [sizes.group(self._copied), *(self._group(*item) for item in self._parts(widths, form))]
+        groups = [sizes.group(self._copied)]
+        for position, width in self._parts(widths, form):
+            key = position, width, self.dtypes[position]
+            if key not in self._groups:
+                self._groups[key] = sizes.group(self._of_layer(position, width))
+            groups.append(self._groups[key])
         return sizes.size(groups, self.metadata(widths, threshold, form=form))
 
     def form_sizes(self, widths: Sequence[int], threshold: float | None) -> dict[str, int]:
@@ -191,19 +196,14 @@ class Layout:
         keys = [*layer.keys.values(), *layer.common.values()]
         return {key: self.adapter.store.tensors[key] for key in keys}
 
-    def _all_sizes(self) -> Sizes:
+    def all_sizes(self) -> Sizes:
+        """What every tensor adds to the file, in every dtype and form that its layer may be written in."""
         tables = [self._copied]
         for position, options in enumerate(self.options):
             tables += [self.forms[position].tensors(1, dtype) for dtype in options]
             if position in self._converted or position in self._folded:  # only these may stay as they are
                 tables.append(self._of_layer(position, 0))
         return Sizes(item for table in tables for item in table.items())
-
-    def _group(self, position: int, width: int) -> Sizes.Group:
-        key = position, width, self.dtypes[position]
-        if key not in self._groups:
-            self._groups[key] = self._sizes().group(self._of_layer(position, width))
-        return self._groups[key]
 
     def metadata(
         self,

@@ -35,8 +35,9 @@ def shrink_each(targets: Targets, session: Session, ledger: Ledger) -> None:
     with ThreadPoolExecutor(1, "lorashrink-files") as finisher:
         try:
             for source, outputs in targets.items():
-                if work := _decompose(source, outputs, session, ledger):
-                    in_flight.append(finisher.submit(_finish, work, session, ledger))
+                with boundary(source, partial(ledger.fail, source)):
+                    if work := begin(source, outputs, session, ledger):
+                        in_flight.append(finisher.submit(finish, work, session, ledger))
                 while len(in_flight) >= _IN_FLIGHT:  # before the next one takes memory
                     in_flight.pop(0).result()
             for future in in_flight:
@@ -47,22 +48,11 @@ def shrink_each(targets: Targets, session: Session, ledger: Ledger) -> None:
             raise
 
 
-def _decompose(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledger: Ledger) -> Work | None:
-    """Open an adapter and begin to decompose it; the ledger gets one that fails or is done already."""
-    begun = None
-    with boundary(source, partial(ledger.fail, source)):
-        if work := _begin(source, outputs, session, ledger):
-            try:
-                work.decompose()
-            except BaseException:
-                work.adapter.close()
-                raise
-        begun = work
-    return begun
+def begin(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledger: Ledger) -> Work | None:
+    """Open an adapter and begin to decompose it, for the outputs that an equal run has not written.
 
-
-def _begin(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledger: Ledger) -> Work | None:
-    """Open an adapter for the outputs that an equal run has not written; None if it has written all of them."""
+    None if it has written all of them, which the ledger gets.
+    """
     started = time.perf_counter()
     against, skip = session.base_of(source), session.options.skip_existing
     results: dict[Path, FileResult] = {}
@@ -83,13 +73,14 @@ def _begin(source: Path, outputs: Mapping[Path, Recipe], session: Session, ledge
             return None
         ledger.start(source, rest)
         work = Work.begin(opened, rest)
+        work.decompose()
         return replace(work, started=started, skipped=tuple(results.values()), traced=unrecorded)
     except BaseException:
         opened.close()
         raise
 
 
-def _finish(work: Work, session: Session, ledger: Ledger) -> None:
+def finish(work: Work, session: Session, ledger: Ledger) -> None:
     """Plan, write and report one adapter whose layers are being decomposed."""
     source, options = work.source, session.options
     done = None

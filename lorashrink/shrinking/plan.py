@@ -314,7 +314,7 @@ def plan(
     tensors = layout.tensors(widths)
     verbatim, removed = dict(outlined.verbatim), dict(outlined.removed)
     for layer in layers:
-        _sort_tensors(layer, tensors, verbatim, removed)
+        sort_tensors(layer, tensors, verbatim, removed)
     uncut = [planned.layer.name for planned in layers if planned.stays and planned.limits is not None]
     for key in adapter.common:
         (verbatim if key in tensors else removed)[key] = "shared by layers"
@@ -348,8 +348,18 @@ def layer_plans(decomposed: Decomposed, outlined: Outline, selection: Selection)
     adapter, recipe = decomposed.adapter, outlined.recipe
     layout, facts = outlined.as_selected(selection)
     if adapter.layers and not outlined.verbatim and not any(selection.widths):
-        raise RecipeError(_nothing_left(adapter, recipe, facts))
+        if not facts:
+            raise RecipeError(f"{adapter.path}: every layer is zero; there is nothing to shrink.")
+        best = max(float(score(recipe, of_layer).max()) for of_layer in facts)
+        raise RecipeError(
+            f"{adapter.path}: recipe '{recipe}' keeps nothing: the best dimension scores {best:.2f}. "
+            "Use a lower threshold or a larger size, or min_rank=1."
+        )
     stays = layout.stays(selection.widths)
+    limits: list[Tensor | None] = [None] * len(facts)
+    if recipe.caps:
+        factors = (caps(recipe, *judged) for judged in zip(facts, selection.kept, strict=True))
+        limits = [None if array is None else torch.from_numpy(array) for array in factors]
     return [
         LayerPlan(
             index=index,
@@ -363,7 +373,7 @@ def layer_plans(decomposed: Decomposed, outlined: Outline, selection: Selection)
             states_alpha=layout.states_alpha(position),
             statistics=decomposed.statistics[index] if decomposed.statistics else None,
             stays=position in stays,
-            limits=_limits(recipe, facts[position], selection.kept[position]),
+            limits=limits[position],
         )
         for position, index in enumerate(outlined.judged)
     ]
@@ -378,13 +388,7 @@ def prediction(
     """
     if not recipe.calibrated:
         return None, None
-    lost = _distortion(layers)
-    return lost, predicted_db(lost, anchor_of(anchor))
-
-
-def _distortion(layers: Sequence[LayerPlan]) -> float:
-    """What the output does to pictures, in the unit of calibrated σ²."""
-    dropped = rounding = 0.0
+    dropped = rounding = 0.0  # in the unit of calibrated σ²
     for layer in layers:
         if not layer.stays:
             squares = layer.facts.sigma**2
@@ -392,15 +396,11 @@ def _distortion(layers: Sequence[LayerPlan]) -> float:
             dropped += layer.facts.total - float(squares[kept].sum())
             if layer.facts.noise is not None:
                 rounding += float((layer.facts.noise * squares)[kept].sum())
-    return distortion(max(0.0, dropped), rounding)
+    lost = distortion(max(0.0, dropped), rounding)
+    return lost, predicted_db(lost, anchor_of(anchor))
 
 
-def _limits(recipe: Recipe, facts: LayerFacts, kept: Sequence[int]) -> Tensor | None:
-    limits = caps(recipe, facts, kept) if recipe.caps else None
-    return None if limits is None else torch.from_numpy(limits)
-
-
-def _sort_tensors(
+def sort_tensors(
     planned: LayerPlan, tensors: Mapping[str, TensorInfo], verbatim: dict[str, str], removed: dict[str, str]
 ) -> None:
     """Say why a layer's tensors are copied, or are not in the output."""
@@ -416,16 +416,6 @@ def _sort_tensors(
         if alpha := folded.pop("alpha", None):
             removed[alpha] = "its scale is in the factors: not every loader multiplies 8-bit floats with it"
         removed |= dict.fromkeys(folded.values(), "folded into the factors, which every loader reads")
-
-
-def _nothing_left(adapter: Adapter, recipe: Recipe, facts: Sequence[LayerFacts]) -> str:
-    if not facts:
-        return f"{adapter.path}: every layer is zero; there is nothing to shrink."
-    best = max(float(score(recipe, of_layer).max()) for of_layer in facts)
-    return (
-        f"{adapter.path}: recipe '{recipe}' keeps nothing: the best dimension scores {best:.2f}. "
-        "Use a lower threshold or a larger size, or min_rank=1."
-    )
 
 
 def file_result(

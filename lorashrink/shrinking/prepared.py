@@ -96,7 +96,25 @@ class Prepared:
         Raises RecipeError (it keeps nothing, cannot reach its size, or needs what was not given) or UsageError.
         """
         recipe, dtype = self._checked(recipe), checked_dtype(dtype)
-        return self._outcomes.get((str(recipe), dtype), lambda: self._outcome(recipe, dtype))
+
+        def outcome() -> Outcome:
+            outline = self._outline(recipe, dtype)
+            selection = outline.chosen(outline.select())
+            layers = layer_plans(self._facts(recipe, dtype)[recipe.calibrated], outline, selection)
+            error, energy = relative_error(layers), kept_energy(recipe, layers)
+            return Outcome(
+                recipe=str(recipe),
+                dtype=dtype,
+                threshold=selection.threshold,
+                bytes=outline.size(selection.widths, selection.threshold, selection.dtypes),
+                relative_error=error,
+                energy=1 - error**2 if energy is None else energy,
+                ranks={layer.layer.name: layer.layer.rank if layer.stays else layer.width for layer in layers},
+                copied=len(outline.verbatim),
+                predicted_db=prediction(recipe, layers)[1],
+            )
+
+        return self._outcomes.get((str(recipe), dtype), outcome)
 
     def curve(self, score: str = "bytes", *, dtype: str = "same", points: int = 24) -> Curve:
         """Size against error for a score without a selection, such as `fro_ckpt,bytes`. Raises as `at`."""
@@ -191,23 +209,6 @@ class Prepared:
         key = (recipe.weights, tuple(sorted(recipe.modifiers.items())), dtype)
         facts = self._facts(recipe, dtype)
         return self._outlines.get(key, lambda: self._work_for(recipe, dtype).outline(facts, recipe)).of(recipe)
-
-    def _outcome(self, recipe: Recipe, dtype: str) -> Outcome:
-        outline = self._outline(recipe, dtype)
-        selection = outline.chosen(outline.select())
-        layers = layer_plans(self._facts(recipe, dtype)[recipe.calibrated], outline, selection)
-        error, energy = relative_error(layers), kept_energy(recipe, layers)
-        return Outcome(
-            recipe=str(recipe),
-            dtype=dtype,
-            threshold=selection.threshold,
-            bytes=outline.size(selection.widths, selection.threshold, selection.dtypes),
-            relative_error=error,
-            energy=1 - error**2 if energy is None else energy,
-            ranks={layer.layer.name: layer.layer.rank if layer.stays else layer.width for layer in layers},
-            copied=len(outline.verbatim),
-            predicted_db=prediction(recipe, layers)[1],
-        )
 
     def _plan(self, recipe: Recipe, dtype: str) -> Plan:
         return plan(self._facts(recipe, dtype)[recipe.calibrated], self._outline(recipe, dtype))

@@ -87,7 +87,7 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
         raise UsageError("no adapters. Name files, folders or globs.")
     if options.stack and options.dtype in MIXTURES:
         raise UsageError(f"--stack: shares out bytes of one dtype; use -t fp8 or -t fp16 instead of {options.dtype}.")
-    weights = _stack(entries, recipes, options) if options.stack else {}
+    weights = stack_weights(entries, recipes, options) if options.stack else {}
     inputs = dict.fromkeys(weights) if options.stack else find_inputs(entries, recursive=options.recursive)
     inputs = _without_own_outputs(inputs, entries, options)
     sums = {source: terms for source, terms in inputs.items() if terms}
@@ -131,7 +131,9 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
             open_adapter(first).close()  # it may be the base that was meant, and its own error says more
     check_calibration(recipes, options.calibration)
     if options.space_check and not options.dry_run and sum(map(len, targets.values())) > _FEW_OUTPUTS:
-        check_space(_most_bytes(targets, files, options))
+        check_space(most_bytes(targets, files, options))
+    named_file = options.output is None or str(options.output).endswith(".safetensors")
+    keeps_journal = options.skip_existing and not options.dry_run and not named_file
     return Job(
         targets,
         replace(options, form="lora") if reader else options,
@@ -150,7 +152,7 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
         reader=reader.title if reader else "",
         variant=(f",naming={options.naming}" if options.naming else "")
         + (f",target={options.target}" if options.target else ""),
-        journal=_folder(options.output) if options.skip_existing and not options.dry_run else None,
+        journal=Path(options.output) if keeps_journal and options.output is not None else None,
         weights=weights,
     )
 
@@ -190,11 +192,9 @@ def requested_recipes(options: ResizeOptions, reader: Target | None) -> list[Rec
     return parse_recipes([with_items(text, reader) for text in texts] if reader else texts)
 
 
-def _folder(output: str | Path | None) -> Path | None:
-    return None if output is None or str(output).endswith(".safetensors") else Path(output)
-
-
-def _stack(entries: Sequence[str | Path], recipes: Sequence[Recipe], options: ResizeOptions) -> dict[Path, float]:
+def stack_weights(
+    entries: Sequence[str | Path], recipes: Sequence[Recipe], options: ResizeOptions
+) -> dict[Path, float]:
     """The adapters that share a budget, and their weights. Raises UsageError, RecipeError or InputError."""
     if options.group_by_base is not None:
         raise UsageError("--stack: adapters that are used together have one base; give it with --base.")
@@ -220,7 +220,7 @@ def _stack(entries: Sequence[str | Path], recipes: Sequence[Recipe], options: Re
     return weights
 
 
-def _most_bytes(targets: Targets, files: Mapping[Path, Sequence[Path]], options: ResizeOptions) -> dict[Path, int]:
+def most_bytes(targets: Targets, files: Mapping[Path, Sequence[Path]], options: ResizeOptions) -> dict[Path, int]:
     """How large each output that does not exist yet can become; in a stack, its part of the budget on average."""
     factor = 2 if options.dtype in ("fp32", "32") else 1
     most: dict[Path, int] = {}

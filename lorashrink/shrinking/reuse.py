@@ -86,14 +86,17 @@ class OpenSource:
         for output, recipe in outputs.items():
             if os.path.exists(output):
                 try:
-                    results[output] = self._existing_result(output, recipe)
+                    results[output] = self.existing_result(output, recipe)
                 except DamagedFile as error:
-                    if not _began_as_output(output):
+                    with open(output, "rb") as handle:
+                        start = handle.read(9)
+                    # It begins as safetensors do, or with the zeros that a failing disk leaves; empty counts.
+                    if any(start) and start[4:] != bytes(4) + b"{":
                         raise
                     log.warning("%s It is made again.", error)
         return results
 
-    def _existing_result(self, output: Path, recipe: Recipe) -> FileResult:
+    def existing_result(self, output: Path, recipe: Recipe) -> FileResult:
         """The result that an output stands for. Raises DamagedFile, or OutputError if it was made otherwise."""
         tensors, entries, header = read_header(output)
         if not self.origin(recipe).made(entries):
@@ -119,13 +122,6 @@ class OpenSource:
             relative_error=float(entries[ERROR]) if recipe.caps else (1 - energy) ** 0.5,
             dtype=dtype_word({info.dtype for info in tensors.values() if len(info.shape) > 1}),
         )
-
-
-def _began_as_output(path: Path) -> bool:
-    """Whether a damaged file begins as safetensors do, or with the zeros that a failing disk leaves; empty counts."""
-    with open(path, "rb") as handle:
-        start = handle.read(9)
-    return not any(start) or start[4:] == bytes(4) + b"{"
 
 
 def _data_behind(path: Path, start: int) -> Iterator[bytes]:

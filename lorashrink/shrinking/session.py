@@ -87,12 +87,6 @@ def checked_dtype(dtype: str) -> str:
     return {"16": "fp16", "32": "fp32"}.get(dtype, dtype)
 
 
-def _reads_weights(job: Job) -> bool:
-    """Whether a recipe takes more of the base's weights than their Frobenius norms."""
-    recipes = (recipe for outputs in job.targets.values() for recipe in outputs.values())
-    return any("weight" in recipe.needs or "spn" in recipe.base_norms for recipe in recipes)
-
-
 @contextlib.contextmanager
 def open_session(job: Job, *, progress: Progress | None = None) -> Iterator[Session]:
     """Open the bases and a pool of threads. Raises UsageError, InputError or NotABase."""
@@ -101,7 +95,10 @@ def open_session(job: Job, *, progress: Progress | None = None) -> Iterator[Sess
         if value not in allowed:
             raise UsageError(f"{name}: '{value}' is not one of {', '.join(allowed)}.")
     sources = [options.base] if options.base is not None else list(dict.fromkeys(job.bases.values()))
-    files = [source for source in sources if isinstance(source, (str, Path))] if _reads_weights(job) else []
+    recipes = [recipe for outputs in job.targets.values() for recipe in outputs.values()]
+    # Frobenius norms are taken from the base where it lies; others take its weights to the device.
+    reads_weights = any("weight" in recipe.needs or "spn" in recipe.base_norms for recipe in recipes)
+    files = [source for source in sources if isinstance(source, (str, Path))] if reads_weights else []
     device = pick_device(options.device, [*job.targets, *files])
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(use_base(source)) for source in sources]

@@ -22,7 +22,7 @@ class Target:
     fit: Callable[[Adapter], Adapter]
 
 
-def _for_vllm(adapter: Adapter) -> Adapter:
+def for_vllm(adapter: Adapter) -> Adapter:
     """One rank, no patterns, and nothing beside the factors (https://docs.vllm.ai, LoRA adapters)."""
     if not adapter.as_folder:
         raise UsageError(
@@ -44,7 +44,7 @@ def _for_vllm(adapter: Adapter) -> Adapter:
     return replace(adapter, layers=tuple(layers), others={}, dropped=dropped, settings={"": config})
 
 
-TARGETS: Mapping[str, Target] = {"vllm": Target("vLLM", ("uniform", "pow2"), _for_vllm)}
+TARGETS: Mapping[str, Target] = {"vllm": Target("vLLM", ("uniform", "pow2"), for_vllm)}
 
 
 def with_items(recipe: str, target: Target) -> str:

@@ -40,19 +40,19 @@ def shrink_together(session: Session, ledger: Ledger) -> None:
     An adapter that cannot be used is a failure, and the others share the budget. Raises RecipeError if they cannot
     reach it, and OutputError if existing outputs were made from another stack.
     """
-    job = replace(session.job, variant=f"{session.job.variant},stack={_stack_id(session)}")
+    job = replace(session.job, variant=f"{session.job.variant},stack={stack_id(session)}")
     session = replace(session, job=job)
     if session.options.skip_existing and (existing := _all_existing(job.targets, session, ledger)):
         for done in existing:
             ledger.add(done)
         return
-    outlines = _outlines(session, ledger)
-    selections = _select(outlines, job.weights)
+    outlines = open_outlines(session, ledger)
+    selections = select_by_recipe(outlines, job.weights)
     targets = {source: job.targets[source] for source in outlines}
     shrink_each(targets, replace(session, selections=selections), ledger)
 
 
-def _outlines(session: Session, ledger: Ledger) -> dict[Path, dict[Path, Outline]]:
+def open_outlines(session: Session, ledger: Ledger) -> dict[Path, dict[Path, Outline]]:
     """Source -> output -> what its recipe can choose from; the ledger gets the sources that fail.
 
     One adapter is read after another, and its factors are forgotten.
@@ -76,7 +76,9 @@ def _outlines(session: Session, ledger: Ledger) -> dict[Path, dict[Path, Outline
     return outlines
 
 
-def _select(outlines: Mapping[Path, Mapping[Path, Outline]], weights: Mapping[Path, float]) -> dict[Path, Selection]:
+def select_by_recipe(
+    outlines: Mapping[Path, Mapping[Path, Outline]], weights: Mapping[Path, float]
+) -> dict[Path, Selection]:
     """Output -> what is kept of it, chosen for all sources together, recipe by recipe."""
     selections: dict[Path, Selection] = {}
     for of_recipe in zip(*(outputs.items() for outputs in outlines.values()), strict=True):
@@ -89,7 +91,7 @@ def _select(outlines: Mapping[Path, Mapping[Path, Outline]], weights: Mapping[Pa
     return selections
 
 
-def _stack_id(session: Session) -> str:
+def stack_id(session: Session) -> str:
     """A text for the number, contents and weights of the adapters, in any order."""
     members = []
     for source, weight in session.job.weights.items():

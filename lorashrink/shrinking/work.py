@@ -58,15 +58,8 @@ class Work:
         return list(self.outputs.values())
 
     def decompose(self) -> None:
-        """Begin to decompose the layers in the threads of the session."""
+        """Begin to decompose the layers in the threads of the session, as they are, calibrated, or both."""
         session = self.source.session
-        items = self._items()
-        flat = [item for layers in items.values() for item in layers]
-        pending = iter(decompose(flat, session.pool, device=session.device))
-        self.spectra = {calibrated: [next(pending) for _ in layers] for calibrated, layers in items.items()}
-
-    def _items(self) -> dict[bool, list[Item]]:
-        """The layers to decompose, as they are (False), calibrated (True), or both."""
         # Recipes that look at the base's weight keep other dimensions than the first ones.
         limits = [None if "weight" in recipe.needs else recipe.limit for recipe in self.recipes]
         bounds = [limit for limit in limits if limit is not None]
@@ -78,12 +71,20 @@ class Work:
                 Item(partial(getattr, layer, "delta"), layer.width, of_layer.grams if of_layer else None, limit)
                 for layer, of_layer in zip(self.adapter.layers, statistics, strict=True)
             ]
-        return items
+        flat = [item for layers in items.values() for item in layers]
+        pending = iter(decompose(flat, session.pool, device=session.device))
+        self.spectra = {calibrated: [next(pending) for _ in layers] for calibrated, layers in items.items()}
 
     def decomposed(self) -> dict[bool, Decomposed]:
         """The adapter with spectra, base norms and alignments, calibrated or not; waits for the spectra."""
-        spectra = self._wait()
-        norms, alignments = self._base_norms(), self._alignments(spectra)
+        report = self.source.session.reporter(f"decomposing {self.source.path.name}")
+        pending = [(calibrated, future) for calibrated, futures in self.spectra.items() for future in futures]
+        spectra: dict[bool, list[Spectrum]] = {calibrated: [] for calibrated in self.spectra}
+        for count, (calibrated, future) in enumerate(pending, 1):
+            spectra[calibrated].append(future.result())
+            if report and (count % _REPORT_EVERY == 0 or count == len(pending)):
+                report(count, len(pending))
+        norms, alignments = self.base_norms(), self.alignments(spectra)
         return {
             calibrated: Decomposed(
                 self.adapter,
@@ -97,17 +98,8 @@ class Work:
             for calibrated, computed in spectra.items()
         }
 
-    def _wait(self) -> dict[bool, list[Spectrum]]:
-        report = self.source.session.reporter(f"decomposing {self.source.path.name}")
-        pending = [(calibrated, future) for calibrated, futures in self.spectra.items() for future in futures]
-        spectra: dict[bool, list[Spectrum]] = {calibrated: [] for calibrated in self.spectra}
-        for count, (calibrated, future) in enumerate(pending, 1):
-            spectra[calibrated].append(future.result())
-            if report and (count % _REPORT_EVERY == 0 or count == len(pending)):
-                report(count, len(pending))
-        return spectra
-
-    def _base_norms(self) -> Norms:
+    def base_norms(self) -> Norms:
+        """The norms of the base weights that the recipes ask for, computed where they are not known."""
         if self.source.against.norms is None:
             return {}
         session = self.source.session
@@ -118,7 +110,8 @@ class Work:
             matched, names, pool=session.pool, device=session.device, progress=report
         )
 
-    def _alignments(self, spectra: Mapping[bool, Sequence[Spectrum]]) -> list[Tensor | None]:
+    def alignments(self, spectra: Mapping[bool, Sequence[Spectrum]]) -> list[Tensor | None]:
+        """Per layer the alignment with its base weight, None where no recipe asks for it."""
         base, layers = self.source.against.base, range(len(self.adapter))
         if base is None or not any("weight" in recipe.needs for recipe in self.recipes):
             return [None for _ in layers]

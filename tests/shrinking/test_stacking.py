@@ -541,7 +541,7 @@ def test_layers_that_stay_above_a_limit_get_a_warning(unusual: Path, base: Path,
         expected = by_the_book(before[name], weight, 5, 0.02, math.inf, 1)
         assert_close(after[name], expected, rtol=1e-4, atol=1e-5 * float(expected.norm()))
     (warning,) = report.results[0].warnings
-    assert warning.startswith("clip= does not limit 1 layers, first lora_unet_nowhere")
+    assert warning.startswith("clip= does not limit 1 layer, first lora_unet_nowhere")
     u, sigma, right = torch.linalg.svd(before["lora_unet_nowhere"])
     plain = u[:, :5] @ torch.diag(sigma[:5]) @ right[:5]
     assert_close(after["lora_unet_nowhere"], plain, rtol=1e-4, atol=1e-4)
