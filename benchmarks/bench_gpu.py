@@ -142,7 +142,9 @@ def start(run: Run) -> None:
         script += f"begin = time.perf_counter()\n{code}\nlaps[{name!r}] = round(time.perf_counter() - begin, 3)\n"
     script += "import json\nprint(json.dumps(laps))\n"
     for name in ("first process", "second process"):
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=checkout.ROOT, check=False
+        )
         run.say(**{name: json.loads(done.stdout) if done.returncode == 0 else done.stderr[-1000:]})
 
 
@@ -566,9 +568,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         deadline = time.monotonic() + _GRACE * options.seconds
         _BY_NAME[options.part](Run(options.part, options.tiny, work, options.wheels, deadline))
         return 0
-    if not options.tiny and not _has_gpu():
-        print("no GPU: torch finds no CUDA device on this machine, nothing was measured")
-        return 0
+    if not _has_gpu():
+        what = "the CPU stands in for it" if options.tiny else "nothing was measured; --tiny shows that all parts run"
+        print(f"no GPU: torch finds no CUDA device on this machine, {what}", flush=True)
+        if not options.tiny:
+            return 0
     with contextlib.ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)

@@ -126,8 +126,10 @@ class Layer:
             raise ShapeError(f"{self.store.path}: layer {self.name}: {error}") from error
 
     def on(self, shape: Shape, weight: Callable[[], Tensor] | None) -> Layer:
-        """The same layer with what the base knows: a shape that the file leaves open, and the weight if needed."""
+        """The layer with what it needs of the base: a shape that the file leaves open, and the weight."""
         incomplete = self.family.flat(self.infos) or self.family.needs is not Needs.NOTHING
+        if not incomplete and "magnitude" not in self.keys:
+            return self
         return replace(self, base_shape=shape if incomplete else None, weight=weight)
 
 

@@ -25,8 +25,10 @@ R = TypeVar("R")
 
 _WORKERS = 2  # threads per GPU
 
-# cuBLAS and cuSOLVER have their own words for it.
-_NO_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|not enough memory", re.IGNORECASE)
+# cuBLAS and cuSOLVER have their own words for it; where there is no room for what they begin with, they do not begin.
+_NO_MEMORY = re.compile(
+    r"out of memory|ALLOC_FAILED|(?:CUBLAS|CUSOLVER)_STATUS_NOT_INITIALIZED|not enough memory", re.IGNORECASE
+)
 
 _lock = threading.RLock()
 _tested: set[torch.device] = set()

@@ -34,8 +34,15 @@ def pick_device(device: str, files: Iterable[str | Path] | None = None) -> str:
     """
     size = 0.0 if files is None else sum(map(_size, files))
     if device == "auto":
-        small = files is not None and size < _SMALL_BYTES * _cores()
-        return "cpu" if small or not torch.cuda.is_available() else _working_gpu(size)
+        if (files is not None and size < _SMALL_BYTES * _cores()) or not torch.cuda.is_available():
+            return "cpu"
+        device = _gpus_for(size)
+        try:
+            start(torch.device(device))
+        except UsageError as error:
+            log.warning("%s The CPU computes.", error)
+            return "cpu"
+        return device
     kind, _, number = device.partition(":")
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind not in present or (number and not number.isdigit()):
@@ -46,16 +53,6 @@ def pick_device(device: str, files: Iterable[str | Path] | None = None) -> str:
         device = _gpus_for(size)
     if kind != "cpu":
         start(torch.device(device))
-    return device
-
-
-def _working_gpu(size: float) -> str:
-    device = _gpus_for(size)
-    try:
-        start(torch.device(device))
-    except UsageError as error:
-        log.warning("%s The CPU computes.", error)
-        return "cpu"
     return device
 
 

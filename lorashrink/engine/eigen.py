@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lorashrink.engine.accelerators import out_of_memory
+
 log = logging.getLogger(__name__)
 
 # Below torch 2.12 CUDA solves float64 matrices of more than 32 rows one after another. A CPU does that faster, as long
@@ -30,13 +32,13 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
     The CPU solves what the device is slow at, and one by one what it gets wrong. Raises LinAlgError if that fails, too.
     """
-    values, vectors = _checked(torch.linalg.eigh, _stacked(matrices), _wrong_vectors)
+    values, vectors = _checked(torch.linalg.eigh, _stacked(matrices), wrong_vectors)
     return values.reshape(matrices.shape[:-1]), vectors.reshape(matrices.shape)
 
 
 def eigvalsh(matrices: Tensor) -> Tensor:
     """The eigenvalues alone."""
-    (values,) = _checked(lambda part: (torch.linalg.eigvalsh(part),), _stacked(matrices), _wrong_values)
+    (values,) = _checked(lambda part: (torch.linalg.eigvalsh(part),), _stacked(matrices), wrong_values)
     return values.reshape(matrices.shape[:-1])
 
 
@@ -53,8 +55,8 @@ def _checked(
         return tuple(result.to(stacked.device) for result in _checked(solve, stacked.to(device), wrong))
     try:
         results = tuple(solve(stacked))
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        if _trusted(stacked) and len(stacked) == 1:
+    except RuntimeError as error:  # LinAlgError is one, and the libraries of GPUs have others
+        if out_of_memory(error) or (_trusted(stacked) and len(stacked) == 1):
             raise
         log.info("%d matrices of rank %d are solved one by one (%s)", len(stacked), stacked.shape[1], error)
         return _one_by_one(solve, stacked)
@@ -76,7 +78,7 @@ def _one_by_one(solve: Callable[[Tensor], tuple[Tensor, ...]], stacked: Tensor) 
     return tuple(torch.cat(parts).to(stacked.device) for parts in zip(*solutions, strict=True))
 
 
-def _wrong_vectors(stacked: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+def wrong_vectors(stacked: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     """[L] True where V·Λ is not K·V, or V is not orthonormal; NaN is wrong."""
     stacked = _symmetric(stacked)
     sizes = torch.linalg.matrix_norm(stacked)
@@ -87,7 +89,7 @@ def _wrong_vectors(stacked: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     return ~right
 
 
-def _wrong_values(stacked: Tensor, values: Tensor) -> Tensor:
+def wrong_values(stacked: Tensor, values: Tensor) -> Tensor:
     """[L] True where the eigenvalues have another sum or sum of squares than the matrix."""
     stacked = _symmetric(stacked)
     squares = stacked.square().sum((-2, -1))

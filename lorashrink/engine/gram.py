@@ -76,22 +76,22 @@ def solve(gram_down: Tensor, gram_up: Tensor, *, clip: float = _GRAM_CLIP) -> tu
     if not finite.all():  # one NaN would make the batched decompositions fail for all layers
         identity = torch.eye(gram_down.shape[-1], dtype=gram_down.dtype, device=gram_down.device)
         gram_down, gram_up = (torch.where(finite[:, None, None], gram, identity) for gram in (gram_down, gram_up))
-    units = _units(gram_down)
+    units = units_of(gram_down)
     gram_down, gram_up = gram_down * (units.mT * units), gram_up / (units.mT * units)
-    roots = _roots(gram_down, gram_up, clip)
+    roots = Roots.of(gram_down, gram_up, clip)
     values, vectors = eigh(roots.root.mT @ roots.partner @ roots.root)
     # Rounding may leave an eigenvalue of 0 slightly negative.
     sigma, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
     sigma = torch.where(sigma > SIGMA_FLOOR * sigma[:, :1], sigma, 0)
     half = sigma.sqrt()
     left = roots.root @ vectors * torch.where(half > 0, 1 / half, 0)[:, None, :]
-    right = _solve_roots(roots.root, vectors * half[:, None, :], roots.singular).mT
+    right = roots.solve(vectors * half[:, None, :]).mT
     if roots.swapped.any():
         left, right = torch.where(roots.swapped, right.mT, left), torch.where(roots.swapped, left.mT, right)
     return torch.where(finite[:, None], sigma, math.nan), left / units.mT, right * units
 
 
-def _units(gram: Tensor) -> Tensor:
+def units_of(gram: Tensor) -> Tensor:
     """[L, 1, r] powers of two that bring every row of a factor to a length of about 1; a row of zeros keeps its own.
 
     The other factor is divided by them. Nothing is rounded, and a large number in one factor that a small one in the
@@ -102,7 +102,7 @@ def _units(gram: Tensor) -> Tensor:
     return ((1023 - halves) << 52).view(torch.float64)[:, None, :]  # the bits of 2^-halves
 
 
-class _Roots(NamedTuple):
+class Roots(NamedTuple):
     """Roots of one Gram matrix of each layer: root · rootᵀ is that of `down`, or where `swapped`, that of `up`."""
 
     root: Tensor  # [L, r, r], lower triangular, or where `singular`, eigenvectors times roots of eigenvalues
@@ -110,24 +110,38 @@ class _Roots(NamedTuple):
     swapped: Tensor  # [L, 1, 1]
     singular: Tensor  # [L]
 
+    @classmethod
+    def of(cls, gram_down: Tensor, gram_up: Tensor, clip: float) -> Roots:
+        """The better conditioned one of the two roots; where `up` has it, the transposed problem is solved."""
+        root, spread = _cholesky(gram_down)
+        swapped = torch.zeros_like(spread, dtype=torch.bool)[:, None, None]
+        partner = gram_up
+        if (spread > _GOOD_SPREAD).any():
+            root_up, spread_up = _cholesky(gram_up)
+            swapped = ((spread > _GOOD_SPREAD) & (spread_up < spread))[:, None, None]
+            root, partner = torch.where(swapped, root_up, root), torch.where(swapped, gram_down, gram_up)
+            spread = torch.where(swapped[:, 0, 0], spread_up, spread)
+        singular = spread > _MAX_SPREAD
+        if singular.any():
+            swapped = swapped & ~singular[:, None, None]
+            partner = torch.where(singular[:, None, None], gram_up, partner)
+            values, vectors = eigh(gram_down[singular])
+            positive = values > clip * values[:, -1:]
+            root[singular] = vectors * torch.where(positive, values, 0).sqrt()[:, None, :]
+        return cls(root, partner, swapped, singular)
 
-def _roots(gram_down: Tensor, gram_up: Tensor, clip: float) -> _Roots:
-    """The better conditioned one of the two roots; where `up` has it, the transposed problem is solved."""
-    root, spread = _cholesky(gram_down)
-    swapped = torch.zeros_like(spread, dtype=torch.bool)[:, None, None]
-    partner = gram_up
-    if (spread > _GOOD_SPREAD).any():
-        root_up, spread_up = _cholesky(gram_up)
-        swapped = ((spread > _GOOD_SPREAD) & (spread_up < spread))[:, None, None]
-        root, partner = torch.where(swapped, root_up, root), torch.where(swapped, gram_down, gram_up)
-        spread = torch.where(swapped[:, 0, 0], spread_up, spread)
-    singular = spread > _MAX_SPREAD
-    if singular.any():
-        swapped, partner = swapped & ~singular[:, None, None], torch.where(singular[:, None, None], gram_up, partner)
-        values, vectors = eigh(gram_down[singular])
-        positive = values > clip * values[:, -1:]
-        root[singular] = vectors * torch.where(positive, values, 0).sqrt()[:, None, :]
-    return _Roots(root, partner, swapped, singular)
+    def solve(self, vectors: Tensor) -> Tensor:
+        """root⁻ᵀ · vectors. The columns of singular roots are orthogonal; those of length 0 are left out."""
+        root, singular = self.root, self.singular
+        solution: Tensor
+        if not singular.any():
+            solution = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+            return solution
+        solution = torch.empty_like(vectors)
+        solution[~singular] = torch.linalg.solve_triangular(root[~singular].mT, vectors[~singular], upper=True)
+        squares = (root[singular] ** 2).sum(-2)  # lengths of the columns, squared
+        solution[singular] = root[singular] * torch.where(squares > 0, 1 / squares, 0)[:, None, :] @ vectors[singular]
+        return solution
 
 
 def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,19 +151,6 @@ def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = root.diagonal(dim1=-2, dim2=-1) / gram.diagonal(dim1=-2, dim2=-1).sqrt()
     spread = diagonal.amax(-1) / diagonal.amin(-1)
     return root, torch.where((failed == 0) & (spread > 0), spread, math.inf)
-
-
-def _solve_roots(root: Tensor, vectors: Tensor, singular: Tensor) -> Tensor:
-    """root⁻ᵀ · vectors. The columns of singular roots are orthogonal; those of length 0 are left out."""
-    solution: Tensor
-    if not singular.any():
-        solution = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
-        return solution
-    solution = torch.empty_like(vectors)
-    solution[~singular] = torch.linalg.solve_triangular(root[~singular].mT, vectors[~singular], upper=True)
-    squares = (root[singular] ** 2).sum(-2)  # lengths of the columns, squared
-    solution[singular] = root[singular] * torch.where(squares > 0, 1 / squares, 0)[:, None, :] @ vectors[singular]
-    return solution
 
 
 # --- Gram matrices ------------------------------------------------------------------------------
@@ -205,12 +206,20 @@ def on_cpu(*tensors: Tensor) -> list[Tensor]:
 def factor_gram(factors: Tensor, *, columns: bool) -> Tensor:
     """[L, r, r] float64 of factors [L, r, n], or [L, n, r] if `columns`."""
     count, rank = factors.shape[0], factors.shape[2 if columns else 1]
+    half = rank // 2
     total = torch.zeros(count, rank, rank, dtype=torch.float64, device=factors.device)
     block = max(64, CPU_BLOCK // (count * rank)) if factors.device.type == "cpu" else factors.numel()
     for part in torch.split(factors, block, dim=1 if columns else 2):
         wide = doubled(part)
-        _add_square(total, wide.mT if columns else wide)
-    half = rank // 2
+        wide = wide.mT if columns else wide
+        if rank < _SPLIT_RANK:
+            total.baddbmm_(wide, wide.mT)
+            continue
+        # Without the upper right quarter, which mirrors the lower left.
+        top, bottom = wide[:, :half], wide[:, half:]
+        total[:, :half, :half].baddbmm_(top, top.mT)
+        total[:, half:, half:].baddbmm_(bottom, bottom.mT)
+        total[:, half:, :half].baddbmm_(bottom, top.mT)
     if rank >= _SPLIT_RANK:
         total[:, :half, half:] = total[:, half:, :half].mT
     return total
@@ -219,16 +228,3 @@ def factor_gram(factors: Tensor, *, columns: bool) -> Tensor:
 def doubled(tensor: Tensor) -> Tensor:
     """The same numbers in float64: half precision by float32, which is one instruction where float64 is not."""
     return (tensor.float() if tensor.element_size() <= 2 else tensor).double()
-
-
-def _add_square(total: Tensor, wide: Tensor) -> None:
-    """total [L, r, r] += wide · wideᵀ. Large ones lack the upper right quarter, which mirrors the lower left."""
-    rank = wide.shape[1]
-    if rank < _SPLIT_RANK:
-        total.baddbmm_(wide, wide.mT)
-        return
-    half = rank // 2
-    top, bottom = wide[:, :half], wide[:, half:]
-    total[:, :half, :half].baddbmm_(top, top.mT)
-    total[:, half:, half:].baddbmm_(bottom, bottom.mT)
-    total[:, half:, :half].baddbmm_(bottom, top.mT)

@@ -83,7 +83,9 @@ def interaction(
     if broken := _not_finite([part.sum() for part in torch.split(squares, list(ranks))]):
         return _broken(broken, count)
     members = _membership(ranks, device)
-    products = _products(gram_up, gram_down, members)
+    rows_of_blocks = zip(torch.split(gram_up, list(ranks)), torch.split(gram_down, list(ranks)), strict=True)
+    # <ΔW_i, ΔW_j>: sums over the blocks of gram_up ∘ gram_down, of which no more than a block's rows exist
+    products = torch.stack([(up * down).sum(0) for up, down in rows_of_blocks]) @ members
     lengths_up, lengths_down = (gram.diagonal() @ members for gram in (gram_up, gram_down))
     bounds = (lengths_up * lengths_down).sqrt()  # no less than the norms of ΔW
     sum_cancels = float(weight @ products @ weight) < _CANCELLED * float(weight.abs() @ bounds) ** 2
@@ -92,7 +94,7 @@ def interaction(
         up, down = ups.to(device).double() * scale, downs.to(device).double()
         core_up, core_down = (torch.linalg.qr(factor, mode="r").R for factor in (up, down.mT))
         return _of_matrices(_matrices(core_up, core_down.mT, ranks), weight)
-    return _of_grams(gram_up, gram_down, products, ranks, weight)
+    return of_grams(gram_up, gram_down, products, ranks, weight)
 
 
 def _gram(factor: Tensor, device: torch.device) -> Tensor:
@@ -113,11 +115,10 @@ def _gram(factor: Tensor, device: torch.device) -> Tensor:
 # --- from Gram matrices -------------------------------------------------------------------------
 
 
-def _of_grams(
-    gram_up: Tensor, gram_down: Tensor, products: Tensor, ranks: Sequence[int], weight: Tensor
-) -> Interaction:
+def of_grams(gram_up: Tensor, gram_down: Tensor, products: Tensor, ranks: Sequence[int], weight: Tensor) -> Interaction:
+    """The interaction from Gram matrices [R, R], which contain the scales, and <ΔW_i, ΔW_j>."""
     blocks = _blocks(ranks)
-    spectra = _spectra(gram_up, gram_down, blocks)
+    spectra = spectra_of_blocks(gram_up, gram_down, blocks)
     counts = _dimensions([sigma for sigma, _, _ in spectra])
     lefts, rights = [], []
     for (sigma, left, right), count in zip(spectra, counts, strict=True):
@@ -125,7 +126,7 @@ def _of_grams(
         lefts.append(left[:, :count] * inverse)
         rights.append(right[:count].mT * inverse)
     columns = weight.repeat_interleave(torch.tensor(ranks, device=weight.device))
-    first, second, top = _top(gram_up, gram_down, columns, _starts(blocks, rights, weight))
+    first, second, top = _top(gram_up, gram_down, columns, first_vectors(blocks, rights, weight))
     parts = columns * top * (gram_up @ (columns * top))
     shares = torch.stack([parts[block].sum() for block in blocks])
     return Interaction(
@@ -145,20 +146,15 @@ def _blocks(ranks: Sequence[int]) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
-def _products(gram_up: Tensor, gram_down: Tensor, members: Tensor) -> Tensor:
-    """[A, A] <ΔW_i, ΔW_j>: sums over the blocks of gram_up ∘ gram_down, of which no more than a block's rows exist."""
-    sizes = members.sum(0).int().tolist()
-    rows = zip(torch.split(gram_up, sizes), torch.split(gram_down, sizes), strict=True)
-    return torch.stack([(up * down).sum(0) for up, down in rows]) @ members
-
-
 def _membership(ranks: Sequence[int], device: torch.device) -> Tensor:
     """[R, A] 1 where a column belongs to a matrix, else 0."""
     owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
     return torch.nn.functional.one_hot(owner, len(ranks)).to(device, torch.float64)
 
 
-def _spectra(gram_up: Tensor, gram_down: Tensor, blocks: Sequence[slice]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def spectra_of_blocks(
+    gram_up: Tensor, gram_down: Tensor, blocks: Sequence[slice]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(sigma [r], left [r, r], right [r, r]) of each matrix as `solve` gives them, those of equal rank together."""
     spectra: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for rank in {block.stop - block.start for block in blocks}:
@@ -197,7 +193,7 @@ def _mean_squares(cosines: Tensor, counts: Sequence[int]) -> Tensor:
 def _top(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor) -> tuple[float, float, Tensor]:
     """(σ_1, σ_2, down·v_1 [R]) of the weighted sum, up · diag(columns) · down, from Gram matrices."""
     if len(columns) > _FULL_RANK:
-        return _largest(gram_up, gram_down, columns, start)
+        return largest(gram_up, gram_down, columns, start)
     sigma, _, right = (
         solution[0] for solution in solve(gram_down[None], (gram_up * torch.outer(columns, columns))[None])
     )
@@ -205,7 +201,7 @@ def _top(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor) -> 
     return float(sigma[0]), second, gram_down @ right[0] / sigma[0].sqrt().clamp(min=torch.finfo(sigma.dtype).tiny)
 
 
-def _starts(blocks: Sequence[slice], rights: Sequence[Tensor], weight: Tensor) -> Tensor:
+def first_vectors(blocks: Sequence[slice], rights: Sequence[Tensor], weight: Tensor) -> Tensor:
     """[b, R]: the first right vectors of all matrices, from which an iteration for the sum begins."""
     share = max(1, _START // len(blocks))
     start = torch.zeros(_START, blocks[-1].stop, dtype=torch.float64, device=weight.device)
@@ -215,8 +211,8 @@ def _starts(blocks: Sequence[slice], rights: Sequence[Tensor], weight: Tensor) -
     return start
 
 
-def _largest(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor) -> tuple[float, float, Tensor]:
-    """The same for high ranks, where a full decomposition would take much longer than all of the rest.
+def largest(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor) -> tuple[float, float, Tensor]:
+    """`_top` for high ranks, where a full decomposition would take much longer than all of the rest.
 
     Block Krylov iteration for the eigenvalues of gram_up · gram_down, which is symmetric in the inner product of
     gram_down, with full orthogonalisation (Golub & Van Loan, Matrix Computations, 10.3.6); to about 1e-8 relative,
@@ -236,7 +232,7 @@ def _largest(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor)
     projected = start.new_empty(most, most)  # its lower triangle
     block, size, tops = start * length, 0, list[Tensor]()
     for _ in range(_STEPS):
-        block, image = _orthonormal(block, basis[:size], images[:size], measure)
+        block, image = orthonormal(block, basis[:size], images[:size], measure)
         if not len(block):
             break
         rows = slice(size, size + len(block))
@@ -255,7 +251,7 @@ def _largest(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor)
     return float(sigma[-1]), float(sigma[-2]) if len(sigma) > 1 else 0.0, length * (vectors[:, -1] @ images[:size])
 
 
-def _orthonormal(
+def orthonormal(
     block: Tensor, basis: Tensor, images: Tensor, measure: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """(new directions in the rows of `block`, orthonormal in the inner product of `measure`; measure(directions))."""

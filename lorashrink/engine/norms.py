@@ -65,20 +65,18 @@ def spectral_norms(weights: Tensor) -> Tensor:
     if not safe.all():
         units = torch.where(safe | ~finite, units, peaks)
         wide = torch.where(finite[:, None, None], wide / units[:, None, None], 0)
-    sigma = _of_all_eigenvalues(wide) if wide.shape[1] <= _DENSE_SIDE else _of_krylov(wide)
+    if wide.shape[1] <= _DENSE_SIDE:
+        wide = wide.double()
+        sigma: Tensor = eigvalsh(wide @ wide.mT)[:, -1].clamp(min=0).sqrt()
+    else:
+        sigma = krylov_norms(wide)
     return torch.where(finite, sigma * units, math.nan)
-
-
-def _of_all_eigenvalues(wide: Tensor) -> Tensor:
-    wide = wide.double()
-    top: Tensor = eigvalsh(wide @ wide.mT)[:, -1].clamp(min=0).sqrt()
-    return top
 
 
 # --- block Krylov iteration ---------------------------------------------------------------------
 
 
-def _of_krylov(wide: Tensor) -> Tensor:
+def krylov_norms(wide: Tensor) -> Tensor:
     """σ_1 [L] of float32 matrices [L, n, m], n ≤ m, whose squares float32 can hold."""
     count, side = wide.shape[:2]
     square = _square_of(wide)
@@ -91,7 +89,7 @@ def _of_krylov(wide: Tensor) -> Tensor:
     for step in range(_KRYLOV_RESTARTS * _KRYLOV_SPACE):
         start = step % _KRYLOV_SPACE * _KRYLOV_BLOCK
         stop = start + _KRYLOV_BLOCK
-        block = _new_directions(block, space[:, :start])
+        block = new_directions(block, space[:, :start])
         space[:, start:stop] = block
         image = square(block)
         projected[:, start:stop, :stop] = image @ space[:, :stop].mT
@@ -103,7 +101,10 @@ def _of_krylov(wide: Tensor) -> Tensor:
                 break
             if stop == size:
                 block = vectors[:, :, -_KRYLOV_BLOCK:].mT.float() @ space
-    return _lengths(vectors[:, :, -1:].mT.float() @ space[:, :stop], wide)
+    best = vectors[:, :, -1:].mT.float() @ space[:, :stop]
+    # ‖x·W‖ / ‖x‖ has no rounding of W·Wᵀ
+    length, image_length = (rows.double().norm(dim=(1, 2)) for rows in (best, best @ wide))
+    return torch.where(length > 0, image_length / length, 0)
 
 
 def _square_of(wide: Tensor) -> Callable[[Tensor], Tensor]:
@@ -118,7 +119,7 @@ def _square_of(wide: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda rows: rows @ square
 
 
-def _new_directions(block: Tensor, space: Tensor) -> Tensor:
+def new_directions(block: Tensor, space: Tensor) -> Tensor:
     """Orthonormal rows [L, b, n] for what `block` adds to the space [L, k, n]; 0 for a row that adds nothing."""
     size = block.norm(dim=(1, 2), keepdim=True)
     for _ in range(2):  # twice is enough for full precision
@@ -137,10 +138,3 @@ def still_to_come(first: Tensor, second: Tensor, third: Tensor) -> Tensor:
     before, growth = second - first, third - second
     ratio = torch.where(before > 0, growth / before, 0).clamp(0, _SLOWEST)
     return growth * ratio / (1 - ratio)
-
-
-def _lengths(rows: Tensor, wide: Tensor) -> Tensor:
-    """‖x·W‖ / ‖x‖ [L] of rows x [L, 1, n], without the rounding of W·Wᵀ."""
-    length = rows.double().norm(dim=(1, 2))
-    images = (rows @ wide).double().norm(dim=(1, 2))
-    return torch.where(length > 0, images / length, 0)

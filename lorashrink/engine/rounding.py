@@ -59,7 +59,7 @@ def to_float8(up: Tensor, down: Tensor, of_up: Energy = squares, of_down: Energy
     ratio = lengths[1] / lengths[0] * math.sqrt(up.shape[1] / down.shape[1])
     balance = torch.where(lengths[0] * lengths[1] > 0, ratio.sqrt(), 1.0)[:, None]
     if of_up is not squares or max(up.shape[1], down.shape[1]) <= _NARROW:
-        balance = balance * _best_balance(up * balance, down / balance, of_up, of_down)
+        balance = balance * best_balance(up * balance, down / balance, of_up, of_down)
     up, down = up * balance, down / balance
     rounded_up, rounded_down = _nearest(up), _nearest(down)
     norms = lengths[0] * lengths[1]  # ‖u·vᵀ‖ of each dimension
@@ -79,7 +79,7 @@ def _change(factor: Tensor, rounded: Tensor) -> Tensor:
     return lengths.square()
 
 
-def _best_balance(up: Tensor, down: Tensor, of_up: Energy, of_down: Energy) -> Tensor:
+def best_balance(up: Tensor, down: Tensor, of_up: Energy, of_down: Energy) -> Tensor:
     """[k, 1]: what each row of `up` is best multiplied by before it is rounded, and that of `down` divided by."""
     energy_up, energy_down = of_up(up), of_down(down)
     balances = 2.0 ** (torch.arange(_BALANCES) / _BALANCES - 0.5)
@@ -106,12 +106,12 @@ def _nearest(tensor: Tensor) -> Tensor:
 
 def relative_error(rms: Values, dtype: torch.dtype) -> Values:
     """[r]: ‖x' − x‖ / ‖x‖ of vectors of normally distributed numbers of this root mean square, rounded to a dtype."""
-    grid, errors = _errors(dtype)
+    grid, errors = measured_errors(dtype)
     return np.interp(np.log2(np.maximum(rms, 1e-30)), grid, errors)
 
 
 @cache
-def _errors(dtype: torch.dtype) -> tuple[Values, Values]:
+def measured_errors(dtype: torch.dtype) -> tuple[Values, Values]:
     """(log2 of root mean squares, relative errors), measured on quantiles of the normal distribution."""
     levels = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
     normal = torch.special.ndtri(levels)

@@ -25,8 +25,9 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -343,7 +344,7 @@ def _vectors(
             right.to(device, dtype) @ delta.down.to(device, dtype),
         )
     if isinstance(delta, Dense):
-        return _dense_vectors(delta, spectrum, index, factors, device)
+        return dense_vectors(delta, spectrum, index, factors, device)
     assert isinstance(delta, Kronecker)
     assert spectrum.pair is not None
     first, second, order = spectrum.pair
@@ -356,10 +357,10 @@ def _vectors(
     return up, down
 
 
-def _dense_vectors(
+def dense_vectors(
     delta: Dense, spectrum: Spectrum, index: Tensor, factors: tuple[float, float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The same for a matrix, whose vectors on the shorter side are the eigenvectors of its Gram matrix."""
+    """`_vectors` of a matrix, whose vectors on the shorter side are the eigenvectors of its Gram matrix."""
     if spectrum.limit is not None:
         sketch, maps = _sketch(delta, spectrum.limit, device)
         return _vectors(sketch, maps, index, factors, device)
@@ -378,45 +379,38 @@ def _dense_vectors(
 # --- one layer ----------------------------------------------------------------------------------
 
 
-def _of_maps(
-    delta: Delta,
-    sigma: Tensor,
-    left: Tensor,
-    right: Tensor,
-    limit: int | None = None,
-    trace: tuple[float, float] | None = None,
-) -> Spectrum:
-    """The spectrum of two factors from the solution of their Gram matrices, which do not contain the scale.
-
-    trace: ‖up · down‖_F² from the Gram matrices, and how far rounding may move it. What is missing in sigma is the
-    tail: no recipe can keep it, and every loss contains it.
-    """
-    size = abs(delta.scale)
-    sigma = sigma * size
-    sigma[min(delta.up.shape[0], fan_in(delta.shape)) :] *= 0  # not 0 itself: NaN stays NaN
+def _with_scale(
+    deltas: Sequence[Delta], sigma: Tensor, left: Tensor, right: Tensor, limit: int | None = None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(sigma, left, right) of `Spectrum` from the solution of Gram matrices, which do not contain the scale."""
+    scale = torch.tensor([delta.scale for delta in deltas], dtype=torch.float64)[:, None]
+    sigma = sigma * scale.abs()
+    for values, delta in zip(sigma, deltas, strict=True):
+        if (side := min(delta.up.shape[0], fan_in(delta.shape))) < len(values):
+            values[side:] *= 0  # not 0 itself: NaN stays NaN
+    root = scale.abs().sqrt()
     # What no recipe can keep would only wait in memory until the file is written.
-    left, right = left[:, :limit] * math.copysign(math.sqrt(size), delta.scale), right[:limit] * math.sqrt(size)
-    if trace is None:
-        return Spectrum(sigma, left.float(), right.float())
-    square, rounding = (size**2 * number for number in trace)
-    missing = square - float(sigma @ sigma)
-    tail = missing if missing > rounding else 0.0
-    return Spectrum(sigma, left.float(), right.float(), tail=tail, square=square)
+    left, right = left[:, :, :limit] * torch.copysign(root, scale)[:, :, None], right[:, :limit] * root[:, :, None]
+    return list(zip(sigma, left.float(), right.float(), strict=True))
 
 
 def _of_statistics(delta: Delta, statistics: Callable[[Delta], Grams], device: torch.device) -> Spectrum:
     """The spectrum in the norm of Gram matrices from statistics."""
     (own,) = computed(_grams_each, [delta], device)
     weighted = [gram[None].double() for gram in statistics(delta)]
-    sigma, left, right = (solution[0] for solution in solve(*weighted, clip=_STATISTICS_CLIP))
-    spectrum = _of_maps(delta, sigma, left, right)
-    sigma = spectrum.sigma if own.finite else spectrum.sigma * math.nan
-    return replace(spectrum, sigma=sigma, plain=_Plain(own, delta.scale))
+    ((sigma, left, right),) = _with_scale([delta], *solve(*weighted, clip=_STATISTICS_CLIP))
+    return Spectrum(sigma if own.finite else sigma * math.nan, left, right, plain=_Plain(own, delta.scale))
 
 
 def _of_dense(delta: Dense, limit: int | None, device: torch.device) -> Spectrum:
     if limit is not None and limit + _SKETCH_EXTRA <= _SKETCH_SHARE * delta.rank:
-        return _of_sketch(delta, limit, device)
+        # The first `limit` dimensions; what they leave out is known to the last digit.
+        blocks = torch.split(delta.matrix.reshape(-1), CPU_BLOCK)
+        total = delta.scale**2 * float(torch.stack([block.double() @ block.double() for block in blocks]).sum())
+        if not math.isfinite(total):
+            return Spectrum(torch.full((limit,), math.nan, dtype=torch.float64))
+        sigma = _sketch(delta, limit, device)[1].sigma[:limit]
+        return Spectrum(sigma, limit=limit, tail=max(0.0, total - float((sigma**2).sum())))
     gram = _dense_gram(delta.matrix.to(device))
     if not torch.isfinite(gram.diagonal().sum()):
         return Spectrum(torch.full((delta.rank,), math.nan, dtype=torch.float64))
@@ -427,17 +421,6 @@ def _of_dense(delta: Dense, limit: int | None, device: torch.device) -> Spectrum
 def _dense_gram(matrix: Tensor) -> Tensor:
     """[r, r] float64 of the shorter side."""
     return factor_gram(matrix[None], columns=matrix.shape[0] > matrix.shape[1])[0]
-
-
-def _of_sketch(delta: Dense, limit: int, device: torch.device) -> Spectrum:
-    """The first `limit` dimensions; what they leave out is known to the last digit."""
-    flat = delta.matrix.reshape(-1)
-    squares = torch.stack([block.double() @ block.double() for block in torch.split(flat, CPU_BLOCK)]).sum()
-    total = delta.scale**2 * float(squares)
-    if not math.isfinite(total):
-        return Spectrum(torch.full((limit,), math.nan, dtype=torch.float64))
-    sigma = _sketch(delta, limit, device)[1].sigma[:limit]
-    return Spectrum(sigma, limit=limit, tail=max(0.0, total - float((sigma**2).sum())))
 
 
 def _sketch(delta: Dense, limit: int, device: torch.device) -> tuple[Delta, Spectrum]:
@@ -483,17 +466,15 @@ def _decompose_chunk(items: Sequence[Item], device: torch.device) -> list[Spectr
             deltas.append(item.load())
         except Exception as error:
             deltas.append(error)
-    solutions = _solve_together(items, deltas, device)
+    solutions = spectra_of_factors(items, deltas, device)
     outcomes: list[Spectrum | Exception] = []
     for index, (item, delta) in enumerate(zip(items, deltas, strict=True)):
         if isinstance(delta, Exception):
             outcomes.append(delta)
         elif item.grams is not None:
             outcomes.append(_of_statistics(delta.factored(), item.grams, device))
-        elif isinstance(delta, Delta):
-            sigma, left, right, *trace = solutions[index]
-            square, rounding = map(float, trace)
-            outcomes.append(_of_maps(delta, sigma, left, right, item.limit, (square, rounding)))
+        elif index in solutions:
+            outcomes.append(solutions[index])
         else:
             spectra: list[Spectrum] = computed(partial(_of_full_rank, limit=item.limit), [delta], device)
             outcomes += spectra
@@ -507,35 +488,54 @@ def _of_full_rank(deltas: Sequence[Dense | Kronecker], device: torch.device, lim
     ]
 
 
-def _solve_together(
+def spectra_of_factors(
     items: Sequence[Item], deltas: Sequence[AnyDelta | Exception], device: torch.device
-) -> dict[int, tuple[Tensor, ...]]:
-    """Index -> (sigma, left, right, and the norm's square with its rounding) of the layers in two factors.
-
-    Those of equal rank are one batch.
-    """
-    by_rank: dict[int, dict[int, Delta]] = defaultdict(dict)
+) -> dict[int, Spectrum]:
+    """Index -> spectrum of the layers in two factors without statistics; those of equal rank are one batch."""
+    batches: dict[tuple[int, int | None], dict[int, Delta]] = defaultdict(dict)
     for index, (item, delta) in enumerate(zip(items, deltas, strict=True)):
         if isinstance(delta, Delta) and item.grams is None:
-            by_rank[delta.rank][index] = delta
-    solutions: dict[int, tuple[Tensor, ...]] = {}
-    for rank, layers in by_rank.items():
+            batches[delta.rank, item.limit][index] = delta
+    spectra: dict[int, Spectrum] = {}
+    for (rank, limit), layers in batches.items():
         batch = list(layers.values())
         if solver_device(device, rank) == device:
-            results = computed(_solutions, batch, device)
+            solutions = computed(lambda part, gpu: [_solved(grams(part, gpu))], batch, device)
         else:  # by this thread, while the GPU goes on
             pairs = computed(_grams_each, batch, device)
-            results = _solved(Grams(*map(torch.stack, zip(*pairs, strict=True))))
-        solutions |= zip(layers, results, strict=True)
-    return solutions
+            solutions = [_solved(Grams(*map(torch.stack, zip(*pairs, strict=True))))]
+        rest, results = iter(batch), list[Spectrum]()
+        for solution in solutions:
+            results += _of_solution(list(islice(rest, len(solution[0]))), *solution, limit=limit)
+        spectra |= zip(layers, results, strict=True)
+    return spectra
 
 
-def _solutions(deltas: Sequence[Delta], device: torch.device) -> list[tuple[Tensor, ...]]:
-    return _solved(grams(deltas, device))
+def _of_solution(
+    deltas: Sequence[Delta],
+    sigma: Tensor,
+    left: Tensor,
+    right: Tensor,
+    squares: Tensor,
+    roundings: Tensor,
+    *,
+    limit: int | None,
+) -> list[Spectrum]:
+    """The spectra of layers from the solution of their Gram matrices, with norms that come from these alone."""
+    scaled = _with_scale(deltas, sigma, left, right, limit)
+    spectra = []
+    for delta, maps, square, rounding in zip(deltas, scaled, squares.tolist(), roundings.tolist(), strict=True):
+        square *= delta.scale**2
+        # What sigma lacks of that: no recipe can keep it, and every loss contains it.
+        missing = square - float(maps[0] @ maps[0])
+        tail = missing if missing > delta.scale**2 * rounding else 0.0
+        spectra.append(Spectrum(*maps, tail=tail, square=square))
+    return spectra
 
 
-def _solved(own: Grams) -> list[tuple[Tensor, ...]]:
-    return list(zip(*on_cpu(*solve(*own), *own.squares()), strict=True))
+def _solved(own: Grams) -> list[Tensor]:
+    """What `solve` gives, and the norms' squares with their roundings, on the CPU."""
+    return on_cpu(*solve(*own), *own.squares())
 
 
 def _grams_each(deltas: Sequence[Delta], device: torch.device) -> list[Grams]:

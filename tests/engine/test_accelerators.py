@@ -111,10 +111,17 @@ def test_a_layer_too_large_for_the_gpu_goes_to_the_cpu(too_small: Callable[[int]
     assert 1 in attempts
 
 
-def test_a_library_without_memory_counts_as_too_small(gpu: None) -> None:
+@pytest.mark.parametrize(
+    "message",
+    [
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_a_library_without_memory_counts_as_too_small(gpu: None, message: str) -> None:
     def task(items: Sequence[int], device: torch.device) -> list[bool]:
         if on_gpu():
-            raise RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`")
+            raise RuntimeError(message)
         return [False for _ in items]
 
     assert computed(task, [1, 2, 3], CUDA) == [False] * 3
@@ -215,12 +222,20 @@ def test_wrong_eigenvalues_alone_are_repaired(monkeypatch: pytest.MonkeyPatch, u
     assert_close(eigvalsh(matrices), truth, rtol=1e-12, atol=0)
 
 
-def test_a_batch_that_does_not_converge_is_solved_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.linalg.LinAlgError("linalg.eigh: (Batch element 3): The algorithm failed to converge"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnXsyevBatched(...)`"),
+    ],
+    ids=["no convergence", "an error of the library"],
+)
+def test_a_batch_that_fails_is_solved_one_by_one(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
     right = torch.linalg.eigh
 
     def failing(stacked: Tensor) -> tuple[Tensor, Tensor]:
         if len(stacked) > 1:
-            raise torch.linalg.LinAlgError("linalg.eigh: (Batch element 3): The algorithm failed to converge")
+            raise error
         return right(stacked)
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)
@@ -238,8 +253,8 @@ def test_right_results_are_taken_as_they_are(untrusted: None) -> None:
     matrices[3, 6:], matrices[3, :, 6:] = 0, 0
     expected = torch.linalg.eigh(matrices)
     garbage = matrices.tril() + torch.full_like(matrices, torch.nan).triu(1).nan_to_num(7.0)
-    assert not eigen._wrong_vectors(garbage, *expected).any()
-    assert not eigen._wrong_values(garbage, expected.eigenvalues)[[0, 3, 4, 5]].any()
+    assert not eigen.wrong_vectors(garbage, *expected).any()
+    assert not eigen.wrong_values(garbage, expected.eigenvalues)[[0, 3, 4, 5]].any()
 
 
 # --- starting -----------------------------------------------------------------------------------
