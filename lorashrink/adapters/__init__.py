@@ -77,6 +77,7 @@ def adapter_of(path: Path, store: TensorStore, settings: peft.Settings) -> Adapt
     """The adapter that these tensors make. Raises as `open_adapter`."""
     layers, others = sort_keys(store, settings)
     if not layers and not looks_like_adapter(others):
+        check_keys(settings, path)  # another kind of adapter, and no base
         raise NotAnAdapter(
             f"{path}: no adapter layer found among its {len(store.tensors)} tensors. "
             "If this is the base model, give it first or with --base."

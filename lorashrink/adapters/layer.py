@@ -54,6 +54,16 @@ class Layer:
             return min(self.shape[0], math.prod(self.shape[1:])) if len(self.shape) > 1 else 0
         return self.family.width(self.infos)
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers one dimension has in the two factors of a LoRA."""
+        return self.shape[0] + self.family.experts * math.prod(self.shape[1:])
+
+    @property
+    def together(self) -> str:
+        """What the layers have in common that must have one rank; "" if this is alone."""
+        return self.name.replace(".base_layer", "") if self.family.name == "experts" else ""
+
     @cached_property
     def algo(self) -> str:
         """The family's name, with "+dora" (or "dora" alone for LoRA) if the layer has a magnitude."""

@@ -54,6 +54,12 @@ _MARKS: tuple[tuple[str, tuple[_Mark, ...]], ...] = (
     ("sdxl", (_mark(_DEPTH, at_least=4),)),
     ("cascade", (_mark(r"(?:down|up)_blocks_\d+_\d+_(?:attention|channelwise|kv_mapper|mapper)"),)),
     # names that one family has alone
+    ("minimax-h3", (_mark(rf"{_BLOCK}_adaln_proj_linear$"),)),
+    ("minimax-h3", (_mark(rf"{_BLOCK}_(?:attn_to_[qkv]|ff_net_0_proj)$", inputs=5376),)),
+    ("ideogram4", (_mark(r"layers_\d+_(?:attention_to_[qkv]|feed_forward_w[13])$", inputs=4608),)),
+    ("flux3", (_mark(r"(?:txt_)?mode_blocks_|single_transformer_blocks_\d+_ff_linear_(?:in|out)$"),)),
+    ("ernie-image", (_mark(r"layers_\d+_(?:self_attention_to_|mlp_linear_fc2$)"),)),
+    ("ace-step", (_mark(r"layers_\d+_(?:self|cross)_attn_to_"),)),
     ("hidream", (_mark(r"(?:double|single)_stream_blocks_\d+_block"),)),
     ("auraflow", (_mark(r"joint_transformer_blocks_\d+|(?:double|single)_layers_\d+_(?:attn_w[12]|mlp|mod)"),)),
     ("sd3", (_mark(r"joint_blocks_\d+_"),)),

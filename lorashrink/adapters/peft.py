@@ -104,7 +104,8 @@ def scale(settings: Settings, layer: str, rank: int, patterns: Patterns) -> floa
     config = settings.get(component, {})
     if _MLX in config:
         return float(config[_MLX].get("scale", 1.0))
-    alpha = patterns.value(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha")))
+    name = next(iter(_parameters(config, module)), module)
+    alpha = patterns.value(config.get("alpha_pattern"), name, config.get("lora_alpha", config.get("alpha")))
     if alpha is None:
         return 1.0
     divisor: float = rank
@@ -175,21 +176,44 @@ def settings_for(scales: Mapping[str, tuple[int, float]], model: Mapping[str, An
     }
 
 
-EXPERTS = "target_parameters: the factors of all experts in one tensor, with one rank for all"
+def experts(settings: Settings, layer: str, rows: int, patterns: Patterns) -> int | str:
+    """How many experts have their factors in a layer, whose A has so many rows; 0 if it is no such layer.
 
-
-def experts(settings: Settings, layer: str) -> str | None:
-    """Why the factors of a layer are those of all experts of one parameter, and no matrices; None if they are not."""
+    A text is why the settings do not tell. Raises as `scale`.
+    """
     component, module = _module(settings, layer)
-    if ".base_layer." in f".{module}." or _wraps(settings.get(component, {}).get("target_parameters"), module):
-        return EXPERTS
-    return None
+    config = settings.get(component, {})
+    names = _parameters(config, module)
+    both = (("rank_pattern", config.get("r")), ("alpha_pattern", config.get("lora_alpha")))
+    values = [{patterns.value(config.get(key), name, default) for name in names} for key, default in both]
+    if not names:
+        anywhere = [name for name in config.get("target_parameters") or () if "." not in name]
+        whole = patterns.value(config.get("rank_pattern"), module, config.get("r"))
+        lost = ".base_layer." in f".{module}." or (anywhere and rows != whole)
+        return "factors of experts, and target_parameters does not name their module" if lost else 0
+    if any(len(of_all) > 1 for of_all in values):
+        return "target_parameters: factors of experts with several ranks or alphas, and nothing says which are whose"
+    (rank,) = values[0]
+    if not isinstance(rank, int) or rank < 1 or rows % rank:
+        return f"target_parameters: {rows} rows of factors of experts, which are not of rank {rank}"
+    return rows // rank
 
 
-def _wraps(parameters: object, module: str) -> bool:
-    """Whether one of these parameters, `experts.down_proj`, belongs to the module."""
-    owners = [str(name).rpartition(".")[0] for name in parameters] if isinstance(parameters, list) else []
-    return any(f".{module}".endswith(f".{owner}") for owner in owners)
+def _parameters(config: Mapping[str, Any], module: str) -> list[str]:
+    """The parameters of a module that PEFT adapts by their own names, which its patterns are matched with."""
+    module = module.replace(".base_layer", "")
+    named = config.get("target_parameters")
+    split = [str(name).rpartition(".") for name in named] if isinstance(named, list) else []
+    return sorted({f"{module}.{name}" for owner, _, name in split if owner and f".{module}".endswith(f".{owner}")})
+
+
+def _adapted(config: Mapping[str, Any], module: str) -> str:
+    """The module, or all of its parameters that are adapted, as a pattern means them."""
+    names = _parameters(config, module)
+    if len(names) < 2:
+        return next(iter(names), module)
+    owner = names[0].rpartition(".")[0]
+    return f"{owner}.({'|'.join(name.rpartition('.')[2] for name in names)})"
 
 
 def with_ranks(
@@ -203,7 +227,7 @@ def with_ranks(
     new = {component: dict(config) for component, config in settings.items()}
     for component, config in new.items():
         modules = ((*_module(settings, layer), rank) for layer, rank in ranks.items())
-        stored = {module: rank for owner, module, rank in modules if owner == component}
+        stored = {_adapted(config, module): rank for owner, module, rank in modules if owner == component}
         if not stored:
             continue
         if isinstance(config.get("init_lora_weights"), str):  # others are slow, not for every rank, or change the base

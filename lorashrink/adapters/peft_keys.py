@@ -157,7 +157,7 @@ def way_out(name: str) -> str:
 
 
 # Keys that give the whole adapter another meaning and stand in PEFT's settings alone.
-_KEPT_BY_PEFT = ("layer_replication", "alora_invocation_tokens")
+_KEPT_BY_PEFT = ("layer_replication", "alora_invocation_tokens", "target_parameters")
 
 
 def only_in_peft(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import regex
 
 from lorashrink.adapters import families, peft
 from lorashrink.adapters.changed_base import against_true_base
+from lorashrink.adapters.experts import of_experts
 from lorashrink.adapters.family import SHARED, Family, Infos
 from lorashrink.adapters.layer import LARGEST, Layer
 from lorashrink.adapters.peft_keys import changes_base
@@ -182,17 +183,17 @@ def _layer(
         role: key for role, pattern in family.common.items() for key in store.tensors if re.fullmatch(pattern, key)
     }
     infos = {role: store.tensors[key] for role, key in {**keys, **common}.items()}
-    if not family.common.keys() <= infos.keys():
-        reason: str | None = "its shared matrices are not in the file"
-    else:
-        in_peft = family.name == "lora" and "lora_A" in family.suffixes["down"]
-        reason = (
-            (peft.experts(settings, name) if in_peft else None) or family.carried(infos) or peft.carried(settings, name)
-        )
-    if reason:
-        return None, stay | dict.fromkeys(keys.values(), reason)
-    _check(store, name, family, keys, infos)
     try:
+        complete = family.common.keys() <= infos.keys()
+        reason = None if complete else "its shared matrices are not in the file"
+        reason = reason or family.carried(infos) or peft.carried(settings, name)
+        if not reason and family.name == "lora" and "lora_A" in family.suffixes["down"] and "down" in infos:
+            count = peft.experts(settings, name, next(iter(infos["down"].shape), 0), patterns)
+            family = of_experts(count) if isinstance(count, int) and count else family
+            reason = count if isinstance(count, str) else None
+        if reason:
+            return None, stay | dict.fromkeys(keys.values(), reason)
+        _check(store, name, family, keys, infos)
         scale = peft.scale(settings, name, family.rank(infos), patterns)
         if not abs(scale) <= LARGEST:
             raise ValueError(f"the scale is {scale:g}")

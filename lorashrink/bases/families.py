@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lorashrink.bases import encoders, flux, images, language, stable_diffusion, video
+from lorashrink.bases import diffusers_only, encoders, flux, images, language, stable_diffusion, video
 from lorashrink.bases.family import DENOISER, BaseFamily, Header
 
 # Endings and beginnings that only adapters have, and control networks that are shaped like them.
@@ -28,6 +28,7 @@ UNKNOWN = BaseFamily(
 )
 FAMILIES: tuple[BaseFamily, ...] = (
     *stable_diffusion.FAMILIES,
+    *diffusers_only.FAMILIES,
     *video.FAMILIES,
     *flux.FAMILIES,
     *images.FAMILIES,

@@ -1,6 +1,6 @@
-"""The change ΔW that an adapter makes to one weight: two factors, a matrix, or a Kronecker product.
+"""The change ΔW that an adapter makes to one weight: two factors, a matrix, a Kronecker product, or that of experts.
 
-The three forms have the same properties and methods.
+The forms have the same properties and methods.
 """
 
 from __future__ import annotations
@@ -184,7 +184,76 @@ class Kronecker:
         return isinstance(delta, Kronecker) and self.first.equals(delta.first) and self.second.equals(delta.second)
 
 
-AnyDelta = Delta | Dense | Kronecker
+@dataclass(frozen=True, eq=False, slots=True)
+class Experts:
+    """The ΔW of several weights of one shape, one below another: scale · up[e] · down[e] for each expert e.
+
+    up [e, out, r], down [e, r, in], any float dtype; shape [e·out, in].
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """That of each expert."""
+        return self.up.shape[2]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The stored tensors."""
+        return self.up, self.down
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype to compute in: float64 if the layer is stored so, else float32."""
+        return _precision(self.up)
+
+    @property
+    def parts(self) -> list[Delta]:
+        """The ΔW of each expert."""
+        shape = (self.up.shape[1], self.down.shape[2])
+        return [Delta(up, down, self.scale, shape) for up, down in zip(self.up, self.down, strict=True)]
+
+    def dense(self) -> Tensor:
+        """ΔW itself, float32, in `shape`."""
+        return (self.scale * (self.up.double() @ self.down.double())).float().reshape(self.shape)
+
+    def factored(self, dtype: torch.dtype = torch.float32) -> Delta:
+        """Factors of e times the rank, with zeros between experts. `dtype` matters for Kronecker products alone."""
+        count, out, rank = self.up.shape
+        up = self.up.new_zeros(count, out, count, rank)
+        for expert in range(count):
+            up[expert, :, expert] = self.up[expert]
+        return Delta(up.reshape(count * out, count * rank), self.down.flatten(0, 1), self.scale, self.shape)
+
+    def times(self, weight: float) -> Experts:
+        """weight · ΔW."""
+        return replace(self, scale=self.scale * weight)
+
+    def rows(self, low: int, high: int) -> Dense:
+        """Rows `low` to `high` of ΔW, as a matrix, float64."""
+        return Dense(self.row_reader(torch.device("cpu"))(low, high), 1.0, (high - low, fan_in(self.shape)))
+
+    def row_reader(self, device: torch.device) -> RowReader:
+        """A function that computes rows of ΔW on the device, float64."""
+        up, down = self.up.to(device).double() * self.scale, self.down.to(device).double()
+        out = up.shape[1]
+
+        def read(low: int, high: int) -> Tensor:
+            experts = range(low // out, -(-high // out))
+            return torch.cat([up[e, max(0, low - e * out) : high - e * out] @ down[e] for e in experts])
+
+        return read
+
+    def equals(self, delta: AnyDelta) -> bool:
+        """Whether both have the same form and the same bits."""
+        return isinstance(delta, Experts) and self.scale == delta.scale and _same_bits(self.tensors, delta.tensors)
+
+
+AnyDelta = Delta | Dense | Kronecker | Experts
 
 
 def fan_in(shape: tuple[int, ...]) -> int:

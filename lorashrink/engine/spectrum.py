@@ -11,7 +11,8 @@ factor is singular, its eigenvalues replace the Cholesky root.
 
 A ΔW that is not of low rank is decomposed through the Gram matrix of its shorter side, or, where only a few
 dimensions can be kept, through a random sketch (Halko, Martinsson, Tropp, https://arxiv.org/abs/0909.4061). The
-singular values of a Kronecker product are the products of those of its factors.
+singular values of a Kronecker product are the products of those of its factors. Experts that are stored in one tensor
+are decomposed each, and keep the same number of dimensions: dimension i is the i-th of every expert.
 
 With Gram matrices from statistics of a layer's inputs and of the model's sensitivity to its outputs, the same steps
 give the truncation that is best for the model's output.
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 
 from lorashrink.engine.accelerators import computed, start
-from lorashrink.engine.delta import AnyDelta, Delta, Dense, Kronecker, fan_in
+from lorashrink.engine.delta import AnyDelta, Delta, Dense, Experts, Kronecker, fan_in
 from lorashrink.engine.devices import core_device
 from lorashrink.engine.eigen import eigh, eigvalsh, solver_device
 from lorashrink.engine.gram import CPU_BLOCK, SIGMA_FLOOR, Grams, factor_gram, grams, on_cpu, solve, stacked
@@ -112,9 +113,9 @@ class Spectrum:
     """
 
     # [r] float64, largest first, exactly 0 past the numerical rank; in the unit of the base weight, or with statistics
-    # in the unit of their norm
+    # in the unit of their norm; of experts the root of the sum of the squares of their i-th ones
     sigma: Tensor
-    # Both float32, for the k ≤ r dimensions that may be kept.
+    # Both float32, for the k ≤ r dimensions that may be kept; of experts [e, ...].
     left: Tensor | None = None  # [r, k]: up @ left[:, i] is √σ_i·u_i
     right: Tensor | None = None  # [k, r]: right[i] @ down is √σ_i·v_iᵀ
     pair: _Pair | None = None  # of a Kronecker product
@@ -236,7 +237,8 @@ def truncate(
 
     Each dimension is multiplied with its factor, float64 [k] from 0 to 1, if there are `factors`. Both sides have √σ,
     and contain the delta's own scale. With `width` > len(kept) zeros fill the factors up to that rank. Computed in
-    float32, or in float64 if the delta is float64.
+    float32, or in float64 if the delta is float64. The factors of experts, [out, e·k] and [e·k, in], have the
+    dimensions of the first expert first.
     """
     return _truncated(Cut(delta, spectrum, kept, factors, width, scale), core_device(device))
 
@@ -264,14 +266,16 @@ class Cut(NamedTuple):
 
     def finished(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         """Both factors times the roots of `factors`, and as wide as `width`."""
+        count, experts = len(self.kept), len(self.delta.up) if isinstance(self.delta, Experts) else 1
+        up, down = up.reshape(len(up), experts, count), down.reshape(experts, count, down.shape[1])
         if self.factors is not None:
             root = self.factors.sqrt().to(up)
             up, down = up * root, down * root[:, None]
-        extra = (self.width or len(self.kept)) - len(self.kept)
+        extra = (self.width or count) - count
         if extra:
             up = torch.nn.functional.pad(up, (0, extra))
             down = torch.nn.functional.pad(down, (0, 0, 0, extra))
-        return up, down
+        return up.flatten(1), down.flatten(0, 1)
 
 
 def truncate_together(cuts: Sequence[Cut], device: str | torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -328,13 +332,19 @@ def _scaled_maps(spectrum: Spectrum, index: Tensor, factors: tuple[float, float]
     """(left [r, k], right [k, r]) of the dimensions in `index`, each side times its factor."""
     assert spectrum.left is not None
     assert spectrum.right is not None
-    return spectrum.left[:, index] * factors[0], spectrum.right[index] * factors[1]
+    return spectrum.left[..., index] * factors[0], spectrum.right[..., index, :] * factors[1]
 
 
 def _vectors(
     delta: AnyDelta, spectrum: Spectrum, index: Tensor, factors: tuple[float, float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """√σ_i·u_i [out, k] and √σ_i·v_iᵀ [k, in·kh·kw] of the dimensions in `index`, each side times its factor."""
+    if isinstance(delta, Experts):
+        dtype = delta.precision
+        left, right = _scaled_maps(spectrum, index, factors)
+        ups = delta.up.to(device, dtype) @ left.to(device, dtype)  # [e, out, k]
+        downs = right.to(device, dtype) @ delta.down.to(device, dtype)  # [e, k, in]
+        return ups.movedim(0, 1).flatten(1), downs.flatten(0, 1)
     if spectrum.left is not None:
         delta = delta.factored()
         dtype = delta.precision
@@ -447,6 +457,14 @@ def _of_kronecker(delta: Kronecker, device: torch.device) -> Spectrum:
     return Spectrum(sigma, pair=_Pair(first, second, order))
 
 
+def _of_experts(delta: Experts, limit: int | None, device: torch.device) -> Spectrum:
+    spectra = _of_solution(delta.parts, *_solved(grams(delta.parts, device)), limit=limit)
+    sigma = torch.stack([spectrum.sigma for spectrum in spectra]).square().sum(0).sqrt()
+    left, right = (torch.stack([getattr(spectrum, side) for spectrum in spectra]) for side in ("left", "right"))
+    tail, square = (sum(getattr(spectrum, name) for spectrum in spectra) for name in ("tail", "square"))
+    return Spectrum(sigma, left, right, tail=tail, square=square)
+
+
 # --- chunks of layers ---------------------------------------------------------------------------
 
 
@@ -476,16 +494,25 @@ def _decompose_chunk(items: Sequence[Item], device: torch.device) -> list[Spectr
         elif index in solutions:
             outcomes.append(solutions[index])
         else:
-            spectra: list[Spectrum] = computed(partial(_of_full_rank, limit=item.limit), [delta], device)
+            spectra: list[Spectrum] = computed(partial(_of_other_forms, limit=item.limit), [delta], device)
             outcomes += spectra
     return outcomes
 
 
-def _of_full_rank(deltas: Sequence[Dense | Kronecker], device: torch.device, limit: int | None) -> list[Spectrum]:
-    return [
-        _of_dense(delta, limit, device) if isinstance(delta, Dense) else _of_kronecker(delta, device)
-        for delta in deltas
-    ]
+def _of_other_forms(
+    deltas: Sequence[Dense | Kronecker | Experts], device: torch.device, limit: int | None
+) -> list[Spectrum]:
+    """The spectra of what is no two factors."""
+    spectra = []
+    for delta in deltas:
+        match delta:
+            case Dense():
+                spectra.append(_of_dense(delta, limit, device))
+            case Kronecker():
+                spectra.append(_of_kronecker(delta, device))
+            case Experts():
+                spectra.append(_of_experts(delta, limit, device))
+    return spectra
 
 
 def spectra_of_factors(

@@ -136,6 +136,7 @@ _PICTURES = _words(
     f"{_UNETS} cascade anima auraflow chroma flux flux2 hidream hunyuan hunyuan-dit hunyuan-image krea2 ltxv lumina2 "
     "pixart qwen-image sana sd3 wan z-image"
 )
+_DIFFUSERS_ONLY = _words("ace-step ernie-image flux3 ideogram4 minimax-h3")
 
 # Ends of tensors' names.
 _UP_DOWN = r"\.lora_(?:up|down)\.weight|\.alpha"
@@ -217,7 +218,7 @@ LOADERS: tuple[Loader, ...] = (
     Loader(
         "diffusers",
         "github.com/huggingface/diffusers 0.42: loaders/lora_pipeline.py, loaders/lora_conversion_utils.py",
-        _PICTURES - {"cascade", "pixart", "hunyuan-dit", "hunyuan-image"},
+        (_PICTURES - {"cascade", "pixart", "hunyuan-dit", "hunyuan-image"}) | _DIFFUSERS_ONLY,
         (
             names("lora_unet_", "native diffusers", _UNETS),
             names("lora_te_ lora_te1_", "", f"{_UNETS}"),
@@ -332,7 +333,7 @@ LOADERS: tuple[Loader, ...] = (
     Loader(
         "PEFT",
         "github.com/huggingface/peft: PeftModel.from_pretrained",
-        _PICTURES | _LANGUAGE,
+        _PICTURES | _DIFFUSERS_ONLY | _LANGUAGE,
         (names("base_model.model.", "native diffusers other"),),
         ".*",
         ("peft",),
@@ -400,13 +401,14 @@ def loads(adapter: Adapter, family: str | None = None) -> Loads:
 
     Answers from the header alone.
     """
-    if family not in _PICTURES | _LANGUAGE:
+    if family not in _PICTURES | _DIFFUSERS_ONLY | _LANGUAGE:
         family = adapter_family(adapter)
     if family is None or not adapter.layers:
         return Loads()
     dtypes = frozenset((key, info.dtype) for key, info in adapter.store.tensors.items())
     several = len({layer.rank for layer in adapter.layers}) > 1
-    same = (family, adapter.as_folder, several, dtypes)  # adapters of a batch mostly have the same tensors
+    experts = any(layer.family.name == "experts" for layer in adapter.layers)
+    same = (family, adapter.as_folder, several, experts, dtypes)  # adapters of a batch mostly have the same tensors
     if same not in _answers:
         if len(_answers) >= _MOST_ANSWERS:
             _answers.clear()
@@ -434,6 +436,7 @@ _TITLES = {"magnitude": "magnitudes of DoRA", "mid": "Tucker cores", "bias": "bi
 _FAMILIES = {
     "adalora": "AdaLoRA",
     "embedding": "LoRA of embeddings",
+    "experts": "LoRA of experts (target_parameters)",
     "full": "full differences",
     "glora": "GLoRA",
     "ia3": "IA3",
@@ -482,7 +485,8 @@ class _Reader:
         """Why the program does not read a layer, "" if it does."""
         if unread and all(role in _TITLES for role in unread):
             return f"{_TITLES[unread[0]]} not read"
-        if unread and layer.family.name != "lora":
+        of_experts = layer.family.name == "experts" and self.loader.title != "PEFT"
+        if of_experts or (unread and layer.family.name != "lora"):
             return f"{_FAMILIES.get(layer.family.name, layer.family.name)} not read"
         if unread or not rows:
             return "names not known"

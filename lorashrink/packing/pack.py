@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from lorashrink._version import __version__
-from lorashrink.adapters import open_adapter
+from lorashrink.adapters import Adapter, open_adapter
 from lorashrink.errors import LorashrinkError, Progress, UsageError, boundary
 from lorashrink.files.packed import CODE, PackedStore, coder
 from lorashrink.linking.inputs import find_adapters
@@ -112,7 +112,8 @@ class _Goal:
 def _pack_file(source: Path, outputs: Mapping[Path, Recipe], session: Session, goal: _Goal, decided_by: str) -> Packed:
     started = time.perf_counter()
     (path, recipe), *_ = outputs.items()
-    work = Work.begin(OpenSource.open(source, session.base_of(source), session), outputs)
+    opened = OpenSource.open(source, session.base_of(source), session)
+    work = Work.begin(replace(opened, adapter=_without_experts(opened.adapter)), outputs)
     with closing(work.adapter):
         work.decompose()
         decomposed = work.decomposed()[recipe.calibrated]
@@ -149,6 +150,14 @@ def _pack_file(source: Path, outputs: Mapping[Path, Recipe], session: Session, g
         removed=tuple(Removed(name, reason) for name, reason in planned.removed.items()),
         warnings=tuple(planned.warnings),
     )
+
+
+def _without_experts(adapter: Adapter) -> Adapter:
+    """The adapter with factors of experts, whose numbers are in another order, as tensors that are copied."""
+    experts = [layer for layer in adapter.layers if layer.family.name == "experts"]
+    copied = {key: "factors of experts, which are not packed" for layer in experts for key in layer.keys.values()}
+    layers = tuple(layer for layer in adapter.layers if layer not in experts)
+    return replace(adapter, layers=layers, others={**adapter.others, **copied})
 
 
 def _best_within(size: int, dimensions: Dimensions, build: Callable[[Allocation], Draft], source: Path) -> Draft:

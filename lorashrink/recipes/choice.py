@@ -129,7 +129,7 @@ def _by_size(
 
     @cache
     def size(taken: int) -> int:
-        return file_size(widths_of(recipe, adjusted(recipe, layers, ranking.counts(taken))), threshold(taken))
+        return file_size(widths_of(recipe, layers, adjusted(recipe, layers, ranking.counts(taken))), threshold(taken))
 
     if size(0) > budget(recipe):
         raise RecipeError(
@@ -229,7 +229,8 @@ def select_together(recipe: Recipe, members: Sequence[Member]) -> list[Selection
     def size(taken: int) -> int:
         return sum(
             member.file_size(
-                widths_of(recipe, adjusted(recipe, member.layers, counts(layers, taken))), threshold(taken)
+                widths_of(recipe, member.layers, adjusted(recipe, member.layers, counts(layers, taken))),
+                threshold(taken),
             )
             for member, layers in zip(members, scores, strict=True)
         )
@@ -308,7 +309,7 @@ def _selection(
 ) -> Selection:
     counts = adjusted(recipe, layers, counts)
     kept = tuple(tuple(order[:count].tolist()) for order, count in zip(orders, counts, strict=True))
-    return Selection(kept, tuple(widths_of(recipe, counts)), threshold)
+    return Selection(kept, tuple(widths_of(recipe, layers, counts)), threshold)
 
 
 def adjusted(recipe: Recipe, layers: Sequence[LayerFacts], counts: Sequence[int]) -> list[int]:
@@ -321,11 +322,29 @@ def adjusted(recipe: Recipe, layers: Sequence[LayerFacts], counts: Sequence[int]
     if recipe.uniform:
         widest = recipe.rounded_rank(max(ranks, default=0))
         ranks = [min(widest, facts.rank) if count else 0 for count, facts in zip(ranks, layers, strict=True)]
+    for widest, positions in _together(layers, ranks):
+        for position in positions:
+            ranks[position] = min(widest, layers[position].rank)
     return ranks
 
 
-def widths_of(recipe: Recipe, counts: Sequence[int]) -> list[int]:
-    """Ranks to write. Only `uniform` and `pow2` promise ranks that a layer may not have; zeros fill it up to them."""
+def widths_of(recipe: Recipe, layers: Sequence[LayerFacts], counts: Sequence[int]) -> list[int]:
+    """Ranks to write.
+
+    Layers of one rank, and those of `uniform` and `pow2`, may have one that is not theirs; zeros fill them up to it.
+    """
     widest = max(counts, default=0)
     widths = [widest if recipe.uniform and count else count for count in counts]
+    for most, positions in _together(layers, widths):
+        for position in positions:
+            widths[position] = most
     return [recipe.rounded_rank(width) for width in widths] if recipe.modifiers.get("pow2") else widths
+
+
+def _together(layers: Sequence[LayerFacts], ranks: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """(largest rank, positions) of the layers that are written with one rank."""
+    groups: dict[str, list[int]] = {}
+    for position, facts in enumerate(layers):
+        if facts.together:
+            groups.setdefault(facts.together, []).append(position)
+    return [(max(ranks[position] for position in positions), positions) for positions in groups.values()]

@@ -206,7 +206,7 @@ class _Market:
         kept = tuple(tuple(order[:count].tolist()) for order, count in zip(self._orders, counts, strict=True))
         everything = all(count == facts.rank for count, facts in zip(counts, self._facts, strict=True))
         threshold = None if everything else 0.5 * math.log10(price / self._unit)
-        return Selection(kept, tuple(widths_of(self.recipe, counts)), threshold, dtypes)
+        return Selection(kept, tuple(widths_of(self.recipe, self._facts, counts)), threshold, dtypes)
 
     def for_quality(self, anchor: float) -> Selection:
         """The smallest selection for which the recipe's quality is predicted. Raises RecipeError if none is enough."""

@@ -24,6 +24,7 @@ class LayerFacts:
     bytes_per_rank: int  # in the output dtype
     kernel: bool  # a convolution larger than 1×1
     removable: bool = True  # False where even a ΔW of zero would change the model: DoRA
+    together: str = ""  # layers of one name are written with one rank
     base_fro: float | None = None
     base_spn: float | None = None
     base_alignment: Values | None = None  # [r], |u_iᵀ·W·v_i|

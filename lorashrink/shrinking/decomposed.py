@@ -58,13 +58,13 @@ class Decomposed:
         """
         layer, views, aligned = self.adapter.layers[index], self.views[index], self.alignments[index]
         norms = self.norms.get(views_id(views), {}) if views else {}
-        numbers = layer.shape[0] + fan_in(layer.shape)
         return LayerFacts(
             sigma=self.spectra[index].sigma.numpy(),
-            numbers=numbers,
-            bytes_per_rank=numbers * DTYPES[dtype][0],
+            numbers=layer.numbers,
+            bytes_per_rank=layer.numbers * DTYPES[dtype][0],
             kernel=any(side > 1 for side in layer.shape[2:]),
             removable=not more_than_delta(layer),
+            together=layer.together,
             base_fro=norms.get("fro"),
             base_spn=norms.get("spn"),
             base_alignment=None if aligned is None else aligned.abs().numpy(),

@@ -37,10 +37,14 @@ def for_vllm(adapter: Adapter) -> Adapter:
     dropped = {key: f"vLLM does not load it ({reason})" for key, reason in adapter.others.items()}
     layers = []
     for layer in adapter.layers:
+        if layer.family.name == "experts":
+            dropped |= dict.fromkeys(layer.keys.values(), "vLLM does not load it (target_parameters)")
+            continue
         if "bias" in layer.keys:
             dropped[layer.keys["bias"]] = "vLLM does not load biases of adapters"
         layers.append(replace(layer, keys={role: key for role, key in layer.keys.items() if role != "bias"}))
     config = {**adapter.settings.get("", {}), "bias": "none", "lora_bias": False, "modules_to_save": None}
+    config.pop("target_parameters", None)
     return replace(adapter, layers=tuple(layers), others={}, dropped=dropped, settings={"": config})
 
 

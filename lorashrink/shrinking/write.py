@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorashrink.adapters import Adapter, Layer, adapter_of, peft
 from lorashrink.engine.accelerators import computed
-from lorashrink.engine.delta import AnyDelta, Delta
+from lorashrink.engine.delta import AnyDelta, Delta, Experts
 from lorashrink.engine.devices import core_device
 from lorashrink.engine.gram import grams
 from lorashrink.engine.rounding import to_float8
@@ -231,8 +231,8 @@ def below_tolerance(
     be kept. Raises OutputError where they differ otherwise.
     """
     layers = [written[planned.form.name] for planned in chunk]
-    deltas = [delta for layer in layers for delta in [layer.delta] if isinstance(delta, Delta)]
-    squares = computed(lambda deltas, gpu: grams(deltas, gpu).squares()[0].tolist(), deltas, core_device(device))
+    deltas = [delta for layer in layers for delta in [layer.delta] if isinstance(delta, Delta | Experts)]
+    squares = computed(_squares, deltas, core_device(device))
     rescale, flushed = abs(plan.recipe.rescale), []
     for planned, layer, square in zip(chunk, layers, squares, strict=True):
         norm = abs(layer.scale) * math.sqrt(max(0.0, square))  # NaN, if a number overflowed, compares as wrong
@@ -256,3 +256,10 @@ def below_tolerance(
             )
         flushed.append(layer.name)
     return flushed
+
+
+def _squares(deltas: Sequence[Delta | Experts], device: torch.device) -> list[float]:
+    """‖up · down‖_F² of each layer, of all its experts together; they are of equal rank."""
+    parts = [delta.parts if isinstance(delta, Experts) else [delta] for delta in deltas]
+    squares = grams([part for of_layer in parts for part in of_layer], device).squares()[0]
+    return [float(of_layer.sum()) for of_layer in torch.split(squares.cpu(), list(map(len, parts)))]

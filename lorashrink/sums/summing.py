@@ -142,7 +142,7 @@ def check_settings(sides: Sequence[Adapter], folder: bool) -> None:
     """Raises UsageError if a setting gives an adapter a meaning that the sum cannot have."""
     kept = [[only_in_peft(config) for config in side.settings.values()] for side in sides]
     for side, entries in zip(sides, kept, strict=True):
-        if peft.EXPERTS in side.others.values():
+        if any(config.get("target_parameters") for config in side.settings.values()):
             raise UsageError(
                 f"{side.path}: target_parameters is set, and factors of experts are not added. Merge it into its model "
                 "with PEFT instead."

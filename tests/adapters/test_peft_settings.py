@@ -22,9 +22,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from lorashrink.adapters import open_adapter, peft
 from lorashrink.adapters.peft_keys import FROM_BASE, HARMLESS, KEYS, UNDERSTOOD
 from lorashrink.errors import InputError, LorashrinkError
+from lorashrink.insight.comparison import compare
 from lorashrink.insight.inspection import inspect
 from lorashrink.making.conversion import convert
 from lorashrink.making.merging import merge
+from lorashrink.packing.pack import pack
+from lorashrink.packing.unpack import unpack
 from lorashrink.shrinking.run import resize
 
 CONFIGS = {str(kind).rpartition(".")[2]: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -109,6 +112,16 @@ def test_a_setting_of_unknown_meaning_is_refused_by_name(base: Path, tmp_path: P
         open_adapter(adapter)
     open_adapter(edited(adapter, **{key: None})).close()
     open_adapter(edited(adapter, **{key: False})).close()
+
+
+def test_a_kind_without_factors_is_refused_by_its_name(base: Path, tmp_path: Path) -> None:
+    """It has no layer that is known here, and is no base either."""
+    adapter = edited(trained(base, tmp_path / "a", r=4), peft_type="DELORA")
+    file = adapter / "adapter_model.safetensors"
+    tensors = {key.replace("lora_", "delora_").replace(".weight", ""): value for key, value in load_file(file).items()}
+    save_file(tensors, file)
+    with pytest.raises(InputError, match="its peft_type is DELORA"):
+        open_adapter(adapter)
 
 
 @pytest.mark.parametrize("kind", ["GRALORA", "of next year"])
@@ -315,16 +328,84 @@ def expert_weights(adapter: Path) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in merged.named_parameters()}
 
 
-@pytest.mark.parametrize("recipe", ["energy=1", "rank=2"])
-def test_experts_are_copied_and_load_in_peft(experts: Path, tmp_path: Path, recipe: str) -> None:
+def expert_changes(adapter: Path) -> dict[str, Tensor]:
+    """What PEFT adds to each weight, experts one by one [e, out, in]."""
+    plain = dict(experts_model().named_parameters())
+    return {name: weight - plain[name].detach() for name, weight in expert_weights(adapter).items()}
+
+
+def truncated(weight: Tensor, rank: int) -> Tensor:
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    return ((u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]).float()
+
+
+@pytest.mark.parametrize("recipe", ["rank=4", "energy=1", "rank=2"])
+def test_experts_shrink_each_and_load_in_peft(experts: Path, tmp_path: Path, recipe: str) -> None:
     report = resize(experts, recipes=recipe, output=tmp_path / "out", dtype="fp32")
     (result,) = report.results
-    assert sum("target_parameters" in row.reason for row in result.verbatim) == 4
-    before, after = expert_weights(experts), expert_weights(Path(result.output))
+    before, after = expert_changes(experts), expert_changes(Path(result.output))
+    lost = total = 0.0
+    for key, change in before.items():
+        expected = truncated(change, 2) if recipe == "rank=2" and change.ndim > 1 else change
+        torch.testing.assert_close(after[key], expected, atol=1e-5, rtol=1e-4)
+        lost, total = lost + float((after[key] - change).norm() ** 2), total + float(change.norm() ** 2)
+    assert result.relative_error == pytest.approx((lost / total) ** 0.5, abs=1e-4)
+    assert {row.rank_after for row in result.layers} == {2 if recipe == "rank=2" else 4}
+
+
+def test_the_parameters_of_a_module_get_one_rank(experts: Path, tmp_path: Path) -> None:
+    """Names do not tell which factors are whose, so that PEFT could not be told two ranks."""
+    file = experts / "adapter_model.safetensors"
+    tensors = load_file(file)
+    inner = next(key for key in tensors if "base_layer.lora_A" in key)
+    tensors[inner][1::4] *= 1e-3  # the second dimension of each expert, of four
+    tensors[inner][2::4] *= 1e-3
+    save_file(tensors, file)
+    report = resize(experts, recipes="energy=0.99", output=tmp_path / "out", dtype="fp32")
+    (result,) = report.results
+    ranks = {row.name.rpartition(".layers.0.")[2]: row.rank_after for row in result.layers}
+    assert ranks["mlp.experts"] == ranks["mlp.experts.base_layer"] > 2
+    before, after = expert_changes(experts), expert_changes(Path(result.output))
+    lost, total = (
+        sum(float(change.norm() ** 2) for change in changes)
+        for changes in ((after[key] - before[key] for key in before), before.values())
+    )
+    assert (lost / total) ** 0.5 == pytest.approx(result.relative_error, abs=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["size=0.03", "fro_lora=1,thr=-0.4", "rank=2,rescale=0.5", "uniform,energy=0.9"])
+@pytest.mark.parametrize("dtype", ["fp16", "fp8"])
+def test_experts_follow_every_recipe(experts: Path, tmp_path: Path, recipe: str, dtype: str) -> None:
+    report = resize(experts, recipes=recipe, output=tmp_path / "out", dtype=dtype)
+    (result,) = report.results
+    before, after = expert_changes(experts), expert_changes(Path(result.output))
+    strength = 0.5 if "rescale" in recipe else 1.0
+    lost = sum(float((after[key] - strength * before[key]).norm() ** 2) for key in before)
+    total = sum(float((strength * before[key]).norm() ** 2) for key in before)
+    rounding = {"fp16": 1e-3, "fp8": 0.08}[dtype]
+    assert result.relative_error - rounding < (lost / total) ** 0.5 < result.relative_error + rounding
+
+
+def test_experts_of_several_ranks_are_copied_with_the_reason(experts: Path, tmp_path: Path) -> None:
+    settings = json.loads((experts / "adapter_config.json").read_text())
+    edited(experts, rank_pattern={"experts.down_proj": 2}, r=settings["r"])
+    report = resize(experts, recipes="rank=2", output=tmp_path / "out", dtype="fp32")
+    reasons = [row.reason for row in report.results[0].verbatim]
+    assert sum("nothing says which are whose" in reason for reason in reasons) == 4
+
+
+def test_experts_are_compared_and_packed(experts: Path, tmp_path: Path) -> None:
+    report = resize(experts, recipes="rank=2", output=tmp_path / "out", dtype="fp32")
+    (result,) = report.results
+    comparison = compare(experts, result.output)
+    assert comparison.total.relative_difference == pytest.approx(result.relative_error, rel=1e-4)
+    packed = pack(experts, output=tmp_path / "packed").results[0]
+    assert sum("not packed" in row.reason for row in packed.verbatim) == 4
+    files = unpack(packed.output, output=tmp_path / "plain").results
+    before, after = expert_changes(experts), expert_changes(Path(files[0].output))
     for key in before:
-        if recipe == "energy=1" or "experts" in key:
-            torch.testing.assert_close(after[key], before[key])
-    assert any(not torch.allclose(after[key], before[key]) for key in before) == (recipe == "rank=2")
+        if "experts" in key:
+            torch.testing.assert_close(after[key], before[key], atol=1e-3, rtol=1e-3)
 
 
 def test_a_merge_of_experts_is_refused_by_name(experts: Path, tmp_path: Path) -> None:

@@ -7,17 +7,19 @@ diffusers, and comes out under another name, in parts, or with its halves exchan
 from collections import Counter
 from functools import cache
 
+import diffusers
 import fixtures
 import pytest
 import torch
 from diffusers.loaders import single_file_utils as convert
 
-from lorashrink.adapters import open_adapter
+from lorashrink.adapters import adapter_family, open_adapter
 from lorashrink.adapters.model_family import family_of
 from lorashrink.bases import FAMILIES, open_base, recognise, views_id, views_shape
 from lorashrink.bases.rules import LAYOUTS
 from lorashrink.errors import NotABase, NotAnAdapter
-from lorashrink.linking.matching import fits
+from lorashrink.linking.loaders import loads
+from lorashrink.linking.matching import fits, match
 from lorashrink.names import address, flat
 
 QUANTISED = ("base_flux_dev_fp8_scaled_new_excerpt", "base_llama32_1b_bnb_nf4_excerpt")  # see test_quantised.py
@@ -70,6 +72,41 @@ def test_an_adapter_is_no_base(name):
 
 def test_names_and_titles_of_families_are_unique():
     assert len({family.name for family in FAMILIES}) == len({family.title for family in FAMILIES}) == len(FAMILIES)
+
+
+DIFFUSERS_CLASSES = {
+    "minimax-h3": "MiniMaxH3Transformer3DModel",
+    "ideogram4": "Ideogram4Transformer2DModel",
+    "flux3": "Flux3Transformer2DModel",
+    "ernie-image": "ErnieImageTransformer2DModel",
+    "ace-step": "AceStepTransformer1DModel",
+    "ltxv": "LTX2VideoTransformer3DModel",
+    "krea2": "Krea2Transformer2DModel",
+    "qwen-image": "QwenImageTransformer2DModel",
+    "z-image": "ZImageTransformer2DModel",
+    "wan": "WanTransformer3DModel",
+}
+
+
+@pytest.mark.parametrize("family", DIFFUSERS_CLASSES)
+def test_a_model_of_diffusers_and_its_adapters_are_recognised(family, base_of, tmp_path):
+    """In the sizes that diffusers itself gives it; every linear layer is found under its own name."""
+    with torch.device("meta"):
+        model = getattr(diffusers, DIFFUSERS_CLASSES[family])()
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    factors = {}
+    for name in linear:
+        out, inner = shapes[f"{name}.weight"]
+        factors |= {f"transformer.{name}.lora_A.weight": (4, inner), f"transformer.{name}.lora_B.weight": (out, 4)}
+    base = base_of(f"diffusers_{family}", shapes)
+    assert base.family.name == family
+    with open_adapter(fixtures.write_header(tmp_path / "a.safetensors", factors)) as adapter:
+        assert adapter_family(adapter) == family
+        assert [[view.key for view in views] for views in match(adapter, base)] == [
+            [f"{layer.name.removeprefix('transformer.')}.weight"] for layer in adapter
+        ]
+        assert "diffusers" in loads(adapter).loads_in
 
 
 PLACES = {

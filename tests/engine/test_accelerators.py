@@ -91,7 +91,7 @@ def too_small(monkeypatch: pytest.MonkeyPatch, gpu: None) -> Callable[[int], lis
 
             return call
 
-        for name in ("grams", "_truncated_together", "_of_full_rank"):
+        for name in ("grams", "_truncated_together", "_of_other_forms"):
             monkeypatch.setattr(engine, name, limited(getattr(engine, name)))
         return attempts
 
