@@ -74,14 +74,17 @@ def numbers_of(
     if not spectrum.finite:
         return facts
     sigma = spectrum.sigma.numpy()
-    energies = (sigma**2).cumsum()
-    fro, top = math.sqrt(float(energies[-1])), float(sigma[0])
+    top = float(sigma[0])
+    parts = sigma / (top or 1.0)  # an alpha of 1e-300 makes squares of σ itself 0
+    energies = (parts**2).cumsum()
+    total = math.sqrt(float(energies[-1]))
+    fro = top * total
     facts |= {"fro": fro, "spectral": top}
     if singular_values:
         facts["singular_values"] = tuple(sigma.tolist())
     if top > 0:
-        shares = (sigma[sigma > 0] / fro) ** 2
-        facts["stable_rank"] = fro**2 / top**2
+        shares = (parts[parts > 0] / total) ** 2
+        facts["stable_rank"] = total**2
         facts["effective_rank"] = math.exp(-sum(share * math.log(share) for share in shares.tolist()))
         facts["rank_for_energy"] = {
             share: int(energies.searchsorted(float(share) * energies[-1])) + 1 for share in ENERGIES

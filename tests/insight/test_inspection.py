@@ -74,6 +74,16 @@ def test_unusual_layers_are_flagged(
     assert row(tmp_path, *planted(*sigma, rank=rank), alpha).flags == flags
 
 
+def test_numbers_whose_squares_are_too_small_are_measured(tmp_path: Path) -> None:
+    up, down = planted(8.0, 6.0)
+    tensors = {f"{NAME}.lora_up.weight": up, f"{NAME}.lora_down.weight": down}
+    save_file({**tensors, f"{NAME}.alpha": torch.tensor(1e-300, dtype=torch.float64)}, tmp_path / "a.safetensors")
+    layer = inspect(tmp_path / "a.safetensors").files[0].layers[0]
+    assert layer.fro == pytest.approx(5e-300, rel=1e-6)
+    assert layer.stable_rank == pytest.approx(25 / 16)
+    assert layer.rank_for_energy == {"0.9": 2, "0.95": 2, "0.99": 2}
+
+
 def write(path: Path, layers: Mapping[str, tuple[int, ...]], alpha: float | None = None, **entries: str) -> Path:
     """An adapter of random layers, name -> (out, in, rank[, kernel]); `alpha` None: each layer's rank."""
     generator = torch.Generator().manual_seed(0)
