@@ -125,7 +125,7 @@ class Steps:
         set_checkpointing(model, options)
         groups, rates = self.network.groups(options)
         trains_text = any("textencoder" in rate for rate in rates)
-        batch_loss = BatchLoss(options, Data((), (), ()), model, self.network, seed=1, trains_text=trains_text)
+        batch_loss = BatchLoss(options, Data((), ()), model, self.network, seed=1, trains_text=trains_text)
         optimizer, _ = make_optimizer(options, groups)
         scheduler = make_scheduler(options, optimizer, options.max_train_steps)
         self.batch_loss, self.optimizer, self.scheduler = self.accelerator.prepare(batch_loss, optimizer, scheduler)
