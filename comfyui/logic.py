@@ -39,12 +39,13 @@ QUALITIES = tuple(LEVELS)
 
 
 def method_for(source: str, base: Base | None) -> Method:
-    """What `lorashrink shrink` would compare the LoRA with: a calibration table, the model, or the LoRA alone.
+    """What `lorashrink shrink` would compare the LoRA, or the first of a sum, with: a table, the model or itself alone.
 
     Raises LorashrinkError.
     """
+    first = to_sum([source]).terms[0][0] if is_sum(source) else source
     with Methods(base, None) as methods:
-        return methods.of(to_sum([source]).terms[0][1] if is_sum(source) else source)
+        return methods.of(first)
 
 
 def recipe_for(

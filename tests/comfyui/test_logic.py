@@ -73,6 +73,12 @@ def test_a_wrong_recipe_is_said_in_words():
         logic.recipe_for("recipe", ALONE, recipe="rnk=4")
 
 
+def test_a_sum_has_the_method_of_its_first_lora(lora):
+    heart = EXAMPLE / "loras" / "heart.safetensors"
+    with ls.open_base(EXAMPLE / "model") as base:
+        assert logic.method_for(logic.sum_of([(str(lora), 1.0), (str(heart), 0.5)]), base).name == "base"
+
+
 def test_a_quality_gives_the_file_that_shrink_writes(adapter, base, tmp_path):
     unet = {key: tensor for key, tensor in load_file(base).items() if key.startswith("model.diffusion_model.")}
     file = fixtures.write_tensors(tmp_path / "unet.safetensors", unet)
