@@ -29,7 +29,16 @@ ANCHOR = "fro_ckpt,bytes fp16"
 # With several files of nearly one size at the quality: rounding moves the mean of a file.
 ROUNDED = ("calib,bytes fp8", "calib,bytes packed")
 SCALED = "calib,bytes+scaled fp8"
-OTHERS = (ANCHOR, "fro_ckpt,bytes fp8", "calib,bytes fp16", "energy fp16", "rank fp16", "fro_ckpt fp16", SCALED)
+OTHERS = (
+    ANCHOR,
+    "fro_ckpt,bytes fp8",
+    "calib,bytes fp16",
+    "calib,bytes mixed",
+    "energy fp16",
+    "rank fp16",
+    "fro_ckpt fp16",
+    SCALED,
+)
 MAIN = ("style", "heart", "crescent-32", "dots-loha", "style-32", "crescent-lokr")
 SEEDS = {
     "style, rank 32": ("style-32", "style-32-seed2", "style-32-seed3"),

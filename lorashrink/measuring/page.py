@@ -12,7 +12,7 @@ from lorashrink._version import __version__
 from lorashrink.reports.card import plain as markdown_text
 from lorashrink.reports.page import json_element, labelled_figure, new_environment, rendered
 from lorashrink.reports.tables import Column, number_column
-from lorashrink.results.evidence import Evidence
+from lorashrink.results.evidence import Evidence, Measured
 from lorashrink.text import count_text, decibel_text, size_text
 
 _NONE = "–"
@@ -45,10 +45,14 @@ def web_page(result: Evidence) -> bytes:
         reached_columns=_REACHED,
         reached=[_Row(item, {}) for item in result.reached],
         point_columns=_POINTS,
-        points=[_Row(item, {}) for item in result.results],
+        points=[_Row(item, {}) for item in sorted(result.results, key=_by_curve_and_size)],
         off=prediction_error(result),
         numbers=json_element(result),
     )
+
+
+def _by_curve_and_size(point: Measured) -> tuple[str, str, bool, int]:
+    return point.adapter, point.curve, point.plain, point.payload
 
 
 def markdown_page(result: Evidence, figures: Path) -> bytes:
