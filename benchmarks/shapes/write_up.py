@@ -219,7 +219,7 @@ def shares(studies: Studies, name: str, key: str = "payload") -> dict[str, float
 def sizes_table(studies: Studies) -> str:
     """kB of tensors for 40 dB, and the worst picture there."""
     rows = []
-    names = (*_FP16, "fro_ckpt,bytes fp8", "calib,bytes fp16", _FP8, curves.SCALED, _PACKED)
+    names = (*_FP16, "fro_ckpt,bytes fp8", "calib,bytes fp16", _FP8, "calib,bytes mixed", curves.SCALED, _PACKED)
     for name in names:
         cells = []
         for adapter in curves.MAIN:
