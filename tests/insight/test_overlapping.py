@@ -85,9 +85,9 @@ def assert_sum(
     assert layer.spectral == pytest.approx(tops, rel=tolerance)
     assert layer.sum.fro == pytest.approx(float(total.norm()), rel=tolerance, abs=tolerance * size)
     assert layer.sum.spectral == pytest.approx(float(sigma[0]), rel=tolerance, abs=tolerance * size)
-    # what is below 2^-26 of the first counts as nothing
+    # what is below 2^-23 of the first counts as nothing
     second = float(sigma[1]) if len(sigma) > 1 else 0.0
-    assert layer.sum.second == pytest.approx(second, rel=tolerance, abs=max(tolerance * size, 2e-8 * float(sigma[0])))
+    assert layer.sum.second == pytest.approx(second, rel=tolerance, abs=max(tolerance * size, 2**-23 * float(sigma[0])))
 
 
 # --- numbers ------------------------------------------------------------------------------------
