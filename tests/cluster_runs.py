@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from lorashrink.cli import app
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking import journal
-from lorashrink.shrinking.cluster import resize
+from lorashrink.shrinking.cluster import resize, shrink_source
 
 RECIPES = ["rank=2", "energy=0.9"]
 
@@ -34,7 +34,7 @@ def working() -> list[int]:
             title, parents = folder.joinpath("cmdline").read_bytes(), _parents(int(folder.name))
         except OSError:
             continue
-        if title.startswith(b"ray::_shrink") and os.getpid() in parents:
+        if title.startswith(f"ray::{shrink_source.__name__}".encode()) and os.getpid() in parents:
             processes.append(int(folder.name))
     return processes
 
