@@ -29,7 +29,8 @@ _KRYLOV_BLOCK = 8  # vectors
 _KRYLOV_SPACE = 8  # blocks before a restart
 _KRYLOV_RESTARTS = 40
 _KRYLOV_CHECK = 4  # blocks between two looks at σ_1
-_KRYLOV_TOLERANCE = 1e-7  # growth of σ_1² that is still to come, relative
+# Growth of σ_1² that is still to come, relative. The estimate is too low where many σ are nearly equal.
+_KRYLOV_TOLERANCE = 3e-8
 _SLOWEST = 0.9  # what is still to come is told from two growths; they are taken to shrink at least so fast
 _EXHAUSTED = 1e-5  # a new direction shorter than this part of what it was made of is float32 rounding
 

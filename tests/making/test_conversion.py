@@ -983,7 +983,7 @@ def test_reading_patterns_takes_linear_time(tmp_path: Path) -> None:
     start = time.process_time()
     result = converted(source, big, "peft", tmp_path / "out")
     assert result.layers == count
-    assert time.process_time() - start < 6  # 700 patterns for each of 700 layers would take a minute
+    assert time.process_time() - start < 20  # 700 patterns for each of 700 layers would take a minute
 
 
 @pytest.mark.parametrize("ending", ["pt", "bin"])

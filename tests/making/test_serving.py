@@ -387,7 +387,7 @@ def test_layers_that_cannot_be_lora_are_refused_for_vllm(folders: dict[str, Path
 def test_vllm_loads_no_dora(folders: dict[str, Path], tmp_path: Path) -> None:
     (failure,) = resize(folders["dora"], recipes="rank=4", target="vllm", output=tmp_path).failed
     assert str(folders["dora"]) in failure.error
-    assert "DoRA, first base_model.model." in failure.error
+    assert "DoRA in 9 layers, first base_model.model." in failure.error
     assert "Merge the adapter" in failure.error
     assert not list(tmp_path.iterdir())
 
