@@ -300,7 +300,7 @@ class Patterns:
     """The patterns of one file, whose matching takes a limited time in all."""
 
     def __init__(self) -> None:
-        self._left = _SECONDS
+        self._seconds = _SECONDS
         self._compiled: dict[str, regex.Pattern[str]] = {}
 
     def value(self, patterns: object, module: str, default: Any) -> Any:
@@ -320,12 +320,12 @@ class Patterns:
         start = time.thread_time()
         try:
             # not `re`, which would try for years on patterns that are made for it
-            return self._expression(pattern).match(module, timeout=max(self._left, 1e-3)) is not None
+            return self._expression(pattern).match(module, timeout=max(self._seconds, 1e-3)) is not None
         except RecursionError as error:
             raise ValueError(f"{pattern[:40]}... is nested too deeply") from error
         finally:
-            self._left -= time.thread_time() - start
-            if self._left <= 0:
+            self._seconds -= time.thread_time() - start
+            if self._seconds <= 0:
                 raise TimeoutError(f"the patterns take more than {_SECONDS:g} s")
 
     def _expression(self, pattern: str) -> regex.Pattern[str]:

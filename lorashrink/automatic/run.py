@@ -33,7 +33,7 @@ from lorashrink.reports.before_after import shrunk_page
 from lorashrink.results.automatic import FailedInput, PicturePair, ShrinkReport, Shrunk
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.in_memory import refuse_options
-from lorashrink.shrinking.options import ResizeOptions
+from lorashrink.shrinking.options import ResizeOptions, output_dtype
 from lorashrink.shrinking.outputs import shown, source_files
 from lorashrink.shrinking.request import open_input
 from lorashrink.shrinking.run import shrink as resize_targets
@@ -201,9 +201,9 @@ class Run:
         report = resize_targets(
             {item.source: {item.output: recipe} for item, recipe in recipes.items()},
             self._options(method),
-            opener=partial(open_input, dtype=self.request.dtype),
+            opener=partial(open_input, dtype=output_dtype(self.request.dtype, recipes.values())),
             most_share=self.request.most_share,
-            each=take,
+            on_result=take,
             progress=self.progress,
         )
         items = {str(item.source): item for item in recipes}
@@ -220,7 +220,7 @@ class Run:
         report = resize_targets(
             {source: {file or source.with_name("_.safetensors"): recipe}},
             options,
-            opener=partial(open_input, dtype=options.dtype),
+            opener=partial(open_input, dtype=output_dtype(options.dtype, [recipe])),
         )
         if report.failed:
             raise InputError(report.failed[0].error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,21 +18,13 @@ RowReader = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Delta:
-    """ΔW = scale · up · down, reshaped to `shape`.
-
-    up [out, r], down [r, in·kh·kw], any float dtype; shape [out, in] or [out, in, kh, kw, ...].
-    """
+class _Factors:
+    """What two factors and those of experts have in common."""
 
     up: Tensor
     down: Tensor
     scale: float
     shape: tuple[int, ...]
-
-    @property
-    def rank(self) -> int:
-        """Number of columns of `up`; the mathematical rank may be lower."""
-        return self.up.shape[1]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -47,13 +40,30 @@ class Delta:
         """ΔW itself, float32, in `shape`. For looking at and for tests; the engine never needs it."""
         return (self.scale * (self.up.double() @ self.down.double())).float().reshape(self.shape)
 
+    def times(self, weight: float) -> Self:
+        """weight · ΔW."""
+        return replace(self, scale=self.scale * weight)
+
+    def equals(self, delta: AnyDelta) -> bool:
+        """Whether both have the same form and the same bits."""
+        return isinstance(delta, type(self)) and self.scale == delta.scale and _same_bits(self.tensors, delta.tensors)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Delta(_Factors):
+    """ΔW = scale · up · down, reshaped to `shape`.
+
+    up [out, r], down [r, in·kh·kw], any float dtype; shape [out, in] or [out, in, kh, kw, ...].
+    """
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of `up`; the mathematical rank may be lower."""
+        return self.up.shape[1]
+
     def factored(self, dtype: torch.dtype = torch.float32) -> Delta:
         """ΔW as two factors: itself. `dtype` matters for Kronecker products alone."""
         return self
-
-    def times(self, weight: float) -> Delta:
-        """weight · ΔW."""
-        return replace(self, scale=self.scale * weight)
 
     def rows(self, low: int, high: int) -> Delta:
         """Rows `low` to `high` of ΔW, in the same form, as a matrix."""
@@ -63,10 +73,6 @@ class Delta:
         """A function that computes rows of ΔW on the device, float64."""
         up, down = self.up.to(device).double() * self.scale, self.down.to(device).double()
         return lambda low, high: up[low:high] @ down
-
-    def equals(self, delta: AnyDelta) -> bool:
-        """Whether both have the same form and the same bits."""
-        return isinstance(delta, Delta) and self.scale == delta.scale and _same_bits(self.tensors, delta.tensors)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -185,16 +191,11 @@ class Kronecker:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Experts:
+class Experts(_Factors):
     """The ΔW of several weights of one shape, one below another: scale · up[e] · down[e] for each expert e.
 
     up [e, out, r], down [e, r, in], any float dtype; shape [e·out, in].
     """
-
-    up: Tensor
-    down: Tensor
-    scale: float
-    shape: tuple[int, ...]
 
     @property
     def rank(self) -> int:
@@ -202,24 +203,10 @@ class Experts:
         return self.up.shape[2]
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The stored tensors."""
-        return self.up, self.down
-
-    @property
-    def precision(self) -> torch.dtype:
-        """The dtype to compute in: float64 if the layer is stored so, else float32."""
-        return _precision(self.up)
-
-    @property
     def parts(self) -> list[Delta]:
         """The ΔW of each expert."""
         shape = (self.up.shape[1], self.down.shape[2])
         return [Delta(up, down, self.scale, shape) for up, down in zip(self.up, self.down, strict=True)]
-
-    def dense(self) -> Tensor:
-        """ΔW itself, float32, in `shape`."""
-        return (self.scale * (self.up.double() @ self.down.double())).float().reshape(self.shape)
 
     def factored(self, dtype: torch.dtype = torch.float32) -> Delta:
         """Factors of e times the rank, with zeros between experts. `dtype` matters for Kronecker products alone."""
@@ -228,10 +215,6 @@ class Experts:
         for expert in range(count):
             up[expert, :, expert] = self.up[expert]
         return Delta(up.reshape(count * out, count * rank), self.down.flatten(0, 1), self.scale, self.shape)
-
-    def times(self, weight: float) -> Experts:
-        """weight · ΔW."""
-        return replace(self, scale=self.scale * weight)
 
     def rows(self, low: int, high: int) -> Dense:
         """Rows `low` to `high` of ΔW, as a matrix, float64."""
@@ -247,10 +230,6 @@ class Experts:
             return torch.cat([up[e, max(0, low - e * out) : high - e * out] @ down[e] for e in experts])
 
         return read
-
-    def equals(self, delta: AnyDelta) -> bool:
-        """Whether both have the same form and the same bits."""
-        return isinstance(delta, Experts) and self.scale == delta.scale and _same_bits(self.tensors, delta.tensors)
 
 
 AnyDelta = Delta | Dense | Kronecker | Experts

@@ -572,7 +572,7 @@ def open_for_8_bits(
 def naming_for_8_bits(adapter: Adapter, base: Base | None) -> str | None:
     """A naming in which programs load the adapter's layers with 8-bit factors; None if its own names are fine.
 
-    Raises UsageError if only a base tells other names, and there is none.
+    Raises UsageError if there is none, or only a base would tell it.
     """
     family = base.family.name if base else adapter_family(adapter)
     failing = _failing_in_8_bits(adapter, family)
@@ -580,17 +580,15 @@ def naming_for_8_bits(adapter: Adapter, base: Base | None) -> str | None:
         return None
     namings = [naming for naming in ("comfy", "diffusers") if base and _suits(failing, base.family, adapter, naming)]
     if not namings:
-        raise UsageError(
-            f"{adapter.path}: {hinders_8_bits(adapter, family)}. Give the base, or its norm table, from which other "
-            "names come, or use -t fp16."
-        )
+        way_out = "Use" if base else "Give the base, or its norm table, from which other names come, or use"
+        raise UsageError(f"{adapter.path}: {hinders_8_bits(adapter, family)}. {way_out} -t fp16.")
     return namings[0]
 
 
 def hinders_8_bits(adapter: Adapter, family: str | None) -> str:
     """Why the adapter should not have 8-bit factors under its names, "" if nothing is known against it."""
     if family is None:
-        return "its names tell no model, so it is not known which programs read it in fp8"
+        return "its names do not tell which programs would read fp8; -t fp8 writes it anyway"
     failing = _failing_in_8_bits(adapter, family)
     return f"{failing[0].title} multiplies the factors under these names, and cannot in fp8" if failing else ""
 

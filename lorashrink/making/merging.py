@@ -11,7 +11,7 @@ from lorashrink.linking.loaders import open_for_8_bits
 from lorashrink.linking.renaming import check_naming
 from lorashrink.recipes.grammar import parse_recipes
 from lorashrink.results.shrinking import Report
-from lorashrink.shrinking.options import ResizeOptions
+from lorashrink.shrinking.options import ResizeOptions, output_dtype
 from lorashrink.shrinking.outputs import base_files, becomes_folder, check_outputs, name_outputs, source_files
 from lorashrink.shrinking.request import check_needs
 from lorashrink.shrinking.run import shrink
@@ -82,7 +82,7 @@ def merge(
             lambda name: combined(terms, opened, naming=name, as_base_delta=as_base_delta),
             opened,
             naming,
-            dtype=dtype,
+            dtype=output_dtype(dtype, parsed),
         ),
         variant=variant_of(naming, as_base_delta=as_base_delta),
         progress=progress,

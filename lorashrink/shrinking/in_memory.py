@@ -23,7 +23,7 @@ _OTHERS = ("recipes", "dtype", "clip", "fro_limit")
 
 
 def resize_in_memory(
-    held: Tensors, options: Mapping[str, Any], *, each: OnResult | None = None, progress: Progress | None = None
+    held: Tensors, options: Mapping[str, Any], *, on_result: OnResult | None = None, progress: Progress | None = None
 ) -> Report:
     """Shrink an adapter in memory by each recipe. Raises as `resize`; a failure is raised as well."""
     refuse_options(held, options.keys() - {*_PREPARE, *_OTHERS})
@@ -37,8 +37,8 @@ def resize_in_memory(
         result = prepared.shrink(recipe, dtype=checked.dtype)
         if held.model is not None and result.state_dict is not None:
             put_back(held, result.state_dict, result.settings)
-        if each is not None:
-            each(result)
+        if on_result is not None:
+            on_result(result)
         results.append(result)
     base = prepared.base
     return Report(__version__, base.info if base else None, tuple(results), ())

@@ -78,10 +78,9 @@ class Layout:
         self.verbatim, self.dtype, self.form = verbatim, dtype, form
         self.layers = [adapter.layers[index] for index in judged]
         self.forms = [Form.of(layer) for layer in self.layers]
+        self.no_fp8 = hinders_8_bits(adapter, family) if dtype == "auto" else ""  # why "auto" is fp16
         # Per layer the dtypes that it may be written in, the preferred one first.
-        self.no_fp8 = hinders_8_bits(adapter, family) if dtype == "auto" else ""
-        word = "fp16" if self.no_fp8 else dtype
-        self.options = [dtypes_for(word, layer.dtype) for layer in self.layers]
+        self.options = [dtypes_for("fp16" if self.no_fp8 else dtype, layer.dtype) for layer in self.layers]
         self.dtypes: Sequence[str] = [options[0] for options in self.options]
         self.small = any(FP8 in options for options in self.options)
         if self.small and family not in READ_WITH_ALPHA:
@@ -92,7 +91,7 @@ class Layout:
         # Layers whose core is multiplied into a factor, which may become larger than both.
         self._folded = frozenset(position for position, layer in enumerate(self.layers) if "mid" in layer.keys)
         # Both are computed when they are needed, once for this layout and all that are made of it.
-        self._sizes = cache(self.all_sizes)
+        self._sizes = cache(self._all_sizes)
         self._groups: dict[tuple[int, int, str], Sizes.Group] = {}  # (position, rank, dtype) -> its tensors
 
     def of(self, recipe: Recipe) -> Layout:
@@ -196,7 +195,7 @@ class Layout:
         keys = [*layer.keys.values(), *layer.common.values()]
         return {key: self.adapter.store.tensors[key] for key in keys}
 
-    def all_sizes(self) -> Sizes:
+    def _all_sizes(self) -> Sizes:
         """What every tensor adds to the file, in every dtype and form that its layer may be written in."""
         tables = [self._copied]
         for position, options in enumerate(self.options):

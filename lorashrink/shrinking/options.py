@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -69,3 +69,8 @@ class ResizeKeywords(TypedDict, total=False):
     strict: bool
     quantiles: bool
     space_check: bool
+
+
+def output_dtype(dtype: str, recipes: Iterable[Recipe]) -> str:
+    """The word for the dtype of what these recipes make; `quality=` takes "mixed" in place of "same"."""
+    return "mixed" if dtype == "same" and any(recipe.select == "quality" for recipe in recipes) else dtype

@@ -28,9 +28,10 @@ def output_warnings(decomposed: Decomposed, layout: Layout, widths: Sequence[int
             "no layer becomes smaller: its own form is already smaller than a LoRA of these ranks, or it cannot be a "
             "LoRA. The output is a copy of the input"
         )
-    if layout.no_fp8:
+    elif layout.no_fp8:
+        # With a base, programs of the model read no other names of these layers.
         warnings.append(
-            f"is in fp16: {layout.no_fp8}. --base MODEL halves the file, or -t fp8 if your program reads it"
+            f"is in fp16: {layout.no_fp8}" + ("" if any(decomposed.views) else ". --base MODEL halves the file")
         )
     off = [layer.name for layer in layers if layer.off]
     if off:

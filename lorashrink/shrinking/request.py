@@ -25,7 +25,7 @@ from lorashrink.linking.renaming import check_naming, renamed
 from lorashrink.recipes.grammar import DEFAULT, DEFAULT_ALONE, Recipe, parse_recipes
 from lorashrink.shrinking.grouping import read_table
 from lorashrink.shrinking.ledger import Targets
-from lorashrink.shrinking.options import ResizeOptions
+from lorashrink.shrinking.options import ResizeOptions, output_dtype
 from lorashrink.shrinking.outputs import (
     base_files,
     becomes_folder,
@@ -132,8 +132,7 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     check_calibration(recipes, options.calibration)
     if options.space_check and not options.dry_run and sum(map(len, targets.values())) > _FEW_OUTPUTS:
         check_space(most_bytes(targets, files, options))
-    named_file = options.output is None or str(options.output).endswith(".safetensors")
-    keeps_journal = options.skip_existing and not options.dry_run and not named_file
+    folder = None if options.output is None or str(options.output).endswith(".safetensors") else Path(options.output)
     return Job(
         targets,
         replace(options, form="lora") if reader else options,
@@ -143,16 +142,13 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
             naming=options.naming,
             target=reader,
             strict=options.strict,
-            # As in `Work.outline`.
-            dtype="mixed"
-            if options.dtype == "same" and any(recipe.select == "quality" for recipe in recipes)
-            else options.dtype,
+            dtype=output_dtype(options.dtype, recipes),
         ),
         bases=bases,
         reader=reader.title if reader else "",
         variant=(f",naming={options.naming}" if options.naming else "")
         + (f",target={options.target}" if options.target else ""),
-        journal=Path(options.output) if keeps_journal and options.output is not None else None,
+        journal=folder if options.skip_existing and not options.dry_run else None,
         weights=weights,
     )
 

@@ -86,7 +86,7 @@ def resize(
     """
     held = in_memory(adapters)
     if held is not None:
-        return resize_in_memory(held, options, each=each, progress=progress)
+        return resize_in_memory(held, options, on_result=each, progress=progress)
     job = prepare(adapters, ResizeOptions(**options))
     return _carry_out(job, on_result=each, progress=progress)
 
@@ -99,7 +99,7 @@ def shrink(
     lenient: bool = False,
     variant: str = "",
     most_share: float = math.inf,
-    each: OnResult | None = None,
+    on_result: OnResult | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Shrink what `opener` makes of each source, to each of its outputs, source -> output -> recipe.
@@ -107,12 +107,12 @@ def shrink(
     options: of these only those that say how one file is shrunk; `targets` stand for the others. lenient: recipes that
     keep nothing of a file, or cannot reach their size, are left out of its results where another recipe can be carried
     out; otherwise they fail the file. variant: names whatever else decides what is written.
-    most_share: a result whose file would be larger than this share of its input is reported and not written. each: as
-    in `resize`.
+    most_share: a result whose file would be larger than this share of its input is reported and not written. on_result:
+    as `each` of `resize`.
     """
     check_calibration([recipe for outputs in targets.values() for recipe in outputs.values()], options.calibration)
     job = Job(targets, options, opener=opener, lenient=lenient, variant=variant, most_share=most_share)
-    return _carry_out(job, on_result=each, progress=progress)
+    return _carry_out(job, on_result=on_result, progress=progress)
 
 
 def _carry_out(job: Job, *, on_result: OnResult | None, progress: Progress | None) -> Report:

@@ -20,6 +20,7 @@ from lorashrink.linking.matching import bind, match, misfits, part
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.decomposed import Decomposed, aligned
+from lorashrink.shrinking.options import output_dtype
 from lorashrink.shrinking.plan import Outline, Plan, outline, plan
 from lorashrink.shrinking.reuse import OpenSource
 
@@ -122,11 +123,10 @@ class Work:
     def outline(self, decomposed: Mapping[bool, Decomposed], recipe: Recipe) -> Outline:
         """The outline of a recipe's output."""
         options, base = self.source.session.options, self.source.against.base
-        dtype = "mixed" if (recipe.select, options.dtype) == ("quality", "same") else options.dtype
         return outline(
             decomposed[recipe.calibrated],
             recipe,
-            dtype=dtype,
+            dtype=output_dtype(options.dtype, [recipe]),
             unmapped=options.unmapped,
             form=options.form,
             family=base.family.name if base else adapter_family(self.adapter),

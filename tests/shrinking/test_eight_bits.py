@@ -14,6 +14,8 @@ from torch import Tensor
 
 import lorashrink as ls
 import lorashrink_example
+from lorashrink.bases import open_base
+from lorashrink.calibration.statistics import Side, Sides, write_table
 from lorashrink.errors import UsageError
 from lorashrink.results.shrinking import FileResult
 
@@ -219,6 +221,43 @@ def test_an_8_bit_file_under_such_names_keeps_them_with_same(tmp_path: Path) -> 
     result = only(source, dtype="same", recipes="rank=2")
     assert all(key.startswith("lora_unet_double") for key in load_file(result.output))
     assert "fails" in result.loads.loads_not["diffusers"]
+
+
+def test_auto_is_fp16_under_such_names_and_says_what_helps(tmp_path: Path) -> None:
+    base = fixtures.write_header(tmp_path / "base.safetensors", fixtures.shapes(FLUX_BASE))
+    source = kohya(tmp_path / "flux.safetensors", FLUX, (3072, 3072))
+    alone = only(source, "auto", recipes="rank=2")
+    (warning,) = (warning for warning in alone.warnings if warning.startswith("is in fp16"))
+    assert warning.endswith("--base MODEL halves the file")
+    assert "-t fp8" not in warning, "it is refused"
+    based = only(source, "auto", recipes="rank=2", base=base)
+    in_memory = ls.resize(load_file(source), dtype="auto", recipes="rank=2", base=base).results[0]
+    assert (alone.dtype, based.dtype, in_memory.dtype) == ("fp16", "fp8", "fp16")
+    assert not any("--base" in warning for warning in (*based.warnings, *in_memory.warnings))
+
+
+def test_auto_is_fp16_under_unknown_names_where_fp8_can_be_had(tmp_path: Path) -> None:
+    source = kohya(tmp_path / "odd.safetensors", {"lora_unet_foo_1": 1.0})
+    result = only(source, "auto", recipes="rank=2")
+    assert result.dtype == "fp16"
+    assert any("-t fp8 writes it anyway" in warning for warning in result.warnings)
+    assert only(source, "fp8", recipes="rank=2").dtype == "fp8"
+
+
+def test_quality_changes_such_names_in_a_sum_as_well(tmp_path: Path) -> None:
+    base = fixtures.write_header(tmp_path / "base.safetensors", fixtures.shapes(FLUX_BASE))
+    source = kohya(tmp_path / "flux.safetensors", FLUX, (3072, 3072))
+    with open_base(base) as opened, ls.open_adapter(source) as adapter:
+        side = Side(torch.ones(3072), torch.zeros(3072, 1))
+        views = [view for layer in adapter for view in opened.find(layer.name)]
+        write_table(tmp_path / "table.safetensors", dict.fromkeys(views, Sides(side, side)), opened, {})
+    options = {"base": base, "calibration": tmp_path / "table.safetensors", "recipes": "quality=40"}
+    for result in (
+        ls.merge(source, output=tmp_path / "m.safetensors", **options).results[0],
+        only(source, "same", **options),
+    ):
+        assert result.dtype == "fp8"
+        assert all(key.startswith("transformer.") for key in load_file(result.output))
 
 
 # --- other commands and options -------------------------------------------------------------------
