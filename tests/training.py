@@ -1,17 +1,19 @@
-"""Whole training runs of the tiny model, in this process."""
+"""Pictures, options and a full disk for tests of the trainer, and whole runs of the tiny model in this process."""
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import tiny_sdxl
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from lorashrink.train.flags.options import parse
+from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.run.loop import Session
 from lorashrink.train.run.preparing import prepare
 
@@ -25,6 +27,14 @@ def write_data(folder: Path, sizes: dict[str, tuple[int, int]] | None = None) ->
     chosen = sizes or SIZES
     tiny_sdxl.write_pictures(folder / "2_cat", chosen, {name: CAPTIONS.get(name, "a cat") for name in chosen})
     return folder
+
+
+SQUARE, WIDE = (64, 64), (96, 40)
+
+
+def options(folder: Path, **change: Any) -> Options:
+    """To scan a folder for --train_data_dir with small buckets."""
+    return Options(**{"train_data_dir": str(folder), "resolution": "64", "caption_extension": ".txt"} | change)
 
 
 def flags(base: Path, data: Path, output: Path, *more: str) -> list[str]:
@@ -63,6 +73,17 @@ def _forget() -> None:
     GradientState._reset_state()
 
 
-def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Bit for bit."""
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """As if the disk were full: the system refuses to write behind this many bytes of any file."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)

@@ -156,7 +156,7 @@ def read_ahead(
     It has --max_data_loader_n_workers, but no more than the processors that this process may use.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(max(options.max_data_loader_n_workers, 0), usable) if in_workers else 0
+    workers = min(options.max_data_loader_n_workers, usable) if in_workers else 0
     return DataLoader(
         _Reader(read),
         batch_sampler=batches,  # type: ignore[arg-type]

@@ -139,8 +139,7 @@ def scan(options: Options) -> Data:
     return Data(tuple(datasets), tuple(used))
 
 
-# What is said about files, after how many they are and before the names of the first -> the files, and what more there
-# is to say of one.
+# A warning about files -> these files, with what follows the name of each in the warning.
 _Notes = dict[str, dict[Path, str]]
 
 _UNUSABLE = "pictures cannot be used and are left out"
@@ -226,9 +225,9 @@ def _named(options: Options) -> Iterator[tuple[Options, list[Subset]]]:
     """The one dataset of the folders named N_words in --train_data_dir and --reg_data_dir."""
     subsets: list[Subset] = []
     for name, is_reg in ((options.train_data_dir, False), (options.reg_data_dir, True)):
-        parent, count = Path(name or ""), len(subsets)
         if name is None:
             continue
+        parent, count = Path(name), len(subsets)
         if not parent.is_dir():
             raise InputError(f"{parent}: no such folder (--{'reg' if is_reg else 'train'}_data_dir)")
         for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
@@ -290,7 +289,6 @@ def _configured(options: Options) -> list[tuple[Options, list[Subset]]]:
 def _dataset(options: Options, keys: Mapping[str, Any]) -> tuple[Options, list[Subset]]:
     """The options and folders of one dataset, in whose section and those around it `keys` stand."""
     settings = _with_keys(options, keys)
-    check_values(settings)
     for warning in check_sizes(settings):
         _log.warning(warning)
     subsets: dict[str, Subset] = {}
@@ -312,17 +310,19 @@ def _dataset(options: Options, keys: Mapping[str, Any]) -> tuple[Options, list[S
 
 
 def _with_keys(options: Options, keys: Mapping[str, Any]) -> Options:
-    """The options with those that keys of a dataset file stand for replaced."""
+    """The options with those that keys of a dataset file stand for replaced, in range; errors name keys."""
     values = {_OPTION_OF.get(key, key): value for key, value in keys.items() if key not in _ALONE}
     if isinstance(values.get("resolution"), list):
         values["resolution"] = ",".join(map(str, values["resolution"]))
     try:
-        return replace(options, **read_values(values))
+        settings = replace(options, **read_values(values))
+        check_values(settings)
     except UsageError as error:
         message = str(error)
         for key in keys:
             message = message.replace(f"--{_OPTION_OF.get(key, key)}", key)
         raise UsageError(message) from None
+    return settings
 
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:

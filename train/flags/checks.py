@@ -233,7 +233,7 @@ def _check_pairs(options: Options) -> Iterator[str]:
         if _is_set(options, name) and _is_set(options, excluded):
             raise UsageError(f"--{name} and --{excluded} exclude each other; leave one of them out")
     for name in filter(lambda name: _is_set(options, name), _IDLE):
-        yield f"--{name} has no effect with SDXL here"
+        yield f"--{name} has no effect here"
     for name, needed in _IDLE_WITHOUT.items():
         if _is_set(options, name) and not getattr(options, needed):
             yield f"--{name} has no effect without --{needed}"

@@ -93,7 +93,7 @@ class Options:
     vae_batch_size: int = _row(1, "pictures that the VAE encodes at once")
     skip_cache_check: bool = _row(False, "accepted, no effect: .npz files are always checked")
     cache_text_encoder_outputs: bool = _row(False, "encode captions once, before; needs --network_train_unet_only")
-    cache_text_encoder_outputs_to_disk: bool = _row(False, "the same, in memory too: encoding takes seconds")
+    cache_text_encoder_outputs_to_disk: bool = _row(False, "the same; no files are written: encoding takes seconds")
     text_encoder_batch_size: int | None = _row(None, "captions that are encoded at once")
     prior_loss_weight: float = _row(1.0, "how much regularisation pictures count")
 
@@ -205,7 +205,7 @@ class Options:
     sample_at_first: bool = _row(False, "draw them before training too")
 
     logging_dir: str | None = _row(None, "folder of the logs; nothing is logged without it, except to wandb")
-    log_with: str | None = _row(None, "or both; tensorboard if not given", choices=("tensorboard", "wandb", "all"))
+    log_with: str | None = _row(None, "all is both; tensorboard if not given", choices=("tensorboard", "wandb", "all"))
     log_prefix: str | None = _row(None, "start of the name of this run's log folder")
     log_tracker_name: str | None = _row(None, "name of the log; network_train if not given")
     wandb_run_name: str | None = _row(None, "name of the run in wandb")

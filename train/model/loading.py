@@ -77,12 +77,12 @@ def load_model(options: Options, device: torch.device) -> Model:
     dtype = weight_dtype(options)
     _check_base(path, needs_vae=options.vae is None)
     _check_prediction(path, options)
-    places = [place for place in (path, config) if place and place.is_dir()]
-    places += [Path(options.tokenizer_cache_dir)] if options.tokenizer_cache_dir else []
-    folder = pipelines.tokenizer_folder(places)
+    folders = [folder for folder in (path, config) if folder and folder.is_dir()]
+    folders += [Path(options.tokenizer_cache_dir)] if options.tokenizer_cache_dir else []
+    folder = pipelines.tokenizer_folder(folders)
     if folder is None:
         raise UsageError(
-            f"no tokenizer in {' or '.join(map(str, places)) or 'a single file'}; give --tokenizer_cache_dir, "
+            f"no tokenizer in {' or '.join(map(str, folders)) or 'a single file'}; give --tokenizer_cache_dir, "
             "a folder that holds the folder tokenizer of any SDXL model"
         )
     with pipelines.loading(folder):
@@ -144,18 +144,18 @@ def _check_prediction(path: Path, options: Options) -> None:
         except ValueError as error:
             raise InputError(f"{file}: cannot be read ({error}). Copy it again") from error
         velocity, zero_signal = config.get("prediction_type") == "v_prediction", config.get("rescale_betas_zero_snr")
-        known = "prediction_type" in config
+        stated = "prediction_type" in config
     else:
         with open_tensors(path) as store:
             velocity, zero_signal = pipelines.VELOCITY in store.tensors, pipelines.ZERO_SIGNAL in store.tensors
-        known = velocity
+        stated = velocity
     if velocity and not options.v_parameterization:
         more = " and --zero_terminal_snr" if zero_signal else ""
         raise UsageError(
             f"{path}: this model predicts v and not noise; add --v_parameterization{more}. Adapters trained without it "
             "spoil every picture"
         )
-    if known and not velocity and options.v_parameterization:
+    if stated and not velocity and options.v_parameterization:
         _log.warning("%s predicts noise, and --v_parameterization trains the adapter for a model that predicts v", path)
 
 

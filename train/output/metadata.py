@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lorashrink._version import __version__
 from lorashrink.files.disk import sha256_file
+from lorashrink.files.hashes import LEGACY_BYTES, LEGACY_START
 from lorashrink.train.data.buckets import Size
 from lorashrink.train.data.captions import tag_counts
 from lorashrink.train.data.scanning import Data, Dataset, Picture, Subset
@@ -58,8 +59,6 @@ _OF_SUBSETS = (
     "flip_aug", "shuffle_caption", "keep_tokens", "keep_tokens_separator", "secondary_separator", "caption_prefix",
     "caption_suffix", "resize_interpolation",
 )  # fmt: skip
-# What the old hash reads: 64 KiB at 1 MiB.
-_OLD_HASH_START, _OLD_HASH_LENGTH = 0x100000, 0x10000
 
 
 def run_entries(
@@ -79,8 +78,8 @@ def run_entries(
     warmup = options.lr_warmup_steps
     network_args = {**key_values("--network_args", options.network_args), "dropout": options.network_dropout}
     if dims is not None:  # sd-scripts writes these as texts
-        asked = {name: value for name, value in network_args.items() if name not in _OF_LAYERS}
-        network_args = asked | {name: str(value) for name, value in dims.items() if name in _OF_LAYERS}
+        others = {name: value for name, value in network_args.items() if name not in _OF_LAYERS}
+        network_args = others | {name: str(value) for name, value in dims.items() if name in _OF_LAYERS}
     return {
         **{f"ss_{name}": getattr(options, name) for name in _AS_GIVEN},
         **_FIXED,
@@ -141,8 +140,8 @@ def _source(kind: str, text: str) -> dict[str, object]:
         return {f"ss_{kind}_name": name}
     sha256 = sha256_file(Path(text))
     with open(text, "rb") as handle:
-        handle.seek(_OLD_HASH_START)
-        old = hashlib.sha256(handle.read(_OLD_HASH_LENGTH)).hexdigest()[:8]
+        handle.seek(LEGACY_START)
+        old = hashlib.sha256(handle.read(LEGACY_BYTES)).hexdigest()[:8]
     return {f"ss_{kind}_hash": old, f"ss_new_{kind}_hash": sha256, f"ss_{kind}_name": name}
 
 

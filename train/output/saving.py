@@ -67,7 +67,7 @@ def never(options: Options, length: Length) -> list[str]:
     o, full_epochs = options, length.steps // length.steps_per_epoch
     by_epoch = (o.sample_every_n_epochs or 0) > 0  # then samples are not drawn by steps, as `samples.due` says
     saves_epochs = None if o.save_n_epoch_ratio else o.save_every_n_epochs
-    asked: tuple[tuple[str, int | None, int, str], ...] = (
+    rows: tuple[tuple[str, int | None, int, str], ...] = (
         ("save_every_n_steps", o.save_every_n_steps, length.steps, "steps"),
         ("save_every_n_epochs", saves_epochs, length.epochs, "epochs"),
         ("save_n_epoch_ratio", o.save_n_epoch_ratio, length.epochs, "epochs"),
@@ -77,7 +77,7 @@ def never(options: Options, length: Length) -> list[str]:
     )
     return [
         f"--{name}={number}: this cannot happen, for the run has {count} {unit}; lower it, or train for longer"
-        for name, number, count, unit in asked
+        for name, number, count, unit in rows
         if (number or 0) > count and (o.sample_prompts or not name.startswith("sample"))
     ]
 
@@ -153,7 +153,7 @@ def save_adapter(
 
     `.safetensors` gets the metadata, and hashes of the contents in it (`sshs_*`); `.ckpt` and `.pt` are dictionaries of
     tensors without metadata. `precision` is "float", "fp16", "bf16", or None to keep what the tensors have.
-    Raises NonFinite, and writes nothing, if a tensor has or would have NaN or infinity; OutputError if it cannot.
+    Raises OutputError, and NonFinite, before anything is written, if a tensor has NaN or infinity in that precision.
     """
     ready = {name: _in_precision(path, name, tensor, precision) for name, tensor in tensors.items()}
     if path.suffix == ".safetensors":
@@ -195,9 +195,10 @@ _HARMLESS = frozenset(
         "cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk",
         "caption_extention", "clip_skip", "config_file", "dataset_config", "dataset_repeats", "debug",
         "disable_mmap_load_safetensors", "gradient_checkpointing", "highvram", "logging_dir", "lowram",
-        "max_data_loader_n_workers", "network_weights", "no_metadata", "persistent_data_loader_workers", "plan",
-        "reg_data_dir", "resume", "sdpa", "seed", "shrink", "skip_cache_check", "text_encoder_batch_size",
-        "tokenizer_cache_dir", "train_data_dir", "training_comment", "vae_batch_size",
+        "max_data_loader_n_workers", "mem_eff_attn", "network_weights", "no_metadata",
+        "persistent_data_loader_workers", "plan", "reg_data_dir", "resume", "sdpa", "seed", "shrink",
+        "skip_cache_check", "text_encoder_batch_size", "tokenizer_cache_dir", "train_data_dir", "training_comment",
+        "vae_batch_size", "xformers",
     }
 )  # fmt: skip
 
@@ -270,7 +271,10 @@ def peek_state(folder: Path) -> tuple[Position, dict[str, str]]:
         numbers = [state[field.name] for field in dataclasses.fields(Position)]
         if any(type(number) is not int or number < 0 for number in numbers) or not isinstance(state["options"], dict):
             raise ValueError("an entry has the wrong type")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        why = f"saved by another build of lorashrink, or damaged: it has no {error}"
+        raise InputError(f"{path}: {why}; resume with that build, or from another state folder") from None
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); resume from another state folder") from None
     return Position(*numbers), state["options"]
 

@@ -31,7 +31,7 @@ from lorashrink.errors import InputError, LorashrinkError, UsageError
 from lorashrink.pictures.pipelines import quiet_libraries
 from lorashrink.pictures.prompts import Prompt, read_prompts
 from lorashrink.pictures.samplers import check_samplers
-from lorashrink.text import count_text
+from lorashrink.text import count_text, size_text
 from lorashrink.train.data.batches import Loader, batch_count, epoch_batches
 from lorashrink.train.data.buckets import Size
 from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts
@@ -194,7 +194,7 @@ def describe(options: Options, data: Data | None, network: Network, length: Leng
     """A few lines about pictures, network, batches and length; `data` and `length` are None while there are none."""
     parameters = sum(part.parameters for part in network.summary)
     precision = options.save_precision if options.save_precision in ("fp16", "bf16") else "float32"
-    megabytes = parameters * (4 if precision == "float32" else 2) / 1e6
+    size = size_text(parameters * (4 if precision == "float32" else 2))
     batch, accumulation = options.train_batch_size, options.gradient_accumulation_steps
     pictures = f"none in {options.train_data_dir or '--train_data_dir'}"
     epochs = options.max_train_epochs
@@ -214,7 +214,7 @@ def describe(options: Options, data: Data | None, network: Network, length: Leng
         [
             f"pictures: {pictures}",
             f"network: {sum(part.modules for part in network.summary)} modules, {parameters / 1e6:.1f} million "
-            f"parameters; a file has {megabytes:.1f} MB in {precision}",
+            f"parameters; a file has {size} in {precision}",
             *(f"  {part.name}: {part.modules} modules, {part.parameters:,} parameters" for part in network.summary),
             f"batch: {batch} × {accumulation} accumulated × {count_text(processes, 'process', 'processes')}"
             f" = {count_text(batch * accumulation * processes, 'picture')} per step",

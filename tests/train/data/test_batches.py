@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_sdxl import write_pictures
+from training import SQUARE, options
 
 from lorashrink.errors import InputError
 from lorashrink.train.data.batches import Batch, Loader, batch_count, epoch_batches
@@ -26,26 +27,6 @@ from lorashrink.train.data.scanning import (
     scan,
 )
 from lorashrink.train.flags.options import Options
-
-SQUARE, WIDE = (64, 64), (96, 40)
-
-
-def options(folder: Path, **change: Any) -> Options:
-    return Options(**{"train_data_dir": str(folder), "resolution": "64", "caption_extension": ".txt"} | change)
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Three pictures shown twice, one shown three times."""
-    parent = tmp_path / "train"
-    write_pictures(
-        parent / "2_big_cat",
-        {"b.png": SQUARE, "a.png": WIDE, "c.png": SQUARE},
-        {"a.png": "one, two, three, four", "b.png": "five, six, seven", "c.png": "eight"},
-    )
-    write_pictures(parent / "03_dog", {"d.png": SQUARE}, {"d.png": "nine, ten\nsecond line"})
-    return parent
-
 
 # --- the order of an epoch ----------------------------------------------------------------------
 

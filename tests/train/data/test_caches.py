@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import tiny_sdxl
 import torch
 from PIL import Image
 from torch import Tensor
+from training import files_no_larger_than
 
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
 from lorashrink.train.data.batches import Batch, Loader
@@ -566,21 +565,10 @@ def test_a_picture_that_vanishes_before_the_check_is_named(single: Path, model: 
         cache_latents(data, model.vae, chosen, seed=SEED, rank=0, world=1)
 
 
-@contextlib.contextmanager
-def full_after(size: int) -> Iterator[None]:
-    """Files can grow to this many bytes, as on a disk that becomes full."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
 @pytest.mark.parametrize("room", [0, 600, 2000])
 def test_a_full_disk_is_reported_and_leaves_no_partial_file(room: int, single: Path, model: Model) -> None:
     chosen = options(single, flip_aug=True)  # 2 KiB of latents
-    with full_after(room), pytest.raises(OutputError) as caught:
+    with files_no_larger_than(room), pytest.raises(OutputError) as caught:
         latents(chosen, model.vae)
     assert str(caught.value).startswith(f"{single / 'a_0064x0064_sdxl.npz'}: cannot be written (")
     assert "_to_disk" in str(caught.value)
@@ -591,7 +579,7 @@ def test_a_full_disk_leaves_the_file_that_was_to_be_replaced(single: Path, model
     path = single / "a_0064x0064_sdxl.npz"
     write(path, of_sd_scripts((32, 32)))
     before = files(single)
-    with full_after(1000), pytest.raises(OutputError):
+    with files_no_larger_than(1000), pytest.raises(OutputError):
         latents(options(single), model.vae)
     assert files(single) == before
     # With room there is a new file; whoever still reads the old one is not disturbed.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_sdxl import write_pictures
+from training import SQUARE, options
 
 from lorashrink.errors import InputError, UsageError
 from lorashrink.train.data.scanning import (
@@ -18,25 +18,6 @@ from lorashrink.train.data.scanning import (
     scan,
 )
 from lorashrink.train.flags.options import Options
-
-SQUARE, WIDE = (64, 64), (96, 40)
-
-
-def options(folder: Path, **change: Any) -> Options:
-    return Options(**{"train_data_dir": str(folder), "resolution": "64", "caption_extension": ".txt"} | change)
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Three pictures shown twice, one shown three times."""
-    parent = tmp_path / "train"
-    write_pictures(
-        parent / "2_big_cat",
-        {"b.png": SQUARE, "a.png": WIDE, "c.png": SQUARE},
-        {"a.png": "one, two, three, four", "b.png": "five, six, seven", "c.png": "eight"},
-    )
-    write_pictures(parent / "03_dog", {"d.png": SQUARE}, {"d.png": "nine, ten\nsecond line"})
-    return parent
 
 
 def shown(data: Data) -> dict[str, int]:
@@ -173,7 +154,7 @@ def test_without_words_missing_captions_are_empty_with_one_warning(
         ("", "--resolution is missing"),
         ("resolution = 'big'", "--resolution=big"),
         ("resolution = 60", "multiples of 8"),
-        ("resolution = 64\nbatch_size = 0", "train_batch_size=0: must be at least 1"),
+        ("resolution = 64\nbatch_size = 0", r"data\.toml: batch_size=0: must be at least 1"),
         ("resolution = 64\nbucket_reso_steps = 48", "multiple of 32"),
         ("resolution = 64\nenable_bucket = true\nmin_bucket_reso = 128", "min_bucket_reso=128"),
         ("resolution = 2048\nenable_bucket = true", "max_bucket_reso=1024"),
@@ -320,6 +301,7 @@ def config(pictures: Path, *, top: str = "", dataset: str = "", subset: str = ""
         ("subset", "flip_aug = 1", "flip_aug must be true or false"),
         ("subset", "class_tokens = 1", "class_tokens must be text"),
         ("subset", "keep_tokens = true", "keep_tokens must be a whole number"),
+        ("subset", "caption_dropout_rate = 7", "caption_dropout_rate=7.0: must be between 0 and 1"),
         ("dataset", "resolution = 1.5", "resolution=1.5: must be one size or width,height"),
         ("dataset", 'resize_interpolation = "magic"', "resize_interpolation must be one of lanczos"),
     ],

@@ -6,9 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,23 +16,13 @@ from accelerate.state import AcceleratorState, GradientState
 from lycoris.utils import precalculate_safetensors_hashes
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from training import files_no_larger_than
 
 from lorashrink.errors import InputError, NonFinite, OutputError
 from lorashrink.train.data.scanning import scan
 from lorashrink.train.flags.options import Options, parse
 from lorashrink.train.output import saving
 from lorashrink.train.output.saving import Length, Position
-
-
-@contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    """As if the disk were full: the system refuses to write behind this many bytes of any file."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def adapter(rank: int = 4) -> dict[str, torch.Tensor]:
@@ -401,6 +388,14 @@ def test_a_train_state_of_the_wrong_kind_is_refused(tmp_path: Path, change: dict
     path = tmp_path / "x-state" / "train_state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=r"train_state\.json: damaged"):
+        saving.peek_state(tmp_path / "x-state")
+
+
+def test_a_train_state_of_an_earlier_build_is_refused_as_such(tmp_path: Path) -> None:
+    Run().save(tmp_path / "x-state", HERE)
+    old = {"current_epoch": 2, "current_step": 5, "batch": 3, "seed": 77, "version": "0.0.9", "options": {}}
+    (tmp_path / "x-state" / "train_state.json").write_text(json.dumps(old))
+    with pytest.raises(InputError, match=r"train_state\.json: .*another build of lorashrink.*has no 'epoch'"):
         saving.peek_state(tmp_path / "x-state")
 
 
