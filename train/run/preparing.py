@@ -246,8 +246,8 @@ def plan(options: Options) -> str:
     if options.model_config:
         base += f", with the settings in {settings}"
     elif not name or not settings.is_dir():
-        why = "" if name and settings.exists() else ", which is not there"
-        settings, base = SETTINGS, f"{name or 'none given'}{why}; planned for SDXL 1.0"
+        why = ", which is not there" if name and not settings.exists() else ""
+        settings, base = SETTINGS, f"{name or 'none'}{why}; planned for SDXL 1.0"
     model = _empty_model(settings, options)
     # Files that change no sizes need not be there: adapters to merge, and numbers to start from.
     weights = options.network_weights if options.dim_from_weights else None
