@@ -217,7 +217,7 @@ def report(shrunk: Shrunk, method: Method | None = None) -> str:
 
 
 def curve_figure(shrunk: Shrunk, base: Base | None) -> Figure:
-    """Size against error of the LoRA, with the target ringed. The layers share a size by their error in the model."""
+    """Size against error of the LoRA, with the target ringed. With a base, layers share a size by their error in it."""
     from lorashrink.plots.curve import size_and_choice
 
     score = "bytes" if base is None else "fro_ckpt,bytes"

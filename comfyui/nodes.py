@@ -71,7 +71,7 @@ def _target_inputs() -> list[io.Input]:
             "dtype",
             options=list(logic.DTYPES),
             default="auto",
-            tooltip="Numbers of the shrunk LoRA: auto takes fp8 where it is good enough, same those of the file.",
+            tooltip="Numbers of the shrunk LoRA: auto takes fp8 where it is good enough; same keeps those of the file.",
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""Inspect, resize and report on the package lorashrink_example: a small trained model and adapters for it."""
+"""Inspect, shrink and report on the package lorashrink_example: a small trained model and adapters for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SIZES = (0.3, 0.5)  # MiB, of the recipes that name no size
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What the demo did and left behind."""
+    """What the demo did and wrote."""
 
     commands: tuple[str, ...]  # the same by hand
     inspection: Inspection

@@ -54,8 +54,8 @@ class Methods:
         if self._calibration is not None:
             tables.append((self._stack.enter_context(open_statistics(self._calibration)), "as --calibration says"))
         model = self._base_path
-        places = [(model.parent, "beside the model"), (model, "beside the model")] if model else []
-        for folder, where in (*places, (table_folder(), "from the user's cache")):
+        folders = [(model.parent, "beside the model"), (model, "beside the model")] if model else []
+        for folder, where in (*folders, (table_folder(), "from the user's cache")):
             tables += [(self._stack.enter_context(open_statistics(path)), where) for path in _tables_in(folder)]
         base = self._base
         # Those of the model itself before those of its relatives; Python's sort keeps the order otherwise.

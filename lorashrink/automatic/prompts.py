@@ -29,15 +29,15 @@ class Trial:
     triggers: tuple[str, ...] = ()  # the words that call it
 
 
-def trial_of(source: Path, asked_for: str | Path | None, *, side: int, scale: float) -> Trial:
+def trial_of(source: Path, requested: str | Path | None, *, side: int, scale: float) -> Trial:
     """The prompts for one adapter.
 
-    asked_for: a file of prompts or the text of one; None means those of the adapter's metadata, or usual ones if there
+    requested: a file of prompts or the text of one; None means those of the adapter's metadata, or usual ones if there
     are none. side, scale: pixels and guidance of prompts that name none. Raises UsageError or InputError.
     """
     triggers, captions = taught(source, _COUNT)
-    if asked_for is not None:
-        prompts = _given(asked_for, side, scale)
+    if requested is not None:
+        prompts = _requested_prompts(requested, side, scale)
         named = [_calls(prompt.prompt, triggers) for prompt in prompts]
         # Where none of them names what was taught, all of them count.
         calls = tuple(named if any(named) else [True] * len(prompts))
@@ -57,12 +57,12 @@ def trial_of(source: Path, asked_for: str | Path | None, *, side: int, scale: fl
     return Trial(prompts, (True,) * len(prompts), words, tuple(triggers))
 
 
-def _given(asked_for: str | Path, side: int, scale: float) -> tuple[Prompt, ...]:
-    if os.path.isfile(asked_for):
-        return read_prompts(Path(asked_for), sampler=OWN, scale=scale, side=side)
-    text = str(asked_for).strip()
+def _requested_prompts(requested: str | Path, side: int, scale: float) -> tuple[Prompt, ...]:
+    if os.path.isfile(requested):
+        return read_prompts(Path(requested), sampler=OWN, scale=scale, side=side)
+    text = str(requested).strip()
     if not text or text.lower().endswith(_FILES):
-        raise UsageError(f"--prompts {asked_for}: no such file. Give a file, or the text of a prompt.")
+        raise UsageError(f"--prompts {requested}: no such file. Give a file, or the text of a prompt.")
     return tuple(
         Prompt(text, width=side, height=side, seed=seed, steps=_STEPS, scale=scale, sampler=OWN)
         for seed in range(_COUNT)

@@ -10,19 +10,22 @@ import typer
 
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.hints import check_names
-from lorashrink.cli.options import Calibration, Device, ImagesConfig, Output, Seeds, seeds_of
+from lorashrink.cli.options import Calibration, Device, ImagesConfig, Seeds, seeds_of, sizes_of
 from lorashrink.cli.printing import new_console
 from lorashrink.cli.tables import table_of
 from lorashrink.errors import UsageError
-from lorashrink.text import bytes_in, count_text, decibel_text, number_text, size_text
+from lorashrink.text import count_text, decibel_text, number_text, size_text
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lorashrink.results.evidence import Difference, Evidence, Reached, Workload
 
 
-def _print_evidence(result: Evidence, terminal: Terminal) -> None:
+def print_evidence(result: Evidence, terminal: Terminal) -> None:
+    """The work, how far the methods are from each other, and the files that were written."""
     console = new_console()
-    _print_workload(result.workload)
+    print_workload(console, result.workload)
     for note in result.notes:
         console.print(note)
     if not result.results:
@@ -47,8 +50,8 @@ def _print_evidence(result: Evidence, terminal: Terminal) -> None:
     console.print(f"page: {result.page}\nto send in: {result.data}")
 
 
-def _print_workload(work: Workload) -> None:
-    console = new_console()
+def print_workload(console: Console, work: Workload) -> None:
+    """Numbers of files and pictures, and what is reckoned for GPUs."""
     console.print(
         f"{count_text(work.adapters, 'adapter')} × {count_text(work.curves, 'method')}: about "
         f"{count_text(work.files, 'file')} and {count_text(work.drawings, 'picture')}, {size_text(work.memory)} "
@@ -59,19 +62,12 @@ def _print_workload(work: Workload) -> None:
         console.print(f"reckoned, not measured: {gpu.gigabytes} GB, such as {gpu.like}: {effort}")
 
 
-def _sizes_of(text: str | None) -> list[float]:
-    try:
-        return [bytes_in(size) for size in text.split(",")] if text else []
-    except ValueError:
-        raise UsageError(f"--sizes {text}: sizes with commas between them, such as 4MB,8MB.") from None
-
-
-@command(_print_evidence, verbose_help="Print the size that each method takes, too.")
+@command(print_evidence, verbose_help="Print the size that each method takes, too.")
 def evidence(
     terminal: Terminal,
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model that draws: SDXL, SD 1 to 3, or FLUX.1.")],
     files: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="LoRA files, folders or patterns.")],
-    output: Output = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the page and the numbers.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say how much work it is, and do nothing.")] = False,
     prompts: Annotated[
         str | None,
@@ -86,11 +82,11 @@ def evidence(
         typer.Option(
             "--methods",
             metavar="METHODS",
-            help="Such as 'rank fp16:calib,bytes fp8:calib,bytes packed'. Repeat it for more.",
+            help="Methods to compare, such as 'rank fp16:calib,bytes fp8'. Repeat it for more.",
         ),
     ] = None,
     dtypes: Annotated[
-        str | None, typer.Option("--dtypes", help="Only these of fp16, bf16, fp8, mixed and packed: fp16,fp8.")
+        str | None, typer.Option("--dtypes", help="Dtypes to compare, such as fp16,fp8; also bf16, mixed and packed.")
     ] = None,
     sizes: Annotated[
         str | None,
@@ -98,11 +94,11 @@ def evidence(
     ] = None,
     seeds: Seeds = "0,1,2,3",
     draws: Annotated[
-        int, typer.Option("--draws", min=1, help="Files of nearly one size that are averaged at the quality.")
+        int, typer.Option("--draws", min=1, help="Files of nearly the same size to average at --quality.")
     ] = 1,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of each picture.")] = None,
     quality: Annotated[float, typer.Option("--quality", help="PSNR in dB at which sizes are compared.")] = 40.0,
-    against: Annotated[str, typer.Option("--against", help="Method that others are compared with.")] = (
+    against: Annotated[str, typer.Option("--against", help="Method to compare the others with.")] = (
         "fro_ckpt,bytes fp16"
     ),
     calibration: Calibration = None,
@@ -133,7 +129,7 @@ def evidence(
         prompts=prompts,
         methods=methods or (),
         dtypes=dtypes.split(",") if dtypes else (),
-        sizes=_sizes_of(sizes),
+        sizes=[size * 2**20 for size in sizes_of("--sizes", sizes)],
         seeds=seeds_of(seeds),
         draws=draws,
         steps=steps,

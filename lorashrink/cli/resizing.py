@@ -58,7 +58,7 @@ _FILES: Mapping[str, Callable[[FileResult], str]] = {
     "error": lambda result: share_text(result.relative_error),
     "energy": lambda result: share_text(result.energy),
     "norm": lambda result: share_text(result.norm_ratio),
-    "layers": lambda result: "there" if result.skipped else str(sum(bool(row.rank_after) for row in result.layers)),
+    "layers": lambda result: "skipped" if result.skipped else str(sum(bool(row.rank_after) for row in result.layers)),
     "removed": lambda result: str(len(result.removed)),
     "verbatim": lambda result: str(len(result.verbatim)),
 }
@@ -262,7 +262,7 @@ def print_details(console: Console, result: FileResult, verbose: int) -> None:
     listed = list(reasons.items())[: None if verbose else _REASONS]
     lines += [f"{name}: {len(names)} {what}, first {names[0]}: {reason}" for (what, reason), names in listed]
     if more := len(reasons) - len(listed):
-        lines.append(f"and {more} more kinds; -v lists them")
+        lines.append(f"and {more} more reasons; -v lists them")
     if verbose:
         lines += _all_details(result, verbose)
     for line in lines:

@@ -57,16 +57,12 @@ def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
         console.print(table_of(listed, columns))
         if more := len(shrunk) - len(listed):
             console.print(f"and {more} more; -v lists them")
-    skipped: dict[str | None, list[str]] = defaultdict(list)
-    for result in report.results:
-        if not result.output:
-            skipped[result.skipped].append(Path(result.input).name)
-    for reason, names in skipped.items():
+    for reason, names in report.not_written.items():
         console.print(f"not written, {reason}: {some_names(names, terminal.verbose)}")
     if shrunk:
         before, after = sum(result.bytes_before for result in shrunk), sum(result.bytes_after for result in shrunk)
         new = sum(not result.skipped for result in shrunk)
-        earlier = f", {len(shrunk) - new} there already" if new < len(shrunk) else ""
+        earlier = f", {len(shrunk) - new} already there" if new < len(shrunk) else ""
         console.print(
             f"{count_text(new, 'file')} written{earlier}: {size_text(before)} -> {size_text(after)}, "
             f"{1 - after / before:.0%} saved"

@@ -83,10 +83,12 @@ def sums_of_factors(
     product = -float(terms[of_a][:, ~of_a].sum())
     a, b, difference = (float(block.sum()) for block in blocks)
     if math.isfinite(difference) and any(block.sum() < _CANCELLED * block.abs().sum() for block in blocks):
-        left, right = (torch.linalg.qr(factor.to(device, torch.float64), mode="r").R for factor in (up, down.mT))
-        left = left * scales
-        core_a, core_b = left[:, of_a] @ right[:, of_a].mT, left[:, ~of_a] @ right[:, ~of_a].mT
-        a, b, difference = (_square(core) for core in (core_a, core_b, left @ right.mT))
+        small_up, small_down = (
+            torch.linalg.qr(factor.to(device, torch.float64), mode="r").R for factor in (up, down.mT)
+        )
+        small_up = small_up * scales
+        core_a, core_b = (small_up[:, side] @ small_down[:, side].mT for side in (of_a, ~of_a))
+        a, b, difference = (_square(core) for core in (core_a, core_b, small_up @ small_down.mT))
         product = -float((core_a * core_b).sum())
     return InnerProducts(a, b, product, difference)
 

@@ -59,10 +59,6 @@ def shrunk_page(report: ShrinkReport, folder: Path) -> bytes:
     shrunk = report.written
     names = {result.input: os.path.relpath(result.output or "", folder) for result in shrunk}
     drawn = [result for result in shrunk if result.pictures]
-    not_written: dict[str, list[str]] = {}
-    for result in report.results:
-        if not result.output:
-            not_written.setdefault(result.skipped or "", []).append(Path(result.input).name)
     before, after = (sum(getattr(result, key) for result in shrunk) for key in ("bytes_before", "bytes_after"))
     return rendered(
         "shrunk.html",
@@ -76,7 +72,6 @@ def shrunk_page(report: ShrinkReport, folder: Path) -> bytes:
         shrunk=[_FileRow(names[result.input], result) for result in shrunk],
         columns=_COLUMNS,
         reasons=dict.fromkeys(result.why for result in shrunk),
-        not_written=not_written,
         failed=[(Path(failure.input).name, failure.error) for failure in report.failed],
         sheets=[
             _PairSheet(names[result.input], result, list(map(_PairRow.of, result.pictures)))

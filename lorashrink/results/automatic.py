@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorashrink.errors import UsageError, hint_of
@@ -104,3 +105,12 @@ class ShrinkReport:
     def written(self) -> tuple[Shrunk, ...]:
         """The results that have an output, of this run or an earlier one."""
         return tuple(result for result in self.results if result.output)
+
+    @property
+    def not_written(self) -> dict[str, list[str]]:
+        """Reason -> names of the files that have no output for it."""
+        names: dict[str, list[str]] = {}
+        for result in self.results:
+            if not result.output:
+                names.setdefault(result.skipped or "", []).append(Path(result.input).name)
+        return names
