@@ -318,8 +318,8 @@ def _error(layer: Delta, spectrum: Spectrum) -> float:
     """The largest relative difference to the singular values of float64 QR factors, above a thousandth of the first."""
     import torch
 
-    left, right = (torch.linalg.qr(side.double(), mode="r").R for side in (layer.up, layer.down.mT))
-    truth = torch.linalg.svdvals(left @ right.mT) * abs(layer.scale)
+    up, down = (torch.linalg.qr(side.double(), mode="r").R for side in (layer.up, layer.down.mT))
+    truth = torch.linalg.svdvals(up @ down.mT) * abs(layer.scale)
     counted = truth > 1e-3 * truth[0]
     error = float(((spectrum.sigma[: len(truth)] - truth)[counted].abs() / truth[counted]).max())
     return error if math.isfinite(error) else math.inf

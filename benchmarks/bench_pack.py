@@ -202,7 +202,7 @@ def _weights(layer: Stacked, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _side(near: Tensor, far: Tensor, weights: Tensor, other_side: Tensor) -> Tensor:
-    """The least squares of one side; near [N, p, k], far [N, k, R], weights [N, R], other [q, R] -> [p, R]."""
+    """The least squares of one side; near [N, p, k], far [N, k, R], weights [N, R], other_side [q, R] -> [p, R]."""
     seen = (near @ (far * weights[:, None])).sum(0)
     return _unit(_solve((weights.mT @ weights) * (other_side.mT @ other_side), seen))
 

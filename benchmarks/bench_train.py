@@ -97,8 +97,8 @@ class Lap:
         """Both clocks."""
         return cls(time.perf_counter(), time.process_time())
 
-    def __sub__(self, other: Lap) -> Lap:
-        return Lap(self.wall - other.wall, self.cpu - other.cpu)
+    def __sub__(self, start: Lap) -> Lap:
+        return Lap(self.wall - start.wall, self.cpu - start.cpu)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lorashrink.plots.axes import grid_below
+from lorashrink.plots.quality import size_axis
 from lorashrink.plots.style import COLOURS, QUIET, RC
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 _STYLES = {"fp16": "-", "bf16": "-", "fp8": "--", "mixed": "-.", "packed": ":"}
 
 _LEAST_GAP = 0.045  # between names, of the height of the axes
-
 
 # The points of a curve: (bytes, dB).
 Points = Sequence[tuple[float, float]]
@@ -58,13 +56,9 @@ def named_curves(panels: Mapping[str, Mapping[str, Points]], *, quality: float, 
             sizes, levels = [size / 1e6 for size, _ in points], [level for _, level in points]
             axes.plot(sizes, levels, _STYLES[dtype], marker="o", markersize=3.5, linewidth=1.6, color=colour)
             ends.append((name, sizes[-1], levels[-1], colour))
-        axes.set_xscale("log")
-        axes.set_xlabel("MB of tensors")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        size_axis(axes)
+        axes.set_xlabel("size of tensors (MB)")
         axes.set_ylabel(label)
-        grid_below(axes)
         _name_curves(axes, ends)
     all_axes[0].axhline(quality, color=QUIET, linewidth=0.8, linestyle=":", zorder=0)
     all_axes[0].set_title(title)

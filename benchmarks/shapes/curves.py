@@ -40,10 +40,7 @@ OTHERS = (
     SCALED,
 )
 MAIN = ("style", "heart", "crescent-32", "dots-loha", "style-32", "crescent-lokr")
-SEEDS = {
-    "style, rank 32": ("style-32", "style-32-seed2", "style-32-seed3"),
-    "heart": ("heart", "heart-seed2", "heart-seed3"),
-}
+SEEDS = (("style-32", "style-32-seed2", "style-32-seed3"), ("heart", "heart-seed2", "heart-seed3"))
 DRAWS = 5
 
 
@@ -139,7 +136,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="methods, of those that the page has")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for name in args.names or dict.fromkeys([*MAIN, *(seed for seeds in SEEDS.values() for seed in seeds)]):
+    for name in args.names or dict.fromkeys([*MAIN, *(seed for seeds in SEEDS for seed in seeds)]):
         for methods, draws in ((ROUNDED, DRAWS if name in MAIN else 1), (OTHERS if name in MAIN else (ANCHOR,), 1)):
             if chosen := [method for method in methods if not args.only or method in args.only]:
                 add(name, brief(measure(name, args.work, chosen, draws)))

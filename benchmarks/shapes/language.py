@@ -179,24 +179,29 @@ def curve_of(results: Mapping[str, Any], task: str, name: str) -> Curve | None:
     return Curve.of(list(points.items())) if len(points) > 1 else None
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 def tables(results: Mapping[str, Any]) -> str:
     """Divergence and right answers at each size, and Bjøntegaard differences."""
     lines = []
     for task in TASKS:
         unshrunk, none = results[f"{task}|whole"], results[f"{task}|none"]
         lines += [
-            f"**{task}** ({unshrunk['bytes'] / 1000:.0f} kB; right answers {unshrunk['right']:.0%}, without it "
-            f"{none['right']:.0%})\n",
-            f"| method | {' | '.join(f'{share:.0%} of the numbers' for share in _SHARES)} | size at equal divergence |",
+            f"**{task}** ({unshrunk['bytes'] / 1000:.0f} kB; right answers {_percent(unshrunk['right'])}, "
+            f"without it {_percent(none['right'])})\n",
+            f"| method | {' | '.join(f'{_percent(share)} of the numbers' for share in _SHARES)} "
+            "| size at equal divergence |",
             f"|{' --- |' * (len(_SHARES) + 2)}",
         ]
         anchor = curve_of(results, task, ANCHOR)
         for name in METHODS:
             rows = [results.get(f"{task}|{name}|{share}") for share in _SHARES]
-            cells = ["–" if row is None else f"{np.mean(row['nats']):.2g} / {row['right']:.0%}" for row in rows]
+            cells = ["–" if row is None else f"{np.mean(row['nats']):.2g} / {_percent(row['right'])}" for row in rows]
             curve = curve_of(results, task, name)
             gap = rate_gap([(anchor, curve)]) if anchor and curve and name != ANCHOR else None
-            cells.append(f"{gap.value:.0%} ({gap.low:.0%} to {gap.high:.0%})" if gap else "–")
+            cells.append(f"{_percent(gap.value)} ({100 * gap.low:.0f} to {100 * gap.high:.0f})" if gap else "–")
             lines.append(f"| `{name}` | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).strip()

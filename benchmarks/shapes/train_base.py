@@ -57,7 +57,7 @@ def train_judge(autoencoder: AutoencoderKL, run: Run) -> Judge:
     def loss(step: int) -> Tensor:
         drawn = torch.randint(len(pixels), (_JUDGE_BATCH,), generator=seeded(4, step))
         noise = torch.randn((_JUDGE_BATCH, *pixels.shape[1:]), generator=seeded(5, step))
-        return judge.loss(model, pixels[drawn] + 0.03 * noise, {name: each[drawn] for name, each in right.items()})
+        return judge.loss(model, pixels[drawn] + 0.03 * noise, {name: truth[drawn] for name, truth in right.items()})
 
     fit("judge", model, loss, _JUDGE_PLAN, run)
     return model

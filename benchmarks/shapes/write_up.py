@@ -1,4 +1,4 @@
-"""docs/evidence.md and its figures, from `study.json`: `python write_up.py`."""
+"""docs/evidence.md and its figures, from the `.json` files beside this one: `python write_up.py`."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ def predicted_table(studies: Studies) -> str:
 
 
 def judged_table(studies: Studies) -> str:
-    """Share of pictures that show the concept near 40 dB, and of plain prompts that are right."""
+    """Share of pictures that show the concept near 40 dB, and the PSNR of plain prompts."""
     rows = []
     for name in (curves.ANCHOR, _FP8, _PACKED):
         cells = []
@@ -326,7 +326,7 @@ def judged_table(studies: Studies) -> str:
 def retrained_table(studies: Studies) -> str:
     """What further seeds of training take for 40 dB, as shares of `fro_ckpt,bytes` in fp16."""
     rows = []
-    for names in curves.SEEDS.values():
+    for names in curves.SEEDS:
         for name in names:
             anchor = reached(studies[name], curves.ANCHOR) if name in studies else None
             cells = [

@@ -98,9 +98,14 @@ def evidence(
     ] = 1,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of each picture.")] = None,
     quality: Annotated[float, typer.Option("--quality", help="PSNR in dB at which sizes are compared.")] = 40.0,
-    against: Annotated[str, typer.Option("--against", help="Method to compare the others with.")] = (
-        "fro_ckpt,bytes fp16"
-    ),
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="METHOD",
+            help="Method to compare the others with. The default is fro_ckpt,bytes fp16, or else the first one.",
+        ),
+    ] = None,
     calibration: Calibration = None,
     images_config: ImagesConfig = None,
     with_prompts: Annotated[bool, typer.Option("--with-prompts", help="Put the prompts into the results.")] = False,
@@ -128,7 +133,7 @@ def evidence(
         plan=plan,
         prompts=prompts,
         methods=methods or (),
-        dtypes=dtypes.split(",") if dtypes else (),
+        dtypes=[name.strip() for name in dtypes.split(",")] if dtypes else (),
         sizes=[size * 2**20 for size in sizes_of("--sizes", sizes)],
         seeds=seeds_of(seeds),
         draws=draws,

@@ -61,7 +61,10 @@ class Method:
         scaled = score.endswith(SCALED)
         score = score.removesuffix(SCALED)
         if score not in ("rank", "energy"):
-            Recipe.parse(f"{score},size=1")
+            try:
+                Recipe.parse(f"{score},size=1")
+            except RecipeError as error:
+                raise RecipeError(f"--methods {text}: {error}") from None
         names = [dtype.strip()] if dtype else list(dtypes) or ["fp16"]
         for name in names:
             if name not in DTYPES:
@@ -70,7 +73,7 @@ class Method:
         possible = [method for method in methods if method._is_possible]
         if not possible:
             raise UsageError(
-                f"--methods {text}: packed files are judged by {', '.join(_JUDGES)}, and are not scaled. "
+                f"--methods {text}: packed goes with {'; '.join(_JUDGES)}, without {SCALED}. "
                 "Leave packed out for others."
             )
         return possible

@@ -113,44 +113,37 @@ def _interval(row: _Row, names: Sequence[str], form: Callable[[float], str]) -> 
     return _NONE if value is None else f"{form(value)} ({form(low)} to {form(high)})"
 
 
-def _signed(level: float) -> str:
-    return f"{level:+.1f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
 _DIFFERENCES = (
     Column("method", "and dtype", lambda row: row.item.curve, code=True),
     Column("adapter", "of the study", lambda row: row.item.adapter or "mean of all"),
     Column(
         "dB at equal size",
         "Bjøntegaard difference of the mean PSNR, with the 95 % interval over the prompts",
-        lambda row: _interval(row, ("decibels", "decibels_low", "decibels_high"), _signed),
+        lambda row: _interval(row, ("decibels", "decibels_low", "decibels_high"), "{:+.1f}".format),
         _of("decibels"),
     ),
     Column(
         "size at equal quality",
         "Bjøntegaard difference in bytes of tensors, as a share, with the 95 % interval over the prompts",
-        lambda row: _interval(row, ("rate", "rate_low", "rate_high"), _percent),
+        lambda row: _interval(row, ("rate", "rate_low", "rate_high"), "{:.0%}".format),
         _of("rate"),
     ),
 )
 
-_REACHED = (
+_SIZES = (
     Column("adapter", "of the study", lambda row: row.item.adapter),
     Column("method", "and dtype", lambda row: row.item.curve, code=True),
     number_column("tensors", "bytes without the header", _of("payload"), size_text),
     number_column("file", "bytes with the header", _of("bytes"), size_text),
+)
+
+_REACHED = (
+    *_SIZES,
     number_column("worst picture", "PSNR of the worst picture at this size", _of("worst_db"), decibel_text),
 )
 
 _POINTS = (
-    Column("adapter", "of the study", lambda row: row.item.adapter),
-    Column("method", "and dtype", lambda row: row.item.curve, code=True),
-    number_column("tensors", "bytes without the header", _of("payload"), size_text),
-    number_column("file", "bytes with the header", _of("bytes"), size_text),
+    *_SIZES,
     number_column("mean", "PSNR", _of("mean_db"), decibel_text),
     number_column("worst", "PSNR of the worst picture", _of("worst_db"), decibel_text),
     number_column("predicted", "mean PSNR", _of("predicted_db"), decibel_text),

@@ -46,10 +46,12 @@ from lorashrink.sums.summing import contents_sha256
 if TYPE_CHECKING:
     from lorashrink.pictures.drawing import Picture
 
-# Pictures, uint8 [height, width, 3], and their prompts -> name of what a judge tells -> a number for each picture.
+# Pictures, uint8 [height, width, 3], and their prompts -> name of what is judged -> a number for each picture.
 Judge = Callable[[Sequence[Any], Sequence[str]], Mapping[str, Sequence[float]]]
 
 QUALITY = 40.0  # dB
+
+_ANCHOR = "fro_ckpt,bytes fp16"
 
 # Between these a curve is measured, where no sizes are given; its ends lie beyond them.
 _LOWEST, _HIGHEST = 30.0, 44.0  # dB
@@ -60,6 +62,8 @@ _LEAST_GAIN = 1.0  # dB of a step: where larger files are hardly better, roundin
 _START = {"fp16": 0.25, "bf16": 0.25, "fp8": 0.09, "mixed": 0.11, "packed": 0.04}
 
 _APART = 0.01  # the sizes of files of nearly one size, from one to the next
+
+_SCALING_PROMPTS = 12
 
 _DIGITS = 4  # of what is measured of a picture
 
@@ -81,7 +85,7 @@ def evidence(
     draws: int = 1,
     steps: int | None = None,
     quality: float = QUALITY,
-    against: str = "fro_ckpt,bytes fp16",
+    against: str | None = None,
     calibration: str | Path | None = None,
     settings: str | Path | None = None,
     plan: bool = False,
@@ -103,10 +107,10 @@ def evidence(
     dtypes: for methods that name none. sizes: bytes of tensors that are tried; by default each curve is followed from
         30 to 44 dB. seeds: each prompt is drawn with each. steps: of each picture, in place of the prompts' own.
     quality: PSNR in dB at which sizes are compared. draws: files of nearly this size that are averaged there.
-    against: the method that others are compared with.
+    against: the method that others are compared with; default is `fro_ckpt,bytes fp16`, or else the first one.
     calibration: a table; default is one at hand as for `shrink`, or else one is made in the output folder.
     plan: measure nothing, and tell how much work it would be. with_prompts: the texts of prompts are in the results.
-    judge: told the pictures and prompts of each file; its numbers are kept.
+    judge: is called with the pictures and prompts of each file; its numbers are kept.
 
     An adapter that fails is in `failed`, a method that does is in `notes`. Raises UsageError, InputError or OutputError
     if nothing can be done at all.
@@ -120,7 +124,7 @@ def evidence(
     sources = _named(find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters))
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"-o {folder}: is a file. Name a folder for the page and the numbers.")
-    anchor = next((str(method) for method in chosen if str(method) == against), str(chosen[0]))
+    anchor = _anchor(list(map(str, chosen)), against)
     side = own_side(model_path, companion)
     trials = {
         name: partial(trial_of, source, _prompts_for(prompts, name), side=side, scale=kind.scale)
@@ -182,6 +186,15 @@ def _check(draws: int, steps: int | None, sizes: Sequence[float], seeds: Sequenc
         raise UsageError("--sizes: are above 0.")
     if not 10 <= quality <= 80:
         raise UsageError(f"--quality {quality:g}: is a PSNR in dB, from 10 to 80.")
+
+
+def _anchor(methods: Sequence[str], against: str | None) -> str:
+    """The method that others are compared with."""
+    if against is None:
+        return _ANCHOR if _ANCHOR in methods else methods[0]
+    if against not in methods:
+        raise UsageError(f"--against {against}: is none of the methods: {'; '.join(methods)}.")
+    return against
 
 
 def _named(sources: Sequence[Path]) -> dict[str, Path]:
@@ -250,15 +263,14 @@ class _Study:
             with open_statistics(self.table) as statistics:
                 self.table_key = statistics.fingerprint
         total = len(self.subjects) * len(self.request.methods)
-        for name, subject in self.subjects.items():
+        for number, (name, subject) in enumerate(self.subjects.items()):
             with boundary(subject.source, partial(_failed, self.failed, subject.source)), subject:
                 self.studied[name] = subject.studied()
-                for method in self.request.methods:
+                for done, method in enumerate(self.request.methods, number * len(self.request.methods) + 1):
                     with boundary(subject.source, partial(self._note, f"{name}, {method}")):
                         self.measured += subject.curve(method)
                     if self.progress:
-                        done = len(self.studied) * len(self.request.methods) - len(self.request.methods)
-                        self.progress("curves", done + self.request.methods.index(method) + 1, total)
+                        self.progress("curves", done, total)
 
     def _note(self, what: str, error: LorashrinkError) -> None:
         self.notes.append(f"{what}: not measured. {error}")
@@ -295,7 +307,8 @@ class _Subject:
         self._kept: dict[bool, list[Picture]] = {}
         with open_adapter(source) as adapter:
             self.sha256 = contents_sha256(adapter)
-            self._adapter_facts = (adapter.layers[0].algo if adapter.layers else "", adapter.store.nbytes)
+            self._algo = adapter.layers[0].algo if adapter.layers else ""
+            self._payload = adapter.store.nbytes
             self._is_lora = all(layer.family.name == "lora" for layer in adapter.layers)
             self._bytes = sum(file.stat().st_size for file in adapter.store.files)
         steps = study.request.steps
@@ -334,15 +347,14 @@ class _Subject:
                 f"{self.name}: the adapter, its prompts or the model are not those of {others} earlier measurements, "
                 "which are not used"
             )
-        algo, payload = self._adapter_facts
         own = [shot.prompt for shot in self.own]
         none = self._remembered("none", lambda: {"psnr": self._against_none()})
         return Studied(
             name=self.name,
             sha256=self.sha256,
-            algo=algo,
+            algo=self._algo,
             bytes=self._bytes,
-            payload=payload,
+            payload=self._payload,
             full_size=self._full_size,
             pictures=len(self.own),
             words=self.trial.words,
@@ -474,7 +486,7 @@ class _Subject:
         return int(self._remembered("whole", lambda: {"bytes": self._maker.full_size})["bytes"])
 
     def _remembered(self, name: str, compute: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
-        """Facts that need no drawing anew in a later run."""
+        """Facts that a later run takes from the journal."""
         key = f"{self.name}|{self.scope}|{name}"
         entry = self.study.journal.get(key)
         if entry is None:
@@ -546,9 +558,6 @@ class _Subject:
         return path
 
 
-_SCALING_PROMPTS = 12
-
-
 def _without(prompts: Sequence[Prompt], triggers: Sequence[str]) -> Iterator[Prompt]:
     """The prompts without the words that call the adapter; none that would be left empty."""
     if not triggers:
@@ -578,22 +587,16 @@ def _reached(result: Evidence) -> Iterator[Reached]:
         for name in result.curves:
             curve = _curve(result, adapter.name, name)
             if curve:
-                yield reached(result, adapter.name, name, curve)
+                yield _reached_by(result, adapter.name, name, curve)
 
 
-def reached(result: Evidence, adapter: str, name: str, curve: Curve) -> Reached:
+def _reached_by(result: Evidence, adapter: str, name: str, curve: Curve) -> Reached:
     """What the curve takes for the quality: by the files drawn at it where there are some, else between its points."""
-    payload, draws = (
-        curve.size_for(result.quality),
-        [
-            point
-            for point in result.results
-            if (point.adapter, point.curve, point.plain) == (adapter, name, False) and point.draw
-        ],
-    )
+    payload = curve.size_for(result.quality)
     if payload is None:
         return Reached(adapter, name, result.quality, None, None, None, 0)
     worst = curve.worst_at(payload)
+    draws = [point for point in result.results if point.adapter == adapter and point.curve == name and point.draw]
     if draws:
         # The draws lie beside the quality by chance; the curve says what that is in bytes.
         size = fmean(point.payload for point in draws)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from lorashrink.files.header import read_header
@@ -11,7 +12,7 @@ from lorashrink.pictures.pipelines import check_model, own_side, weights_variant
 from lorashrink.results.evidence import Reckoned, Workload
 
 # Files of a curve whose sizes are not given: about so many lie between the qualities of interest, with both ends.
-FILES = 5
+_FILES = 5
 
 # Of GPUs: memory in GB, one that has it, and the 10^12 operations in half precision that it does in a second of such
 # work, about a third of what its maker names.
@@ -45,20 +46,20 @@ def workload(
     steps: int | None,
 ) -> Workload:
     """The work of a study, about. pictures: of each file. sizes: of each curve, 0 if they are not given."""
-    files_of_curve = (sizes or FILES) + draws
+    files_of_curve = (sizes or _FILES) + draws
     files = adapters * len(methods) * files_of_curve
     scaled = adapters * files_of_curve * sum(method.scaled for method in methods)
     # Each curve's plain prompts, and the original adapter and none.
     drawings = (files + adapters * (len(methods) + 3)) * pictures
     side, memory = own_side(model, settings), _weights(model) + _LIBRARIES
     memory += _BYTES_PER_PIXEL * side**2
-    operations = _OPERATIONS.get(check_model(model, settings))
     reckoned = []
-    for gigabytes, like, speed in _GPUS if operations else ():
-        assert operations
-        seconds = operations[0] * operations[1] * (steps or _STEPS) * side**2 / 2**20 / speed
-        hours = seconds * (drawings + _SCALING * scaled) / 3600
-        reckoned.append(Reckoned(gigabytes, like, memory <= gigabytes * 1e9, seconds, hours))
+    if operations := _OPERATIONS.get(check_model(model, settings)):
+        of_a_picture = math.prod(operations) * (steps or _STEPS) * side**2 / 2**20
+        for gigabytes, like, speed in _GPUS:
+            seconds = of_a_picture / speed
+            hours = seconds * (drawings + _SCALING * scaled) / 3600
+            reckoned.append(Reckoned(gigabytes, like, memory <= gigabytes * 1e9, seconds, hours))
     return Workload(adapters, len(methods), files, drawings, int(memory), tuple(reckoned))
 
 

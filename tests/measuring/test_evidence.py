@@ -206,6 +206,7 @@ def test_a_plan_says_what_was_reckoned_and_draws_nothing(tmp_path: Path) -> None
         ([MODEL, STYLE], "-o"),
         ([MODEL, STYLE, "-o", "out", "--methods", "rank fp9"], "fp9"),
         ([MODEL, STYLE, "-o", "out", "--sizes", "4;8"], "commas"),
+        ([MODEL, STYLE, "-o", "out", "--against", "rank fp8"], "--against rank fp8"),
         ([STYLE, STYLE, "-o", "out"], "style.safetensors"),
     ],
 )
@@ -216,7 +217,6 @@ def test_what_cannot_be_done_is_one_line(words: list[object], message: str) -> N
 
 
 def test_a_file_that_is_no_adapter_fails_alone(tmp_path: Path) -> None:
-    ls.norms(MODEL, tmp_path / "norms.json")
     (tmp_path / "text.safetensors").write_text("no tensors")
     result = ls.evidence(MODEL, [tmp_path / "text.safetensors", STYLE], output=tmp_path / "out", plan=True)
     (failure,) = result.failed
