@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorashrink.engine.delta import Delta
 
 
-def pissa(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def _pissa(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """s·B₀ [out, r] and A₀ [r, in] by PiSSA, float32 as in PEFT."""
     import torch
 
@@ -29,7 +29,7 @@ def pissa(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * sigma[:rank], vh[:rank]
 
 
-def olora(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def _olora(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """s·B₀ [out, r] and A₀ [r, in] by OLoRA, float32 as in PEFT."""
     import torch
 
@@ -38,7 +38,7 @@ def olora(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 # initialisation -> its first factors, of (W, r, s)
-_FIRST: Mapping[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = {"pissa": pissa, "olora": olora}
+_FIRST: Mapping[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = {"pissa": _pissa, "olora": _olora}
 
 
 @cache

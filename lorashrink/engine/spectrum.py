@@ -354,7 +354,7 @@ def _vectors(
             right.to(device, dtype) @ delta.down.to(device, dtype),
         )
     if isinstance(delta, Dense):
-        return dense_vectors(delta, spectrum, index, factors, device)
+        return _dense_vectors(delta, spectrum, index, factors, device)
     assert isinstance(delta, Kronecker)
     assert spectrum.pair is not None
     first, second, order = spectrum.pair
@@ -367,7 +367,7 @@ def _vectors(
     return up, down
 
 
-def dense_vectors(
+def _dense_vectors(
     delta: Dense, spectrum: Spectrum, index: Tensor, factors: tuple[float, float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`_vectors` of a matrix, whose vectors on the shorter side are the eigenvectors of its Gram matrix."""

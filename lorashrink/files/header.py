@@ -131,7 +131,7 @@ def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[
     Raises InputError if the file cannot be opened, and DamagedFile if it is cut short, no safetensors file, or has a
     header that contradicts itself or the file's size.
     """
-    raw, size = raw_header(path)
+    raw, size = _raw_header(path)
     data_start = 8 + len(raw)
     try:
         header = json.loads(raw)
@@ -156,7 +156,7 @@ def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[
     return tensors, metadata, raw
 
 
-def raw_header(path: Path) -> tuple[bytes, int]:
+def _raw_header(path: Path) -> tuple[bytes, int]:
     """(header without its length, size of the file). Raises as `read_header`."""
     try:
         with open_file(path) as handle:

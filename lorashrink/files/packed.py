@@ -415,7 +415,7 @@ def decode(words: Any, runs: Sequence[Run], tables: Mapping[str, Sequence[int]],
         totals[runs[index].class_] = totals.get(runs[index].class_, 0) + runs[index].count
     try:
         ans = coder().stack.AnsCoder(words)
-        numbers = [decode_class(ans, class_, count, tables[str(class_)]) for class_, count in totals.items()]
+        numbers = [_decode_class(ans, class_, count, tables[str(class_)]) for class_, count in totals.items()]
     except ValueError as error:
         raise DamagedFile(f"{path}: the code of the packed file is damaged. Download or copy it again.") from error
     steps = np.array([step(runs[index].scale, runs[index].class_) for index in by_class], dtype=np.float32)
@@ -427,7 +427,7 @@ def decode(words: Any, runs: Sequence[Run], tables: Mapping[str, Sequence[int]],
     return torch.cat(ordered)
 
 
-def decode_class(ans: Any, class_: int, count: int, table: Sequence[int]) -> Whole:
+def _decode_class(ans: Any, class_: int, count: int, table: Sequence[int]) -> Whole:
     """The numbers of a class, [count] int32: those of the table, escaped ones, and low bits beside them."""
     import numpy as np
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lorashrink.adapters import open_adapter, peft
 from lorashrink.bases import Base, open_base
 from lorashrink.engine.devices import pick_device
-from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
+from lorashrink.errors import InputError, NonFinite, UsageError
 from lorashrink.files.disk import content_fingerprint, sha256_file, user_cache, write_bytes
 from lorashrink.files.reading import open_tensors
 from lorashrink.pictures.adapting import adapted, check_adapter
@@ -83,7 +83,7 @@ def default_folder() -> Path:
     """The folder that pictures are kept in between runs. Raises UsageError where there is no such place."""
     folder = user_cache()
     if folder is None:
-        raise UsageError("there is no home folder to keep pictures in; name another one with --images-out.")
+        raise UsageError("no home folder to keep pictures in. Set HOME, or give --images-out where a command has it.")
     return folder / "pictures"
 
 
@@ -105,10 +105,7 @@ def write_picture(path: Path, picture: Picture) -> Path:
 
     data = io.BytesIO()
     Image.fromarray(picture).save(data, "png")
-    try:
-        write_bytes(path, data.getvalue())
-    except OutputError as error:
-        raise OutputError(f"--images-out {error}") from error
+    write_bytes(path, data.getvalue())
     return path
 
 

@@ -236,7 +236,7 @@ def shrink_source(
         if not contents:
             return _carried_out(source, outputs, session), {}
         with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
-            return shrink_copy(Path(folder), source, outputs, contents, session)
+            return _shrink_copy(Path(folder), source, outputs, contents, session)
     except BaseException:
         _open.pop(run_id)[1].close()  # its threads may have been stopped
         raise
@@ -284,7 +284,7 @@ def _carried_out(source: Path, outputs: Mapping[Path, Recipe], session: Session)
     return box.done
 
 
-def shrink_copy(
+def _shrink_copy(
     folder: Path, source: Path, outputs: Mapping[Path, Recipe], contents: Files, session: Session
 ) -> tuple[Done, dict[Path, Files]]:
     """The same with files in a folder of this machine, and their own names in the outcome."""

@@ -55,12 +55,12 @@ def refuse_options(held: Tensors, names: Collection[str]) -> None:
 def put_back(held: Tensors, state: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Give a PeftModel or pipeline the shrunk adapter in place of the one that it was taken from."""
     if hasattr(held.model, "load_lora_weights"):
-        put_into_pipeline(held, state)
+        _put_into_pipeline(held, state)
     else:
-        put_into_peft_model(held, state, settings)
+        _put_into_peft_model(held, state, settings)
 
 
-def put_into_peft_model(held: Tensors, state: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]]) -> None:
+def _put_into_peft_model(held: Tensors, state: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]]) -> None:
     """`put_back` for a PeftModel."""
     from peft import LoraConfig, set_peft_model_state_dict
 
@@ -78,7 +78,7 @@ def put_into_peft_model(held: Tensors, state: Mapping[str, Tensor], settings: Ma
     model.set_adapter(name)
 
 
-def put_into_pipeline(held: Tensors, state: Mapping[str, Tensor]) -> None:
+def _put_into_pipeline(held: Tensors, state: Mapping[str, Tensor]) -> None:
     """`put_back` for a diffusers pipeline, at the strengths that the old adapter had."""
     pipeline, name = held.model, held.adapter_name
     weights = {component: _weight(module, name) for component, module in pipeline.components.items()}

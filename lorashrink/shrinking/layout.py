@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import cache
 from typing import NamedTuple
 
 from lorashrink.adapters import Adapter, Layer, lora_form, peft
@@ -90,8 +89,8 @@ class Layout:
         self._converted = frozenset(position for position, layer in enumerate(self.layers) if not layer.family.written)
         # Layers whose core is multiplied into a factor, which may become larger than both.
         self._folded = frozenset(position for position, layer in enumerate(self.layers) if "mid" in layer.keys)
-        # Both are computed when they are needed, once for this layout and all that are made of it.
-        self._sizes = cache(self._all_sizes)
+        # Both are filled when they are needed, once for this layout and all that are made of it.
+        self._sizes: list[Sizes] = []  # at most one
         self._groups: dict[tuple[int, int, str], Sizes.Group] = {}  # (position, rank, dtype) -> its tensors
 
     def of(self, recipe: Recipe) -> Layout:
@@ -121,7 +120,9 @@ class Layout:
 
     def size(self, widths: Sequence[int], threshold: float | None, form: str | None = None) -> int:
         """Bytes of the file."""
-        sizes = self._sizes()
+        if not self._sizes:
+            self._sizes.append(self._all_sizes())
+        (sizes,) = self._sizes
         groups = [sizes.group(self._copied)]
         for position, width in self._parts(widths, form):
             key = position, width, self.dtypes[position]
