@@ -34,6 +34,7 @@ from lorashrink.shrinking.request import Job
 from lorashrink.shrinking.reuse import OpenSource
 from lorashrink.shrinking.session import Session, open_session
 from lorashrink.shrinking.work import Work
+from lorashrink.text import count_text
 
 QUALITY = 40.0  # dB, where pictures are the same at a glance
 
@@ -155,9 +156,12 @@ def _pack_file(source: Path, outputs: Mapping[Path, Recipe], session: Session, g
 def _without_experts(adapter: Adapter) -> Adapter:
     """The adapter with factors of experts, whose numbers are in another order, as tensors that are copied."""
     experts = [layer for layer in adapter.layers if layer.family.name == "experts"]
+    if not experts:
+        return adapter
     copied = {key: "factors of experts, which are not packed" for layer in experts for key in layer.keys.values()}
     layers = tuple(layer for layer in adapter.layers if layer not in experts)
-    return replace(adapter, layers=layers, others={**adapter.others, **copied})
+    note = f"factors of experts are copied and not packed: {count_text(len(experts), 'layer')}, first {experts[0].name}"
+    return replace(adapter, layers=layers, others={**adapter.others, **copied}, notes=(*adapter.notes, note))
 
 
 def _best_within(size: int, dimensions: Dimensions, build: Callable[[Allocation], Draft], source: Path) -> Draft:

@@ -275,6 +275,23 @@ def test_a_folder_of_peft_unpacks_to_a_folder(tmp_path: Path) -> None:
 # --- other commands -----------------------------------------------------------------------------
 
 
+def test_factors_of_experts_are_copied_and_named(tmp_path: Path) -> None:
+    experts, query = (f"base_model.model.model.layers.0.{name}" for name in ("mlp.experts", "self_attn.q_proj"))
+    copied = {f"{experts}.lora_A.weight": torch.randn(4 * 8, 48), f"{experts}.lora_B.weight": torch.randn(40, 8 * 4)}
+    lora = {f"{query}.lora_A.weight": torch.randn(8, 48), f"{query}.lora_B.weight": torch.randn(48, 8)}
+    source = tmp_path / "moe"
+    source.mkdir()
+    save_file({**copied, **lora}, source / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_parameters": ["mlp.experts.down_proj"]}
+    (source / "adapter_config.json").write_text(json.dumps(settings))
+    result = packed(source, tmp_path / "packed.safetensors")
+    assert [warning for warning in result.warnings if "not packed: 1 layer, first " + experts in warning]
+    (weights,) = unpacked_file(Path(result.output), tmp_path / "out").rglob("*.safetensors")
+    tensors = load_file(weights)
+    for key, tensor in copied.items():
+        assert torch.equal(tensors[key], tensor)
+
+
 def test_other_commands_read_packed_files(tmp_path: Path) -> None:
     """Each gives for the packed file what it gives for the unpacked one."""
     packed(small(tmp_path / "a.safetensors", dora=False), tmp_path / "p.safetensors")
