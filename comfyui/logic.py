@@ -216,12 +216,11 @@ def report(shrunk: Shrunk, method: Method | None = None) -> str:
     return "\n".join(lines)
 
 
-def curve_figure(shrunk: Shrunk, base: Base | None) -> Figure:
-    """Size against error of the LoRA, with the target ringed. With a base, layers share a size by their error in it."""
+def curve_figure(shrunk: Shrunk, method: Method) -> Figure:
+    """Size against error of the LoRA by a method, with the target ringed."""
     from lorashrink.plots.curve import size_and_choice
 
-    score = "bytes" if base is None else "fro_ckpt,bytes"
-    return size_and_choice(shrunk.prepared.curve(score, dtype=shrunk.outcome.dtype), shrunk.outcome)
+    return size_and_choice(shrunk.prepared.curve(method.score, dtype=shrunk.outcome.dtype), shrunk.outcome)
 
 
 # --- looking ------------------------------------------------------------------------------------

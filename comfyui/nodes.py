@@ -116,13 +116,13 @@ class _WithTarget(io.ComfyNode):
         return True
 
 
-def _shrink(source: str, model: Any, clip: Any, dtype: str, **target: Any) -> tuple[logic.Shrunk, str, Any]:
-    """(the shrunk LoRA, the report, the base in the model)."""
+def _shrink(source: str, model: Any, clip: Any, dtype: str, **target: Any) -> tuple[logic.Shrunk, str, logic.Method]:
+    """(the shrunk LoRA, the report, the method of the target)."""
     base = logic.base_of(model, clip)
     method = logic.method_for(source, base)
     recipe = logic.recipe_for(method=method, **target)
     shrunk = logic.shrink(source, recipe, dtype=dtype, base=base, calibration=method.calibration)
-    return shrunk, logic.report(shrunk, None if target["target"] == logic.RECIPE else method), base
+    return shrunk, logic.report(shrunk, None if target["target"] == logic.RECIPE else method), method
 
 
 def _applied(model: Any, clip: Any, state: Any, strength_model: float, strength_clip: float) -> tuple[Any, Any]:
@@ -152,9 +152,9 @@ class ShrinkLora(_OfFiles, _WithTarget):
 
     @classmethod
     def execute(cls, model, lora_name, strength_model, strength_clip, dtype, clip=None, **target: Any) -> io.NodeOutput:
-        shrunk, text, base = _shrink(_path(lora_name), model, clip, dtype, **target)
+        shrunk, text, method = _shrink(_path(lora_name), model, clip, dtype, **target)
         model, clip = _applied(model, clip, shrunk.state_dict(), strength_model, strength_clip)
-        picture = logic.to_image(logic.curve_figure(shrunk, base))
+        picture = logic.to_image(logic.curve_figure(shrunk, method))
         return io.NodeOutput(model, clip, shrunk, text, picture, ui=ui.PreviewText(text))
 
 

@@ -268,7 +268,10 @@ class _Study:
                 self.studied[name] = subject.studied()
                 for done, method in enumerate(self.request.methods, number * len(self.request.methods) + 1):
                     with boundary(subject.source, partial(self._note, f"{name}, {method}")):
+                        before = len(self.measured)
                         self.measured += subject.curve(method)
+                        if len(self.measured) == before:
+                            self.notes.append(f"{name}, {method}: not measured. It makes no file of these --sizes.")
                     if self.progress:
                         self.progress("curves", done, total)
 

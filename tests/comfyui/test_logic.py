@@ -211,7 +211,7 @@ def test_the_report_has_sizes_error_and_ranks(lora):
 
 
 def test_the_curve_is_a_picture_for_comfyui(lora):
-    image = logic.to_image(logic.curve_figure(logic.shrink(str(lora), ls.Recipe.parse("rank=4")), None))
+    image = logic.to_image(logic.curve_figure(logic.shrink(str(lora), ls.Recipe.parse("rank=4")), ALONE))
     assert image.shape == (1, 662, 1152, 3)
     assert image.dtype == torch.float32
     assert 0 <= float(image.min()) < 0.5 < float(image.max()) <= 1
