@@ -77,7 +77,9 @@ class Layout:
         self.verbatim, self.dtype, self.form = verbatim, dtype, form
         self.layers = [adapter.layers[index] for index in judged]
         self.forms = [Form.of(layer) for layer in self.layers]
-        self.no_fp8 = hinders_8_bits(adapter, family) if dtype == "auto" else ""  # why "auto" is fp16
+        # Why "auto" is fp16. What is in 8 bits already stays so, or the file would grow.
+        in_8_bits = all(layer.dtype.startswith("F8") for layer in self.layers)
+        self.no_fp8 = hinders_8_bits(adapter, family) if dtype == "auto" and not in_8_bits else ""
         # Per layer the dtypes that it may be written in, the preferred one first.
         self.options = [dtypes_for("fp16" if self.no_fp8 else dtype, layer.dtype) for layer in self.layers]
         self.dtypes: Sequence[str] = [options[0] for options in self.options]

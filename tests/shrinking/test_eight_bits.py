@@ -241,7 +241,9 @@ def test_auto_is_fp16_under_unknown_names_where_fp8_can_be_had(tmp_path: Path) -
     result = only(source, "auto", recipes="rank=2")
     assert result.dtype == "fp16"
     assert any("-t fp8 writes it anyway" in warning for warning in result.warnings)
-    assert only(source, "fp8", recipes="rank=2").dtype == "fp8"
+    in_fp8 = only(source, "fp8", recipes="rank=2")
+    again = only(Path(in_fp8.output), "auto", recipes="rank=1")
+    assert (in_fp8.dtype, again.dtype) == ("fp8", "fp8"), "a file in fp8 does not grow"
 
 
 def test_quality_changes_such_names_in_a_sum_as_well(tmp_path: Path) -> None:
