@@ -1,6 +1,7 @@
 """A CPU that stands in for a GPU: right numbers, and the errors of a GPU where tensors of two devices meet.
 
-In the threads where `Gpu` is entered there is a device "cuda:0". Its tensors are the CPU's with a mark.
+In the threads where `Gpu` is entered there is a device "cuda:0". Its tensors are the CPU's with a mark. Its products of
+float32 are in TF32, which a program around the engine may have allowed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ DEVICE = torch.device("cuda", 0)
 
 _INDEXED = (Tensor.__getitem__, Tensor.__setitem__)
 _MOVED = (Tensor.to, Tensor.cpu, Tensor.cuda)
+_PRODUCTS = (Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.bmm, torch.mm)
 
 
 class Gpu(TorchFunctionMode):
@@ -36,8 +38,11 @@ class Gpu(TorchFunctionMode):
         kwargs.pop("pin_memory", None)
         inputs = list(_tensors((args, kwargs)))
         gpu = any(map(on_gpu, inputs)) or (target is not None and torch.device(target).type == "cuda")
-        if func is not Tensor.copy_:
-            _check(func, args, inputs)
+        if func is Tensor.copy_:  # from one device to another
+            return func(*args, **kwargs)
+        _check(func, args, inputs)
+        if gpu and func in _PRODUCTS:
+            args = [_as_tf32(factor) if isinstance(factor, Tensor) else factor for factor in args]
         return _marked(func(*args, **kwargs), gpu)
 
     def _moved(self, func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -101,6 +106,13 @@ def installed() -> Iterator[None]:
         yield
         for pool in workers.values():
             pool.shutdown()
+
+
+def _as_tf32(factor: Tensor) -> Tensor:
+    """float32 with the 10 bits of mantissa that products on a GPU see where TF32 is allowed."""
+    if factor.dtype != torch.float32:
+        return factor
+    return ((factor.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
 
 
 def _is_device(option: object) -> bool:

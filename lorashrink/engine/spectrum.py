@@ -298,7 +298,8 @@ def alignment(delta: AnyDelta, spectrum: Spectrum, weight: Tensor, device: str |
     rank = spectrum.rank
     up, down = truncate(delta, spectrum, range(rank), device=device)
     up, down, weight = (tensor.to(core_device(device)) for tensor in (up, down, weight))
-    products = ((weight.float() @ down.float().mT) * up.float()).sum(0, dtype=torch.float64).cpu()
+    dtype = _product_dtype(delta, up.device)
+    products = ((weight.to(dtype) @ down.to(dtype).mT) * up.to(dtype)).sum(0, dtype=torch.float64).cpu()
     return torch.nn.functional.pad(products / spectrum.sigma[:rank], (0, len(spectrum.sigma) - rank))
 
 
@@ -307,25 +308,33 @@ def alignment(delta: AnyDelta, spectrum: Spectrum, weight: Tensor, device: str |
 
 def _truncated(cut: Cut, device: torch.device) -> tuple[Tensor, Tensor]:
     up, down = cut.finished(*_vectors(cut.delta, cut.spectrum, cut.dimensions, cut.halves, device))
-    return up.cpu(), down.cpu()
+    return up.to("cpu", cut.delta.precision), down.to("cpu", cut.delta.precision)
 
 
 def _truncated_together(cuts: Sequence[Cut], device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Layers of two factors and of equal shape; or one layer of any form."""
     if len(cuts) == 1:
         return [_truncated(cuts[0], device)]
-    dtype, most = cuts[0].delta.precision, max(len(cut.kept) for cut in cuts)
+    delta, most = cuts[0].delta, max(len(cut.kept) for cut in cuts)
+    dtype = _product_dtype(delta, device)
     maps = [_scaled_maps(cut.spectrum, cut.dimensions, cut.halves) for cut in cuts]
     # All as wide as the widest: what zeros make is cut off again.
     lefts = [torch.nn.functional.pad(left, (0, most - left.shape[1])) for left, _ in maps]
     rights = [torch.nn.functional.pad(right, (0, 0, 0, most - len(right))) for _, right in maps]
     factors = zip(*(cut.delta.tensors for cut in cuts), strict=True)
     ups, downs = (stacked(tensors, device).to(dtype) for tensors in factors)
-    ups, downs = on_cpu(ups @ stacked(lefts, device).to(dtype), stacked(rights, device).to(dtype) @ downs)
+    ups, downs = ups @ stacked(lefts, device).to(dtype), stacked(rights, device).to(dtype) @ downs
+    ups, downs = on_cpu(ups.to(delta.precision), downs.to(delta.precision))
     return [
         cut.finished(up[:, : len(cut.kept)], down[: len(cut.kept)])
         for cut, up, down in zip(cuts, ups, downs, strict=True)
     ]
+
+
+def _product_dtype(delta: AnyDelta, device: torch.device) -> torch.dtype:
+    """The dtype for products of the factors: float64 on CUDA, where float32 is as coarse as fp16 if the program around
+    this has allowed TF32, and that switch belongs to the whole process."""
+    return torch.float64 if device.type == "cuda" else delta.precision
 
 
 def _scaled_maps(spectrum: Spectrum, index: Tensor, factors: tuple[float, float]) -> tuple[Tensor, Tensor]:
@@ -340,14 +349,14 @@ def _vectors(
 ) -> tuple[Tensor, Tensor]:
     """√σ_i·u_i [out, k] and √σ_i·v_iᵀ [k, in·kh·kw] of the dimensions in `index`, each side times its factor."""
     if isinstance(delta, Experts):
-        dtype = delta.precision
+        dtype = _product_dtype(delta, device)
         left, right = _scaled_maps(spectrum, index, factors)
         ups = delta.up.to(device, dtype) @ left.to(device, dtype)  # [e, out, k]
         downs = right.to(device, dtype) @ delta.down.to(device, dtype)  # [e, k, in]
         return ups.movedim(0, 1).flatten(1), downs.flatten(0, 1)
     if spectrum.left is not None:
         delta = delta.factored()
-        dtype = delta.precision
+        dtype = _product_dtype(delta, device)
         left, right = _scaled_maps(spectrum, index, factors)
         return (
             delta.up.to(device, dtype) @ left.to(device, dtype),
@@ -361,7 +370,7 @@ def _vectors(
     grid, count = order[index], len(second.sigma)
     up_1, down_1 = _vectors(delta.first, first, grid // count, factors, device)
     up_2, down_2 = _vectors(delta.second, second, grid % count, (1.0, 1.0), device)
-    dtype = delta.precision
+    dtype = _product_dtype(delta, device)
     up = torch.einsum("ak,bk->abk", up_1.to(dtype), up_2.to(dtype)).reshape(-1, len(index))
     down = torch.einsum("ka,kb->kab", down_1.to(dtype), down_2.to(dtype)).reshape(len(index), -1)
     return up, down
@@ -374,7 +383,7 @@ def _dense_vectors(
     if spectrum.limit is not None:
         sketch, maps = _sketch(delta, spectrum.limit, device)
         return _vectors(sketch, maps, index, factors, device)
-    dtype = delta.precision
+    dtype = _product_dtype(delta, device)
     matrix = delta.matrix.to(device)
     vectors = eigh(_dense_gram(matrix))[1].flip(-1)[:, index.to(device)]  # [r, k]
     half = spectrum.sigma[index].sqrt().to(device)
@@ -435,7 +444,7 @@ def _dense_gram(matrix: Tensor) -> Tensor:
 
 def _sketch(delta: Dense, limit: int, device: torch.device) -> tuple[Delta, Spectrum]:
     """ΔW projected on the space of its first `limit` left vectors and some more, by subspace iteration."""
-    dtype, columns = delta.precision, limit + _SKETCH_EXTRA
+    dtype, columns = _product_dtype(delta, device), limit + _SKETCH_EXTRA
     matrix = delta.matrix.to(device, dtype)
     # The same random numbers each time: what is written must be what was judged.
     generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from lorashrink.engine import accelerators, devices, eigen, gram
 from lorashrink.engine import spectrum as engine
 from lorashrink.engine.accelerators import computed
-from lorashrink.engine.delta import AnyDelta, Delta, Dense, Kronecker
+from lorashrink.engine.delta import AnyDelta, Delta, Dense, Experts, Kronecker
 from lorashrink.engine.devices import pick_device
 from lorashrink.engine.eigen import eigh, eigvalsh, solver_device
 from lorashrink.engine.gram import Grams
@@ -368,5 +368,21 @@ def test_a_file_has_equal_bytes_alone_and_in_a_folder(
     assert alone <= set(batches)
     (first,) = (tmp_path / "alone").glob("a*")
     assert first.read_bytes() == (tmp_path / "together" / first.name).read_bytes()
-    resize(sources[0], recipes="energy=0.9", output=tmp_path / "cpu", device="cpu")
-    assert first.read_bytes() == (tmp_path / "cpu" / first.name).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["factors", "matrix", "experts"])
+def test_products_on_a_gpu_are_exact_where_tf32_is_allowed(gpu: None, form: str) -> None:
+    """The stand-in's float32 products are in TF32, which would be wrong in the fourth digit."""
+    ups, downs = randn(3, 30, 12).float(), randn(3, 12, 80, seed=1).float()
+    parts = [Delta(up, down, 0.5, (30, 80)) for up, down in zip(ups, downs, strict=True)]
+    delta: AnyDelta = Experts(ups, downs, 0.5, (90, 80))
+    if form != "experts":
+        parts = parts[:1]
+        delta = parts[0] if form == "factors" else Dense(parts[0].dense(), 1.0, (30, 80))
+    with ThreadPoolExecutor(1) as pool:
+        (pending,) = decompose([Item(lambda: delta, delta.rank)], pool, device="cuda")
+        solved = pending.result()
+    ((up, down),) = truncate_together([Cut(delta, solved, range(solved.rank))], "cuda")
+    for part, left, right in zip(parts, up.chunk(len(parts), 1), down.chunk(len(parts)), strict=True):
+        truth = part.dense().double()
+        assert float((left.double() @ right.double() - truth).norm() / truth.norm()) < 1e-6
