@@ -79,7 +79,7 @@ def report(
     """
     base, adapters = split_base(adapter, base)
     if len(adapters) > 1:
-        raise UsageError(f"{adapters[1]}: a report is about one adapter.")
+        raise UsageError(f"{adapters[1]}: a report is about one adapter. To compare two: lorashrink compare A B")
     from lorashrink.reports.report import report as run
 
     return run(

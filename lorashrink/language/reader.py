@@ -180,6 +180,12 @@ def load_model(model: Path, adapter: Path, device: str) -> tuple[bool, Any, Any]
     dtype = "auto" if chosen.startswith("cuda") else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(
+            f"{model}: transformers finds no tokenizer in it ({type(error).__name__}). Put the model's tokenizer.json and "
+            "tokenizer_config.json into the folder."
+        ) from error
+    try:
         kind = AutoModelForCausalLM if causal else AutoModel
         loaded = kind.from_pretrained(model, dtype=dtype, **options).to(chosen)
         wrapped = PeftModel.from_pretrained(loaded, str(adapter), adapter_name=_ORIGINAL)

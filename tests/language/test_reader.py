@@ -151,3 +151,24 @@ def test_wrong_requests_name_the_way_out(
     values = {"llama": llama, "trained": trained, "text": text, "short": tmp_path / "short.txt"}
     error = sweep(*(word.format(**values) for word in words), "-r", "rank=1", status=2)["error"]
     assert message in error
+
+
+def test_a_model_without_a_tokenizer_says_what_is_missing(
+    llama: Path, trained: Path, text: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((llama / name).read_bytes())
+    result = CliRunner().invoke(app, ["sweep", "--text", str(text), "--base", str(bare), str(trained)])
+    assert result.exit_code == 2
+    assert "bare: transformers finds no tokenizer in it" in result.stderr
+    assert "tokenizer.json" in result.stderr
+
+
+def test_shrink_with_a_language_model_names_the_command_that_reads_texts(
+    llama: Path, trained: Path, tmp_path: Path
+) -> None:
+    report = ls.shrink(trained, model=llama, output=tmp_path / "out")
+    (note,) = [note for note in report.notes if "draws no pictures" in note]
+    assert f"lorashrink sweep --text TEXT.txt --base {llama} ADAPTER" in note
