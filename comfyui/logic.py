@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 import lorashrink as ls
-from lorashrink.automatic.levels import LEVELS
 from lorashrink.automatic.method import Method
 from lorashrink.automatic.methods import Methods
 from lorashrink.automatic.sidecars import copy_sidecar, sidecars
@@ -21,6 +20,7 @@ from lorashrink.errors import NotABase, OutputError, UsageError
 from lorashrink.files.store import MIXTURES, OUTPUT_DTYPES
 from lorashrink.linking.inputs import is_sum, to_sum
 from lorashrink.pictures.likeness import ms_ssim, psnr
+from lorashrink.recipes.levels import LEVELS
 from lorashrink.results.prepared import Outcome
 from lorashrink.shrinking.prepared import Prepared
 from lorashrink.text import decibel_text, percent_text, share_text, size_text, span_text

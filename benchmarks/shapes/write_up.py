@@ -21,10 +21,10 @@ from PIL import Image
 from scipy.stats import bootstrap, spearmanr
 from study import FEW, RECIPES, RESULTS, SMALL, STUDIED
 
-from lorashrink.automatic.levels import ADAPTER_LINE, BASE_LINE
 from lorashrink.measuring.curves import Curve, quality_gap, rate_gap
 from lorashrink.plots import style
 from lorashrink.plots.rates import named_curves
+from lorashrink.recipes.levels import ADAPTER_LINE, BASE_LINE
 
 DOCS = Path(__file__).parents[2] / "docs"
 _RANKS = (1, 2, 4, 8)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorashrink.adapters import peft
-from lorashrink.automatic.levels import Level
 from lorashrink.automatic.method import Method
 from lorashrink.automatic.prompts import trial_of
 from lorashrink.automatic.searching import smallest_size
@@ -19,6 +18,7 @@ from lorashrink.pictures.drawing import Studio, read_picture, shots_of
 from lorashrink.pictures.likeness import psnr
 from lorashrink.pictures.pipelines import KINDS, check_model, check_packages, own_side
 from lorashrink.recipes.grammar import Recipe
+from lorashrink.recipes.levels import Level
 from lorashrink.results.automatic import PicturePair
 from lorashrink.results.shrinking import FileResult
 

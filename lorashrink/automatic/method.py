@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorashrink.automatic.levels import ADAPTER_LINE, BASE_LINE, Level, error_for
+from lorashrink.recipes.levels import ADAPTER_LINE, BASE_LINE, Level, error_for
 from lorashrink.text import percent_text
 
 if TYPE_CHECKING:

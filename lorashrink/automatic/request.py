@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorashrink._version import __version__
-from lorashrink.automatic.levels import Level, level_of
 from lorashrink.automatic.method import Method
 from lorashrink.automatic.methods import Methods
 from lorashrink.errors import UsageError
 from lorashrink.recipes.grammar import Recipe
+from lorashrink.recipes.levels import Level, level_of
 from lorashrink.results.automatic import Shrunk
 from lorashrink.results.shrinking import FileResult
 from lorashrink.text import bytes_in

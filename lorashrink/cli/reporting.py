@@ -42,7 +42,8 @@ def print_report_file(result: ReportFile, terminal: Terminal) -> None:
     if result.sweep and result.sweep.suggestion:
         suggestion = result.sweep.suggestion
         console.print(f"recommended: -r {suggestion.recipe}, {suggestion.reason}")
-    console.print(f"{result.path}: {size_text(result.bytes)}, open it in a browser")
+    what_next = "pictures are beside it" if result.path.endswith(".md") else "open it in a browser"
+    console.print(f"{result.path}: {size_text(result.bytes)}, {what_next}")
 
 
 @command(print_report_file)

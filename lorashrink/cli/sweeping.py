@@ -54,12 +54,16 @@ def print_sweep(result: Sweep, terminal: Terminal) -> None:
     elif result.read:
         worst["worst passage"] = [f"{point.texts.worst_distance:.2g}" for point in points if point.texts]
         worst["perplexity"] = [number_text(point.texts.perplexity) for point in points if point.texts]
+    predicted = {}
+    if any(point.predicted_db for point in points):
+        predicted["predicted"] = [decibel_text(point.predicted_db) if point.predicted_db else "-" for point in points]
     columns = {
         "recipe": [point.recipe for point in points],
         "size": [size_text(point.bytes) for point in points],
         "of before": [share_text(point.bytes / result.bytes) for point in points],
         **worst,
         "error": [share_text(None if point.calibrated else point.relative_error) for point in points],
+        **predicted,
         "energy": [share_text(point.energy) for point in points],
         "mean rank": [number_text(point.mean_rank, ".1f") for point in points],
         **means,

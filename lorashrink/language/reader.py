@@ -182,8 +182,8 @@ def load_model(model: Path, adapter: Path, device: str) -> tuple[bool, Any, Any]
         tokenizer = AutoTokenizer.from_pretrained(model, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(
-            f"{model}: transformers finds no tokenizer in it ({type(error).__name__}). Put the model's tokenizer.json and "
-            "tokenizer_config.json into the folder."
+            f"{model}: transformers finds no tokenizer in it ({type(error).__name__}). Put the model's tokenizer.json "
+            "and tokenizer_config.json into the folder."
         ) from error
     try:
         kind = AutoModelForCausalLM if causal else AutoModel

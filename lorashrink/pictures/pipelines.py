@@ -106,15 +106,22 @@ def pipeline_kind(model: Path) -> str:
     try:
         name = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
-        if (model / "config.json").is_file():
+        if _is_of_transformers(model):
             raise UsageError(
-                f"{model}: is no pipeline of diffusers and draws no pictures. If it is a language model, compare what it "
-                f"answers: lorashrink sweep --text TEXT.txt --base {model} ADAPTER"
+                f"{model}: is no pipeline of diffusers and draws no pictures. If it is a language model, compare what "
+                f"it answers: lorashrink sweep --text TEXT.txt --base {model} ADAPTER"
             ) from None
         raise UsageError(f"{model}: holds no model_index.json that names diffusers' pipeline.") from None
     if name not in KINDS:
         raise UsageError(f"{model}: is a {name}, and pictures are drawn with {_TITLES} only.")
     return str(name)
+
+
+def _is_of_transformers(model: Path) -> bool:
+    try:
+        return "architectures" in json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def check_model(model: Path, settings: Path | None = None) -> str:

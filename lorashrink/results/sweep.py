@@ -85,6 +85,7 @@ class Point:
     mean_rank: float  # over all layers, removed ones count as 0
     layers: int  # layers that remain
     calibrated: bool = False  # it keeps what matters for outputs, so that `relative_error` says little about it
+    predicted_db: float | None = None  # of calibrated recipes: PSNR to the pictures of the original adapter
     best: bool = False  # no point is both smaller and closer
     pictures: Pictures | None = None
     texts: Texts | None = None

@@ -18,6 +18,7 @@ from lorashrink.errors import InputError, NonFinite, Progress, UsageError
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.pictures.prompts import OWN, read_prompts
 from lorashrink.recipes.grammar import Recipe, parse_recipes
+from lorashrink.recipes.levels import ADAPTER_LINE, BASE_LINE, LEVELS, error_for
 from lorashrink.results.shrinking import FileResult, Report
 from lorashrink.results.sweep import Drawn, Pictures, Point, Read, Suggestion, Sweep
 from lorashrink.shrinking.ledger import Targets
@@ -42,6 +43,9 @@ _LEAST, _MOST, _WORTH_IT = 0.15, 0.8, 500_000
 
 # PSNR in dB of the worst picture from which a file is recommended; half precision alone often changes pictures more.
 CLOSE_PICTURES = 33.0
+
+# The level of `shrink` that is recommended where nothing is drawn or read.
+_HIGH = LEVELS["high"]
 
 # Distance in the worst passage up to which a file is recommended: divergence in nats per token, or of cosines.
 CLOSE_TEXTS = 0.01
@@ -287,6 +291,7 @@ def _point(result: FileResult) -> Point:
         mean_rank=sum(ranks) / len(ranks) if ranks else 0.0,
         layers=sum(rank > 0 for rank in ranks),
         calibrated=Recipe.parse(result.recipe).calibrated,
+        predicted_db=result.predicted_db,
     )
 
 
@@ -316,72 +321,65 @@ def _distance(point: Point) -> float:
 def suggest(
     points: Sequence[Point], before: int, drawn: Drawn | None = None, read: Read | None = None
 ) -> Suggestion | None:
-    """The smallest point whose worst picture or passage is close to the original adapter's; without, the knee.
+    """The smallest point that is close enough to the original adapter, or the closest point if none is; and why.
 
-    Close is a PSNR of `CLOSE_PICTURES` or more, or no lower than that of the worst picture in half precision; for texts
-    a distance of `CLOSE_TEXTS` at most.
+    With pictures, close is a worst picture of `CLOSE_PICTURES` or more, or of no less than that of half precision. With
+    a text, it is a distance of `CLOSE_TEXTS` at most in the worst passage. With neither, it is what `shrink` takes for
+    its quality "high".
     """
-    if read:
-        return _close_texts(points, before, read)
-    if drawn is None:
-        return _knee(points, before, "")
-    limit = min(CLOSE_PICTURES, drawn.floor.worst_psnr if drawn.floor else math.inf)
-    close = [(point, point.pictures) for point in points if point.pictures and point.pictures.worst_psnr >= limit]
-    if not close:
-        return _knee(points, before, f"no recipe keeps every picture at {decibel_text(limit)} or more; ")
-    chosen, pictures = min(close, key=lambda pair: pair[0].bytes)
-    floor = f" (half precision alone: {decibel_text(drawn.floor.worst_psnr)})" if drawn.floor else ""
-    reason = (
-        f"{share_text(chosen.bytes / before)} of the size; its worst picture has {decibel_text(pictures.worst_psnr)} "
-        f"against the original adapter's{floor}, the mean is {decibel_text(pictures.psnr)}; worst: "
-        f"{drawn.labels[pictures.worst]}"
-    )
-    return Suggestion(chosen.recipe, chosen.bytes, chosen.relative_error, reason)
-
-
-def _close_texts(points: Sequence[Point], before: int, read: Read) -> Suggestion | None:
-    close = [(point, point.texts) for point in points if point.texts and point.texts.worst_distance <= CLOSE_TEXTS]
-    if not close:
-        return _knee(points, before, f"no recipe keeps every passage within a {read.measure} of {CLOSE_TEXTS}; ")
-    chosen, texts = min(close, key=lambda pair: pair[0].bytes)
-    perplexity = f"; perplexity {texts.perplexity:.4g}, with the original adapter {read.perplexity:.4g}"
-    reason = (
-        f"{share_text(chosen.bytes / before)} of the size; {read.measure} {texts.worst_distance:.2g} in the worst "
-        f"passage (without the adapter {read.none.worst_distance:.2g}){perplexity if texts.perplexity else ''}"
-    )
-    return Suggestion(chosen.recipe, chosen.bytes, chosen.relative_error, reason)
-
-
-def _knee(points: Sequence[Point], before: int, preface: str) -> Suggestion | None:
-    """The knee of the front: the point furthest below the straight line between its ends.
-
-    Axes are the logarithm of the size and the distance, each from 0 to 1 (Satopaa et al. 2011, "Kneedle"). None with
-    fewer than three points on the front, or if all are equally large or close.
-    """
-    front = [point for point in points if point.best]
-    if len(front) < 3:
+    if not points:
         return None
-    sizes = [math.log(point.bytes) for point in front]
-    distances = [_distance(point) for point in front]
-    wide, tall = sizes[-1] - sizes[0], distances[0] - distances[-1]
-    if wide <= 0 or tall <= 0:
-        return None
-    below = [
-        1 - (size - sizes[0]) / wide - (distance - distances[-1]) / tall
-        for size, distance in zip(sizes, distances, strict=True)
-    ]
-    index = max(range(len(front)), key=below.__getitem__)
-    chosen, smaller = front[index], front[max(index - 1, 0)]
-    reason = (
-        f"{preface}{share_text(chosen.bytes / before)} of the size with {_distance_text(chosen)}, where the curve "
-        f"bends; the next smaller file, {share_text(smaller.bytes / before)}, has {_distance_text(smaller)}"
-    )
+    least = min(CLOSE_PICTURES, drawn.floor.worst_psnr if drawn and drawn.floor else math.inf)
+    close = [point for point in points if _is_close(point, least)]
+    if close:
+        chosen, preface = min(close, key=lambda point: point.bytes), ""
+    else:
+        chosen = min((point for point in points if point.best), key=_distance)
+        wanted = f"keeps the error of the weights at {share_text(_allowed_error(chosen))}"
+        if chosen.pictures:
+            wanted = f"keeps every picture at {decibel_text(least)} or more"
+        elif read:
+            wanted = f"keeps every passage within a {read.measure} of {CLOSE_TEXTS}"
+        preface = f"the closest, because no recipe {wanted}: "
+    reason = f"{preface}{share_text(chosen.bytes / before)} of the size; {_closeness(chosen, drawn, read)}"
     return Suggestion(chosen.recipe, chosen.bytes, chosen.relative_error, reason)
 
 
-def _distance_text(point: Point) -> str:
+def _is_close(point: Point, least: float) -> bool:
+    """Whether a point is close enough; `least` is the PSNR in dB that its worst picture needs."""
     if point.pictures:
-        return f"a worst picture of {decibel_text(point.pictures.worst_psnr)}"
+        return point.pictures.worst_psnr >= least
     if point.texts:
-        return f"a distance of {point.texts.worst_distance:.2g} in the worst passage"
-    return f"{share_text(point.relative_error)} error of the weights"
+        return point.texts.worst_distance <= CLOSE_TEXTS
+    if point.calibrated:
+        return point.predicted_db is not None and point.predicted_db >= _HIGH.mean
+    return point.relative_error <= _allowed_error(point)
+
+
+def _allowed_error(point: Point) -> float:
+    return error_for(_HIGH, BASE_LINE if Recipe.parse(point.recipe).judges_by_base else ADAPTER_LINE)
+
+
+def _closeness(point: Point, drawn: Drawn | None, read: Read | None) -> str:
+    """How close a point is to the original adapter, by what was looked at."""
+    if drawn and point.pictures:
+        floor = f" (half precision alone: {decibel_text(drawn.floor.worst_psnr)})" if drawn.floor else ""
+        return (
+            f"its worst picture has {decibel_text(point.pictures.worst_psnr)} against the original adapter's{floor}, "
+            f"the mean is {decibel_text(point.pictures.psnr)}; worst: {drawn.labels[point.pictures.worst]}"
+        )
+    if read and point.texts:
+        perplexity = ""
+        if point.texts.perplexity:
+            perplexity = f"; perplexity {point.texts.perplexity:.4g}, with the original adapter {read.perplexity:.4g}"
+        return (
+            f"{read.measure} {point.texts.worst_distance:.2g} in the worst passage (without the adapter "
+            f"{read.none.worst_distance:.2g}){perplexity}"
+        )
+    if point.calibrated:
+        predicted = "" if point.predicted_db is None else f"predicted {decibel_text(point.predicted_db)}; "
+        return f"{predicted}pictures not checked"
+    return (
+        f"{share_text(point.relative_error)} error of the weights, where {share_text(_allowed_error(point))} stands "
+        "for high quality; pictures not checked"
+    )

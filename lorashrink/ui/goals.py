@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorashrink.automatic.levels import LEVELS
 from lorashrink.automatic.method import Method
 from lorashrink.errors import UsageError
 from lorashrink.files.store import MIXTURES, OUTPUT_DTYPES
 from lorashrink.recipes.grammar import Recipe
+from lorashrink.recipes.levels import LEVELS
 
 # The dtypes to write, the default first and without those that are numbers.
 DTYPES = ("auto", *(dtype for dtype in (*OUTPUT_DTYPES, *MIXTURES) if not dtype.isdecimal() and dtype != "auto"))

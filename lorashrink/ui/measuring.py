@@ -10,10 +10,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lorashrink.adapters import peft
-from lorashrink.automatic.levels import LEVELS
 from lorashrink.errors import Progress, RecipeError
 from lorashrink.names import block
 from lorashrink.recipes.grammar import Recipe
+from lorashrink.recipes.levels import LEVELS
 from lorashrink.ui.goals import DTYPES, Help, recipe_of
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch import nn
 
 import lorashrink as ls
 import lorashrink_example
-from lorashrink.automatic.levels import ADAPTER_LINE, LEVELS, error_for
 from lorashrink.errors import InputError, UsageError
+from lorashrink.recipes.levels import ADAPTER_LINE, LEVELS, error_for
 
 MODEL = lorashrink_example.path("model")
 TABLE = lorashrink_example.path("table.safetensors")

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 import lorashrink as ls
 import lorashrink_example
-from lorashrink.automatic.levels import ADAPTER_LINE, BASE_LINE, LEVELS, error_for
 from lorashrink.automatic.run import PAGE
 from lorashrink.cli import app
 from lorashrink.errors import UsageError
+from lorashrink.recipes.levels import ADAPTER_LINE, BASE_LINE, LEVELS, error_for
 
 MODEL = lorashrink_example.path("model")
 TABLE = lorashrink_example.path("table.safetensors")

@@ -370,7 +370,8 @@ mantissa, so a layer changes by about 4 %.
 - diffusers multiplies the factors when it loads the names of kohya for FLUX, Wan, Qwen-Image, Chroma, FLUX.2 and
   Z-Image, and those of ComfyUI for Qwen-Image and Z-Image. PyTorch cannot do this in 8 bits. With a base, such files
   get other names (`diffusion_model.` for Wan, `transformer.` for the others). Without a base, `-t fp8` is refused, and
-  `-t auto` writes fp16, as it does for files whose names tell no model. `-t same` keeps 8-bit factors under their names.
+  `-t auto` writes fp16, as it does for files whose names tell no model. `-t same` keeps 8-bit factors under their
+  names.
 - Tensors that are not factors of LoRA keep 16 bits or more. `convert -t fp8` does not change other families.
 
 `-t mixed` chooses fp8 or fp16 for each layer by what a byte is worth. `-t auto` is fp8 if its rounding is small beside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,14 +59,38 @@ def test_no_point_beats_a_point_of_the_front() -> None:
     assert [point.bytes for point in points] == sorted(point.bytes for point in points)
 
 
-def test_the_knee_is_furthest_below_the_line_between_the_ends() -> None:
-    """With these errors at equal distances the knee is at the second size."""
-    points = _with_front([point_of(2**index, error) for index, error in enumerate([1, 0.2, 0.15, 0.1, 0])])
+def test_the_smallest_point_that_shrink_would_accept_is_recommended() -> None:
+    """By energy or rank 7.1 % of error stands for high quality, compared with the base 10 %."""
+    points = _with_front([point_of(2**index, error) for index, error in enumerate([1, 0.2, 0.09, 0.07, 0])])
     chosen = suggest(points, 16)
     assert chosen is not None
-    assert (chosen.bytes, chosen.relative_error) == (2, 0.2)
-    assert "12.50%" in chosen.reason
-    assert suggest(points[:2], 16) is None
+    assert (chosen.bytes, chosen.relative_error) == (8, 0.07)
+    assert chosen.reason == (
+        "50.00% of the size; 7.00% error of the weights, where 7.08% stands for high quality; pictures not checked"
+    )
+    by_base = [replace(point, recipe="fro_ckpt=1,thr=-3") for point in points]
+    chosen = suggest(by_base, 16)
+    assert chosen is not None
+    assert (chosen.bytes, chosen.relative_error) == (4, 0.09)
+
+
+def test_the_closest_point_is_recommended_if_none_is_close_enough() -> None:
+    chosen = suggest(_with_front([point_of(4, 0.5), point_of(8, 0.3), point_of(9, 0.3)]), 16)
+    assert chosen is not None
+    assert chosen.bytes == 8
+    assert chosen.reason.startswith("the closest, because no recipe keeps the error of the weights at 7.08%: 50.00%")
+    assert suggest([], 16) is None
+
+
+def test_calibrated_points_are_recommended_by_their_prediction() -> None:
+    points = [
+        replace(point_of(size, 0.5), recipe="calib,bytes,size=1", calibrated=True, predicted_db=level)
+        for size, level in ((1, 35.0), (2, 41.0), (4, 50.0))
+    ]
+    chosen = suggest(_with_front([*points, point_of(8, 0.01)]), 16)
+    assert chosen is not None
+    assert chosen.bytes == 2
+    assert "predicted 41.0 dB" in chosen.reason
 
 
 def test_a_sweep_has_the_numbers_of_resize(adapter: Path, base: Path, tmp_path: Path) -> None:
