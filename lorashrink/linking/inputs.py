@@ -27,7 +27,17 @@ def find_adapters(entries: str | Path | Sequence[str | Path], *, recursive: bool
     """
     files: dict[str, Path] = {}
     for entry in [entries] if isinstance(entries, (str, Path)) else entries:
-        for path in _adapters_at(str(entry), recursive):
+        path = Path(entry)
+        # os.path.isdir: unlike Path.is_dir, no error for a name that is too long
+        if os.path.isdir(path) and not peft.is_folder(path):
+            paths = _adapters_in(path, recursive)
+        elif os.path.exists(path) or not glob.has_magic(str(entry)):
+            paths = [path]
+        else:
+            paths = [Path(match) for match in sorted(glob.glob(str(entry), recursive=recursive))]
+            if not paths:
+                raise InputError(f"{entry}: no file matches.")
+        for path in paths:
             in_folder = path.name in peft.WEIGHTS_FILES and peft.is_folder(path.parent)
             adapter = path.parent if in_folder else path
             files.setdefault(os.path.realpath(adapter), adapter)
@@ -49,48 +59,38 @@ def check_exists(entry: str | Path) -> None:
         raise InputError(f"{entry}: no such file or folder.")
 
 
-def _adapters_at(entry: str, recursive: bool) -> list[Path]:
-    """The files that one path, folder or glob stands for. Raises InputError if there are none."""
-    path = Path(entry)
-    if peft.is_folder(path):
-        return [path]
-    if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
-        inside, unreadable = _entries_in(path, recursive)
-        files = [file for file in inside if file.suffix == ".safetensors" and not file.name.startswith(".")]
-        paths = sorted([*(file for file in files if _holds_adapter(file)), *unreadable])
-        missing = f"no adapter (.safetensors) in this folder{'' if recursive else '; --recursive looks deeper'}."
-    elif os.path.exists(path) or not glob.has_magic(entry):
-        return [path]
-    else:
-        paths = [Path(match) for match in sorted(glob.glob(entry, recursive=recursive))]
-        missing = "no file matches."
-    if not paths:
-        raise InputError(f"{entry}: {missing}")
-    return paths
+def _adapters_in(folder: Path, recursive: bool) -> list[Path]:
+    """The adapter files of a folder, and the folders below it that may not be read.
 
+    Raises InputError if there are none, or the folder itself may not be read.
+    """
+    unreadable: list[Path] = []
 
-def _entries_in(folder: Path, recursive: bool) -> tuple[list[Path], list[Path]]:
-    """What lies in a folder, and the folders below it that may not be read. Raises InputError if it may not itself."""
-    entries: list[Path] = []
-    refused: list[Path] = []
-
-    def refuse(error: OSError) -> None:
+    def note_unreadable(error: OSError) -> None:
         if error.filename == str(folder):
             raise InputError(f"{folder}: cannot be read ({error.strerror or error}).") from error
-        refused.append(Path(error.filename))
+        unreadable.append(Path(error.filename))
 
-    for parent, folders, names in os.walk(folder, onerror=refuse):
+    entries: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=note_unreadable):
         entries += (Path(parent, name) for name in (*folders, *names))
         if not recursive:
             break
-    return entries, refused
+    files = [path for path in entries if path.suffix == ".safetensors" and not path.name.startswith(".")]
+    # a damaged file is named in the report, not passed over
+    paths = sorted([*(path for path in files if _is_adapter(path) is not False), *unreadable])
+    if not paths:
+        hint = "" if recursive else "; --recursive looks deeper"
+        raise InputError(f"{folder}: no adapter (.safetensors) in this folder{hint}.")
+    return paths
 
 
-def _holds_adapter(path: Path) -> bool:
+def _is_adapter(path: Path) -> bool | None:
+    """Whether the header of a file names tensors of an adapter; None if it cannot be read."""
     try:
         return looks_like_adapter(read_header(path)[0])
     except InputError:
-        return True  # a damaged file is named in the report, not passed over
+        return None
 
 
 def split_weight(text: str | Path) -> tuple[str, float]:
@@ -140,16 +140,14 @@ def split_sum(text: str | Path) -> list[tuple[str, float]]:
     """The (path, weight) of each term of `A:0.7,B:0.5`, as `split_weight`; commas may be a part of files that exist."""
     pieces, terms = str(text).split(","), []
     while pieces:
-        end = next((end for end in range(len(pieces), 0, -1) if _is_term(",".join(pieces[:end]))), 1)
-        terms.append(split_weight(",".join(pieces[:end])))
+        for end in range(len(pieces), 0, -1):
+            term = ",".join(pieces[:end])
+            path, _, number = term.rpartition(":")
+            if end == 1 or os.path.exists(term) or ("," not in number and os.path.exists(path)):
+                break
+        terms.append(split_weight(term))
         pieces = pieces[end:]
     return terms
-
-
-def _is_term(text: str) -> bool:
-    """Whether this is a file that exists, with or without a weight behind it."""
-    path, _, number = text.rpartition(":")
-    return os.path.exists(text) or ("," not in number and os.path.exists(path))
 
 
 def is_sum(text: str | Path) -> bool:
@@ -206,15 +204,9 @@ def check_is_base(path: str | Path) -> None:
     """Raises NotABase for an adapter, and InputError for what does not exist; other faults show when it is opened."""
     if not os.path.exists(path):
         raise InputError(f"{path}: {absent_text(path)}")
-    if peft.is_folder(Path(path)) or (os.path.isfile(path) and _names_of_adapter(Path(path))):
+    path = Path(path)
+    if peft.is_folder(path) or (path.is_file() and path.suffix == ".safetensors" and _is_adapter(path)):
         raise NotABase(f"{path}: is a LoRA, and a base model is needed here.")
-
-
-def _names_of_adapter(path: Path) -> bool:
-    try:
-        return path.suffix == ".safetensors" and looks_like_adapter(read_header(path)[0])
-    except InputError:
-        return False
 
 
 def looks_like_base(entry: str) -> bool:
@@ -226,9 +218,6 @@ def looks_like_base(entry: str) -> bool:
         return True
     if not os.path.isfile(path):
         return False
-    try:
-        if path.suffix.lower() in PICKLE_SUFFIXES:
-            return path.suffix.lower() == ".ckpt"
-        return not looks_like_adapter(read_header(path)[0])
-    except InputError:
-        return False
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        return path.suffix.lower() == ".ckpt"
+    return _is_adapter(path) is False

@@ -51,9 +51,11 @@ class Names:
         if not name.startswith(self.begins):
             return False
         start = next(prefix for prefix in self.begins if name.startswith(prefix))
-        part, bare = _told(name)
+        part, module = address(name)
+        if not start and (part or module != flat(name)):  # such as `lycoris_x`, which is no bare name
+            return False
         rest = name[len(start) :]
-        if rest.startswith("_") or not (start or bare) or (self.only and not re.match(self.only, rest)):
+        if rest.startswith("_") or (self.only and not re.match(self.only, rest)):
             return False
         return part.startswith("te") or bool(layouts_of(family, rest) & self.layouts)
 
@@ -358,25 +360,15 @@ LOADERS: tuple[Loader, ...] = (
 @cache
 def _spellings(family: str) -> Mapping[str, re.Pattern[str]]:
     """Layout -> what the names that only its rules spell look like with `_` for `.`."""
-    found = family_named(family)
-    lists: dict[str, list[str]] = {layout: [] for layout in (*LAYOUTS, OTHER)}
-    for rule in found.rules.rules if found else ():
+    base_family = family_named(family)
+    patterns: dict[str, list[str]] = {layout: [] for layout in (*LAYOUTS, OTHER)}
+    for rule in base_family.rules.rules if base_family else ():
         for index, spelling in enumerate(rule.spellings):
             layout = LAYOUTS[index] if index < len(LAYOUTS) else OTHER
-            lists[layout] += [_flat_pattern(name) for name in spelling.names if name]
-    return {layout: re.compile("|".join(patterns) or "(?!)") for layout, patterns in lists.items()}
-
-
-def _flat_pattern(name: str) -> str:
-    start, rest = (name[:-2], ".+") if name.endswith("{}") else (name, "")
-    return r"\w+?".join(re.escape(flat(part)) for part in start.split("{}")) + rest
-
-
-@lru_cache(1 << 14)
-def _told(name: str) -> tuple[str, bool]:
-    """(part of the model, whether nothing stands before the module's own name) of a layer."""
-    part, module = address(name)
-    return part, not part and module == flat(name)  # `lycoris_x` is no bare name
+            for name in filter(None, spelling.names):
+                start, rest = (name[:-2], ".+") if name.endswith("{}") else (name, "")
+                patterns[layout].append(r"\w+?".join(re.escape(flat(part)) for part in start.split("{}")) + rest)
+    return {layout: re.compile("|".join(names) or "(?!)") for layout, names in patterns.items()}
 
 
 @lru_cache(1 << 14)
@@ -412,23 +404,22 @@ def loads(adapter: Adapter, family: str | None = None) -> Loads:
     if same not in _answers:
         if len(_answers) >= _MOST_ANSWERS:
             _answers.clear()
-        _answers[same] = _loads(adapter, family)
+        readers = [_Reader(loader, adapter, family) for loader in LOADERS if loader.concerns(adapter, family)]
+        reasons = {reader: reader.why_not() for reader in readers}
+        _answers[same] = Loads(
+            tuple(reader.loader.title for reader, reason in reasons.items() if not reason),
+            {reader.loader.title: reason for reader, reason in reasons.items() if reason},
+            {
+                reader.loader.title: command
+                for reader, reason in reasons.items()
+                if reason and (command := reader.command())
+            },
+        )
     return _answers[same]
 
 
 _MOST_ANSWERS = 16
 _answers: dict[object, Loads] = {}
-
-
-def _loads(adapter: Adapter, family: str) -> Loads:
-    readers = [_Reader(loader, adapter, family) for loader in LOADERS if loader.concerns(adapter, family)]
-    reasons = {reader.loader.title: (reader.why_not(), reader) for reader in readers}
-    refusals = {title: (reason, reader) for title, (reason, reader) in reasons.items() if reason}
-    return Loads(
-        tuple(title for title in reasons if title not in refusals),
-        {title: reason for title, (reason, _) in refusals.items()},
-        {title: command for title, (_, reader) in refusals.items() if (command := reader.command())},
-    )
 
 
 # What is said of tensors that a program does not read: by the role in LoRA layers, else by the family.
@@ -453,15 +444,12 @@ class _Reader:
     def __init__(self, loader: Loader, adapter: Adapter, family: str) -> None:
         self.loader, self.adapter, self.family = loader, adapter, family
         self.rows = [row for row in loader.names if row.holds(family, adapter)]
-        self.unread = [self._unread_roles(layer) for layer in adapter.layers]
+        # of each layer the roles of tensors whose names have endings that the program does not read
+        self.unread = [
+            [role for role, key in layer.keys.items() if not _fits(loader.endings, key[len(layer.name) :])]
+            for layer in adapter.layers
+        ]
         self.named = [[row for row in self.rows if row.reads(layer.name, family)] for layer in adapter.layers]
-
-    def _unread_roles(self, layer: Layer) -> list[str]:
-        """The roles of the layer's tensors whose names have endings that the program does not read."""
-        return [role for role, key in layer.keys.items() if not self._reads_ending(key[len(layer.name) :])]
-
-    def _reads_ending(self, ending: str) -> bool:
-        return _fits(self.loader.endings, ending)
 
     def why_not(self) -> str:
         """What keeps the program from reading all of the adapter, "" if nothing does."""
@@ -471,10 +459,15 @@ class _Reader:
             return "a PEFT folder, where a file is read"
         counts = Counter(map(self._unread_kind, self.adapter.layers, self.unread, self.named))
         total = len(self.adapter.layers)
-        reasons = [f"{kind}{_share(count, total)}" for kind, count in counts.items() if kind]
+        shares = {kind: "" if count == total else f" ({count} of {total} layers)" for kind, count in counts.items()}
+        reasons = [f"{kind}{share}" for kind, share in shares.items() if kind]
         if reasons:
             return "; ".join(reasons)
-        beside = [key for key in self.adapter.others if not self._reads_ending(_ending(key))]
+        beside = []
+        for key in self.adapter.others:
+            ending = key[len(layer_name(key)) :] or "." + key.rpartition(".")[2]
+            if not _fits(self.loader.endings, ending):
+                beside.append(key)
         if beside:
             return f"{count_text(len(beside), 'tensor')} beside the layers not read, such as {beside[0]}"
         if self.loader.one_rank and len({layer.rank for layer in self.adapter.layers}) > 1:
@@ -496,17 +489,26 @@ class _Reader:
 
     def command(self) -> str:
         """The command that makes a file for the program, "" if there is none."""
-        layers = self.adapter.layers
-        lora = {role for layer, roles in zip(layers, self.unread, strict=True) for role in roles if _is_lora(layer)}
-        foreign = any(roles and not _is_lora(layer) for layer, roles in zip(layers, self.unread, strict=True))
+        unread = list(zip(self.adapter.layers, self.unread, strict=True))
+        lora = {role for layer, roles in unread for role in roles if layer.family.name == "lora"}
+        foreign = any(roles and layer.family.name != "lora" for layer, roles in unread)
         names_known = all(self.named)
         naming = ""
         if not names_known or lora or self.loader.folder is not self.adapter.as_folder:
-            naming = next(filter(self._would_read, self.loader.namings), "")
-            if not naming:
+            family = family_named(self.family)
+            namings = [
+                naming
+                for naming in self.loader.namings
+                if family and _reads_naming(self.loader, family, self.adapter, naming)
+            ]
+            if not namings:
                 return ""
-        if any(not self._survives(role, naming) for role in lora & _RENAMED.keys()):
-            return ""
+            naming = namings[0]
+        for role in lora & _RENAMED.keys():
+            ending = _RENAMED[role][naming not in ("kohya", "comfy")]
+            dropped = self.loader.one_rank and role == "bias"  # targets drop biases
+            if not dropped and not _fits(self.loader.endings, ending):
+                return ""
         if self.loader.one_rank:
             renaming = "" if self.adapter.as_folder else "--naming peft MODEL "
             return "" if foreign or "magnitude" in lora else f"lorashrink resize --target vllm {renaming}FILE"
@@ -515,32 +517,9 @@ class _Reader:
             return f"lorashrink resize --as lora -r energy=0.999 {renaming}MODEL FILE"
         return f"lorashrink convert --naming {naming} MODEL FILE" if naming else ""
 
-    def _would_read(self, naming: str) -> bool:
-        """Whether the program knows the names that the layers get in a naming of `convert`."""
-        known = family_named(self.family)
-        return known is not None and all(_starts_read(self.loader, known, part, naming) for part in parts(self.adapter))
-
-    def _survives(self, role: str, naming: str) -> bool:
-        """Whether the program reads a tensor of LoRA that has this role in this naming; targets drop biases."""
-        ending = _RENAMED[role][naming not in ("kohya", "comfy")]
-        return self._reads_ending(ending) or (self.loader.one_rank and role == "bias")
-
 
 # Role -> the ending that it has in kohya's and ComfyUI's naming, and in the others.
 _RENAMED = {"magnitude": (".dora_scale", ".lora_magnitude_vector"), "bias": (".diff_b", ".lora_B.bias")}
-
-
-def _is_lora(layer: Layer) -> bool:
-    return layer.family.name == "lora"
-
-
-def _share(count: int, total: int) -> str:
-    return "" if count == total else f" ({count} of {total} layers)"
-
-
-def _ending(key: str) -> str:
-    """What follows the module in the name of a tensor that belongs to no layer."""
-    return key[len(layer_name(key)) :] or "." + key.rpartition(".")[2]
 
 
 def open_for_8_bits(
@@ -578,7 +557,15 @@ def naming_for_8_bits(adapter: Adapter, base: Base | None) -> str | None:
     failing = _failing_in_8_bits(adapter, family)
     if not failing:
         return None
-    namings = [naming for naming in ("comfy", "diffusers") if base and _suits(failing, base.family, adapter, naming)]
+    # new names help where rows read them that do not always multiply
+    plain = [
+        replace(loader, names=tuple(row for row in loader.names if row.multiplies != "always")) for loader in failing
+    ]
+    namings = [
+        naming
+        for naming in ("comfy", "diffusers")
+        if base and all(_reads_naming(loader, base.family, adapter, naming) for loader in plain)
+    ]
     if not namings:
         way_out = "Use" if base else "Give the base, or its norm table, from which other names come, or use"
         raise UsageError(f"{adapter.path}: {hinders_8_bits(adapter, family)}. {way_out} -t fp16.")
@@ -594,27 +581,20 @@ def hinders_8_bits(adapter: Adapter, family: str | None) -> str:
 
 
 def _failing_in_8_bits(adapter: Adapter, family: str | None) -> list[Loader]:
-    return [loader for loader in LOADERS if family in loader.families and _fails_in_8_bits(loader, adapter, family)]
-
-
-def _fails_in_8_bits(loader: Loader, adapter: Adapter, family: str) -> bool:
-    """Whether a program reads names of the adapter by rows alone that multiply factors, alpha or not."""
-    rows = [row for row in loader.names if row.holds(family, adapter)]
-    if not any(row.multiplies == "always" for row in rows):
-        return False
-    for layer in adapter.layers:
-        reading = [row for row in rows if row.reads(layer.name, family)]
-        if reading and all(row.multiplies == "always" for row in reading):
-            return True
-    return False
-
-
-def _suits(loaders: Sequence[Loader], family: BaseFamily, adapter: Adapter, naming: str) -> bool:
-    """Whether the programs read this naming by rows that do not always multiply."""
-    plain = [
-        replace(loader, names=tuple(row for row in loader.names if row.multiplies != "always")) for loader in loaders
-    ]
-    return all(_starts_read(loader, family, part, naming) for loader in plain for part in parts(adapter))
+    """The programs that read names of the adapter by rows alone that multiply factors, alpha or not."""
+    failing = []
+    for loader in LOADERS:
+        if family not in loader.families:
+            continue
+        rows = [row for row in loader.names if row.holds(family, adapter)]
+        if not any(row.multiplies == "always" for row in rows):
+            continue
+        for layer in adapter.layers:
+            reading = [row for row in rows if row.reads(layer.name, family)]
+            if reading and all(row.multiplies == "always" for row in reading):
+                failing.append(loader)
+                break
+    return failing
 
 
 def parts(adapter: Adapter) -> Sequence[str]:
@@ -622,13 +602,15 @@ def parts(adapter: Adapter) -> Sequence[str]:
     return sorted({address(layer.name)[0] or "unet" for layer in adapter.layers})
 
 
-def _starts_read(loader: Loader, family: BaseFamily, part: str, naming: str) -> bool:
-    try:
-        start = layer_name_in(naming, family, part, "")
-    except UsageError:
-        return False
+def _reads_naming(loader: Loader, family: BaseFamily, adapter: Adapter, naming: str) -> bool:
+    """Whether a program knows the names that the adapter's layers get in a naming of `convert`."""
     layout = {"kohya": family.kohya, "comfy": "native"}.get(naming, "diffusers")
-    return any(
-        start in row.begins and row.suits(family.name) and not row.only and (part != "unet" or layout in row.layouts)
-        for row in loader.names
-    )
+    for part in parts(adapter):
+        try:
+            start = layer_name_in(naming, family, part, "")
+        except UsageError:
+            return False
+        rows = [row for row in loader.names if start in row.begins and row.suits(family.name) and not row.only]
+        if not any(part != "unet" or layout in row.layouts for row in rows):
+            return False
+    return True

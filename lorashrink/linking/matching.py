@@ -35,7 +35,15 @@ def match(adapter: Adapter, base: Base) -> list[Views]:
         )
     views = [base.find(layer.name) for layer in adapter.layers]
     misfits = [i for i, layer in enumerate(adapter.layers) if views[i] and not fits(layer, views[i])]
-    variants = [i for i in misfits if _differs_in_inputs(adapter.layers[i].shape, views_shape(views[i]))]
+    variants = []
+    for i in misfits:
+        shape, weight = adapter.layers[i].shape, views_shape(views[i])
+        if (
+            len(shape) == len(weight) > 1
+            and shape[1] != weight[1]
+            and (shape[0], *shape[2:]) == (weight[0], *weight[2:])
+        ):
+            variants.append(i)
     if len(variants) <= _FEW < len(views):
         misfits = [i for i in misfits if i not in variants]
         for i in variants:
@@ -90,10 +98,6 @@ def fits(layer: Layer, views: Views) -> bool:
     if layer.family.flat(layer.infos):
         return (layer.shape[0], math.prod(layer.shape[1:])) == (shape[0], math.prod(shape[1:]))
     return same_matrix(layer.shape, shape)
-
-
-def _differs_in_inputs(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return len(a) == len(b) > 1 and a[1] != b[1] and (a[0], *a[2:]) == (b[0], *b[2:])
 
 
 def same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

@@ -6,7 +6,8 @@ With a base its weights tell; without one equal names do, and names of two progr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import NamedTuple
@@ -121,7 +122,17 @@ class _Unpaired(NamedTuple):
         strangers = None
         if self.layers == len(self.a) + len(self.b):
             strangers = _families_differ(self.a, self.b)
-        if strangers or not _speak_alike(self.only_a, self.only_b):
+        words: list[dict[str, set[str]]] = []  # part of the model -> how names of its modules begin, up to a number
+        for names in (self.only_a, self.only_b):
+            by_part = defaultdict(set)
+            for part, module in map(address, names):
+                by_part[part].add(re.split(r"_\d", module)[0])
+            words.append(by_part)
+        if any("" in by_part for by_part in words):  # names that do not tell their part may mean any
+            words = [{"": set[str]().union(*by_part.values())} if by_part else {} for by_part in words]
+        # layers of one part that found no partner are really different ones if their names are of one kind
+        words_a, words_b = words
+        if strangers or not all(words_a[part] & words_b[part] for part in words_a.keys() & words_b.keys()):
             raise strangers or UsageError(
                 f"{self.a.path} and {self.b.path}: name their layers differently ({self.only_a[0]}; "
                 f"{self.only_b[0]}), and names alone do not tell which are the same. Give the base with --base; a "
@@ -142,23 +153,6 @@ def _unpaired(sides: Sequence[Adapter], views: Sequence[Sequence[Views]]) -> lis
 
     pairs = (_Unpaired(sides[a], sides[b], only(a, b), only(b, a)) for a, b in combinations(range(len(sides)), 2))
     return [pair for pair in pairs if pair.only_a and pair.only_b]
-
-
-def _speak_alike(names_a: Sequence[str], names_b: Sequence[str]) -> bool:
-    """Whether layers that found no partner have names of one kind, so that they are really different layers."""
-    words = [_first_words(names_a), _first_words(names_b)]
-    if any("" in by_part for by_part in words):  # names that do not tell their part may mean any
-        words = [{"": set[str]().union(*by_part.values())} if by_part else {} for by_part in words]
-    a, b = words
-    return all(a[part] & b[part] for part in a.keys() & b.keys())
-
-
-def _first_words(names: Iterable[str]) -> dict[str, set[str]]:
-    """Part of the model -> how names of its modules begin, up to the first number."""
-    words: dict[str, set[str]] = {}
-    for part, module in map(address, names):
-        words.setdefault(part, set()).add(re.split(r"_\d", module)[0])
-    return words
 
 
 class Member(NamedTuple):
@@ -224,7 +218,15 @@ def units(sides: Sequence[Adapter], views: Sequence[Sequence[Views]]) -> list[Un
         keys = list(dict.fromkeys(interval.key for _, interval in rows))
         first = {index: (keys.index(interval.key), interval.start) for index, interval in reversed(rows)}
         ordered = sorted(group, key=lambda index: (members[index].side, first[index]))
-        pieces = [piece for key in keys for piece in _pieces(ordered, [pair for pair in rows if pair[1].key == key])]
+        pieces = []
+        for key in keys:  # each tensor is cut wherever a member begins or ends
+            in_tensor = [(index, interval) for index, interval in rows if interval.key == key]
+            for low, high in pairwise(
+                sorted({end for _, interval in in_tensor for end in (interval.start, interval.stop)})
+            ):
+                starts = {index: part.first for index, interval in in_tensor if (part := interval.cut(low, high))}
+                if starts:
+                    pieces.append(Piece(high - low, tuple(starts.get(index) for index in ordered)))
         result.append(Unit(tuple((members[index].side, members[index].layer) for index in ordered), tuple(pieces)))
     return result
 
@@ -245,14 +247,6 @@ def _groups(intervals: Sequence[Sequence[Rows]]) -> list[list[int]]:
         spans.update((row.key, row.start, row.stop) for row in new)
         owners.add(new, member)
     return [sorted(group) for group in {id(group): group for group in groups}.values()]
-
-
-def _pieces(group: Sequence[int], rows: Sequence[tuple[int, Rows]]) -> Iterator[Piece]:
-    """Rows of one tensor, cut wherever a member begins or ends."""
-    for low, high in pairwise(sorted({end for _, interval in rows for end in (interval.start, interval.stop)})):
-        starts = {member: part.first for member, interval in rows if (part := interval.cut(low, high))}
-        if starts:
-            yield Piece(high - low, tuple(starts.get(member) for member in group))
 
 
 def stacked_up(deltas: Sequence[Delta], pieces: Sequence[Piece]) -> Tensor:

@@ -329,7 +329,16 @@ class _Fused:
     def __init__(self, layers: Mapping[int, Layer], target: _Target, dtype: str | None) -> None:
         self.layers, self.target = layers, target
         first, *others = layers.values()
-        self.shared = not others or _same_down([first, *others])  # all have one and the same `down`
+        self.shared = True  # all have one and the same `down`, as converted files do
+        if others:
+            import torch
+
+            first_down = first.store.read(first.keys["down"])
+            self.shared = all(
+                layer.infos["down"].shape == first.infos["down"].shape
+                and torch.equal(layer.store.read(layer.keys["down"]), first_down)
+                for layer in others
+            )
         self.rank = first.rank if self.shared else sum(layer.rank for layer in layers.values())
         self.scale = next((layer.scale for layer in layers.values() if layer.scale), 0.0)
         up, down = first.infos["up"], first.infos["down"]
@@ -369,14 +378,3 @@ class _Fused:
                     )
                 result[at : at + size, columns] = rounded
         return result
-
-
-def _same_down(layers: Sequence[Layer]) -> bool:
-    """Whether all layers have one and the same `down`, as converted files do."""
-    import torch
-
-    first = layers[0].store.read(layers[0].keys["down"])
-    return all(
-        layer.infos["down"].shape == tuple(first.shape) and torch.equal(layer.store.read(layer.keys["down"]), first)
-        for layer in layers[1:]
-    )
