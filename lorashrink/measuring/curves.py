@@ -77,7 +77,11 @@ def quality_gap(pairs: Sequence[tuple[Curve, Curve]]) -> Gap | None:
 
     Pictures are resampled within each pair, the same ones for both curves. None if no pair has sizes in common.
     """
-    return _gap(pairs, _quality_distances)
+
+    def distances(pair: tuple[Curve, Curve], means: tuple[Values, Values]) -> Values:
+        return _mean_distances([np.log(curve.sizes) for curve in pair], means)  # dB over the logarithm of the size
+
+    return _gap(pairs, distances)
 
 
 def rate_gap(pairs: Sequence[tuple[Curve, Curve]]) -> Gap | None:
@@ -85,7 +89,13 @@ def rate_gap(pairs: Sequence[tuple[Curve, Curve]]) -> Gap | None:
 
     As `quality_gap`; None if no pair has qualities in common.
     """
-    gap = _gap(pairs, _rate_distances)
+
+    def distances(pair: tuple[Curve, Curve], means: tuple[Values, Values]) -> Values:
+        sizes = [np.log(curve.sizes)[:, None] for curve in pair]
+        samples = zip(*(values.T for values in means), strict=True)
+        return np.concatenate([_mean_distances([_rising(values) for values in sample], sizes) for sample in samples])
+
+    gap = _gap(pairs, distances)
     return gap and Gap(*(float(np.exp(value)) for value in (gap.value, gap.low, gap.high)))
 
 
@@ -118,18 +128,6 @@ def _gap(pairs: Sequence[tuple[Curve, Curve]], distances: _Distances) -> Gap | N
 def _means_of(curve: Curve, pictures: Any) -> Values:
     result: Values = curve.values[:, pictures].mean(-1)
     return result
-
-
-def _quality_distances(pair: tuple[Curve, Curve], means: tuple[Values, Values]) -> Values:
-    """Mean distances in dB over the logarithm of the size."""
-    return _mean_distances([np.log(curve.sizes) for curve in pair], means)
-
-
-def _rate_distances(pair: tuple[Curve, Curve], means: tuple[Values, Values]) -> Values:
-    """Mean distances in the logarithm of the size over dB."""
-    sizes = [np.log(curve.sizes)[:, None] for curve in pair]
-    samples = zip(*(values.T for values in means), strict=True)
-    return np.concatenate([_mean_distances([_rising(values) for values in sample], sizes) for sample in samples])
 
 
 def _mean_distances(x: Sequence[Values], y: Sequence[Values]) -> Values:

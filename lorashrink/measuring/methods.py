@@ -11,9 +11,9 @@ from pathlib import Path
 
 from lorashrink.adapters import open_adapter, peft
 from lorashrink.calibration.refine import refine
-from lorashrink.errors import InputError, Progress, RecipeError, UsageError
+from lorashrink.errors import Progress, RecipeError, UsageError
 from lorashrink.files.header import header_bytes, read_header
-from lorashrink.packing.pack import pack
+from lorashrink.packing.pack import TooFewBytes, pack_into
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.shrinking.prepared import Prepared
 
@@ -69,18 +69,14 @@ class Method:
         for name in names:
             if name not in DTYPES:
                 raise UsageError(f"--methods {text}: '{name}' is not one of {', '.join(DTYPES)}.")
-        methods = [cls(score, name, scaled) for name in names]
-        possible = [method for method in methods if method._is_possible]
-        if not possible:
+        packable = score in _JUDGES and not scaled
+        methods = [cls(score, name, scaled) for name in names if packable or name != "packed"]
+        if not methods:
             raise UsageError(
                 f"--methods {text}: packed goes with {'; '.join(_JUDGES)}, without {SCALED}. "
                 "Leave packed out for others."
             )
-        return possible
-
-    @property
-    def _is_possible(self) -> bool:
-        return self.dtype != "packed" or (self.score in _JUDGES and not self.scaled)
+        return methods
 
     @property
     def calibrated(self) -> bool:
@@ -178,7 +174,10 @@ class Maker:
 
     def _payload(self, ranks: Mapping[str, int], dtype: str) -> int:
         width = 1 if dtype == "fp8" else 2
-        return sum(width * ranks.get(layer.name, 0) * _numbers(layer.shape) for layer in self.prepared.adapter.layers)
+        return sum(
+            width * ranks.get(layer.name, 0) * (layer.shape[0] + math.prod(layer.shape[1:]))
+            for layer in self.prepared.adapter.layers
+        )
 
     @property
     def full_size(self) -> int:
@@ -190,20 +189,18 @@ class Maker:
         with open_adapter(self.reference) as adapter:
             metadata = adapter.store.metadata
         size = int(payload) + len(header_bytes({}, metadata))
-        report = pack(
-            self.reference,
-            output=path,
-            size=size,
-            base=self.model if judge == "base" else None,
-            calibration=self.calibration if judge == "calibration" else None,
-            device=self.device,
-            force=True,
-        )
-        if report.failed:
-            if "the least is" in report.failed[0].error:
-                return None
-            raise InputError(report.failed[0].error)
-        (result,) = report.results
+        try:
+            result = pack_into(
+                self.reference,
+                path,
+                size,
+                decided_by=judge,
+                base=self.model if judge == "base" else None,
+                calibration=self.calibration if judge == "calibration" else None,
+                device=self.device,
+            )
+        except TooFewBytes:
+            return None
         _, entries, _ = read_header(path)
         own = path.stat().st_size - len(header_bytes({}, entries))
         return Made(path, f"packed by {judge}", own, path.stat().st_size, result.relative_error, result.predicted_db)
@@ -226,11 +223,6 @@ class Maker:
             progress=self.progress,
         )
         return Made(path, file.recipe + SCALED, *_sizes(path), file.relative_error, file.predicted_db)
-
-
-def _numbers(shape: Sequence[int]) -> int:
-    """Numbers of one dimension of a layer [out, in, ...]."""
-    return shape[0] + math.prod(shape[1:])
 
 
 def _sizes(path: Path) -> tuple[int, int]:

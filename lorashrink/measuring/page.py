@@ -12,7 +12,7 @@ from lorashrink._version import __version__
 from lorashrink.reports.card import plain as markdown_text
 from lorashrink.reports.page import json_element, labelled_figure, new_environment, rendered
 from lorashrink.reports.tables import Column, number_column
-from lorashrink.results.evidence import Evidence, Measured
+from lorashrink.results.evidence import Evidence
 from lorashrink.text import count_text, decibel_text, size_text
 
 _NONE = "–"
@@ -32,6 +32,7 @@ def web_page(result: Evidence) -> bytes:
     from lorashrink.plots.style import ROLES
 
     curves = [size_and_quality(result, adapter.name) for adapter in result.adapters]
+    points = sorted(result.results, key=lambda point: (point.adapter, point.curve, point.plain, point.payload))
     figures = {f"curves-{number}": labelled_figure(curve, f"curves-{number}") for number, curve in enumerate(curves)}
     return rendered(
         "evidence.html",
@@ -45,14 +46,10 @@ def web_page(result: Evidence) -> bytes:
         reached_columns=_REACHED,
         reached=[_Row(item, {}) for item in result.reached],
         point_columns=_POINTS,
-        points=[_Row(item, {}) for item in sorted(result.results, key=_by_curve_and_size)],
+        points=[_Row(item, {}) for item in points],
         off=prediction_error(result),
         numbers=json_element(result),
     )
-
-
-def _by_curve_and_size(point: Measured) -> tuple[str, str, bool, int]:
-    return point.adapter, point.curve, point.plain, point.payload
 
 
 def markdown_page(result: Evidence, figures: Path) -> bytes:

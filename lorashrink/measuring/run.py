@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,6 @@ from lorashrink.measuring.workload import workload
 from lorashrink.pictures.drawing import PIXELS_AT_ONCE, Shot, Studio, read_picture, shots_of
 from lorashrink.pictures.likeness import comparisons, psnr
 from lorashrink.pictures.pipelines import KINDS, check_model, check_packages, own_side
-from lorashrink.pictures.prompts import Prompt
 from lorashrink.results.automatic import FailedInput
 from lorashrink.results.evidence import Difference, Evidence, Measured, Reached, Studied
 from lorashrink.results.shown import plain
@@ -117,20 +117,23 @@ def evidence(
     """
     check_packages()
     chosen = methods_of([methods] if isinstance(methods, str) else methods, dtypes)
-    _check(draws, steps, sizes, seeds, quality)
+    request = _Request(chosen, tuple(sizes), tuple(seeds), draws, steps, quality, with_prompts, judge)
     model_path, folder = Path(model), Path(output)
     companion = None if settings is None else Path(settings)
     kind = KINDS[check_model(model_path, companion)]
     sources = _named(find_adapters([adapters] if isinstance(adapters, (str, Path)) else adapters))
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"-o {folder}: is a file. Name a folder for the page and the numbers.")
-    anchor = _anchor(list(map(str, chosen)), against)
+    names = list(map(str, chosen))
+    if against is None:
+        against = _ANCHOR if _ANCHOR in names else names[0]
+    elif against not in names:
+        raise UsageError(f"--against {against}: is none of the methods: {'; '.join(names)}.")
     side = own_side(model_path, companion)
     trials = {
         name: partial(trial_of, source, _prompts_for(prompts, name), side=side, scale=kind.scale)
         for name, source in sources.items()
     }
-    request = _Request(chosen, tuple(sizes), tuple(seeds), draws, steps, quality, with_prompts, judge)
     with Studio(
         model_path, (), folder=folder / "pictures", device=device, settings=companion, pixels_at_once=PIXELS_AT_ONCE
     ) as studio:
@@ -142,16 +145,8 @@ def evidence(
             if progress:
                 progress("reading adapters", number + 1, len(sources))
         pictures = max((len(subject.own) for subject in study.subjects.values()), default=0)
-        work = workload(
-            model_path,
-            companion,
-            chosen,
-            adapters=len(sources),
-            pictures=pictures,
-            sizes=len(sizes),
-            draws=draws,
-            steps=steps,
-        )
+        counts = {"adapters": len(sources), "pictures": pictures, "sizes": len(sizes), "draws": draws}
+        work = workload(model_path, companion, chosen, **counts, steps=steps)
         if not plan and study.subjects:
             study.measure(calibration)
         result = Evidence(
@@ -161,7 +156,7 @@ def evidence(
             device=studio.device,
             dtype=studio.dtype,
             calibration=study.table_key,
-            against=anchor,
+            against=against,
             quality=quality,
             workload=work,
             adapters=tuple(study.studied.values()),
@@ -175,26 +170,6 @@ def evidence(
         return result
     result = replace(result, reached=tuple(_reached(result)), differences=tuple(_differences(result)))
     return _write(result, folder)
-
-
-def _check(draws: int, steps: int | None, sizes: Sequence[float], seeds: Sequence[int], quality: float) -> None:
-    if draws < 1 or (steps is not None and steps < 1):
-        raise UsageError("--draws and --steps: are at least 1.")
-    if not seeds:
-        raise UsageError("--seeds: at least one is needed; 0 means those of the prompts alone.")
-    if not all(0 < size < math.inf for size in sizes):
-        raise UsageError("--sizes: are above 0.")
-    if not 10 <= quality <= 80:
-        raise UsageError(f"--quality {quality:g}: is a PSNR in dB, from 10 to 80.")
-
-
-def _anchor(methods: Sequence[str], against: str | None) -> str:
-    """The method that others are compared with."""
-    if against is None:
-        return _ANCHOR if _ANCHOR in methods else methods[0]
-    if against not in methods:
-        raise UsageError(f"--against {against}: is none of the methods: {'; '.join(methods)}.")
-    return against
 
 
 def _named(sources: Sequence[Path]) -> dict[str, Path]:
@@ -227,7 +202,7 @@ def _failed(failed: dict[Path, FailedInput], source: Path, error: LorashrinkErro
 
 @dataclass(frozen=True)
 class _Request:
-    """What is measured of each adapter."""
+    """What is measured of each adapter. Raises UsageError."""
 
     methods: tuple[Method, ...]
     sizes: tuple[float, ...]
@@ -237,6 +212,16 @@ class _Request:
     quality: float
     with_prompts: bool
     judge: Judge | None
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or (self.steps is not None and self.steps < 1):
+            raise UsageError("--draws and --steps: are at least 1.")
+        if not self.seeds:
+            raise UsageError("--seeds: at least one is needed; 0 means those of the prompts alone.")
+        if not all(0 < size < math.inf for size in self.sizes):
+            raise UsageError("--sizes: are above 0.")
+        if not 10 <= self.quality <= 80:
+            raise UsageError(f"--quality {self.quality:g}: is a PSNR in dB, from 10 to 80.")
 
 
 @dataclass(eq=False)
@@ -267,16 +252,15 @@ class _Study:
             with boundary(subject.source, partial(_failed, self.failed, subject.source)), subject:
                 self.studied[name] = subject.studied()
                 for done, method in enumerate(self.request.methods, number * len(self.request.methods) + 1):
-                    with boundary(subject.source, partial(self._note, f"{name}, {method}")):
+                    reasons: list[object] = []  # why nothing was measured
+                    with boundary(subject.source, reasons.append):
                         before = len(self.measured)
                         self.measured += subject.curve(method)
                         if len(self.measured) == before:
-                            self.notes.append(f"{name}, {method}: not measured. It makes no file of these --sizes.")
+                            reasons.append("It makes no file of these --sizes.")
+                    self.notes += [f"{name}, {method}: not measured. {reason}" for reason in reasons]
                     if self.progress:
                         self.progress("curves", done, total)
-
-    def _note(self, what: str, error: LorashrinkError) -> None:
-        self.notes.append(f"{what}: not measured. {error}")
 
     def _table(self, named: Path | None) -> Path:
         """The calibration table: the one that was named, one at hand, or a new one in the folder."""
@@ -318,7 +302,13 @@ class _Subject:
         prompts = [replace(prompt, steps=steps) if steps else prompt for prompt in trial.prompts]
         own = [prompt for prompt, calls in zip(prompts, trial.calling, strict=True) if calls]
         others = [prompt for prompt, calls in zip(prompts, trial.calling, strict=True) if not calls]
-        plain_prompts = others or list(_without(own, trial.triggers))
+        plain_prompts = others
+        if not others and trial.triggers:  # then the own prompts without the words that call the adapter
+            words = re.compile("|".join(rf",?\s*{re.escape(trigger)}" for trigger in trial.triggers), re.IGNORECASE)
+            for prompt in own:
+                text = " ".join(words.sub("", prompt.prompt).split()).strip(" ,")
+                if text and text != prompt.prompt:
+                    plain_prompts.append(replace(prompt, prompt=text))
         self.own: tuple[Shot, ...] = shots_of(own, study.request.seeds)
         self.plain: tuple[Shot, ...] = shots_of(plain_prompts, study.request.seeds)
 
@@ -350,8 +340,13 @@ class _Subject:
                 f"{self.name}: the adapter, its prompts or the model are not those of {others} earlier measurements, "
                 "which are not used"
             )
+
+        def against_none() -> dict[str, Any]:
+            none = self._pictures(None, "none", self.own)
+            return {"psnr": [psnr(*pair) for pair in zip(self._original_pictures(False), none, strict=True)]}
+
         own = [shot.prompt for shot in self.own]
-        none = self._remembered("none", lambda: {"psnr": self._against_none()})
+        none = self._remembered("none", against_none)
         return Studied(
             name=self.name,
             sha256=self.sha256,
@@ -369,26 +364,25 @@ class _Subject:
     def curve(self, method: Method) -> Iterator[Measured]:
         """The points of a curve, and what it does at the quality that sizes are compared at."""
         request = self.study.request
-        points = list(self._points_at(method, request.sizes) if request.sizes else self._followed(method))
+        if request.sizes:
+            by_payload: dict[int, Measured] = {}
+            for size in request.sizes:
+                if point := self._measured(method, size):
+                    by_payload.setdefault(point.payload, point)
+            points = list(by_payload.values())
+        else:
+            points = list(self._followed(method))
         yield from points
         curve = Curve.of([(point.payload, point.psnr) for point in points])
-        size = curve.size_for(request.quality) if len(points) > 1 else None
-        if size is None:
+        enough = curve.size_for(request.quality) if len(points) > 1 else None
+        if enough is None:
             return
         for draw in range(request.draws):
-            nearby = size * (1 + _APART * (draw - (request.draws - 1) / 2))
+            nearby = enough * (1 + _APART * (draw - (request.draws - 1) / 2))
             if point := self._measured(method, nearby, draw=draw + 1):
                 yield point
-        if self.plain and (point := self._measured(method, size, plain=True)):
+        if self.plain and (point := self._measured(method, enough, plain=True)):
             yield point
-
-    def _points_at(self, method: Method, sizes: Sequence[float]) -> Iterator[Measured]:
-        seen: set[int] = set()
-        for size in sizes:
-            point = self._measured(method, size)
-            if point and point.payload not in seen:
-                seen.add(point.payload)
-                yield point
 
     def _followed(self, method: Method) -> Iterator[Measured]:
         """The curve from the lowest quality of interest to the highest one."""
@@ -463,11 +457,6 @@ class _Subject:
         }
         return facts | values
 
-    def _against_none(self) -> list[float]:
-        originals = self._original_pictures(False)
-        none = self._pictures(None, "none", self.own)
-        return [psnr(*pair) for pair in zip(originals, none, strict=True)]
-
     def _original_pictures(self, plain: bool) -> list[Picture]:
         """What the original adapter draws, which is kept in memory."""
         if plain not in self._kept:
@@ -541,7 +530,7 @@ class _Subject:
             progress=study.progress,
         )
 
-    def _scaling_prompts(self) -> Path | None:
+    def _scaling_prompts(self) -> Path:
         """A file of plain prompts with other noise than that of any picture that is measured."""
         prompts = dict.fromkeys(shot.prompt for shot in self.plain or self.own)
         lines = [
@@ -561,17 +550,6 @@ class _Subject:
         return path
 
 
-def _without(prompts: Sequence[Prompt], triggers: Sequence[str]) -> Iterator[Prompt]:
-    """The prompts without the words that call the adapter; none that would be left empty."""
-    if not triggers:
-        return
-    words = re.compile("|".join(rf",?\s*{re.escape(trigger)}" for trigger in triggers), re.IGNORECASE)
-    for prompt in prompts:
-        text = " ".join(words.sub("", prompt.prompt).split()).strip(" ,")
-        if text and text != prompt.prompt:
-            yield replace(prompt, prompt=text)
-
-
 def _hash_of_shots(shots: Sequence[Shot]) -> str:
     facts = [[asdict(shot.prompt), shot.seed] for shot in shots]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -586,28 +564,27 @@ def _curve(result: Evidence, adapter: str, name: str) -> Curve | None:
 
 
 def _reached(result: Evidence) -> Iterator[Reached]:
-    for adapter in result.adapters:
-        for name in result.curves:
-            curve = _curve(result, adapter.name, name)
-            if curve:
-                yield _reached_by(result, adapter.name, name, curve)
-
-
-def _reached_by(result: Evidence, adapter: str, name: str, curve: Curve) -> Reached:
-    """What the curve takes for the quality: by the files drawn at it where there are some, else between its points."""
-    payload = curve.size_for(result.quality)
-    if payload is None:
-        return Reached(adapter, name, result.quality, None, None, None, 0)
-    worst = curve.worst_at(payload)
-    draws = [point for point in result.results if point.adapter == adapter and point.curve == name and point.draw]
-    if draws:
-        # The draws lie beside the quality by chance; the curve says what that is in bytes.
-        size = fmean(point.payload for point in draws)
-        missing = result.quality - fmean(point.mean_db for point in draws)
-        payload = size * math.exp(missing / curve.slope(size))
-        worst = fmean(point.worst_db for point in draws)
-    nearest = min(result.points(adapter, name), key=lambda point: abs(point.payload - payload))
-    return Reached(adapter, name, result.quality, payload, payload + nearest.bytes - nearest.payload, worst, len(draws))
+    """What each curve takes for the quality: by the files drawn at it, or else between the points of the curve."""
+    quality = result.quality
+    for adapter, name in product([adapter.name for adapter in result.adapters], result.curves):
+        curve = _curve(result, adapter, name)
+        if curve is None:
+            continue
+        payload = curve.size_for(quality)
+        if payload is None:
+            yield Reached(adapter, name, quality, None, None, None, 0)
+            continue
+        worst = curve.worst_at(payload)
+        draws = [point for point in result.results if point.adapter == adapter and point.curve == name and point.draw]
+        if draws:
+            # The draws lie beside the quality by chance; the curve says what that is in bytes.
+            size = fmean(point.payload for point in draws)
+            missing = quality - fmean(point.mean_db for point in draws)
+            payload = size * math.exp(missing / curve.slope(size))
+            worst = fmean(point.worst_db for point in draws)
+        nearest = min(result.points(adapter, name), key=lambda point: abs(point.payload - payload))
+        header = nearest.bytes - nearest.payload
+        yield Reached(adapter, name, quality, payload, payload + header, worst, len(draws))
 
 
 def _differences(result: Evidence) -> Iterator[Difference]:

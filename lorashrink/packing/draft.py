@@ -17,7 +17,7 @@ import torch
 from lorashrink.adapters import peft
 from lorashrink.engine.spectrum import truncate
 from lorashrink.files.header import Arrangement
-from lorashrink.files.metadata_keys import ENERGY, ERROR, NORM_RATIO, OPTIONS, PACKED, RECIPE
+from lorashrink.files.metadata_keys import PACKED
 from lorashrink.files.packed import CODE, INDEX, VERSION, Form, contents_sha256
 from lorashrink.files.store import ComputedStore, TensorInfo, info_of, memory_of, torch_dtype
 from lorashrink.files.writing import save_tensors
@@ -102,15 +102,18 @@ def build_draft(decomposed: Decomposed, outlined: Outline, allocation: Allocatio
         return iter([_bytes_of(unpacked[key])]) if key in unpacked else planned.adapter.store.chunks(key)
 
     sha256 = contents_sha256(planned.arrangement, chunks)
-    metadata = _metadata(planned, label, sha256)
-    ordinary = {key: text for key, text in metadata.items() if key != PACKED}
+    # of the file that it unpacks to; the packed file has one entry more
+    ordinary = outlined.layout.packed_metadata([layer.width for layer in planned.layers], label)
+    folder = planned.adapter.as_folder
+    if folder:
+        ordinary[peft.METADATA_KEY] = peft.to_metadata(planned.settings)
     index_bytes = index_of_code.to_bytes()
     return Draft(
         plan=planned,
         allocation=allocation,
         own={**beside, INDEX: _as_tensor(index_bytes), CODE: _as_tensor(code)},
         copied=[key for key in planned.tensors if key not in unpacked],
-        metadata=metadata,
+        metadata={**ordinary, PACKED: json.dumps({"version": VERSION, "sha256": sha256, "folder": folder})},
         sha256=sha256,
         unpacked=len(planned.arrangement.header(ordinary)) + planned.arrangement.nbytes,
         numbers=index_of_code.numbers,
@@ -167,19 +170,3 @@ class WrittenLayer(NamedTuple):
             ),
         )
         return cls(prefix, form, [matrices[role] for role in roles], constants, scale)
-
-
-# What the metadata of a shrunk file says of its recipe, and what is true before rounding only.
-_OF_RECIPES = frozenset({"resize_params", RECIPE, ENERGY, NORM_RATIO, ERROR})
-
-
-def _metadata(planned: Plan, label: str, sha256: str) -> dict[str, str]:
-    """The metadata of the packed file, which but for one entry is that of the file that it unpacks to."""
-    entries = {key: text for key, text in planned.metadata.items() if key not in _OF_RECIPES}
-    for key in {"ss_training_comment", "modelspec.title"} & entries.keys():
-        entries[key] = entries[key].replace(str(planned.recipe), f"pack,{label}", 1)
-    entries[OPTIONS] = f"pack,{label},{entries[OPTIONS]}"
-    if planned.adapter.as_folder:
-        entries[peft.METADATA_KEY] = peft.to_metadata(planned.settings)
-    entries[PACKED] = json.dumps({"version": VERSION, "sha256": sha256, "folder": planned.adapter.as_folder})
-    return entries

@@ -110,6 +110,28 @@ class _Goal:
         return f"quality={self.quality:g}" if self.size is None else f"size={self.size}"
 
 
+class TooFewBytes(UsageError):
+    """No packed file of the adapter is so small."""
+
+
+def pack_into(
+    source: Path,
+    path: Path,
+    size: int,
+    *,
+    decided_by: str,
+    base: Path | None = None,
+    calibration: Path | None = None,
+    device: str = "auto",
+) -> Packed:
+    """`pack` for one adapter and a size, over what is at the path. Raises what `pack` reports, or TooFewBytes."""
+    coder()
+    outputs = {path: Recipe.parse(_RECIPES[decided_by])}
+    options = ResizeOptions(base=base, calibration=calibration, dtype="fp16", form="lora", device=device)
+    with open_session(Job({source: outputs}, options)) as session:
+        return _pack_file(source, outputs, session, _Goal(QUALITY, size), decided_by)
+
+
 def _pack_file(source: Path, outputs: Mapping[Path, Recipe], session: Session, goal: _Goal, decided_by: str) -> Packed:
     started = time.perf_counter()
     (path, recipe), *_ = outputs.items()
@@ -165,10 +187,10 @@ def _without_experts(adapter: Adapter) -> Adapter:
 
 
 def _best_within(size: int, dimensions: Dimensions, build: Callable[[Allocation], Draft], source: Path) -> Draft:
-    """The best file of no more than so many bytes. Raises UsageError if there is none."""
+    """The best file of no more than so many bytes. Raises TooFewBytes if there is none."""
     smallest = build(largest_within(dimensions, 0.0))
     if smallest.nbytes > size:
-        raise UsageError(f"{source}: cannot be packed into {size} bytes; the least is {smallest.nbytes}.")
+        raise TooFewBytes(f"{source}: cannot be packed into {size} bytes; the least is {smallest.nbytes}.")
     best, budget = smallest, size - (smallest.nbytes - smallest.allocation.nbytes)
     for _ in range(_ATTEMPTS):
         draft = build(largest_within(dimensions, budget))

@@ -92,7 +92,7 @@ class Layout:
         # Layers whose core is multiplied into a factor, which may become larger than both.
         self._folded = frozenset(position for position, layer in enumerate(self.layers) if "mid" in layer.keys)
         # Both are filled when they are needed, once for this layout and all that are made of it.
-        self._sizes: list[Sizes] = []  # at most one
+        self._sizes: list[Sizes] = []  # at most one: every tensor in every dtype and form that its layer may have
         self._groups: dict[tuple[int, int, str], Sizes.Group] = {}  # (position, rank, dtype) -> its tensors
 
     def of(self, recipe: Recipe) -> Layout:
@@ -123,7 +123,12 @@ class Layout:
     def size(self, widths: Sequence[int], threshold: float | None, form: str | None = None) -> int:
         """Bytes of the file."""
         if not self._sizes:
-            self._sizes.append(self._all_sizes())
+            tables = [self._copied]
+            for position, options in enumerate(self.options):
+                tables += [self.forms[position].tensors(1, dtype) for dtype in options]
+                if position in self._converted or position in self._folded:  # only these may stay as they are
+                    tables.append(self._of_layer(position, 0))
+            self._sizes.append(Sizes(item for table in tables for item in table.items()))
         (sizes,) = self._sizes
         groups = [sizes.group(self._copied)]
         for position, width in self._parts(widths, form):
@@ -198,15 +203,6 @@ class Layout:
         keys = [*layer.keys.values(), *layer.common.values()]
         return {key: self.adapter.store.tensors[key] for key in keys}
 
-    def _all_sizes(self) -> Sizes:
-        """What every tensor adds to the file, in every dtype and form that its layer may be written in."""
-        tables = [self._copied]
-        for position, options in enumerate(self.options):
-            tables += [self.forms[position].tensors(1, dtype) for dtype in options]
-            if position in self._converted or position in self._folded:  # only these may stay as they are
-                tables.append(self._of_layer(position, 0))
-        return Sizes(item for table in tables for item in table.items())
-
     def metadata(
         self,
         widths: Sequence[int],
@@ -217,16 +213,27 @@ class Layout:
     ) -> dict[str, str]:
         """The metadata of the file; its length does not depend on `error` and `energy`."""
         return metadata.shrunk(
-            self.adapter.store.metadata,
+            self._updated_metadata(str(self.recipe), widths, form),
             recipe=self.recipe,
             threshold=threshold,
             origin=self.origin,
+            error=error,
+            energy=energy,
+        )
+
+    def packed_metadata(self, widths: Sequence[int], label: str) -> dict[str, str]:
+        """The metadata of the file that a packed one unpacks to. label: what it was packed to."""
+        how = f"pack,{label}"
+        return metadata.packed(self._updated_metadata(how, widths, None), origin=self.origin, how=how)
+
+    def _updated_metadata(self, how: str, widths: Sequence[int], form: str | None) -> dict[str, str]:
+        return metadata.updated(
+            self.adapter.store.metadata,
+            how=how,
             ranks=self._ranks(widths, form),
             old_rank=max((layer.rank for layer in self.adapter.layers), default=0),
-            error=error,
             settings=self.settings(widths, form),
             became_lora=self._became_lora(widths, form),
-            energy=energy,
             alpha=1 if self.small and any("alpha" in form.keys for form in self.forms) else None,
         )
 

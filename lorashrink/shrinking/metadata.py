@@ -46,26 +46,20 @@ class Origin:
         return all(metadata.get(key) == value for key, value in self.entries().items())
 
 
-def shrunk(
+def updated(
     old: Mapping[str, str],
     *,
-    recipe: Recipe,
-    threshold: float | None,
-    origin: Origin,
+    how: str,
     ranks: Mapping[str, int],
     old_rank: int,
-    error: float,
     settings: peft.Settings,
     became_lora: bool = False,
-    energy: float | None = None,
     alpha: int | None = None,
 ) -> dict[str, str]:
-    """Metadata of the output. `ranks` maps the names of the layers that are written to their ranks.
+    """What other programs wrote, brought up to date. `ranks` maps the names of the layers that are written to theirs.
 
-    `error` is the relative error of the file, `energy` the share that was kept, if that does not follow from the error,
-    which it does where no limit changes what is kept. `settings` are PEFT's for these ranks. Hashes of the contents are
-    placeholders of the right length, see `with_hashes`. `became_lora`: layers of another family are LoRA now. `alpha`:
-    of all layers, by default the largest rank.
+    `how`: what made the layers smaller, for the comment. `settings` are PEFT's for these ranks. `became_lora`: layers
+    of another family are LoRA now. `alpha`: of all layers, by default the largest rank.
     """
     new = dict(old)
     widest = str(max(ranks.values(), default=0))
@@ -78,11 +72,29 @@ def shrunk(
     if became_lora and "ss_network_module" in old:
         new |= {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
     if any(key.startswith("ss_") for key in old):
-        comment = f"resized from rank {old_rank} with lorashrink {recipe}"
+        comment = f"resized from rank {old_rank} with lorashrink {how}"
         before = old.get("ss_training_comment", "")
         new["ss_training_comment"] = comment if before in ("", "None") else f"{comment}; {before}"
     if settings and peft.METADATA_KEY in old:
         new[peft.METADATA_KEY] = peft.to_metadata(settings)
+    return new
+
+
+def shrunk(
+    new: Mapping[str, str],
+    *,
+    recipe: Recipe,
+    threshold: float | None,
+    origin: Origin,
+    error: float,
+    energy: float | None = None,
+) -> dict[str, str]:
+    """Metadata of an output, from what `updated` gives.
+
+    `error` is the relative error of the file, `energy` the share that was kept, if that does not follow from the error,
+    which it does where no limit changes what is kept. Hashes of the contents are placeholders of the right length, see
+    `with_hashes`.
+    """
     weights = {key: recipe.normalised.get(key, 0.0) for key in TERMS}
     params = {
         "recipe_str": str(recipe),
@@ -92,14 +104,20 @@ def shrunk(
         "rescale": recipe.rescale,
         "lorashrink_version": origin.version,
     }
-    new["resize_params"] = json.dumps(params, allow_nan=False)
-    new |= origin.entries()
+    entries = {"resize_params": json.dumps(params, allow_nan=False), **origin.entries()}
     # Both, because "0.9" is an energy in one tool and its square root in another; always 8 characters.
     energy = max(0.0, 1 - error**2) if energy is None else energy
-    new |= {ENERGY: f"{energy:.6f}", NORM_RATIO: f"{energy**0.5:.6f}"}
+    entries |= {ENERGY: f"{energy:.6f}", NORM_RATIO: f"{energy**0.5:.6f}"}
     if recipe.caps:
-        new[ERROR] = f"{error:.6f}"
-    return with_placeholders({**new, MODEL_HASH: "", LEGACY_HASH: ""})
+        entries[ERROR] = f"{error:.6f}"
+    return with_placeholders({**new, **entries, MODEL_HASH: "", LEGACY_HASH: ""})
+
+
+def packed(new: Mapping[str, str], *, origin: Origin, how: str) -> dict[str, str]:
+    """Metadata of the file that a packed one unpacks to, as `shrunk`, but with nothing that only a recipe has."""
+    entries = {**origin.entries(), OPTIONS: f"{how},{origin.options}"}
+    del entries[RECIPE]
+    return with_placeholders({**new, **entries, MODEL_HASH: "", LEGACY_HASH: ""})
 
 
 def _without_ranks(arguments: str) -> str:

@@ -166,6 +166,12 @@ def test_packed_files_count_without_their_metadata(tmp_path: Path) -> None:
     assert point.bytes > point.payload
 
 
+def test_a_size_that_no_packed_file_has_is_a_note(tmp_path: Path) -> None:
+    result = study(STYLE, tmp_path / "out", ["energy packed"], sizes=(10,), steps=1)
+    assert not result.results
+    assert result.notes == ("style, energy packed: not measured. It makes no file of these --sizes.",)
+
+
 def test_an_adapter_that_is_no_lora_is_drawn_as_one(tmp_path: Path) -> None:
     """A LoKr of rank 2 whose larger factor is a product: w1 ⊗ (a·b). Only the base tells that the layer is linear."""
     layer, generator = "lora_unet_input_blocks_1_0_emb_layers_1", torch.Generator().manual_seed(0)
