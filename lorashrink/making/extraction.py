@@ -108,7 +108,11 @@ def _difference(tuned_path: Path, base: Base | None, *, naming: str, vectors: bo
     weights = [checkpoint.modules(layout) for checkpoint in (tuned, base)]
     compared: list[tuple[str, list[Modules], Read]] = [(".diff", weights, Base.weight)]
     if vectors:
-        norms = [_norms(checkpoint, layout) for checkpoint in (tuned, base)]
+        norms = []
+        for checkpoint in (tuned, base):  # the weights of normalisation layers are vectors
+            shapes = {key: shape for key, shape in checkpoint.shapes.items() if key.endswith(".weight")}
+            columns = {key: (*shape, 1) for key, shape in shapes.items() if len(shape) == 1}
+            norms.append(name_weights(columns, checkpoint.family).layouts[layout])
         biases = [_biases(tuned, {**weights[0], **norms[0]}), _biases(base, {**weights[1], **norms[1]})]
         compared += [(".diff", norms, _vector), (".diff_b", biases, _vector)]
 
@@ -149,12 +153,6 @@ def _biases(base: Base, modules: Modules) -> Modules:
                 replace(view, key=key, shape=(view.shape[0], 1)) for view, key in zip(views, keys, strict=True)
             )
     return biases
-
-
-def _norms(base: Base, layout: str) -> Modules:
-    """The weights of normalisation layers, which are vectors."""
-    vectors = {key: (*shape, 1) for key, shape in base.shapes.items() if len(shape) == 1 and key.endswith(".weight")}
-    return name_weights(vectors, base.family).layouts[layout]
 
 
 def _vector(base: Base, views: Views) -> Tensor:

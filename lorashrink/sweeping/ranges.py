@@ -52,31 +52,26 @@ def expand(text: str) -> list[str]:
         return [text]
     match = ranges[0]
     key, count = match["key"], int(match["count"])
-    low, high = (_number(text, key, match[end]) for end in ("low", "high"))
+    limits = match["low"], match["high"]
+    try:
+        low, high = (bytes_in(limit) / 2**20 if key == "size" else float(limit) for limit in limits)
+    except ValueError:
+        raise RecipeError(f"recipe '{text}': {key}= has no unit; only sizes have one.") from None
     if count < 2:
         raise RecipeError(f"recipe '{text}': a range has at least 2 points.")
     if key in (*_INTEGERS, "size") and not (low > 0 and high > 0):
         raise RecipeError(f"recipe '{text}': {key} is above 0.")
     start, end = match.span()
-    numbers = _spaced(key, low, high, count)
-    return [f"{text[:start]}{key}={number:.{_DIGITS}g}{text[end:]}" for number in numbers]
-
-
-def _number(text: str, key: str, limit: str) -> float:
-    try:
-        return bytes_in(limit) / 2**20 if key == "size" else float(limit)
-    except ValueError:
-        raise RecipeError(f"recipe '{text}': {key}= has no unit; only sizes have one.") from None
-
-
-def _spaced(key: str, low: float, high: float, count: int) -> list[float]:
     shares = [index / (count - 1) for index in range(count)]
     if key in _SHARES and 0 < low < 1 and 0 < high < 1:
-        return [1 - (1 - low) ** (1 - share) * (1 - high) ** share for share in shares]
-    if key in (*_INTEGERS, "size"):
+        numbers = [1 - (1 - low) ** (1 - share) * (1 - high) ** share for share in shares]
+    elif key in (*_INTEGERS, "size"):
         numbers = [low ** (1 - share) * high**share for share in shares]
-        return [float(round(number)) for number in numbers] if key in _INTEGERS else numbers
-    return [low + (high - low) * share for share in shares]
+    else:
+        numbers = [low + (high - low) * share for share in shares]
+    if key in _INTEGERS:
+        numbers = [float(round(number)) for number in numbers]
+    return [f"{text[:start]}{key}={number:.{_DIGITS}g}{text[end:]}" for number in numbers]
 
 
 def curve(recipe: str) -> str:
