@@ -105,22 +105,18 @@ def stale_metadata(layers: Sequence[LayerRow], metadata: Mapping[str, str]) -> F
     }
     texts = []
     for key, numbers in stored.items():
-        if numbers and key in metadata and not _agrees(metadata[key], numbers):
-            texts.append(f"{key} says {metadata[key][:20]!r}, the tensors {span_text(numbers)}")
+        stated = metadata.get(key, "None")
+        if not numbers or stated in ("", "None"):  # as in files without a value
+            continue
+        try:
+            number = float(stated)
+        except ValueError:
+            number = math.nan
+        if not any(math.isclose(number, stored_number, rel_tol=_CLOSE) for stored_number in numbers):
+            texts.append(f"{key} says {stated[:20]!r}, the tensors {span_text(numbers)}")
     if not texts:
         return None
     return Finding("stale_metadata", 0, f"{'; '.join(texts)}: the file was changed without its metadata")
-
-
-def _agrees(text: str, numbers: Sequence[float]) -> bool:
-    """Whether an entry is one of the numbers, or says none, as in files without a value."""
-    if text in ("", "None"):
-        return True
-    try:
-        stated = float(text)
-    except ValueError:
-        return False
-    return any(math.isclose(stated, number, rel_tol=_CLOSE) for number in numbers)
 
 
 def mixed_alphas(layers: Sequence[LayerRow]) -> Finding | None:

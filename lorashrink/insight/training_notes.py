@@ -84,14 +84,13 @@ def training_notes(metadata: Mapping[str, str]) -> dict[str, str]:
         "resized": training.resized(),
         "comment": text("ss_training_comment"),
     }
-    return {label: _tidy(note) for label, note in notes.items() if note}
-
-
-def _tidy(text: str) -> str:
-    """One line without control characters: metadata may hold anything, and this is shown in terminals."""
-    printable = (letter if letter.isprintable() or letter.isspace() else "?" for letter in text)
-    line = " ".join("".join(printable).split())
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+    lines = {}
+    for label, note in notes.items():
+        if note:  # metadata may hold anything, and this is shown in terminals
+            printable = (letter if letter.isprintable() or letter.isspace() else "?" for letter in note)
+            line = " ".join("".join(printable).split())
+            lines[label] = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+    return lines
 
 
 class _Folder(NamedTuple):

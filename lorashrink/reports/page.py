@@ -38,7 +38,7 @@ def page(findings: Findings, progress: Progress | None = None, *, paths: bool = 
     sheet = picture_sheet(findings.sweep) if findings.sweep and findings.sweep.drawn else None
     if not paths:
         findings = findings.without_folders()
-    table, sweep = findings.table, findings.sweep
+    table, sweep, shrunk = findings.table, findings.sweep, findings.shrunk
     return rendered(
         "page.html",
         title=findings.title,
@@ -46,7 +46,7 @@ def page(findings: Findings, progress: Progress | None = None, *, paths: bool = 
         table=table,
         sweep=sweep,
         unswept=findings.unswept,
-        shrunk=findings.shrunk,
+        shrunk=shrunk,
         figures=inline_figures(findings, progress),
         point_columns=point_columns(sweep) if sweep else (),
         point_rows=point_rows(sweep) if sweep else (),
@@ -58,7 +58,14 @@ def page(findings: Findings, progress: Progress | None = None, *, paths: bool = 
         kinds=sorted({row.kind for row in table.layers}),
         commands=findings.commands,
         hashes=findings.hashes,
-        numbers=_numbers(findings),
+        numbers=json_element(
+            {
+                "version": __version__,
+                "inspect": replace(table, layers=tuple(replace(row, singular_values=None) for row in table.layers)),
+                "sweep": sweep,
+                "resize": shrunk and replace(shrunk, seconds=0.0),  # the time is not of the adapter
+            }
+        ),
         figure_colours=ROLES,
     )
 
@@ -124,18 +131,6 @@ def labelled_figure(figure: Figure, name: str) -> Markup:
 
     svg = inline_svg(figure, f"figure-{name}")
     return Markup(svg.replace("<svg ", f'<svg role="img" aria-labelledby="figure-{name}-caption" ', 1))
-
-
-def _numbers(findings: Findings) -> Markup:
-    """What `inspect`, `sweep` and a dry run of `resize` print, for programs; without singular values: most of it."""
-    table = replace(findings.table, layers=tuple(replace(row, singular_values=None) for row in findings.table.layers))
-    document = {
-        "version": __version__,
-        "inspect": table,
-        "sweep": findings.sweep,
-        "resize": findings.shrunk and replace(findings.shrunk, seconds=0.0),  # the time is not of the adapter
-    }
-    return json_element(document)
 
 
 def inline_figures(findings: Findings, progress: Progress | None) -> dict[str, Markup]:
