@@ -76,14 +76,14 @@ def open_adapter(source: Source) -> Adapter:
 def adapter_of(path: Path, store: TensorStore, settings: peft.Settings) -> Adapter:
     """The adapter that these tensors make. Raises as `open_adapter`."""
     layers, others = sort_keys(store, settings)
-    if not layers and not looks_like_adapter(others):
-        check_keys(settings, path)  # another kind of adapter, and no base
+    is_adapter = bool(layers) or looks_like_adapter(others)
+    if layers or not is_adapter:  # settings may tell that it is an adapter of a kind that is not known
+        check_keys(settings, path)
+    if not is_adapter:
         raise NotAnAdapter(
             f"{path}: no adapter layer found among its {len(store.tensors)} tensors. "
             "If this is the base model, give it first or with --base."
         )
-    if layers:
-        check_keys(settings, path)
     return Adapter(path, store, layers, others, settings)
 
 

@@ -184,12 +184,12 @@ def experts(settings: Settings, layer: str, rows: int, patterns: Patterns) -> in
     component, module = _module(settings, layer)
     config = settings.get(component, {})
     names = _parameters(config, module)
-    both = (("rank_pattern", config.get("r")), ("alpha_pattern", config.get("lora_alpha")))
-    values = [{patterns.value(config.get(key), name, default) for name in names} for key, default in both]
+    defaults = (("rank_pattern", config.get("r")), ("alpha_pattern", config.get("lora_alpha")))
+    values = [{patterns.value(config.get(key), name, default) for name in names} for key, default in defaults]
     if not names:
         anywhere = [name for name in config.get("target_parameters") or () if "." not in name]
-        whole = patterns.value(config.get("rank_pattern"), module, config.get("r"))
-        lost = ".base_layer." in f".{module}." or (anywhere and rows != whole)
+        module_rank = patterns.value(config.get("rank_pattern"), module, config.get("r"))
+        lost = ".base_layer." in f".{module}." or (anywhere and rows != module_rank)
         return "factors of experts, and target_parameters does not name their module" if lost else 0
     if any(len(of_all) > 1 for of_all in values):
         return "target_parameters: factors of experts with several ranks or alphas, and nothing says which are whose"
@@ -319,19 +319,16 @@ class Patterns:
             return False
         start = time.thread_time()
         try:
+            if pattern not in self._compiled:
+                counts = [max(1, *(int(number or 0) for number in pair)) for pair in _COUNTED.findall(pattern)]
+                if len(pattern) > _MOST or math.prod(counts) > _MOST:
+                    raise ValueError(f"the pattern {pattern[:40]}... is too large")
+                self._compiled[pattern] = regex.compile(rf"(.*\.)?({pattern})$")
             # not `re`, which would try for years on patterns that are made for it
-            return self._expression(pattern).match(module, timeout=max(self._seconds, 1e-3)) is not None
+            return self._compiled[pattern].match(module, timeout=max(self._seconds, 1e-3)) is not None
         except RecursionError as error:
             raise ValueError(f"{pattern[:40]}... is nested too deeply") from error
         finally:
             self._seconds -= time.thread_time() - start
             if self._seconds <= 0:
                 raise TimeoutError(f"the patterns take more than {_SECONDS:g} s")
-
-    def _expression(self, pattern: str) -> regex.Pattern[str]:
-        if pattern not in self._compiled:
-            counts = [max(1, *(int(number or 0) for number in pair)) for pair in _COUNTED.findall(pattern)]
-            if len(pattern) > _MOST or math.prod(counts) > _MOST:
-                raise ValueError(f"the pattern {pattern[:40]}... is too large")
-            self._compiled[pattern] = regex.compile(rf"(.*\.)?({pattern})$")
-        return self._compiled[pattern]
