@@ -534,17 +534,17 @@ def open_for_8_bits(
     if dtype not in IN_8_BITS:
         return adapter
     try:
-        other = naming_for_8_bits(adapter, base)
+        new_naming = naming_for_8_bits(adapter, base)
     except BaseException as error:
         if dtype == "auto" and isinstance(error, UsageError):
             return adapter
         adapter.close()
         raise
-    if other is None:
+    if new_naming is None:
         return adapter
     adapter.close()
-    note = f"has {other} names: under its input's the factors are multiplied at loading, which fails in fp8"
-    adapter = open_as(other)
+    note = f"has {new_naming} names: under its input's the factors are multiplied at loading, which fails in fp8"
+    adapter = open_as(new_naming)
     return replace(adapter, notes=(*adapter.notes, note))
 
 

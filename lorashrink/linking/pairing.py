@@ -32,7 +32,17 @@ def matched(sides: Sequence[Adapter], base: Base | None) -> tuple[Base | None, l
     A layer that is not found stands for a weight of its own name. Raises FamilyMismatch or ShapeError if the adapters
     were made for different models, and UsageError if only a base could tell which layers are the same.
     """
-    _check_shapes(sides)
+    seen: dict[str, tuple[Adapter, tuple[int, ...]]] = {}
+    for side in sides:
+        for layer in side:
+            if len(layer.shape) < 2:
+                continue
+            first_side, shape = seen.setdefault(layer.name, (side, layer.shape))
+            if shape != layer.shape and (shape[0], fan_in(shape)) != (layer.shape[0], fan_in(layer.shape)):
+                raise _families_differ(first_side, side) or ShapeError(
+                    f"{first_side.path} and {side.path}: {layer.name} is {list(shape)} in the first and "
+                    f"{list(layer.shape)} in the second. Take adapters that were made for the same model."
+                )
     if base:
         return base, [_or_own(side, match(side, base)) for side in sides]
     tried = []
@@ -46,21 +56,6 @@ def matched(sides: Sequence[Adapter], base: Base | None) -> tuple[Base | None, l
     for pair in unpaired:
         pair.check()
     return names, views
-
-
-def _check_shapes(sides: Sequence[Adapter]) -> None:
-    """Raises FamilyMismatch or ShapeError if layers of one name change weights of different shapes."""
-    seen: dict[str, tuple[Adapter, tuple[int, ...]]] = {}
-    for side in sides:
-        for layer in side:
-            if len(layer.shape) < 2:
-                continue
-            first_side, shape = seen.setdefault(layer.name, (side, layer.shape))
-            if shape != layer.shape and (shape[0], fan_in(shape)) != (layer.shape[0], fan_in(layer.shape)):
-                raise _families_differ(first_side, side) or ShapeError(
-                    f"{first_side.path} and {side.path}: {layer.name} is {list(shape)} in the first and "
-                    f"{list(layer.shape)} in the second. Take adapters that were made for the same model."
-                )
 
 
 def _families_differ(a: Adapter, b: Adapter) -> FamilyMismatch | None:

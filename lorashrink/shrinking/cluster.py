@@ -235,8 +235,20 @@ def shrink_source(
     try:
         if not contents:
             return _carried_out(source, outputs, session), {}
-        with tempfile.TemporaryDirectory(prefix="lorashrink-") as folder:
-            return _shrink_copy(Path(folder), source, outputs, contents, session)
+        # with files in a folder of this machine, and their own names in the outcome
+        with tempfile.TemporaryDirectory(prefix="lorashrink-") as name:
+            folder = Path(name)
+            local = folder / source.name
+            for file_name, data in contents.items():
+                write_bytes(local if len(contents) == 1 else local / file_name, data)
+            copies = {folder / str(number) / path.parent.name / path.name: path for number, path in enumerate(outputs)}
+            done = _carried_out(local, {copy: outputs[path] for copy, path in copies.items()}, session)
+            written: dict[Path, Files] = {
+                path: {file.name: file.read_bytes() for file in copy.parent.iterdir()}
+                for copy, path in copies.items()
+                if copy.exists()
+            }
+            return done.moved(source, copies), written
     except BaseException:
         _open.pop(run_id)[1].close()  # its threads may have been stopped
         raise
@@ -251,22 +263,18 @@ def session_of(run_id: str, shared: tuple[Job, Mapping[Path, bytes]]) -> Session
         job, tables = shared
         job = replace(job, options=replace(job.options, skip_existing=False))
         with ExitStack() as stack:
-            if tables:
+            if tables:  # the job gets copies of these norm tables on this machine
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorashrink-")))
-                job = _with_tables(job, tables, folder)
+                copies = {path: folder / f"{number}.json" for number, path in enumerate(tables)}
+                for path, copy in copies.items():
+                    copy.write_bytes(tables[path])
+                options, bases = job.options, {family: copies.get(path, path) for family, path in job.bases.items()}
+                if options.base is not None:
+                    base = Path(str(options.base))
+                    options = replace(options, base=copies.get(base, base))
+                job = replace(job, options=options, bases=bases)
             _open[run_id] = (stack.enter_context(open_session(job)), stack.pop_all())
     return _open[run_id][0]
-
-
-def _with_tables(job: Job, tables: Mapping[Path, bytes], folder: Path) -> Job:
-    """The job with copies of these norm tables in a folder of this machine."""
-    copies = {path: folder / f"{number}.json" for number, path in enumerate(tables)}
-    for path, copy in copies.items():
-        copy.write_bytes(tables[path])
-    base = job.options.base
-    options = job.options if base is None else replace(job.options, base=copies.get(Path(str(base)), Path(str(base))))
-    bases = {family: copies.get(path, path) for family, path in job.bases.items()}
-    return replace(job, options=options, bases=bases)
 
 
 class _Box(Ledger):
@@ -282,20 +290,3 @@ def _carried_out(source: Path, outputs: Mapping[Path, Recipe], session: Session)
     box = _Box({source: outputs})
     shrink_each({source: outputs}, session, box)
     return box.done
-
-
-def _shrink_copy(
-    folder: Path, source: Path, outputs: Mapping[Path, Recipe], contents: Files, session: Session
-) -> tuple[Done, dict[Path, Files]]:
-    """The same with files in a folder of this machine, and their own names in the outcome."""
-    local = folder / source.name
-    for name, data in contents.items():
-        write_bytes(local if len(contents) == 1 else local / name, data)
-    copies = {folder / str(number) / path.parent.name / path.name: path for number, path in enumerate(outputs)}
-    done = _carried_out(local, {copy: outputs[path] for copy, path in copies.items()}, session)
-    written: dict[Path, Files] = {
-        path: {file.name: file.read_bytes() for file in copy.parent.iterdir()}
-        for copy, path in copies.items()
-        if copy.exists()
-    }
-    return done.moved(source, copies), written

@@ -53,22 +53,24 @@ def refuse_options(held: Tensors, names: Collection[str]) -> None:
 
 
 def put_back(held: Tensors, state: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give a PeftModel or pipeline the shrunk adapter in place of the one that it was taken from."""
-    if hasattr(held.model, "load_lora_weights"):
-        _put_into_pipeline(held, state)
-    else:
-        _put_into_peft_model(held, state, settings)
+    """Give a PeftModel or pipeline the shrunk adapter in place of the one that it was taken from.
 
-
-def _put_into_peft_model(held: Tensors, state: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """`put_back` for a PeftModel."""
+    In a pipeline it has the strengths that the old adapter had.
+    """
+    model, name = held.model, held.adapter_name
+    if hasattr(model, "load_lora_weights"):
+        weights = {component: _weight(module, name) for component, module in model.components.items()}
+        model.delete_adapters(name)
+        model.load_lora_weights(dict(state), adapter_name=name)
+        components = {key.partition(".")[0] for key in state}
+        model.set_adapters(name, {component: weights[component] for component in components})
+        return
     from peft import LoraConfig, set_peft_model_state_dict
 
-    model, name = held.model, held.adapter_name
     old = model.peft_config[name]
     kind = type(old) if isinstance(old, LoraConfig) else LoraConfig
-    known = kind().to_dict().keys()
-    fields = {key: value for key, value in settings[""].items() if key in known}
+    accepted = kind().to_dict().keys()
+    fields = {key: value for key, value in settings[""].items() if key in accepted}
     # The whole names of what is left: an ending may name layers that the recipe removed.
     modules = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in state if ".lora_" in key}
     config = kind(**{**fields, "target_modules": sorted(modules)})
@@ -76,16 +78,6 @@ def _put_into_peft_model(held: Tensors, state: Mapping[str, Tensor], settings: M
     model.add_adapter(name, config)
     set_peft_model_state_dict(model, dict(state), adapter_name=name)
     model.set_adapter(name)
-
-
-def _put_into_pipeline(held: Tensors, state: Mapping[str, Tensor]) -> None:
-    """`put_back` for a diffusers pipeline, at the strengths that the old adapter had."""
-    pipeline, name = held.model, held.adapter_name
-    weights = {component: _weight(module, name) for component, module in pipeline.components.items()}
-    pipeline.delete_adapters(name)
-    pipeline.load_lora_weights(dict(state), adapter_name=name)
-    components = {key.partition(".")[0] for key in state}
-    pipeline.set_adapters(name, {component: weights[component] for component in components})
 
 
 def _weight(module: Any, name: str) -> float | None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -158,7 +158,13 @@ def _without_own_outputs(
 ) -> dict[Path, Sum | None]:
     """Where outputs lie beside their inputs, folders and globs do not stand for what earlier runs made there."""
     named = set(map(os.path.realpath, entries))
-    rest = {path: terms for path, terms in inputs.items() if terms or not _is_own_output(path, named)}
+    rest = dict(inputs)
+    for path, terms in inputs.items():
+        is_named = terms or os.path.realpath(path) in named
+        if not is_named and path.suffix == ".safetensors" and os.path.isfile(path):
+            with contextlib.suppress(InputError):
+                if RECIPE in read_header(path)[1]:
+                    del rest[path]
     if options.output is not None or not rest or len(rest) == len(inputs):
         return dict(inputs)
     first = next(path for path in inputs if path not in rest)
@@ -167,14 +173,6 @@ def _without_own_outputs(
         "%s left out, first %s: made by lorashrink. Name it to shrink it again.", count_text(count, "file"), first
     )
     return rest
-
-
-def _is_own_output(path: Path, named: Collection[str]) -> bool:
-    if os.path.realpath(path) in named or not os.path.isfile(path) or path.suffix != ".safetensors":
-        return False
-    with contextlib.suppress(InputError):
-        return RECIPE in read_header(path)[1]
-    return False
 
 
 def requested_recipes(options: ResizeOptions, reader: Target | None) -> list[Recipe]:

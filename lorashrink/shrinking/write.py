@@ -123,9 +123,9 @@ def compute(plan: Plan, *, pool: Executor, device: str = "cpu") -> tuple[dict[st
 
     for values in _run(pool, _chunks(range(len(layers))), of_chunk, _Steps(None, 0)):
         tensors |= values
-    made = MemoryStore(str(plan.adapter.path), tensors, plan.metadata)
+    output = MemoryStore(str(plan.adapter.path), tensors, plan.metadata)
     name = Path("the shrunk adapter")
-    return tensors, _verify(plan, name, set(tensors), made, changes, pool, device, _Steps(None, 0)).warnings
+    return tensors, _verify(plan, name, set(tensors), output, changes, pool, device, _Steps(None, 0)).warnings
 
 
 class _Output(NamedTuple):
