@@ -127,6 +127,61 @@ def test_a_merge_draws_what_its_saved_file_draws(server, tmp_path):
     assert torch.equal(merged, latents(server, loader, tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("family", "prefix"),
+    [
+        ("sd15", "lora_unet_down_blocks"),
+        ("flux", "lora_unet_"),
+        ("flux", "transformer."),
+        ("wan", "diffusion_model."),
+        ("qwen", "transformer."),
+    ],
+)
+def test_loras_of_other_families_change_the_weights_as_their_files_do(server, tmp_path, family, prefix):
+    model = {"class_type": "RandomModelLoader", "inputs": {"family": family}}
+    writing = {"class_type": "WriteLora", "inputs": {"model": ["1", 0], "prefix": prefix, "name": "r.safetensors"}}
+    history = server.run({"1": model, "2": writing})
+    assert history["status"]["status_str"] == "success", history["status"]["messages"][-1]
+    layers = int(history["outputs"]["2"]["text"][0])
+    assert layers >= 16
+
+    def weights(loader):
+        path = tmp_path / "weights.pt"
+        saving = {"class_type": "SaveWeights", "inputs": {"model": ["2", 0], "path": str(path)}}
+        history = server.run({"1": model, "2": loader, "3": saving})
+        assert history["status"]["status_str"] == "success", history["status"]["messages"][-1]
+        return torch.load(path)
+
+    def lora(name, strength=0.8):
+        inputs = {"model": ["1", 0], "lora_name": name, "strength_model": strength}
+        return {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+
+    def shrunk(**target):
+        inputs = {"model": ["1", 0], "lora_name": "r.safetensors", **STRENGTHS, **TARGET, **target}
+        return {"class_type": "LorashrinkShrink", "inputs": inputs}
+
+    plain, source = weights(lora("r.safetensors", 0.0)), weights(lora("r.safetensors"))
+    changed = {key for key in plain if not torch.equal(plain[key], source[key])}
+    assert changed
+    full = weights(shrunk(target="recipe", recipe="energy=1", dtype="fp32"))
+    for key in changed:
+        assert (full[key] - source[key]).norm() < 1e-3 * (source[key] - plain[key]).norm(), key
+    for target in (
+        {"rank": 3},
+        {"rank": 3, "dtype": "auto"},
+        {"target": "recipe", "recipe": "fro_ckpt,bytes,error=0.2"},
+        {"target": "quality", "quality": "small", "dtype": "auto"},
+    ):
+        saving = {"class_type": "LorashrinkSave", "inputs": {"shrunk": ["2", 2], "name": "small", "overwrite": True}}
+        applied = weights(shrunk(**target))
+        server.run({"1": model, "2": shrunk(**target), "3": saving})
+        from_file = weights(lora("small.safetensors"))
+        assert {key for key in plain if not torch.equal(plain[key], applied[key])} == changed, target
+        for key in plain:
+            assert torch.equal(applied[key], from_file[key]), (target, key)
+        (server.loras / "small.safetensors").unlink()
+
+
 def test_errors_are_words_on_the_node(server, tmp_path):
     with pytest.raises(ValueError, match="Did you mean rank"):
         latents(server, shrink("style.safetensors", target="recipe", recipe="rnk=3"), tmp_path)

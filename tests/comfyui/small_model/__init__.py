@@ -23,6 +23,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
+from .families import NODE_CLASS_MAPPINGS as OTHER_FAMILIES
+
 FOLDER = Path(os.environ["LORASHRINK_EXAMPLE_MODEL"])
 
 
@@ -170,4 +172,4 @@ class SaveTensors:
         return {}
 
 
-NODE_CLASS_MAPPINGS = {"SmallModelLoader": SmallModelLoader, "SaveTensors": SaveTensors}
+NODE_CLASS_MAPPINGS = {"SmallModelLoader": SmallModelLoader, "SaveTensors": SaveTensors, **OTHER_FAMILIES}
