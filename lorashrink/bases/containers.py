@@ -26,12 +26,23 @@ def is_model_folder(path: Path) -> bool:
 
 def open_store(path: Path) -> tuple[TensorStore, str]:
     """The weights of a base, and what it is: "file", "shards" or "folder". Raises InputError or NotABase."""
+    store: TensorStore
+    kind = "file"
     if path.is_dir():
-        store, kind = _open_folder(path), "folder"
+        kind = "folder"
+        if parts := {f"{name}.": weights for name in PART_FOLDERS if (weights := _weights(path / name))}:
+            store = join_stores(path, {prefix: open_tensors(weights) for prefix, weights in parts.items()})
+        elif weights := _weights(path):
+            store = open_tensors(weights)
+        else:
+            raise NotABase(
+                f"{path}: no unet/, transformer/ or text_encoder/ with safetensors weights in this folder, and no "
+                "weights either. Give the folder of the model, or one file."
+            )
     elif not path.is_file():
         raise InputError(f"{path}: {absent_text(path)}")
     elif is_gguf(path):
-        store, kind = open_gguf(path), "file"
+        store = open_gguf(path)
     else:
         store, kind = open_tensors(path), "shards" if path.suffix == ".json" else "file"
     try:
@@ -39,18 +50,6 @@ def open_store(path: Path) -> tuple[TensorStore, str]:
     except BaseException:
         store.close()
         raise
-
-
-def _open_folder(path: Path) -> TensorStore:
-    parts = {f"{name}.": weights for name in PART_FOLDERS if (weights := _weights(path / name))}
-    if parts:
-        return join_stores(path, {prefix: open_tensors(weights) for prefix, weights in parts.items()})
-    if weights := _weights(path):
-        return open_tensors(weights)
-    raise NotABase(
-        f"{path}: no unet/, transformer/ or text_encoder/ with safetensors weights in this folder, and no weights "
-        "either. Give the folder of the model, or one file."
-    )
 
 
 def _weights(folder: Path) -> Path | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorashrink.bases.quantised import DecodedStore
 from lorashrink.errors import DamagedFile, InputError
-from lorashrink.files.store import TensorInfo, TensorStore, open_file, tensor_info
+from lorashrink.files.store import TensorStore, open_file, tensor_info
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,10 +95,26 @@ class GGUFStore(DecodedStore):
         super().__init__(path, {}, {}, [path], [header])
         self._reader: Any = reader
         self._architecture = str(self._fact("general.architecture") or "")
-        self._tensors: dict[str, Any] = {self._name(str(tensor.name)): tensor for tensor in reader.tensors}
-        if len(self._tensors) != len(reader.tensors):
-            raise ValueError("several tensors have one name")
-        self.tensors = {name: self._info(tensor) for name, tensor in self._tensors.items()}
+        self._tensors: dict[str, Any] = {}
+        blocks, inner, outer = _NAMES.get(self._architecture, _NAMES[""])
+        for tensor in reader.tensors:
+            name = str(tensor.name)
+            original = self._fact(_ORIGINAL_SHAPE + name)
+            shape = tuple(map(int, original)) if original else _stored_shape(tensor)
+            if math.prod(shape) != math.prod(_stored_shape(tensor)):
+                raise ValueError(f"{name} does not have the shape that is said of it")
+            if (heads := self._heads(name)) and shape[0] % (2 * heads):
+                raise ValueError(f"{name} has {shape[0]} rows, which are no {heads} heads")
+            module, _, kind = name.rpartition(".")
+            if match := _BLOCK.match(name):
+                number, layer, kind = match.groups()
+                name = f"{blocks}.{number}.{inner[layer]}.{kind}" if layer in inner else name
+            elif module in outer:
+                name = f"{outer[module]}.{kind}"
+            if name in self._tensors:
+                raise ValueError("several tensors have one name")
+            self._tensors[name] = tensor
+            self.tensors[name] = tensor_info(_WHOLE_NUMBERS.get(tensor.tensor_type.name, "F32"), shape)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """The tensor `name`, or its rows `[start, stop)` alone. Raises InputError if its type cannot be unpacked."""
@@ -128,23 +144,6 @@ class GGUFStore(DecodedStore):
         """Close the file; the store cannot be read afterwards."""
         self._tensors, self._reader = {}, None
         super().close()
-
-    def _info(self, tensor: Any) -> TensorInfo:
-        original = self._fact(_ORIGINAL_SHAPE + str(tensor.name))
-        shape = tuple(map(int, original)) if original else _stored_shape(tensor)
-        if math.prod(shape) != math.prod(_stored_shape(tensor)):
-            raise ValueError(f"{tensor.name} does not have the shape that is said of it")
-        if (heads := self._heads(str(tensor.name))) and shape[0] % (2 * heads):
-            raise ValueError(f"{tensor.name} has {shape[0]} rows, which are no {heads} heads")
-        return tensor_info(_WHOLE_NUMBERS.get(tensor.tensor_type.name, "F32"), shape)
-
-    def _name(self, name: str) -> str:
-        blocks, inner, outer = _NAMES.get(self._architecture, _NAMES[""])
-        if match := _BLOCK.match(name):
-            number, layer, kind = match.groups()
-            return f"{blocks}.{number}.{inner[layer]}.{kind}" if layer in inner else name
-        module, _, kind = name.rpartition(".")
-        return f"{outer[module]}.{kind}" if module in outer else name
 
     def _heads(self, name: str) -> int:
         """How many heads have their rows in pairs; 0 for any other tensor."""

@@ -7,7 +7,7 @@ layers hold as [in, out].
 
 from __future__ import annotations
 
-from lorashrink.bases.family import BaseFamily, Header, marks
+from lorashrink.bases.family import BaseFamily, marks
 from lorashrink.bases.rules import Rules, adapter_only, rule, same
 
 _ABOVE = ("model.", "model.language_model.", "language_model.", "language_model.model.")
@@ -37,18 +37,13 @@ _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 _WHERE = {"": "unet", "module.": "unet"}
 
 
-def _is_gpt2(header: Header) -> bool:
-    """Others with the same names have linear layers, and GGUF files have them the usual way round."""
-    shape = header.shape("h.0.attn.c_attn.weight")
-    return len(shape) == 2 and shape[1] == 3 * shape[0]
-
-
 FAMILIES = (
     BaseFamily(
         "gpt2",
         "GPT-2",
         _WHERE,
-        _is_gpt2,
+        # Others with the same names have linear layers, and GGUF files have them the usual way round.
+        lambda header: len(shape := header.shape("h.0.attn.c_attn.weight")) == 2 and shape[1] == 3 * shape[0],
         Rules(_GPT2),
         denoiser="",
         encoders=0,

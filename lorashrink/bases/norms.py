@@ -70,8 +70,23 @@ class BaseNorms:
         missing = {key: [name for name in sorted(names) if name not in self._norms.get(key, {})] for key in views}
         missing = {key: absent for key, absent in missing.items() if absent}
 
+        def spectral(weights: Sequence[Sequence[Tensor]], device: torch.device) -> list[float]:
+            matrices = [joined([part.to(device) for part in parts]) for parts in weights]
+            sigma: list[float] = spectral_norms(torch.stack(matrices)).tolist()
+            return sigma
+
         def compute(batch: Sequence[str]) -> list[dict[str, float]]:
-            return self._compute([views[key] for key in batch], missing[batch[0]], core_device(device))
+            """The norms of weights of equal shape, which are read once."""
+            weights_parts = [self.base.parts(views[key]) for key in batch]
+            values: list[dict[str, float]] = [{} for _ in batch]
+            if "fro" in missing[batch[0]]:  # by this thread: moving a weight to a GPU takes longer
+                for norms, parts in zip(values, weights_parts, strict=True):
+                    norms["fro"] = math.hypot(*map(frobenius, parts))
+            if "spn" in missing[batch[0]]:
+                sigmas = computed(spectral, weights_parts, core_device(device))
+                for norms, sigma in zip(values, sigmas, strict=True):
+                    norms["spn"] = sigma
+            return values
 
         batches = _batches(views, missing, core_device(device))
         results = map(compute, batches) if pool is None else pool.map(compute, batches)
@@ -89,27 +104,6 @@ class BaseNorms:
         if missing and self._file:
             _save(self._file, self.base, self._norms)
         return {key: {name: self._norms[key][name] for name in names} for key in views}
-
-    def _compute(
-        self, weights: Sequence[Views], names: Collection[str], device: torch.device
-    ) -> list[dict[str, float]]:
-        """The norms of weights of equal shape, which are read once."""
-        weights_parts = [self.base.parts(views) for views in weights]
-        values: list[dict[str, float]] = [{} for _ in weights]
-        if "fro" in names:  # by this thread: moving a weight to a GPU takes longer
-            for norms_of_weight, parts in zip(values, weights_parts, strict=True):
-                norms_of_weight["fro"] = math.hypot(*map(frobenius, parts))
-        if "spn" in names:
-            for norms_of_weight, sigma in zip(values, computed(_spectral_norms, weights_parts, device), strict=True):
-                norms_of_weight["spn"] = sigma
-        return values
-
-
-def _spectral_norms(weights: Sequence[Sequence[Tensor]], device: torch.device) -> list[float]:
-    """Of weights of equal shape, in parts."""
-    matrices = [joined([part.to(device) for part in parts]) for parts in weights]
-    sigma: list[float] = spectral_norms(torch.stack(matrices)).tolist()
-    return sigma
 
 
 def _batches(views: Mapping[str, Views], missing: Mapping[str, list[str]], device: torch.device) -> list[list[str]]:

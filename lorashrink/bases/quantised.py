@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorashrink.errors import DamagedFile, InputError
-from lorashrink.files.store import FLOATS, TensorInfo, TensorStore, tensor_info
+from lorashrink.files.store import FLOATS, TensorStore, tensor_info
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +59,29 @@ def unpacked(store: TensorStore) -> TensorStore:
 
     Raises InputError for a format that is not read, and DamagedFile if companions do not fit their weight.
     """
-    _refuse_foreign(store)
+    for name in store.tensors:
+        for ending, title in _FOREIGN:
+            if name.endswith(ending):
+                raise InputError(f"{store.path}: quantised as {title}, which cannot be read ({name}). {_ASK}")
+    # ComfyUI says it in a tensor beside each weight, or of all of them in the header.
+    formats = {name: str(_json(store, name).get("format")) for name in store.tensors if name.endswith(_COMFY_QUANT)}
+    try:
+        layers = json.loads(store.metadata.get(_COMFY_METADATA, "{}")).get("layers", {})
+        formats |= {name: str(layer["format"]) for name, layer in layers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedFile(
+            f"{store.path}: the header's {_COMFY_METADATA} is broken ({error}). Download it again."
+        ) from error
+    for name, kind in formats.items():
+        if kind not in _COMFY_FORMATS:
+            raise InputError(f"{store.path}: quantised as {kind}, which cannot be read ({name}). {_ASK}")
     packed = dict(_packed(store))
-    _refuse_rest(store, packed)
+    for name, info in store.tensors.items():
+        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype not in FLOATS and name not in packed:
+            raise InputError(
+                f"{store.path}: {name} is stored as {info.dtype}, and nothing beside it tells what weight that "
+                f"stands for. {_ASK}"
+            )
     return UnpackedStore(store, packed) if packed else store
 
 
@@ -79,7 +99,14 @@ class UnpackedStore(DecodedStore):
     """A store whose packed weights read as float32, and which hides their companions."""
 
     def __init__(self, inner: TensorStore, packed: Mapping[str, Packed]) -> None:
-        infos = {name: info for name, info in inner.tensors.items() if not _is_companion(name, inner.tensors)}
+        companions = {
+            name
+            for name in inner.tensors
+            if f".{name}".endswith((".scaled_fp8", *_OF_WEIGHT))
+            or _STATE in name
+            or any(name.endswith(end) and f"{name.removesuffix(end)}.weight" in inner.tensors for end in _OF_MODULE)
+        }
+        infos = {name: info for name, info in inner.tensors.items() if name not in companions}
         infos |= {name: tensor_info("F32", weight.shape) for name, weight in packed.items()}
         super().__init__(inner.path, infos, inner.metadata, inner.files, inner.headers)
         self._inner, self._packed = inner, packed
@@ -99,51 +126,6 @@ class UnpackedStore(DecodedStore):
         super().close()
 
 
-def _is_companion(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    if name == "scaled_fp8" or name.endswith(".scaled_fp8"):
-        return True
-    for ending in _OF_MODULE:
-        if name.endswith(ending) and f"{name.removesuffix(ending)}.weight" in tensors:
-            return True
-    return name.endswith(_OF_WEIGHT) or _STATE in name
-
-
-# --- what is refused ----------------------------------------------------------------------------
-
-
-def _refuse_foreign(store: TensorStore) -> None:
-    for name in store.tensors:
-        for ending, title in _FOREIGN:
-            if name.endswith(ending):
-                raise InputError(f"{store.path}: quantised as {title}, which cannot be read ({name}). {_ASK}")
-    for name, kind in _comfy_formats(store):
-        if kind not in _COMFY_FORMATS:
-            raise InputError(f"{store.path}: quantised as {kind}, which cannot be read ({name}). {_ASK}")
-
-
-def _comfy_formats(store: TensorStore) -> Iterator[tuple[str, str]]:
-    """What ComfyUI says of each quantised layer: in a tensor beside the weight, or all in the header."""
-    for name in store.tensors:
-        if name.endswith(_COMFY_QUANT):
-            yield name, str(_json(store, name).get("format"))
-    try:
-        layers = json.loads(store.metadata.get(_COMFY_METADATA, "{}")).get("layers", {})
-        yield from ((name, str(layer["format"])) for name, layer in layers.items())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedFile(
-            f"{store.path}: the header's {_COMFY_METADATA} is broken ({error}). Download it again."
-        ) from error
-
-
-def _refuse_rest(store: TensorStore, packed: Mapping[str, Packed]) -> None:
-    for name, info in store.tensors.items():
-        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype not in FLOATS and name not in packed:
-            raise InputError(
-                f"{store.path}: {name} is stored as {info.dtype}, and nothing beside it tells what weight that "
-                f"stands for. {_ASK}"
-            )
-
-
 def _json(store: TensorStore, name: str) -> dict[str, Any]:
     try:
         facts = json.loads(bytes(store.read(name).tolist()))
@@ -152,9 +134,6 @@ def _json(store: TensorStore, name: str) -> dict[str, Any]:
         return facts
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedFile(f"{store.path}: {name} should be JSON ({error}). Download or copy the file again.") from error
-
-
-# --- what is read -------------------------------------------------------------------------------
 
 
 def _packed(store: TensorStore) -> Iterator[tuple[str, Packed]]:
@@ -222,18 +201,13 @@ class _FourBits:
         pairs = store.read(self.key, (low // 2, -(-high // 2))).reshape(-1)
         codes = torch.stack([pairs >> 4, pairs & 15], 1).reshape(-1)[: high - low]
         weight = store.read(f"{self.key}.quant_map").float()[codes.int()]
-        weight *= self._scales(store, first, last).repeat_interleave(self.block)[: high - low]
+        scales = store.read(f"{self.key}.absmax")[first:last]
+        if self.nested_block:
+            numbers = store.read(f"{self.key}.nested_quant_map").float()[scales.int()]
+            blocks = torch.arange(first, last) // self.nested_block
+            scales = numbers * store.read(f"{self.key}.nested_absmax").float()[blocks] + self.offset
+        weight *= scales.float().repeat_interleave(self.block)[: high - low]
         return weight[start - low : stop - low].reshape(-1, *self.shape[1:])
-
-    def _scales(self, store: TensorStore, first: int, last: int) -> Tensor:
-        import torch
-
-        absmax = store.read(f"{self.key}.absmax")
-        if not self.nested_block:
-            return absmax.float()[first:last]
-        numbers = store.read(f"{self.key}.nested_quant_map").float()[absmax[first:last].int()]
-        blocks = torch.arange(first, last) // self.nested_block
-        return numbers * store.read(f"{self.key}.nested_absmax").float()[blocks] + self.offset
 
 
 def _four_bits(store: TensorStore, key: str, state: str) -> Packed:

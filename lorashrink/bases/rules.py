@@ -9,7 +9,7 @@ ranges of its rows; where it is split, the fused weight is its parts stacked.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
@@ -148,11 +148,13 @@ class Rules:
 
     def find(self, module: str, modules: Mapping[str, Views]) -> tuple[Position, tuple[str, ...]] | None:
         """Where a module of a base stands in the rules, and what its wildcards stand for."""
-        candidates = [candidate for head in _heads(module) for candidate in self._index.get(head, ())]
+        heads = ["", *(module[: dot.end()] for dot in re.finditer(r"\.", module)), module]
+        candidates = [candidate for head in heads for candidate in self._index.get(head, ())]
         for position, pattern in sorted(candidates, key=itemgetter(0)):
-            match = pattern.fullmatch(module)
-            if match and (position[1] != _DIFFUSERS or _is_beside(self.rules[position[0]].beside, modules)):
-                return position, match.groups()
+            if match := pattern.fullmatch(module):
+                beside = self.rules[position[0]].beside if position[1] == _DIFFUSERS else ""
+                if not beside or any(name.startswith(beside) for name in modules):
+                    return position, match.groups()
         return None
 
     @cached_property
@@ -164,28 +166,10 @@ class Rules:
                 for part, name in enumerate(spelling.names if not spelling.adapter_only else ()):
                     level, dot, _ = name.partition("{")[0].rpartition(".")
                     head = level + dot if "{" in name else name
-                    index.setdefault(head, []).append(((number, spelled, part), _pattern(name)))
+                    start, rest = (name[:-2], "(.+)") if name.endswith("{}") else (name, "")
+                    pattern = re.compile("([^.]+)".join(map(re.escape, start.split("{}"))) + rest)
+                    index.setdefault(head, []).append(((number, spelled, part), pattern))
         return index
-
-
-def _is_beside(start: str, modules: Mapping[str, Views]) -> bool:
-    return not start or any(module.startswith(start) for module in modules)
-
-
-def _heads(module: str) -> Iterator[str]:
-    """The keys under which the index may hold a name that fits."""
-    end = 0
-    while True:
-        yield module[:end]
-        end = module.find(".", end) + 1
-        if not end:
-            break
-    yield module
-
-
-def _pattern(name: str) -> re.Pattern[str]:
-    start, rest = (name[:-2], "(.+)") if name.endswith("{}") else (name, "")
-    return re.compile("([^.]+)".join(map(re.escape, start.split("{}"))) + rest)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

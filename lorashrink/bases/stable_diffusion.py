@@ -28,34 +28,12 @@ def _has_sizes(header: Header) -> bool:
     return header.has("label_emb.0.0.weight") or header.has("add_embedding.linear_1.weight")
 
 
-def _has_two_encoders(header: Header) -> bool:
-    return header.begins("conditioner.embedders.1.", "text_encoder_2.")
-
-
 def _has_four_levels(header: Header) -> bool:
     return header.has("input_blocks.10.0.in_layers.2.weight") or header.has("down_blocks.3.resnets.0.conv1.weight")
 
 
 def _first_projection(header: Header) -> tuple[int, ...]:
     return header.shape("input_blocks.1.1.proj_in.weight") or header.shape("down_blocks.0.attentions.0.proj_in.weight")
-
-
-def _is_sdxl(header: Header) -> bool:
-    return _is_unet(header) and not _has_four_levels(header) and (_has_two_encoders(header) or _has_sizes(header))
-
-
-def _is_refiner(header: Header) -> bool:
-    """Sizes as in SDXL, levels as in SD, and no attention in the first level, which both have."""
-    return _is_unet(header) and _has_four_levels(header) and _has_sizes(header) and not _first_projection(header)
-
-
-def _is_sd2(header: Header) -> bool:
-    """SD 2.x has linear projections in its transformers, SD 1.x has 1×1 convolutions."""
-    return _is_unet(header) and len(_first_projection(header)) == 2
-
-
-def _is_sd1(header: Header) -> bool:
-    return _is_unet(header) and not _has_sizes(header)
 
 
 # The prior of Stable Cascade; its attention is PyTorch's own, which keeps q, k and v in one matrix.
@@ -87,7 +65,11 @@ FAMILIES = (
             "conditioner.embedders.0.transformer.": "te1",
             "conditioner.embedders.1.model.": "te2",
         },
-        _is_sdxl,
+        lambda header: (
+            _is_unet(header)
+            and not _has_four_levels(header)
+            and (header.begins("conditioner.embedders.1.", "text_encoder_2.") or _has_sizes(header))
+        ),
         RULES,
         denoiser="unet",
         encoders=2,
@@ -96,7 +78,10 @@ FAMILIES = (
         "sdxl-refiner",
         "the SDXL refiner",
         {**containers(te1=("text_encoder_2", "clip_g")), "conditioner.embedders.0.model.": "te1"},
-        _is_refiner,
+        # Sizes as in SDXL, levels as in SD, and no attention in the first level, which both have.
+        lambda header: (
+            _is_unet(header) and _has_four_levels(header) and _has_sizes(header) and not _first_projection(header)
+        ),
         RULES,
         kohya="diffusers",
         denoiser="unet",
@@ -106,7 +91,8 @@ FAMILIES = (
         "sd2",
         "SD 2.x",
         {**containers(te1=("text_encoder", "clip_h")), "cond_stage_model.model.": "te1"},
-        _is_sd2,
+        # Linear projections in its transformers; SD 1.x has 1×1 convolutions.
+        lambda header: _is_unet(header) and len(_first_projection(header)) == 2,
         RULES,
         kohya="diffusers",
         denoiser="unet",
@@ -115,7 +101,7 @@ FAMILIES = (
         "sd15",
         "SD 1.x",
         {**containers(te1=_CLIP_L), "cond_stage_model.transformer.": "te1"},
-        _is_sd1,
+        lambda header: _is_unet(header) and not _has_sizes(header),
         RULES,
         kohya="diffusers",
         denoiser="unet",

@@ -87,12 +87,6 @@ def _is_hunyuan(header: Header) -> bool:
     )
 
 
-def _is_hunyuan_image(header: Header) -> bool:
-    """Pictures are embedded by a 2-D convolution, videos by a 3-D one."""
-    patches = header.shape("img_in.proj.weight") or header.shape("x_embedder.proj.weight")
-    return _is_hunyuan(header) and len(patches) == 4
-
-
 # --- Wan ----------------------------------------------------------------------------------------
 
 _WAN_BLOCK = (
@@ -191,7 +185,11 @@ FAMILIES = (
         "hunyuan-image",
         "HunyuanImage",
         containers(te1=("text_encoder", "qwen25_7b"), te2=("text_encoder_2", "byt5_small")),
-        _is_hunyuan_image,
+        # Pictures are embedded by a 2-D convolution, videos by a 3-D one.
+        lambda header: (
+            _is_hunyuan(header)
+            and len(header.shape("img_in.proj.weight") or header.shape("x_embedder.proj.weight")) == 4
+        ),
         Rules(_HUNYUAN_IMAGE),
         encoders=2,
     ),

@@ -52,22 +52,19 @@ def cut(views: Views, sizes: list[int]) -> list[Views] | None:
         return [views]
     if any(view.transposed for view in views):
         return None
-    ends = list(accumulate(sizes))
-    return [_rows(views, end - size, end) for size, end in zip(sizes, ends, strict=True)]
-
-
-def _rows(views: Views, start: int, stop: int) -> Views:
-    """Rows [start, stop) of the stacked views."""
-    pieces, first = [], 0
-    for view in views:
-        low, high = max(start - first, 0), min(stop - first, view.shape[0])
-        first += view.shape[0]
-        if low < high and high - low < view.shape[0]:
-            offset = view.rows[0] if view.rows else 0
-            view = replace(view, shape=(high - low, *view.shape[1:]), rows=(offset + low, offset + high))
-        if low < high:
-            pieces.append(view)
-    return tuple(pieces)
+    pieces = []
+    for size, stop in zip(sizes, accumulate(sizes), strict=True):
+        piece, first = [], 0  # rows [stop - size, stop) of the stacked views
+        for view in views:
+            low, high = max(stop - size - first, 0), min(stop - first, view.shape[0])
+            first += view.shape[0]
+            if low < high and high - low < view.shape[0]:
+                offset = view.span[0]
+                view = replace(view, shape=(high - low, *view.shape[1:]), rows=(offset + low, offset + high))
+            if low < high:
+                piece.append(view)
+        pieces.append(tuple(piece))
+    return pieces
 
 
 @dataclass(frozen=True, slots=True)

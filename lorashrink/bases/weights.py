@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from lorashrink.bases import encoders
 from lorashrink.bases.family import BaseFamily
@@ -52,15 +53,22 @@ def name_weights(shapes: Shapes, family: BaseFamily) -> Weights:
         located = _locate(key, family)
         if located and not key.endswith(_NO_WEIGHTS) and len(shape) >= 2 and min(shape) > 0:
             part, module = located
-            turned = _transposed(key, module, part, family)
+            if part == "unet":
+                turned = bool(family.transposed) and module.endswith(family.transposed)
+            else:
+                turned = module in encoders.TRANSPOSED and not key.endswith(".weight")
             view = View(key, shape[::-1], transposed=True) if turned else View(key, shape)
             parts.setdefault(part, {}).setdefault(module, (view,))
     by_name: dict[tuple[str, str], Views] = {}
     layouts: dict[str, dict[tuple[str, str], Views]] = {layout: {} for layout in LAYOUTS}
     for part, modules in parts.items():
         spelled = spell(modules, family.rules if part == "unet" else encoders.RULES)
-        names = _by_flat_name(modules.items(), spelled.aliases)
-        by_name |= {(part, name): views for name, views in names.items()}
+        # A name that the base itself uses is no other weight's alias, and one name for two weights is no name at all.
+        own = _unique((flat(module), views) for module, views in modules.items())
+        short = ((address(module)[1], views) for module, views in modules.items())
+        aliases = ((flat(name), views) for name, views in spelled.aliases)
+        more = _unique((name, views) for name, views in chain(short, aliases) if name not in own)
+        by_name |= {(part, name): views for name, views in {**more, **own}.items() if views}
         for layout, spellings in spelled.layouts.items():
             layouts[layout] |= {(part, name): views for name, views in spellings.items()}
     return Weights(by_name, layouts)
@@ -74,23 +82,6 @@ def _locate(key: str, family: BaseFamily) -> tuple[str, str] | None:
             return part, module[len(prefix) :]
     match = _ENCODER.match(key)
     return ("te1", module[match.end() :]) if match and family.encoders == 1 else None
-
-
-def _transposed(key: str, module: str, part: str, family: BaseFamily) -> bool:
-    if part == "unet":
-        return module.endswith(family.transposed) if family.transposed else False
-    return module in encoders.TRANSPOSED and not key.endswith(".weight")
-
-
-def _by_flat_name(own: Collection[tuple[str, Views]], aliases: Collection[tuple[str, Views]]) -> dict[str, Views]:
-    """Flattened name -> views.
-
-    A name that the base itself uses is no other weight's alias, and one name for two weights is no name at all.
-    """
-    own_names = _unique((flat(name), views) for name, views in own)
-    more = [(address(name)[1], views) for name, views in own] + [(flat(name), views) for name, views in aliases]
-    other_names = _unique((name, views) for name, views in more if name not in own_names)
-    return {name: views for name, views in {**other_names, **own_names}.items() if views}
 
 
 def _unique(pairs: Iterable[tuple[str, Views]]) -> dict[str, Views]:
