@@ -47,7 +47,7 @@ class Application:
         self.jobs = Jobs()
         self.measurer = Measurer()
         self._tables: dict[str, Path] = {}  # id -> a calibration table that was offered
-        self.savings = Savings(self.library, self._busy)
+        self.savings = Savings(self.library, lambda: self._in_front > 0 or any(not job.over for job in self.jobs.all()))
         self._lock = threading.Lock()
         self._in_front = 0  # requests that somebody waits for
         self._threads: list[threading.Thread] = []
@@ -68,10 +68,6 @@ class Application:
         shutil.rmtree(self.uploads, ignore_errors=True)
 
     # --- in the background --------------------------------------------------------------------------
-
-    def _busy(self) -> bool:
-        """Whether somebody waits for something."""
-        return self._in_front > 0 or any(not job.over for job in self.jobs.all())
 
     @contextlib.contextmanager
     def _waited_for(self) -> Iterator[None]:
@@ -109,9 +105,18 @@ class Application:
         entry = self.library.get(identity)
         models = self._for_family(table.family, "model")
         calibrations = self._for_family(table.family, "statistics")
-        calibration = self._table_for(entry.path, table.family)
-        if calibration and calibration["id"] not in [row["id"] for row in calibrations]:
-            calibrations.append(calibration)
+        calibration = ""
+        try:  # the table that `shrink` would take: beside the model, or in the user's cache
+            path = self._best_help(entry.path, table.family).calibration
+        except LorashrinkError:  # a damaged table is no reason to show nothing
+            path = None
+        if path is not None:
+            calibration = identity_of(path)
+            self._tables[calibration] = path
+            if calibration not in [row["id"] for row in calibrations]:
+                calibrations.append(
+                    {"id": calibration, "name": path.name, "kind": "statistics", "bytes": path.stat().st_size}
+                )
         return {
             **entry.row(),
             "path": str(entry.path),
@@ -122,7 +127,7 @@ class Application:
             "blocks": [asdict(row) for row in table.blocks],
             "bases": [*self._for_family(table.family, "norms"), *models],
             "calibrations": calibrations,
-            "calibration": calibration["id"] if calibration else "",
+            "calibration": calibration,
             "dtypes": DTYPES,
             "prompts": drawing.suggested_prompts(table.notes),
             "models": [
@@ -151,18 +156,6 @@ class Application:
             method = methods.of(source)
         table = method.calibration if method.calibration and self._may_read(method.calibration) else None
         return Help(base if method.base else None, table)
-
-    def _table_for(self, source: Path, family: str | None) -> dict[str, Any] | None:
-        """The calibration table that `shrink` would take for an adapter: beside the model, or in the user's cache."""
-        try:
-            path = self._best_help(source, family).calibration
-        except LorashrinkError:  # a damaged table is no reason to show nothing
-            path = None
-        if path is None:
-            return None
-        identity = identity_of(path)
-        self._tables[identity] = path
-        return {"id": identity, "name": path.name, "kind": "statistics", "bytes": path.stat().st_size}
 
     def _may_read(self, table: Path) -> bool:
         from lorashrink.automatic.methods import table_folder

@@ -6,7 +6,6 @@ import contextlib
 import hmac
 import ipaddress
 from collections.abc import Collection
-from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import MutableHeaders
@@ -60,7 +59,12 @@ class Guard:
     def refusal_of(self, request: Request) -> tuple[int, str, str] | None:
         """(status, error, what to do) of a request that is not let through, else None."""
         host = request.headers.get("host", "")
-        if not self._is_own_name(host):
+        is_own = False
+        with contextlib.suppress(ValueError):  # it is no host, or no address
+            name = urlsplit(f"//{host}").hostname or ""
+            is_own = name == "localhost" or name in self.names
+            is_own = is_own or bool(ipaddress.ip_address(name).is_loopback or self.any_address)
+        if not is_own:
             return 403, f"the Host {host[:100]!r} is not this server", "Open the address that lorashrink ui printed."
         origin = request.headers.get("origin")
         if origin is not None and origin != f"http://{host}":
@@ -69,15 +73,3 @@ class Guard:
         if request.url.path.startswith("/api/") and not hmac.compare_digest(token.encode(), self.token.encode()):
             return 401, "the token is missing or wrong", "Open the address that lorashrink ui printed when it started."
         return None
-
-    def _is_own_name(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if name == "localhost" or name in self.names:
-            return True
-        with contextlib.suppress(ValueError):
-            address: Any = ipaddress.ip_address(name)
-            return self.any_address or bool(address.is_loopback)
-        return False

@@ -40,7 +40,15 @@ class Savings:
                 if self._busy():
                     self._stopped.wait(_PAUSE_SECONDS)
                     continue
-                entry = self._next()
+                with self._lock:
+                    first, everything = self._first, self._everything
+                entry = None
+                while first and entry is None:
+                    with contextlib.suppress(InputError):  # it was deleted meanwhile
+                        requested = self._library.get(first.popleft())
+                        entry = requested if _unmeasured(requested) else None
+                if entry is None and everything:
+                    entry = next(filter(_unmeasured, self._library.entries()), None)
                 if entry is None:
                     break
                 try:
@@ -53,17 +61,6 @@ class Savings:
         """End `run` after the adapter that is being measured."""
         self._stopped.set()
         self._requested.set()
-
-    def _next(self) -> Entry | None:
-        """An adapter that was not measured yet."""
-        with self._lock:
-            first, everything = self._first, self._everything
-        while first:
-            with contextlib.suppress(InputError):  # it was deleted meanwhile
-                entry = self._library.get(first.popleft())
-                if _unmeasured(entry):
-                    return entry
-        return next(filter(_unmeasured, self._library.entries()), None) if everything else None
 
 
 def _unmeasured(entry: Entry) -> bool:

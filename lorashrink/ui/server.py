@@ -77,8 +77,8 @@ def serve(
     with contextlib.closing(listen(host, port)) as listener, Application(folders) as application:
         address = Address.of(listener, host, token)
         names = () if address.loopback else (host, socket.gethostname())
-        server = _server(server_app(application, token, names=names, any_address=not address.loopback))
-        with _ended_by_signals(server):
+        app = server_app(application, token, names=names, any_address=not address.loopback)
+        with _ended_by_signals(app) as server:
             announce(address)
             if browser:
                 threading.Thread(target=webbrowser.open, args=(address.url,), daemon=True).start()
@@ -98,13 +98,15 @@ def listen(host: str, port: int | None) -> socket.socket:
     raise UsageError(f"{option}: cannot be listened on ({reason}). Choose another one, or leave the option out.")
 
 
-def _server(app: ASGIApp) -> uvicorn.Server:
+@contextlib.contextmanager
+def _ended_by_signals(app: ASGIApp) -> Iterator[uvicorn.Server]:
+    """A server that signals end, which are the usual way to do so: no error follows from them."""
     import uvicorn
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Do nothing: `_ended_by_signals` captures them."""
+            """Do nothing: they are captured already."""
             yield
 
     config = uvicorn.Config(
@@ -118,17 +120,12 @@ def _server(app: ASGIApp) -> uvicorn.Server:
         ws="none",
         loop="asyncio",
     )
-    return Server(config)
-
-
-@contextlib.contextmanager
-def _ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
-    """Signals end the server, and are the usual way to do so: no error follows from them."""
+    server = Server(config)
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # under nohup not all
     before = {number: signal.signal(number, server.handle_exit) for number in heard}
     try:
-        yield
+        yield server
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
