@@ -134,8 +134,7 @@ def calibrate(
             torch.cuda.reset_peak_memory_stats(device)
         if loaded:
             stack.enter_context(adapted(observed.model, sources[0], base))
-        with plan.recorder.hooked():
-            _watch_runs(observed, plan, done, partial_file, origin, progress)
+        plan.watch(observed, done, partial_file, origin, progress)
         runs, passes = len(observed.runs), len(observed.runs) * observed.passes
         size = plan.write(target, passes, base, origin)
         partial_file.unlink(missing_ok=True)
@@ -151,29 +150,6 @@ def calibrate(
         seconds=time.perf_counter() - started,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None,
     )
-
-
-def _watch_runs(
-    model: ObservedModel,
-    plan: _Plan,
-    done: int,
-    partial_file: Path,
-    settings: Mapping[str, Any],
-    progress: Progress | None,
-) -> None:
-    """Watch all runs but those that are done, and save the sums now and then."""
-    runs, pass_numbers = len(model.runs), itertools.count(done * model.passes + 1)
-
-    def report() -> None:
-        if progress:
-            progress("calibrating", next(pass_numbers), runs * model.passes)
-
-    saved = time.monotonic()
-    for number in range(done, runs):
-        model.watch(number, plan.recorder, report)
-        if time.monotonic() - saved > _SAVE_SECONDS and number + 1 < runs:
-            save_tensors(partial_file, plan.sums, {"settings": json.dumps(settings), "done": str(number + 1)})
-            saved = time.monotonic()
 
 
 # --- which sums, and how they become a file -----------------------------------------------------
@@ -205,6 +181,29 @@ class _Plan:
             for key, tensor in self.sums.items():
                 tensor.copy_(store.read(key))
             return int(store.metadata["done"])
+
+    def watch(
+        self,
+        model: ObservedModel,
+        done: int,
+        partial_file: Path,
+        settings: Mapping[str, Any],
+        progress: Progress | None,
+    ) -> None:
+        """Watch all runs but those that are done, and save the sums now and then, for `resume`."""
+        runs, pass_numbers = len(model.runs), itertools.count(done * model.passes + 1)
+
+        def report() -> None:
+            if progress:
+                progress("calibrating", next(pass_numbers), runs * model.passes)
+
+        saved = time.monotonic()
+        with self.recorder.hooked():
+            for number in range(done, runs):
+                model.watch(number, self.recorder, report)
+                if time.monotonic() - saved > _SAVE_SECONDS and number + 1 < runs:
+                    save_tensors(partial_file, self.sums, {"settings": json.dumps(settings), "done": str(number + 1)})
+                    saved = time.monotonic()
 
     @classmethod
     def of_table(cls, parts: Sequence[Watched], rank: int, device: str) -> _Plan:

@@ -230,7 +230,18 @@ class _Search:
             self.rates += [] if self.rates[-1:] == [rate] else [rate]
             for _ in range(min(_ROUND, steps - self.steps)):
                 age += 1
-                self._step(optimizer, rate * (1 - self.steps / steps) * min(1, age / _WARMUP), generator)
+                optimizer.param_groups[0]["lr"] = rate * (1 - self.steps / steps) * min(1, age / _WARMUP)
+                optimizer.zero_grad()
+                chosen = torch.randperm(len(self.trained), generator=generator)[: self.batch].tolist()
+                for timesteps in batches([self.trained[index] for index in chosen]):
+                    with torch.enable_grad():
+                        torch.autograd.backward([self._error(timesteps) / self.unit])
+                before = _copies(self.factors)
+                optimizer.step()
+                with torch.no_grad():  # Adam's steps do not know the size of a factor's numbers
+                    changes = torch._foreach_sub(self.factors, before)
+                    torch._foreach_mul_(changes, self.sizes)
+                    torch._foreach_copy_(self.factors, torch._foreach_add(before, changes))
                 torch._foreach_lerp_(mean, _copies(self.factors), max(1 / age, 1 - _MEAN))
                 self.steps += 1
                 if progress:
@@ -255,20 +266,6 @@ class _Search:
 
     def _optimizer(self) -> torch.optim.Adam:
         return torch.optim.Adam(self.factors, betas=_BETAS)
-
-    def _step(self, optimizer: torch.optim.Adam, rate: float, generator: torch.Generator) -> None:
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.zero_grad()
-        chosen = torch.randperm(len(self.trained), generator=generator)[: self.batch].tolist()
-        for timesteps in batches([self.trained[index] for index in chosen]):
-            with torch.enable_grad():
-                torch.autograd.backward([self._error(timesteps) / self.unit])
-        before = _copies(self.factors)
-        optimizer.step()
-        with torch.no_grad():  # Adam's steps do not know the size of a factor's numbers
-            changes = torch._foreach_sub(self.factors, before)
-            torch._foreach_mul_(changes, self.sizes)
-            torch._foreach_copy_(self.factors, torch._foreach_add(before, changes))
 
     def _held_out_error(self, values: Sequence[Tensor]) -> float:
         """The error on the time steps held out with these factors, as a share; the factors in training stay."""
