@@ -169,11 +169,12 @@ class ProgramHelp(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The groups, and a last one for commands that stand in none."""
-        texts = {
-            name: _first_sentence(command.help or "")
-            for name in self.list_commands(ctx)
-            if (command := self.get_command(ctx, name)) and not command.hidden
-        }
+        texts = {}
+        for name in self.list_commands(ctx):
+            if (command := self.get_command(ctx, name)) and not command.hidden:
+                paragraph = " ".join((command.help or "").partition("\n\n")[0].split())
+                first_sentence = re.split(r"(?<=\.)\s|:\s", paragraph, maxsplit=1)[0]
+                texts[name] = first_sentence.rstrip(".")
         width = max(map(len, texts), default=0)
         for title, names in GROUPS.items():
             _write_rows(formatter, title, [(name, texts.pop(name)) for name in names if name in texts], width)
@@ -189,11 +190,6 @@ class ProgramHelp(TyperGroup):
 def _of_program(error: Any) -> str:
     text = error.format_message().rstrip(".")
     return text if text.endswith("?") else f"{text}. lorashrink -h lists the commands."
-
-
-def _first_sentence(text: str) -> str:
-    paragraph = " ".join(text.partition("\n\n")[0].split())
-    return re.split(r"(?<=\.)\s|:\s", paragraph, maxsplit=1)[0].rstrip(".")
 
 
 def _write_description(text: str, formatter: Any) -> None:

@@ -37,18 +37,16 @@ class TextTable:
         if self.everything:
             return list(self.columns)
         columns = [name for name in self.columns if name not in self.extra or self._says_something(name)]
+        widths = {name: max(len(printable(text)) for text in (name, *self.columns[name])) for name in columns}
+        for first in columns[:1]:  # which is folded
+            widths[first] = min(widths[first], _NARROWEST)
         for name in reversed(self.extra):
-            if name in columns and self._width(columns) > width:
+            if name in columns and sum(widths[column] + _GAP for column in columns) > width:
                 columns.remove(name)
         return columns
 
     def _says_something(self, column: str) -> bool:
         return any(cell not in ("", "-") for cell in self.columns[column])
-
-    def _width(self, columns: Sequence[str]) -> int:
-        """Characters of a table of these columns, the first one folded."""
-        first, *others = (max(len(printable(text)) for text in (name, *self.columns[name])) for name in columns)
-        return min(first, _NARROWEST) + sum(others) + _GAP * len(columns)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """What rich prints: the table, and a line about columns that are not in it."""
