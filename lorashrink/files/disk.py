@@ -151,7 +151,13 @@ def publish(temporaries: Mapping[Path, Path]) -> None:
             raise
         for old in aside.values():
             discard(old)
-    _flush_folder(last.parent)
+    if os.name == "posix":  # elsewhere a folder cannot be opened to flush it
+        with contextlib.suppress(OSError):
+            number = os.open(last.parent, os.O_RDONLY)
+            try:
+                os.fsync(number)
+            finally:
+                os.close(number)
     with _own.lock:
         _own.finished += 1
 
@@ -167,16 +173,6 @@ def _put_back(aside: Mapping[Path, Path]) -> None:
             with contextlib.suppress(OSError):
                 os.replace(old, path)
                 break
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened to flush it
-        with contextlib.suppress(OSError):
-            number = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(number)
-            finally:
-                os.close(number)
 
 
 def cannot_write(path: Path, error: OSError) -> str:
@@ -226,7 +222,18 @@ def clear_leftovers(outputs: Iterable[Path]) -> list[Path]:
         for name in os.listdir(folder)
         if (match := _TEMPORARY_NAME.fullmatch(name)) and match[1] in of_outputs
     ]
-    return [path for path in leftovers if _delete_unlocked(path)]
+    deleted = []
+    for path in leftovers:
+        with contextlib.suppress(OSError):  # another process was faster, or may do what this one may not
+            with open(path, "r+b") as handle:  # network shares lock only what may be written
+                if not lock_file(handle.fileno()):
+                    continue
+                if os.name == "posix":
+                    path.unlink()
+            if os.name != "posix":
+                path.unlink()
+            deleted.append(path)
+    return deleted
 
 
 def recover(outputs: Sequence[Path]) -> None:
@@ -238,36 +245,16 @@ def recover(outputs: Sequence[Path]) -> None:
     for path in outputs:
         for name in os.listdir(path.parent) if os.path.isdir(path.parent) else ():
             token = name.removeprefix(_temporary_prefix(path)).removesuffix(".old")
-            if name == _aside(path, token).name and not _in_use(path.parent / name):
-                groups[path.parent, token][path] = path.parent / name
+            if name == _aside(path, token).name:
+                with contextlib.suppress(OSError), open(path.parent / name, "rb") as handle:
+                    if lock_file(handle.fileno()):  # no process uses it
+                        groups[path.parent, token][path] = path.parent / name
     for aside in groups.values():
         if all(map(os.path.exists, aside)):
             for old in aside.values():
                 discard(old)
         else:
             _put_back(aside)
-
-
-def _in_use(path: Path) -> bool:
-    try:
-        with open(path, "rb") as handle:
-            return not lock_file(handle.fileno())
-    except OSError:
-        return True
-
-
-def _delete_unlocked(path: Path) -> bool:
-    try:
-        with open(path, "r+b") as handle:  # network shares lock only what may be written
-            if not lock_file(handle.fileno()):
-                return False
-            if os.name == "posix":
-                path.unlink()
-        if os.name != "posix":
-            path.unlink()
-    except OSError:  # another process was faster, or may do what this one may not
-        return False
-    return True
 
 
 def user_cache() -> Path | None:

@@ -219,7 +219,18 @@ def is_packed(store: TensorStore) -> bool:
 
 def open_packed(stored: TensorStore) -> PackedStore:
     """What an open packed file unpacks to. Raises DamagedFile, or InputError for a newer version of the format."""
-    entry = _entry(stored)
+    try:
+        entry: dict[str, Any] = json.loads(stored.metadata[PACKED])
+        version = _whole(entry["version"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedFile(
+            f"{stored.path}: a packed file without its metadata, which some program has removed. Take the original."
+        ) from error
+    if version > VERSION:
+        raise InputError(
+            f"{stored.path}: is packed in version {version} of the format, this program reads {VERSION}. "
+            "Update lorashrink."
+        )
     try:
         index = Index.from_bytes(b"".join(map(bytes, stored.chunks(INDEX))))
         nbytes = stored.tensors[CODE].nbytes
@@ -348,23 +359,6 @@ def contents_sha256(arrangement: Arrangement, chunks: Callable[[str], Iterator[m
         for chunk in chunks(name):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _entry(store: TensorStore) -> Mapping[str, Any]:
-    """The metadata of the format. Raises DamagedFile, or InputError for a newer version."""
-    try:
-        entry: dict[str, Any] = json.loads(store.metadata[PACKED])
-        version = _whole(entry["version"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedFile(
-            f"{store.path}: a packed file without its metadata, which some program has removed. Take the original."
-        ) from error
-    if version > VERSION:
-        raise InputError(
-            f"{store.path}: is packed in version {version} of the format, this program reads {VERSION}. "
-            "Update lorashrink."
-        )
-    return entry
 
 
 # --- decoding -----------------------------------------------------------------------------------
