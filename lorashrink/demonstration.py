@@ -110,6 +110,7 @@ class _Example:
 
 def write_figures(page: ReportFile, shrunk: FileResult, folder: Path) -> tuple[str, ...]:
     """Write ranks, sizes and pictures into a folder; their paths."""
+    from lorashrink.pictures.drawing import write_picture
     from lorashrink.plots import style
     from lorashrink.plots.comparison_sheet import pictures_by_size
     from lorashrink.plots.quality import size_and_error, size_and_pictures
@@ -124,6 +125,6 @@ def write_figures(page: ReportFile, shrunk: FileResult, folder: Path) -> tuple[s
         style.save(figure, folder / name)
     names = list(figures)
     if page.sweep.drawn:
-        style.save_picture(pictures_by_size(page.sweep), folder / "sheet.png")
+        write_picture(folder / "sheet.png", pictures_by_size(page.sweep))
         names.append("sheet.png")
     return tuple(str(folder / name) for name in names)

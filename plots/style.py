@@ -5,18 +5,14 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib import rc_context
-from matplotlib.artist import Artist
 from matplotlib.colors import to_hex, to_rgba_array
 from matplotlib.figure import Figure
 
 from lorashrink.errors import OutputError, UsageError
 from lorashrink.files.disk import write_bytes
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 BEFORE, AFTER, INK, QUIET, GRID = "#c9d3db", "#0072b2", "#333333", "#777777", "#e6e6e6"
 # What depends on the paper: name -> colour on white, colour on dark. All other colours read well on both.
@@ -105,18 +101,14 @@ def darken(figure: Figure) -> None:
     dark = dict(ROLES.values())
     for artist in figure.findobj():
         for name in _COLOURED:
-            _recolour(artist, name, dark)
-
-
-def _recolour(artist: Artist, name: str, dark: dict[str, str]) -> None:
-    getter, setter = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
-    if getter is None or setter is None:
-        return
-    old = to_rgba_array(getter())
-    new = to_rgba_array([dark.get(to_hex(colour), to_hex(colour)) for colour in old]) if len(old) else old
-    if (new[:, :3] != old[:, :3]).any():
-        new[:, 3] = old[:, 3]
-        setter(new if len(new) > 1 else tuple(new[0]))
+            getter, setter = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
+            if getter is None or setter is None:
+                continue
+            old = to_rgba_array(getter())
+            new = to_rgba_array([dark.get(to_hex(colour), to_hex(colour)) for colour in old]) if len(old) else old
+            if (new[:, :3] != old[:, :3]).any():
+                new[:, 3] = old[:, 3]
+                setter(new if len(new) > 1 else tuple(new[0]))
 
 
 def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
@@ -124,13 +116,3 @@ def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
     with rc_context({"svg.hashsalt": "lorashrink", "svg.fonttype": "none"}):
         figure.savefig(picture, format=kind, **options)
     return picture.getvalue()
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture as .png.
-
-    Raises OutputError if it cannot be written.
-    """
-    data = io.BytesIO()
-    picture.save(data, "png")
-    write_bytes(path, data.getvalue())

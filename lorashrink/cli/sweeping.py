@@ -198,11 +198,12 @@ def sweep(
 
         style.save(size_and_texts(result), answers)
     if likeness and sheet:
+        from lorashrink.pictures.drawing import write_picture
         from lorashrink.plots.comparison_sheet import pictures_by_size
         from lorashrink.plots.quality import size_and_pictures
 
         style.save(size_and_pictures(result), likeness)
-        style.save_picture(pictures_by_size(result), sheet)
+        write_picture(sheet, pictures_by_size(result))
     if as_csv:
         write_csv(as_csv, [csv_row(point) for point in result.points])
     return result

@@ -36,6 +36,7 @@ from lorashrink.pictures.prompts import OWN, Prompt
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
     Picture = NDArray[np.uint8]
 
@@ -99,12 +100,14 @@ def read_picture(path: str | Path) -> Picture:
         raise InputError(f"{path}: cannot be read as a picture ({error}).") from error
 
 
-def write_picture(path: Path, picture: Picture) -> Path:
-    """Write a PNG file; returns its path. Raises OutputError."""
+def write_picture(path: Path, picture: Picture | Image) -> Path:
+    """Write a PNG file of pixels or a picture of PIL; returns its path. Raises OutputError."""
+    import numpy as np
     from PIL import Image
 
     data = io.BytesIO()
-    Image.fromarray(picture).save(data, "png")
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    image.save(data, "png")
     write_bytes(path, data.getvalue())
     return path
 
@@ -200,11 +203,19 @@ class Studio:
         keys = self.picture_keys(adapter, dtype)
         paths = [next(filter(_is_complete, sorted(self.folder.glob(f"*_{key}.png"))), None) for key in keys]
         if None in paths:
-            pipeline = self._pipeline(dtype)
+            if self._loaded is None or self._loaded[0] != dtype:
+                self.release()  # two of them may not fit into memory
+                loaded = open_pipeline(self.model, device=self.device, dtype=dtype, settings=self.settings)
+                self._loaded = (dtype, loaded)
+            pipeline = self._loaded[1]
             with adapted(pipeline, adapter, self.base):
                 for index, shot in enumerate(self.shots):
                     if paths[index] is None:
-                        group = self._drawn_together(index, [number for number, path in enumerate(paths) if not path])
+                        # It goes through the model together with other missing ones of its settings.
+                        missing = [number for number, path in enumerate(paths) if not path]
+                        settings = _settings(shot.prompt)
+                        same = [number for number in missing if _settings(self.shots[number].prompt) == settings]
+                        group = same[: max(1, self._pixels_at_once // (settings.width * settings.height))]
                         what = f"{shot.label}: {shot.prompt.width} × {shot.prompt.height} pixels do not fit into memory"
                         advice = "Give it a smaller --w and --h; pictures that are drawn stay."
                         with enough_memory(what, self.device, advice):
@@ -222,12 +233,6 @@ class Studio:
         complete = [path for path in paths if path is not None]
         self._used.update(complete)
         return complete
-
-    def _drawn_together(self, first: int, missing: Sequence[int]) -> list[int]:
-        """The shot `first`, and those of the missing ones that go through the model with it."""
-        prompt = self.shots[first].prompt
-        same = [number for number in missing if _settings(self.shots[number].prompt) == _settings(prompt)]
-        return same[: max(1, self._pixels_at_once // (prompt.width * prompt.height))]
 
     def release(self) -> None:
         """Forget the loaded model, until the next picture is drawn."""
@@ -257,12 +262,6 @@ class Studio:
             for shot in self.shots
         )
         return [hashlib.sha256(text.encode()).hexdigest()[:_KEY] for text in texts]
-
-    def _pipeline(self, dtype: str) -> Any:
-        if self._loaded is None or self._loaded[0] != dtype:
-            self.release()  # two of them may not fit into memory
-            self._loaded = (dtype, open_pipeline(self.model, device=self.device, dtype=dtype, settings=self.settings))
-        return self._loaded[1]
 
 
 def _is_complete(path: Path) -> bool:

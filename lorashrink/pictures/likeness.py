@@ -69,7 +69,7 @@ def ms_ssim(a: Picture, b: Picture) -> float:
     shapes differ or a side is shorter than 11.
     """
     import torch
-    from torch.nn.functional import avg_pool2d
+    from torch.nn.functional import avg_pool2d, conv2d
 
     if a.shape != b.shape:
         raise ValueError(f"pictures of {a.shape} and {b.shape}")
@@ -78,20 +78,6 @@ def ms_ssim(a: Picture, b: Picture) -> float:
     count = min(len(_WEIGHTS), int(math.log2(min(a.shape[:2]) / _GAUSSIAN)) + 1)
     total = 1.0 if count == len(_WEIGHTS) else sum(_WEIGHTS[:count])  # all five published weights add up to 1
     x, y = (torch.tensor(picture, dtype=torch.float64).permute(2, 0, 1)[:, None] for picture in (a, b))  # [3, 1, h, w]
-    product = torch.ones(len(x), dtype=torch.float64)
-    for scale, weight in enumerate(_WEIGHTS[:count]):
-        luminance, structure = _ssim_terms(x, y)
-        term = luminance * structure if scale == count - 1 else structure
-        product *= term.mean(dim=(1, 2, 3)).clamp(min=0) ** (weight / total)
-        x, y = avg_pool2d(x, 2), avg_pool2d(y, 2)
-    return float(product.mean())
-
-
-def _ssim_terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Luminance, and contrast times structure, of each window; scikit-image gives their product only."""
-    import torch
-    from torch.nn.functional import conv2d
-
     distances = torch.arange(_GAUSSIAN, dtype=torch.float64) - _GAUSSIAN // 2
     bell = torch.exp(-(distances**2) / (2 * _SIGMA**2))
     bell /= bell.sum()
@@ -99,11 +85,17 @@ def _ssim_terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     def mean(pixels: Tensor) -> Tensor:
         return conv2d(conv2d(pixels, bell[None, None, :, None]), bell[None, None, None])
 
-    mean_x, mean_y = mean(x), mean(y)
-    variance_x, variance_y = mean(x**2) - mean_x**2, mean(y**2) - mean_y**2
-    covariance = mean(x * y) - mean_x * mean_y
-    luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
-    return luminance, (2 * covariance + _C2) / (variance_x + variance_y + _C2)
+    product = torch.ones(len(x), dtype=torch.float64)
+    for scale, weight in enumerate(_WEIGHTS[:count]):
+        mean_x, mean_y = mean(x), mean(y)
+        variance_x, variance_y = mean(x**2) - mean_x**2, mean(y**2) - mean_y**2
+        covariance = mean(x * y) - mean_x * mean_y
+        luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
+        structure = (2 * covariance + _C2) / (variance_x + variance_y + _C2)  # contrast times structure
+        term = luminance * structure if scale == count - 1 else structure
+        product *= term.mean(dim=(1, 2, 3)).clamp(min=0) ** (weight / total)
+        x, y = avg_pool2d(x, 2), avg_pool2d(y, 2)
+    return float(product.mean())
 
 
 # --- the table ----------------------------------------------------------------------------------

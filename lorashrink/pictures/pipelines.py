@@ -226,7 +226,15 @@ def open_pipeline(model: Path, *, device: str, dtype: str, settings: Path | None
             check_filled(model, "transformer", transformer)
             pipeline = _load_folder(settings, name, number_type, transformer=transformer)
         else:
-            pipeline = _load_file(model, name, number_type, settings)
+            published = _published_settings(name)
+            assert settings or published  # `check_model` has looked
+            parts: dict[str, Any] = {}
+            if published and not settings:  # what a model's folder has itself is not passed: diffusers reads it there
+                tokenizer, second_tokenizer = clip_tokenizers(_tokenizer_of_file(model))
+                parts = {"scheduler": scheduler_of_file(model), "tokenizer": tokenizer}
+                if (published / "text_encoder_2").is_dir():
+                    parts["tokenizer_2"] = second_tokenizer
+            pipeline = read_file(model, name, number_type, settings or published, **parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
 
@@ -245,18 +253,6 @@ def _load_folder(model: Path, name: str, dtype: torch.dtype, **parts: Any) -> An
         variant=weights_variant(model / kind.denoiser),
         **absent | dict(kind.takes) | parts,
     )
-
-
-def _load_file(model: Path, name: str, dtype: torch.dtype, settings: Path | None) -> Any:
-    published = _published_settings(name)
-    assert settings or published  # `check_model` has looked
-    parts: dict[str, Any] = {}
-    if published and not settings:  # what a model's folder has itself is not passed: diffusers reads it there
-        tokenizer, second_tokenizer = clip_tokenizers(_tokenizer_of_file(model))
-        parts = {"scheduler": scheduler_of_file(model), "tokenizer": tokenizer}
-        if (published / "text_encoder_2").is_dir():
-            parts["tokenizer_2"] = second_tokenizer
-    return read_file(model, name, dtype, settings or published, **parts)
 
 
 # --- the parts of a model, for all that load one ------------------------------------------------

@@ -21,6 +21,7 @@ def card_pictures(card: Path) -> tuple[Path, Path]:
 
 def write_card(path: Path, findings: Findings) -> bytes:
     """The card as UTF-8; its pictures are written beside `path`, as far as there are any."""
+    from lorashrink.pictures.drawing import write_picture
     from lorashrink.plots import style
     from lorashrink.plots.comparison_sheet import pictures_by_size
     from lorashrink.plots.quality import has_error, size_and_error, size_and_pictures
@@ -28,7 +29,7 @@ def write_card(path: Path, findings: Findings) -> bytes:
     sweep, (before_and_after, sizes) = findings.sweep, card_pictures(path)
     figures = []
     if sweep and sweep.drawn:
-        style.save_picture(pictures_by_size(sweep), before_and_after)
+        write_picture(before_and_after, pictures_by_size(sweep))
         style.save(size_and_pictures(sweep), sizes)
         figures = [
             ("The same prompts with no adapter, smaller files and the original adapter", before_and_after.name),

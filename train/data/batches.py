@@ -10,8 +10,8 @@ import hashlib
 import math
 import os
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 from lorashrink.errors import LorashrinkError
 from lorashrink.train.data.buckets import Size, to_pixels
 from lorashrink.train.data.captions import draw_caption
-from lorashrink.train.data.scanning import Data, Draw, read_pixels
+from lorashrink.train.data.scanning import Data, Draw, Picture, read_pixels
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Encoded
 
 if TYPE_CHECKING:
-    from lorashrink.train.data.caches import LatentCache, TextCache
+    from lorashrink.train.data.caches import LatentCache
 
 _T = TypeVar("_T")
 
@@ -56,7 +56,13 @@ def chunks(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
 
 def batch_count(data: Data) -> int:
     """Batches of one epoch, of all processes together."""
-    return len(epoch_batches(data, 1, 0))
+    count = 0
+    for dataset in data.datasets:
+        showings: Counter[Size] = Counter()
+        for picture in dataset.pictures:
+            showings[picture.fit.bucket] += picture.repeats
+        count += sum(math.ceil(number / dataset.options.train_batch_size) for number in showings.values())
+    return count
 
 
 def epoch_batches(data: Data, epoch: int, seed: int, *, world: int = 1) -> list[Sequence[Draw]]:
@@ -91,12 +97,18 @@ class Batch(NamedTuple):
     text: Encoded | None  # if it is cached
 
 
+def read_batch(pictures: Sequence[Picture], flipped: Sequence[bool] | None = None) -> Tensor:
+    """What the VAE takes of pictures of one bucket, mirrored where asked: float32 [b, 3, H, W] in -1..1."""
+    flips = flipped or [False] * len(pictures)
+    return torch.stack([to_pixels(read_pixels(picture), flip) for picture, flip in zip(pictures, flips, strict=True)])
+
+
 def _batch(
     data: Data,
     seed: int,
     prior_loss_weight: float,
     latents: LatentCache | None,
-    texts: TextCache | None,
+    texts: Mapping[str, Encoded] | None,
     draws: Sequence[Draw],
 ) -> Batch:
     pictures = data.pictures_of(draws)
@@ -117,8 +129,8 @@ def _batch(
         time_ids=torch.tensor([picture.fit.time_ids(flip) for picture, flip in shown], dtype=torch.float32),
         weights=torch.tensor([prior_loss_weight if picture.subset.is_reg else 1.0 for picture in pictures]),
         latents=torch.stack([latents.get(picture, flip) for picture, flip in shown]) if latents else None,
-        pixels=None if latents else torch.stack([to_pixels(read_pixels(picture), flip) for picture, flip in shown]),
-        text=Encoded(*map(torch.cat, zip(*map(texts.get, pictures), strict=True))) if texts else None,
+        pixels=None if latents else read_batch(pictures, flipped),
+        text=Encoded(*map(torch.cat, zip(*map(texts.__getitem__, captions), strict=True))) if texts else None,
     )
 
 
@@ -133,7 +145,7 @@ class Loader:
         rank: int,
         world: int,
         latents: LatentCache | None,
-        texts: TextCache | None,
+        texts: Mapping[str, Encoded] | None,
     ) -> None:
         self._data, self._seed, self._rank, self._world = data, seed, rank, world
         reads_files = latents is None or latents.memory is None
@@ -157,10 +169,11 @@ def read_ahead(
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(options.max_data_loader_n_workers, usable) if in_workers else 0
+    reader = _Reader(read)
     return DataLoader(
-        _Reader(read),
+        reader,
         batch_sampler=batches,  # type: ignore[arg-type]
-        collate_fn=_as_it_is,
+        collate_fn=reader,
         num_workers=workers,
         persistent_workers=options.persistent_data_loader_workers and workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -182,12 +195,11 @@ class _Reader(Dataset[Any]):
 
     read: Callable[[Any], Any]
 
-    def __getitems__(self, batch: Sequence[Any]) -> Any:  # DataLoader prefers this to __getitem__
+    def __getitems__(self, batch: Sequence[Any]) -> Sequence[Any]:  # DataLoader prefers this to __getitem__
+        return batch
+
+    def __call__(self, batch: Sequence[Any]) -> Any:
         try:
             return self.read(batch)
         except LorashrinkError as error:
             return error
-
-
-def _as_it_is(batch: _T) -> _T:
-    return batch

@@ -81,38 +81,30 @@ def fit(size: Size, options: Options, table: tuple[Size, ...]) -> Fit:
     Without a table, as with --bucket_no_upscale, the bucket follows the picture. Raises InputError if one of its sides
     is shorter than the step then.
     """
-    if not table:
-        step = options.bucket_reso_steps
-        resized = _shrunk(size, math.prod(parse_resolution(options.resolution)), step)
-        bucket = _down(resized[0], step), _down(resized[1], step)
-        if not min(bucket):
-            raise InputError(
-                f"a picture of {size[0]}x{size[1]} pixels has a side that is too short for a bucket in steps of "
-                f"{step}; leave it out, or train without --bucket_no_upscale"
-            )
-        return Fit(size, resized, bucket)
-    bucket = size if size in table else min(table, key=lambda entry: abs(_aspect(entry) - _aspect(size)))
-    scale = bucket[1] / size[1] if _aspect(size) > _aspect(bucket) else bucket[0] / size[0]
-    return Fit(size, (_nearest(size[0] * scale), _nearest(size[1] * scale)), bucket)
-
-
-def _shrunk(size: Size, area: int, step: int) -> Size:
-    """The size of a picture after shrinking it to the area, one side a multiple of the step.
-
-    (0, 0) if a side would be shorter than the step.
-    """
-    if math.prod(size) <= area:
-        return size
     aspect = _aspect(size)
-    ideal_width = math.sqrt(area * aspect)
-    width, height = _down(_nearest(ideal_width), step), _down(_nearest(area / ideal_width), step)
-    # What the other side would be in whole steps; the nearer aspect wins.
-    height_by_width, width_by_height = _down(_nearest(width / aspect), step), _down(_nearest(height * aspect), step)
-    if not min(width, height, height_by_width, width_by_height):
-        return 0, 0
-    if abs(width / height_by_width - aspect) < abs(width_by_height / height - aspect):
-        return width, _nearest(width / aspect)
-    return _nearest(height * aspect), height
+    if table:
+        bucket = size if size in table else min(table, key=lambda entry: abs(_aspect(entry) - aspect))
+        scale = bucket[1] / size[1] if aspect > _aspect(bucket) else bucket[0] / size[0]
+        return Fit(size, (_nearest(size[0] * scale), _nearest(size[1] * scale)), bucket)
+    area, step, resized = math.prod(parse_resolution(options.resolution)), options.bucket_reso_steps, size
+    if math.prod(size) > area:  # shrunk to the area, one side a multiple of the step
+        ideal_width = math.sqrt(area * aspect)
+        width, height = _down(_nearest(ideal_width), step), _down(_nearest(area / ideal_width), step)
+        # What the other side would be in whole steps; the nearer aspect wins.
+        height_by_width, width_by_height = _down(_nearest(width / aspect), step), _down(_nearest(height * aspect), step)
+        if not min(width, height, height_by_width, width_by_height):
+            resized = 0, 0
+        elif abs(width / height_by_width - aspect) < abs(width_by_height / height - aspect):
+            resized = width, _nearest(width / aspect)
+        else:
+            resized = _nearest(height * aspect), height
+    bucket = _down(resized[0], step), _down(resized[1], step)
+    if not min(bucket):
+        raise InputError(
+            f"a picture of {size[0]}x{size[1]} pixels has a side that is too short for a bucket in steps of "
+            f"{step}; leave it out, or train without --bucket_no_upscale"
+        )
+    return Fit(size, resized, bucket)
 
 
 def _aspect(size: Size) -> float:

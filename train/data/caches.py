@@ -28,12 +28,11 @@ from tqdm.auto import tqdm
 
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
 from lorashrink.files.disk import write_bytes
-from lorashrink.train.data.batches import chunks, generator, numbers, raising, read_ahead
-from lorashrink.train.data.buckets import to_pixels
+from lorashrink.train.data.batches import chunks, generator, numbers, raising, read_ahead, read_batch
 from lorashrink.train.data.captions import draw_caption, varies
-from lorashrink.train.data.scanning import Data, Picture, check_pixels, read_pixels
+from lorashrink.train.data.scanning import Data, Picture, check_pixels
 from lorashrink.train.flags.options import Options
-from lorashrink.train.model.loading import Encoded, Model, encode, encode_pixels, tokenize, vae_stride
+from lorashrink.train.model.loading import Encoded, Model, encode_captions, encode_pixels, vae_stride
 
 _log = logging.getLogger(__name__)
 
@@ -86,11 +85,17 @@ def cache_latents(data: Data, vae: AutoencoderKL, options: Options, *, seed: int
                 f"{path}: {first.path} and {picture.path} would need this cache file for different contents. Rename "
                 "one, or keep the cache in memory (without _to_disk)"
             )
-    salt = _salt(vae)
+    digest = hashlib.blake2b(b"latents", digest_size=16)
+    for weight in vae.parameters():  # a little of each tells one VAE from another
+        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    salt = digest.digest()
     missing, stale = [], 0
     for path, picture in list(files.items())[rank::world]:
         exists = os.path.exists(path)
-        if not exists or not _is_fresh(_read(path), picture, stride, salt):
+        stored = _read(path)
+        # sd-scripts writes no hash.
+        same_source = _SOURCE_KEY not in stored or str(stored[_SOURCE_KEY]) == _source_hash(picture, salt)
+        if not (same_source and _fits(stored, picture, stride)):
             missing.append(picture)
             stale += exists
     if stale:
@@ -105,8 +110,15 @@ def cache_latents(data: Data, vae: AutoencoderKL, options: Options, *, seed: int
             "resized_size": np.array(picture.fit.resized),
             _SOURCE_KEY: np.array(_source_hash(picture, salt)),
         }
-        flipped = {"latents_flipped": latents[1].numpy()} if len(latents) > 1 else {}
-        _write(_latent_file(picture), arrays | flipped)
+        if len(latents) > 1:
+            arrays["latents_flipped"] = latents[1].numpy()
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        try:
+            write_bytes(_latent_file(picture), buffer.getvalue())
+        except OutputError as error:
+            advice = "Or keep the cache in memory: leave out the options that end in _to_disk"
+            raise OutputError(f"{error} {advice}") from error
     return LatentCache(None, stride)
 
 
@@ -142,7 +154,7 @@ def _encoded(
 
     same_shapes = itertools.groupby(sorted(pictures, key=shape), key=shape)
     groups = [group for _, same in same_shapes for group in chunks(list(same), options.vae_batch_size)]
-    read = read_ahead(_pixels, groups, options, in_workers=bool(groups))
+    read = read_ahead(read_batch, groups, options, in_workers=bool(groups))
     bar = tqdm(zip(groups, raising(read), strict=True), "latents", len(groups), leave=False, disable=quiet or None)
     for group, pixels in bar:
         sides = [
@@ -155,16 +167,6 @@ def _encoded(
                 advice = "the VAE may be damaged, give another one with --vae" if damaged else "add --no_half_vae"
                 raise NonFinite(f"{picture.path}: the VAE makes NaN of this picture; {advice}")
             yield picture, latents.contiguous()
-
-
-def _pixels(pictures: Sequence[Picture]) -> Tensor:
-    return torch.stack([to_pixels(read_pixels(picture), flipped=False) for picture in pictures])
-
-
-def _is_fresh(arrays: _Arrays, picture: Picture, stride: int, salt: bytes) -> bool:
-    """Whether these are the latents that the VAE makes of the picture now, as far as a file tells."""
-    same = _SOURCE_KEY not in arrays or str(arrays[_SOURCE_KEY]) == _source_hash(picture, salt)
-    return same and _fits(arrays, picture, stride)
 
 
 def _fits(arrays: _Arrays, picture: Picture, stride: int) -> bool:
@@ -185,14 +187,6 @@ def _fits(arrays: _Arrays, picture: Picture, stride: int) -> bool:
     )
 
 
-def _salt(vae: AutoencoderKL) -> bytes:
-    """A hash of a little of every weight of the VAE: others have others."""
-    digest = hashlib.blake2b(b"latents", digest_size=16)
-    for weight in vae.parameters():
-        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.digest()
-
-
 def _read(path: Path) -> _Arrays:
     """The arrays of a .npz file; none where there is no such file, or it is damaged."""
     try:
@@ -203,28 +197,8 @@ def _read(path: Path) -> _Arrays:
         return {}  # RuntimeError: damage that looks like a password, or like a later version of the format
 
 
-def _write(path: Path, arrays: _Arrays) -> None:
-    data = io.BytesIO()
-    np.savez(data, **arrays)  # type: ignore[arg-type]
-    try:
-        write_bytes(path, data.getvalue())
-    except OutputError as error:
-        raise OutputError(f"{error} Or keep the cache in memory: leave out the options that end in _to_disk") from error
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TextCache:
-    """Encoded captions, which never change."""
-
-    memory: Mapping[str, Encoded]
-
-    def get(self, picture: Picture) -> Encoded:
-        """The picture's caption, encoded, a batch of 1."""
-        return self.memory[_caption(picture)]
-
-
-def cache_texts(data: Data, model: Model, options: Options, *, quiet: bool = False) -> TextCache:
-    """Encode every caption, on the device of the text encoders; on a terminal with a bar, unless `quiet`.
+def cache_texts(data: Data, model: Model, options: Options, *, quiet: bool = False) -> dict[str, Encoded]:
+    """Every caption encoded, each a batch of 1, on the device of the text encoders; with a bar, unless `quiet`.
 
     Raises UsageError if captions change from one showing to the next.
     """
@@ -235,18 +209,15 @@ def cache_texts(data: Data, model: Model, options: Options, *, quiet: bool = Fal
                 "shuffle_caption, and dropout of captions and tags"
             )
     memory: dict[str, Encoded] = {}
-    captions = list(dict.fromkeys(map(_caption, data.pictures)))
-    groups = chunks(captions, options.text_encoder_batch_size or 1)
+    captions = {
+        draw_caption(picture.caption, picture.subset.options, numbers(0, "caption"), epoch=1): None
+        for picture in data.pictures
+    }  # in their order
+    groups = chunks(list(captions), options.text_encoder_batch_size or 1)
     for group in tqdm(groups, "captions", leave=False, disable=quiet or None):
-        tokens = [tokenize(tokenizer, group, options.max_token_length) for tokenizer in model.tokenizers]
         with torch.no_grad():
-            encoded = encode(model.encoders, *tokens)
+            encoded = encode_captions(model, group, options.max_token_length)
         encoded = encoded.to("cpu", encoded.hidden1.dtype)
         for index, caption in enumerate(group):
             memory[caption] = Encoded(*(part[index : index + 1].clone() for part in encoded))
-    return TextCache(memory)
-
-
-def _caption(picture: Picture) -> str:
-    """The caption of a picture whose caption never changes."""
-    return draw_caption(picture.caption, picture.subset.options, numbers(0, "caption"), epoch=1)
+    return memory

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lorashrink.errors import InputError, UsageError, nearest
+from lorashrink.text import count_text
 from lorashrink.train.data.buckets import Fit, Size, bucket_table, fit, prepare
 from lorashrink.train.data.captions import read_caption
 from lorashrink.train.flags.checks import check_sizes, check_values
@@ -128,7 +130,7 @@ def scan(options: Options) -> Data:
         few = names if words == _UNUSABLE else names[:3]
         more = f" and {len(names) - len(few)} more" if few != names else ""
         if names:
-            _log.warning("%d %s: %s%s", len(names), words, ", ".join(few), more)
+            _log.warning("%s: %s%s", _counted(len(names), words), ", ".join(few), more)
     if not datasets:
         where = options.dataset_config or options.train_data_dir
         raise InputError(
@@ -142,17 +144,33 @@ def scan(options: Options) -> Data:
 # A warning about files -> these files, with what follows the name of each in the warning.
 _Notes = dict[str, dict[Path, str]]
 
-_UNUSABLE = "pictures cannot be used and are left out"
-_TURNED = "pictures are turned only by a note in the file (EXIF), which is not read; save them upright"
-_SEEN_THROUGH = "pictures have transparency, which is not read: the colours stored below it are trained on; fill them"
-_MOVING = "pictures are animated; only their first frame is used"
-_DEEP = "16-bit grey pictures are read with 8 bits"
-_NESTED = "pictures lie in folders inside a folder of pictures and are not used; move them up, or name their folders"
-_OTHER_ENDING = "pictures have an ending that is not read and are not used; save them as .png"
-_BARE = "pictures have no caption file; the words of their folder are used, even if empty"
-_BLANK = "caption files begin with a blank line; an empty caption is trained on"
-_SEVERAL_LINES = "caption files have more than one line; only the first is used"
-_LONELY = "caption files belong to no picture and are not used"
+# Words in braces depend on how many files there are.
+_UNUSABLE = "{pictures} cannot be used and {are} left out"
+_TURNED = "{pictures} {are} turned only by a note in the file (EXIF), which is not read; save {them} upright"
+_SEEN_THROUGH = (
+    "{pictures} {have} transparency, which is not read: the colours stored below it are trained on; fill {them}"
+)
+_MOVING = "{pictures} {are} animated; only {their} first frame is used"
+_DEEP = "16-bit grey {pictures} {are} read with 8 bits"
+_NESTED = (
+    "{pictures} {lie} {in folders} inside a folder of pictures and {are} not used; move {them} up, or name {their} "
+    "{folders}"
+)
+_OTHER_ENDING = "{pictures} {have} an ending that is not read and {are} not used; save {them} as .png"
+_BARE = "{pictures} {have} no caption file; the words of {their} folder are used, even if empty"
+_BLANK = "caption {files} {begin} with a blank line; an empty caption is trained on"
+_SEVERAL_LINES = "caption {files} {have} more than one line; only the first is used"
+_LONELY = "caption {files} {belong} to no picture and {are} not used"
+
+_OF_ONE = {
+    "pictures": "picture", "files": "file", "folders": "folder", "in folders": "in a folder", "are": "is",
+    "have": "has", "lie": "lies", "begin": "begins", "belong": "belongs", "them": "it", "their": "its",
+}  # fmt: skip
+
+
+def _counted(count: int, words: str) -> str:
+    """A number of pictures or files, and what is said of them, in the words for one or for several."""
+    return f"{count} {words.format_map(_OF_ONE if count == 1 else {word: word for word in _OF_ONE})}"
 
 
 def _read(subset: Subset, options: Options, table: tuple[Size, ...], notes: _Notes) -> Iterator[Picture]:
@@ -210,8 +228,9 @@ def _evened(pictures: Sequence[Picture]) -> tuple[Picture, ...]:
     reg = [picture for picture in pictures if picture.subset.is_reg]
     remaining, reg_showings = (sum(picture.repeats for picture in part) for part in (train, reg))
     if reg_showings > remaining:
-        note = "there are %d regularisation pictures for %d training pictures (with repeats); only as many are used"
-        _log.warning(note, reg_showings, remaining)
+        counts = f"{count_text(reg_showings, 'regularisation picture')} for {count_text(remaining, 'training picture')}"
+        verb = "is" if reg_showings == 1 else "are"
+        _log.warning("there %s %s (with repeats); only as many are used", verb, counts)
     more, rest = divmod(max(remaining - reg_showings, 0), len(reg) or 1)
     for index, picture in enumerate(reg):
         repeats = min(remaining, picture.repeats + more + (index < rest))
@@ -238,7 +257,8 @@ def _named(options: Options) -> Iterator[tuple[Options, list[Subset]]]:
                 note = "%s is ignored: its name must begin with how often to show its pictures, as in 10_words"
                 _log.warning(note, folder)
         if loose := len(_picture_files(parent)):
-            _log.warning("%d pictures directly in %s are not used; only those in its folders are", loose, parent)
+            note = "{pictures} directly in %s {are} not used; only those in its folders are"
+            _log.warning(_counted(loose, note), parent)
         if is_reg and len(subsets) == count:
             raise InputError(f"{parent}: no folders named as in {parent / '1_words'}, of regularisation pictures")
     yield options, subsets
@@ -281,48 +301,54 @@ def _configured(options: Options) -> list[tuple[Options, list[Subset]]]:
     try:
         if problems := list(_problems(content)):
             raise UsageError("; ".join(problems))
-        return [_dataset(options, content.get("general", {}) | table) for table in content.get("datasets", [])]
+        datasets = []
+        for table in content.get("datasets", []):
+            keys = content.get("general", {}) | table
+            settings, warnings = _with_keys(options, keys)
+            for warning in warnings:
+                _log.warning(warning)
+            subsets: dict[str, Subset] = {}
+            for inner in keys.get("subsets", []):
+                all_keys = keys | inner
+                (own, _), folder = _with_keys(options, all_keys), all_keys.get("image_dir")
+                if folder is None:
+                    raise UsageError("image_dir is missing in a [[datasets.subsets]]")
+                if not Path(folder).is_dir():
+                    raise InputError(f"image_dir {folder} is no folder")
+                if own.dataset_repeats < 1:
+                    _log.warning("%s is ignored: it is shown %d times (num_repeats)", folder, own.dataset_repeats)
+                elif folder in subsets:
+                    _log.warning("a second [[datasets.subsets]] with image_dir %s is ignored", folder)
+                else:
+                    words, is_reg = all_keys.get("class_tokens", ""), all_keys.get("is_reg", False)
+                    subsets[folder] = Subset(Path(folder), own.dataset_repeats, words, is_reg, own)
+            datasets.append((settings, list(subsets.values())))
+        return datasets
     except (InputError, UsageError) as error:
         raise type(error)(f"{path}: {error}") from None
 
 
-def _dataset(options: Options, keys: Mapping[str, Any]) -> tuple[Options, list[Subset]]:
-    """The options and folders of one dataset, in whose section and those around it `keys` stand."""
-    settings = _with_keys(options, keys)
-    for warning in check_sizes(settings):
-        _log.warning(warning)
-    subsets: dict[str, Subset] = {}
-    for table in keys.get("subsets", []):
-        inner = {**keys, **table}
-        own, folder = _with_keys(options, inner), inner.get("image_dir")
-        if folder is None:
-            raise UsageError("image_dir is missing in a [[datasets.subsets]]")
-        if not Path(folder).is_dir():
-            raise InputError(f"image_dir {folder} is no folder")
-        if own.dataset_repeats < 1:
-            _log.warning("%s is ignored: it is shown %d times (num_repeats)", folder, own.dataset_repeats)
-        elif folder in subsets:
-            _log.warning("a second [[datasets.subsets]] with image_dir %s is ignored", folder)
-        else:
-            words, is_reg = inner.get("class_tokens", ""), inner.get("is_reg", False)
-            subsets[folder] = Subset(Path(folder), own.dataset_repeats, words, is_reg, own)
-    return settings, list(subsets.values())
+def _with_keys(options: Options, keys: Mapping[str, Any]) -> tuple[Options, list[str]]:
+    """The options with those that keys of a dataset file stand for replaced, and warnings about sizes.
 
-
-def _with_keys(options: Options, keys: Mapping[str, Any]) -> Options:
-    """The options with those that keys of a dataset file stand for replaced, in range; errors name keys."""
+    Errors and warnings name keys where they would name options whose values come from keys.
+    """
     values = {_OPTION_OF.get(key, key): value for key, value in keys.items() if key not in _ALONE}
     if isinstance(values.get("resolution"), list):
         values["resolution"] = ",".join(map(str, values["resolution"]))
+
+    def in_keys(message: object) -> str:
+        text = str(message)
+        for key in keys:
+            text = re.sub(rf"--{_OPTION_OF.get(key, key)}\b", key, text)
+        return text
+
     try:
         settings = replace(options, **read_values(values))
         check_values(settings)
+        return settings, list(map(in_keys, check_sizes(settings)))
     except UsageError as error:
-        message = str(error)
-        for key in keys:
-            message = message.replace(f"--{_OPTION_OF.get(key, key)}", key)
-        raise UsageError(message) from None
-    return settings
+        raise UsageError(in_keys(error)) from None
 
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:
@@ -383,6 +409,6 @@ def check_pixels(pictures: Iterable[Picture]) -> None:
     with ThreadPoolExecutor() as threads:
         damaged = list(filter(None, threads.map(damage, paths)))
     if damaged:
-        raise InputError(
-            f"of {len(paths)} pictures {len(damaged)} are damaged: {'; '.join(damaged)}; replace or remove them"
-        )
+        are, them = ("is", "it") if len(damaged) == 1 else ("are", "them")
+        of = f"of {count_text(len(paths), 'picture')} {len(damaged)} {are} damaged"
+        raise InputError(f"{of}: {'; '.join(damaged)}; replace or remove {them}")

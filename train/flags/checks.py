@@ -41,7 +41,16 @@ def check(options: Options) -> list[str]:
         *read_network_args(options).warnings,
     ]
     parse_recipes(options.shrink)
-    _check_packages(options)
+    name = optimizer_name(options)
+    packages: dict[str, object] = {
+        "wandb": options.log_with in ("wandb", "all") and f"--log_with={options.log_with}",
+        "tensorboard": options.logging_dir and options.log_with != "wandb" and "--logging_dir",
+        optimizer_path(options).partition(".")[0]: "." not in name and name,
+    }
+    for package, wanted_by in packages.items():
+        if wanted_by and not importlib.util.find_spec(package):
+            on_pypi = package.replace("_", "-")
+            raise UsageError(f"{wanted_by} needs the package {on_pypi}: pip install {on_pypi}")
     return warnings
 
 
@@ -167,19 +176,6 @@ def check_sizes(options: Options) -> Iterator[str]:
         yield f"{shrunk}; --max_bucket_reso={2 * high} keeps nearly all of them"
 
 
-def _check_packages(options: Options) -> None:
-    name = optimizer_name(options)
-    packages: dict[str, object] = {
-        "wandb": options.log_with in ("wandb", "all") and f"--log_with={options.log_with}",
-        "tensorboard": options.logging_dir and options.log_with != "wandb" and "--logging_dir",
-        optimizer_path(options).partition(".")[0]: "." not in name and name,
-    }
-    for package, wanted_by in packages.items():
-        if wanted_by and not importlib.util.find_spec(package):
-            on_pypi = package.replace("_", "-")
-            raise UsageError(f"{wanted_by} needs the package {on_pypi}: pip install {on_pypi}")
-
-
 # An option -> the one without which it cannot do what it asks for.
 _NEEDS = {
     "adaptive_noise_scale": "noise_offset",
@@ -213,10 +209,7 @@ _IDLE_WITHOUT = {
     "sample_at_first": "sample_prompts",
 }
 # Of two that are given, the first decides, and the second does nothing.
-_DECIDES = {
-    "max_train_epochs": "max_train_steps",
-    "save_n_epoch_ratio": "save_every_n_epochs",
-}
+_DECIDES = {"max_train_epochs": "max_train_steps", "save_n_epoch_ratio": "save_every_n_epochs"}
 _IDLE = ("clip_skip", "highvram", "disable_mmap_load_safetensors", "xformers", "mem_eff_attn", "skip_cache_check")
 
 

@@ -49,21 +49,22 @@ class NetworkArgs:
 
 def read_network_args(options: Options) -> NetworkArgs:
     """The options of the network, with what the user should know of them, one line each."""
-    pairs = key_values("--network_args", options.network_args)
-    if options.network_module == "lycoris.kohya":
-        pairs, warnings = _for_lycoris(pairs)
-    elif options.network_module == "networks.lora":
-        pairs, warnings = _from_networks_lora(pairs)
-    else:
-        module = options.network_module or "missing"
-        raise UsageError(f"--network_module: {module}; lorashrink trains with lycoris.kohya, or as networks.lora")
+    pairs, warnings = _in_lycoris_words(options)
     if options.network_dropout is not None:
         pairs.setdefault("dropout", str(options.network_dropout))
     for key, text in pairs.items():
         _check_value(key, text)
     algo, preset = pairs.get("algo", "lora").lower(), pairs.get("preset", "full")
     _check_algo(algo)
-    _check_preset(preset)
+    if preset == "ia3":
+        raise UsageError("--network_args: preset=ia3 matches no layer of SDXL")
+    if preset not in PRESETS:
+        if not Path(preset).is_file():
+            raise UsageError(f"--network_args: preset={preset} is neither a TOML file nor one of {', '.join(PRESETS)}")
+        content = read_toml(Path(preset))
+        for table in ("module_algo_map", "name_algo_map"):
+            for override in content.get(table, {}).values():
+                _check_algo(str(override.get("algo", "lora")).lower())
     dora = pairs.get("dora_wd", "").lower() == "true" and algo in _FACTORS
     # Half-precision weights round small changes away unless the change is applied beside them.
     bypass = pairs["bypass_mode"].lower() == "true" if "bypass_mode" in pairs else algo in _LORA and not dora
@@ -159,10 +160,31 @@ def _check_value(key: str, text: str) -> None:
         raise UsageError(f"--network_args: {key}={text}: expected {expected}")
 
 
-def _for_lycoris(pairs: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The pairs that LyCORIS reads, under the names of today; and a line for every other pair."""
-    usable: dict[str, str] = {}
-    warnings = []
+# The keys that networks.lora of sd-scripts reads, and those of them that LyCORIS has no like of.
+_LORA_KEYS = {"conv_dim", "conv_alpha", "rank_dropout", "module_dropout"} | {k for k in _KEYS if k[:8] == "loraplus"}
+_LORA_ONLY = {
+    "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "block_lr_zero_threshold", "down_lr_weight",
+    "mid_lr_weight", "up_lr_weight",
+}  # fmt: skip
+
+
+def _in_lycoris_words(options: Options) -> tuple[dict[str, str], list[str]]:
+    """The pairs of --network_args that LyCORIS reads, under the names of today; and a line for every other pair."""
+    pairs = key_values("--network_args", options.network_args)
+    if options.network_module == "networks.lora":
+        if refused := next((key for key in pairs if key in _LORA_ONLY), None):
+            raise UsageError(f"--network_args: {refused} is not supported: ranks and rates are the same in all blocks")
+        # It trains convolutions only if asked to, with an alpha of 1.
+        convolutions = pairs.get("conv_dim", "0") != "0"
+        usable = {"algo": "lora"} | ({"preset": "full", "conv_alpha": "1"} if convolutions else {"preset": "attn-mlp"})
+        names = _LORA_KEYS if convolutions else _LORA_KEYS - {"conv_dim", "conv_alpha"}
+        usable |= {key: text for key, text in pairs.items() if key in names}
+        warning = "--network_args: {} has no effect with networks.lora; use --network_module=lycoris.kohya"
+        return usable, [warning.format(key) for key in pairs if key not in _LORA_KEYS]
+    if options.network_module != "lycoris.kohya":
+        module = options.network_module or "missing"
+        raise UsageError(f"--network_module: {module}; lorashrink trains with lycoris.kohya, or as networks.lora")
+    usable, warnings = {}, []
     for key, text in pairs.items():
         name = OLD_NAMES.get(key, OPPOSITES.get(key, key))
         if key in OPPOSITES:
@@ -177,50 +199,11 @@ def _for_lycoris(pairs: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     return usable, warnings
 
 
-# The keys that networks.lora of sd-scripts reads, and those of them that LyCORIS has no like of.
-_LORA_KEYS = {"conv_dim", "conv_alpha", "rank_dropout", "module_dropout"} | {k for k in _KEYS if k[:8] == "loraplus"}
-_LORA_ONLY = {
-    "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "block_lr_zero_threshold", "down_lr_weight",
-    "mid_lr_weight", "up_lr_weight",
-}  # fmt: skip
-
-
-def _from_networks_lora(pairs: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The same network in LyCORIS' words: networks.lora trains convolutions only if asked to, with an alpha of 1."""
-    for key in pairs:
-        if key in _LORA_ONLY:
-            raise UsageError(f"--network_args: {key} is not supported: ranks and rates are the same in all blocks")
-    warnings = [
-        f"--network_args: {key} has no effect with networks.lora; use --network_module=lycoris.kohya"
-        for key in pairs
-        if key not in _LORA_KEYS
-    ]
-    convolutions = pairs.get("conv_dim", "0") != "0"
-    preset = {"preset": "full", "conv_alpha": "1"} if convolutions else {"preset": "attn-mlp"}
-    usable = {
-        key: text for key, text in pairs.items() if key in _LORA_KEYS and (convolutions or not key.startswith("conv_"))
-    }
-    return {"algo": "lora", **preset, **usable}, warnings
-
-
 def _check_algo(algo: str) -> None:
     if algo in _REFUSED:
         raise UsageError(f"--network_args: algo={algo} is not supported: {_REFUSED[algo]}; take locon or lokr")
     if algo not in ALGOS:
         raise UsageError(f"--network_args: there is no algo={algo}; it is one of {', '.join(sorted(ALGOS))}")
-
-
-def _check_preset(preset: str) -> None:
-    if preset in PRESETS:
-        return
-    if preset == "ia3":
-        raise UsageError("--network_args: preset=ia3 matches no layer of SDXL")
-    if not Path(preset).is_file():
-        raise UsageError(f"--network_args: preset={preset} is neither a TOML file nor one of {', '.join(PRESETS)}")
-    content = read_toml(Path(preset))
-    for table in ("module_algo_map", "name_algo_map"):
-        for override in content.get(table, {}).values():
-            _check_algo(str(override.get("algo", "lora")).lower())
 
 
 def _warnings(options: Options, pairs: Mapping[str, str], arguments: NetworkArgs) -> Iterator[str]:

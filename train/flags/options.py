@@ -222,34 +222,24 @@ class Options:
 # sd-scripts' flags that are not supported, and keys of its dataset files, with the values that change nothing there:
 # programs that write settings files write those too.
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    **dict.fromkeys(
-        (
-            "alpha_mask", "async_upload", "cache_info", "color_aug", "console_log_simple", "cpu_offload_checkpointing",
-            "ddp_gradient_as_bucket_view", "ddp_static_graph", "debug_dataset", "deepspeed", "enable_wildcard",
-            "fp16_master_weights_and_gradients", "fp8_base", "fp8_base_unet", "full_fp16", "fused_backward_pass",
-            "ip_noise_gamma_random_strength", "masked_loss", "random_crop", "resume_from_huggingface",
-            "save_state_to_huggingface", "skip_until_initial_step", "torch_compile", "v2", "weighted_captions",
-            "zero3_init_flag", "zero3_save_16bit_model",
-        ),
-        (False,),
-    ),
-    **dict.fromkeys(
-        (
-            "conditioning_data_dir", "console_log_file", "dataset_class", "face_crop_aug_range",
-            "huggingface_path_in_repo", "huggingface_repo_id", "huggingface_repo_type", "huggingface_repo_visibility",
-            "huggingface_token", "in_json", "log_tracker_config", "metadata_file", "offload_optimizer_device",
-            "offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path", "wandb_api_key",
-        ),
-        ("",),
-    ),
-    **dict.fromkeys(
-        (
-            "blocks_to_swap", "ddp_timeout", "initial_step", "ip_noise_gamma", "logit_mean", "max_validation_steps",
-            "token_warmup_step", "validate_every_n_epochs", "validate_every_n_steps", "validation_seed",
-            "validation_split",
-        ),
-        (0.0,),
-    ),
+    **dict.fromkeys((
+        "alpha_mask", "async_upload", "cache_info", "color_aug", "console_log_simple", "cpu_offload_checkpointing",
+        "ddp_gradient_as_bucket_view", "ddp_static_graph", "debug_dataset", "deepspeed", "enable_wildcard",
+        "fp16_master_weights_and_gradients", "fp8_base", "fp8_base_unet", "full_fp16", "fused_backward_pass",
+        "ip_noise_gamma_random_strength", "masked_loss", "random_crop", "resume_from_huggingface",
+        "save_state_to_huggingface", "skip_until_initial_step", "torch_compile", "v2", "weighted_captions",
+        "zero3_init_flag", "zero3_save_16bit_model",
+    ), (False,)),
+    **dict.fromkeys((
+        "conditioning_data_dir", "console_log_file", "dataset_class", "face_crop_aug_range", "huggingface_path_in_repo",
+        "huggingface_repo_id", "huggingface_repo_type", "huggingface_repo_visibility", "huggingface_token", "in_json",
+        "log_tracker_config", "metadata_file", "offload_optimizer_device", "offload_optimizer_nvme_path",
+        "offload_param_device", "offload_param_nvme_path", "wandb_api_key",
+    ), ("",)),
+    **dict.fromkeys((
+        "blocks_to_swap", "ddp_timeout", "initial_step", "ip_noise_gamma", "logit_mean", "max_validation_steps",
+        "token_warmup_step", "validate_every_n_epochs", "validate_every_n_steps", "validation_seed", "validation_split",
+    ), (0.0,)),
     "console_log_level": ("", "INFO"), "custom_attributes": ("{}",), "dynamo_backend": ("inductor", "no"),
     "huber_c": (0.1,), "huber_scale": (1.0,), "huber_schedule": ("snr",), "initial_epoch": (0, 1), "logit_std": (1.0,),
     "loss_type": ("l2",), "mode_scale": (1.29,), "network_multiplier": (1.0,), "token_warmup_min": (1,),

@@ -75,8 +75,7 @@ def load_model(options: Options, device: torch.device) -> Model:
     settings = config or (path if path.is_dir() else SETTINGS)
     target = device if options.lowram else torch.device("cpu")
     dtype = weight_dtype(options)
-    _check_base(path, needs_vae=options.vae is None)
-    _check_prediction(path, options)
+    _check_base(path, options)
     folders = [folder for folder in (path, config) if folder and folder.is_dir()]
     folders += [Path(options.tokenizer_cache_dir)] if options.tokenizer_cache_dir else []
     folder = pipelines.tokenizer_folder(folders)
@@ -87,7 +86,18 @@ def load_model(options: Options, device: torch.device) -> Model:
         )
     with pipelines.loading(folder):
         tokenizers = pipelines.clip_tokenizers(folder)
-    vae = _load_vae(Path(options.vae or path), settings, torch.float32 if options.no_half_vae else dtype).to(target)
+    vae: Any
+    vae_path, vae_dtype = Path(options.vae or path), torch.float32 if options.no_half_vae else dtype
+    if vae_path.is_dir():
+        inner = vae_path / "vae"
+        vae = _load_part(AutoencoderKL, inner if inner.is_dir() else vae_path, vae_dtype)
+    else:
+        open_tensors(vae_path).close()
+        more = {"config": str(settings), "torch_dtype": vae_dtype, "local_files_only": True}
+        with pipelines.loading(vae_path, _DOUBT):
+            vae = AutoencoderKL.from_single_file(str(vae_path), subfolder="vae", **more)
+        pipelines.check_filled(vae_path, "vae", vae)
+    vae = vae.to(target)
     if path.is_dir():
         unet, first, second = (_load_part(kind, path / part, dtype).to(target) for part, kind in CLASSES.items())
     else:
@@ -104,8 +114,11 @@ def load_model(options: Options, device: torch.device) -> Model:
     return model
 
 
-def _check_base(path: Path, *, needs_vae: bool) -> None:
-    """That this is SDXL with all its parts, as far as headers tell."""
+def _check_base(path: Path, options: Options) -> None:
+    """That this is SDXL with all its parts, and predicts what training predicts, noise or v, as far as headers tell.
+
+    A folder tells what it predicts by scheduler/scheduler_config.json, a single file by its keys `v_pred` and `ztsnr`.
+    """
     advice = "Give a diffusers folder, .safetensors or .ckpt"
     if path.is_file() and path.suffix.lower() not in {".safetensors", *PICKLE_SUFFIXES}:
         raise NotABase(f"{path}: not a model that can be trained on. {advice}")
@@ -121,24 +134,17 @@ def _check_base(path: Path, *, needs_vae: bool) -> None:
     with base:
         if base.family.name != "sdxl":
             raise NotABase(f"{path}: this is {base.family.title}, and lorashrink trains on SDXL only")
-        parts = [part for part in _PARTS if part != "vae" or needs_vae]
+        names = base.store.tensors if base.store else ()
+        parts = [part for part in _PARTS if part != "vae" or options.vae is None]
         if path.is_dir():
             missing = [part for part in parts if not (path / part / "config.json").is_file()]
         else:
-            names = base.store.tensors if base.store else ()
             missing = [part for part in parts if not any(name.startswith(_PARTS[part]) for name in names)]
     if missing:
         hint = "--vae can give another one" if missing == ["vae"] else "give the whole model"
         raise InputError(f"{path}: holds no {' and no '.join(missing)}; {hint}")
-
-
-def _check_prediction(path: Path, options: Options) -> None:
-    """That the training predicts what the base predicts, noise or v, as far as the base tells.
-
-    A folder tells by scheduler/scheduler_config.json, a single file by its keys `v_pred` and `ztsnr`.
-    """
-    file = path / "scheduler" / "scheduler_config.json"
     if path.is_dir():
+        file = path / "scheduler" / "scheduler_config.json"
         try:
             config = json.loads(read_text(file)) if is_file(file) else {}
         except ValueError as error:
@@ -146,8 +152,7 @@ def _check_prediction(path: Path, options: Options) -> None:
         velocity, zero_signal = config.get("prediction_type") == "v_prediction", config.get("rescale_betas_zero_snr")
         stated = "prediction_type" in config
     else:
-        with open_tensors(path) as store:
-            velocity, zero_signal = pipelines.VELOCITY in store.tensors, pipelines.ZERO_SIGNAL in store.tensors
+        velocity, zero_signal = pipelines.VELOCITY in names, pipelines.ZERO_SIGNAL in names
         stated = velocity
     if velocity and not options.v_parameterization:
         more = " and --zero_terminal_snr" if zero_signal else ""
@@ -157,18 +162,6 @@ def _check_prediction(path: Path, options: Options) -> None:
         )
     if stated and not velocity and options.v_parameterization:
         _log.warning("%s predicts noise, and --v_parameterization trains the adapter for a model that predicts v", path)
-
-
-def _load_vae(path: Path, settings: Path, dtype: torch.dtype) -> Any:
-    """The VAE of a model folder, of a folder of its own, or of a file in either kind of names."""
-    if path.is_dir():
-        return _load_part(AutoencoderKL, path / "vae" if (path / "vae").is_dir() else path, dtype)
-    open_tensors(path).close()
-    more = {"config": str(settings), "torch_dtype": dtype, "local_files_only": True}
-    with pipelines.loading(path, _DOUBT):
-        vae = AutoencoderKL.from_single_file(str(path), subfolder="vae", **more)
-    pipelines.check_filled(path, "vae", vae)
-    return vae
 
 
 def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -277,6 +270,12 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], max_token_length
 def token_count(tokenizer: CLIPTokenizer, text: str) -> int:
     """How many tokens a text has, without BOS and EOS and however long it is."""
     return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def encode_captions(model: Model, captions: Sequence[str], max_token_length: int | None) -> Encoded:
+    """Captions through both tokenizers and encoders, as `tokenize` and `encode` do it."""
+    tokens = [tokenize(tokenizer, captions, max_token_length) for tokenizer in model.tokenizers]
+    return encode(model.encoders, *tokens)
 
 
 def encode(encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection], tokens1: Tensor, tokens2: Tensor) -> Encoded:

@@ -148,7 +148,14 @@ class Network(nn.Module):
         training = self.module.training
         self.module.eval()  # dropout would shorten what is measured
         factors = [layer for layer in self.layers if isinstance(layer, LoConModule) and not layer.tucker]
-        measured = [(layer, norm) for layer in self.layers if (norm := _norm(layer)) is not None]
+        measured: list[tuple[Any, Tensor]] = []  # layers that are not of two factors, and their norms, 0-dim
+        for layer in self.layers:
+            if isinstance(layer, LoConModule) and layer.tucker:
+                measured.append((layer, layer.make_weight().norm() * layer.scale))
+            elif isinstance(layer, (LohaModule, LokrModule)):
+                measured.append((layer, (layer.get_weight(layer.shape) * layer.scalar).norm()))
+            elif isinstance(layer, _ROTATIONS):
+                measured.append((layer, layer.oft_blocks.norm()))
         self.module.train(training)
         if not factors and not measured:
             return NormReport(0, 0.0, 0.0)
@@ -217,18 +224,6 @@ def _grams(matrices: Sequence[Tensor], *, columns: bool) -> Tensor:
     return torch.cat(grams)[torch.tensor(order, device=grams[0].device).argsort()]
 
 
-def _norm(layer: Any) -> Tensor | None:
-    """The number that LyCORIS limits, 0-dim, of a layer that is not of two factors; None where it limits nothing."""
-    norm: Tensor | None = None
-    if isinstance(layer, LoConModule) and layer.tucker:
-        norm = layer.make_weight().norm() * layer.scale
-    elif isinstance(layer, (LohaModule, LokrModule)):
-        norm = (layer.get_weight(layer.shape) * layer.scalar).norm()
-    elif isinstance(layer, _ROTATIONS):
-        norm = layer.oft_blocks.norm()
-    return norm
-
-
 # --- building -----------------------------------------------------------------------------------
 
 
@@ -256,7 +251,14 @@ def build_network(model: Model, options: Options) -> Network:
         with open_adapter(path) as adapter:
             store = renamed(adapter, "kohya", base).adapter.store
             weights = {key: store.read(key).float() for key in store.tensors}
-    with _building(model, options):
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        if options.seed is not None:  # random numbers of the seed alone
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(generator(options.seed, "network").initial_seed())
+        if next(model.unet.parameters()).is_meta:  # no memory for a model without any
+            stack.enter_context(init_empty_weights(include_buffers=False))
+            stack.enter_context(_StayOnMeta())
         if path and options.dim_from_weights:
             module = _from_weights(path, weights, {names.kohya: names.module for names in named}, arguments)
         else:
@@ -272,20 +274,6 @@ def build_network(model: Model, options: Options) -> Network:
         if path:
             _load(module, weights, path, options)
     return Network(module)
-
-
-@contextmanager
-def _building(model: Model, options: Options) -> Iterator[None]:
-    """Random numbers of the seed alone, nothing on the terminal, and no memory for a model without any."""
-    with ExitStack() as stack:
-        stack.enter_context(_quiet())
-        if options.seed is not None:
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            torch.manual_seed(generator(options.seed, "network").initial_seed())
-        if next(model.unet.parameters()).is_meta:
-            stack.enter_context(init_empty_weights(include_buffers=False))
-            stack.enter_context(_StayOnMeta())
-        yield
 
 
 @contextmanager
@@ -309,9 +297,25 @@ class _StayOnMeta(TorchFunctionMode):
 
 
 def _from_options(model: Model, options: Options, arguments: NetworkArgs) -> LycorisNetworkKohya:
+    """A network with the layers of the preset, under LyCORIS' names."""
     # LyCORIS keeps the settings of a preset in its class for good.
     kept = {name: value for name, value in vars(LycorisNetworkKohya).items() if name.isupper()}
-    PRESET[_OURS] = _read_preset(arguments.preset)
+    # Names of modules in its own presets match none of sd-scripts' UNet, so that they are not trained there.
+    own: dict[str, Any] = {"unet_target_name": []}
+    if arguments.preset in PRESETS:
+        settings = PRESET[arguments.preset] | own
+    else:
+        try:
+            settings = PresetConfig.from_dict(read_toml(Path(arguments.preset))).to_dict()
+        except PresetValidationError as error:
+            raise InputError(f"{Path(arguments.preset)}: no preset of LyCORIS: {error}") from None
+    # All settings are written, so that those of another preset do not shine through.
+    unset = {"module_algo_map": {}, "name_algo_map": {}, "use_fnmatch": False, "exclude_name": []}
+    preset: dict[str, Any] = PRESET["full"] | own | unset | settings
+    kinds, algos = preset["unet_target_module"], preset["module_algo_map"]
+    preset["unet_target_module"] = [_CLASSES.get(kind, kind) for kind in kinds if kind not in _OTHER_CLASSES]
+    preset["module_algo_map"] = {_CLASSES.get(kind, kind): algo for kind, algo in algos.items()}
+    PRESET[_OURS] = preset
     try:
         dims, more = (options.network_dim, options.network_alpha), {"warn_on_unmatched": False, "preset": _OURS}
         return create_network(1.0, *dims, None, list(model.encoders), model.unet, **more, **arguments.values)
@@ -323,7 +327,7 @@ def _from_options(model: Model, options: Options, arguments: NetworkArgs) -> Lyc
             setattr(LycorisNetworkKohya, name, value)
 
 
-# --- names and presets --------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------
 
 _SDXL = next(family for family in FAMILIES if family.name == "sdxl")
 # sd-scripts' name of a class -> diffusers' name
@@ -357,24 +361,6 @@ def named_modules(model: Model) -> list[Named]:
             lycoris = f"lora_{part}_{view.key}".replace(".", "_")
             named.append(Named(lycoris, layer_name_in("kohya", _SDXL, part, name), modules[view.key]))
     return named
-
-
-def _read_preset(name: str) -> dict[str, Any]:
-    """All settings of a preset, so that those of another one do not shine through, with diffusers' class names."""
-    # Names of modules in LyCORIS' own presets match none of sd-scripts' UNet, so that they are not trained there.
-    own: dict[str, Any] = {"unet_target_name": []}
-    unset = {"module_algo_map": {}, "name_algo_map": {}, "use_fnmatch": False, "exclude_name": []}
-    if name in PRESETS:
-        settings = PRESET[name] | own
-    else:
-        try:
-            settings = PresetConfig.from_dict(read_toml(Path(name))).to_dict()
-        except PresetValidationError as error:
-            raise InputError(f"{Path(name)}: no preset of LyCORIS: {error}") from None
-    preset: dict[str, Any] = PRESET["full"] | own | unset | settings
-    classes = [_CLASSES.get(kind, kind) for kind in preset["unet_target_module"] if kind not in _OTHER_CLASSES]
-    algos = {_CLASSES.get(kind, kind): algo for kind, algo in preset["module_algo_map"].items()}
-    return preset | {"unet_target_module": classes, "module_algo_map": algos}
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -80,6 +80,10 @@ def run_entries(
     if dims is not None:  # sd-scripts writes these as texts
         others = {name: value for name, value in network_args.items() if name not in _OF_LAYERS}
         network_args = others | {name: str(value) for name, value in dims.items() if name in _OF_LAYERS}
+    sources: dict[str, object] = {}
+    if options.save_model_as == "safetensors" and not options.no_metadata:  # else nothing is written of them
+        sources |= _source("sd_model", options.pretrained_model_name_or_path or "")
+        sources |= _source("vae", options.vae) if options.vae else {}
     return {
         **{f"ss_{name}": getattr(options, name) for name in _AS_GIVEN},
         **_FIXED,
@@ -96,8 +100,7 @@ def run_entries(
         **_picture_entries(data, options, processes),
         **({"ss_network_args": json.dumps(network_args)} if options.network_args or dims is not None else {}),
         **{f"ss_{name}": value for name, value in (dims or {}).items() if name.startswith("network_")},
-        **_source("sd_model", options.pretrained_model_name_or_path or ""),
-        **(_source("vae", options.vae) if options.vae else {}),
+        **sources,
     }
 
 
@@ -163,7 +166,33 @@ def _picture_entries(data: Data, options: Options, processes: int) -> dict[str, 
         "ss_tag_frequency": json.dumps(tags),
     }
     if options.dataset_config:
-        return entries | {"ss_datasets": json.dumps([_dataset(dataset, pairs) for dataset, pairs in datasets])}
+        described = [
+            {
+                "is_dreambooth": True,
+                "batch_size_per_device": dataset.options.train_batch_size,
+                "num_train_images": _showings(pairs, is_reg=False),
+                "num_reg_images": _showings(pairs, is_reg=True),
+                "resolution": parse_resolution(dataset.options.resolution),
+                **_bucket_limits(dataset),
+                "tag_frequency": _tags(pairs),
+                "bucket_info": _bucket_info(dataset),
+                "resize_interpolation": pairs[0][0].options.resize_interpolation,
+                "subsets": [
+                    {
+                        "img_count": len(pictures),
+                        "num_repeats": subset.repeats,
+                        **{name: getattr(subset.options, name) for name in _OF_SUBSETS},
+                        **dict.fromkeys(("color_aug", "random_crop", "enable_wildcard"), False),
+                        "image_dir": subset.folder.name,
+                        "class_tokens": subset.class_words,
+                        "is_reg": subset.is_reg,
+                    }
+                    for subset, pictures in pairs
+                ],
+            }
+            for dataset, pairs in datasets
+        ]
+        return entries | {"ss_datasets": json.dumps(described)}
     (dataset,) = data.datasets
     return entries | {
         "ss_batch_size_per_device": options.train_batch_size,
@@ -223,29 +252,3 @@ def _bucket_info(dataset: Dataset) -> dict[str, object] | None:
         errors.append(abs(width / height - original_width / original_height))
     buckets = {index: {"resolution": list(size), "count": counts[size]} for index, size in enumerate(sorted(counts))}
     return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors)}
-
-
-def _dataset(dataset: Dataset, subsets: _Subsets) -> dict[str, object]:
-    return {
-        "is_dreambooth": True,
-        "batch_size_per_device": dataset.options.train_batch_size,
-        "num_train_images": _showings(subsets, is_reg=False),
-        "num_reg_images": _showings(subsets, is_reg=True),
-        "resolution": parse_resolution(dataset.options.resolution),
-        **_bucket_limits(dataset),
-        "tag_frequency": _tags(subsets),
-        "bucket_info": _bucket_info(dataset),
-        "resize_interpolation": subsets[0][0].options.resize_interpolation,
-        "subsets": [
-            {
-                "img_count": len(pictures),
-                "num_repeats": subset.repeats,
-                **{name: getattr(subset.options, name) for name in _OF_SUBSETS},
-                **dict.fromkeys(("color_aug", "random_crop", "enable_wildcard"), False),
-                "image_dir": subset.folder.name,
-                "class_tokens": subset.class_words,
-                "is_reg": subset.is_reg,
-            }
-            for subset, pictures in subsets
-        ],
-    }

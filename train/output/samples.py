@@ -19,14 +19,13 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from lorashrink.errors import NonFinite
-from lorashrink.pictures.drawing import Shot, draw_picture
+from lorashrink.pictures.drawing import Shot, draw_picture, write_picture
 from lorashrink.pictures.pipelines import KINDS
 from lorashrink.pictures.prompts import Prompt
 from lorashrink.pictures.samplers import scheduler
 from lorashrink.plots.sheet import Cell, contact_sheet
-from lorashrink.plots.style import save_picture
 from lorashrink.train.flags.options import Options
-from lorashrink.train.model.loading import CHUNK, Model, encode, token_count, tokenize, weight_dtype
+from lorashrink.train.model.loading import CHUNK, Model, encode_captions, token_count, weight_dtype
 
 _log = logging.getLogger(__name__)
 
@@ -88,9 +87,12 @@ def draw(
     from diffusers import StableDiffusionXLPipeline
 
     share = list(enumerate(prompts))[rank::world]
-    autocast = torch.autocast(device.type, weight_dtype(options), enabled=options.mixed_precision != "no")
+    dtype = weight_dtype(options)
+    autocast = torch.autocast(device.type, dtype, enabled=options.mixed_precision != "no")
     with autocast, _moved(model.encoders, device):
-        texts = [_encoded(model, prompt, options, device) for _, prompt in share]
+        # As in sd-scripts an empty text is encoded, not replaced by zeros.
+        pairs = ([prompt.negative, prompt.prompt] for _, prompt in share)
+        encoded = [encode_captions(model, pair, options.max_token_length).to(device, dtype) for pair in pairs]
     paths = []
     with autocast, _moved([model.vae], device, torch.float32):
         pipeline: Any = StableDiffusionXLPipeline(
@@ -101,19 +103,25 @@ def draw(
             **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
         )
         pipeline.set_progress_bar_config(disable=True)
-        for (number, prompt), text in zip(share, texts, strict=True):
+        for (number, prompt), text in zip(share, encoded, strict=True):
+            embeddings = {
+                "negative_prompt_embeds": text.context[:1],
+                "prompt_embeds": text.context[1:],
+                "negative_pooled_prompt_embeds": text.pooled[:1],
+                "pooled_prompt_embeds": text.pooled[1:],
+            }
             seed = random.SystemRandom().getrandbits(63) if prompt.seed is None else prompt.seed
             shot = Shot(number, replace(prompt, seed=seed), 0)
             try:
-                picture = draw_picture(pipeline, _KIND, shot, str(device), "float32", text)
+                picture = draw_picture(pipeline, _KIND, shot, str(device), "float32", embeddings)
             except NonFinite:
                 note = "sample %02d is not a picture, but NaN: training diverged, or --mixed_precision fp16 overflows"
                 _log.warning(note, number)
                 continue
             ending = "" if prompt.seed is None else f"_{prompt.seed}"
-            name = f"{_moment(options, step, epoch)}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{ending}.png"
-            paths.append(_folder(options) / name)
-            save_picture(Image.fromarray(picture), paths[-1])
+            start = _start(options, step, epoch)
+            paths.append(Path(f"{start}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{ending}.png"))
+            write_picture(paths[-1], picture)
     return paths
 
 
@@ -130,35 +138,19 @@ def _moved(modules: Sequence[Any], device: torch.device, dtype: torch.dtype | No
             module.to(old_device, old_dtype)
 
 
-def _encoded(model: Model, prompt: Prompt, options: Options, device: torch.device) -> dict[str, Any]:
-    """What the pipeline takes instead of texts. As in sd-scripts an empty one is encoded, not replaced by zeros."""
-    texts = [prompt.negative, prompt.prompt]
-    tokens = [tokenize(tokenizer, texts, options.max_token_length) for tokenizer in model.tokenizers]
-    encoded = encode(model.encoders, *tokens).to(device, weight_dtype(options))
-    return {
-        "negative_prompt_embeds": encoded.context[:1],
-        "prompt_embeds": encoded.context[1:],
-        "negative_pooled_prompt_embeds": encoded.pooled[:1],
-        "pooled_prompt_embeds": encoded.pooled[1:],
-    }
-
-
-def _folder(options: Options) -> Path:
-    return Path(options.output_dir or "", "sample")
-
-
-def _moment(options: Options, step: int, epoch: int | None) -> str:
-    """What the names of all pictures of one moment begin with; sd-scripts' form."""
+def _start(options: Options, step: int, epoch: int | None) -> Path:
+    """What the paths of all pictures of one moment begin with; sd-scripts' form."""
+    moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
     name = f"{options.output_name}_" if options.output_name else ""
-    return f"{name}{step:06d}" if epoch is None else f"{name}e{epoch:06d}"
+    return Path(options.output_dir or "", "sample", name + moment)
 
 
 def write_sheet(prompts: Sequence[Prompt], options: Options, *, step: int, epoch: int | None = None) -> Path:
     """One page with the pictures of this moment; called by one process, after all have drawn."""
-    start = _moment(options, step, epoch)
+    start = _start(options, step, epoch)
     cells = []
     for number, prompt in enumerate(prompts):
-        drawn = _folder(options).glob(f"{glob.escape(f'{start}_{number:02d}')}_*.png")
+        drawn = start.parent.glob(f"{glob.escape(f'{start.name}_{number:02d}')}_*.png")
         # An earlier run may have left others; names begin with the time, so they sort.
         if path := max(drawn, key=lambda path: path.name, default=None):
             seed = "random seed" if prompt.seed is None else f"seed {prompt.seed}"
@@ -167,6 +159,4 @@ def write_sheet(prompts: Sequence[Prompt], options: Options, *, step: int, epoch
             cells.append(Cell(Image.open(path), f"{number:02d}  {prompt.prompt}", settings))
     moment = f"step {step}" if epoch is None else f"epoch {epoch}, step {step}"
     title = f"{options.output_name}, {moment}" if options.output_name else moment
-    sheet = _folder(options) / f"{start}_sheet.png"
-    save_picture(contact_sheet(title, cells), sheet)
-    return sheet
+    return write_picture(Path(f"{start}_sheet.png"), contact_sheet(title, cells))

@@ -30,7 +30,7 @@ from lorashrink.plots.style import save
 from lorashrink.train.data.batches import Loader
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Model
-from lorashrink.train.model.network import Network, NormReport
+from lorashrink.train.model.network import Network
 from lorashrink.train.output import samples, saving
 from lorashrink.train.output.metadata import file_metadata
 from lorashrink.train.output.saving import Length, Position
@@ -55,7 +55,7 @@ class Session:
     length: Length
     position: Position
     fingerprint: Mapping[str, str]
-    metadata: Mapping[str, object]  # `run_entries`
+    metadata: Mapping[str, object]  # `run_entries` in the main process, empty in others
     prompts: tuple[Prompt, ...]
     _ending: bool = False  # whether this process was asked to end
     _recent: deque[float] = field(default_factory=deque)  # losses of the last steps, as many as an epoch has
@@ -106,11 +106,27 @@ class Session:
             if not math.isfinite(losses[-1]):
                 hint = "use a lower --learning_rate, or --mixed_precision bf16"
                 raise NonFinite(f"step {self.position.step + 1}: the loss is NaN. Files saved before are good; {hint}")
-            norms = self._update()
+            if self.options.max_grad_norm > 0:
+                trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+                self.accelerator.clip_grad_norm_(trained, self.options.max_grad_norm)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            limit = self.options.scale_weight_norms
+            norms = self.network.limit_norms(limit) if limit else None
             ended, next_batch = divmod(number, self.length.batches_per_epoch)
             step = self.position.step + 1
             self.position = replace(self.position, epoch=epoch + ended, batch=next_batch, step=step)
-            self._record(bar, losses[-1], norms)
+            self._recent.append(losses[-1])
+            average = sum(self._recent) / len(self._recent)
+            values = {"loss/current": losses[-1], "loss/average": average}  # sd-scripts' names
+            values |= learning_rates(self.optimizer, self.rates)
+            if norms:
+                values |= {"max_norm/keys_scaled": norms.scaled, "max_norm/max_key_norm": norms.largest}
+                values["norm/avg_key_norm"] = norms.average
+            self.accelerator.log(values, step=step)
+            bar.set_postfix(loss=f"{losses[-1]:.4f}", average=f"{average:.4f}", refresh=False)
+            bar.update()
             self._after_step()
             if self.position.step == self.length.steps:
                 break
@@ -121,17 +137,6 @@ class Session:
                 self._save(self.options.save_state, epoch=epoch)
                 self._remove(saving.expired(self.options, due.step, epoch=epoch))
             self._sample(epoch)
-
-    def _update(self) -> NormReport | None:
-        """Change the parameters by their gradients. Returns what --scale_weight_norms did."""
-        if self.options.max_grad_norm > 0:
-            trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-            self.accelerator.clip_grad_norm_(trained, self.options.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        limit = self.options.scale_weight_norms
-        return self.network.limit_norms(limit) if limit else None
 
     @contextmanager
     def _heeding_signals(self) -> Iterator[None]:
@@ -214,15 +219,3 @@ class Session:
         self.network.train()
         self.optimizer.train()
         self.network.load_raw(before)
-
-    def _record(self, bar: Any, loss: float, norms: NormReport | None) -> None:
-        """Log a step under sd-scripts' names."""
-        self._recent.append(loss)
-        average = sum(self._recent) / len(self._recent)
-        values = {"loss/current": loss, "loss/average": average} | learning_rates(self.optimizer, self.rates)
-        if norms:
-            values |= {"max_norm/keys_scaled": norms.scaled, "max_norm/max_key_norm": norms.largest}
-            values["norm/avg_key_norm"] = norms.average
-        self.accelerator.log(values, step=self.position.step)
-        bar.set_postfix(loss=f"{loss:.4f}", average=f"{average:.4f}", refresh=False)
-        bar.update()

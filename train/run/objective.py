@@ -19,7 +19,7 @@ from lorashrink.train.data.batches import Batch, chunks, generator, numbers
 from lorashrink.train.data.caches import posterior
 from lorashrink.train.data.scanning import Data
 from lorashrink.train.flags.options import Options
-from lorashrink.train.model.loading import LATENT_SCALE, Encoded, Model, encode, encode_pixels, tokenize, weight_dtype
+from lorashrink.train.model.loading import LATENT_SCALE, Model, encode_captions, encode_pixels, weight_dtype
 from lorashrink.train.model.network import Network
 
 TIMESTEPS = 1000
@@ -45,10 +45,22 @@ class BatchLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The mean loss of the batch: float32, 0-dim."""
-        unet, dtype = self._model.unet, weight_dtype(self._options)
-        text = self._text(batch)
+        options, model, unet = self._options, self._model, self._model.unet
+        dtype = weight_dtype(options)
+        if batch.text is not None:
+            text = batch.text.to(unet.device, dtype)
+        else:
+            with torch.set_grad_enabled(self._trains_text):
+                text = encode_captions(model, batch.captions, options.max_token_length)
+        latents = batch.latents
+        if latents is None:
+            assert batch.pixels is not None
+            shown, size = zip(self._data.pictures_of(batch.draws), batch.flipped, strict=True), options.vae_batch_size
+            generators = [posterior(self._seed, picture, flipped) for picture, flipped in shown]
+            parts = zip(torch.split(batch.pixels, size), chunks(generators, size), strict=True)
+            latents = torch.cat([encode_pixels(model.vae, pixels, own) for pixels, own in parts])
+        latents = latents.to(unet.device, non_blocking=True) * LATENT_SCALE
         keys = [(draw.epoch, draw.dataset, draw.picture, draw.repeat) for draw in batch.draws]
-        latents = self._latents(batch).to(unet.device, non_blocking=True) * LATENT_SCALE
         noised = self.objective.noised(latents, keys, self._seed)
         prediction = unet(
             noised.noisy.to(dtype),
@@ -61,24 +73,6 @@ class BatchLoss(nn.Module):
             return_dict=False,
         )[0]
         return self.objective.loss(prediction, noised, batch.weights)
-
-    def _latents(self, batch: Batch) -> Tensor:
-        if batch.latents is not None:
-            return batch.latents
-        assert batch.pixels is not None
-        shown, size = zip(self._data.pictures_of(batch.draws), batch.flipped, strict=True), self._options.vae_batch_size
-        generators = [posterior(self._seed, picture, flipped) for picture, flipped in shown]
-        parts = zip(torch.split(batch.pixels, size), chunks(generators, size), strict=True)
-        return torch.cat([encode_pixels(self._model.vae, pixels, own) for pixels, own in parts])
-
-    def _text(self, batch: Batch) -> Encoded:
-        if batch.text is not None:
-            return batch.text.to(self._model.unet.device, weight_dtype(self._options))
-        tokens = [
-            tokenize(tokenizer, batch.captions, self._options.max_token_length) for tokenizer in self._model.tokenizers
-        ]
-        with torch.set_grad_enabled(self._trains_text):
-            return encode(self._model.encoders, *tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +110,19 @@ class Objective:
         Every random number of a picture comes from a generator of its own, so batches, processes and resuming do not
         change it. It shares with its batch only the standard deviation that follows multi-resolution noise.
         """
-        options, device = self._options, latents.device
-        draws = [self._draw(latents.shape[1:], seed, key) for key in keys]
+        options, device, shape = self._options, latents.device, latents.shape[1:]
+        levels, discount = options.multires_noise_iterations or 0, options.multires_noise_discount
+        draws = []
+        for key in keys:
+            tensors, chance = generator(seed, "noise", *key), numbers(seed, "noise", *key)
+            draw = (  # the order is part of what a seed means
+                torch.randn(shape, generator=tensors),
+                torch.randn((shape[0], 1, 1), generator=tensors),
+                float(torch.rand((), generator=tensors)) if options.noise_offset_random_strength else 1.0,
+                _coarse_noise(shape, levels, discount, tensors, chance),
+                int(torch.randint(*self._range, (), generator=tensors)),
+            )
+            draws.append(draw)
         noises, shifts, strengths, coarse_noises, steps = zip(*draws, strict=True)
         noise = torch.stack(noises).to(device)
         if options.noise_offset:  # crosslabs.org, 2023
@@ -141,21 +146,6 @@ class Objective:
         error = functional.mse_loss(prediction.float(), noised.target.float(), reduction="none").mean((1, 2, 3))
         by_timestep = self._weights.to(error.device)[noised.timesteps]
         return (error * weights.to(error.device) * by_timestep).mean()
-
-    def _draw(
-        self, shape: torch.Size, seed: int, key: tuple[str | int, ...]
-    ) -> tuple[Tensor, Tensor, float, Tensor, int]:
-        """Noise [4, h, w], shifts of channels [4, 1, 1], their strength, coarser noise [4, h, w], and the timestep."""
-        options = self._options
-        tensors, chance = generator(seed, "noise", *key), numbers(seed, "noise", *key)
-        # The order of these lines is part of what a seed means.
-        noise = torch.randn(shape, generator=tensors)
-        shift = torch.randn((shape[0], 1, 1), generator=tensors)
-        strength = float(torch.rand((), generator=tensors)) if options.noise_offset_random_strength else 1.0
-        levels = options.multires_noise_iterations or 0
-        coarse = _coarse_noise(shape, levels, options.multires_noise_discount, tensors, chance)
-        timestep = int(torch.randint(*self._range, (), generator=tensors))
-        return noise, shift, strength, coarse, timestep
 
 
 def timestep_weights(options: Options, snr: Tensor) -> Tensor:

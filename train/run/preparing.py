@@ -34,12 +34,12 @@ from lorashrink.pictures.samplers import check_samplers
 from lorashrink.text import count_text, size_text
 from lorashrink.train.data.batches import Loader, batch_count, epoch_batches
 from lorashrink.train.data.buckets import Size
-from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts
+from lorashrink.train.data.caches import LatentCache, cache_latents, cache_texts
 from lorashrink.train.data.scanning import Data, check_pixels, scan
 from lorashrink.train.flags.checks import optimizer_name, parse_resolution
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model import loading
-from lorashrink.train.model.loading import CHUNK, SETTINGS, Model, weight_dtype
+from lorashrink.train.model.loading import CHUNK, SETTINGS, Encoded, Model, weight_dtype
 from lorashrink.train.model.network import Network, build_network
 from lorashrink.train.output import samples, saving
 from lorashrink.train.output.metadata import run_entries
@@ -93,7 +93,7 @@ def prepare(options: Options) -> Session:
     if not options.cache_latents:
         check_pixels(data.pictures)
     latents: LatentCache | None = None
-    texts: TextCache | None = None
+    texts: Mapping[str, Encoded] | None = None
     if options.cache_latents:
         with _encoding([model.vae], accelerator):
             latents = cache_latents(data, model.vae, options, seed=seed, rank=rank, world=processes)
@@ -116,7 +116,9 @@ def prepare(options: Options) -> Session:
         set_seed(seed, device_specific=True)
 
     dims = network.dims if options.dim_from_weights else None
-    metadata = run_entries(options, data, length, processes, seed=seed, optimizer=description, dims=dims)
+    metadata: dict[str, object] = {}
+    if accelerator.is_main_process:  # which writes the files, and hashes the base for them
+        metadata = run_entries(options, data, length, processes, seed=seed, optimizer=description, dims=dims)
     _log.info("%s", describe(options, data, network, length, processes))
     if accelerator.log_with:
         shown = {

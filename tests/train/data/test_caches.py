@@ -21,7 +21,7 @@ from training import files_no_larger_than
 
 from lorashrink.errors import InputError, NonFinite, OutputError, UsageError
 from lorashrink.train.data.batches import Batch, Loader
-from lorashrink.train.data.caches import LatentCache, TextCache, cache_latents, cache_texts, posterior
+from lorashrink.train.data.caches import LatentCache, cache_latents, cache_texts, posterior
 from lorashrink.train.data.scanning import Data, Picture, scan
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Encoded, Model, encode, encode_pixels, load_model, tokenize
@@ -77,7 +77,7 @@ def latents(chosen: Options, vae: torch.nn.Module, **where: Any) -> LatentCache:
     return cache_latents(scan(chosen), vae, chosen, **{"seed": SEED, "rank": 0, "world": 1} | where)
 
 
-def texts(chosen: Options, model: Model) -> TextCache:
+def texts(chosen: Options, model: Model) -> dict[str, Encoded]:
     return cache_texts(scan(chosen), model, chosen)
 
 
@@ -119,7 +119,7 @@ def write(path: Path, arrays: dict[str, Any]) -> None:
 # --- equal results ------------------------------------------------------------------------------
 
 
-def batches(chosen: Options, cache: LatentCache | None, captions: TextCache | None = None) -> list[Batch]:
+def batches(chosen: Options, cache: LatentCache | None, captions: dict[str, Encoded] | None = None) -> list[Batch]:
     return list(Loader(scan(chosen), chosen, SEED, 0, 1, cache, captions).epoch(1))
 
 
@@ -166,23 +166,24 @@ def test_cached_captions_equal_those_encoded_in_training(folder: Path, model: Mo
     cache = texts(chosen, model)
     for picture in pictures(scan(chosen)):
         tokens = [tokenize(tokenizer, [picture.caption], None) for tokenizer in model.tokenizers]
-        assert all_equal(parts(cache.get(picture)), parts(encode(model.encoders, *tokens)))
+        assert all_equal(parts(cache[picture.caption]), parts(encode(model.encoders, *tokens)))
 
 
 def test_encoding_several_captions_at_once_changes_rounding_only(folder: Path, model: Model) -> None:
     alone = options(folder)
     single, several = (texts(replace(alone, text_encoder_batch_size=size), model) for size in (None, 2))
     for picture in pictures(scan(alone)):
-        for one_by_one, together in zip(parts(single.get(picture)), parts(several.get(picture)), strict=True):
+        of_both = (parts(cache[picture.caption]) for cache in (single, several))
+        for one_by_one, together in zip(*of_both, strict=True):
             torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_join_what_is_cached_of_their_captions(folder: Path, model: Model) -> None:
-    chosen = options(folder, train_batch_size=2)
+    chosen = options(folder, train_batch_size=2, caption_prefix="photo of")
     cache = texts(chosen, model)
     all_pictures = pictures(scan(chosen))
     for batch in batches(chosen, None, cache):
-        entries = [cache.get(all_pictures[draw.picture]) for draw in batch.draws]
+        entries = [cache[f"photo of {all_pictures[draw.picture].caption}"] for draw in batch.draws]
         assert all_equal(parts(batch.text), [torch.cat(same) for same in zip(*map(parts, entries), strict=True)])
 
 
@@ -241,7 +242,7 @@ def test_half_precision_captions_stay_as_they_are(dtype: torch.dtype, single: Pa
     half = replace(model, encoders=(first, second))
     [picture] = pictures(scan(options(single)))
     direct = encode(half.encoders, *(tokenize(tokenizer, [picture.caption], None) for tokenizer in model.tokenizers))
-    cached = texts(options(single), half).get(picture)
+    cached = texts(options(single), half)[picture.caption]
     assert cached.hidden1.dtype == dtype
     assert all_equal(parts(cached), parts(direct))
 
@@ -449,7 +450,7 @@ def test_a_folder_may_move_with_its_files(
 
 def test_longer_captions_have_more_positions(single: Path, model: Model) -> None:
     [picture] = pictures(scan(options(single)))
-    longer = texts(options(single, max_token_length=150), model).get(picture)
+    longer = texts(options(single, max_token_length=150), model)[picture.caption]
     assert [part.shape for part in parts(longer)] == [(1, 152, 16), (1, 152, 24), (1, 24)]
 
 
@@ -513,7 +514,10 @@ def test_a_folder_used_in_two_ways_is_refused_on_disk_only(single: Path, model: 
         latents(chosen, model.vae)
     in_memory = replace(chosen, cache_latents_to_disk=False)
     assert [latent.shape for latent in got(latents(in_memory, model.vae), chosen)] == [(4, 8, 8), (4, 12, 12)]
-    first, second = (texts(in_memory, model).get(picture) for picture in pictures(scan(chosen)))
+    cached = texts(in_memory, model)
+    first, second = (
+        cached[f"{size} {picture.caption}"] for size, picture in zip((64, 96), pictures(scan(chosen)), strict=True)
+    )
     assert not torch.equal(first.hidden1, second.hidden1)
 
 

@@ -54,7 +54,7 @@ def test_pictures_directly_in_the_parent_beside_good_folders_are_named(
 ) -> None:
     write_pictures(pictures, {"lost.png": SQUARE})
     assert "lost.png" not in shown(scan(options(pictures)))
-    assert "1 pictures directly in" in caplog.text
+    assert f"1 picture directly in {pictures} is not used" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["cat", "0_cat", "-1_cat", "x2_cat", "1.5_cat"])
@@ -152,10 +152,10 @@ def test_without_words_missing_captions_are_empty_with_one_warning(
     ("dataset", "named"),
     [
         ("", "--resolution is missing"),
-        ("resolution = 'big'", "--resolution=big"),
+        ("resolution = 'big'", r"data\.toml: resolution=big"),
         ("resolution = 60", "multiples of 8"),
         ("resolution = 64\nbatch_size = 0", r"data\.toml: batch_size=0: must be at least 1"),
-        ("resolution = 64\nbucket_reso_steps = 48", "multiple of 32"),
+        ("resolution = 64\nbucket_reso_steps = 48", r"data\.toml: bucket_reso_steps=48: must be a multiple of 32"),
         ("resolution = 64\nenable_bucket = true\nmin_bucket_reso = 128", "min_bucket_reso=128"),
         ("resolution = 2048\nenable_bucket = true", "max_bucket_reso=1024"),
     ],
@@ -327,6 +327,15 @@ def test_a_subset_shown_zero_times_is_dropped(pictures: Path, tmp_path: Path, ca
     assert "2_big_cat is ignored: it is shown 0 times" in caplog.text
 
 
+def test_errors_and_warnings_name_a_key_where_the_value_is_from_the_file_and_else_the_option(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = toml(tmp_path / "data.toml", config(pictures, dataset="min_bucket_reso = 40\nmax_bucket_reso = 100"))
+    scan(Options(dataset_config=path, resolution="64", enable_bucket=True, bucket_reso_steps=32))
+    assert "min_bucket_reso=40 is no multiple of --bucket_reso_steps=32" in caplog.text
+    assert "--min_bucket_reso" not in caplog.text
+
+
 def test_a_folder_of_a_dataset_file_that_is_not_there_is_named(pictures: Path, tmp_path: Path) -> None:
     path = toml(tmp_path / "data.toml", config(pictures, folder="nowhere"))
     with pytest.raises(InputError, match=r"data\.toml: image_dir .*nowhere"):
@@ -339,7 +348,8 @@ def test_pictures_that_a_note_turns_are_counted(tmp_path: Path, caplog: pytest.L
     exif[0x0112] = 6  # a quarter turn
     Image.open(folder / "b.jpg").save(folder / "b.jpg", exif=exif)
     scan(options(tmp_path))
-    assert "1 pictures are turned only by a note" in caplog.text
+    assert "1 picture is turned only by a note" in caplog.text
+    assert "save it upright" in caplog.text
 
 
 def test_files_that_are_unused_cut_or_changed_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -368,10 +378,10 @@ def test_files_that_are_unused_cut_or_changed_are_named_once(tmp_path: Path, cap
         (1, "animated", "d.png"),
         (1, "16-bit grey", "e.png"),
         (4, "ending that is not read", "g.gif h.TIFF i.jfif 1 more"),
-        (1, "in folders inside", "k.png"),
-        (1, "begin with a blank line", "b.txt"),
+        (1, "picture lies in a folder inside", "k.png"),
+        (1, "caption file begins with a blank line", "b.txt"),
         (1, "more than one line", "a.txt"),
-        (1, "belong to no picture", "lost.txt"),
+        (1, "belongs to no picture", "lost.txt"),
     ):
         [line] = [line for line in lines if words in line]
         assert line.startswith(f"{number} ")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_sdxl
@@ -261,6 +262,15 @@ def test_a_base_that_is_a_file_has_both_hashes(tmp_path: Path, size: int) -> Non
         "ss_sd_model_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
         "ss_new_sd_model_hash": hashlib.sha256(data).hexdigest(),
     }
+
+
+@pytest.mark.parametrize("options", [{"no_metadata": True}, {"save_model_as": "ckpt"}, {"save_model_as": "pt"}])
+def test_a_base_is_not_hashed_for_metadata_that_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    (tmp_path / "base.safetensors").write_bytes(b"base")
+    monkeypatch.setattr("lorashrink.train.output.metadata.sha256_file", lambda path: pytest.fail(f"{path} was hashed"))
+    entries_of(Options(pretrained_model_name_or_path=str(tmp_path / "base.safetensors"), **options))
 
 
 @pytest.mark.parametrize("ending", ["", "/", "//", "/."])
