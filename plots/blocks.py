@@ -29,7 +29,14 @@ def grouped(blocks: Sequence[str], most: int) -> dict[str, list[str]]:
         groups = runs_of(ordered, length)
         if len(groups) <= most:
             break  # else the widest runs, which are too many too
-    return {_label(members): members for members in groups}
+    labels = []
+    for first, *more in groups:
+        word = _split(first)[0]
+        if word.startswith("TE"):
+            labels.append(f"text encoder {word[2:]}".strip())
+        else:
+            labels.append(f"{first}–{_split(more[-1])[1]}" if more else first)
+    return dict(zip(labels, groups, strict=True))
 
 
 def runs_of(ordered: Sequence[str], length: int) -> list[list[str]]:
@@ -43,10 +50,3 @@ def runs_of(ordered: Sequence[str], length: int) -> list[list[str]]:
         else:
             runs.append([block])
     return runs
-
-
-def _label(members: Sequence[str]) -> str:
-    word = _split(members[0])[0]
-    if word.startswith("TE"):
-        return f"text encoder {word[2:]}".strip()
-    return members[0] if len(members) == 1 else f"{members[0]}–{_split(members[-1])[1]}"

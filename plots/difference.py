@@ -13,7 +13,7 @@ from lorashrink.plots.style import AFTER, BEFORE, INK, RC
 from lorashrink.text import bare_percent_text, percent_text, size_text
 
 if TYPE_CHECKING:
-    from lorashrink.results.comparison import BlockDifference, Comparison
+    from lorashrink.results.comparison import Comparison
 
 
 @rc_context(RC)
@@ -28,7 +28,13 @@ def difference_per_block(comparison: Comparison) -> Figure:
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     shares = [row.relative_difference for row in blocks]
     bars = upper.bar(range(len(blocks)), [100 * (share or 0.0) for share in shares], width=0.66, color=AFTER)
-    texts = [_text_of(row) for row in blocks]
+    texts = [
+        "only in A" if row.fro_a and not row.fro_b
+        else "only in B" if row.fro_b and not row.fro_a
+        else "" if row.relative_difference is None
+        else bare_percent_text(100 * row.relative_difference)
+        for row in blocks
+    ]  # fmt: skip
     upper.bar_label(bars, texts, padding=2, fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     upper.set_ylabel("‖A − B‖ / ‖A‖ (%)")
     upper.margins(y=0.14)
@@ -46,12 +52,3 @@ def difference_per_block(comparison: Comparison) -> Figure:
     lower.set_xlim(-0.7, len(blocks) - 0.3)
     upper.set_title(f"B against A:  {size_text(comparison.a.bytes)} → {size_text(comparison.b.bytes)}")
     return figure
-
-
-def _text_of(row: BlockDifference) -> str:
-    """The difference, or which side alone adds something to a block."""
-    if row.fro_a and not row.fro_b:
-        return "only in A"
-    if row.fro_b and not row.fro_a:
-        return "only in B"
-    return "" if row.relative_difference is None else bare_percent_text(100 * row.relative_difference)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +17,7 @@ from lorashrink.plots.style import INK, RC
 from lorashrink.text import bare_percent_text
 
 if TYPE_CHECKING:
-    from lorashrink.results.inspection import AdapterTable, LayerRow
+    from lorashrink.results.inspection import AdapterTable
 
 _MOST_LINES = 40
 # Perceptually even and safe for colour-blind readers (Nuñez, Anderton & Renslow 2018).
@@ -48,12 +47,12 @@ def norms_by_kind(table: AdapterTable) -> Figure:
     rows = [row for row in table.layers if row.fro is not None and row.base_fro]
     groups = grouped([row.block for row in rows], _MOST_LINES)
     kinds = [kind for kind in _KINDS if any(row.kind == kind for row in rows)]
-    shares = np.array(
-        [
-            [_share([row for row in rows if row.block in members and row.kind == kind]) for kind in kinds]
-            for members in groups.values()
-        ]
-    ).reshape(len(groups), len(kinds))
+    shares = np.full((len(groups), len(kinds)), math.nan)
+    for line, members in enumerate(groups.values()):
+        for column, kind in enumerate(kinds):
+            if cell := [row for row in rows if row.block in members and row.kind == kind]:
+                norm_of_change = math.hypot(*(row.fro or 0.0 for row in cell))
+                shares[line, column] = 100 * norm_of_change / math.hypot(*(row.base_fro or 0.0 for row in cell))
     figure = Figure(figsize=(max(5.6, 2.2 + 1.0 * len(kinds)), max(2.4, 1.5 + 0.28 * len(groups))))
     axes = figure.subplots()
     axes.set_title("Norm of ΔW in % of the base weight's")
@@ -77,10 +76,3 @@ def norms_by_kind(table: AdapterTable) -> Figure:
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g} %"))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure
-
-
-def _share(rows: Sequence[LayerRow]) -> float:
-    """The norm of these layers together, in percent of that of their base weights; NaN without any."""
-    if not rows:
-        return math.nan
-    return 100 * math.hypot(*(row.fro or 0.0 for row in rows)) / math.hypot(*(row.base_fro or 0.0 for row in rows))

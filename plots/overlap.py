@@ -63,8 +63,12 @@ def _matrix(axes: Axes, values: Table, names: Sequence[str], colours: str, low: 
     few = len(names) <= _FEW
     for (line, column), value in np.ndenumerate(table):
         if line != column:
+            text = "–" if math.isnan(value) else f"{value:.2f}"
+            if not few:  # cells are narrow
+                text = f"{value:.1f}" if abs(value) >= 0.995 else text.replace("0.", ".", 1)
+            text = text if text.strip("-0.") else text.removeprefix("-")
             axes.text(
-                column, line, _cell_text(value, few), ha="center", va="center", fontsize=9 if few else 7,
+                column, line, text, ha="center", va="center", fontsize=9 if few else 7,
                 color="white" if abs(value) > _DARK else INK,
             )  # fmt: skip
     axes.set_title(title)
@@ -73,13 +77,3 @@ def _matrix(axes: Axes, values: Table, names: Sequence[str], colours: str, low: 
     bar = matrix_frame(axes, image, shrink=0.8, pad=0.03, aspect=24)
     bar.locator = MultipleLocator(0.5)
     bar.update_ticks()
-
-
-def _cell_text(value: float, few: bool) -> str:
-    """A cosine or share; without the zero before the point where cells are narrow."""
-    if math.isnan(value):
-        return "–"
-    text = f"{value:.2f}"
-    if not few:
-        text = f"{value:.1f}" if abs(value) >= 0.995 else text.replace("0.", ".", 1)
-    return text.removeprefix("-") if not text.strip("-0.") else text

@@ -84,11 +84,7 @@ def _panel(
                 [_SMALLEST + (_LARGEST - _SMALLEST) * counts[label][dot] / most for dot in dots],
                 color=colour, edgecolors="white", linewidths=0.5, label=label,
             )  # fmt: skip
-    _scale(axes, [value for _, value in values])
-
-
-def _scale(axes: Axes, values: Sequence[float]) -> None:
-    low, high = min(values), max(values)
+    low, high = min(value for _, value in values), max(value for _, value in values)
     if low > 0 and high >= _WIDE * low:
         axes.set_yscale("log", base=2)
         axes.set_ylim(low / 1.5, high * 1.5)
@@ -97,5 +93,5 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
     else:
         margin = 0.2 * (max(high, 0.0) - min(low, 0.0) or 1.0)
         axes.set_ylim(min(low - margin, 0.0) if low < 0 else 0.0, high + margin if high > 0 else margin)
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=all(value == int(value) for value in values)))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=all(value == int(value) for _, value in values)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))

@@ -68,11 +68,15 @@ def named_curves(panels: Mapping[str, Mapping[str, Points]], *, quality: float, 
 def _name_curves(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """A name at the right of the axes for each curve (name, x and y of its end, colour), with a line to its end."""
     low, high = axes.get_ylim()
-    heights = [(level - low) / (high - low) for _, _, level, _ in ends]
-    for index, height in zip(
-        sorted(range(len(ends)), key=heights.__getitem__), _spread(sorted(heights), _LEAST_GAP), strict=True
-    ):
-        name, size, level, colour = ends[index]
+    rising = sorted(ends, key=lambda end: end[2])
+    groups: list[list[float]] = []  # heights of names that touch; they move as little as keeps them apart
+    for _, _, level, _ in rising:
+        groups.append([(level - low) / (high - low)])
+        while len(groups) > 1 and _first(groups[-1]) < _first(groups[-2]) + _LEAST_GAP * len(groups[-2]):
+            last = groups.pop()
+            groups[-1] += last
+    heights = [_first(group) + _LEAST_GAP * number for group in groups for number in range(len(group))]
+    for (name, size, level, colour), height in zip(rising, heights, strict=True):
         axes.annotate(
             name,
             (size, level),
@@ -85,17 +89,6 @@ def _name_curves(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> N
         )
 
 
-def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Rising numbers, moved as little as keeps them a gap apart."""
-    placed: list[list[float]] = []  # groups of neighbours that touch
-    for height in heights:
-        placed.append([height])
-        while len(placed) > 1 and _first(placed[-1], gap) < _first(placed[-2], gap) + gap * len(placed[-2]):
-            last = placed.pop()
-            placed[-1] += last
-    return [_first(group, gap) + gap * number for group in placed for number in range(len(group))]
-
-
-def _first(group: Sequence[float], gap: float) -> float:
+def _first(group: Sequence[float]) -> float:
     """Where a group begins whose middle is the mean of its numbers."""
-    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+    return sum(group) / len(group) - _LEAST_GAP * (len(group) - 1) / 2

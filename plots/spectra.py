@@ -52,7 +52,19 @@ def spectra_per_block(table: AdapterTable) -> Figure:
         panels[0].set_axis_off()
         panels[0].text(0.5, 0.5, "no layer has singular values above zero", ha="center", color=INK)
         return figure
-    _scales(list(panels[: len(groups)]))
+    # The panels share their axes, which are as wide as what is drawn in all of them.
+    bands = [band for axes in panels[: len(groups)] for band in axes.collections]
+    extent = np.concatenate([path.vertices for band in bands for path in band.get_paths()])
+    (_, bottom), (longest, top) = extent.min(axis=0).tolist(), extent.max(axis=0).tolist()
+    first = panels[0]
+    first.set_xscale("log")
+    first.set_yscale("log")
+    first.set_xlim(0.9, max(2.0, longest) * 1.1)
+    first.set_ylim(max(bottom, top * 10.0**-_DECADES) / 1.3, top * 1.3)
+    first.xaxis.set_major_locator(LogLocator(base=4 if longest > 16 else 2, numticks=6))
+    first.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    first.xaxis.set_minor_locator(NullLocator())
+    first.yaxis.set_minor_formatter(NullFormatter())
     drawn = {line.get_label(): line for axes in panels for line in axes.get_lines()}
     figure.legend(
         drawn.values(),
@@ -86,18 +98,3 @@ def _panel(axes: Axes, label: str, rows: Sequence[LayerRow]) -> None:
             marker = "o" if len(middle) == 1 else None
             axes.plot(dimensions, middle, color=colour, linewidth=1.8, marker=marker, markersize=4, label=name)
     axes.set_title(f"{label}  ·  {count_text(len(rows), 'layer')}", fontsize=9)
-
-
-def _scales(panels: Sequence[Axes]) -> None:
-    """Of all panels, since they share their axes; as wide as what is drawn."""
-    drawn = np.concatenate([path.vertices for axes in panels for band in axes.collections for path in band.get_paths()])
-    longest, top = float(drawn[:, 0].max()), float(drawn[:, 1].max())
-    axes = panels[0]
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(0.9, max(2.0, longest) * 1.1)
-    axes.set_ylim(max(float(drawn[:, 1].min()), top * 10.0**-_DECADES) / 1.3, top * 1.3)
-    axes.xaxis.set_major_locator(LogLocator(base=4 if longest > 16 else 2, numticks=6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
