@@ -175,6 +175,12 @@ def delta_columns(stored: Stored) -> Dense:
     return Dense(change, 1.0, stored.shape)
 
 
+def told_by_settings(config: Mapping[str, Any], shape: tuple[int, ...]) -> bool:
+    """Whether rotations of columns are other ones where PEFT's settings are not beside them."""
+    series = config.get("use_cayley_neumann", True) and config.get("num_cayley_neumann_terms") in (None, _SERIES_TERMS)
+    return bool(config) and (len(shape) > 2 or bool(config.get("coft")) or not series)
+
+
 def _series_or_exact(skew: Tensor, config: Mapping[str, Any]) -> Tensor:
     """R − I for R = (I − Q)·(I + Q)⁻¹, or PEFT's series for its inverse, I + 2Q + 2Q² + ... + Qᵗ⁻¹."""
     if not config.get("use_cayley_neumann", True):

@@ -7,6 +7,7 @@ Factors are copied bit by bit wherever the new file can state their strength bes
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from lorashrink.adapters import Adapter, Layer, adapter_of, layer_name, peft
 from lorashrink.adapters.family import Shape
+from lorashrink.adapters.oft import told_by_settings
 from lorashrink.adapters.peft_keys import refuse_new_names
 from lorashrink.bases import Base, BaseFamily, Views, views_shape
 from lorashrink.errors import NonFinite, ShapeError, UsageError
@@ -34,6 +36,9 @@ _FACTORS = {"up", "down", "alpha"}
 LazyTensor = tuple[TensorInfo, Callable[[], "Tensor"]]
 
 
+_MAKE_LORA = "Make an ordinary LoRA of it first, with: lorashrink resize -r energy=1 --as lora --base BASE"
+
+
 def _check_meaning(adapter: Adapter, naming: str) -> None:
     """Raises UsageError if the tensors under other names would be another adapter."""
     for config in adapter.settings.values():
@@ -42,9 +47,16 @@ def _check_meaning(adapter: Adapter, naming: str) -> None:
     for layer in adapter:
         if layer.family.changed_base or layer.family.becomes_lora:
             what = "init_lora_weights is" if layer.family.changed_base else "it is an adapter of"
+            raise UsageError(f"{adapter.path}: {what} {layer.family.name}, which has no other names. {_MAKE_LORA}")
+
+
+def _check_rotations(adapter: Adapter, views: Sequence[Views]) -> None:
+    """Raises UsageError for OFT of PEFT that would turn otherwise without its settings."""
+    for layer, rows in zip(adapter, views, strict=True):
+        shape = views_shape(rows) if rows else ()
+        if "triangles" in layer.keys and told_by_settings(layer.config, shape):
             raise UsageError(
-                f"{adapter.path}: {what} {layer.family.name}, which has no other names. "
-                "Make an ordinary LoRA of it first, with: lorashrink resize -r energy=1 --as lora --base BASE"
+                f"{adapter.path}: {layer.name} is OFT, whose rotations are told by PEFT's settings. {_MAKE_LORA}"
             )
 
 
@@ -64,8 +76,10 @@ def renamed(adapter: Adapter, naming: str, base: Base, dtype: str | None = None)
     the base) and FamilyMismatch.
     """
     _check_meaning(adapter, naming)
+    views = match(adapter, base)
+    _check_rotations(adapter, views)
     modules = base.modules(layout_of(naming, base))
-    targets, unnamed = _targets(adapter, match(adapter, base), modules)
+    targets, unnamed = _targets(adapter, views, modules)
     if naming == "peft":
         _check_folder(adapter, targets)
     output = _Output(adapter, naming, dtype)
@@ -229,9 +243,22 @@ class _Output:
     def keep(self, layer: Layer, reason: str) -> None:
         """A layer under its old name."""
         self.kept |= dict.fromkeys(layer.keys.values(), reason)
-        if "alpha" not in layer.keys and layer.scale != 1 and layer.family.written:
-            # its scale was in the settings, which the output does not have
-            self._write_number(f"{layer.name}.alpha", layer.scale * layer.rank)
+        self._write_scale(layer, layer.name)
+
+    def _write_scale(self, layer: Layer, name: str) -> None:
+        """The alpha of a layer whose scale was in the settings, which the output does not have.
+
+        Raises UsageError if the family has no alpha that says it.
+        """
+        if "alpha" in layer.keys or layer.family.scale(layer.infos, None, 1.0) == layer.scale:
+            return
+        alpha = layer.scale * layer.rank
+        if not math.isclose(layer.family.scale(layer.infos, alpha, 1.0), layer.scale):
+            raise UsageError(
+                f"{self.source.path}: {layer.name} is {layer.algo} at {layer.scale:g} times its numbers, which only "
+                f"PEFT's settings can say of it. {_MAKE_LORA}"
+            )
+        self._write_number(f"{name}.alpha", alpha)
 
     def write(self, target: _Target, name: str) -> None:
         """A module under a new name, or its layers under their old ones where the naming cannot hold them."""
@@ -246,6 +273,7 @@ class _Output:
         elif is_one_layer and not _is_lora(first):
             for key in first.keys.values():
                 self.tensors[name + key[len(first.name) :]] = (first.store.tensors[key], partial(first.store.read, key))
+            self._write_scale(first, name)
         elif is_one_layer or not uncuttable:
             self._write_lora(target, layers, name)
         else:

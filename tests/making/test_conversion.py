@@ -29,7 +29,7 @@ from conversions import (
     tensors_of,
 )
 from fixtures import scaled, shapes, write_header, write_tensors
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -745,6 +745,49 @@ def test_a_bias_gets_the_name_of_other_programs(llama: Path, tmp_path: Path, nam
     name = {"kohya": "lora_unet_model_layers_0_mlp_up_proj", "comfy": "diffusion_model.model.layers.0.mlp.up_proj"}
     before = load_file(folder / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.up_proj.lora_B.bias"]
     assert torch.allclose(tensors_of(result)[f"{name[naming]}.diff_b"], 2.5 * before)
+
+
+OTHER_KINDS = {
+    "loha": LoHaConfig(r=2, alpha=3),
+    "lokr": LoKrConfig(r=1, alpha=3, decompose_both=True),
+    "adalora": AdaLoraConfig(init_r=4, target_r=2, lora_alpha=3, total_step=10),
+}
+
+
+def folder_of_kind(path: Path, config: PeftConfig) -> Path:
+    """A folder of another kind than LoRA as PEFT saves it; no tensor is zero."""
+    config.target_modules = {"q_proj", "v_proj", "up_proj"}
+    model = get_peft_model(Llama(), config)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers", "comfy"])
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_the_scale_in_the_settings_of_other_kinds_is_kept(llama: Path, tmp_path: Path, kind: str, naming: str) -> None:
+    folder = folder_of_kind(tmp_path / "adapter", OTHER_KINDS[kind])
+    result = converted(folder, llama, naming, tmp_path / "out")
+    assert result.kept == ()
+    assert_same_effect(Path(result.output), effect(folder, llama), llama)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoKrConfig(r=64, alpha=3),  # both factors are whole, and programs read no alpha beside them
+        OFTConfig(r=0, oft_block_size=4, use_cayley_neumann=False),
+        OFTConfig(r=0, oft_block_size=4, coft=True, eps=0.01),
+    ],
+)
+def test_what_only_settings_can_say_is_not_renamed(llama: Path, tmp_path: Path, config: PeftConfig) -> None:
+    folder = folder_of_kind(tmp_path / "adapter", config)
+    (failure,) = convert(folder, base=llama, naming="kohya", output=tmp_path / "out").failed
+    assert "PEFT's settings" in failure.error
+    assert "--as lora" in failure.error
 
 
 def test_the_settings_of_a_folder_match_its_layers(llama: Path, tmp_path: Path) -> None:
