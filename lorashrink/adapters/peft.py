@@ -130,6 +130,7 @@ _COMMON = (
     "revision",
     "target_modules",
     "task_type",
+    "trainable_token_indices",
     "use_dora",
 )
 
@@ -148,14 +149,25 @@ def as_lora(settings: Settings) -> Settings:
     }
 
 
+def with_saved(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """The settings without the whole modules and the tokens of which no tensor is among these keys; PEFT needs all."""
+    new = dict(config)
+    if modules := new.get("modules_to_save"):
+        new["modules_to_save"] = [name for name in modules if any(f".{name}." in f".{key}" for key in keys)] or None
+    if not any(".trainable_tokens_delta" in key for key in keys):
+        new.pop("trainable_token_indices", None)
+    return new
+
+
 def _in_common(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in _COMMON if key in config} | only_in_peft(config)
 
 
 def settings_for(scales: Mapping[str, tuple[int, float]], model: Mapping[str, Any]) -> Settings:
     """The settings of a folder of LoRA layers: module -> (rank, scale), and settings that name the model."""
-    ranks = {module: rank for module, (rank, _) in scales.items()}
-    alphas = {module: rank * scale for module, (rank, scale) in scales.items()}
+    names = {module: _adapted(model, module) for module in scales}  # parameters of their own are no modules
+    ranks = {names[module]: rank for module, (rank, _) in scales.items()}
+    alphas = {names[module]: rank * scale for module, (rank, scale) in scales.items()}
     rank: Any
     alpha: Any
     rank, alpha = (
@@ -169,7 +181,7 @@ def settings_for(scales: Mapping[str, tuple[int, float]], model: Mapping[str, An
             "bias": "none",
             "r": rank,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "target_modules": sorted(scales),
+            "target_modules": sorted(module for module, name in names.items() if name == module),
             "rank_pattern": _patterns(ranks, rank),
             "alpha_pattern": _patterns(alphas, alpha),
         }

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 
 from lorashrink.adapters import Adapter, Layer, adapter_family, layer_name
+from lorashrink.adapters.peft_keys import only_in_peft
 from lorashrink.bases import Base, BaseFamily, family_named
 from lorashrink.bases.rules import LAYOUTS
 from lorashrink.errors import UsageError
@@ -400,7 +401,14 @@ def loads(adapter: Adapter, family: str | None = None) -> Loads:
     dtypes = frozenset((key, info.dtype) for key, info in adapter.store.tensors.items())
     several = len({layer.rank for layer in adapter.layers}) > 1
     experts = any(layer.family.name == "experts" for layer in adapter.layers)
-    same = (family, adapter.as_folder, several, experts, dtypes)  # adapters of a batch mostly have the same tensors
+    same = (
+        family,
+        adapter.as_folder,
+        several,
+        experts,
+        *_of_peft(adapter),
+        dtypes,
+    )  # adapters of a batch mostly have the same tensors
     if same not in _answers:
         if len(_answers) >= _MOST_ANSWERS:
             _answers.clear()
@@ -416,6 +424,12 @@ def loads(adapter: Adapter, family: str | None = None) -> Loads:
             },
         )
     return _answers[same]
+
+
+def _of_peft(adapter: Adapter) -> list[str]:
+    """The settings that make the whole adapter another one, and that PEFT alone follows."""
+    kept = {key: None for config in adapter.settings.values() for key in only_in_peft(config)}
+    return [key for key in kept if key != "target_parameters"]  # that is said of its layers
 
 
 _MOST_ANSWERS = 16
@@ -470,6 +484,8 @@ class _Reader:
                 beside.append(key)
         if beside:
             return f"{count_text(len(beside), 'tensor')} beside the layers not read, such as {beside[0]}"
+        if self.loader.title != "PEFT" and (settings := _of_peft(self.adapter)):
+            return f"{settings[0]} not followed"
         if self.loader.one_rank and len({layer.rank for layer in self.adapter.layers}) > 1:
             return "several ranks not read"
         return ""
@@ -509,6 +525,8 @@ class _Reader:
             dropped = self.loader.one_rank and role == "bias"  # targets drop biases
             if not dropped and not _fits(self.loader.endings, ending):
                 return ""
+        if _of_peft(self.adapter):
+            return ""
         if self.loader.one_rank:
             renaming = "" if self.adapter.as_folder else "--naming peft MODEL "
             return "" if foreign or "magnitude" in lora else f"lorashrink resize --target vllm {renaming}FILE"

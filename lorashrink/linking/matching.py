@@ -60,6 +60,11 @@ def match(adapter: Adapter, base: Base) -> list[Views]:
             f"{adapter.path}: layer {layer.name} changes a weight of {list(layer.shape)}, but {views_id(layer_views)} "
             f"of {base.path} is {list(views_shape(layer_views))}. Give the base that the adapter was trained on."
         )
+    if adapter.layers and all(layer.family.name == "experts" for layer in adapter.layers) and not any(views):
+        raise UsageError(
+            f"{adapter.path}: holds factors of experts alone (target_parameters), which are not compared with a base. "
+            "Leave the base out, with a recipe that needs none, such as energy=0.95."
+        )
     if adapter.layers and not any(views):
         raise FamilyMismatch(
             f"{adapter.path}: none of its {len(adapter)} layers, such as {adapter.layers[0].name}, is in {base.path} "

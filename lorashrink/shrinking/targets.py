@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from lorashrink.adapters import Adapter
+from lorashrink.adapters import Adapter, peft
+from lorashrink.adapters.peft_keys import only_in_peft
 from lorashrink.errors import UsageError
 from lorashrink.text import count_text
 
@@ -43,8 +44,14 @@ def for_vllm(adapter: Adapter) -> Adapter:
         if "bias" in layer.keys:
             dropped[layer.keys["bias"]] = "vLLM does not load biases of adapters"
         layers.append(replace(layer, keys={role: key for role, key in layer.keys.items() if role != "bias"}))
-    config = {**adapter.settings.get("", {}), "bias": "none", "lora_bias": False, "modules_to_save": None}
+    if adapter.layers and not layers:
+        raise UsageError(
+            f"{adapter.path}: holds factors of experts alone (target_parameters), and vLLM does not load them."
+        )
+    config = peft.with_saved({**adapter.settings.get("", {}), "bias": "none", "lora_bias": False}, ())
     config.pop("target_parameters", None)
+    if kept := only_in_peft(config):
+        raise UsageError(f"{adapter.path}: {next(iter(kept))} is set, which vLLM does not follow.")
     return replace(adapter, layers=tuple(layers), others={}, dropped=dropped, settings={"": config})
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorashrink.adapters import Layer
-from lorashrink.engine.delta import fan_in
+from lorashrink.engine.delta import Experts, fan_in
 from lorashrink.errors import NonFinite
 from lorashrink.linking.rows import RowRun, covers
-from lorashrink.sums.numbers import dora_delta, side_by_side, summed_matrix
+from lorashrink.sums.numbers import dora_delta, of_experts, side_by_side, summed_matrix
 
 if TYPE_CHECKING:
     from lorashrink.engine.delta import AnyDelta
@@ -53,6 +53,8 @@ class SumLayer(Layer):
     @property
     def width(self) -> int:
         """Rank of `delta`, as far as headers tell."""
+        if self.family.name == "experts":
+            return self.rank
         return min(sum(part.layer.width for part in self.parts), self.shape[0], fan_in(self.shape))
 
     @property
@@ -74,6 +76,9 @@ class SumLayer(Layer):
     def delta(self) -> AnyDelta:
         """The sum, in factors where they are fewer numbers than the matrix. Raises NonFinite."""
         deltas = [part.delta() for part in self.parts]
+        experts = [delta for delta in deltas if isinstance(delta, Experts)]
+        if experts:
+            return of_experts(experts, self.shape)
         if len(deltas) == 1 and self.parts[0].covers(self.shape[0]):
             return replace(deltas[0], shape=self.shape)
         runs = [part.runs for part in self.parts]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorashrink.adapters.family import Shape
-from lorashrink.engine.delta import Delta, Dense, fan_in
+from lorashrink.engine.delta import Delta, Dense, Experts, fan_in
 from lorashrink.linking.renaming import magnitude_per_output
 from lorashrink.linking.rows import RowRun, covers
 
@@ -42,6 +42,14 @@ def dora_delta(layer: Layer) -> Dense:
     magnitude = layer.store.read(layer.keys["magnitude"]).double().reshape((-1, 1, 1) if per_output else (1, -1, 1))
     shares = torch.where(norms > 0, magnitude / norms, 0)
     return Dense(((by_input * shares).flatten(1) - weight).float(), 1.0, layer.shape)
+
+
+def of_experts(deltas: Sequence[Experts], shape: Shape) -> Experts:
+    """The sum of each expert as one product of factors, whose rank is the sum of all ranks."""
+    import torch
+
+    up = torch.cat([_precise(delta.up) * delta.scale for delta in deltas], dim=2)
+    return Experts(up, torch.cat([_precise(delta.down) for delta in deltas], dim=1), 1.0, shape)
 
 
 def side_by_side(deltas: Sequence[Delta], runs: Sequence[Sequence[RowRun]], shape: Shape) -> Delta:

@@ -64,8 +64,11 @@ class Slot:
     lead: Layer | None  # whose name and shape it has
     parts: list[Part] = field(default_factory=list)
 
-    def layer(self, spelling: Spelling | None, dtype: str, store: TensorStore) -> SumLayer:
-        """The sum as a LoRA under the slot's name. Raises ShapeError if its parts do not fit each other."""
+    def layer(self, names: Names, dtype: str, store: TensorStore) -> SumLayer:
+        """The sum as a LoRA under the slot's name.
+
+        Raises ShapeError if its parts do not fit each other, and UsageError if they are not added.
+        """
         shape = self.shape()
         for part in self.parts:
             if fan_in(part.layer.shape) != fan_in(shape):
@@ -75,12 +78,14 @@ class Slot:
                     f"{list(shape)}. Merge adapters of one model."
                 )
         name = re.sub("^oft_unet_", "lora_unet_", self.name)  # a prefix that no loader of LoRA knows
-        family, endings = spelling or (PEFT if "." in name else KOHYA)
+        family, endings = self._spelling(names)
         out, *inner = shape
         rank = sum(part.layer.rank for part in self.parts)
         infos: Infos = {
-            "up": tensor_info(dtype, (out, rank, *[1] * (len(inner) - 1))),
-            "down": tensor_info(dtype, (rank, *inner)),
+            "up": tensor_info(dtype, (out // family.experts, rank * family.experts, *[1] * (len(inner) - 1))),
+            "down": tensor_info(dtype, (rank * family.experts, *inner)),
+            "A": tensor_info(dtype, (rank, out)),
+            "B": tensor_info(dtype, (*inner, rank)),
             "alpha": tensor_info("F32", ()),
         }
         return SumLayer(
@@ -92,6 +97,21 @@ class Slot:
             parts=tuple(self.parts),
             kind=dtype,
         )
+
+    def _spelling(self, names: Names) -> Spelling:
+        """How the factors are stored: those of experts and, for PEFT, of embeddings differ from all others."""
+        families = {part.layer.family.name: part.layer.family for part in self.parts}
+        if "experts" in families:
+            first = self.parts[0].layer
+            if any(part.layer.family.experts != first.family.experts for part in self.parts) or len(families) > 1:
+                raise UsageError(
+                    f"{first.store.path}: {self.name} holds factors of experts, and those of another adapter are of "
+                    "another number of experts, or of none. Merge adapters with the same target_parameters."
+                )
+            return Spelling(first.family, PEFT.endings)
+        if "embedding" in families and names.naming in ("diffusers", "peft"):
+            return Spelling(families["embedding"], {"A": ".lora_embedding_A", "B": ".lora_embedding_B"})
+        return names.spelling or (PEFT if "." in self.name else KOHYA)
 
     def shape(self) -> Shape:
         """Shape of the base weight, as far as base and adapters tell. Raises UsageError if they tell too little."""

@@ -70,8 +70,10 @@ def combined(
             for (path, weight), digest, side in zip(terms.terms, hashes, bound, strict=True)
         ]
         store = _Store(terms.path, extras.tensors, metadata.summed(origins), bound)
-        layers = tuple(slot.layer(names.spelling, dtype, store) for slot in slots)
+        layers = tuple(slot.layer(names, dtype, store) for slot in slots)
         settings = sum_settings(bound, layers, folder, naming)
+        if folder:
+            settings = {"": peft.with_saved(settings[""], extras.tensors)}
         if settings and not folder:
             store.metadata[peft.METADATA_KEY] = peft.to_metadata(settings)
         stack.pop_all()  # the store closes them
@@ -142,11 +144,8 @@ def check_settings(sides: Sequence[Adapter], folder: bool) -> None:
     """Raises UsageError if a setting gives an adapter a meaning that the sum cannot have."""
     kept = [[only_in_peft(config) for config in side.settings.values()] for side in sides]
     for side, entries in zip(sides, kept, strict=True):
-        if any(config.get("target_parameters") for config in side.settings.values()):
-            raise UsageError(
-                f"{side.path}: target_parameters is set, and factors of experts are not added. Merge it into its model "
-                "with PEFT instead."
-            )
+        if lost := next((item for item in side.others.items() if "factors of experts" in item[1]), None):
+            raise UsageError(f"{side.path}: {lost[0]} cannot be added: {lost[1]}.")
         if any(entries) and not (folder and all(others == entries for others in kept)):
             raise UsageError(
                 f"{side.path}: {next(key for entry in entries for key in entry)} is set, which a sum has only in a "

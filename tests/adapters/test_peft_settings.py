@@ -17,7 +17,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from lorashrink.adapters import open_adapter, peft
 from lorashrink.adapters.peft_keys import FROM_BASE, HARMLESS, KEYS, UNDERSTOOD
@@ -408,9 +415,58 @@ def test_experts_are_compared_and_packed(experts: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(after[key], before[key], atol=1e-3, rtol=1e-3)
 
 
-def test_a_merge_of_experts_is_refused_by_name(experts: Path, tmp_path: Path) -> None:
+def gpt_oss() -> GptOssForCausalLM:
+    """Its weights of experts are stored [experts, in, out], the other way round than Qwen's."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sparse = {"num_local_experts": 3, "num_experts_per_tok": 2, "vocab_size": 40, "head_dim": 16}
+    return GptOssForCausalLM(GptOssConfig(num_key_value_heads=2, **sizes, **sparse))
+
+
+@pytest.mark.parametrize("model", [experts_model, gpt_oss])
+@pytest.mark.parametrize("modules", [["q_proj"], []])
+def test_experts_are_merged_each(model: Callable[[], Any], modules: list[str], tmp_path: Path) -> None:
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapters = []
+    for seed, settings in enumerate(({"r": 4, "lora_alpha": 3}, {"r": 2, "lora_alpha": 5, "use_rslora": True})):
+        common = {"target_modules": modules, "target_parameters": parameters}
+        trained_model = get_peft_model(model(), LoraConfig(**settings, **common))
+        torch.manual_seed(seed)
+        for name, parameter in trained_model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn_like(parameter) * 0.1
+        adapters.append(tmp_path / f"{seed}")
+        trained_model.save_pretrained(adapters[-1])
+
+    def changes(adapter: Path) -> dict[str, Tensor]:
+        merged = PeftModel.from_pretrained(model(), str(adapter)).merge_and_unload()
+        plain = dict(model().named_parameters())
+        return {name: parameter.detach() - plain[name].detach() for name, parameter in merged.named_parameters()}
+
+    first, second = adapters
+    merge([f"{first}:0.5", f"{second}:-0.7"], output=tmp_path / "sum", dtype="fp32")
+    before, added, after = (changes(folder) for folder in (first, second, *(tmp_path / "sum").iterdir()))
+    for key in before:
+        torch.testing.assert_close(after[key], 0.5 * before[key] - 0.7 * added[key], atol=1e-5, rtol=1e-4)
+
+
+def test_experts_and_an_ordinary_layer_are_not_added(base: Path, experts: Path, tmp_path: Path) -> None:
     with pytest.raises(LorashrinkError, match="target_parameters"):
-        merge(f"{experts}:0.5", output=tmp_path / "out")
+        merge([experts, trained(base, tmp_path / "a", r=4)], output=tmp_path / "out")
+
+
+def test_experts_of_several_ranks_are_not_added(experts: Path, tmp_path: Path) -> None:
+    edited(experts, rank_pattern={"experts.down_proj": 2})
+    with pytest.raises(LorashrinkError, match="nothing says which are whose"):
+        merge(experts, output=tmp_path / "out")
+
+
+def test_experts_alone_are_nothing_for_vllm_and_need_no_base(base: Path, experts: Path, tmp_path: Path) -> None:
+    file = experts / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if "experts" in key}, file)
+    for options in ({"target": "vllm"}, {"base": base}):
+        (failure,) = resize(experts, recipes="energy=1", output=tmp_path / "out", **options).failed
+        assert "factors of experts alone" in failure.error
 
 
 # --- settings of a sum --------------------------------------------------------------------------
@@ -432,6 +488,50 @@ def test_a_merge_keeps_replicated_layers(base: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(after[name], 0.5 * delta)
 
 
+@pytest.mark.parametrize("weight", [0.5, 1])
+def test_a_merge_of_embeddings_loads_in_peft(base: Path, tmp_path: Path, weight: float) -> None:
+    adapter = trained(base, tmp_path / "a", r=4, lora_alpha=3, target_modules=["embed_tokens", "q_proj"])
+    merge(f"{adapter}:{weight}", output=tmp_path / "sum", dtype="fp32")
+    (output,) = (tmp_path / "sum").iterdir()
+    plain, old, new = weights(base), weights(base, adapter), weights(base, output)
+    for name, weight_before in plain.items():
+        expected = weight_before + weight * (old[name] - weight_before)
+        torch.testing.assert_close(new[name], expected, atol=1e-6, rtol=1e-5)
+
+
+SAVED = {"modules_to_save": ["lm_head"], "trainable_token_indices": [1, 2]}
+
+
+@pytest.mark.parametrize("key", SAVED)
+@pytest.mark.parametrize("weight", [0.5, 1])
+def test_settings_of_a_merge_name_no_tensors_that_are_left_out(
+    base: Path, tmp_path: Path, key: str, weight: float
+) -> None:
+    """At full strength whole weights and tokens are copied. Otherwise PEFT must not expect them."""
+    adapter = trained(base, tmp_path / "a", **{"r": 4, key: SAVED[key]})
+    merge(f"{adapter}:{weight}", output=tmp_path / "sum", dtype="fp32")
+    (output,) = (tmp_path / "sum").iterdir()
+    if weight == 1:
+        assert error(base, adapter, output) < 1e-5
+    else:
+        assert not json.loads((output / "adapter_config.json").read_text()).get(key)
+        weights(base, output)
+
+
+def test_tokens_stay_in_a_folder_with_new_names(base: Path, tmp_path: Path) -> None:
+    adapter = trained(base, tmp_path / "a", r=4, trainable_token_indices=[1, 2])
+    (result,) = convert(adapter, base=base, naming="peft", output=tmp_path / "out").results
+    assert error(base, adapter, Path(result.output)) < 1e-5
+
+
+@pytest.mark.parametrize("key", SAVED)
+def test_settings_for_vllm_name_no_tensors_that_are_left_out(base: Path, tmp_path: Path, key: str) -> None:
+    adapter = trained(base, tmp_path / "a", **{"r": 4, key: SAVED[key]})
+    output = shrunk(adapter, tmp_path / "out", "energy=1", target="vllm")
+    assert not json.loads((output / "adapter_config.json").read_text()).get(key)
+    weights(base, output)
+
+
 UNCOMMON = {"layer_replication": [[0, 1], [0, 2]], "alora_invocation_tokens": [1, 2]}
 
 
@@ -442,6 +542,16 @@ def test_a_merge_refuses_settings_that_are_not_common(base: Path, tmp_path: Path
     for pair in ([first, second], [second, first]):
         with pytest.raises(LorashrinkError, match=key):
             merge(pair, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", UNCOMMON)
+def test_settings_that_peft_alone_follows_are_not_for_vllm(base: Path, tmp_path: Path, key: str) -> None:
+    adapter = trained(base, tmp_path / "a", **{"r": 4, key: UNCOMMON[key]})
+    (failure,) = resize(adapter, recipes="energy=1", output=tmp_path / "out", target="vllm").failed
+    assert key in failure.error
+    (report,) = inspect(adapter).files
+    assert report.loads.loads_in == ("PEFT",)
+    assert key in report.loads.loads_not["vLLM"]
 
 
 @pytest.mark.parametrize("act", [resize, convert])
