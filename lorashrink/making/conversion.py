@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -12,15 +11,16 @@ from typing import TYPE_CHECKING
 from lorashrink._version import __version__
 from lorashrink.adapters import Adapter, adapter_family, open_adapter, peft
 from lorashrink.bases import Base, open_base
-from lorashrink.errors import LorashrinkError, NonFinite, Progress, UsageError, boundary
-from lorashrink.files.store import FLOATS, MIXTURES, OUTPUT_DTYPES, ComputedStore, TensorStore, cast, tensor_info
+from lorashrink.errors import LorashrinkError, Progress, UsageError, boundary
+from lorashrink.files.store import FLOATS, MIXTURES, OUTPUT_DTYPES, ComputedStore, TensorStore, tensor_info
 from lorashrink.files.writing import save_tensors
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.linking.loaders import loads, naming_for_8_bits
 from lorashrink.linking.renaming import Renamed, check_naming, renamed
 from lorashrink.making.eight_bits import in_8_bits
+from lorashrink.making.narrowing import balanced, loss_warnings, narrowed
 from lorashrink.results.shrinking import ConversionReport, Converted, Failure, Verbatim
-from lorashrink.shrinking.layout import FP8
+from lorashrink.shrinking.layout import FP8, FP16
 from lorashrink.shrinking.outputs import (
     base_files,
     becomes_folder,
@@ -30,7 +30,6 @@ from lorashrink.shrinking.outputs import (
     name_outputs,
     shown,
 )
-from lorashrink.text import percent_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +100,7 @@ def _convert_file(source: Path, path: Path, base: Base | None, naming: str | Non
         adapter = new.adapter
         store: TensorStore
         if kind == FP8:
-            store, warnings = in_8_bits(adapter, family or adapter_family(original))
+            store, warnings = in_8_bits(adapter, family or adapter_family(original), losses)
         else:
             store = _cast_store(adapter, kind, losses) if kind else adapter.store
         config = {path.parent / peft.CONFIG_FILE: peft.to_file(adapter.settings)} if adapter.as_folder else {}
@@ -109,10 +108,7 @@ def _convert_file(source: Path, path: Path, base: Base | None, naming: str | Non
         same_bits = all(info.dtype == adapter.store.tensors[key].dtype for key, info in store.tensors.items())
         with open_adapter(shown(path)) as written:
             loaders = loads(written, family)
-    warnings += [
-        f"{key} loses {percent_text(loss)} of its norm: its numbers are too small for {kind}. Use -t bf16 or fp32"
-        for key, loss in losses.items()
-    ]
+    warnings += loss_warnings(losses, FP16 if kind == FP8 else str(kind))
     return Converted(
         source=str(source),
         output=str(shown(path)),
@@ -141,12 +137,6 @@ def _renamed(adapter: Adapter, naming: str | None, base: Base | None, kind: str 
     return (named(loading, None), loading) if loading else (new, naming)
 
 
-# Rounding to 11 bits changes a tensor's norm by less; numbers below the smallest normal one lose more.
-_ROUNDING = 2.0**-10
-# From here on a user wants to know.
-_NOTEWORTHY = 0.01
-
-
 def _cast_store(adapter: Adapter, kind: str, losses: dict[str, float]) -> TensorStore:
     """The adapter's tensors with floats in another dtype; alphas stay F32, so that they keep their values.
 
@@ -156,27 +146,20 @@ def _cast_store(adapter: Adapter, kind: str, losses: dict[str, float]) -> Tensor
     store = adapter.store
     alphas = {key for layer in adapter.layers for role, key in layer.keys.items() if role == "alpha"}
     pairs = {
-        layer.keys[role]: (layer.keys[partner], sign)
+        layer.keys[role]: (layer.keys["up"], layer.keys["down"])
         for layer in adapter.layers
-        for role, partner, sign in (("up", "down", 1), ("down", "up", -1))
+        for role in ("up", "down")
         if {"up", "down"} <= layer.keys.keys()
     }
 
     def read(key: str) -> Tensor:
         tensor = _wide(store, key)
         if key in pairs:
-            partner, sign = pairs[key]
-            factors = tensor, _wide(store, partner)
-            if store.tensors[partner].dtype != kind and any(_lost(factor, kind) > _ROUNDING for factor in factors):
-                up, down = (float(factor.abs().max()) for factor in factors[::sign])
-                if 0 < up < math.inf and 0 < down < math.inf:  # powers of two multiply without rounding
-                    tensor = tensor * 2.0 ** (-sign * round((math.log2(up) - math.log2(down)) / 2))
-        loss = _lost(tensor, kind)
-        if math.isinf(loss):
-            raise NonFinite(f"{store.path}: {key} has numbers that {kind} cannot hold. Use -t bf16 or -t fp32.")
-        if loss > _NOTEWORTHY:
-            losses[key] = loss
-        return cast(tensor, kind)
+            up, down = pairs[key]
+            if kind not in (store.tensors[up].dtype, store.tensors[down].dtype):
+                factors = balanced(_wide(store, up), _wide(store, down), kind)
+                tensor = factors[key == down]
+        return narrowed(tensor, kind, key, store.path, losses)
 
     tensors = {}
     for key, info in store.tensors.items():
@@ -191,12 +174,3 @@ def _wide(store: TensorStore, key: str) -> Tensor:
     """A tensor in a dtype that has room for powers of two."""
     tensor = store.read(key)
     return tensor.double() if tensor.element_size() > 4 else tensor.float()
-
-
-def _lost(tensor: Tensor, kind: str) -> float:
-    """‖x − x'‖ / ‖x‖ of a tensor and what the dtype makes of it: infinity if it holds numbers that are too large."""
-    new = cast(tensor, kind).to(tensor.dtype)
-    if not new.isfinite().all():
-        return math.inf if tensor.isfinite().all() else 0.0
-    norm = float(tensor.double().norm())
-    return float((new.double() - tensor.double()).norm()) / norm if norm else 0.0

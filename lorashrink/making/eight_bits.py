@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from lorashrink.adapters import Adapter, Layer
 from lorashrink.errors import NonFinite
-from lorashrink.files.store import DTYPES, FLOATS, ComputedStore, TensorStore, cast, tensor_info
+from lorashrink.files.store import DTYPES, FLOATS, ComputedStore, TensorStore, tensor_info
 from lorashrink.linking.renaming import LazyTensor
+from lorashrink.making.narrowing import balanced, narrowed
 from lorashrink.shrinking.layout import FP8, FP16, READ_WITH_ALPHA
 from lorashrink.text import count_text
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 _COARSE = 0.25
 
 
-def in_8_bits(adapter: Adapter, family: str | None) -> tuple[TensorStore, list[str]]:
+def in_8_bits(adapter: Adapter, family: str | None, losses: dict[str, float]) -> tuple[TensorStore, list[str]]:
     """(the adapter's tensors with LoRA factors in e4m3, warnings). Other floats have at most 16 bits.
+
+    losses: gets key -> share of its norm that is lost, when a tensor of 16 bits is read that loses a noteworthy part.
 
     family: of models. The scale of a layer with an alpha goes into its factors; for models whose 8-bit files are read
     with an alpha, that is 1. Raises NonFinite.
@@ -33,7 +36,7 @@ def in_8_bits(adapter: Adapter, family: str | None) -> tuple[TensorStore, list[s
     store, keeps_alpha = adapter.store, family in READ_WITH_ALPHA
 
     def read_16_bits(key: str) -> Tensor:
-        return cast(store.read(key), FP16)
+        return narrowed(store.read(key), FP16, key, store.path, losses)
 
     tensors: dict[str, LazyTensor] = {
         key: (tensor_info(FP16, info.shape), partial(read_16_bits, key))
@@ -53,9 +56,14 @@ def in_8_bits(adapter: Adapter, family: str | None) -> tuple[TensorStore, list[s
             coarse.append(layer.name)
         for role in ("up", "down"):
             info = tensor_info(FP8 if small else FP16, layer.infos[role].shape)
-            tensors[layer.keys[role]] = (info, partial(_factor, layer, keeps_alpha, role, small))
+            tensors[layer.keys[role]] = (info, partial(_factor, layer, keeps_alpha, role, small, losses))
         if "alpha" in layer.keys:
             alphas.add(layer.keys["alpha"])
+            if "bias" in layer.keys:  # programs multiply it with the scale of the factors
+                tensors[layer.keys["bias"]] = (
+                    tensor_info(FP16, layer.infos["bias"].shape),
+                    partial(_bias, layer, keeps_alpha, losses),
+                )
     for key in alphas:
         if keeps_alpha:
             tensors[key] = (tensor_info("F32", ()), partial(torch.tensor, 1.0))
@@ -71,10 +79,20 @@ def in_8_bits(adapter: Adapter, family: str | None) -> tuple[TensorStore, list[s
     return ComputedStore(store.path, tensors, metadata, store.files, store.headers), warnings
 
 
+def _factor_of_scale(layer: Layer, keeps_alpha: bool) -> float:
+    """What goes out of the alpha into the numbers."""
+    return (layer.scale * (layer.rank if keeps_alpha else 1)) if "alpha" in layer.keys else 1.0
+
+
+def _bias(layer: Layer, keeps_alpha: bool, losses: dict[str, float]) -> Tensor:
+    bias = layer.store.read(layer.keys["bias"]).double() * _factor_of_scale(layer, keeps_alpha)
+    return narrowed(bias, FP16, layer.keys["bias"], layer.store.path, losses)
+
+
 def _scaled(layer: Layer, keeps_alpha: bool) -> tuple[Tensor, Tensor]:
     """up [out, r] and down [r, n] as they are written: with the scale of an alpha that is no more, or is 1 now."""
     up, down = (layer.store.read(layer.keys[role]).flatten(1).double() for role in ("up", "down"))
-    factor = (layer.scale * (layer.rank if keeps_alpha else 1)) if "alpha" in layer.keys else 1.0
+    factor = _factor_of_scale(layer, keeps_alpha)
     half = math.sqrt(abs(factor))
     return up * math.copysign(half, factor), down * half
 
@@ -85,9 +103,9 @@ def _rounded(layer: Layer, keeps_alpha: bool) -> Rounded:
     return to_float8(*_scaled(layer, keeps_alpha))
 
 
-def _factor(layer: Layer, keeps_alpha: bool, role: str, small: bool) -> Tensor:
+def _factor(layer: Layer, keeps_alpha: bool, role: str, small: bool, losses: dict[str, float]) -> Tensor:
     if small:
         rounded = _rounded(layer, keeps_alpha)
         return rounded.up if role == "up" else rounded.down
-    up, down = _scaled(layer, keeps_alpha)
-    return cast(up if role == "up" else down, FP16)
+    up, down = balanced(*_scaled(layer, keeps_alpha), FP16)
+    return narrowed(up if role == "up" else down, FP16, layer.keys[role], layer.store.path, losses)

@@ -68,3 +68,63 @@ def test_a_single_tensor_that_vanishes_is_a_warning(tmp_path: Path) -> None:
     (warning,) = result.warnings
     assert warning.startswith(f"{key} loses 100 % of its norm")
     assert math.isclose(result.bytes_after, result.bytes_before, rel_tol=0.5)
+
+
+# --- `convert -t fp8`: what stays in 16 bits ----------------------------------------------------
+
+
+def in_8_bits(folder: Path, **others: Tensor) -> tuple[Converted, dict[str, Tensor], dict[str, Tensor]]:
+    """(result, tensors before, tensors after) of a layer that takes 8 bits, and these beside it."""
+    torch.manual_seed(0)
+    old = {UP: torch.randn(64, 8) / 8, DOWN: torch.randn(8, 64) / 8}
+    old |= {f"lora_unet_b_{name}": tensor for name, tensor in others.items()}
+    save_file(old, folder / "a.safetensors")
+    report = convert(folder / "a.safetensors", dtype="fp8", output=folder / "out")
+    if report.failed:
+        raise NonFinite(report.failed[0].error)
+    (result,) = report.results
+    return result, old, load_file(result.output)
+
+
+@pytest.mark.parametrize("strength", [1e8, 1e-7])
+def test_a_layer_that_is_not_for_8_bits_is_balanced_for_16(tmp_path: Path, strength: float) -> None:
+    """Scattered numbers: e4m3 has too few digits for them."""
+    torch.manual_seed(0)
+    up, down = (factor / factor.abs().max() for factor in (torch.randn(64, 8) ** 9, torch.randn(8, 64) ** 9))
+    factors = {"to_k.lora_up.weight": up * strength, "to_k.lora_down.weight": down}
+    result, old, new = in_8_bits(tmp_path, **factors)
+    names = [f"lora_unet_b_{name}" for name in factors]
+    assert {new[name].dtype for name in names} == {torch.float16}
+    assert "stay in fp16" in result.warnings[0]
+    before, after = (tensors[names[0]].double() @ tensors[names[1]].double() for tensors in (old, new))
+    assert float((after - before).norm() / before.norm()) < 0.01
+
+
+def test_other_tensors_that_fp16_cannot_hold_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(NonFinite, match=r"diff_b has numbers that F16 cannot hold"):
+        in_8_bits(tmp_path, **{"to_q.diff_b": torch.full((64,), 1e6)})
+
+
+def test_other_tensors_that_vanish_are_a_warning(tmp_path: Path) -> None:
+    result, _, _ = in_8_bits(tmp_path, **{"to_q.diff_b": torch.full((64,), 1e-9)})
+    (warning,) = result.warnings
+    assert warning.startswith("lora_unet_b_to_q.diff_b loses 100 % of its norm")
+
+
+def test_a_bias_beside_factors_keeps_its_strength(tmp_path: Path) -> None:
+    """Programs multiply it with the scale of the factors, which goes into these."""
+    torch.manual_seed(0)
+    name = "diffusion_model.blocks.0.ffn.0"
+    old = {
+        f"{name}.lora_B.weight": torch.randn(64, 8) / 8,
+        f"{name}.lora_A.weight": torch.randn(8, 64) / 8,
+        f"{name}.lora_B.bias": torch.randn(64),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+    save_file(old, tmp_path / "a.safetensors")
+    (result,) = convert(tmp_path / "a.safetensors", dtype="fp8", output=tmp_path / "out").results
+    new = load_file(result.output)
+    scale = float(new[f"{name}.alpha"]) / 8 if f"{name}.alpha" in new else 1.0
+    torch.testing.assert_close(
+        new[f"{name}.lora_B.bias"].float() * scale, old[f"{name}.lora_B.bias"] / 4, rtol=1e-3, atol=0
+    )
