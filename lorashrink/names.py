@@ -26,6 +26,8 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("diffusion_model.", "unet"),
     ("unet.", "unet"),
     ("transformer.", "unet"),
+    ("transformer_2.", "transformer_2"),
+    ("connectors.", "connectors"),
     ("prior.", "unet"),
     ("text_encoder.", "te1"),
     ("text_encoder_2.", "te2"),
@@ -57,7 +59,8 @@ _ALIASES = (
 def address(name: str) -> tuple[str, str]:
     """(part of the model, module name with `_` for `.`) of an adapter layer.
 
-    Parts are "unet" (any denoiser), "te1" to "te4", or "" when the name does not tell. Dots cannot be restored
+    Parts are "unet" (any denoiser), "transformer_2" (the second one of Wan 2.2), "connectors" (of LTX-2), "te1" to
+    "te4", or "" when the name does not tell. Dots cannot be restored
     from a flattened name, so the base's names are flattened too and compared.
     """
     part, rest = "", name
@@ -82,7 +85,10 @@ _NAMINGS = (
     ("peft", ("base_model.model.",)),
     ("kohya", ("lora_", "oft_unet_")),
     ("comfy", ("diffusion_model.", "model.diffusion_model.", "text_encoders.")),
-    ("diffusers", ("unet.", "transformer.", "prior.", "text_encoder.", "text_encoder_")),
+    (
+        "diffusers",
+        ("unet.", "transformer.", "transformer_2.", "connectors.", "prior.", "text_encoder.", "text_encoder_"),
+    ),
 )
 
 

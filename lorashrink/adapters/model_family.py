@@ -113,7 +113,7 @@ def family_of(layers: Iterable[tuple[str, Shape]]) -> str | None:
     Shapes may be shorter than those of the weights, down to (): what is not known decides nothing.
     """
     addressed = [(*address(name), shape) for name, shape in layers]
-    denoiser = [(module, shape) for part, module, shape in addressed if part in ("unet", "")]
+    denoiser = [(module, shape) for part, module, shape in addressed if part in ("unet", "transformer_2", "")]
     for family, marks in _MARKS:
         if all(any(mark.fits(module, shape) for module, shape in denoiser) for mark in marks):
             return family

@@ -76,13 +76,16 @@ class Base:
     def find(self, layer_name: str) -> Views:
         """The weight that an adapter layer of this name changes; () if the base has none such.
 
-        A name without a part is enough if only one weight in all parts together has it.
+        A name without a part is enough if only one weight in all parts together has it; a second transformer of the
+        same names is not meant.
         """
         part, module = address(layer_name)
         if part:
             parts = (part, self.family.instead.get(part, part))
             return next((views for part in parts if (views := self.weights.get((part, module)))), ())
-        candidates = {views for part in self._parts if (views := self.weights.get((part, module)))}
+        candidates = {
+            views for part in self._parts if part != "transformer_2" and (views := self.weights.get((part, module)))
+        }
         return candidates.pop() if len(candidates) == 1 else ()
 
     def weight(self, views: Views) -> Tensor:

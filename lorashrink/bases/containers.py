@@ -11,7 +11,10 @@ from lorashrink.files.disk import absent_text
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import TensorStore, join_stores
 
-PART_FOLDERS = ("unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+PART_FOLDERS = (
+    *("unet", "transformer", "transformer_2", "connectors", "prior"),
+    *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
+)
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("", ".fp32", ".fp16", ".bf16", ".non_ema")
 _PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")

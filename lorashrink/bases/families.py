@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from lorashrink.bases import diffusers_only, encoders, flux, images, language, stable_diffusion, video
-from lorashrink.bases.family import DENOISER, BaseFamily, Header
+from lorashrink.bases.family import DENOISER, DIFFUSERS_PARTS, BaseFamily, Header
 
 # Endings and beginnings that only adapters have, and control networks that are shaped like them.
 _ADAPTER = re.compile(
@@ -20,6 +20,7 @@ UNKNOWN = BaseFamily(
     "an unknown family",
     {
         **{prefix: part for prefix, part in DENOISER.items() if prefix not in ("model.", "module.", "net.")},
+        **{f"{part}.": part for part in DIFFUSERS_PARTS},
         "text_encoder.": "te1",
         "text_encoder_2.": "te2",
         "text_encoder_3.": "te3",

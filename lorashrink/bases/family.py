@@ -25,6 +25,11 @@ DENOISER = dict.fromkeys(
 )
 
 
+# Parts beside the denoiser that diffusers alone has names for: the second transformer of Wan 2.2, and what leads from
+# the text encoder of LTX-2 to its transformer.
+DIFFUSERS_PARTS = ("transformer_2", "connectors")
+
+
 class Header:
     """Names and shapes of a base's tensors, found by what their names end with, whatever stands before."""
 
@@ -59,7 +64,8 @@ class BaseFamily:
     """A family of models.
 
     `containers` maps the prefix of a part's tensors to the part: "unet" is any denoiser and a language model, "te1",
-    "te2", ... are text encoders; a longer prefix wins. `rules` name the weights of "unet".
+    "te2", ... are text encoders, and others are called as in diffusers; a longer prefix wins. `rules` name the weights
+    of "unet" and "transformer_2".
 
     `kohya` is the layout whose names kohya-style adapters flatten, `denoiser` the prefix of diffusers adapters, and
     `encoders` how many text encoders adapters can tell apart. `instead` maps a part that adapters speak of to the part
@@ -90,6 +96,8 @@ class BaseFamily:
         """What diffusers calls a part: "unet", "transformer", "text_encoder_2", ...; "" if it has no name for it."""
         if part == "unet":
             return self.denoiser
+        if part in DIFFUSERS_PARTS:
+            return part
         names = (prefix[:-1] for prefix in self.prefixes(part) if prefix.count(".") == 1)
         return next((name for name in names if name.startswith("text_encoder")), "")
 
@@ -108,7 +116,7 @@ def marks(*alternatives: tuple[str, ...]) -> Callable[[Header], bool]:
 
 def containers(**encoders: tuple[str, ...]) -> dict[str, str]:
     """Where the denoiser lies, and each text encoder: in which folder, and under which names in all-in-one files."""
-    prefixes = dict(DENOISER)
+    prefixes = dict(DENOISER) | {f"{part}.": part for part in DIFFUSERS_PARTS}
     for part, (folder, *names) in encoders.items():
         prefixes[f"{folder}."] = part
         prefixes |= {f"text_encoders.{name}.{level}": part for name in names for level in ("", "transformer.")}

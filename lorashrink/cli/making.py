@@ -35,9 +35,12 @@ if TYPE_CHECKING:
 def print_extraction(report: Report, terminal: Terminal) -> None:
     """The table of files, and which model the LoRA turns into which."""
     print_report(report, terminal)
-    tuned = {Path(result.source).name for result in report.results}
+    tuned = sorted({Path(result.source) for result in report.results})
     if report.base:  # whoever has swapped the two sees it here
-        say(f"The LoRA turns {Path(report.base.path).name} into {', '.join(sorted(tuned))}.")
+        base = Path(report.base.path)
+        alike = any(path.name == base.name for path in tuned)
+        before, *after = (str(path) if alike else path.name for path in (base, *tuned))
+        say(f"The LoRA turns {before} into {', '.join(after)}.")
 
 
 @command(print_extraction)

@@ -19,6 +19,7 @@ from lorashrink.adapters.family import Shape
 from lorashrink.adapters.oft import told_by_settings
 from lorashrink.adapters.peft_keys import refuse_new_names
 from lorashrink.bases import Base, BaseFamily, Views, views_shape
+from lorashrink.bases.family import DIFFUSERS_PARTS
 from lorashrink.errors import NonFinite, ShapeError, UsageError
 from lorashrink.files.store import ComputedStore, TensorInfo, cast, tensor_info
 from lorashrink.linking.matching import match
@@ -133,7 +134,13 @@ def layout_of(naming: str, base: Base) -> str:
 
 
 def layer_name_in(naming: str, family: BaseFamily, part: str, module: str) -> str:
-    """What a layer for this module is called."""
+    """What a layer for this module is called. Raises UsageError if the naming has no name for the part."""
+    if naming in ("kohya", "comfy") and part in DIFFUSERS_PARTS:
+        program = "ComfyUI" if naming == "comfy" else naming
+        raise UsageError(
+            f"naming: {program} has no name for the part {part} of {family.title}. Use diffusers naming, or convert a "
+            "file of one part alone."
+        )
     if naming == "kohya":
         kind, number = (
             ("unet", "") if part == "unet" else ("te", part.removeprefix("te") if family.encoders > 1 else "")
