@@ -80,6 +80,8 @@ def adapter_of(path: Path, store: TensorStore, settings: peft.Settings) -> Adapt
     if layers or not is_adapter:  # settings may tell that it is an adapter of a kind that is not known
         check_keys(settings, path)
     if not is_adapter:
+        if not store.tensors:
+            raise NotAnAdapter(f"{path}: holds no tensors. Download or export it again.")
         raise NotAnAdapter(
             f"{path}: no adapter layer found among its {len(store.tensors)} tensors. "
             "If this is the base model, give it first or with --base."

@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
 
 from lorashrink.errors import UsageError
 from lorashrink.recipes.explained import KEYS
@@ -75,6 +77,15 @@ def check_names(names: Sequence[str]) -> None:
         for pattern, text in _NAMES:
             if match := pattern.fullmatch(name):
                 raise UsageError(f"{name}: {text(match)}")
+
+
+# The command that runs.
+running = ContextVar("running", default="resize")
+
+
+def line(*words: str | Path, command: str | None = None) -> str:
+    """A line to type: these arguments behind this command, or behind the one that runs."""
+    return shlex.join(["lorashrink", command or running.get(), *map(str, words)])
 
 
 def option_hint(option: str, words: Sequence[str]) -> str:

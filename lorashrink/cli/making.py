@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorashrink.cli.command import Terminal, command
-from lorashrink.cli.hints import check_names
+from lorashrink.cli.hints import check_names, line
 from lorashrink.cli.options import (
     Adapters,
     Base,
@@ -25,6 +25,7 @@ from lorashrink.cli.options import (
 )
 from lorashrink.cli.printing import say
 from lorashrink.cli.resizing import print_report
+from lorashrink.errors import UsageError
 from lorashrink.text import count_text, size_text
 
 if TYPE_CHECKING:
@@ -41,6 +42,15 @@ def print_extraction(report: Report, terminal: Terminal) -> None:
         alike = any(path.name == base.name for path in tuned)
         before, *after = (str(path) if alike else path.name for path in (base, *tuned))
         say(f"The LoRA turns {before} into {', '.join(after)}.")
+
+
+def _meant(lora: Path, other: Path) -> str:
+    """What to type in place of an extraction from a LoRA."""
+    from lorashrink.linking.inputs import is_lora
+
+    if is_lora(other):
+        return f"To measure how two LoRAs differ: {line(lora, other, command='compare')}"
+    return f"To shrink the LoRA: {line(other, lora, command='resize')}"
 
 
 @command(print_extraction)
@@ -62,11 +72,13 @@ def extract(
 
     Example: lorashrink extract tuned.safetensors model.safetensors -r rank=64 -o new.safetensors
     """
-    from lorashrink.linking.inputs import check_is_base
+    from lorashrink.linking.inputs import check_is_base, is_lora
     from lorashrink.recipes import grammar
 
-    for checkpoint in (tuned, base):
+    for checkpoint, model in ((tuned, base), (base, tuned)):
         check_names([str(checkpoint)])
+        if is_lora(checkpoint):
+            raise UsageError(f"{checkpoint}: is a LoRA, and a base model is needed here. {_meant(checkpoint, model)}")
         check_is_base(checkpoint)
     texts = recipe or [grammar.DEFAULT]
     grammar.parse_recipes(texts)

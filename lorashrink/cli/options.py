@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorashrink.cli.hints import check_names
+from lorashrink.cli.hints import check_names, line
 from lorashrink.errors import UsageError
 from lorashrink.text import bytes_in
 
@@ -89,22 +89,32 @@ def split_base(files: Sequence[str], base: Path | None, *, alone: bool = False) 
 
     alone: whether there may be no adapters.
     """
-    from lorashrink.linking.inputs import check_is_base, looks_like_base
+    from lorashrink.linking.inputs import check_is_base, is_checkpoint, is_lora, looks_like_base
 
     check_names(files)
     adapters = list(files)
     if base is not None:
+        if is_lora(base) and len(adapters) == 1 and looks_like_base(adapters[0]):
+            raise UsageError(
+                f"{base} is a LoRA, and {adapters[0]} is the base model. Swap them: {line(adapters[0], base)}"
+            )
         check_is_base(base)
     if base is None and adapters and looks_like_base(adapters[0]):
         base = Path(adapters.pop(0))
     if not adapters and not alone:
         raise UsageError(
-            f"{base} is a base model, not a LoRA. Give the LoRA file or folder after it: {base} lora.safetensors"
+            f"{base} is a base model, not a LoRA. Give the LoRA file or folder after it: "
+            f"{line(str(base), 'lora.safetensors')}"
         )
     if base is None and len(adapters) > 1 and looks_like_base(adapters[-1]):
         raise UsageError(
             f"{adapters[-1]} is a base model, not a LoRA. Give it first: "
-            f"{' '.join([adapters[-1], *adapters[:-1][:2]])}{' ...' if len(adapters) > 3 else ''}"
+            f"{line(adapters[-1], *adapters[:-1][:2])}{' ...' if len(adapters) > 3 else ''}"
+        )
+    if base is not None and len(adapters) == 1 and is_checkpoint(adapters[0]):
+        raise UsageError(
+            f"{adapters[0]} is a base model, not a LoRA, and so is {base}. To make a LoRA of their difference: "
+            f"{line(adapters[0], base, '-o', 'new.safetensors', command='extract')}"
         )
     return base, adapters
 

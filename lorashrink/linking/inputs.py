@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorashrink.adapters import looks_like_adapter, peft
+from lorashrink.bases import recognise
 from lorashrink.bases.containers import is_model_folder
 from lorashrink.bases.gguf_file import is_gguf
 from lorashrink.errors import InputError, NotABase, UsageError
@@ -204,9 +205,25 @@ def check_is_base(path: str | Path) -> None:
     """Raises NotABase for an adapter, and InputError for what does not exist; other faults show when it is opened."""
     if not os.path.exists(path):
         raise InputError(f"{path}: {absent_text(path)}")
-    path = Path(path)
-    if peft.is_folder(path) or (path.is_file() and path.suffix == ".safetensors" and _is_adapter(path)):
+    if is_lora(path):
         raise NotABase(f"{path}: is a LoRA, and a base model is needed here.")
+
+
+def is_lora(path: str | Path) -> bool:
+    """Whether this is an adapter: a PEFT folder, or a file with the names of one."""
+    path = Path(path)
+    return peft.is_folder(path) or (path.is_file() and path.suffix == ".safetensors" and bool(_is_adapter(path)))
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether this is a base model of a known family, and not just a file without an adapter's names."""
+    if os.path.isdir(path):
+        return looks_like_base(str(path))
+    try:
+        family = recognise({key: info.shape for key, info in read_header(Path(path))[0].items()})
+    except InputError:
+        return False
+    return family is not None and family.name != "unknown"
 
 
 def looks_like_base(entry: str) -> bool:
@@ -220,4 +237,4 @@ def looks_like_base(entry: str) -> bool:
         return False
     if path.suffix.lower() in PICKLE_SUFFIXES:
         return path.suffix.lower() == ".ckpt"
-    return _is_adapter(path) is False
+    return _is_adapter(path) is False and bool(read_header(path)[0])

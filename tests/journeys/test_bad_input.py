@@ -215,7 +215,7 @@ BAD: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
         lambda path: save_file({"embedding": torch.randn(4, 8)}, path),
         ("no adapter layer", "--base"),
     ),
-    "the base": (".safetensors", lambda path: shutil.copy(BASE, path), ("no adapter layer", "--base")),
+    "the base": (".safetensors", lambda path: shutil.copy(BASE, path), ("base model",)),
     "a shape that the base has not": (
         ".safetensors",
         lambda path: save_file(factors(out=48), path),
