@@ -228,6 +228,7 @@ LOADERS: tuple[Loader, ...] = (
             names("lora_te2_", "", "sdxl sdxl-refiner"),
             names("unet.", "diffusers", _UNETS),
             names("transformer.", "diffusers"),
+            names("connectors.", "native diffusers other", "ltxv"),
             names("lora_unet_", "native", "flux chroma flux2 wan qwen-image z-image", multiplies="always"),
             names("lora_te1_", "", "flux", multiplies="always"),
             names("diffusion_model.", "native", "flux2 ltxv hidream lumina2 krea2 anima"),

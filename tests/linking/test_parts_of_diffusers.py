@@ -104,3 +104,11 @@ def test_connectors_of_ltx_2_find_their_weights(tmp_path: Path) -> None:
     with open_base(model) as base:
         (view,) = base.find(f"connectors.{name}")
         assert view.key == f"connectors.{name}.weight"
+    pairs = {f"connectors.{name}.lora_A.weight": (4, 48), f"connectors.{name}.lora_B.weight": (48, 4)}
+    wide = {
+        f"transformer.transformer_blocks.0.attn{n}.to_k.lora_{side}.weight": shape
+        for n in (1, 2)
+        for side, shape in (("A", (4, 2048)), ("B", (2048, 4)))
+    }
+    save_file(random({**pairs, **wide}, 2), tmp_path / "a.safetensors")
+    assert "diffusers" in lorashrink.inspect(tmp_path / "a.safetensors").files[0].loads.loads_in
