@@ -11,6 +11,7 @@ from typing import Any
 
 from lorashrink.automatic.run import shrink
 from lorashrink.errors import OutputError, Progress, UsageError
+from lorashrink.files.reading import PICKLE_SUFFIXES
 from lorashrink.insight.inspection import inspect
 from lorashrink.pictures.pipelines import PACKAGES
 from lorashrink.recipes.grammar import DEFAULT
@@ -45,6 +46,8 @@ def demo(output: str | Path = "demo-out", *, progress: Progress | None = None) -
     example, folder = _Example.installed(), Path(output)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"-o {output}: is a file. Name a folder.")
+    if folder.suffix in (".safetensors", *PICKLE_SUFFIXES) and not folder.exists():
+        raise OutputError(f"-o {output}: is the name of a file. Name a folder.")
     drawing = all(find_spec(name) for name in PACKAGES)
     inspection = inspect(example.adapter, base=example.model, progress=progress)
     means: dict[str, Any] = {"model": example.model, "prompts": example.prompts} if drawing else {"base": example.model}

@@ -153,6 +153,8 @@ def _base_of(path: Path, store: TensorStore, kind: str) -> Base:
     try:
         shapes = relevant({name: info.shape for name, info in store.tensors.items() if info.dtype in FLOATS})
         family = recognise(shapes)
+        if not store.tensors:
+            raise NotABase(f"{path}: holds no tensors. Download or export it again.")
         if family is None:
             raise NotABase(
                 f"{path}: no checkpoint of a known family among its {len(store.tensors)} tensors. "

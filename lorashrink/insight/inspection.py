@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorashrink.adapters import Adapter, Layer, Tensors, in_memory, open_adapter
 from lorashrink.bases import Base, use_base
+from lorashrink.bases.families import family_title
 from lorashrink.errors import LorashrinkError, Progress, UsageError, boundary
 from lorashrink.insight.health import check_health
 from lorashrink.insight.summaries import by_block, joined, norm_ratio, summary
@@ -20,7 +21,7 @@ from lorashrink.linking.inputs import check_exists, find_adapters
 from lorashrink.linking.loaders import loads
 from lorashrink.linking.matching import bind, find_fitting
 from lorashrink.names import block, kind
-from lorashrink.results.inspection import AdapterTable, BlockRow, Inspection, LayerRow, Recommendation
+from lorashrink.results.inspection import AdapterTable, BlockRow, Finding, Inspection, LayerRow, Recommendation
 from lorashrink.results.shrinking import Failure
 
 if TYPE_CHECKING:
@@ -105,6 +106,12 @@ def adapter_table(adapter: Adapter, base: Base | None, measure: Measure | None) 
         for layer, layer_views, measures in zip(adapter, views, measured, strict=True)
     )
     facts, metadata = summary(adapter), adapter.store.metadata
+    health = check_health(rows, metadata, family=facts["family"], naming=facts["naming"])
+    foreign = base is not None and not any(views) and facts["family"] not in (None, base.family.name)
+    if base is not None and foreign:
+        titles = family_title(facts["family"]), base.family.title
+        text = f"the adapter is for {titles[0]}, and {base.path.name} is {titles[1]}, which has none of its layers"
+        health = (Finding("other_base", len(rows), text), *health)
     return AdapterTable(
         path=facts["path"],
         bytes=facts["bytes"],
@@ -116,14 +123,14 @@ def adapter_table(adapter: Adapter, base: Base | None, measure: Measure | None) 
         fro_ratio=norm_ratio((row.fro, row.base_fro) for row in rows),
         metadata=metadata,
         notes=training_notes(metadata),
-        health=check_health(rows, metadata, family=facts["family"], naming=facts["naming"]),
+        health=health,
         layers=rows,
         blocks=tuple(
             block_row(name, [adapter.layers[i] for i in indices], [rows[i] for i in indices])
             for name, indices in by_block(rows)
         ),
         others=adapter.others,
-        loads=loads(adapter, base.family.name if base else None),
+        loads=loads(adapter, base.family.name if base and not foreign else None),
     )
 
 

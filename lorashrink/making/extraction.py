@@ -103,7 +103,10 @@ def _difference(tuned_path: Path, base: Base | None, *, naming: str, vectors: bo
     if tuned.store is None:
         raise NotABase(f"{tuned_path}: a norm table holds no weights. Give the tuned checkpoint.")
     if tuned.family.name != base.family.name:
-        raise FamilyMismatch(f"{tuned_path} is {tuned.family.title}, but {base.path} is {base.family.title}.")
+        raise FamilyMismatch(
+            f"{tuned_path} is {tuned.family.title}, but {base.path} is {base.family.title}. "
+            "Give two checkpoints of one family."
+        )
     layout = layout_of(naming, base)
     weights = [checkpoint.modules(layout) for checkpoint in (tuned, base)]
     compared: list[tuple[str, list[Modules], Read]] = [(".diff", weights, Base.weight)]

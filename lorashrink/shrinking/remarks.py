@@ -113,8 +113,8 @@ def below_precision(names: Sequence[str]) -> list[str]:
     if not names:
         return []
     return [
-        f"{len(names)} layers, first {names[0]}, are so weak beside the others that their numbers are below the "
-        "precision of the dtype and are rounded or become 0; -t fp32 or -t bf16 keeps them"
+        f"{count_text(len(names), 'layer')}, first {names[0]}: so weak beside the others that numbers are below the "
+        "precision of the dtype, and are rounded or become 0; -t fp32 or -t bf16 keeps them"
     ]
 
 

@@ -23,13 +23,14 @@ EXAMPLE = lorashrink_example.path()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA, its base in one file and as a folder, a text, and an old result."""
+    """A LoRA, its base in one file and as a folder, a text, an old result, and a file without tensors."""
     path = tmp_path_factory.mktemp("files")
     shutil.copy(EXAMPLE / "adapter.safetensors", path / "lora.safetensors")
     shutil.copy(EXAMPLE / "base.safetensors", path / "model.safetensors")
     (path / "sdxl").symlink_to(EXAMPLE / "model")
     (path / "prompts.txt").write_text("a cat\n")
     (path / "old.safetensors").write_bytes(b"")
+    (path / "none.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     (path / "l_spectra.png").write_bytes(b"")
     return path
 
@@ -80,6 +81,8 @@ MISTAKES = {
     "shrink --base lora.safetensors lora.safetensors": "lora.safetensors: is a LoRA, and a base model is needed here.",
     "resize model.safetensors sdxl": "difference: lorashrink extract sdxl model.safetensors -o new.safetensors",
     "resize --base lora.safetensors lora.safetensors": "lora.safetensors: is a LoRA, and a base model is needed here.",
+    "base-norms none.safetensors -o n.json": "none.safetensors: holds no tensors. Download or export it again.",
+    "inspect none.safetensors": "none.safetensors: holds no tensors. Download or export it again.",
     "base-norms lora.safetensors -o n.json": "lora.safetensors: is a LoRA, and a base model is needed here.",
     "norms lora.safetensors -o n.json": "lora.safetensors: is a LoRA, and a base model is needed here.",
     "extract lora.safetensors model.safetensors": "here. To shrink the LoRA: lorashrink resize model.safetensors lora.",
@@ -105,6 +108,7 @@ MISTAKES = {
     "resize -r rank=2 lora.safetensors -o out.pt": "-o out.pt: results are .safetensors files. Name one, such as",
     "inspect lora.safetensors --plot l.png": "--plot l_spectra.png: exists already.",
     "demo -o prompts.txt": "-o prompts.txt: is a file. Name a folder.",
+    "demo -o new.safetensors": "-o new.safetensors: is the name of a file. Name a folder.",
 }  # fmt: skip
 
 

@@ -185,6 +185,21 @@ def test_an_adapter_without_layers_says_so(tmp_path: Path) -> None:
     assert inspect(path, header=True).files[0].health == table.health
 
 
+def test_a_base_of_another_family_is_said(tmp_path: Path, base: Path) -> None:
+    """Which programs load the adapter is then told of its own family."""
+    path = tmp_path / "a.safetensors"
+    tensors = {
+        f"diffusion_model.transformer_blocks.0.attn{number}.to_k.lora_{side}.weight": torch.ones(shape)
+        for number in (1, 2)
+        for side, shape in (("A", (4, 2048)), ("B", (2048, 4)))
+    }
+    save_file(tensors, path)
+    (table,) = inspect(path, base=base).files
+    assert table.health[0].flag == "other_base"
+    assert "is for LTX-Video" in table.health[0].text
+    assert table.loads == inspect(path).files[0].loads
+
+
 def test_an_adapter_of_convolutions_alone_is_measured_like_others(tmp_path: Path, base: Path) -> None:
     path = write(tmp_path / "a.safetensors", {CONV: (16, 16, 4, 3)})
     (table,) = inspect(path, recommend=True).files

@@ -361,7 +361,7 @@ def test_a_layer_too_weak_for_the_dtype_is_named_beside_others(tmp_path: Path) -
     (up, down), names = pair(), ("lora_unet_a", "lora_unet_b")
     source = make(tmp_path / "a.safetensors", {names[0]: (up, down, 8.0), names[1]: (up * 1e-7, down * 1e-6, 8.0)})
     report = resize(source, recipes="rank=2", dtype="fp16", output=tmp_path / "out")
-    assert "1 layers, first lora_unet_b, are so weak" in report.results[0].warnings[0]
+    assert "1 layer, first lora_unet_b: so weak" in report.results[0].warnings[0]
     assert deltas(only(report)).keys() == set(names)
     alone = make(tmp_path / "b.safetensors", {names[1]: (up * 1e-7, down * 1e-6, 8.0)})
     assert "use -t fp32 or -t bf16" in resize(alone, recipes="rank=2", dtype="fp16").failed[0].error
