@@ -106,6 +106,9 @@ class OpenSource:
             )
         if output.name == peft.WEIGHTS_FILE and not os.path.isfile(output.parent / peft.CONFIG_FILE):
             raise DamagedFile(f"{output}: the {peft.CONFIG_FILE} beside it is gone.")
+        end, size = 8 + len(header) + sum(info.nbytes for info in tensors.values()), os.path.getsize(output)
+        if end != size:  # programs refuse a file with bytes that belong to no tensor
+            raise DamagedFile(f"{output}: its header promises {end} bytes, the file has {size}.")
         if self.session.options.verify:
             data = partial(_data_behind, output, 8 + len(header))
             if with_hashes(with_placeholders(entries), Arrangement(tensors), data) != entries:

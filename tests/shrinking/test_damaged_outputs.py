@@ -16,6 +16,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
     "zeros": lambda data: bytes(len(data)),
     "header cut": lambda data: data[:64],
+    "bytes too many": lambda data: data + bytes(8),  # which programs refuse
 }
 SILENT: dict[str, Callable[[bytes], bytes]] = {
     "zeros": lambda data: data[:-512] + bytes(512),
