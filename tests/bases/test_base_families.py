@@ -170,7 +170,7 @@ def test_an_unknown_family_is_searched_by_its_own_names(base_of):
 )
 def test_a_file_without_a_matrix_is_no_base(tmp_path, shapes):
     path = fixtures.write_header(tmp_path / "small.safetensors", shapes)
-    with pytest.raises(NotABase, match=r"small\.safetensors: no checkpoint of a known family"):
+    with pytest.raises(NotABase, match=r"small\.safetensors: (?:no checkpoint of a known family|holds no tensors)"):
         open_base(path)
 
 
