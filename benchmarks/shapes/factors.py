@@ -1,4 +1,4 @@
-"""What the closed form of `refine` gains without training, and before it: `python factors.py --work FOLDER`.
+"""What `refine` gains by its closed form, by training, and by both: `python factors.py --work FOLDER`.
 
 Each measurement is one entry of factors.json, so that what is there is not measured again.
 """
@@ -9,7 +9,7 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gallery import Gallery, Test
@@ -20,21 +20,39 @@ import lorashrink as ls
 
 RESULTS = Path(__file__).parent / "factors.json"
 _PICTURES, _PROMPTS, _STEPS = 16, 12, 80
-# (adapter, MiB, whether it is also trained)
-CASES = (("style", 0.37, True), ("style", 0.25, False), ("heart", 0.35, False), ("heart", 0.59, False))
+# In which ways a shrunk file is refined -> (steps of training, whether the closed form comes first).
+_WAYS = {"shrunk": None, "factors": (0, True), "trained": (_STEPS, False), "both": (_STEPS, True)}
+
+
+class Case(NamedTuple):
+    """A shrunk adapter to refine."""
+
+    name: str
+    size: float  # MiB
+    dtype: str = "fp16"
+
+    def key(self, way: str) -> str:
+        """The entry of factors.json for one way to refine it."""
+        return "|".join([self.name, f"{self.size}", *([] if self.dtype == "fp16" else [self.dtype]), way])
+
+
+CASES = (
+    *(Case("style", size) for size in (0.25, 0.37, 0.6)),
+    *(Case("style", size, "fp8") for size in (0.15, 0.2, 0.31)),
+    *(Case("heart", size) for size in (0.35, 0.59)),
+    *(Case("heart", size, "fp8") for size in (0.2, 0.32)),
+)
 
 
 def measure(work: Path) -> dict[str, Any]:
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     gallery = Gallery(MODEL)
-    for name, size, trained in CASES:
-        source, teaches = EXAMPLE / "loras" / f"{name}.safetensors", ADAPTERS[name].teaches
-        small, test = work / f"{name}-{size}.safetensors", Test.of(teaches, _PICTURES)
+    for case in CASES:
+        source, teaches = EXAMPLE / "loras" / f"{case.name}.safetensors", ADAPTERS[case.name].teaches
+        small, test = work / f"{case.key('')}.safetensors".replace("|", "-"), Test.of(teaches, _PICTURES)
         prompts, originals = prompts_file(work, teaches, _PROMPTS), None
-        ways = {"shrunk": None, "factors": (0, True)}
-        ways |= {"trained": (_STEPS, False), "both": (_STEPS, True)} if trained else {}
-        for way, options in ways.items():
-            key = f"{name}|{size}|{way}"
+        for way, options in _WAYS.items():
+            key = case.key(way)
             if key in results:
                 continue
             path, facts = small, {}
@@ -42,8 +60,9 @@ def measure(work: Path) -> dict[str, Any]:
                 ls.resize(
                     source,
                     base=MODEL,
-                    recipes=f"calib,bytes,size={size}",
+                    recipes=f"calib,bytes,size={case.size}",
                     calibration=EXAMPLE / "table.safetensors",
+                    dtype=case.dtype,
                     output=small,
                     force=True,
                 )
@@ -71,14 +90,16 @@ def measure(work: Path) -> dict[str, Any]:
 def table(results: Mapping[str, Any]) -> str:
     """PSNR of each case."""
     lines = [
-        "| adapter | size | shrunk | factors alone | training alone | both |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| adapter | dtype | size | shrunk | factors alone | training alone | both |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, size, _ in CASES:
-        rows = [results.get(f"{name}|{size}|{way}") for way in ("shrunk", "factors", "trained", "both")]
+    for case in CASES:
+        rows = [results.get(case.key(way)) for way in _WAYS]
+        if not any(rows):
+            continue
         cells = ["-" if row is None else f"{np.mean(row['psnr']):.1f}" for row in rows]
         assert rows[0]
-        lines.append(f"| {name} | {rows[0]['bytes'] / 1000:.0f} kB | {' | '.join(cells)} |")
+        lines.append(f"| {case.name} | {case.dtype} | {rows[0]['bytes'] / 1000:.0f} kB | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

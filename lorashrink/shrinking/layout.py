@@ -156,8 +156,9 @@ class Layout:
         if form == "same":
             return frozenset(candidates) | self._smaller(cores, widths)
         smaller = self._smaller([*candidates, *cores], widths)
-        together = self.adapter.as_folder or any(layer.family.changed_base for layer in self.layers)
-        if not (together and candidates):
+        if not candidates:
+            return smaller
+        if not self.adapter.as_folder and not any(layer.family.changed_base for layer in self.layers):
             return smaller
         # A folder's configuration knows one kind of adapter, and a changed base is that of all layers.
         own, lora = zip(*(self._two_sizes(position, widths) for position in candidates), strict=True)
