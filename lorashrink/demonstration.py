@@ -22,7 +22,8 @@ from lorashrink.results.shrinking import FileResult
 from lorashrink.shrinking.run import resize
 
 _RECIPES = (DEFAULT, "rank=1", "fro_ckpt=1,thr=-2", "fro_ckpt,bytes", "calib,bytes")
-_SIZES = (0.3, 0.5)  # MiB, of the recipes that name no size
+_SIZES = (0.25, 0.39)  # MiB, of the recipes that name no size
+_DTYPE = "auto"  # as `shrink` takes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,13 @@ def demo(output: str | Path = "demo-out", *, progress: Progress | None = None) -
     shrunk = shrink(example.adapter, **means, output=folder / "shrunk", force=True, progress=progress)
     shared: dict[str, Any] = {"base": example.model, "calibration": example.table}
     recipe = shrunk.results[0].recipe
-    plan = resize(example.adapter, **shared, recipes=recipe, dtype="auto", output=folder, dry_run=True)
+    plan = resize(example.adapter, **shared, recipes=recipe, dtype=_DTYPE, output=folder, dry_run=True)
     page = report(
         example.adapter,
         **shared,
         recipes=_RECIPES,
         sizes=_SIZES,
+        dtype=_DTYPE,
         output=folder / "report.html",
         force=True,
         images=example.model if drawing else None,
@@ -99,7 +101,7 @@ class _Example:
         """The same by hand: inspect, shrink and report."""
         shrinking: list[object] = ["--base", self.model]
         trying: list[object] = [word for recipe in _RECIPES for word in ("-r", recipe)]
-        trying += ["--sizes", ",".join(map(str, _SIZES)), "--calibration", self.table]
+        trying += ["--sizes", ",".join(map(str, _SIZES)), "-t", _DTYPE, "--calibration", self.table]
         if drawing:
             shrinking = ["--model", self.model, "--prompts", self.prompts]
             trying += ["--images", self.model, "--prompts", self.prompts, "--images-out", folder / "pictures"]

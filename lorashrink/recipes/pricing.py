@@ -1,7 +1,8 @@
 """Ranks and dtypes chosen together, by one price per byte.
 
-For a price, every layer takes the rank and the dtype at which dropped + 0.01 · rounding + price · bytes is least. The
-price is then the lowest for which the file fits, or the highest for which the predicted quality is reached.
+For a price, every layer takes the rank and the dtype at which dropped + weight · rounding + price · bytes is least. The
+price is then the lowest for which the file fits, or the highest for which the predicted quality is reached. Where the
+recipe decides the ranks, it is the highest for which rounding harms no more than what the recipe drops.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from lorashrink.errors import RecipeError
 from lorashrink.recipes.choice import Selection, adjusted, budget, score, select, size_for, widths_of
 from lorashrink.recipes.grammar import Recipe
-from lorashrink.recipes.quality import ANCHOR, ROUNDING_IN_CHOICES, allowed_distortion, distortion, predicted_db
+from lorashrink.recipes.quality import ANCHOR, allowed_distortion, distortion, predicted_db, rounding_weight
 from lorashrink.recipes.terms import LayerFacts
 from lorashrink.text import size_text
 
@@ -79,7 +80,7 @@ def select_in_dtypes(
     if dtype == "auto":
         market = _Market(recipe, plain)
         dropped, rounding = market.losses([len(kept) for kept in selection.kept], selection.dtypes)
-        if ROUNDING_IN_CHOICES * rounding > _SHOWS * dropped:
+        if rounding_weight(recipe.calibrated) * rounding > _SHOWS * dropped:
             return _selected(recipe, offers, file_size, anchor)
     return selection
 
@@ -100,9 +101,7 @@ def _selected(
     facts = [next(iter(offer.values())) for offer in offers]
     selection = select(recipe, facts, lambda widths, threshold: file_size(widths, threshold, dtypes), scores)
     if several:
-        market = _Market(recipe, offers)
-        counts = [len(kept) for kept in selection.kept]
-        dtypes = market.dtypes(counts, market.price_of(counts, selection.threshold))
+        dtypes = _Market(recipe, offers).dtypes([len(kept) for kept in selection.kept])
     return replace(selection, dtypes=dtypes)
 
 
@@ -197,9 +196,8 @@ class _Market:
         import numpy as np
 
         ranks = np.arange(self._width)
-        costs = (
-            self._dropped[:, None, :] + ROUNDING_IN_CHOICES * self._rounding + price * self._bytes[:, :, None] * ranks
-        )
+        weight = rounding_weight(self.recipe.calibrated)
+        costs = self._dropped[:, None, :] + weight * self._rounding + price * self._bytes[:, :, None] * ranks
         columns, counts = np.divmod(costs.reshape(len(costs), -1).argmin(1), self._width)
         dtypes = tuple(self.names[column] for column in columns.tolist())
         counts = adjusted(self.recipe, self._facts, counts.tolist())
@@ -258,17 +256,18 @@ class _Market:
         dropped = self._dropped[rows, list(counts)].sum()
         return float(dropped), float(self._rounding[rows, columns, list(counts)].sum())
 
-    def price_of(self, counts: Sequence[int], threshold: float | None) -> float:
-        """The price per byte that a selection pays: that of its threshold, or of one rank less in every layer."""
-        if threshold is not None and self.recipe.bytes_weight == 1:
-            return self._unit * math.pow(10, 2 * threshold)
-        kept = [(count, row) for row, count in enumerate(counts) if count]
-        worth = sum(float(self._worth[row][self._orders[row][count - 1]]) for count, row in kept)
-        return worth / max(1, sum(self._facts[row].bytes_per_rank for _, row in kept))
+    def dtypes(self, counts: Sequence[int]) -> tuple[str, ...]:
+        """The cheapest dtypes for ranks that are decided, whose rounding harms no more than what is dropped."""
+        rows, ranks = range(len(counts)), [[count] for count in counts]
+        rounding = rounding_weight(self.recipe.calibrated) * self._rounding[rows, :, list(counts)]
+        dropped = self._dropped[rows, list(counts)].sum()
 
-    def dtypes(self, counts: Sequence[int], price: float) -> tuple[str, ...]:
-        """The dtype of each layer that costs least for a rank that is decided."""
-        rows = range(len(counts))
-        ranks = [[count] for count in counts]
-        costs = ROUNDING_IN_CHOICES * self._rounding[rows, :, list(counts)] + price * self._bytes * ranks
-        return tuple(self.names[index] for index in costs.argmin(1).tolist())
+        def columns(price: float) -> list[int]:
+            least: list[int] = (rounding + price * self._bytes * ranks).argmin(1).tolist()
+            return least
+
+        def harms(price: float) -> bool:
+            return bool(rounding[rows, columns(price)].sum() > dropped)
+
+        price, _ = self._bisected(harms) if harms(self.highest) else (self.highest, None)
+        return tuple(self.names[column] for column in columns(price))

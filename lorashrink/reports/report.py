@@ -46,6 +46,7 @@ def report(
     base: str | Path | None = None,
     recipes: str | Sequence[str] = (),
     sizes: Sequence[float] = (),
+    dtype: str = "same",
     calibration: str | Path | None = None,
     images: str | Path | None = None,
     prompts: str | Path | None = None,
@@ -84,7 +85,7 @@ def report(
     inputs = [source, *base_files(base), *filter(None, read)]
     for written in [path, *(card_pictures(path) if as_card else ())]:
         check_output(written, force=force, inputs=inputs)
-    shared: dict[str, Any] = {"base": base, "calibration": calibration, "device": device, "jobs": jobs}
+    shared: dict[str, Any] = {"base": base, "calibration": calibration, "dtype": dtype, "device": device, "jobs": jobs}
     tried: dict[str, Any] = {
         "sizes": sizes,
         "images": images,
@@ -148,6 +149,7 @@ def _identities(source: Path, base: str | Path | None) -> tuple[BaseInfo | None,
 _OPTIONS = {
     "base": "--base",
     "calibration": "--calibration",
+    "dtype": "-t",
     "sizes": "--sizes",
     "images": "--images",
     "settings": "--images-config",
@@ -175,10 +177,11 @@ def command_lines(
         source, output = Path(source.name), Path(output.name)
         options = {option: None if value is None else Path(str(value)).name for option, value in options.items()}
     options["--sizes"] = ",".join(map(str, arguments["sizes"])) or None
+    options["-t"] = None if arguments["dtype"] == "same" else arguments["dtype"]
     options["--seeds"] = ",".join(map(str, arguments["seeds"])) if arguments["images"] else None
     lines = {"This page": _line("report", source, recipes, {**options, "-o": output})}
     if shrunk:
-        needed = {name: options[name] for name in ("--base", "--calibration")}
+        needed = {name: options[name] for name in ("--base", "--calibration", "-t")}
         lines["The smaller adapter"] = _line("resize", source, [shrunk.recipe], needed)
         lines["The sizes as JSON"] = _line("sweep --json", source, recipes, options)
     lines["What is inside as JSON"] = _line("inspect --json --spectrum", source, (), {"--base": options["--base"]})

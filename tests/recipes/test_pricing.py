@@ -113,8 +113,19 @@ def test_dtypes_follow_a_decided_rank() -> None:
     assert counts_of(few) == [1, 1]
     assert set(few.dtypes) == {FP8}
     assert counts_of(everything) == [3, 3]
-    threshold = select_in_dtypes(Recipe.parse("bytes,thr=-5"), offers, "mixed", size_of(offers))
-    assert set(threshold.dtypes) == {FP16}  # a byte costs less than rounding
+    assert set(everything.dtypes) == {FP16}  # nothing is dropped, so that rounding would be the only harm
+
+
+@pytest.mark.parametrize("recipe", ["energy=0.9", "energy=0.999", "rank=3", "thr=-1"])
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_harms_no_more_than_what_a_recipe_drops(recipe: str, seed: int) -> None:
+    """Without calibration rounding weighs half as much as dropping."""
+    offers = some_file(seed=seed)
+    selection = select_in_dtypes(Recipe.parse(recipe), offers, "mixed", size_of(offers))
+    dropped, rounding = loss(offers, counts_of(selection), selection.dtypes)
+    assert rounding / 2 <= dropped
+    in_8_bits = loss(offers, counts_of(selection), [FP8] * 3)[1]
+    assert (set(selection.dtypes) == {FP8}) == (in_8_bits / 2 <= dropped)
 
 
 def test_one_dtype_is_taken_where_it_is_named() -> None:
