@@ -175,8 +175,8 @@ def delta_columns(stored: Stored) -> Dense:
     return Dense(change, 1.0, stored.shape)
 
 
-def told_by_settings(config: Mapping[str, Any], shape: tuple[int, ...]) -> bool:
-    """Whether rotations of columns are other ones where PEFT's settings are not beside them."""
+def depends_on_settings(config: Mapping[str, Any], shape: tuple[int, ...]) -> bool:
+    """Whether the rotations of columns change if PEFT's settings are not beside them."""
     series = config.get("use_cayley_neumann", True) and config.get("num_cayley_neumann_terms") in (None, _SERIES_TERMS)
     return bool(config) and (len(shape) > 2 or bool(config.get("coft")) or not series)
 

@@ -402,14 +402,8 @@ def loads(adapter: Adapter, family: str | None = None) -> Loads:
     dtypes = frozenset((key, info.dtype) for key, info in adapter.store.tensors.items())
     several = len({layer.rank for layer in adapter.layers}) > 1
     experts = any(layer.family.name == "experts" for layer in adapter.layers)
-    same = (
-        family,
-        adapter.as_folder,
-        several,
-        experts,
-        *_of_peft(adapter),
-        dtypes,
-    )  # adapters of a batch mostly have the same tensors
+    # Adapters of a batch mostly have the same tensors.
+    same = (family, adapter.as_folder, several, experts, *_of_peft(adapter), dtypes)
     if same not in _answers:
         if len(_answers) >= _MOST_ANSWERS:
             _answers.clear()

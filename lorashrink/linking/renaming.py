@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lorashrink.adapters import Adapter, Layer, adapter_of, layer_name, peft
 from lorashrink.adapters.family import Shape
-from lorashrink.adapters.oft import told_by_settings
+from lorashrink.adapters.oft import depends_on_settings
 from lorashrink.adapters.peft_keys import refuse_new_names
 from lorashrink.bases import Base, BaseFamily, Views, views_shape
 from lorashrink.bases.family import DIFFUSERS_PARTS
@@ -52,12 +52,12 @@ def _check_meaning(adapter: Adapter, naming: str) -> None:
 
 
 def _check_rotations(adapter: Adapter, views: Sequence[Views]) -> None:
-    """Raises UsageError for OFT of PEFT that would turn otherwise without its settings."""
+    """Raises UsageError for OFT of PEFT whose rotations would change without its settings."""
     for layer, rows in zip(adapter, views, strict=True):
         shape = views_shape(rows) if rows else ()
-        if "triangles" in layer.keys and told_by_settings(layer.config, shape):
+        if "triangles" in layer.keys and depends_on_settings(layer.config, shape):
             raise UsageError(
-                f"{adapter.path}: {layer.name} is OFT, whose rotations are told by PEFT's settings. {_MAKE_LORA}"
+                f"{adapter.path}: {layer.name} is OFT, whose rotations depend on PEFT's settings. {_MAKE_LORA}"
             )
 
 
@@ -255,15 +255,15 @@ class _Output:
     def _write_scale(self, layer: Layer, name: str) -> None:
         """The alpha of a layer whose scale was in the settings, which the output does not have.
 
-        Raises UsageError if the family has no alpha that says it.
+        Raises UsageError if no alpha of the family gives this scale.
         """
         if "alpha" in layer.keys or layer.family.scale(layer.infos, None, 1.0) == layer.scale:
             return
         alpha = layer.scale * layer.rank
         if not math.isclose(layer.family.scale(layer.infos, alpha, 1.0), layer.scale):
             raise UsageError(
-                f"{self.source.path}: {layer.name} is {layer.algo} at {layer.scale:g} times its numbers, which only "
-                f"PEFT's settings can say of it. {_MAKE_LORA}"
+                f"{self.source.path}: {layer.name} is {layer.algo} with a scale of {layer.scale:g}, which only PEFT's "
+                f"settings can hold. {_MAKE_LORA}"
             )
         self._write_number(f"{name}.alpha", alpha)
 

@@ -374,9 +374,9 @@ mantissa, so a layer changes by about 4 %.
   names.
 - Tensors that are not factors of LoRA keep 16 bits or more. `convert -t fp8` does not change other families.
 
-`-t mixed` chooses fp8 or fp16 for each layer by what a byte is worth. If the recipe decides the ranks, rounding harms no
-more than what the recipe drops. `-t auto` is fp8 if its rounding is small beside what the recipe drops, and otherwise
-mixed. int8 is not written, because programs load it without its scale.
+`-t mixed` chooses fp8 or fp16 for each layer by what a byte is worth. If the recipe decides the ranks, rounding harms
+no more than what the recipe drops. `-t auto` is fp8 if its rounding is small beside what the recipe drops, and
+otherwise mixed. int8 is not written, because programs load it without its scale.
 
 ## Bases
 
