@@ -369,7 +369,7 @@ def refined(study: Study, table: Path) -> None:
                 path, facts = study.shrunk(source, RECIPES[recipe].format(size=size), table)
                 out = study.work / "refined.safetensors"
                 prompts = prompts_file(study.work, ADAPTERS["style"].teaches, 16)
-                ls.refine(path, like=source, model=MODEL, prompts=prompts, output=out, force=True)
+                ls.refine(path, like=source, model=MODEL, prompts=prompts, output=out, closed_form=False, force=True)
                 return {**facts, "before": study.seen(path, source, test)["psnr"], **study.seen(out, source, test)}
 
             study.measure(f"refined|{recipe}|{rank}", make)

@@ -75,7 +75,7 @@ def refine(
     seeds: Sequence[int] = (0,),
     steps: int = 120,
     batch: int = 8,
-    closed_form: bool = False,
+    closed_form: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
@@ -89,8 +89,8 @@ def refine(
     like: the adapter that `shrunk` was made of. model, settings: as for `calibrate`. prompts: as for `sweep`, best with
     the words that call what the adapter was taught; default are general ones. seeds: each prompt is drawn with each.
     steps: of Adam, fewer if nothing is gained any more. batch: sampling steps of pictures per step of Adam.
-    closed_form: before that, each dimension gets a factor by regression, where held-out predictions gain by it; this is
-    quick, and steps may be 0 then.
+    closed_form: before that, each dimension gets a factor by regression, where held-out predictions gain by it. This is
+    quick. Steps may be 0 with it. Default True.
     dtype: of the model; auto is fp32 on a CPU, else bf16. Factors are always trained in fp32.
 
     Raises:

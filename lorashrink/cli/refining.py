@@ -47,8 +47,12 @@ def refine(
     steps: Annotated[int, typer.Option("--steps", min=0, help="Largest number of training steps.")] = 120,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Denoising steps per training step.")] = 8,
     closed_form: Annotated[
-        bool, typer.Option("--closed-form", help="First give each dimension a factor; enough with --steps 0.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--closed-form/--no-closed-form",
+            help="First give each dimension a factor by regression; enough with --steps 0.",
+        ),
+    ] = True,
     dtype: ModelDtype = "auto",
     device: Device = "auto",
     force: Force = False,

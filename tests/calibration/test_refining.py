@@ -135,7 +135,9 @@ def test_a_rate_that_is_too_high_falls_and_nothing_gets_worse(
     monkeypatch.setattr(refine, "_RATE", 1e3)
     monkeypatch.setattr(refine, "_ROUND", 1)
     output = tmp_path / "same.safetensors"
-    result = ls.refine(small, like=STYLE, model=MODEL, output=output, prompts=prompts, steps=3, batch=1)
+    result = ls.refine(
+        small, like=STYLE, model=MODEL, output=output, prompts=prompts, steps=3, batch=1, closed_form=False
+    )
     assert result.rates == (1e3, 5e2, 2.5e2)
     assert not result.improved
     assert result.loss_after == result.loss_before
@@ -189,7 +191,7 @@ def test_wrong_requests_are_refused(prompts: Path, small: Path, tmp_path: Path) 
             ls.refine(shrunk, **{"like": STYLE, "model": MODEL, "output": output, "prompts": prompts} | options)
 
     refused(UsageError, r"ends in \.safetensors", output=tmp_path / "a.pt")
-    refused(UsageError, "at least 1", steps=0)
+    refused(UsageError, "at least 1", steps=0, closed_form=False)
     refused(OutputError, "is an input", output=small, force=True)
     refused(OutputError, "is an input", output=STYLE, force=True)
     (tmp_path / "one.txt").write_text("a cat --w 64 --h 64 --s 1 --l 4\n")

@@ -63,7 +63,7 @@ def test_factors_bring_predictions_nearer_without_training(prompts: Path, tmp_pa
     """Columns of factors are scaled, and nothing else changes."""
     small, better = tmp_path / "small.safetensors", tmp_path / "better.safetensors"
     assert not ls.resize(HEART, recipes="rank=1", dtype="fp32", output=small).failed
-    result = ls.refine(small, like=HEART, model=MODEL, output=better, prompts=prompts, steps=0, closed_form=True)
+    result = ls.refine(small, like=HEART, model=MODEL, output=better, prompts=prompts, steps=0)
     assert result.improved
     assert result.steps == 0
     assert result.loss_scaled is not None
@@ -81,11 +81,19 @@ def test_factors_bring_predictions_nearer_without_training(prompts: Path, tmp_pa
 
 def test_a_whole_adapter_is_left_alone(prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "same.safetensors"
-    result = ls.refine(HEART, like=HEART, model=MODEL, output=output, prompts=prompts, steps=0, closed_form=True)
+    result = ls.refine(HEART, like=HEART, model=MODEL, output=output, prompts=prompts, steps=0)
     assert not result.improved
     assert result.loss_after == result.loss_before
 
 
 def test_no_steps_need_the_closed_form(prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
-        ls.refine(HEART, like=HEART, model=MODEL, output=tmp_path / "a.safetensors", prompts=prompts, steps=0)
+        ls.refine(
+            HEART,
+            like=HEART,
+            model=MODEL,
+            output=tmp_path / "a.safetensors",
+            prompts=prompts,
+            steps=0,
+            closed_form=False,
+        )

@@ -38,7 +38,9 @@ def _marked(name: str, content: str) -> str:
 def commands_page(page: str) -> str:
     """The page with today's help of every command; commands without a mark get a section at its end."""
     for name in COMMANDS:
-        outcome = CliRunner().invoke(app, [name, "--help"], terminal_width=_WIDTH, env={"COLUMNS": str(_WIDTH)})
+        outcome = CliRunner().invoke(
+            app, [name, "--help"], prog_name="lorashrink", terminal_width=_WIDTH, env={"COLUMNS": str(_WIDTH)}
+        )
         assert outcome.exit_code == 0, outcome.output
         text = "\n".join(line.rstrip() for line in outcome.stdout.strip().splitlines())
         block = _marked(f"help of {name}", f"```text\n{text}\n```")
