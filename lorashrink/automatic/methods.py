@@ -18,6 +18,7 @@ from lorashrink.errors import InputError, UsageError
 from lorashrink.files.disk import user_cache
 from lorashrink.files.header import read_header
 from lorashrink.linking.matching import match
+from lorashrink.pictures.pipelines import KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 _LARGEST_TABLE = 1 << 30
 
 _CALIBRATE = "lorashrink calibrate MODEL"
+
+# Families of bases that draw pictures; the pipeline of SD 1 draws with SD 2, too.
+_CAN_BE_CALIBRATED = frozenset({*(kind.family for kind in KINDS.values()), "sd2"})
 
 
 class Methods:
@@ -80,7 +84,7 @@ class Methods:
         """The best method for an adapter. Raises InputError if the adapter cannot be read."""
         alone = Method(
             "adapter",
-            "method: the LoRA alone. With a calibration table of its model, files become about half as large: "
+            "method: the LoRA alone. For models that draw, a calibration table makes files about half as large: "
             f"{_CALIBRATE}",
         )
         if self._base is None and not self._tables:
@@ -92,10 +96,9 @@ class Methods:
                 if _fits(adapter, table):
                     return Method("calibrated", f"method: calibrated with {table.path.name}, {where}", base, table.path)
         if base and self._base:
-            why = (
-                f"method: compared with {self._base.path.name}. With a calibration table of it, files become about a "
-                f"third smaller: {_CALIBRATE}"
-            )
+            why = f"method: compared with {self._base.path.name}"
+            if self._base.family.name in _CAN_BE_CALIBRATED:
+                why += f". With a calibration table of it, files become about a third smaller: {_CALIBRATE}"
             return Method("base", why, base)
         if named := self._calibration or (self._base and self._base.path):
             return Method("adapter", f"method: the LoRA alone. {named.name} is for another model")

@@ -172,3 +172,8 @@ def test_shrink_with_a_language_model_names_the_command_that_reads_texts(
     report = ls.shrink(trained, model=llama, output=tmp_path / "out")
     (note,) = [note for note in report.notes if "draws no pictures" in note]
     assert f"lorashrink sweep --text TEXT.txt --base {llama} ADAPTER" in note
+
+
+def test_shrink_suggests_no_calibration_of_a_language_model(llama: Path, trained: Path, tmp_path: Path) -> None:
+    (result,) = ls.shrink(trained, base=llama, output=tmp_path / "out").results
+    assert result.why == f"method: compared with {llama.name}"
