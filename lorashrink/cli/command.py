@@ -157,8 +157,11 @@ def session(name: str, as_json: bool, verbose: int, quiet: bool, debug: bool) ->
 class _Formatter(logging.Formatter):
     """Messages and tracebacks in which no name can drive the terminal."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record), keep="\n\t")
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return printable(super().formatException(ei), keep="\n\t")
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -89,7 +89,7 @@ def new_console() -> Console:
 
     class PrintableConsole(Console):
         def render_str(self, text: str, **options: Any) -> Text:  # every text passes here, also those in tables
-            return super().render_str(printable(text, keep="\n"), **options)
+            return super().render_str(printable(text), **options)
 
     # A pipe has no width; lines that are cut there would be cut in the reader's file.
     terminal = sys.stdout.isatty()

@@ -47,7 +47,8 @@ def print_evidence(result: Evidence, terminal: Terminal) -> None:
             "worst picture": lambda item: decibel_text(item.worst_db or 0),
         }
         console.print(table_of([item for item in result.reached if item.payload], sizes))
-    console.print(f"page: {result.page}\nto send in: {result.data}")
+    console.print(f"page: {result.page}")
+    console.print(f"to send in: {result.data}")
 
 
 def print_workload(console: Console, work: Workload) -> None:

@@ -205,9 +205,9 @@ def print_report(report: Report, terminal: Terminal, gathered: Gathered | None =
         warnings = f", {gathered.warnings} warnings among them" if gathered and gathered.warnings else ""
         console.print(f"and {more} more{warnings}; -v lists them")
     # Which programs load the outputs, if it is the same for all of them.
-    answers = {"\n".join(result.loads.lines) for result in results if not result.skipped}
-    if len(answers) == 1 and (lines := answers.pop()):
-        console.print(lines)
+    answers = {tuple(result.loads.lines) for result in results if not result.skipped}
+    for line in answers.pop() if len(answers) == 1 else ():
+        console.print(line)
     print_sums(console, report, terminal.dry_run)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import lorashrink_example
 from lorashrink import __version__
 from lorashrink.cli import app
 
@@ -199,3 +201,16 @@ def test_help_and_header_import_neither_torch_nor_numpy_nor_rich(adapter: Path) 
     for arguments in ("'--help'", f"'inspect', '--header', '--json', {str(adapter)!r}"):
         done = subprocess.run([sys.executable, "-c", code.format(arguments=arguments)], capture_output=True, text=True)
         assert done.stderr.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["resize", "-r", "rank=1", "-o", "out"], ["shrink", "-o", "small"]])
+def test_a_line_break_in_a_name_ends_no_line(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's name must not look like a message of the program."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(lorashrink_example.path("adapter.safetensors"), "a\nlorashrink: all is well.safetensors")
+    result = CliRunner().invoke(app, [command[0], "a\nlorashrink: all is well.safetensors", *command[1:]])
+    assert result.exit_code == 0
+    assert not any(line.startswith("lorashrink: all") for line in result.output.splitlines())
+    assert "a\\nlorashrink: all" in result.output
