@@ -159,15 +159,16 @@ class LayerPlan:
 
     def result(self, rescale: float) -> LayerResult:
         """Its row in the report."""
-        before, base = math.sqrt(self.total), self.facts.base_fro
+        total, base = self.total, self.facts.base_fro
+        lost = self.loss / math.sqrt(total) if total else 0.0  # squares of numbers such as 1e-300 are 0
         return LayerResult(
             name=self.layer.name,
             shape=self.layer.shape,
             algo=self.layer.algo,
             rank_before=self.layer.rank,
             rank_after=self.layer.rank if self.stays else self.width,
-            energy=1 - (self.loss / before) ** 2 if self.caps is None else self.norm**2 / self.total,
-            rle_lora=self.loss / before,
+            energy=1 - lost**2 if self.caps is None or not total else self.norm**2 / total,
+            rle_lora=lost,
             rle_ckpt=abs(rescale) * self.loss / base if base else None,
         )
 

@@ -30,6 +30,7 @@ from lorashrink.files.reading import open_tensors
 from lorashrink.linking.inputs import find_adapters, looks_like_base
 from lorashrink.pictures.prompts import read_prompts
 from lorashrink.recipes.grammar import parse_recipes
+from lorashrink.shrinking.run import resize
 from lorashrink.text import printable
 
 LAYER = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
@@ -282,3 +283,12 @@ def test_a_full_disk_under_stdout_is_a_message(tmp_path: Path, options: list[str
     assert result.returncode == 2
     assert "could not be printed (No space left on device)" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_layer_whose_square_is_zero_is_no_error_of_the_program(tmp_path: Path) -> None:
+    name, path = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", tmp_path / "a.safetensors"
+    tensors = {f"{name}.hada_{factor}_a": torch.ones(8, 4) for factor in ("w1", "w2")}
+    tensors |= {f"{name}.hada_{factor}_b": torch.ones(4, 8) for factor in ("w1", "w2")}
+    save_file({**tensors, f"{name}.alpha": torch.tensor(1e-300, dtype=torch.float64)}, path)
+    report = resize(path, recipes="rank=1", output=tmp_path / "out")
+    assert not any("unexpected" in failure.error for failure in report.failed)
