@@ -44,13 +44,13 @@ def print_extraction(report: Report, terminal: Terminal) -> None:
         say(f"The LoRA turns {before} into {', '.join(after)}.")
 
 
-def _meant(lora: Path, other: Path) -> str:
+def _meant(lora: Path, second: Path) -> str:
     """What to type in place of an extraction from a LoRA."""
     from lorashrink.linking.inputs import is_lora
 
-    if is_lora(other):
-        return f"To measure how two LoRAs differ: {line(lora, other, command='compare')}"
-    return f"To shrink the LoRA: {line(other, lora, command='resize')}"
+    if is_lora(second):
+        return f"To measure how two LoRAs differ: {line(lora, second, command='compare')}"
+    return f"To shrink the LoRA: {line(second, lora, command='resize')}"
 
 
 @command(print_extraction)

@@ -41,10 +41,7 @@ _SIZES = "fro_ckpt,bytes,size={:.4g}..{:.4g}/7"
 # Shares of the adapter's size, and the smallest adapter for which the least of them is more than names and metadata.
 _LEAST, _MOST, _WORTH_IT = 0.15, 0.8, 500_000
 
-# PSNR in dB of the worst picture from which a file is recommended; half precision alone often changes pictures more.
-CLOSE_PICTURES = 33.0
-
-# The level of `shrink` that is recommended where nothing is drawn or read.
+# The level of `shrink` from which a file is recommended; half precision alone often changes pictures more.
 _HIGH = LEVELS["high"]
 
 # Distance in the worst passage up to which a file is recommended: divergence in nats per token, or of cosines.
@@ -323,24 +320,27 @@ def suggest(
 ) -> Suggestion | None:
     """The smallest point that is close enough to the original adapter, or the closest point if none is; and why.
 
-    With pictures, close is a worst picture of `CLOSE_PICTURES` or more, or of no less than that of half precision. With
-    a text, it is a distance of `CLOSE_TEXTS` at most in the worst passage. With neither, it is what `shrink` takes for
-    its quality "high".
+    Close is what `shrink` takes for its quality "high", in the worst picture or by prediction; a worst picture that is
+    no worse than that of half precision is close, too. With a text, it is a distance of `CLOSE_TEXTS` at most in the
+    worst passage.
     """
     if not points:
         return None
-    least = min(CLOSE_PICTURES, drawn.floor.worst_psnr if drawn and drawn.floor else math.inf)
+    least = min(_HIGH.worst, drawn.floor.worst_psnr if drawn and drawn.floor else math.inf)
     close = [point for point in points if _is_close(point, least)]
     if close:
         chosen, preface = min(close, key=lambda point: point.bytes), ""
     else:
         chosen = min((point for point in points if point.best), key=_distance)
-        wanted = f"keeps the error of the weights at {share_text(_allowed_error(chosen))}"
         if chosen.pictures:
-            wanted = f"keeps every picture at {decibel_text(least)} or more"
+            shortfall = f"keeps every picture at {decibel_text(least)} or more"
         elif read:
-            wanted = f"keeps every passage within a {read.measure} of {CLOSE_TEXTS}"
-        preface = f"the closest, because no recipe {wanted}: "
+            shortfall = f"keeps every passage within a {read.measure} of {CLOSE_TEXTS}"
+        elif chosen.calibrated:
+            shortfall = f"is predicted to have {decibel_text(_HIGH.mean)}"
+        else:
+            shortfall = f"keeps the error of the weights at {share_text(_allowed_error(chosen))}"
+        preface = f"the closest, because no recipe {shortfall}: "
     reason = f"{preface}{share_text(chosen.bytes / before)} of the size; {_closeness(chosen, drawn, read)}"
     return Suggestion(chosen.recipe, chosen.bytes, chosen.relative_error, reason)
 

@@ -91,6 +91,9 @@ def test_calibrated_points_are_recommended_by_their_prediction() -> None:
     assert chosen is not None
     assert chosen.bytes == 2
     assert "predicted 41.0 dB" in chosen.reason
+    too_small = suggest(_with_front(points[:1]), 16)
+    assert too_small is not None
+    assert "no recipe is predicted to have 40.0 dB: 6.25% of the size; predicted 35.0 dB" in too_small.reason
 
 
 def test_a_sweep_has_the_numbers_of_resize(adapter: Path, base: Path, tmp_path: Path) -> None:
