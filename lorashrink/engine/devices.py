@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from lorashrink.engine.accelerators import start
 from lorashrink.errors import UsageError
@@ -76,7 +77,7 @@ def core_device(device: str | torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def worker_pool(jobs: int | None = None) -> Iterator[ThreadPoolExecutor]:
-    """Threads that each do whole layers, while torch and its BLAS stay on one thread apiece."""
+    """Threads that each do whole layers, while torch and BLAS stay on one thread apiece."""
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs: {jobs} is not a whole number of at least 1.")
     with (
@@ -94,16 +95,18 @@ def _cores() -> int:
 
 
 class _SingleThreaded:
-    """Torch on one thread while anyone uses this, and afterwards on as many as before.
+    """Torch and numpy's BLAS on one thread while anyone uses this, and afterwards on as many as before.
 
-    Torch keeps a number for each thread and one for the process, which new threads begin with. A second user must
-    not take the first one's 1 for the number to restore, so that all users share the number found by the first.
+    Torch keeps a number for each thread and one for the process, which new threads begin with. A BLAS has one for the
+    process. A second user must not take the first one's 1 for the number to restore, so that all users share the
+    numbers from before the first.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users: list[int] = []  # identifiers of their threads
         self._threads_before = 0
+        self._blas: threadpool_limits | None = None
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
@@ -111,6 +114,7 @@ class _SingleThreaded:
         with self._lock:
             if not self._users:
                 self._threads_before = torch.get_num_threads()
+                self._blas = threadpool_limits(1, user_api="blas")
             self._users.append(user)
             torch.set_num_threads(1)
         try:
@@ -120,6 +124,8 @@ class _SingleThreaded:
                 self._users.remove(user)
                 if user not in self._users:
                     torch.set_num_threads(self._threads_before)
+                if not self._users and self._blas:
+                    self._blas.restore_original_limits()
 
 
 _single_threaded = _SingleThreaded()

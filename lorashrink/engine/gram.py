@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +37,7 @@ CPU_BLOCK = 1 << 17
 # Bytes of the factors that a GPU has at once, in their own dtype, float32 and float64.
 _DEVICE_BYTES = 1 << 29
 
-# From this rank on, three products of a quarter of the size are faster than one product.
+# From this rank on, three products of a quarter of the size are faster on a GPU than one product.
 _SPLIT_RANK = 96
 
 
@@ -205,24 +206,31 @@ def on_cpu(*tensors: Tensor) -> list[Tensor]:
 
 def factor_gram(factors: Tensor, *, columns: bool) -> Tensor:
     """[L, r, r] float64 of factors [L, r, n], or [L, n, r] if `columns`."""
+    if factors.device.type == "cpu":
+        return _gram_on_cpu(factors, columns=columns)
+    wide = doubled(factors)
+    wide = wide.mT if columns else wide
+    rank = wide.shape[1]
+    if rank < _SPLIT_RANK:
+        return wide @ wide.mT
+    # Without the upper right quarter, which mirrors the lower left.
+    top, bottom = wide[:, : rank // 2], wide[:, rank // 2 :]
+    corner = bottom @ top.mT
+    return torch.cat([torch.cat([top @ top.mT, corner.mT], 2), torch.cat([corner, bottom @ bottom.mT], 2)], 1)
+
+
+def _gram_on_cpu(factors: Tensor, *, columns: bool) -> Tensor:
+    """The same by numpy, which computes one half of a matrix times its own transpose and mirrors it (BLAS's syrk).
+
+    torch computes both halves, which takes 1.6 to 1.8 times as long.
+    """
     count, rank = factors.shape[0], factors.shape[2 if columns else 1]
-    half = rank // 2
-    total = torch.zeros(count, rank, rank, dtype=torch.float64, device=factors.device)
-    block = max(64, CPU_BLOCK // (count * rank)) if factors.device.type == "cpu" else factors.numel()
-    for part in torch.split(factors, block, dim=1 if columns else 2):
-        wide = doubled(part)
-        wide = wide.mT if columns else wide
-        if rank < _SPLIT_RANK:
-            total.baddbmm_(wide, wide.mT)
-            continue
-        # Without the upper right quarter, which mirrors the lower left.
-        top, bottom = wide[:, :half], wide[:, half:]
-        total[:, :half, :half].baddbmm_(top, top.mT)
-        total[:, half:, half:].baddbmm_(bottom, bottom.mT)
-        total[:, half:, :half].baddbmm_(bottom, top.mT)
-    if rank >= _SPLIT_RANK:
-        total[:, :half, half:] = total[:, half:, :half].mT
-    return total
+    total = np.zeros((count, rank, rank))
+    for part in torch.split(factors, max(64, CPU_BLOCK // (count * rank)), dim=1 if columns else 2):
+        rows = doubled(part).numpy()
+        rows = rows.swapaxes(1, 2) if columns else rows
+        total += rows @ rows.swapaxes(1, 2)
+    return torch.from_numpy(total)
 
 
 def doubled(tensor: Tensor) -> Tensor:

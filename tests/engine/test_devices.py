@@ -1,4 +1,4 @@
-"""Worker threads, and torch's own number of threads."""
+"""Worker threads, and the number of threads of torch and BLAS."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from lorashrink.engine.devices import pick_device, worker_pool
 from lorashrink.errors import UsageError
@@ -20,8 +21,14 @@ from lorashrink.shrinking.run import resize
 def three_threads() -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    yield 3
+    with threadpool_limits(3, user_api="blas"):
+        yield 3
+        assert blas_threads() == {3}
     torch.set_num_threads(before)
+
+
+def blas_threads() -> set[int]:
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
 
 
 def threads_of_a_new_thread() -> int:
@@ -33,6 +40,7 @@ def test_workers_and_their_owner_run_torch_on_one_thread(three_threads: int) -> 
     with worker_pool(2) as pool:
         assert torch.get_num_threads() == 1
         assert pool.submit(torch.get_num_threads).result() == 1
+        assert blas_threads() == {1}
     assert torch.get_num_threads() == three_threads
 
 
@@ -98,6 +106,7 @@ def test_a_pool_within_a_pool_does_not_end_the_single_thread(three_threads: int)
         with worker_pool(1):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 1
+        assert blas_threads() == {1}
     assert torch.get_num_threads() == three_threads
 
 
