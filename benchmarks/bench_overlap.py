@@ -29,6 +29,7 @@ from lorashrink import compare, overlap
 from lorashrink.adapters import open_adapter
 from lorashrink.engine.devices import worker_pool
 from lorashrink.engine.spectrum import Item, decompose
+from lorashrink.engine.squares import square
 
 LAYERS, SIDE, RANK = 200, 640, 32
 COUNTS = (2, 5, 20)
@@ -60,13 +61,8 @@ def gram_matrices(count: int) -> None:
     """Both Gram matrices of the factors of `count` adapters, for as many layers as a file has."""
     up, down = torch.ones(SIDE, count * RANK).half(), torch.ones(count * RANK, SIDE).half()
     with worker_pool() as pool:
-        for _ in pool.map(lambda _: (_square(up.mT), _square(down)), range(LAYERS)):
+        for _ in pool.map(lambda _: (square(up.mT.double()), square(down.double())), range(LAYERS)):
             pass
-
-
-def _square(factor: torch.Tensor) -> torch.Tensor:
-    wide = factor.double()
-    return wide @ wide.mT
 
 
 def bare(paths: Sequence[Path]) -> None:

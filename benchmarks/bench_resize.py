@@ -411,13 +411,14 @@ def say_limits(bench: Bench, profile: Mapping[str, Mapping[str, float]], rates: 
     layers, sides, rank = len(bench.data.layers), numbers_per_rank(bench.data.layers), bench.rank
     read, gram, eigen, form = (
         bench.lora.stat().st_size,
-        2 * sides * rank**2,
+        sides * rank**2,
         9 * rank**3 * layers,
         2 * sides * rank * kept,
     )
     stages, cpu = profile["stages"], {name: value / cores() for name, value in profile["cpu"].items()}
     bench.say(
-        f"rates: float64 product {rates.gram / 1e9:.1f} GFLOP/s, float32 product {rates.form / 1e9:.1f} GFLOP/s, "
+        f"rates: float64 square {rates.gram / 1e9:.1f} and product {rates.core / 1e9:.1f} GFLOP/s, "
+        f"float32 product {rates.form / 1e9:.1f} GFLOP/s, "
         f"eigh {rates.eigh:.0f} problems/s, copy {rates.copy / 1e9:.1f} GB/s, cached read {rates.read / 1e9:.1f} GB/s, "
         f"flushed write {rates.write / 1e9:.2f} GB/s"
     )
@@ -426,7 +427,7 @@ def say_limits(bench: Bench, profile: Mapping[str, Mapping[str, float]], rates: 
         ("Python and torch", "", bench.import_torch.wall, start),
         ("read", f"{read / 1e6:.0f} MB", read / rates.read, cpu["read tensors"]),
         ("Gram matrices", f"{gram / 1e9:.1f} GFLOP", gram / rates.gram, cpu["Gram matrices"]),
-        ("r×r algebra", f"{eigen / 1e9:.1f} GFLOP", eigen / rates.gram, cpu["r×r algebra"]),
+        ("r×r algebra", f"{eigen / 1e9:.1f} GFLOP", eigen / rates.core, cpu["r×r algebra"]),
         ("form factors", f"{form / 1e9:.1f} GFLOP", form / rates.form, cpu["form factors"]),
         ("write", f"{written / 1e6:.0f} MB", written / rates.write, cpu["write tensors"] + stages["fsync, rename"]),
     ]

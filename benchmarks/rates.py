@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+
+from lorashrink.engine.devices import worker_pool
+from lorashrink.engine.squares import square
 
 _CHUNK = 1 << 24  # bytes read or written at a time
 _WRITTEN = 1 << 28  # bytes written to measure the disk
@@ -23,7 +25,8 @@ _ROWS = 1280  # the most common width in SDXL
 class Rates:
     """Best rates of this machine on all cores."""
 
-    gram: float  # flop/s, float64 [r, n]·[n, r]
+    gram: float  # flop/s, one half of a float64 [r, n]·[n, r]
+    core: float  # flop/s, float64 [r, r]·[r, r]
     form: float  # flop/s, float32 [n, r]·[r, k]
     eigh: float  # r×r float64 eigenproblems per second
     copy: float  # B/s copied in memory
@@ -39,10 +42,11 @@ def cores() -> int:
 def measure(rank: int, kept: int, file: Path) -> Rates:
     """Measure all of them, for problems of this rank of which `kept` dimensions are formed; reads `file`."""
     wide, tall, maps = torch.randn(rank, _COLUMNS).double(), torch.randn(_ROWS, rank), torch.randn(rank, kept)
-    core = wide @ wide.mT
+    core = square(wide)
     source = torch.ones(_CHUNK, dtype=torch.uint8)
     return Rates(
-        gram=2 * rank * rank * _COLUMNS * calls_per_second(lambda: wide @ wide.mT),
+        gram=rank * rank * _COLUMNS * calls_per_second(lambda: square(wide)),
+        core=2 * rank**3 * calls_per_second(lambda: core @ core),
         form=2 * rank * kept * _ROWS * calls_per_second(lambda: tall @ maps),
         eigh=calls_per_second(lambda: torch.linalg.eigh(core)),
         copy=_CHUNK * calls_per_second(source.clone),
@@ -52,14 +56,9 @@ def measure(rank: int, kept: int, file: Path) -> Rates:
 
 
 def calls_per_second(function: Callable[[], object]) -> float:
-    """Calls of a function per second when every core calls it, torch being held to one thread per call."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return sum(pool.map(partial(_repeat, function), range(cores())))
-    finally:
-        torch.set_num_threads(before)
+    """Calls of a function per second when every core calls it, with one thread per call."""
+    with worker_pool() as pool:
+        return sum(pool.map(partial(_repeat, function), range(cores())))
 
 
 def _repeat(function: Callable[[], object], _: int) -> float:

@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lorashrink.engine.delta import Delta
 from lorashrink.engine.eigen import eigh
+from lorashrink.engine.squares import square
 
 # A Gram matrix squares the condition number. Rounding gives it false eigenvalues of up to about 6·eps64·λ_1 at 1280
 # rows, more at more rows and in float32 sketches, so below this share of σ_1 nothing is trustworthy, and counts as 0.
@@ -36,9 +36,6 @@ CPU_BLOCK = 1 << 17
 
 # Bytes of the factors that a GPU has at once, in their own dtype, float32 and float64.
 _DEVICE_BYTES = 1 << 29
-
-# From this rank on, three products of a quarter of the size are faster on a GPU than one product.
-_SPLIT_RANK = 96
 
 
 class Grams(NamedTuple):
@@ -206,31 +203,16 @@ def on_cpu(*tensors: Tensor) -> list[Tensor]:
 
 def factor_gram(factors: Tensor, *, columns: bool) -> Tensor:
     """[L, r, r] float64 of factors [L, r, n], or [L, n, r] if `columns`."""
-    if factors.device.type == "cpu":
-        return _gram_on_cpu(factors, columns=columns)
-    wide = doubled(factors)
-    wide = wide.mT if columns else wide
-    rank = wide.shape[1]
-    if rank < _SPLIT_RANK:
-        return wide @ wide.mT
-    # Without the upper right quarter, which mirrors the lower left.
-    top, bottom = wide[:, : rank // 2], wide[:, rank // 2 :]
-    corner = bottom @ top.mT
-    return torch.cat([torch.cat([top @ top.mT, corner.mT], 2), torch.cat([corner, bottom @ bottom.mT], 2)], 1)
-
-
-def _gram_on_cpu(factors: Tensor, *, columns: bool) -> Tensor:
-    """The same by numpy, which computes one half of a matrix times its own transpose and mirrors it (BLAS's syrk).
-
-    torch computes both halves, which takes 1.6 to 1.8 times as long.
-    """
-    count, rank = factors.shape[0], factors.shape[2 if columns else 1]
-    total = np.zeros((count, rank, rank))
-    for part in torch.split(factors, max(64, CPU_BLOCK // (count * rank)), dim=1 if columns else 2):
-        rows = doubled(part).numpy()
-        rows = rows.swapaxes(1, 2) if columns else rows
-        total += rows @ rows.swapaxes(1, 2)
-    return torch.from_numpy(total)
+    count, rank, width = factors.mT.shape if columns else factors.shape
+    # Blocks that are shorter than the rank would be less work than adding their squares.
+    block = max(64, rank, CPU_BLOCK // (count * rank)) if factors.device.type == "cpu" else max(1, width)
+    total: Tensor | None = None
+    for part in torch.split(factors, block, dim=1 if columns else 2):
+        rows = doubled(part)
+        part_of_sum = square(rows.mT if columns else rows)
+        total = part_of_sum if total is None else total.add_(part_of_sum)
+    assert total is not None  # torch makes one part of an empty tensor, too
+    return total
 
 
 def doubled(tensor: Tensor) -> Tensor:

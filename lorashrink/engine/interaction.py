@@ -21,16 +21,15 @@ import torch
 from torch import Tensor
 
 from lorashrink.engine.eigen import eigh, eigvalsh
-from lorashrink.engine.gram import CPU_BLOCK, SIGMA_FLOOR, doubled, solve
+from lorashrink.engine.gram import SIGMA_FLOOR, factor_gram, solve
 from lorashrink.engine.norms import still_to_come
+from lorashrink.engine.squares import square
 
 _ENERGY = 0.9  # share of Σσ² in the dimensions whose subspaces are compared
 _TIE = 1e-6  # singular values this close, relative, are in a subspace together: their vectors are not unique
 
 # Sums of squares that cancel to less than this part of what was added have lost more than 9 of their 16 digits.
 _CANCELLED = 2.0**-20
-
-_QUARTERS = 4  # strips of a Gram matrix, whose halves above the diagonal are not computed
 
 # Up to this rank the sum is decomposed as any layer; above, an iteration finds its largest singular values.
 _FULL_RANK = 256
@@ -77,7 +76,8 @@ def interaction(
     if rank * (rows + width) > count * rows * width:
         up, down = ups.to(device).double() * scale, downs.to(device).double()
         return _of_matrices(_matrices(up, down, ranks), weight)
-    gram_up, gram_down = _gram(ups.mT, device).mul_(scale).mul_(scale[:, None]), _gram(downs, device)
+    gram_up = factor_gram(ups.to(device)[None], columns=True)[0].mul_(scale).mul_(scale[:, None])
+    gram_down = factor_gram(downs.to(device)[None], columns=False)[0]
     # before any sums over blocks, which would carry NaN from one to the next
     squares = gram_up.diagonal() * gram_down.diagonal()
     if broken := _not_finite([part.sum() for part in torch.split(squares, list(ranks))]):
@@ -95,21 +95,6 @@ def interaction(
         core_up, core_down = (torch.linalg.qr(factor, mode="r").R for factor in (up, down.mT))
         return _of_matrices(_matrices(core_up, core_down.mT, ranks), weight)
     return of_grams(gram_up, gram_down, products, ranks, weight)
-
-
-def _gram(factor: Tensor, device: torch.device) -> Tensor:
-    """[R, R] float64 of a factor [R, n]; blocks above the diagonal mirror those below."""
-    rank = len(factor)
-    total = torch.zeros(rank, rank, dtype=torch.float64, device=device)
-    ends = [rank * quarter // _QUARTERS for quarter in range(_QUARTERS + 1)]
-    block = max(64, CPU_BLOCK // rank) if device.type == "cpu" else factor.shape[1]
-    for columns in torch.split(factor, block, 1):
-        wide = doubled(columns.to(device))
-        for low, high in pairwise(ends):
-            total[low:high, :high].addmm_(wide[low:high], wide[:high].mT)
-    for low, high in pairwise(ends):
-        total[:low, low:high] = total[low:high, :low].mT
-    return total
 
 
 # --- from Gram matrices -------------------------------------------------------------------------
@@ -279,7 +264,7 @@ def _matrices(up: Tensor, down: Tensor, ranks: Sequence[int]) -> Tensor:
 def _of_matrices(matrices: Tensor, weight: Tensor) -> Interaction:
     """The same from the matrices [A, n, m], or from their coordinates in orthonormal bases of both sides."""
     flat = matrices.flatten(1)
-    products = flat @ flat.mT
+    products = square(flat)
     if broken := _not_finite(list(products.diagonal())):
         return _broken(broken, len(matrices))
     spectra = [_decomposed(matrix) for matrix in matrices]
@@ -295,8 +280,8 @@ def _of_matrices(matrices: Tensor, weight: Tensor) -> Interaction:
         products.cpu(),
         torch.stack([sigma[0] for sigma, _, _ in spectra]).cpu(),
         torch.tensor(counts, dtype=torch.float64),
-        _mean_squares(lefts.mT @ lefts, counts).cpu(),
-        _mean_squares(rights.mT @ rights, counts).cpu(),
+        _mean_squares(square(lefts.mT), counts).cpu(),
+        _mean_squares(square(rights.mT), counts).cpu(),
         (float(total.norm()), first, second),
         (parts / first if first > 0 else torch.zeros_like(parts)).cpu(),
     )
@@ -307,7 +292,7 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if matrix.shape[0] > matrix.shape[1]:
         sigma, right, left = _decomposed(matrix.mT)
         return sigma, left, right
-    values, vectors = eigh(matrix @ matrix.mT)
+    values, vectors = eigh(square(matrix))
     sigma, left = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
     sigma = torch.where(sigma > SIGMA_FLOOR * sigma[:1], sigma, 0)
     return sigma, left, matrix.mT @ left * torch.where(sigma > 0, 1 / sigma, 0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lorashrink.engine.eigen import eigh, eigvalsh
 from lorashrink.engine.gram import doubled
+from lorashrink.engine.squares import square
 
 # Numbers squared at a time in float64: still in a core's cache when they are summed.
 _FRO_BLOCK = 1 << 16
@@ -20,7 +20,6 @@ _DENSE_SIDE = 256
 
 # Up to this shorter side forming W·Wᵀ costs less than the passes over W that it saves.
 _SQUARE_SIDE = 4096
-_STRIPS = 8  # of W·Wᵀ, whose upper half mirrors the lower one
 
 # Squares of numbers in this range, and sums of them, stay in the range of float32 with all their digits.
 _SAFE_PEAKS = (1e-11, 1e14)
@@ -68,7 +67,7 @@ def spectral_norms(weights: Tensor) -> Tensor:
         wide = torch.where(finite[:, None, None], wide / units[:, None, None], 0)
     if wide.shape[1] <= _DENSE_SIDE:
         wide = wide.double()
-        sigma: Tensor = eigvalsh(wide @ wide.mT)[:, -1].clamp(min=0).sqrt()
+        sigma: Tensor = eigvalsh(square(wide))[:, -1].clamp(min=0).sqrt()
     else:
         sigma = krylov_norms(wide)
     return torch.where(finite, sigma * units, math.nan)
@@ -80,7 +79,7 @@ def spectral_norms(weights: Tensor) -> Tensor:
 def krylov_norms(wide: Tensor) -> Tensor:
     """σ_1 [L] of float32 matrices [L, n, m], n ≤ m, whose squares float32 can hold."""
     count, side = wide.shape[:2]
-    square = _square_of(wide)
+    times_square = _square_of(wide)
     size = _KRYLOV_BLOCK * _KRYLOV_SPACE
     space = wide.new_zeros(count, size, side)  # rows are orthonormal or 0
     projected = torch.zeros(count, size, size, dtype=torch.float64, device=wide.device)  # lower triangle
@@ -92,7 +91,7 @@ def krylov_norms(wide: Tensor) -> Tensor:
         stop = start + _KRYLOV_BLOCK
         block = new_directions(block, space[:, :start])
         space[:, start:stop] = block
-        image = square(block)
+        image = times_square(block)
         projected[:, start:stop, :stop] = image @ space[:, :stop].mT
         block = image
         if (step + 1) % _KRYLOV_CHECK == 0:
@@ -113,11 +112,8 @@ def _square_of(wide: Tensor) -> Callable[[Tensor], Tensor]:
     side = wide.shape[1]
     if side > _SQUARE_SIDE:
         return lambda rows: rows @ wide @ wide.mT
-    square = wide.new_empty(len(wide), side, side)
-    for low, high in pairwise(side * strip // _STRIPS for strip in range(_STRIPS + 1)):
-        square[:, low:high, :high] = wide[:, low:high] @ wide[:, :high].mT
-        square[:, :low, low:high] = square[:, low:high, :low].mT
-    return lambda rows: rows @ square
+    squares = square(wide)
+    return lambda rows: rows @ squares
 
 
 def new_directions(block: Tensor, space: Tensor) -> Tensor:
@@ -127,7 +123,7 @@ def new_directions(block: Tensor, space: Tensor) -> Tensor:
         block = block - block @ space.mT @ space
         block = torch.where(block.norm(dim=2, keepdim=True) > _EXHAUSTED * size, block, 0)
         exact = block.double()
-        values, vectors = eigh(exact @ exact.mT)
+        values, vectors = eigh(square(exact))
         new = values > _EXHAUSTED**2 * values[:, -1:]
         block = ((vectors * torch.where(new, 1 / values.sqrt(), 0)[:, None, :]).mT @ exact).float()
         size = torch.ones_like(size)

@@ -1,0 +1,29 @@
+"""A matrix times its own transpose: by numpy on a CPU, in strips on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lorashrink.engine.accelerators import computed, start
+from lorashrink.engine.devices import core_device
+from lorashrink.engine.squares import square
+
+
+@pytest.mark.parametrize("rank", [1, 47, 97, 150, 500])
+@pytest.mark.parametrize("shape", [(), (3,)], ids=["one", "three"])
+def test_a_square_is_the_product_with_the_transpose(engine_device: str, rank: int, shape: tuple[int, ...]) -> None:
+    rows = torch.randn(*shape, rank, 70, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    device = core_device(engine_device)
+    start(device)
+    (products,) = computed(lambda parts, device: [square(part.to(device)).cpu() for part in parts], [rows], device)
+    assert_close(products, torch.einsum("...in,...jn->...ij", rows, rows), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_squares_of_transposed_rows_and_of_float32(columns: bool) -> None:
+    rows = torch.randint(-9, 9, (40, 60)).float()  # whole numbers, so that no product is rounded
+    rows = rows.T.contiguous().T if columns else rows
+    assert torch.equal(square(rows), rows @ rows.T)
+    assert torch.equal(square(rows.requires_grad_()), rows @ rows.T)
