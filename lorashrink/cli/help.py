@@ -112,7 +112,7 @@ class CommandHelp(TyperCommand):
         help_line = f"See lorashrink {self.name} -h."
         unknown = getattr(error, "option_name", None)
         if unknown is None or "no such option" not in error.format_message().lower():
-            return f"{error.format_message().rstrip('.')}. {help_line}"
+            return f"{_message(error)}. {help_line}"
         names = [name for option in self.params for name in (*option.opts, *option.secondary_opts)]
         near = nearest(unknown, [name for name in names if name.startswith("--")], 0.7)
         hint = option_hint(unknown, words) or (f"Did you mean {near}?" if near else help_line)
@@ -188,8 +188,14 @@ class ProgramHelp(TyperGroup):
 
 
 def _of_program(error: Any) -> str:
-    text = error.format_message().rstrip(".")
+    text = _message(error)
     return text if text.endswith("?") else f"{text}. lorashrink -h lists the commands."
+
+
+def _message(error: Any) -> str:
+    """What click or pydantic, which reads numbers for typer, says of a mistake; without a full stop."""
+    text: str = error.format_message().rstrip(".")
+    return re.sub(r"Input should be (.*?)(, unable to parse .*)?$", r"it should be \1", text)
 
 
 def _write_description(text: str, formatter: Any) -> None:

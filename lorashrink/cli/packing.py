@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +11,8 @@ import typer
 from lorashrink.cli.command import Terminal, command
 from lorashrink.cli.options import Adapters, Base, Calibration, Device, Force, Jobs, Output, Recursive, split_base
 from lorashrink.cli.printing import say
-from lorashrink.errors import UsageError
+from lorashrink.errors import InputError, UsageError
+from lorashrink.files.disk import absent_text
 from lorashrink.text import bytes_in, count_text, decibel_text, percent_text, size_text
 
 if TYPE_CHECKING:
@@ -55,8 +58,6 @@ def pack(
 
     Example: lorashrink pack lora.safetensors --calibration sdxl-table.safetensors -o packed.safetensors
     """
-    if output is None:
-        raise UsageError("pack: name the folder or file to write with -o.")
     try:
         largest = None if size is None else int(bytes_in(size))  # a bare number is MiB, as in recipes
     except (ValueError, OverflowError):
@@ -66,7 +67,7 @@ def pack(
 
     return run(
         adapters,
-        output=output,
+        output=_named(output, "pack", adapters, recursive),
         quality=quality,
         size=largest,
         base=base,
@@ -99,8 +100,19 @@ def unpack(
 
     Example: lorashrink unpack packed.safetensors -o lora.safetensors
     """
-    if output is None:
-        raise UsageError("unpack: name the folder or file to write with -o.")
     from lorashrink.packing.unpack import unpack as run
 
+    output = _named(output, "unpack", files, recursive)
     return run(files, output=output, dtype=dtype, recursive=recursive, force=force, progress=terminal.progress)
+
+
+def _named(output: Path | None, command: str, files: Sequence[str], recursive: bool) -> Path:
+    """The output. Raises UsageError without one, but first says which input does not exist."""
+    from lorashrink.linking.inputs import find_adapters
+
+    if output is None:
+        for path in find_adapters(files, recursive=recursive):
+            if not path.exists():
+                raise InputError(f"{path}: {absent_text(path)}")
+        raise UsageError(f"{command}: name the folder or file to write with -o.")
+    return output

@@ -67,6 +67,7 @@ MISTAKES = {
     "resize lora.safetensors --dynamic_method sv_ratio": "-r sv_ratio=0.9.",
     "resize --save_to small.safetensors lora.safetensors": "Name the result with -o small.safetensors.",
     "resize lora.safetensors --outptu x": "Did you mean --output?",
+    "resize lora.safetensors --jobs x": "'--jobs': it should be a valid integer. See lorashrink resize -h.",
     "resize lora.safetensors --nonsense": "See lorashrink resize -h.",
     "resise lora.safetensors": "No such command 'resise'. Did you mean 'resize'",
     "--nonsense": "No such option: --nonsense. lorashrink -h lists the commands.",
@@ -97,6 +98,9 @@ MISTAKES = {
     # names
     "inspect prompts.txt": "prompts.txt: not a .safetensors file.",
     "inspect lroa.safetensors": "lroa.safetensors: no such file. Similar names there: lora.safetensors",
+    "pack lroa.safetensors": "lroa.safetensors: no such file. Similar names there: lora.safetensors",
+    "unpack lroa.safetensors": "lroa.safetensors: no such file. Similar names there: lora.safetensors",
+    "pack lora.safetensors": "pack: name the folder or file to write with -o.",
     "inspect lora": "lora: no such file. Similar names there: lora.safetensors",
     "inspect nowhere/lora.safetensors": "the folder nowhere does not exist",
     "inspect 'lora.safetensors'": "the name contains quotes. Type it without them: lora.safetensors",
