@@ -61,7 +61,8 @@ def mutated(draw: st.DrawFn, name: str) -> dict[str, Tensor]:
             case 6:
                 tensors[key] = tensor[..., None, None]
             case 7:
-                tensors[key] = tensor * draw(st.sampled_from([0.0, float("nan"), float("inf"), 1e-8, 6e4, -1.0]))
+                factor = draw(st.sampled_from([0.0, float("nan"), float("inf"), 1e-8, 6e4, -1.0]))
+                tensors[key] = (tensor.double() * factor).to(tensor.dtype)  # torch does not multiply fp8
             case _:
                 tensors[f"{key.rpartition('.')[0]}.alpha"] = torch.tensor(
                     draw(st.sampled_from([0.0, -1.0, float("nan"), 1e300, 1e-300, 4.0])), dtype=torch.float64
