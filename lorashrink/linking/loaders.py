@@ -442,6 +442,7 @@ _FAMILIES = {
     "ia3": "IA3",
     "loha": "LoHa",
     "lokr": "LoKr",
+    "miss": "MiSS",
     "oft": "OFT",
     "vera": "VeRA",
 }
@@ -515,6 +516,8 @@ class _Reader:
             if not namings:
                 return ""
             naming = namings[0]
+            if naming == "peft" and any(layer.family.name != "lora" for layer in self.adapter.layers):
+                return ""  # no one command makes such a folder
         for role in lora & _RENAMED.keys():
             ending = _RENAMED[role][naming not in ("kohya", "comfy")]
             dropped = self.loader.one_rank and role == "bias"  # targets drop biases

@@ -117,16 +117,19 @@ HEADER = {
 
 
 def check_header(path: Path) -> None:
-    """What we read is what the reference library reads; what it reads, we read."""
+    """What we read is what the reference library reads; what it reads, we read; bytes that it refuses, we refuse."""
     ours = only_ours(lambda: read_header(path))
     try:
         with safe_open(path, "pt") as opened:
             names = list(opened.keys())
             theirs = {name: list(opened.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError) as error:
+        refusal = str(error)
+    else:
+        assert ours is not None, "the reference library reads it"
+        assert {name: list(info.shape) for name, info in ours[0].items()} == theirs
         return
-    assert ours is not None, "the reference library reads it"
-    assert {name: list(info.shape) for name, info in ours[0].items()} == theirs
+    assert ours is None or "invalid JSON" in refusal, refusal  # it checks JSON that has no meaning, too
 
 
 def check_header_of(header: Any, data: int) -> None:
