@@ -288,6 +288,30 @@ add(
 )
 
 
+def journal_bytes() -> bytes:
+    """A journal with one entry."""
+    folder = FOLDER / "example"
+    folder.mkdir(exist_ok=True)
+    with journal.Journal(folder) as opened:
+        opened.write([opened.entry(folder / "a", folder / "b", state=journal.STARTED)])
+    return (folder / journal.NAME).read_bytes()
+
+
+def check_journal_file(data: bytes) -> None:
+    """A journal of any bytes is read, or another one takes its place."""
+    folder = FOLDER / "journal"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / journal.NAME).write_bytes(data)
+    with limits(), journal.Journal(folder) as opened:
+        opened.finished(folder / "a", folder / "b")
+        opened.write([opened.entry(folder / "a", folder / "b", state=journal.STARTED)])
+        opened.entries()
+
+
+add("journal file", 150, check_journal_file, data=st.deferred(lambda: bytes_of(journal_bytes())))
+
+
 def gguf_bytes() -> bytes:
     """A small file of GGUF."""
     path = FOLDER / "example.gguf"
