@@ -5,7 +5,7 @@ A new family is a file beside `lora.py` whose rows stand in `FAMILIES`.
 
 from __future__ import annotations
 
-from lorashrink.adapters import adalora, embedding, full, glora, ia3, loha, lokr, lora, oft, other_trainers, vera
+from lorashrink.adapters import adalora, embedding, full, glora, ia3, loha, lokr, lora, miss, oft, other_trainers, vera
 from lorashrink.adapters.family import Family
 
 # Of families with the same suffixes the first one whose marks are there wins.
@@ -19,6 +19,7 @@ FAMILIES: tuple[Family, ...] = (
     *oft.FAMILIES,
     *ia3.FAMILIES,
     *vera.FAMILIES,
+    *miss.FAMILIES,
     *embedding.FAMILIES,
     *other_trainers.FAMILIES,
 )

@@ -85,6 +85,8 @@ class Family:
     needs: Needs = Needs.NOTHING
     changed_base: str = ""  # the initialisation by which PEFT changes the base at load; "" if it does not
     experts: int = 1  # weights of one shape, one below another; they and others of their module have one rank
+    # (PEFT's settings, shape of the base weight) -> whether without them its tensors mean something else
+    needs_settings: Callable[[Mapping[str, Any], Shape], bool] = lambda config, shape: False
     becomes_lora: bool = False  # its own form needs what outputs do not have, so that it is always written as LoRA
     # role -> shape when the layer is written with another rank, in its own form; roles left out are folded away.
     # None: the family has no form of a chosen rank, and its layers are written as LoRA or stay as they are.

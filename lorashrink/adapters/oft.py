@@ -230,5 +230,6 @@ FAMILIES = (
         own_scale=unscaled,
         marks=frozenset({"triangles"}),
         needs=Needs.MULTIPLICATION,
+        needs_settings=depends_on_settings,
     ),
 )

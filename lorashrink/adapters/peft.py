@@ -88,8 +88,11 @@ def config(settings: Settings, layer: str) -> Mapping[str, Any]:
 
 def carried(settings: Settings, layer: str) -> str | None:
     """Why the settings make a layer's factors no ΔW = up · down, if they do; shapes alone do not tell all of these."""
-    if config(settings, layer).get("use_bdlora"):
+    of_layer = config(settings, layer)
+    if of_layer.get("use_bdlora"):
         return "block-diagonal LoRA (use_bdlora), one of whose factors is stored as a row of blocks"
+    if of_layer.get("peft_type") == "MISS" and of_layer.get("init_weights") not in (None, True, False, "mini"):
+        return "MiSS whose init_weights is not true, false or mini; then it may multiply the base weight"
     return None
 
 

@@ -82,7 +82,11 @@ KEYS: Mapping[str, _Rows] = {
         **_understood("r", "projection_prng_key", "save_projection"),
         **_harmless("vera_dropout", "d_initial", "init_weights"),
     },
+    "MISS": {**_ANY, **_understood("r", "mini_r", "init_weights"), **_harmless("miss_dropout")},
 }
+
+# Kinds that put learned vectors beside the prompt, or into the attention's keys and values.
+_PROMPTS = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"})
 
 # Initialisations that leave the base as it is, and those whose change of it is computed from the base weight.
 _FIRST_NUMBERS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -103,6 +107,11 @@ def check_keys(settings: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Raises InputError for a setting that gives the factors a meaning which is not known here."""
     for config in settings.values():
         kind = str(config.get("peft_type") or "LORA").rpartition(".")[2].upper()
+        if kind in _PROMPTS:
+            raise InputError(
+                f"{path}: its peft_type is {kind}: learned vectors beside the prompt. It changes no weight of the "
+                "model, and there is nothing to shrink."
+            )
         if kind not in KEYS:
             raise InputError(
                 f"{path}: its peft_type is {kind[:40]}, and what the factors of that kind mean is not known here. "

@@ -124,7 +124,7 @@ def compare(
 
     Example: lorashrink compare lora.safetensors shrunk.safetensors
     """
-    check_outputs([*files, base], force, as_csv=as_csv, plot=plot)
+    check_outputs([*files, base], force, as_csv=as_csv, plots=[plot])
     if plot:
         from lorashrink.plots import style
 

@@ -131,7 +131,7 @@ def inspect(
     from lorashrink.insight.inspection import inspect as run
 
     spectra, heat = (plot and plot.with_name(f"{plot.stem}_{name}{plot.suffix}") for name in ("spectra", "norms"))
-    check_outputs([*files, base], force, as_csv=as_csv, spectra=spectra, heat=heat)
+    check_outputs([*files, base], force, as_csv=as_csv, plots=[spectra, heat])
     base, adapters = split_base(files, base)
     if plot:
         from lorashrink.plots import style

@@ -49,7 +49,8 @@ def merge(
     grammar.parse_recipes(recipe or [])  # before torch is imported: a typo is answered at once
     from lorashrink.linking.inputs import split_sum
 
-    check_outputs([*[path for text in files for path, _ in split_sum(text)], base], force, as_csv=as_csv)
+    inputs = [*[path for text in files for path, _ in split_sum(text)], base]
+    check_outputs(inputs, force, as_csv=as_csv, adapters=output)
     base, adapters = split_base(files, base)
     from lorashrink.making.merging import EVERYTHING
     from lorashrink.making.merging import merge as run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,22 +33,28 @@ def print_json(document: object) -> None:
 
 
 def check_outputs(
-    inputs: Sequence[str | Path | None], force: bool, *, as_csv: Path | None = None, **plots: Path | None
+    inputs: Sequence[str | Path | None],
+    force: bool,
+    *,
+    as_csv: Path | None,
+    plots: Sequence[Path | None] = (),
+    adapters: Path | None = None,
+    pictures: Path | None = None,
 ) -> None:
     """Refuse, before any work, tables and figures that cannot be written or are in the way of something.
 
-    inputs: every file that the call reads; None for what it does not. plots: any names, for figures.
+    inputs: every file that the call reads. plots: files of figures. adapters: where adapters go, a folder or a file.
+    pictures: a folder of pictures. None stands for what is not read or written.
     """
-    from lorashrink.files.disk import check_output
+    from lorashrink.files.disk import check_apart, check_output
 
-    taken: set[str] = set()
-    for name, path in {"--csv": as_csv, **plots}.items():
+    files = [("--csv", as_csv), *(("--plot", plot) for plot in plots)]
+    one_adapter = adapters is not None and adapters.suffix == ".safetensors"
+    output, images = ("-o", adapters), ("--images-out", pictures)
+    check_apart([*files, output] if one_adapter else files, [images] if one_adapter else [output, images])
+    for option, path in files:
         if path is None:
             continue
-        option = name if name == "--csv" else "--plot"
-        if os.path.realpath(path) in taken:
-            raise UsageError(f"{option} {path}: is another output of the same call. Give each a name of its own.")
-        taken.add(os.path.realpath(path))
         try:
             check_output(path, force=force, inputs=[Path(entry) for entry in inputs if entry is not None])
         except LorashrinkError as error:

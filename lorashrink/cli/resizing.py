@@ -158,7 +158,7 @@ def resize(
     # Parameters that bear the name of an option are passed on; `locals()` comes before any of them changes.
     options = {name: value for name, value in locals().items() if name in ResizeKeywords.__annotations__}
     with Gathered(as_json=terminal.as_json, as_csv=as_csv is not None, everything=terminal.verbose > 0) as gathered:
-        check_outputs([*files, base, calibration, group_by_base], force, as_csv=as_csv)
+        check_outputs([*files, base, calibration, group_by_base], force, as_csv=as_csv, adapters=output)
         recipes = recipe or []
         parse_recipes(recipes)  # before any file is read: a typo is answered at once
         base, adapters = split_base(files, base)

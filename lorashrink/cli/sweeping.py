@@ -157,10 +157,8 @@ def sweep(
         [*adapter, base, calibration, images, images_config, prompts and prompt_file(prompts), text],
         force,
         as_csv=as_csv,
-        plot=plot,
-        likeness=likeness,
-        sheet=sheet,
-        answers=answers,
+        plots=[plot, likeness, sheet, answers],
+        pictures=images_out,
     )
     if plot:
         from lorashrink.plots import style

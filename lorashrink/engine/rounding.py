@@ -55,9 +55,9 @@ def to_float8(up: Tensor, down: Tensor, of_up: Energy = squares, of_down: Energy
     `of_up` and `of_down` are energies from statistics. Numbers beyond 448 become 448.
     """
     up, down = up.mT.contiguous().float(), down.float()
-    lengths = [torch.linalg.vector_norm(factor, dim=1) for factor in (up, down)]
+    lengths = [torch.linalg.vector_norm(factor, dim=1, dtype=torch.float64) for factor in (up, down)]
     ratio = lengths[1] / lengths[0] * math.sqrt(up.shape[1] / down.shape[1])
-    balance = torch.where(lengths[0] * lengths[1] > 0, ratio.sqrt(), 1.0)[:, None]
+    balance = torch.where(lengths[0] * lengths[1] > 0, ratio.sqrt(), 1.0)[:, None].float()
     if of_up is not squares or max(up.shape[1], down.shape[1]) <= _NARROW:
         balance = balance * best_balance(up * balance, down / balance, of_up, of_down)
     up, down = up * balance, down / balance
@@ -68,14 +68,14 @@ def to_float8(up: Tensor, down: Tensor, of_up: Energy = squares, of_down: Energy
     return Rounded(
         rounded_up.to(FLOAT8).mT,
         rounded_down.to(FLOAT8),
-        float(changes.double().sum().sqrt()),
-        float(norms.double().square().sum().sqrt()),
+        float(changes.sum().sqrt()),
+        float(norms.square().sum().sqrt()),
     )
 
 
 def _change(factor: Tensor, rounded: Tensor) -> Tensor:
     """[k]: the squared length of what rounding changes; `factor` is used up."""
-    lengths: Tensor = torch.linalg.vector_norm(factor.sub_(rounded), dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(factor.sub_(rounded), dim=1, dtype=torch.float64)
     return lengths.square()
 
 

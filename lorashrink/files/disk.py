@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 
-from lorashrink.errors import InputError, OutputError
+from lorashrink.errors import InputError, OutputError, UsageError
 from lorashrink.files.store import COPY_CHUNK, TensorStore, open_file
 
 
@@ -299,6 +299,27 @@ def check_output(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> N
     folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OutputError(f"{path}: {folder} cannot be written to. Choose another place.")
+
+
+NamedPaths = Sequence[tuple[str, Path | None]]  # option, and what it names; None if nothing
+
+
+def check_apart(files: NamedPaths, folders: NamedPaths = ()) -> None:
+    """Find out whether the outputs of one call get in each other's way.
+
+    folders: of outputs, where there may be others of the call. Raises UsageError if two paths are the same, or one lies
+    below one of `files`.
+    """
+    named = [(option, path, os.path.realpath(path)) for option, path in (*files, *folders) if path is not None]
+    of_files = {os.path.realpath(path) for _, path in files if path is not None}
+    taken: set[str] = set()
+    for option, path, real in named:
+        if real in taken:
+            raise UsageError(f"{option} {path}: is another output of the same call. Give each a name of its own.")
+        taken.add(real)
+        above = next((str(parent) for parent in Path(real).parents if str(parent) in of_files), None)
+        if above is not None:
+            raise UsageError(f"{option} {path}: lies below {above}, which is a file of the same call.")
 
 
 # --- identity -----------------------------------------------------------------------------------

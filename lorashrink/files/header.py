@@ -12,6 +12,7 @@ from typing import Any
 from lorashrink.errors import DamagedFile, InputError
 from lorashrink.files.disk import absent_text
 from lorashrink.files.store import DTYPES, TensorInfo, open_file
+from lorashrink.text import count_text
 
 # The format's own limit; a larger length is a lie or an attack.
 MAX_HEADER_BYTES = 100_000_000
@@ -128,8 +129,8 @@ _compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[str, str], bytes]:
     """Tensors of a safetensors file, its metadata, and the raw header; `file` is the index to note in each TensorInfo.
 
-    Raises InputError if the file cannot be opened, and DamagedFile if it is cut short, no safetensors file, or has a
-    header that contradicts itself or the file's size.
+    Raises InputError if the file cannot be opened, and DamagedFile if it is cut short, no safetensors file, has bytes
+    that belong to no tensor, or a header that contradicts itself or the file's size.
     """
     raw, size = _raw_header(path)
     data_start = 8 + len(raw)
@@ -148,7 +149,15 @@ def read_header(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[
     for start, nbytes, name in sorted([(info.offset, info.nbytes, name) for name, info in tensors.items()]):
         if start < end:
             raise DamagedFile(f"{path}: tensor {name} overlaps another one. Download or copy the file again.")
+        if start > end:  # the reference library refuses such a file, and with it all programs
+            unused = count_text(start - end, "byte")
+            raise DamagedFile(f"{path}: has {unused} in front of tensor {name}. Download or copy it again.")
         end = start + nbytes
+    if end < size:
+        raise DamagedFile(
+            f"{path}: has {count_text(size - end, 'byte')} behind its last tensor, and programs refuse such a file. "
+            f"Download or copy it again. If something was appended: truncate -s {end} FILE"
+        )
     if end > size:
         raise DamagedFile(
             f"{path}: cut short: its header promises {end} bytes, the file has {size}. Download or copy it again."

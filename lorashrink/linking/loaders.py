@@ -169,6 +169,11 @@ def _any(*endings: str) -> str:
 
 # ComfyUI knows the projections of a UNet's attention by the names of their processors alone.
 _COMFY_UNET = r"(?!.*(?<!\.processor)\.to_(?:q|k|v|out)(?:\.0)?$)"
+# What A1111 renames of diffusers' names; SDXL's first upsampler gets the name that it has in SD 1.
+_A1111_UNET = (
+    r"(?:conv_(?:in|out)|time_embedding_linear_\d|mid_block_(?:attentions|resnets)_"
+    r"|(?:down|up)_blocks_\d_(?:attentions|resnets|(?:down|up)samplers_0_conv))"
+)
 _TEXT_KOHYA = (
     names("lora_te_", "", "sd15 sd2 sdxl sdxl-refiner anima lumina2 qwen-image z-image"),
     names("lora_te1_", "", "sd15 sd2 sdxl flux sd3 hunyuan-dit"),
@@ -247,13 +252,17 @@ LOADERS: tuple[Loader, ...] = (
     Loader(
         "A1111",
         "github.com/AUTOMATIC1111/stable-diffusion-webui 1.10: extensions-builtin/Lora/networks.py",
-        _words("sd15 sd2 sdxl"),
+        _words("sd15 sd2 sdxl sd3"),
         (
-            names("lora_unet_", "native diffusers", "sd15 sd2 sdxl"),
-            names("oft_unet_", "native diffusers", "sd15 sd2 sdxl"),
-            names("lora_te_ lora_te1_ lora_te2_", "", "sd15 sd2 sdxl"),
+            names("lora_unet_ oft_unet_", "native", "sd15 sd2 sdxl"),
+            names("lora_unet_", "diffusers", "sd15 sd2", only=_A1111_UNET),
+            names("lora_unet_", "diffusers", "sdxl", only=rf"(?!up_blocks_0_upsamplers){_A1111_UNET}"),
+            names("lora_te_", "", "sd15 sd2", only="text_model_encoder_layers_"),
+            names("lora_te1_", "", "sd15 sdxl", only="text_model_"),
+            names("lora_te2_", "", "sdxl", only="text_model_encoder_layers_"),
+            names("transformer.", "diffusers", "sd3", only=r"transformer_blocks\.\d+\.attn\.to_(?:q|k|v|out\.0)$"),
         ),
-        _any(_UP_DOWN, _TUCKER, _DORA, _HADA, _KRON, _GLORA, _OFT, _IA3, _DIFF, _NORMS),
+        _any(_UP_DOWN, _A_B, _TUCKER, _DORA, _HADA, _KRON, _GLORA, _OFT, _IA3, _DIFF, _NORMS),
         ("kohya",),
     ),
     Loader(
@@ -442,6 +451,7 @@ _FAMILIES = {
     "ia3": "IA3",
     "loha": "LoHa",
     "lokr": "LoKr",
+    "miss": "MiSS",
     "oft": "OFT",
     "vera": "VeRA",
 }
@@ -515,6 +525,8 @@ class _Reader:
             if not namings:
                 return ""
             naming = namings[0]
+            if naming == "peft" and any(layer.family.name != "lora" for layer in self.adapter.layers):
+                return ""  # no one command makes such a folder
         for role in lora & _RENAMED.keys():
             ending = _RENAMED[role][naming not in ("kohya", "comfy")]
             dropped = self.loader.one_rank and role == "bias"  # targets drop biases
@@ -618,12 +630,27 @@ def parts(adapter: Adapter) -> Sequence[str]:
 def _reads_naming(loader: Loader, family: BaseFamily, adapter: Adapter, naming: str) -> bool:
     """Whether a program knows the names that the adapter's layers get in a naming of `convert`."""
     layout = {"kohya": family.kohya, "comfy": "native"}.get(naming, "diffusers")
+    modules: dict[str, list[str]] = {}
+    for layer in adapter.layers:
+        part, module = address(layer.name)
+        modules.setdefault(part or "unet", []).append(module)
     for part in parts(adapter):
         try:
             start = layer_name_in(naming, family, part, "")
         except UsageError:
             return False
-        rows = [row for row in loader.names if start in row.begins and row.suits(family.name) and not row.only]
+        rows = [
+            row
+            for row in loader.names
+            if start in row.begins
+            and row.suits(family.name)
+            and (not row.only or (start.endswith("_") and _all_fit(row.only, modules[part], family.name, layout)))
+        ]
         if not any(part != "unet" or layout in row.layouts for row in rows):
             return False
     return True
+
+
+def _all_fit(pattern: str, modules: Sequence[str], family: str, layout: str) -> bool:
+    """Whether the pattern fits the names of all modules, which this layout has too; names of others may change."""
+    return all(layout in layouts_of(family, module) and re.match(pattern, module) for module in modules)

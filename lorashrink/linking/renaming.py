@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from lorashrink.adapters import Adapter, Layer, adapter_of, layer_name, peft
 from lorashrink.adapters.family import Shape
-from lorashrink.adapters.oft import depends_on_settings
 from lorashrink.adapters.peft_keys import refuse_new_names
 from lorashrink.bases import Base, BaseFamily, Views, views_shape
 from lorashrink.bases.family import DIFFUSERS_PARTS
@@ -51,13 +50,13 @@ def _check_meaning(adapter: Adapter, naming: str) -> None:
             raise UsageError(f"{adapter.path}: {what} {layer.family.name}, which has no other names. {_MAKE_LORA}")
 
 
-def _check_rotations(adapter: Adapter, views: Sequence[Views]) -> None:
-    """Raises UsageError for OFT of PEFT whose rotations would change without its settings."""
+def _check_settings(adapter: Adapter, views: Sequence[Views]) -> None:
+    """Raises UsageError for a layer whose tensors mean something else without PEFT's settings."""
     for layer, rows in zip(adapter, views, strict=True):
-        shape = views_shape(rows) if rows else ()
-        if "triangles" in layer.keys and depends_on_settings(layer.config, shape):
+        if layer.family.needs_settings(layer.config, views_shape(rows) if rows else ()):
             raise UsageError(
-                f"{adapter.path}: {layer.name} is OFT, whose rotations depend on PEFT's settings. {_MAKE_LORA}"
+                f"{adapter.path}: what {layer.name} means, which is {layer.algo}, depends on PEFT's settings. "
+                f"{_MAKE_LORA}"
             )
 
 
@@ -78,7 +77,7 @@ def renamed(adapter: Adapter, naming: str, base: Base, dtype: str | None = None)
     """
     _check_meaning(adapter, naming)
     views = match(adapter, base)
-    _check_rotations(adapter, views)
+    _check_settings(adapter, views)
     modules = base.modules(layout_of(naming, base))
     targets, unnamed = _targets(adapter, views, modules)
     if naming == "peft":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorashrink.errors import NonFinite
 from lorashrink.files.store import cast
-from lorashrink.text import percent_text
+from lorashrink.text import count_text, percent_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,12 +44,16 @@ def balanced(up: Tensor, down: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return up / power, down * power
 
 
-def loss_warnings(losses: Mapping[str, float], kind: str) -> Iterable[str]:
+def loss_warnings(losses: Mapping[str, float], kind: str) -> list[str]:
     """What is said of tensors that `narrowed` found to lose much."""
-    return [
-        f"{key} loses {percent_text(loss)} of its norm: its numbers are too small for {kind}. Use -t bf16 or fp32"
-        for key, loss in losses.items()
-    ]
+    if not losses:
+        return []
+    first, share = next(iter(losses)), percent_text(max(losses.values()))
+    if len(losses) == 1:
+        what = f"{first} loses {share} of its norm: its numbers"
+    else:
+        what = f"{count_text(len(losses), 'tensor')}, first {first}, lose up to {share} of their norm: their numbers"
+    return [f"{what} are too small for {kind}. Use -t bf16 or fp32"]
 
 
 def _lost(tensor: Tensor, kind: str) -> float:

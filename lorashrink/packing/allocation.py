@@ -115,7 +115,7 @@ def largest_within(dimensions: Dimensions, nbytes: float) -> Allocation:
 
 def _bisected(dimensions: Dimensions, low_enough: Callable[[Allocation], bool]) -> tuple[float, float]:
     """Two neighbouring prices: at the upper one an allocation is `low_enough`, at the lower one it is not."""
-    high = math.log(float((dimensions.squares / dimensions.counts.sum(1)).max(initial=1e-30)) * 8)
+    high = math.log(float((dimensions.squares / dimensions.counts.sum(1)).max(initial=0.0)) * 8 or 1.0)
     low = high - _LOWEST
     for _ in range(_ROUNDS):
         middle = (low + high) / 2

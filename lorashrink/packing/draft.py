@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 
 from lorashrink.adapters import peft
 from lorashrink.engine.spectrum import truncate
+from lorashrink.errors import OutputError
 from lorashrink.files.header import Arrangement
 from lorashrink.files.metadata_keys import PACKED
 from lorashrink.files.packed import CODE, INDEX, VERSION, Form, contents_sha256
@@ -26,9 +28,15 @@ from lorashrink.packing.encoding import Encoder, rounded
 from lorashrink.recipes.choice import Selection
 from lorashrink.shrinking.decomposed import Decomposed
 from lorashrink.shrinking.plan import LayerPlan, Outline, Plan, plan
+from lorashrink.shrinking.remarks import below_precision
+from lorashrink.shrinking.write import NEGLIGIBLE
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# What float16 changes of a layer of ordinary numbers is far below this part of its norm.
+_ROUNDING = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +52,24 @@ class Draft:
     unpacked: int  # bytes
     numbers: int
     rounding: float  # Σ‖error of rounding‖²
+    narrowed: Mapping[str, float]  # layer -> ‖error of float16‖ where that is most of the error of rounding
 
     @property
     def nbytes(self) -> int:
         """Bytes of the file."""
         arrangement = Arrangement({**{key: info_of(tensor) for key, tensor in self.own.items()}, **self._infos})
         return len(arrangement.header(self.metadata)) + arrangement.nbytes
+
+    def warnings(self) -> list[str]:
+        """What is said of layers whose numbers do not fit float16. Raises OutputError where that is no small part."""
+        for name, loss in self.narrowed.items():
+            if loss > NEGLIGIBLE * self.plan.norm:
+                raise OutputError(
+                    f"{self.plan.adapter.path}: the numbers of layer {name} are too "
+                    f"{'large' if math.isinf(loss) else 'small'} for fp16, which packed files unpack to. "
+                    "Keep the file, or make it smaller with lorashrink resize -t bf16."
+                )
+        return below_precision(list(self.narrowed))
 
     @property
     def _infos(self) -> dict[str, TensorInfo]:
@@ -81,13 +101,16 @@ def build_draft(decomposed: Decomposed, outlined: Outline, allocation: Allocatio
     encoder = Encoder()
     unpacked: dict[str, Tensor] = {}  # what is not copied from the adapter, as it will be unpacked
     beside: dict[str, Tensor] = {}  # of these what is not in the code
-    rounding = 0.0
+    rounding, narrowed = 0.0, {}
     for index, layer in planned.written.items():
         written = WrittenLayer.of(planned, layer, device)
         classes = allocation.classes[start_of[index] + np.array(layer.kept)]
         result = rounded(written.prefix, written.form, written.matrices, classes.T.tolist())
         encoder.add(result)
         rounding += result.error / (written.scale**2 or 1.0)
+        narrowing = math.sqrt(result.narrowing) / (abs(written.scale) or 1.0)
+        if narrowing > _ROUNDING * layer.norm and 4 * result.narrowing > result.coding:
+            narrowed[layer.layer.name] = narrowing
         for (end, axis, rest), factor in zip(written.form.factors, result.values, strict=True):
             unpacked[written.prefix + end] = factor.reshape(layer.width, *rest).movedim(0, axis).contiguous()
         unpacked |= written.constants
@@ -118,6 +141,7 @@ def build_draft(decomposed: Decomposed, outlined: Outline, allocation: Allocatio
         unpacked=len(planned.arrangement.header(ordinary)) + planned.arrangement.nbytes,
         numbers=index_of_code.numbers,
         rounding=rounding,
+        narrowed=narrowed,
     )
 
 

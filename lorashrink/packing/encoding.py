@@ -82,6 +82,8 @@ class Rounded:
     numbers: Sequence[Whole]  # [k, count] for each factor
     values: Sequence[Tensor]  # [k, count] float16 for each factor: what they unpack to
     error: float  # Σ over dimensions of ‖u vᵀ - u' v'ᵀ‖²
+    coding: float  # of this what the whole numbers change
+    narrowing: float  # the same sum for float16 alone; infinity if its numbers end before these
 
 
 def rounded(name: str, form: Form, factors: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> Rounded:
@@ -89,15 +91,15 @@ def rounded(name: str, form: Form, factors: Sequence[Tensor], classes: Sequence[
 
     Where a class would need larger numbers than the format has, a coarser one is used.
     """
-    sizes = [torch.linalg.vector_norm(factor, dim=1) / math.sqrt(factor.shape[1]) for factor in factors]
-    common = (sizes[0].double() * sizes[1].double()).sqrt()  # of both sides, when they are balanced
+    sizes = [torch.linalg.vector_norm(factor.double(), dim=1) / math.sqrt(factor.shape[1]) for factor in factors]
+    common = (sizes[0] * sizes[1]).sqrt()  # of both sides, when they are balanced
     quarters = [round(4 * math.log2(size)) if size > 0 else SCALES.start for size in common.tolist()]  # of powers of 2
     scales = [min(max(scale, SCALES.start), SCALES.stop - 1) for scale in quarters]
     balanced = [
         factor * torch.where(size > 0, common / size, 0).float()[:, None]
         for factor, size in zip(factors, sizes, strict=True)
     ]
-    numbers, values, used = [], [], []
+    numbers, coded, used = [], [], []
     for factor, requested in zip(balanced, classes, strict=True):
         fitting = [
             next(
@@ -109,18 +111,25 @@ def rounded(name: str, form: Form, factors: Sequence[Tensor], classes: Sequence[
         steps = torch.tensor([step(*pair) for pair in zip(scales, fitting, strict=True)], dtype=torch.float32)
         integers = torch.round(factor / steps[:, None]).clamp_(-MOST, MOST).short()
         numbers.append(integers.numpy())
-        values.append((integers.float() * steps[:, None]).half())  # from integers, which have no -0
+        coded.append(integers.float() * steps[:, None])  # from integers, which have no -0
         used.append(fitting)
-    return Rounded(name, form, scales, used, numbers, values, _product_error(balanced, values))
+    values, halves = [factor.half() for factor in coded], [factor.half() for factor in balanced]
+    fits = all(bool(half.isfinite().all()) for half in (*values, *halves))
+    return Rounded(
+        *(name, form, scales, used, numbers, values),
+        error=_product_error(balanced, values) if fits else math.inf,
+        coding=_product_error(balanced, coded),
+        narrowing=_product_error(balanced, halves) if fits else math.inf,
+    )
 
 
 def _product_error(exact: Sequence[Tensor], stored: Sequence[Tensor]) -> float:
     """‖u vᵀ - u' v'ᵀ‖² of all dimensions, from the differences, so that small errors are exact."""
-    (u, v), (new_u, new_v) = exact, (factor.float() for factor in stored)
+    (u, v), (new_u, new_v) = (map(torch.Tensor.double, factors) for factors in (exact, stored))  # room for squares
     du, dv = new_u - u, new_v - v
 
     def dots(first: Tensor, second: Tensor) -> Tensor:
-        return (first * second).sum(1).double()
+        return (first * second).sum(1)
 
     squares = dots(du, du) * dots(v, v) + dots(new_u, new_u) * dots(dv, dv) + 2 * dots(du, new_u) * dots(v, dv)
     return max(0.0, float(squares.sum()))

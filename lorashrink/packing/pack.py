@@ -149,6 +149,7 @@ def _pack_file(source: Path, outputs: Mapping[Path, Recipe], session: Session, g
             draft = build(cheapest(dimensions, lambda choice: prediction.psnr(choice) >= goal.quality))
         else:
             draft = _best_within(goal.size, dimensions, build, source)
+        warnings = [*draft.plan.warnings, *draft.warnings()]
         draft.write(path)
         with open_adapter(path) as written:
             assert isinstance(written.store, PackedStore)
@@ -171,7 +172,7 @@ def _pack_file(source: Path, outputs: Mapping[Path, Recipe], session: Session, g
         layers=tuple(layer.result(planned.recipe.rescale) for layer in planned.layers),
         verbatim=tuple(Verbatim(key, reason) for key, reason in planned.verbatim.items()),
         removed=tuple(Removed(name, reason) for name, reason in planned.removed.items()),
-        warnings=tuple(planned.warnings),
+        warnings=tuple(warnings),
     )
 
 

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorashrink.bases import open_base
+from lorashrink.bases import Base, open_base
 from lorashrink.errors import InputError, LorashrinkError, UsageError
 from lorashrink.pictures.clip_tokenizer import bundled_tokenizer, has_vocabulary
 
@@ -58,8 +58,9 @@ KINDS: Mapping[str, Kind] = {
 
 _TITLES = ", ".join(kind.title for kind in KINDS.values())
 
-# A file of these keys predicts velocities, or was trained down to a signal of zero; there is no other place to say so.
-VELOCITY, ZERO_SIGNAL = "v_pred", "ztsnr"
+# A file with these keys predicts velocities, or was trained down to a signal of zero.
+_VELOCITY, _ZERO_SIGNAL = "v_pred", "ztsnr"
+_STATED = "modelspec.prediction_type"  # "v" or "epsilon" in the metadata, by programs that follow ModelSpec
 
 # Where a CLIP tokenizer lies in a model's folder, in sd-scripts' cache and in that of the hub's tools.
 _TOKENIZERS = (
@@ -358,16 +359,25 @@ def scheduler_of_file(model: Path) -> Any:
     from diffusers import EulerDiscreteScheduler
 
     with open_base(model) as base:
-        keys = base.store.tensors if base.store else {}
+        said, zero_signal = prediction_of_file(base)
         return EulerDiscreteScheduler(
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
             steps_offset=1,
             timestep_spacing="leading",
-            prediction_type="v_prediction" if VELOCITY in keys else "epsilon",
-            rescale_betas_zero_snr=ZERO_SIGNAL in keys,
+            prediction_type=said or "epsilon",
+            rescale_betas_zero_snr=zero_signal,
         )
+
+
+def prediction_of_file(base: Base) -> tuple[str, bool]:
+    """What a single file says of its prediction, in diffusers' words or "", and whether its signal ends at zero."""
+    if base.store is None:
+        return "", False
+    stated = base.store.metadata.get(_STATED)
+    velocity = _VELOCITY in base.store.tensors or stated == "v"
+    return "v_prediction" if velocity else "epsilon" if stated else "", _ZERO_SIGNAL in base.store.tensors
 
 
 def _tokenizer_of_file(model: Path) -> Path | None:

@@ -12,7 +12,7 @@ from lorashrink.adapters import open_adapter
 from lorashrink.bases import open_base
 from lorashrink.bases.views import BaseInfo
 from lorashrink.errors import InputError, Progress, UsageError
-from lorashrink.files.disk import check_output, sha256_file, write_bytes
+from lorashrink.files.disk import check_apart, check_output, sha256_file, write_bytes
 from lorashrink.insight.inspection import inspect
 from lorashrink.linking.inputs import find_adapters
 from lorashrink.pictures.prompts import prompt_file
@@ -83,7 +83,9 @@ def report(
         raise UsageError(f"{path}: a report is a page; give it a name that ends in .html or .md.")
     read = (prompt_file(prompts) if prompts is not None else None, Path(text) if text is not None else None)
     inputs = [source, *base_files(base), *filter(None, read)]
-    for written in [path, *(card_pictures(path) if as_card else ())]:
+    files = [path, *(card_pictures(path) if as_card else ())]
+    check_apart([("-o", written) for written in files], [("--images-out", Path(pictures) if pictures else None)])
+    for written in files:
         check_output(written, force=force, inputs=inputs)
     shared: dict[str, Any] = {"base": base, "calibration": calibration, "dtype": dtype, "device": device, "jobs": jobs}
     tried: dict[str, Any] = {

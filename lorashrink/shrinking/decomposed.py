@@ -45,7 +45,8 @@ class Decomposed:
         for layer, spectrum in zip(self.adapter.layers, self.spectra, strict=True):
             if not spectrum.finite:
                 keys = [key for role, key in {**layer.keys, **layer.common}.items() if role != "alpha"]
-                damaged = (f" (in {key})" for key in keys if not torch.isfinite(layer.store.read(key).float()).all())
+                stored = [key for key in keys if key in layer.store.tensors]  # none of a sum, which only its parts have
+                damaged = (f" (in {key})" for key in stored if not torch.isfinite(layer.store.read(key).float()).all())
                 raise NonFinite(
                     f"{self.adapter.path}: layer {layer.name} contains NaN or infinity{next(damaged, '')}. "
                     "The training diverged, or the file is damaged; use an earlier checkpoint."

@@ -32,6 +32,10 @@ _PATIENCE = 10.0  # s, while another run writes into the same journal
 SETTLED_SECONDS = 2.0
 
 
+# What a damaged file makes SQLite or the reading of a cell raise; text that is no Unicode is a ValueError.
+_DAMAGE = (sqlite3.Error, ValueError, TypeError, RecursionError)
+
+
 class Stamp(NamedTuple):
     """Size, times and inode of a file; while these are equal the file need not be read again."""
 
@@ -119,7 +123,7 @@ class Journal:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._database = _open(folder / NAME)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, *_DAMAGE) as error:
             self._give_up(error)
 
     def finished(self, output: Path, source: Path) -> Entry | None:
@@ -158,7 +162,7 @@ class Journal:
                     with self._database:
                         self._database.executemany(f"INSERT OR REPLACE INTO outputs VALUES ({values})", rows)
                     return
-                except sqlite3.Error as error:
+                except _DAMAGE as error:
                     self._mend(error)
 
     def entries(self) -> list[Entry]:
@@ -184,7 +188,7 @@ class Journal:
             try:
                 rows = self._database.execute(f"SELECT {', '.join(_COLUMNS)} FROM outputs {which}", values)
                 return [Entry.from_row(row) for row in rows]
-            except (sqlite3.Error, ValueError, TypeError, RecursionError) as error:
+            except _DAMAGE as error:
                 self._mend(error)
                 return []
 
@@ -200,7 +204,7 @@ class Journal:
         try:
             _set_aside(self.folder / NAME, error)
             self._database = _open(self.folder / NAME)
-        except (OSError, sqlite3.Error) as failure:
+        except (OSError, *_DAMAGE) as failure:
             self._give_up(failure)
 
     def _give_up(self, error: Exception) -> None:
@@ -223,7 +227,7 @@ def _open(path: Path) -> sqlite3.Connection:
         return _with_table(path)
     except sqlite3.OperationalError:  # it may be in order, but cannot be had: locked, read-only, a full disk
         raise
-    except sqlite3.DatabaseError as error:
+    except _DAMAGE as error:
         _set_aside(path, error)
         return _with_table(path)
 
@@ -249,6 +253,11 @@ def _with_table(path: Path) -> sqlite3.Connection:
                 database.execute(f"PRAGMA user_version={_VERSION}")
             names = ", ".join(_COLUMNS[1:])
             database.execute(f"CREATE TABLE IF NOT EXISTS outputs (output TEXT PRIMARY KEY, {names}) WITHOUT ROWID")
+        database.text_factory = bytes  # a damaged name may be no text
+        columns = [name for _, name, *_ in database.execute("PRAGMA table_info(outputs)")]
+        database.text_factory = str
+        if columns != [name.encode() for name in _COLUMNS]:
+            raise ValueError("its table has other columns")
     except BaseException:
         with contextlib.suppress(sqlite3.Error):
             database.close()

@@ -38,7 +38,7 @@ _COARSEST, _COARSEST_IN_FILE = 0.4, 1e-2
 
 # What rounding may take from a layer whose numbers are too small for the dtype, as a part of the file's norm: far less
 # than it takes from the others.
-_NEGLIGIBLE = 1e-5
+NEGLIGIBLE = 1e-5
 
 _CHUNK = 16  # layers per task
 
@@ -235,7 +235,7 @@ def below_tolerance(
     squares = computed(_squares, deltas, core_device(device))
     rescale, flushed = abs(plan.recipe.rescale), []
     for planned, layer, square in zip(chunk, layers, squares, strict=True):
-        norm = abs(layer.scale) * math.sqrt(max(0.0, square))  # NaN, if a number overflowed, compares as wrong
+        norm = abs(layer.scale) * math.sqrt(max(square, 0.0))  # NaN, if a number overflowed
         expected = rescale * planned.norm
         # a norm moves by no more than what rounding changed, and mostly by far less
         change = changes.get(planned.index, 0.0)
@@ -247,8 +247,8 @@ def below_tolerance(
             and abs(norm**2 - remaining**2) <= (2 + tolerance) * tolerance * rescale**2 * planned.total
         ):
             continue
-        negligible = _COARSEST_IN_FILE if change else _NEGLIGIBLE
-        if not max(change, abs(norm - expected)) <= negligible * rescale * plan.norm:
+        negligible = _COARSEST_IN_FILE if change else NEGLIGIBLE
+        if math.isnan(norm) or max(change, abs(norm - expected)) > negligible * rescale * plan.norm:
             raise OutputError(
                 f"{path}: layer {layer.name} has norm {norm:.4g} after writing, {expected:.4g} before. "
                 f"Its numbers do not fit the dtype; use -t {'fp16' if change else 'fp32 or -t bf16'}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,8 @@ class Part:
     def delta(self) -> AnyDelta:
         """What the layer adds at its weight. Raises NonFinite."""
         delta = dora_delta(self.layer) if "magnitude" in self.layer.keys else self.layer.delta
-        if not all(bool(tensor.float().isfinite().all()) for tensor in delta.tensors):
+        factors = (bool(tensor.float().isfinite().all()) for tensor in delta.tensors)
+        if not (math.isfinite(self.layer.scale) and all(factors)):
             raise NonFinite(
                 f"{self.layer.store.path}: layer {self.layer.name} contains NaN or infinity. The training diverged, "
                 "or the file is damaged; use an earlier checkpoint."

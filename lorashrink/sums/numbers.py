@@ -71,8 +71,7 @@ def side_by_side(deltas: Sequence[Delta], runs: Sequence[Sequence[RowRun]], shap
     if len(ups) > 1:
         probes = torch.randn(fan_in(shape), _PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         images = [up.double() @ (down.double() @ probes) for up, down in zip(ups, downs, strict=True)]
-        total = torch.stack(images).sum(0)
-        if float(total.norm()) <= _CANCELLED * sum(float(image.norm()) for image in images):
+        if _cancelled(torch.stack(images).sum(0), sum(float(image.norm()) for image in images)):
             return Delta(torch.zeros(shape[0], 1), torch.zeros(1, fan_in(shape)), 1.0, shape)
     unique: list[tuple[Tensor, Tensor]] = []
     for up, down in zip(ups, downs, strict=True):
@@ -103,7 +102,7 @@ def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     Side by side, a factor that is small only because its partner is large would look like rounding.
     """
     lengths = float(up.double().norm()), float(down.double().norm())
-    if not all(lengths):
+    if not all(0 < length < math.inf for length in lengths):
         return up, down
     shift = 2.0 ** round((math.log2(lengths[1]) - math.log2(lengths[0])) / 2)
     return up * shift, down / shift
@@ -124,6 +123,11 @@ def summed_matrix(deltas: Sequence[AnyDelta], runs: Sequence[Sequence[RowRun]], 
                 total[at + low : at + high] += rows
                 square += float(rows.double().square().sum())
         lengths += math.sqrt(square)
-    if len(deltas) > 1 and float(total.double().norm()) <= _CANCELLED * lengths:
+    if len(deltas) > 1 and _cancelled(total, lengths):
         total.zero_()
     return Dense(total, 1.0, shape)
+
+
+def _cancelled(total: Tensor, lengths: float) -> bool:
+    """Whether a sum of terms of these lengths is nothing but their rounding; not where a number overflowed."""
+    return float(total.double().norm()) <= _CANCELLED * lengths < math.inf

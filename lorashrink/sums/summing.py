@@ -15,7 +15,7 @@ from lorashrink.adapters import Adapter, adapter_family, open_adapter, peft
 from lorashrink.adapters.peft_keys import only_in_peft, way_out
 from lorashrink.bases import Base
 from lorashrink.bases.families import family_title
-from lorashrink.errors import FamilyMismatch, UsageError
+from lorashrink.errors import FamilyMismatch, ShapeError, UsageError
 from lorashrink.files.disk import sha256_file, sha256_store
 from lorashrink.files.in_memory import sha256_tensors
 from lorashrink.files.store import DTYPES, FACTOR_DTYPES, ComputedStore
@@ -71,6 +71,12 @@ def combined(
         ]
         store = _Store(terms.path, extras.tensors, metadata.summed(origins), bound)
         layers = tuple(slot.layer(names, dtype, store) for slot in slots)
+        for layer in layers:
+            if (vector := f"{layer.name}.diff") in extras.tensors:
+                raise ShapeError(
+                    f"{terms.path}: {vector} is a vector in one adapter, and the weight of that layer a matrix in "
+                    "another. Merge adapters of one model."
+                )
         settings = sum_settings(bound, layers, folder, naming)
         if folder:
             settings = {"": peft.with_saved(settings[""], extras.tensors)}

@@ -26,6 +26,7 @@ from peft import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     OFTConfig,
     PeftConfig,
     PeftModel,
@@ -38,17 +39,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lorashrink.adapters import adalora, embedding, full, glora, ia3, loha, lokr, oft, open_adapter, vera
+from lorashrink.adapters import adalora, embedding, full, glora, ia3, loha, lokr, miss, oft, open_adapter, vera
 from lorashrink.adapters.family import SHARED, Family, Infos, Needs, Stored
 from lorashrink.engine.delta import AnyDelta, Delta, Dense, Kronecker
 from lorashrink.errors import ShapeError
 from lorashrink.files.store import TensorInfo
 
 FAMILIES = [
-    family for module in (adalora, embedding, full, glora, ia3, loha, lokr, oft, vera) for family in module.FAMILIES
+    family
+    for module in (adalora, embedding, full, glora, ia3, loha, lokr, miss, oft, vera)
+    for family in module.FAMILIES
 ]
 (LOHA,), (LOKR,), (GLORA,), (FULL,) = loha.FAMILIES, lokr.FAMILIES, glora.FAMILIES, full.FAMILIES
 (ADALORA,), (VERA,), (EMBEDDING,) = adalora.FAMILIES, vera.FAMILIES, embedding.FAMILIES
+(MISS,) = miss.FAMILIES
 OFT, SPLIT_OFT, PEFT_OFT = oft.FAMILIES
 IA3, PEFT_IA3 = ia3.FAMILIES
 
@@ -257,6 +261,12 @@ PEFT = {
         AdaLoraConfig(init_r=6, target_r=3, lora_alpha=5, target_modules=[*LINEAR, "conv"], total_step=10),
     ),
     "vera": (VERA, VeraConfig(r=4, target_modules=LINEAR)),
+    "miss": (MISS, MissConfig(r=4, target_modules=LINEAR)),
+    "miss of a rank that does not divide the inputs": (MISS, MissConfig(r=7, target_modules=LINEAR)),
+    "miss that repeats along the outputs": (
+        MISS,
+        MissConfig(r=4, init_weights="mini", mini_r=8, target_modules=LINEAR),
+    ),
     "oft": (PEFT_OFT, OFTConfig(oft_block_size=4, target_modules=[*LINEAR, "conv", "point"])),
     "oft with one block": (PEFT_OFT, OFTConfig(oft_block_size=8, target_modules=LINEAR, block_share=True)),
     "oft exactly": (PEFT_OFT, OFTConfig(oft_block_size=8, target_modules=LINEAR, use_cayley_neumann=False)),
@@ -286,7 +296,7 @@ def peft_model(config: PeftConfig, half: bool) -> PeftModel:
     model = get_peft_model(Net(), config)
     with torch.no_grad():
         for number, (key, parameter) in enumerate(sorted(model.named_parameters())):
-            if any(mark in key for mark in ("lora_", "hada_", "lokr_", "oft_", "ia3_", "vera_lambda")):
+            if any(mark in key for mark in ("lora_", "hada_", "lokr_", "oft_", "ia3_", "vera_lambda", "miss_")):
                 noise = randn(*parameter.shape, seed=number) * 0.3
                 parameter.copy_(noise.half() if half else noise)
         for buffer in (buffer for key, buffer in model.named_buffers() if "vera_" in key):
@@ -460,6 +470,10 @@ def test_rotations_by_what_is_no_number() -> None:
         (VERA, {"lambda_d": (3,), "lambda_b": (8,), "A": (3, 6), "B": (9, 3)}, (8, 7)),
         (VERA, {"lambda_d": (3,), "lambda_b": (8,), "A": (3, 6), "B": (9, 3)}, (8,)),
         (VERA, {"lambda_d": (3,), "lambda_b": (8,), "A": (3, 6), "B": (9, 3)}, (9, 6)),
+        (MISS, {"block": (4, 8)}, (9, 6)),
+        (MISS, {"block": (4, 8)}, (16, 6)),
+        (MISS, {"block": (4, 8)}, (8, 3)),
+        (MISS, {"block": (4, 8)}, (8, 6, 3, 3)),
     ],
 )
 def test_a_base_that_does_not_fit(family: Family, roles: dict, shape: tuple[int, ...]) -> None:
@@ -518,13 +532,14 @@ def test_a_difference_of_a_vector() -> None:
         (PEFT_OFT, {"triangles": (2, 6)}, None, 1.0),
         (IA3, {"weight": (7,), "on_input": ()}, 5.0, 1.0),
         (VERA, {"lambda_d": (3,)}, None, 1.0),
+        (MISS, {"block": (4, 8)}, None, 1.0),
         (ADALORA, {"down": (3, 9)}, None, 3.0),
         (EMBEDDING, {"A": (3, 9)}, None, 3.0),
         (EMBEDDING, {"A": (4, 9)}, 2.0, 0.5),
     ],
 )
 def test_scales(family: Family, roles: dict, alpha: float | None, scale: float) -> None:
-    assert family.scale(infos_of(roles), alpha, 3.0 if family not in (VERA, PEFT_OFT) else 1.0) == scale
+    assert family.scale(infos_of(roles), alpha, 3.0 if family not in (VERA, MISS, PEFT_OFT) else 1.0) == scale
 
 
 # --- any shapes ---------------------------------------------------------------------------------
@@ -622,6 +637,7 @@ HEALTHY: dict[str, tuple[Family, dict[str, tuple[int, ...]]]] = {
     "ia3 by peft": (PEFT_IA3, {"vector": (9, 1)}),
     "adalora": (ADALORA, {"up": (9, 4), "down": (4, 7), "diagonal": (4, 1)}),
     "vera": (VERA, {"lambda_d": (4,), "lambda_b": (9,), "A": (4, 12), "B": (11, 4)}),
+    "miss": (MISS, {"block": (4, 9)}),
     "embedding": (EMBEDDING, {"A": (4, 30), "B": (9, 4)}),
 }
 
@@ -686,6 +702,8 @@ def base_for(family: Family, infos: Infos) -> tuple[int, ...]:
     header_shape = family.shape(infos)
     if family is VERA:
         return (*header_shape, infos["A"].shape[1])
+    if family is MISS:
+        return (infos["block"].shape[1], infos["block"].shape[0] + 3)
     if family in (OFT, SPLIT_OFT):
         return (*header_shape, 3)
     if family is PEFT_OFT:
@@ -759,6 +777,8 @@ def base_for(family: Family, infos: Infos) -> tuple[int, ...]:
         ("vera", {"lambda_b": (12,)}, "too few rows"),
         ("vera", {"lambda_b": (9, 1)}, "no matrices"),
         ("vera", {"lambda_b": (0,)}, "empty"),
+        ("miss", {"block": (4, 9, 1)}, "no matrix"),
+        ("miss", {"block": (0, 9)}, "no matrix"),
         ("embedding", {"A": (30, 4)}, "ranks differ"),
         ("embedding", {"B": (9, 4, 1)}, "no matrices"),
         ("embedding", {"A": (4, 0)}, "empty"),
@@ -804,6 +824,7 @@ LISTED = {
     "llama_peft_ia3": PEFT_IA3,
     "llama_peft_adalora": ADALORA,
     "llama_peft_vera": VERA,
+    "llama_peft_miss": MISS,
     "llama_peft_lora_embed_head": EMBEDDING,
 }
 

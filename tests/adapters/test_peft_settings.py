@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
@@ -163,6 +163,93 @@ def test_a_part_of_an_adapter_is_as_near_as_reported(base: Path, tmp_path: Path,
     report = resize(adapter, recipes="rank=3", output=tmp_path / "out", dtype="fp32")
     (result,) = report.results
     assert error(base, adapter, Path(result.output)) == pytest.approx(result.relative_error, rel=1e-3)
+
+
+# --- MiSS ---------------------------------------------------------------------------------------
+
+MISS: dict[str, dict[str, Any]] = {
+    "balance": {"r": 8},
+    "a rank that does not divide the inputs": {"r": 7},
+    "mini": {"r": 8, "init_weights": "mini", "mini_r": 16},
+    "bat": {"r": 8, "init_weights": "bat"},
+}
+
+
+def trained_miss(base: Path, folder: Path, name: str) -> Path:
+    """A MiSS adapter as PEFT saves it after some training."""
+    config = MissConfig(target_modules=MODULES, **MISS[name])
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    torch.manual_seed(1)
+    for key, parameter in model.named_parameters():
+        if "miss_block" in key:
+            parameter.data += torch.randn_like(parameter) * 0.05
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in MISS if name != "bat"])
+def test_miss_becomes_a_lora_with_the_same_merged_weights(base: Path, tmp_path: Path, name: str) -> None:
+    adapter = trained_miss(base, tmp_path / "a", name)
+    output = shrunk(adapter, tmp_path / "out", "energy=1", base=base, form="lora")
+    assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert error(base, adapter, output) < 1e-6
+    report = resize(adapter, recipes="rank=2", output=tmp_path / "two", dtype="fp32", base=base, form="lora")
+    (result,) = report.results
+    assert error(base, adapter, Path(result.output)) == pytest.approx(result.relative_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", MISS)
+def test_miss_stays_as_it_is_without_a_base(base: Path, tmp_path: Path, name: str) -> None:
+    adapter = trained_miss(base, tmp_path / "a", name)
+    report = resize(adapter, recipes="rank=2", output=tmp_path / "out")
+    (result,) = report.results
+    assert {item.reason.partition(":")[0] for item in result.verbatim} == {
+        "MiSS by `bat`, which multiplies the base weight" if name == "bat" else "miss"
+    }
+    assert error(base, adapter, Path(result.output)) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in MISS if name != "bat"])
+def test_miss_is_merged_and_measured_by_its_true_weights(base: Path, tmp_path: Path, name: str) -> None:
+    adapter, other = trained_miss(base, tmp_path / "a", name), trained(base, tmp_path / "b", r=4, lora_alpha=16)
+    plain, a, b = weights(base), weights(base, adapter), weights(base, other)
+    for row in inspect(adapter, base=base).files[0].layers:
+        key = f"{row.name.removeprefix('base_model.model.')}.weight"
+        assert row.fro == pytest.approx(float((a[key] - plain[key]).norm()), rel=1e-5)
+    merge([f"{adapter}:0.5", other], output=tmp_path / "sum", base=base, dtype="fp32")
+    (output,) = (tmp_path / "sum").iterdir()
+    for key, weight in weights(base, output).items():
+        expected = plain[key] + 0.5 * (a[key] - plain[key]) + b[key] - plain[key]
+        torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_miss_gets_other_names_only_where_they_mean_the_same(base: Path, tmp_path: Path) -> None:
+    mini = trained_miss(base, tmp_path / "mini", "mini")
+    (failure,) = convert(mini, base=base, naming="diffusers", output=tmp_path / "out").failed
+    assert "depends on PEFT's settings" in failure.error
+    adapter = trained_miss(base, tmp_path / "a", "balance")
+    (result,) = convert(adapter, base=base, naming="diffusers", output=tmp_path / "out").results
+    assert not result.loads.loads_after  # no one command makes a folder of PEFT again
+    lora = shrunk(Path(result.output), tmp_path / "lora", "energy=1", base=base, form="lora")
+    (back,) = convert(lora, base=base, naming="peft", output=tmp_path / "back").results
+    assert error(base, adapter, Path(back.output)) < 1e-6
+
+
+def test_miss_of_an_unknown_mode_is_not_taken_for_factors(base: Path, tmp_path: Path) -> None:
+    adapter = edited(trained_miss(base, tmp_path / "a", "balance"), init_weights="of_next_year")
+    with open_adapter(adapter) as opened:
+        assert not opened.layers
+        assert {reason.partition(";")[0] for reason in opened.others.values()} == {
+            "MiSS whose init_weights is not true, false or mini"
+        }
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "CPT"])
+def test_prompts_are_refused_as_what_changes_no_weight(base: Path, tmp_path: Path, kind: str) -> None:
+    adapter = edited(trained(base, tmp_path / "a", r=4), peft_type=kind)
+    save_file({"prompt_embeddings": torch.ones(8, 32)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="changes no weight of the model"):
+        open_adapter(adapter)
 
 
 # --- initialisations that change the base -------------------------------------------------------

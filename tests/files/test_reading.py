@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tensor_files import UNICODE, assert_same, entry, infos, raw, raw_file, shards, tensor, zoo
 
@@ -118,7 +118,28 @@ DAMAGED_HEADERS = {
     "an overlap": {"x": entry(0, 4), "y": entry(3, 7)},
     "the same place twice": {"x": entry(0, 4), "y": entry(0, 4)},
     "more data than there is": {"x": entry(0, 4), "y": entry(4, 9)},
+    "bytes behind the tensors": {"x": entry(0, 4)},
+    "bytes in front of the tensors": {"x": entry(4, 8)},
+    "bytes between two tensors": {"x": entry(0, 3, shape=[3]), "y": entry(4, 8)},
+    "bytes without a tensor": {},
 }
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"x": entry(0, 4)}, "4 bytes behind its last tensor"),
+        ({"x": entry(0, 3, shape=[3]), "y": entry(4, 8)}, "1 byte in front of tensor y"),
+    ],
+)
+def test_bytes_of_no_tensor_are_refused_as_the_reference_library_does(
+    tmp_path: Path, header: object, words: str
+) -> None:
+    path = raw_file(tmp_path / "x.safetensors", header, bytes(8))
+    with pytest.raises(SafetensorError), safe_open(path, "pt"):
+        pass
+    with pytest.raises(DamagedFile, match=words):
+        read_header(path)
 
 
 @pytest.mark.parametrize("header", DAMAGED_HEADERS.values(), ids=DAMAGED_HEADERS.keys())

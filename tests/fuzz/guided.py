@@ -3,8 +3,8 @@
     python guided.py [--times N] [TARGET ...]    N times the cases of the test suite; prints how many each target had
     python guided.py --repeat FILE TARGET        the case of bytes that made a target fail
 
-Each target runs in a process of its own, and ends with the first case that fails. The bytes of that are kept in a file
-whose name is printed.
+Each target runs in a process of its own, a fork of this one, and ends with the first case that fails. The bytes of that
+are kept in a file whose name is printed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import logging
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,8 +26,11 @@ from fuzzing import FOLDER, TARGETS
 _LENGTH = 8192  # bytes of a case; strategies that run out of them give up
 
 
-def fuzz(name: str, runs: int) -> None:
-    """Run one target in this process, which ends with it."""
+def fuzz(name: str, runs: int) -> bool:
+    """Run one target in a fork of this process; whether no case failed."""
+    process = os.fork()  # importing torch and instrumenting the modules anew takes longer than most targets
+    if process:
+        return os.waitpid(process, 0)[1] == 0
     target = TARGETS[name]
     run_bytes = target.test().hypothesis.fuzz_one_input
     calls = 0
@@ -42,13 +44,14 @@ def fuzz(name: str, runs: int) -> None:
             print(f"{name}: {target.done} cases", flush=True)
             os._exit(0)  # libFuzzer ends without Python's own end, too
 
-    corpus = FOLDER / "corpus"
+    corpus = FOLDER / f"corpus-{name}"
     corpus.mkdir()
     numbers = random.Random()
     for index in range(16):  # without long ones at the beginning most cases would have too few bytes
         (corpus / f"{index}").write_bytes(numbers.randbytes(_LENGTH))
     atheris.Setup([sys.argv[0], f"-max_len={_LENGTH}", "-len_control=0", "-verbosity=0", str(corpus)], one)
     atheris.Fuzz()
+    os._exit(1)
 
 
 def main() -> None:
@@ -56,18 +59,12 @@ def main() -> None:
     parser.add_argument("targets", nargs="*")
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--repeat", type=Path)
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.repeat:
         TARGETS[options.targets[0]].test().hypothesis.fuzz_one_input(options.repeat.read_bytes())
-    elif options.alone:
-        fuzz(options.targets[0], options.times * TARGETS[options.targets[0]].count)
     else:
-        line = [sys.executable, __file__, "--alone", "--times", str(options.times)]
-        # what such a process leaves behind is in our folder
-        environment = {**os.environ, "TMPDIR": str(FOLDER)}
         names = options.targets or list(TARGETS)
-        failed = [name for name in names if subprocess.run([*line, name], env=environment, check=False).returncode]
+        failed = [name for name in names if not fuzz(name, options.times * TARGETS[name].count)]
         if failed:
             sys.exit(f"failed: {', '.join(failed)}")
 

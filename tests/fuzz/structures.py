@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,12 @@ from torch import Tensor
 
 from lorashrink.adapters import open_adapter
 from lorashrink.errors import LorashrinkError
+from lorashrink.insight.comparison import compare
 from lorashrink.insight.inspection import inspect
+from lorashrink.insight.overlapping import overlap
+from lorashrink.making.conversion import convert
+from lorashrink.making.merging import merge
+from lorashrink.packing.pack import pack
 from lorashrink.shrinking.run import resize
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
@@ -61,7 +68,8 @@ def mutated(draw: st.DrawFn, name: str) -> dict[str, Tensor]:
             case 6:
                 tensors[key] = tensor[..., None, None]
             case 7:
-                tensors[key] = tensor * draw(st.sampled_from([0.0, float("nan"), float("inf"), 1e-8, 6e4, -1.0]))
+                factor = draw(st.sampled_from([0.0, float("nan"), float("inf"), 1e-8, 6e4, -1.0]))
+                tensors[key] = (tensor.double() * factor).to(tensor.dtype)  # torch does not multiply fp8
             case _:
                 tensors[f"{key.rpartition('.')[0]}.alpha"] = torch.tensor(
                     draw(st.sampled_from([0.0, -1.0, float("nan"), 1e300, 1e-300, 4.0])), dtype=torch.float64
@@ -75,41 +83,61 @@ def dense(path: Path) -> dict[str, Tensor]:
     for key, down in tensors.items():
         stem = key.removesuffix(".lora_down.weight")
         up = tensors.get(f"{stem}.lora_up.weight")
-        if stem != key and up is not None and f"{stem}.lora_mid.weight" not in tensors:
-            alpha = tensors.get(f"{stem}.alpha")
-            scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
-            layers[stem] = up.double().flatten(1) @ down.double().flatten(1) * scale
+        alpha = tensors.get(f"{stem}.alpha", torch.tensor(float(len(down)) if down.dim() else 1.0))
+        whole = up is not None and f"{stem}.lora_mid.weight" not in tensors and alpha.numel() == 1
+        if stem != key and whole and math.isfinite(alpha):
+            layers[stem] = up.double().flatten(1) @ down.double().flatten(1) * (float(alpha) / len(down))
     return layers
 
 
-def check_structure(tensors: dict[str, Tensor]) -> None:
-    path, out = FOLDER / "a.safetensors", FOLDER / "out"
+def check_structure(name: str, tensors: dict[str, Tensor], command: str) -> None:
+    path, beside, out = FOLDER / "a.safetensors", FOLDER / "b.safetensors", FOLDER / "out"
     shutil.rmtree(out, ignore_errors=True)
     save_file(tensors, path)
+    save_file(few_layers(name), beside)
     with limits():
-        outcome = attempt(path, out)
-    if outcome is None or outcome.failed:
-        for failure in outcome.failed if outcome else ():
-            assert "unexpected" not in failure.error, failure.error
-        return
-    compare(path, Path(outcome.results[0].output))
+        outcome = attempt(lambda: inspect(path, jobs=1)) and attempt(lambda: COMMANDS[command](path, beside, out))
+    written = getattr(outcome, "results", ())
+    if written and command in SAME:
+        same_changes(path, Path(written[0].output))
 
+
+# command -> what it does with an adapter, a healthy one of the same kind, and a folder for outputs
+COMMANDS: dict[str, Callable[[Path, Path, Path], Any]] = {
+    "resize": lambda path, beside, out: resize(path, recipes="energy=1", output=out, jobs=1),
+    "lora": lambda path, beside, out: resize(path, recipes="rank=2", form="lora", dtype="fp8", output=out, jobs=1),
+    "merge": lambda path, beside, out: merge(path, output=out / "sum.safetensors", jobs=1),
+    "sum": lambda path, beside, out: merge([beside, f"{path}:-0.5"], output=out / "sum.safetensors", jobs=1),
+    "convert": lambda path, beside, out: convert(path, dtype="fp32", output=out),
+    "convert to fp8": lambda path, beside, out: convert(path, dtype="fp8", output=out),
+    "pack": lambda path, beside, out: pack(path, output=out, jobs=1),
+    "compare": lambda path, beside, out: compare(path, beside, jobs=1),
+    "overlap": lambda path, beside, out: overlap([path, beside], jobs=1),
+}
+SAME = ("resize", "merge", "convert")  # the commands whose output adds what the input adds
+
+
+def attempt(work: Callable[[], Any]) -> Any:
+    """What a command makes of the file; None for an error of ours."""
+    outcome, errors = None, []
+    try:
+        outcome = work()
+    except LorashrinkError as error:
+        errors.append(str(error))
+    errors += [failure.error for failure in getattr(outcome, "failed", ())]
+    assert not any("unexpected" in error for error in errors), errors
+    return outcome
+
+
+# Products of small factors that are whole weights of real size, whose directions take a minute.
+LARGE, SLOW = ("flux_lokr_bfl",), ("compare", "overlap")
 
 for listed in NAMES:
-    add(listed, 6, check_structure, tensors=mutated(listed))
+    commands = st.sampled_from([command for command in COMMANDS if not (listed in LARGE and command in SLOW)])
+    add(listed, 6, partial(check_structure, listed), tensors=mutated(listed), command=commands)
 
 
-def attempt(path: Path, out: Path) -> Any:
-    """What `resize` makes of the file; None for an error of ours."""
-    try:
-        failed = inspect(path, jobs=1).failed
-        assert not any("unexpected" in failure.error for failure in failed), failed
-        return resize(path, recipes="energy=1", output=out, jobs=1)
-    except LorashrinkError:
-        return None
-
-
-def compare(source: Path, output: Path) -> None:
+def same_changes(source: Path, output: Path) -> None:
     """energy=1 keeps ΔW of every plain LoRA layer, as far as the dtype goes; every tensor can be read."""
     before, after = dense(source), dense(output)
     with open_adapter(source) as opened:

@@ -117,16 +117,19 @@ HEADER = {
 
 
 def check_header(path: Path) -> None:
-    """What we read is what the reference library reads; what it reads, we read."""
+    """What we read is what the reference library reads; what it reads, we read; bytes that it refuses, we refuse."""
     ours = only_ours(lambda: read_header(path))
     try:
         with safe_open(path, "pt") as opened:
             names = list(opened.keys())
             theirs = {name: list(opened.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError) as error:
+        refusal = str(error)
+    else:
+        assert ours is not None, "the reference library reads it"
+        assert {name: list(info.shape) for name, info in ours[0].items()} == theirs
         return
-    assert ours is not None, "the reference library reads it"
-    assert {name: list(info.shape) for name, info in ours[0].items()} == theirs
+    assert ours is None or "invalid JSON" in refusal, refusal  # it checks JSON that has no meaning, too
 
 
 def check_header_of(header: Any, data: int) -> None:
@@ -283,6 +286,30 @@ add(
         changed([["a", 1, 2, 3, 4]]).map(as_text),
     ),
 )
+
+
+def journal_bytes() -> bytes:
+    """A journal with one entry."""
+    folder = FOLDER / "example"
+    folder.mkdir(exist_ok=True)
+    with journal.Journal(folder) as opened:
+        opened.write([opened.entry(folder / "a", folder / "b", state=journal.STARTED)])
+    return (folder / journal.NAME).read_bytes()
+
+
+def check_journal_file(data: bytes) -> None:
+    """A journal of any bytes is read, or another one takes its place."""
+    folder = FOLDER / "journal"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / journal.NAME).write_bytes(data)
+    with limits(), journal.Journal(folder) as opened:
+        opened.finished(folder / "a", folder / "b")
+        opened.write([opened.entry(folder / "a", folder / "b", state=journal.STARTED)])
+        opened.entries()
+
+
+add("journal file", 150, check_journal_file, data=st.deferred(lambda: bytes_of(journal_bytes())))
 
 
 def gguf_bytes() -> bytes:

@@ -100,6 +100,7 @@ WHAT = {
     "llama_peft_lora_modules_to_save": "LoRA with whole modules (`modules_to_save`)",
     "llama_peft_adalora": "AdaLoRA",
     "llama_peft_vera": "VeRA, projections saved",
+    "llama_peft_miss": "MiSS",
     "llama_peft_loha": "LoHa",
     "llama_peft_lokr": "LoKr",
     "llama_peft_lokr_both": "LoKr, both factors decomposed",

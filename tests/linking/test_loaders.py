@@ -154,6 +154,37 @@ def test_commands_that_are_said_to_help_do_help(tmp_path):
             assert program in loads(renamed(adapter, naming, opened).adapter).loads_in
 
 
+# What A1111's loader does with the name of a layer: read in version 1.10 of its source, extensions-builtin/Lora.
+A1111 = {
+    "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q": {"sd15", "sd2", "sdxl"},
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": {"sd15", "sd2", "sdxl"},
+    "oft_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": {"sd15", "sd2", "sdxl"},
+    "oft_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q": set(),
+    "lora_unet_time_embedding_linear_1": {"sd15", "sd2", "sdxl"},
+    "lora_unet_add_embedding_linear_1": set(),
+    "lora_unet_up_blocks_1_upsamplers_0_conv": {"sd15", "sd2", "sdxl"},
+    "lora_unet_up_blocks_0_upsamplers_0_conv": {"sd15", "sd2"},  # in SDXL it stands one further
+    "lora_te_text_model_encoder_layers_0_mlp_fc1": {"sd15", "sd2"},
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1": {"sd15", "sdxl"},
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1": {"sdxl"},
+    "lora_te2_text_projection": set(),
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": set(),
+    "transformer.transformer_blocks.0.attn.to_q": {"sd3"},
+    "transformer.transformer_blocks.0.attn.to_out.0": {"sd3"},
+    "transformer.transformer_blocks.0.attn.add_q_proj": set(),
+}
+
+
+@pytest.mark.parametrize("name", A1111)
+@pytest.mark.parametrize("ends", [("lora_up", "lora_down"), ("lora_B", "lora_A")])
+def test_a1111_reads_what_its_source_says(name, ends, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({f"{name}.{ends[0]}.weight": torch.ones(8, 2), f"{name}.{ends[1]}.weight": torch.ones(2, 8)}, path)
+    with open_adapter(path) as adapter:
+        reads = {family for family in ("sd15", "sd2", "sdxl", "sd3") if "A1111" in loads(adapter, family).loads_in}
+    assert reads == A1111[name]
+
+
 def test_8_bit_factors_with_alpha_do_not_load_where_alpha_is_multiplied_in(tmp_path):
     name, small = "lora_unet_double_blocks_0_img_attn_proj", torch.float8_e4m3fn
     factors = {"lora_up.weight": torch.ones(8, 2).to(small), "lora_down.weight": torch.ones(2, 8).to(small)}

@@ -53,6 +53,31 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return a, write(tmp_path, "b", lora(Q, 40, 30, 4, seed=7))
 
 
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_alpha_that_is_no_number_is_an_error_of_its_file(
+    tmp_path: Path, pair: tuple[Path, Path], alpha: float, alone: bool
+) -> None:
+    bad = write(tmp_path, "bad", lora(Q, 40, 30, 6, alpha))
+    with pytest.raises(InputError, match=r"bad\.safetensors: layer .* contains NaN or infinity"):
+        merge([bad] if alone else [pair[0], f"{bad}:0.5"], output=tmp_path / "sum.safetensors")
+
+
+def test_factors_whose_sum_overflows_are_an_error(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    large = {key: torch.full_like(tensor.float(), 3e37) for key, tensor in lora(Q, 40, 30, 4).items()}
+    bad = write(tmp_path, "bad", large)
+    with pytest.raises(InputError, match="contains NaN or infinity"):
+        merge([pair[0], f"{bad}:100"], output=tmp_path / "sum.safetensors")
+
+
+def test_a_vector_and_a_matrix_of_one_weight_are_not_added(tmp_path: Path) -> None:
+    matrix, vector = ({f"{Q}.diff": torch.ones(shape)} for shape in ((40, 30), (40,)))
+    other = {"lora_unet_mid_block_attentions_0_proj_in.diff": torch.ones(8, 8)}
+    a, b = write(tmp_path, "a", matrix | other), write(tmp_path, "b", vector | other)
+    with pytest.raises(InputError, match="is a vector in one adapter"):
+        merge([a, b], output=tmp_path / "sum.safetensors")
+
+
 # --- the sum in other programs --------------------------------------------------------------------
 
 

@@ -531,3 +531,38 @@ def test_a_failed_file_leaves_the_others(tmp_path: Path) -> None:
     document = json.loads(result.stdout)
     assert [failure["source"] for failure in document["failed"]] == [files[1]]
     assert len(document["results"]) == 2
+
+
+@pytest.mark.parametrize(("up", "down"), [(1e-8, 1e-8), (1e-25, 1e-12), (1e5, 1e5), (1e18, 1e18)])
+def test_numbers_that_fp16_cannot_hold_are_an_error(tmp_path: Path, up: float, down: float) -> None:
+    layer = {"q.lora_up.weight": torch.full((48, 8), up), "q.lora_down.weight": torch.full((8, 48), down)}
+    source = write_tensors(tmp_path / "a.safetensors", {f"lora_unet_{key}": value for key, value in layer.items()})
+    (failure,) = lorashrink.pack(source, output=tmp_path / "packed.safetensors").failed
+    assert f"the numbers of layer lora_unet_q are too {'small' if up < 1 else 'large'} for fp16" in failure.error
+    assert not (tmp_path / "packed.safetensors").exists()
+
+
+@pytest.mark.parametrize(("up", "down"), [(1e-8, 1.0), (1e-15, 1e6), (1e-5, 1e-5)])
+def test_factors_are_balanced_before_they_are_packed(tmp_path: Path, up: float, down: float) -> None:
+    torch.manual_seed(0)
+    layer = {"q.lora_up.weight": torch.randn(48, 8) * up, "q.lora_down.weight": torch.randn(8, 48) * down}
+    source = write_tensors(tmp_path / "a.safetensors", {f"lora_unet_{key}": value for key, value in layer.items()})
+    (result,) = lorashrink.pack(source, output=tmp_path / "packed.safetensors", quality=60).results
+    lorashrink.unpack(result.output, output=tmp_path / "b.safetensors")
+    factors = [load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
+    before, after = (
+        file["lora_unet_q.lora_up.weight"].double() @ file["lora_unet_q.lora_down.weight"].double() for file in factors
+    )
+    assert float((after - before).norm() / before.norm()) < 0.03
+
+
+def test_a_layer_too_weak_for_fp16_is_said_beside_others(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    strong, weak = torch.randn(48, 8) / 8, torch.full((48, 8), 1e-9)
+    layers = {"q": strong, "k": weak}
+    tensors = {f"lora_unet_{name}.lora_up.weight": up for name, up in layers.items()}
+    tensors |= {f"lora_unet_{name}.lora_down.weight": up.mT.contiguous() for name, up in layers.items()}
+    source = write_tensors(tmp_path / "a.safetensors", tensors)
+    (result,) = lorashrink.pack(source, output=tmp_path / "packed.safetensors").results
+    said = [item.name for item in result.removed] + [warning for warning in result.warnings if "lora_unet_k" in warning]
+    assert said

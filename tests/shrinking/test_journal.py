@@ -259,3 +259,16 @@ def test_a_database_damaged_in_the_middle_is_set_aside(files: tuple[Path, Path])
         assert opened.finished(output, source) is None
         entry = note(opened, source, output)
         assert opened.entries() == [entry]
+
+
+@pytest.mark.parametrize("column", [b"depends_on_bas\x8a", b"depends_on_bose"], ids=["no text", "another name"])
+def test_a_journal_whose_table_is_damaged_is_begun_anew(tmp_path: Path, column: bytes) -> None:
+    with Journal(tmp_path) as journal:
+        journal.write([journal.entry(tmp_path / "a", tmp_path / "b", state=STARTED)])
+    file = tmp_path / NAME
+    file.write_bytes(file.read_bytes().replace(b"depends_on_base", column))
+    with Journal(tmp_path) as journal:
+        assert not journal.entries()
+        journal.write([journal.entry(tmp_path / "c", tmp_path / "d", state=STARTED)])
+        assert [entry.output for entry in journal.entries()] == ["c"]
+    assert (tmp_path / f"{NAME}.damaged").exists()

@@ -88,6 +88,36 @@ def test_a_table_and_a_figure_cannot_share_a_name(command: str, tmp_path: Path) 
     assert "is another output of the same call" in text
 
 
+@pytest.mark.parametrize(
+    ("output", "table", "words"),
+    [
+        ("x.csv", "x.csv", "is another output of the same call"),
+        ("x.csv/b", "x.csv", "lies below"),
+        ("x.safetensors", "x.safetensors/t.csv", "lies below"),
+        ("x", "y/../x", "is another output of the same call"),
+    ],
+)
+@pytest.mark.parametrize("command", ["merge", "resize"])
+def test_a_table_is_not_in_the_way_of_adapters(
+    tmp_path: Path, command: str, output: str, table: str, words: str
+) -> None:
+    paths = [adapter(tmp_path / "a.safetensors"), adapter(tmp_path / "b.safetensors", seed=1)]
+    before = sorted(tmp_path.rglob("*"))
+    given = paths if command == "merge" else paths[:1]
+    text = run(command, "-r", "rank=2", "-o", tmp_path / output, "--csv", tmp_path / table, *given, status=2)
+    assert words in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_pictures_are_not_in_the_way_of_a_page(tmp_path: Path, below: str) -> None:
+    path, page = adapter(tmp_path / "a.safetensors"), tmp_path / "page.html"
+    before = sorted(tmp_path.rglob("*"))
+    text = run("report", "-o", page, "--images-out", page / below, path, status=2)
+    assert "--images-out" in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_table_never_replaces_the_base_that_an_option_names(tmp_path: Path) -> None:
     path, base = adapter(tmp_path / "a.safetensors"), tmp_path / "norms.json"
     base.write_text("{}")

@@ -117,7 +117,7 @@ def load_model(options: Options, device: torch.device) -> Model:
 def _check_base(path: Path, options: Options) -> None:
     """That this is SDXL with all its parts, and predicts what training predicts, noise or v, as far as headers tell.
 
-    A folder tells what it predicts by scheduler/scheduler_config.json, a single file by its keys `v_pred` and `ztsnr`.
+    A folder tells what it predicts by scheduler/scheduler_config.json, a single file by keys and metadata.
     """
     advice = "Give a diffusers folder, .safetensors or .ckpt"
     if path.is_file() and path.suffix.lower() not in {".safetensors", *PICKLE_SUFFIXES}:
@@ -135,6 +135,7 @@ def _check_base(path: Path, options: Options) -> None:
         if base.family.name != "sdxl":
             raise NotABase(f"{path}: this is {base.family.title}, and lorashrink trains on SDXL only")
         names = base.store.tensors if base.store else ()
+        said, zero_signal = pipelines.prediction_of_file(base)
         parts = [part for part in _PARTS if part != "vae" or options.vae is None]
         if path.is_dir():
             missing = [part for part in parts if not (path / part / "config.json").is_file()]
@@ -147,20 +148,18 @@ def _check_base(path: Path, options: Options) -> None:
         file = path / "scheduler" / "scheduler_config.json"
         try:
             config = json.loads(read_text(file)) if is_file(file) else {}
-        except ValueError as error:
+            said, zero_signal = config.get("prediction_type", ""), config.get("rescale_betas_zero_snr", False)
+        except (ValueError, AttributeError) as error:
             raise InputError(f"{file}: cannot be read ({error}). Copy it again") from error
-        velocity, zero_signal = config.get("prediction_type") == "v_prediction", config.get("rescale_betas_zero_snr")
-        stated = "prediction_type" in config
-    else:
-        velocity, zero_signal = pipelines.VELOCITY in names, pipelines.ZERO_SIGNAL in names
-        stated = velocity
-    if velocity and not options.v_parameterization:
+    if said not in ("", "epsilon", "v_prediction"):
+        raise UsageError(f"{path}: this model predicts {said!r}, and training knows noise (epsilon) and v alone")
+    if said == "v_prediction" and not options.v_parameterization:
         more = " and --zero_terminal_snr" if zero_signal else ""
         raise UsageError(
             f"{path}: this model predicts v and not noise; add --v_parameterization{more}. Adapters trained without it "
             "spoil every picture"
         )
-    if stated and not velocity and options.v_parameterization:
+    if said == "epsilon" and options.v_parameterization:
         _log.warning("%s predicts noise, and --v_parameterization trains the adapter for a model that predicts v", path)
 
 

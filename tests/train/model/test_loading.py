@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lorashrink.errors import DamagedFile, InputError, LorashrinkError, NotABase, UsageError
-from lorashrink.pictures.pipelines import quiet_libraries
+from lorashrink.pictures.pipelines import quiet_libraries, scheduler_of_file
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model import loading as model_module
 from lorashrink.train.model.loading import (
@@ -355,6 +355,30 @@ def test_a_single_file_that_predicts_v_is_not_trained_as_noise(folder, single, t
     with pytest.raises(UsageError, match=r"predicts v and not noise; add --v_parameterization\."):
         load(path, **more)
     assert load(path, **more, v_parameterization=True).unet is not None
+
+
+def test_a_single_file_may_state_its_prediction_in_its_metadata(folder, single, tmp_path, caplog):
+    path = tmp_path / "v.safetensors"
+    more = {"model_config": str(folder), "tokenizer_cache_dir": str(folder)}
+    save_file(load_file(single), path, {"modelspec.prediction_type": "v"})
+    with pytest.raises(UsageError, match=r"predicts v and not noise; add --v_parameterization\."):
+        load(path, **more)
+    assert scheduler_of_file(path).config.prediction_type == "v_prediction"
+    save_file(load_file(single), path, {"modelspec.prediction_type": "epsilon"})
+    load(path, **more, v_parameterization=True)
+    assert "predicts noise" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [({"prediction_type": "sample"}, "predicts 'sample'"), ([], "cannot be read"), ("{", "cannot be read")],
+)
+def test_settings_of_another_prediction_are_refused(copy, config, words):
+    (copy / "scheduler").mkdir(exist_ok=True)
+    text = config if isinstance(config, str) else json.dumps(config)
+    (copy / "scheduler" / "scheduler_config.json").write_text(text)
+    with pytest.raises((InputError, UsageError), match=words):
+        load(copy)
 
 
 def test_training_v_on_a_base_of_noise_is_a_warning(copy, caplog):

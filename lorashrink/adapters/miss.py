@@ -1,0 +1,59 @@
+"""MiSS: ΔW[o, i] = B[i mod r, o], a matrix B [r, out] that repeats along the inputs.
+
+So ΔW = Bᵀ · [I I ...], of rank r. With `init_weights` "mini" B is [r, mini_r] and repeats along the outputs too. With
+"bat" it is [out / r, r, r] and multiplies the base weight. Source: https://arxiv.org/abs/2409.15371, as PEFT stores it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorashrink.adapters.family import Family, Infos, Needs, Stored, unscaled
+from lorashrink.errors import ShapeError
+
+if TYPE_CHECKING:
+    from lorashrink.engine.delta import Delta
+
+
+def check(infos: Infos) -> str | None:
+    """A matrix."""
+    block = infos["block"].shape
+    return None if len(block) == 2 and 0 not in block else f"miss_block {list(block)} is no matrix"
+
+
+def carried(infos: Infos) -> str | None:
+    """Blocks of "bat" are three-dimensional."""
+    return "MiSS by `bat`, which multiplies the base weight" if len(infos["block"].shape) == 3 else None
+
+
+def delta(stored: Stored) -> Delta:
+    """ΔW of rank r. Raises ShapeError if the base weight has other rows, or too few columns."""
+    import torch
+
+    from lorashrink.engine.delta import Delta
+
+    block = stored.tensors["block"].float()
+    rank, rows = block.shape
+    out, columns = stored.shape if len(stored.shape) == 2 else (0, 0)
+    times = out // rows if stored.config.get("init_weights") == "mini" else 1
+    if times * rows != out or not rank <= columns:
+        raise ShapeError(f"A block of {rank} by {rows} does not fit a weight of {list(stored.shape)}.")
+    down = torch.eye(rank).repeat(1, -(-columns // rank))[:, :columns]
+    return Delta(block.T.repeat(times, 1), down, stored.scale, stored.shape)
+
+
+FAMILIES = (
+    Family(
+        name="miss",
+        suffixes={"block": r"\.miss_block(?:\.[^.]+)?"},
+        required=(frozenset({"block"}),),
+        check=check,
+        shape=lambda infos: (),  # the rows, too, are not told by a block of "mini"
+        rank=lambda infos: infos["block"].shape[0],
+        delta=delta,
+        own_scale=unscaled,
+        carried=carried,
+        needs=Needs.SHAPE,
+        needs_settings=lambda config, shape: config.get("init_weights") == "mini",
+    ),
+)
