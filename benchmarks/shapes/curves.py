@@ -34,6 +34,7 @@ OTHERS = (
     "fro_ckpt,bytes fp8",
     "calib,bytes fp16",
     "calib,bytes mixed",
+    "fro_ckpt,bytes mixed",
     "energy fp16",
     "rank fp16",
     "fro_ckpt fp16",
