@@ -44,6 +44,7 @@ evidence: $(VENV)/dev
 	$(BIN)/python benchmarks/shapes/study.py --work evidence-out
 	$(BIN)/python benchmarks/shapes/curves.py --work evidence-out
 	$(BIN)/python benchmarks/shapes/language.py --work evidence-out
+	$(BIN)/python benchmarks/shapes/encoder.py --work evidence-out
 	$(BIN)/python benchmarks/shapes/packed.py
 	$(BIN)/python benchmarks/shapes/factors.py --work evidence-out
 	$(BIN)/python benchmarks/shapes/write_up.py

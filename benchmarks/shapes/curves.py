@@ -15,7 +15,9 @@ from typing import Any
 
 import judge
 import torch
+from gallery import Gallery
 from render import BASE_SHAPES, Pixels, draw_scenes, parse
+from study import Study, other_checkpoint
 from train_loras import ADAPTERS, EXAMPLE, MODEL
 
 import lorashrink as ls
@@ -34,6 +36,7 @@ OTHERS = (
     "fro_ckpt,bytes fp8",
     "calib,bytes fp16",
     "calib,bytes mixed",
+    "fro_ckpt,bytes mixed",
     "energy fp16",
     "rank fp16",
     "fro_ckpt fp16",
@@ -42,6 +45,8 @@ OTHERS = (
 MAIN = ("style", "heart", "crescent-32", "dots-loha", "style-32", "crescent-lokr")
 SEEDS = (("style-32", "style-32-seed2", "style-32-seed3"), ("heart", "heart-seed2", "heart-seed3"))
 DRAWS = 5
+# Also with the table of another checkpoint, by ROUNDED; under NAME|other in the results.
+TRANSFERRED = ("style", "heart")
 
 
 def prompts_file(name: str, folder: Path) -> Path:
@@ -74,8 +79,10 @@ def judged(name: str) -> Any:
     return tell
 
 
-def measure(name: str, work: Path, methods: Sequence[str], draws: int) -> dict[str, Any]:
-    """The curves of one adapter."""
+def measure(
+    name: str, work: Path, methods: Sequence[str], draws: int, table: Path = EXAMPLE / "table.safetensors"
+) -> dict[str, Any]:
+    """The curves of one adapter, calibrated by a table."""
     folder = work / "curves" / name
     folder.mkdir(parents=True, exist_ok=True)
     source = EXAMPLE / "loras" if ADAPTERS[name].shipped else work
@@ -88,7 +95,7 @@ def measure(name: str, work: Path, methods: Sequence[str], draws: int) -> dict[s
         seeds=(0,),
         steps=_STEPS,
         draws=draws,
-        calibration=EXAMPLE / "table.safetensors",
+        calibration=table,
         judge=judged(name),
         device="cpu",
     )
@@ -96,6 +103,15 @@ def measure(name: str, work: Path, methods: Sequence[str], draws: int) -> dict[s
         raise SystemExit(failure.error)
     print(name, methods, *result.notes, sep="\n  ", flush=True)
     return result.to_dict()
+
+
+def other_table(work: Path) -> Path:
+    """The table of the model with the crescent built in, by the same prompts as the model's own."""
+    path = work / "other-table.safetensors"
+    if not path.exists():
+        other = other_checkpoint(Study(work, Gallery(MODEL), {}))
+        ls.calibrate(model=other, output=path, prompts=EXAMPLE / "plain.txt")
+    return path
 
 
 def brief(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,6 +156,10 @@ def main() -> None:
         for methods, draws in ((ROUNDED, DRAWS if name in MAIN else 1), (OTHERS if name in MAIN else (ANCHOR,), 1)):
             if chosen := [method for method in methods if not args.only or method in args.only]:
                 add(name, brief(measure(name, args.work, chosen, draws)))
+    if not args.only:
+        for name in args.names or TRANSFERRED:
+            if name in TRANSFERRED:
+                add(f"{name}|other", brief(measure(name, args.work, ROUNDED, DRAWS, other_table(args.work))))
 
 
 if __name__ == "__main__":

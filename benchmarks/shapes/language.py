@@ -149,7 +149,7 @@ def measure(work: Path) -> dict[str, Any]:
         with Reader(folder, work / task, text, device="cpu") as reader, tempfile.TemporaryDirectory() as temporary:
             none = reader.read().none
             results.setdefault(
-                f"{task}|none", {"nats": list(none.values), "right": right(folder, None, task), "bytes": 0}
+                f"{task}|none", {"distances": list(none.values), "right": right(folder, None, task), "bytes": 0}
             )
             unshrunk = {"right": right(folder, work / task, task), "bytes": maker.full_size}
             results.setdefault(f"{task}|whole", unshrunk)
@@ -164,7 +164,7 @@ def measure(work: Path) -> dict[str, Any]:
                     texts = reader.compare(file.path.parent, name)
                     results[key] = {
                         "bytes": file.payload,
-                        "nats": [float(f"{value:.4g}") for value in texts.values],
+                        "distances": [float(f"{value:.4g}") for value in texts.values],
                         "right": round(right(folder, file.path.parent, task), 4),
                     }
                     RESULTS.write_text(json.dumps(results, indent=0, sort_keys=True) + "\n")
@@ -175,7 +175,7 @@ def measure(work: Path) -> dict[str, Any]:
 def curve_of(results: Mapping[str, Any], task: str, name: str) -> Curve | None:
     """Size against -10·log10 of the divergence, passage by passage."""
     rows = [row for key, row in results.items() if key.startswith(f"{task}|{name}|")]
-    points = {row["bytes"]: -10 * np.log10(np.maximum(row["nats"], 1e-9)) for row in rows}
+    points = {row["bytes"]: -10 * np.log10(np.maximum(row["distances"], 1e-9)) for row in rows}
     return Curve.of(list(points.items())) if len(points) > 1 else None
 
 
@@ -183,22 +183,29 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def tables(results: Mapping[str, Any]) -> str:
-    """Divergence and right answers at each size, and Bjøntegaard differences."""
+def tables(
+    results: Mapping[str, Any],
+    shares: Sequence[float] = _SHARES,
+    score: str = "right answers",
+    distance: str = "divergence",
+) -> str:
+    """Distance and score at each size, and Bjøntegaard differences."""
     lines = []
     for task in TASKS:
         unshrunk, none = results[f"{task}|whole"], results[f"{task}|none"]
         lines += [
-            f"**{task}** ({unshrunk['bytes'] / 1000:.0f} kB; right answers {_percent(unshrunk['right'])}, "
+            f"**{task}** ({unshrunk['bytes'] / 1000:.0f} kB; {score} {_percent(unshrunk['right'])}, "
             f"without it {_percent(none['right'])})\n",
-            f"| method | {' | '.join(f'{_percent(share)} of the numbers' for share in _SHARES)} "
-            "| size at equal divergence |",
-            f"|{' --- |' * (len(_SHARES) + 2)}",
+            f"| method | {' | '.join(f'{_percent(share)} of the numbers' for share in shares)} "
+            f"| size at equal {distance} |",
+            f"|{' --- |' * (len(shares) + 2)}",
         ]
         anchor = curve_of(results, task, ANCHOR)
         for name in METHODS:
-            rows = [results.get(f"{task}|{name}|{share}") for share in _SHARES]
-            cells = ["–" if row is None else f"{np.mean(row['nats']):.2g} / {_percent(row['right'])}" for row in rows]
+            rows = [results.get(f"{task}|{name}|{share}") for share in shares]
+            cells = [
+                "–" if row is None else f"{np.mean(row['distances']):.2g} / {_percent(row['right'])}" for row in rows
+            ]
             curve = curve_of(results, task, name)
             gap = rate_gap([(anchor, curve)]) if anchor and curve and name != ANCHOR else None
             cells.append(f"{_percent(gap.value)} ({100 * gap.low:.0f} to {100 * gap.high:.0f})" if gap else "–")

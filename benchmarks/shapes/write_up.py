@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import curves
+import encoder
 import factors
 import language
 import numpy as np
@@ -219,7 +220,10 @@ def shares(studies: Studies, name: str, key: str = "payload") -> dict[str, float
 def sizes_table(studies: Studies) -> str:
     """kB of tensors for 40 dB, and the worst picture there."""
     rows = []
-    names = (*_FP16, "fro_ckpt,bytes fp8", "calib,bytes fp16", _FP8, "calib,bytes mixed", curves.SCALED, _PACKED)
+    names = (
+        *(*_FP16, "fro_ckpt,bytes fp8", "fro_ckpt,bytes mixed"),
+        *("calib,bytes fp16", _FP8, "calib,bytes mixed", curves.SCALED, _PACKED),
+    )
     for name in names:
         cells = []
         for adapter in curves.MAIN:
@@ -339,6 +343,18 @@ def retrained_table(studies: Studies) -> str:
     return table(["adapter", f"`{curves.ANCHOR}`", *(f"`{name}`" for name in curves.ROUNDED)], rows)
 
 
+def transferred_table(studies: Studies) -> str:
+    """kB for 40 dB with the model's own table and with that of another checkpoint, and the worst picture there."""
+    rows = []
+    for adapter in curves.TRANSFERRED:
+        tables = [studies.get(name) for name in (adapter, f"{adapter}|other")]
+        for method in curves.ROUNDED:
+            entries = [reached(study, method) if study else None for study in tables]
+            cells = [f"{entry['payload'] / 1000:.0f} ({entry['worst_db']:.0f})" if entry else "–" for entry in entries]
+            rows.append([_TITLES[adapter], f"`{method}`", *cells])
+    return table(["adapter", "method", "the model's own table", "table of another checkpoint"], rows)
+
+
 def rates_figure(studies: Studies, adapter: str) -> Figure:
     """Quality over size of six methods, with their names beside them."""
     shown = ("rank fp16", curves.ANCHOR, "fro_ckpt,bytes fp8", "calib,bytes fp16", _FP8, _PACKED)
@@ -435,8 +451,10 @@ def page(results: Mapping[str, Entry]) -> str:
             seen=judged_table(studies),
             predicted=predicted_table(studies),
             retrained=retrained_table(studies),
+            transferred=transferred_table(studies),
             factors=factors.table(json.loads(factors.RESULTS.read_text())),
             language=language.tables(json.loads(language.RESULTS.read_text())),
+            encoder=encoder.tables(json.loads(encoder.RESULTS.read_text())),
             packed=packed.table(of_packed),
             predictions=packed.predictions(of_packed),
         )

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 NAME = ".lorashrink-shrunk.jsonl"
 
 # Fields that depend on where things lie, or are drawn from kept pictures, and are not read from a file.
-_NOT_KEPT = ("input", "output", "pictures", "details", "state_dict", "metadata")
+_NOT_KEPT = ("input", "output", "pictures", "state_dict", "metadata")
 
 
 class Record:
@@ -98,11 +98,13 @@ def _is_sound(result: Shrunk) -> bool:
     """Whether the numbers of a recorded result can be printed and compared."""
     numbers = (result.bytes_before, result.bytes_after, result.relative_error)
     levels = (result.predicted_db, result.worst_picture_db)
+    lists = (result.loads_in or (), result.warnings, result.details)
     return (
         all(isinstance(number, int | float) and number >= 0 for number in numbers)
         and result.bytes_before > 0
         and all(level is None or isinstance(level, int | float) for level in levels)
         and all(isinstance(text, str) for text in (result.method, result.why, result.recipe, result.dtype))
+        and all(isinstance(texts, tuple) and all(isinstance(text, str) for text in texts) for texts in lists)
         and (result.skipped is None or isinstance(result.skipped, str))
     )
 

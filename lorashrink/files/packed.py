@@ -14,9 +14,9 @@ import math
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorashrink.errors import DamagedFile, InputError, UsageError
 from lorashrink.files.header import Arrangement
@@ -40,8 +40,8 @@ INDEX, CODE = f"{PREFIX}index", f"{PREFIX}code"
 CLASSES = range(-2, 17)
 
 # Scales and steps are quarters of a power of two: 2^(i/4) in 12 bits.
-_QUARTERS = (2048, 2435, 2896, 3444)
-_QUARTER_BITS = 11
+QUARTERS = (2048, 2435, 2896, 3444)
+QUARTER_BITS = 11
 
 MOST = 4095  # the largest whole number: with 12 bits of the step it fits into the 24 bits of float32
 SCALES = range(-200, 121)  # in quarters: from far below the smallest float16 to above the largest
@@ -66,7 +66,7 @@ def low_bits(class_: int) -> int:
 def step(scale: int, class_: int) -> float:
     """The distance between neighbouring values, a number of 12 bits."""
     quarters = scale - 2 * class_
-    return math.ldexp(_QUARTERS[quarters % 4], quarters // 4 - _QUARTER_BITS)
+    return math.ldexp(QUARTERS[quarters % 4], quarters // 4 - QUARTER_BITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,8 @@ class Index:
 
     def to_bytes(self) -> bytes:
         """The index as it is stored."""
-        return zlib.compress(json.dumps(asdict(self), separators=(",", ":")).encode(), 9)
+        entries = {field.name: getattr(self, field.name) for field in fields(self)}
+        return zlib.compress(json.dumps(entries, separators=(",", ":"), default=asdict).encode(), 9)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Index:
@@ -273,6 +274,12 @@ class PackedStore(ComputedStore):
                 form = index.form(layer)
                 ends = [factor[0] for factor in form.factors] + [constant[0] for constant in form.constants]
                 self._sections |= dict.fromkeys([index.names[layer] + end for end in ends], number)
+        ranks = index.ranks
+        self._dimensions = [0, *itertools.accumulate(ranks)]  # per layer: how many are before it
+        self._first_runs = [
+            0,
+            *itertools.accumulate(rank * len(index.form(layer).factors) for layer, rank in enumerate(ranks)),
+        ]
         self._starts = [0, *itertools.accumulate(section.words for section in index.sections)]
         self._decoding = threading.Lock()
         self._decoded: dict[int, dict[str, Tensor]] = {}
@@ -288,6 +295,20 @@ class PackedStore(ComputedStore):
 
     def _decode(self, number: int) -> dict[str, Tensor]:
         """The tensors of a section. Raises DamagedFile, or UsageError if the decoder is not installed."""
+        import torch
+
+        tensors = {}
+        for layer, factors in self._factors(number):
+            name, form = self.index.names[layer], self.index.form(layer)
+            for (end, axis, rest), factor in zip(form.factors, factors, strict=True):
+                tensors[name + end] = factor.reshape(-1, *rest).movedim(0, axis).contiguous()
+            for end, dtype, shape, text in form.constants:
+                data = torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+                tensors[name + end] = data.view(getattr(torch, DTYPES[dtype][1])).reshape(shape)
+        return tensors
+
+    def _factors(self, number: int) -> list[tuple[int, list[Tensor]]]:
+        """(layer, the numbers of its factors, float16) for the layers of a section. Raises as `_decode`."""
         import numpy as np
         import torch
 
@@ -295,41 +316,45 @@ class PackedStore(ComputedStore):
         first = sum(part.layers for part in self.index.sections[:number])
         layers = range(first, first + section.layers)
         raw = self._stored.read(CODE, (4 * self._starts[number], 4 * self._starts[number + 1])).numpy()
-        words = raw.view("<u4").astype(np.uint32)
-        runs = list(self.runs(layers))
-        values = decode(words, runs, self.index.tables, self._stored.path)
-        crc, start, tensors = 0, 0, {}
-        for layer in layers:
-            form, rank = self.index.form(layer), self.index.ranks[layer]
-            for (end, axis, rest), count in zip(form.factors, form.counts, strict=True):
-                factor = values[start : start + rank * count]
-                start += rank * count
-                crc = zlib.crc32(little_endian(factor), crc)
-                tensors[self.index.names[layer] + end] = factor.reshape(rank, *rest).movedim(0, axis).contiguous()
-            for end, dtype, shape, text in form.constants:
-                data = torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-                tensors[self.index.names[layer] + end] = data.view(getattr(torch, DTYPES[dtype][1])).reshape(shape)
+        values = decode(raw.view("<u4").astype(np.uint32), self._runs(layers), self.index.tables, self._stored.path)
+        sizes = [self.index.ranks[layer] * count for layer in layers for count in self.index.form(layer).counts]
+        factors = list(torch.split(values, sizes))
+        crc = 0
+        for factor in factors:
+            crc = zlib.crc32(little_endian(factor), crc)
         if crc != section.crc32:
             raise DamagedFile(f"{self.path}: the code of the packed file is damaged. Download or copy it again.")
-        return tensors
+        remaining = iter(factors)
+        return [(layer, list(itertools.islice(remaining, len(self.index.form(layer).factors)))) for layer in layers]
 
-    def runs(self, layers: range) -> Iterator[Run]:
+    def _runs(self, layers: range) -> Runs:
         """The runs of these layers: factor by factor, dimension by dimension."""
-        ranks = self.index.ranks[: layers.start]
-        scale = sum(ranks)
-        at = sum(rank * len(self.index.form(layer).factors) for layer, rank in enumerate(ranks))
-        for layer in layers:
-            form, rank = self.index.form(layer), self.index.ranks[layer]
-            for count in form.counts:
-                for dimension in range(rank):
-                    yield Run(self.index.scales[scale + dimension], self.index.classes[at], count)
-                    at += 1
-            scale += rank
+        import numpy as np
+
+        ranks = [self.index.ranks[layer] for layer in layers]
+        forms = [self.index.form(layer) for layer in layers]
+        start = self._dimensions[layers.start]
+        ends = list(itertools.accumulate(ranks, initial=start))
+        scales = [
+            scale
+            for form, (low, high) in zip(forms, itertools.pairwise(ends), strict=True)
+            for _ in form.factors
+            for scale in self.index.scales[low:high]
+        ]
+        first = self._first_runs[layers.start]
+        return Runs(
+            np.array(scales, dtype=np.int64),
+            np.array(self.index.classes[first : first + len(scales)], dtype=np.int64),
+            np.array(
+                [count for form, rank in zip(forms, ranks, strict=True) for count in form.counts for _ in range(rank)],
+                dtype=np.int64,
+            ),
+        )
 
     def check_code(self) -> None:
-        """Unpack all that is coded. Raises DamagedFile."""
+        """Unpack all that is coded, and keep nothing of it. Raises DamagedFile."""
         for number in range(len(self.index.sections)):
-            self._section(number)
+            self._factors(number)
 
     def check_contents(self) -> None:
         """Unpack everything and compare its hash. Raises DamagedFile."""
@@ -364,13 +389,12 @@ def contents_sha256(arrangement: Arrangement, chunks: Callable[[str], Iterator[m
 # --- decoding -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The numbers of one dimension in one factor."""
+class Runs(NamedTuple):
+    """Runs of numbers, each of one dimension in one factor; arrays [runs] int64."""
 
-    scale: int
-    class_: int
-    count: int
+    scales: Whole
+    classes: Whole
+    counts: Whole
 
 
 def coder() -> ModuleType:
@@ -383,7 +407,8 @@ def coder() -> ModuleType:
     return module
 
 
-def table_model(table: Sequence[int]) -> Any:
+@lru_cache(maxsize=64)
+def table_model(table: tuple[int, ...]) -> Any:
     """The coder's model of a table: symbols are an escape, then the numbers from the smallest to the largest."""
     import numpy as np
 
@@ -397,31 +422,30 @@ def uniform_model(bits: int) -> Any:
     return coder().model.Uniform(1 << bits)
 
 
-def decode(words: Any, runs: Sequence[Run], tables: Mapping[str, Sequence[int]], path: object) -> Tensor:
+def decode(words: Any, runs: Runs, tables: Mapping[str, tuple[int, ...]], path: object) -> Tensor:
     """Float16 numbers of these runs, one after the other. Raises DamagedFile if the words are no code."""
     import numpy as np
     import torch
 
-    by_class = sorted(range(len(runs)), key=lambda index: runs[index].class_)
-    counts = [runs[index].count for index in by_class]
-    totals: dict[int, int] = {}
-    for index in by_class:
-        totals[runs[index].class_] = totals.get(runs[index].class_, 0) + runs[index].count
+    by_class = np.argsort(runs.classes, kind="stable")
+    classes, counts = runs.classes[by_class], runs.counts[by_class]
+    starts = np.flatnonzero(np.diff(classes, prepend=CLASSES.start - 1))
+    totals = dict(zip(classes[starts].tolist(), np.add.reduceat(counts, starts).tolist(), strict=True))
     try:
         ans = coder().stack.AnsCoder(words)
         numbers = [_decode_class(ans, class_, count, tables[str(class_)]) for class_, count in totals.items()]
     except ValueError as error:
         raise DamagedFile(f"{path}: the code of the packed file is damaged. Download or copy it again.") from error
-    steps = np.array([step(runs[index].scale, runs[index].class_) for index in by_class], dtype=np.float32)
-    values = torch.from_numpy(np.concatenate(numbers).astype(np.float32))
-    values *= torch.from_numpy(np.repeat(steps, counts))
-    ordered: list[Tensor] = [values] * len(runs)
-    for index, piece in zip(by_class, torch.split(values.half(), counts), strict=True):
+    steps = np.array([step(*pair) for pair in zip(runs.scales[by_class].tolist(), classes.tolist(), strict=True)])
+    values = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int32), *numbers]).astype(np.float32))
+    values *= torch.from_numpy(np.repeat(steps.astype(np.float32), counts))
+    ordered: list[Tensor] = [values] * len(counts)
+    for index, piece in zip(by_class.tolist(), torch.split(values.half(), counts.tolist()), strict=True):
         ordered[index] = piece
     return torch.cat(ordered)
 
 
-def _decode_class(ans: Any, class_: int, count: int, table: Sequence[int]) -> Whole:
+def _decode_class(ans: Any, class_: int, count: int, table: tuple[int, ...]) -> Whole:
     """The numbers of a class, [count] int32: those of the table, escaped ones, and low bits beside them."""
     import numpy as np
 

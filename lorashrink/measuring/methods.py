@@ -38,6 +38,7 @@ SCALED = "+scaled"
 
 # What the dimensions of a packed file are judged by -> the methods that mean it.
 _JUDGES = {"calib,bytes": "calibration", "fro_ckpt,bytes": "base", "energy": "weights", "bytes": "weights"}
+_PACKED_RULE = f"Packed goes with {'; '.join(_JUDGES)}, without {SCALED}."
 
 # The search for a rank, or for what is kept of the energy as a multiple of what is lost.
 _MOST, _ROUNDS = 1e6, 24
@@ -72,10 +73,7 @@ class Method:
         packable = score in _JUDGES and not scaled
         methods = [cls(score, name, scaled) for name in names if packable or name != "packed"]
         if not methods:
-            raise UsageError(
-                f"--methods {text}: packed goes with {'; '.join(_JUDGES)}, without {SCALED}. "
-                "Leave packed out for others."
-            )
+            raise UsageError(f"--methods {text}: {_PACKED_RULE} Leave packed out for others.")
         return methods
 
     @property
@@ -87,19 +85,26 @@ class Method:
         return f"{self.score}{SCALED * self.scaled} {self.dtype}"
 
 
-def methods_of(texts: Sequence[str], dtypes: Sequence[str]) -> tuple[Method, ...]:
-    """The methods that texts name, with colons between several; by default the usual ones.
+def methods_of(texts: Sequence[str], dtypes: Sequence[str]) -> tuple[tuple[Method, ...], tuple[str, ...]]:
+    """(the methods that texts name, which of them have no packed form though `dtypes` asks for it).
 
-    dtypes: of texts that name none; of the usual ones those with these dtypes. Raises UsageError or RecipeError.
+    texts: with colons between several; by default the usual methods. dtypes: of texts that name none; of the usual
+    methods those with these dtypes. Raises UsageError or RecipeError.
     """
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise UsageError(f"--dtypes {dtype}: is not one of {', '.join(DTYPES)}.")
-    named = [text for entry in texts for text in entry.split(":") if text.strip()]
-    methods = [method for text in named or METHODS for method in Method.parse(text, dtypes)]
+    named = [text.strip() for entry in texts for text in entry.split(":") if text.strip()]
+    parsed = {text: Method.parse(text, dtypes) for text in named or METHODS}
+    methods = [method for of_text in parsed.values() for method in of_text]
     if not named and dtypes:
         methods = [method for method in methods if method.dtype in dtypes]
-    return tuple(dict.fromkeys(methods))
+    notes = [
+        f"{text}: not measured packed. {_PACKED_RULE}"
+        for text, of_text in parsed.items()
+        if "packed" in dtypes and " " not in text and all(method.dtype != "packed" for method in of_text)
+    ]
+    return tuple(dict.fromkeys(methods)), tuple(notes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,11 +112,11 @@ def evidence(
     plan: measure nothing, and tell how much work it would be. with_prompts: the texts of prompts are in the results.
     judge: is called with the pictures and prompts of each file; its numbers are kept.
 
-    An adapter that fails is in `failed`, a method that does is in `notes`. Raises UsageError, InputError or OutputError
-    if nothing can be done at all.
+    An adapter that fails is in `failed`; a method that does, or that has no packed form, is in `notes`. Raises
+    UsageError, InputError or OutputError if nothing can be done at all.
     """
     check_packages()
-    chosen = methods_of([methods] if isinstance(methods, str) else methods, dtypes)
+    chosen, unpacked = methods_of([methods] if isinstance(methods, str) else methods, dtypes)
     request = _Request(chosen, tuple(sizes), tuple(seeds), draws, steps, quality, with_prompts, judge)
     model_path, folder = Path(model), Path(output)
     companion = None if settings is None else Path(settings)
@@ -137,7 +137,7 @@ def evidence(
     with Studio(
         model_path, (), folder=folder / "pictures", device=device, settings=companion, pixels_at_once=PIXELS_AT_ONCE
     ) as studio:
-        study = _Study(request, studio, Journal(folder), folder, progress)
+        study = _Study(request, studio, Journal(folder), folder, progress, notes=list(unpacked))
         for number, (name, source) in enumerate(sources.items()):
             with boundary(source, partial(_failed, study.failed, source)):
                 subject = _Subject(study, name, source, trials[name]())

@@ -7,6 +7,7 @@ import json
 import math
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from lorashrink.files.packed import CODE, INDEX, VERSION, Form, contents_sha256
 from lorashrink.files.store import ComputedStore, TensorInfo, info_of, memory_of, torch_dtype
 from lorashrink.files.writing import save_tensors
 from lorashrink.packing.allocation import Allocation
-from lorashrink.packing.encoding import Encoder, rounded
+from lorashrink.packing.encoding import Encoder, Rounded, rounded
 from lorashrink.recipes.choice import Selection
 from lorashrink.shrinking.decomposed import Decomposed
 from lorashrink.shrinking.plan import LayerPlan, Outline, Plan, plan
@@ -87,10 +88,12 @@ class Draft:
         save_tensors(path, self.own, self.metadata, source=copied)
 
 
-def build_draft(decomposed: Decomposed, outlined: Outline, allocation: Allocation, *, device: str, label: str) -> Draft:
+def build_draft(
+    decomposed: Decomposed, outlined: Outline, allocation: Allocation, *, pool: Executor, device: str, label: str
+) -> Draft:
     """The packed file of this allocation, whose dimensions are those of `judging.dimensions_of`.
 
-    label: what the metadata says of the request. Raises RecipeError if nothing is kept.
+    pool: rounds the layers. label: what the metadata says of the request. Raises RecipeError if nothing is kept.
     """
     starts = np.cumsum([0, *(facts.rank for facts in outlined.facts)])
     kept = tuple(
@@ -101,22 +104,27 @@ def build_draft(decomposed: Decomposed, outlined: Outline, allocation: Allocatio
     encoder = Encoder()
     unpacked: dict[str, Tensor] = {}  # what is not copied from the adapter, as it will be unpacked
     beside: dict[str, Tensor] = {}  # of these what is not in the code
-    rounding, narrowed = 0.0, {}
-    for index, layer in planned.written.items():
+    rounding, narrowed = 0.0, dict[str, float]()
+
+    def round_layer(index: int) -> tuple[Rounded, dict[str, Tensor], float]:
+        """(the layer in whole numbers, the tensors that it unpacks to, its scale); the exact factors are let go."""
+        layer = planned.written[index]
         written = WrittenLayer.of(planned, layer, device)
         classes = allocation.classes[start_of[index] + np.array(layer.kept)]
-        result = rounded(written.prefix, written.form, written.matrices, classes.T.tolist())
+        result = rounded(written.prefix, written.form, written.matrices, classes)
+        return result, written.unpacked(result), written.scale
+
+    layers = zip(planned.written.values(), pool.map(round_layer, planned.written), strict=True)
+    for layer, (result, tensors, scale) in layers:
         encoder.add(result)
-        rounding += result.error / (written.scale**2 or 1.0)
-        narrowing = math.sqrt(result.narrowing) / (abs(written.scale) or 1.0)
+        rounding += result.error / (scale**2 or 1.0)
+        narrowing = math.sqrt(result.narrowing) / (abs(scale) or 1.0)
         if narrowing > _ROUNDING * layer.norm and 4 * result.narrowing > result.coding:
             narrowed[layer.layer.name] = narrowing
-        for (end, axis, rest), factor in zip(written.form.factors, result.values, strict=True):
-            unpacked[written.prefix + end] = factor.reshape(layer.width, *rest).movedim(0, axis).contiguous()
-        unpacked |= written.constants
+        unpacked |= tensors
         if "bias" in layer.form.keys:
             key = layer.form.keys["bias"]
-            bias = layer.layer.store.read(key).float() * (layer.layer.scale * written.scale)
+            bias = layer.layer.store.read(key).float() * (layer.layer.scale * scale)
             beside[key] = bias.to(torch_dtype(planned.tensors[key].dtype))
     unpacked |= beside
     index_of_code, code = encoder.finish()
@@ -194,3 +202,11 @@ class WrittenLayer(NamedTuple):
             ),
         )
         return cls(prefix, form, [matrices[role] for role in roles], constants, scale)
+
+    def unpacked(self, result: Rounded) -> dict[str, Tensor]:
+        """The tensors that it is unpacked to, by their names."""
+        factors = zip(self.form.factors, result.values, strict=True)
+        return self.constants | {
+            self.prefix + end: factor.reshape(-1, *rest).movedim(0, axis).contiguous()
+            for (end, axis, rest), factor in factors
+        }

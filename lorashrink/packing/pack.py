@@ -42,7 +42,7 @@ QUALITY = 40.0  # dB, where pictures are the same at a glance
 _RECIPES = {"calibration": "calib,thr=-1000", "base": "fro_ckpt,thr=-1000", "weights": "thr=-1000"}
 
 _ATTEMPTS = 6  # to meet a size; each knows what the one before it really took
-_CLOSE_ENOUGH = 0.985  # of the size
+_AIM, _CLOSE_ENOUGH = 0.993, 0.985  # of the size
 
 
 def pack(
@@ -142,7 +142,7 @@ def _pack_file(source: Path, outputs: Mapping[Path, Recipe], session: Session, g
         decomposed = work.decomposed()[recipe.calibrated]
         outlined = work.outline({recipe.calibrated: decomposed}, recipe)
         dimensions = dimensions_of(decomposed, outlined, decided_by)
-        build = partial(build_draft, decomposed, outlined, device=session.device, label=str(goal))
+        build = partial(build_draft, decomposed, outlined, pool=session.pool, device=session.device, label=str(goal))
         pixels = session.statistics.pixels if session.statistics else None
         prediction = prediction_for(decided_by, dimensions.total, pixels)
         if goal.size is None:
@@ -192,13 +192,13 @@ def _best_within(size: int, dimensions: Dimensions, build: Callable[[Allocation]
     smallest = build(largest_within(dimensions, 0.0))
     if smallest.nbytes > size:
         raise TooFewBytes(f"{source}: cannot be packed into {size} bytes; the least is {smallest.nbytes}.")
-    best, budget = smallest, size - (smallest.nbytes - smallest.allocation.nbytes)
+    fixed = smallest.nbytes - smallest.allocation.nbytes  # bytes of what is not allocated
+    best, budget = smallest, _AIM * size - fixed
     for _ in range(_ATTEMPTS):
         draft = build(largest_within(dimensions, budget))
         if draft.nbytes <= size:
             best = max(best, draft, key=lambda file: file.nbytes)
             if draft.nbytes >= _CLOSE_ENOUGH * size:
                 break
-        room = 0.995 * size - draft.nbytes
-        budget += room * draft.allocation.nbytes / draft.nbytes
+        budget += (_AIM * size - draft.nbytes) * draft.allocation.nbytes / max(1.0, draft.nbytes - fixed)
     return best

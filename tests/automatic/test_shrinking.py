@@ -173,6 +173,31 @@ def test_a_damaged_record_costs_a_rerun_and_nothing_else(collection: Path) -> No
     assert [result.skipped for result in report.results] == [None, None]
 
 
+def test_a_rerun_says_what_was_copied_and_left_out(collection: Path) -> None:
+    source = collection / "lora.safetensors"
+    tensors = load_file(source)
+    layer = next(key for key in tensors if key.endswith("lora_up.weight"))
+    tensors[layer] = torch.zeros_like(tensors[layer])
+    save_file({**tensors, "anything": torch.ones(3)}, source)
+    first, second = (run("shrink", source, "-v") for _ in range(2))
+    said = [line for line in first.splitlines() if line.startswith(("lora.safetensors: ", "lora: "))]
+    assert any("copied as it is" in line for line in said)
+    assert [line for line in second.splitlines() if line in said] == said
+    (result,) = ls.shrink(source).results
+    assert result.skipped == "made by an earlier run"
+
+
+@pytest.mark.parametrize("damage", [{"details": [1]}, {"details": "text"}, {"warnings": [None]}, {"loads_in": [2]}])
+def test_a_record_of_other_things_than_texts_is_not_believed(collection: Path, damage: dict[str, object]) -> None:
+    ls.shrink(collection / "lora.safetensors")
+    record = collection / "shrunk" / ".lorashrink-shrunk.jsonl"
+    line = json.loads(record.read_text())
+    line["result"] |= damage
+    record.write_text(json.dumps(line) + "\n")
+    (result,) = ls.shrink(collection / "lora.safetensors").results
+    assert result.skipped is None
+
+
 def test_other_files_in_the_way_are_not_replaced(collection: Path) -> None:
     output = collection / "shrunk" / "lora.safetensors"
     output.parent.mkdir()

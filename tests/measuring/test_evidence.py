@@ -231,14 +231,23 @@ def test_a_file_that_is_no_adapter_fails_alone(tmp_path: Path) -> None:
 
 
 def test_methods_are_named_with_and_without_a_dtype() -> None:
-    assert [str(method) for method in methods_of(["rank:calib,bytes"], ["fp16", "packed"])] == [
-        "rank fp16",
-        "calib,bytes fp16",
-        "calib,bytes packed",
-    ]
-    assert tuple(map(str, methods_of([], []))) == METHODS
-    assert {method.dtype for method in methods_of([], ["fp8"])} == {"fp8"}
-    with pytest.raises(UsageError, match="packed"):
+    methods, notes = methods_of(["rank: calib,bytes :energy fp8"], ["fp16", "packed"])
+    assert [str(method) for method in methods] == ["rank fp16", "calib,bytes fp16", "calib,bytes packed", "energy fp8"]
+    assert [note.partition(": ")[0] for note in notes] == ["rank"]
+    assert "not measured packed" in notes[0]
+    methods, notes = methods_of([], [])
+    assert tuple(map(str, methods)) == METHODS
+    assert not notes
+    methods, notes = methods_of([], ["fp8", "packed"])
+    assert {method.dtype for method in methods} == {"fp8", "packed"}
+    assert not notes
+    with pytest.raises(UsageError, match="Packed goes with"):
         Method.parse("rank packed")
     with pytest.raises(RecipeError):
         Method.parse("nonsense fp16")
+
+
+def test_methods_without_a_packed_form_are_notes_of_a_study(tmp_path: Path) -> None:
+    result = study(STYLE, tmp_path / "out", ["rank", "energy"], dtypes=("fp16", "packed"), sizes=(60_000,), plan=True)
+    (note,) = result.notes
+    assert note.startswith("rank: not measured packed")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import fixtures
+import numpy as np
 import pytest
 import torch
 from conversions import ADAPTERS, few, numbers
@@ -106,7 +107,7 @@ def test_escapes_and_every_class_survive_the_plain_reader(tmp_path: Path) -> Non
     factors[0][7, 5] = 4000.0
     factors[1][9, 8] = -9000.0
     form = Form((("up", 1, (700,)), ("down", 0, (700,))), ())
-    layer = rounded("layer.", form, factors, [list(range(-2, 17))] * 2)
+    layer = rounded("layer.", form, factors, np.array([range(-2, 17)] * 2).T)
     encoder = Encoder()
     encoder.add(layer)
     index, code = encoder.finish()
@@ -472,6 +473,20 @@ def test_not_a_number_and_zero_layers_are_errors(tmp_path: Path) -> None:
         report = lorashrink.pack(path, output=tmp_path / "p.safetensors", force=True)
         assert message in report.failed[0].error
         assert not (tmp_path / "p.safetensors").exists()
+
+
+@pytest.mark.parametrize("factor", [1e8, 1e12, 1e25])
+def test_numbers_that_one_huge_factor_are_an_error(tmp_path: Path, factor: float) -> None:
+    """Such files were written with infinity in them, and with an error of infinity."""
+    source = small(tmp_path / "a.safetensors")
+    tensors = load_file(source)
+    name = next(name for name in tensors if name.endswith("attn1_to_q.lora_up.weight"))
+    tensors[name] = tensors[name].float() * 65504 * factor
+    path = write_tensors(tmp_path / "b.safetensors", tensors)
+    (failure,) = lorashrink.pack(path, output=tmp_path / "p.safetensors").failed
+    assert name.removesuffix(".lora_up.weight") in failure.error
+    assert "too large for fp16" in failure.error
+    assert not (tmp_path / "p.safetensors").exists()
 
 
 def test_a_size_that_nothing_fits_into_names_the_least(tmp_path: Path) -> None:
