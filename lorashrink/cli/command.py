@@ -18,10 +18,10 @@ from lorashrink.cli.help import print_help_all
 from lorashrink.cli.hints import running
 from lorashrink.cli.printing import print_json, say
 from lorashrink.cli.progress import progress_bars
-from lorashrink.cli.signals import ended_by_signals
 from lorashrink.errors import Progress, explained
 from lorashrink.files.disk import count_finished, discard_unfinished
 from lorashrink.results.shown import plain
+from lorashrink.signals import ended_by_signals
 from lorashrink.text import count_text, printable
 
 EXIT_SOME_FAILED, EXIT_NOTHING_DONE, EXIT_CONDITION, EXIT_INTERRUPTED = 1, 2, 3, 130
