@@ -95,7 +95,7 @@ def prepare(options: Options) -> Session:
         # From here on only what LyCORIS drops is drawn from global random numbers, and each process drops its own.
         set_seed(seed, device_specific=True)
     dims, writes = network.dims if options.dim_from_weights else None, accelerator.is_main_process
-    # These hash the base, which takes long.
+    # The process that writes the files also hashes the base for them, which takes long.
     metadata = run_entries(options, data, length, processes, optimizer=description, dims=dims) if writes else {}
     _log.info("%s", describe(options, data, network, length, processes))
     _start_log(accelerator, options)
