@@ -50,7 +50,7 @@ def merge(
     from lorashrink.linking.inputs import split_sum
 
     check_outputs([*[path for text in files for path, _ in split_sum(text)], base], force, as_csv=as_csv)
-    base, adapters = split_base(files, base)
+    base, adapters = split_base("merge", files, base)
     from lorashrink.making.merging import EVERYTHING
     from lorashrink.making.merging import merge as run
 

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from fuzzing import FOLDER, add, limits
 from hypothesis import strategies as st
@@ -287,6 +286,8 @@ add(
 
 def gguf_bytes() -> bytes:
     """A small file of GGUF."""
+    import gguf  # which is read with another extra
+
     path = FOLDER / "example.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
