@@ -1,7 +1,8 @@
 """How the code reads, in figures: `python benchmarks/code_figures.py [FOLDER ...]`. A mirror, not a gate.
 
 For each folder: lines of Python, functions, their median length and the longest ones (without docstrings), private
-helpers that are used once, and how many of the bound names are words that say nothing.
+helpers that are used once, those of them that are not called but passed on (as a callback, in a table), and how many of
+the bound names are words that say nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Figures:
     lines: int = 0
     lengths: list[int] = field(default_factory=list)  # of functions, in lines without their docstrings
     helpers: Counter[tuple[str, str]] = field(default_factory=Counter)  # (file, private function) -> uses
+    called: set[tuple[str, str]] = field(default_factory=set)  # (file, name) of what is called there
     bound: Counter[str] = field(default_factory=Counter)  # names bound by assignments, loops and parameters
 
     def add(self, path: Path) -> None:
@@ -38,6 +40,8 @@ class Figures:
         self.lines += text.count("\n")
         uses = Counter(_names_used(tree))
         for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+                self.called.add((str(path), node.func.id if isinstance(node.func, ast.Name) else node.func.attr))
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 self.lengths.append(_length(node))
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -49,12 +53,13 @@ class Figures:
 
     def __str__(self) -> str:
         long = sum(length > LONG for length in self.lengths) / max(1, len(self.lengths))
-        once = sum(count == 1 for count in self.helpers.values()) / max(1, len(self.helpers))
+        single = {helper for helper, count in self.helpers.items() if count == 1}
+        once, passed_on = (len(group) / max(1, len(self.helpers)) for group in (single, single - self.called))
         generic = sum(self.bound[word] for word in GENERIC) / max(1, self.bound.total())
         functions, median = len(self.lengths), statistics.median(self.lengths or [0])
         return (
             f"{self.lines:6d} lines  {functions:4d} functions, median {median:g} lines, {long:.1%} above {LONG}  "
-            f"private helpers used once {once:.0%}  generic names {generic:.2%}"
+            f"private helpers used once {once:.0%} ({passed_on:.0%} passed on)  generic names {generic:.2%}"
         )
 
 

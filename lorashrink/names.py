@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
+
+# The second denoiser of Wan 2.2.
+SECOND_DENOISER = "transformer_2"
+DENOISERS = ("unet", SECOND_DENOISER)
+
+# Parts beside the denoiser that diffusers alone has names for: the second one, and what leads from the text encoder of
+# LTX-2 to its transformer.
+DIFFUSERS_PARTS = (SECOND_DENOISER, "connectors")
+
+# diffusers' folder of a part -> the part.
+FOLDERS: Mapping[str, str] = {
+    "unet": "unet",
+    "transformer": "unet",
+    **{part: part for part in DIFFUSERS_PARTS},
+    "prior": "unet",
+    "text_encoder": "te1",
+    "text_encoder_2": "te2",
+    "text_encoder_3": "te3",
+    "text_encoder_4": "te4",
+}
 
 # Tried in this order, so a longer prefix stands before one that it begins with.
 PREFIXES: tuple[tuple[str, str], ...] = (
@@ -24,15 +45,7 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("lora_te_", "te1"),
     ("model.diffusion_model.", "unet"),
     ("diffusion_model.", "unet"),
-    ("unet.", "unet"),
-    ("transformer.", "unet"),
-    ("transformer_2.", "transformer_2"),
-    ("connectors.", "connectors"),
-    ("prior.", "unet"),
-    ("text_encoder.", "te1"),
-    ("text_encoder_2.", "te2"),
-    ("text_encoder_3.", "te3"),
-    ("text_encoder_4.", "te4"),
+    *((f"{folder}.", part) for folder, part in FOLDERS.items()),
     ("text_encoders.clip_l.transformer.", "te1"),
     ("text_encoders.clip_l.", "te1"),
     ("text_encoders.clip_g.transformer.", "te2"),
@@ -60,8 +73,8 @@ def address(name: str) -> tuple[str, str]:
     """(part of the model, module name with `_` for `.`) of an adapter layer.
 
     Parts are "unet" (any denoiser), "transformer_2" (the second one of Wan 2.2), "connectors" (of LTX-2), "te1" to
-    "te4", or "" when the name does not tell. Dots cannot be restored
-    from a flattened name, so the base's names are flattened too and compared.
+    "te4", or "" when the name does not tell. Dots cannot be restored from a flattened name, so the base's names are
+    flattened too and compared.
     """
     part, rest = "", name
     while prefix := _PREFIX.match(rest):
@@ -85,10 +98,7 @@ _NAMINGS = (
     ("peft", ("base_model.model.",)),
     ("kohya", ("lora_", "oft_unet_")),
     ("comfy", ("diffusion_model.", "model.diffusion_model.", "text_encoders.")),
-    (
-        "diffusers",
-        ("unet.", "transformer.", "transformer_2.", "connectors.", "prior.", "text_encoder.", "text_encoder_"),
-    ),
+    ("diffusers", (*(f"{folder}." for folder in FOLDERS), "text_encoder_")),
 )
 
 

@@ -45,7 +45,12 @@ def install(path: str | Path, *, copy: bool = False, force: bool = False) -> Ins
         if os.path.lexists(target):
             if not force:
                 raise OutputError(f"{target}: is there already. Use --force to replace it.")
-            _remove(target)
+            if target.is_symlink():
+                target.unlink()
+            elif (target / "nodes.py").is_file() and (target / "logic.py").is_file():
+                shutil.rmtree(target)  # an earlier copy
+            else:
+                raise OutputError(f"{target}: holds something else than these nodes. Move it away first.")
         if not copy:
             try:
                 target.symlink_to(source, target_is_directory=True)
@@ -56,13 +61,3 @@ def install(path: str | Path, *, copy: bool = False, force: bool = False) -> Ins
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror or error}).") from error
     return Installed(str(target), str(source), linked=False)
-
-
-def _remove(target: Path) -> None:
-    """Remove an earlier pack, and nothing else. Raises OutputError."""
-    if target.is_symlink():
-        target.unlink()
-    elif (target / "nodes.py").is_file() and (target / "logic.py").is_file():
-        shutil.rmtree(target)
-    else:
-        raise OutputError(f"{target}: holds something else than these nodes. Move it away first.")

@@ -85,6 +85,12 @@ def decibel_text(level: float) -> str:
     return f"{level:.1f} dB"
 
 
+def names_text(names: Sequence[str], most: int | None = 3) -> str:
+    """The first `most` names, and how many more there are: `a, b, c and 4 more`. None: all of them."""
+    shown = names[:most]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(shown) < len(names) else "")
+
+
 def count_text(count: int, noun: str, plural: str = "") -> str:
     """A number of things: `1 file`, `3 files`; the plural where it is not the noun with an s."""
     return f"{count} {noun if count == 1 else plural or noun + 's'}"

@@ -9,6 +9,7 @@ from lorashrink.text import (
     bytes_in,
     count_text,
     decibel_text,
+    names_text,
     number_text,
     percent_text,
     share_text,
@@ -62,3 +63,8 @@ def test_counts_have_plurals() -> None:
 def test_numbers_may_be_missing() -> None:
     assert [number_text(1.23456), number_text(None), number_text(8, "d")] == ["1.235", "-", "8"]
     assert decibel_text(31.249) == "31.2 dB"
+
+
+def test_of_many_names_the_first_are_shown() -> None:
+    assert [names_text(["a"] * count) for count in (0, 1, 3)] == ["", "a", "a, a, a"]
+    assert [names_text("abcd", most) for most in (3, None)] == ["a, b, c and 1 more", "a, b, c, d"]

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from lorashrink.errors import LorashrinkError
+from lorashrink.text import printable
 from lorashrink.train.flags.options import parse, write_config
 
 _log = logging.getLogger(__name__)
@@ -66,4 +67,4 @@ def main(arguments: Sequence[str], program: str = "lorashrink train") -> int:
 class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         prefix = {logging.WARNING: "warning: ", logging.ERROR: "lorashrink: "}.get(record.levelno, "")
-        return prefix + super().format(record)
+        return printable(prefix + super().format(record), keep="\n\t")  # no name can drive the terminal

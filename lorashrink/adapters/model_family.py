@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lorashrink.names import address
+from lorashrink.names import DENOISERS, address
 
 Shape = tuple[int, ...]
 
@@ -113,7 +113,7 @@ def family_of(layers: Iterable[tuple[str, Shape]]) -> str | None:
     Shapes may be shorter than those of the weights, down to (): what is not known decides nothing.
     """
     addressed = [(*address(name), shape) for name, shape in layers]
-    denoiser = [(module, shape) for part, module, shape in addressed if part in ("unet", "transformer_2", "")]
+    denoiser = [(module, shape) for part, module, shape in addressed if part in (*DENOISERS, "")]
     for family, marks in _MARKS:
         if all(any(mark.fits(module, shape) for module, shape in denoiser) for mark in marks):
             return family

@@ -98,8 +98,8 @@ class Request:
         skipped = None
         if result.bytes_after > self.most_share * result.bytes_before:
             skipped = f"would shrink by {gain:.0%} only" if gain > 0 else "would not shrink"
-        reasons = Counter(f"copied as it is: {copied.reason}" for copied in result.verbatim)
-        reasons += Counter(f"left out: {removed.reason}" for removed in result.removed)
+        reasons = Counter(f"copied: {copied.reason}" for copied in result.verbatim)
+        reasons += Counter(f"removed: {removed.reason}" for removed in result.removed)
         return Shrunk(
             input=source,
             output=None if skipped else result.output,

@@ -25,7 +25,7 @@ from lorashrink.errors import NotABase
 from lorashrink.files.disk import content_fingerprint
 from lorashrink.files.in_memory import MemoryStore
 from lorashrink.files.store import FLOATS, TensorStore
-from lorashrink.names import address
+from lorashrink.names import SECOND_DENOISER, address
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ class Base:
             parts = (part, self.family.instead.get(part, part))
             return next((views for part in parts if (views := self.weights.get((part, module)))), ())
         candidates = {
-            views for part in self._parts if part != "transformer_2" and (views := self.weights.get((part, module)))
+            views for part in self._parts if part != SECOND_DENOISER and (views := self.weights.get((part, module)))
         }
         return candidates.pop() if len(candidates) == 1 else ()
 

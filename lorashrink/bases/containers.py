@@ -10,11 +10,8 @@ from lorashrink.errors import InputError, NotABase
 from lorashrink.files.disk import absent_text
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import TensorStore, join_stores
+from lorashrink.names import FOLDERS
 
-PART_FOLDERS = (
-    *("unet", "transformer", "transformer_2", "connectors", "prior"),
-    *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
-)
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("", ".fp32", ".fp16", ".bf16", ".non_ema")
 _PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
@@ -22,7 +19,7 @@ _PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 
 def is_model_folder(path: Path) -> bool:
     """Whether this folder holds a model, whole or in parts, as diffusers and transformers save them."""
-    if (path / "model_index.json").is_file() or any((path / part).is_dir() for part in PART_FOLDERS):
+    if (path / "model_index.json").is_file() or any((path / part).is_dir() for part in FOLDERS):
         return True
     return (path / "config.json").is_file() and _weights(path) is not None
 
@@ -33,7 +30,7 @@ def open_store(path: Path) -> tuple[TensorStore, str]:
     kind = "file"
     if path.is_dir():
         kind = "folder"
-        if parts := {f"{name}.": weights for name in PART_FOLDERS if (weights := _weights(path / name))}:
+        if parts := {f"{name}.": weights for name in FOLDERS if (weights := _weights(path / name))}:
             store = join_stores(path, {prefix: open_tensors(weights) for prefix, weights in parts.items()})
         elif weights := _weights(path):
             store = open_tensors(weights)

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 
 from lorashrink.bases import diffusers_only, encoders, flux, images, language, stable_diffusion, video
-from lorashrink.bases.family import DENOISER, DIFFUSERS_PARTS, BaseFamily, Header
+from lorashrink.bases.family import DENOISER, BaseFamily, Header
+from lorashrink.names import DIFFUSERS_PARTS
 
 # Endings and beginnings that only adapters have, and control networks that are shaped like them.
 _ADAPTER = re.compile(

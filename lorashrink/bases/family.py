@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from lorashrink.bases.rules import Rules
+from lorashrink.names import DIFFUSERS_PARTS
 
 # What may stand before the names of a denoiser: in files of one part, in all-in-one files, and in folders.
 DENOISER = dict.fromkeys(
@@ -23,11 +24,6 @@ DENOISER = dict.fromkeys(
     ),
     "unet",
 )
-
-
-# Parts beside the denoiser that diffusers alone has names for: the second transformer of Wan 2.2, and what leads from
-# the text encoder of LTX-2 to its transformer.
-DIFFUSERS_PARTS = ("transformer_2", "connectors")
 
 
 class Header:

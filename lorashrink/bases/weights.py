@@ -11,7 +11,7 @@ from lorashrink.bases import encoders
 from lorashrink.bases.family import BaseFamily
 from lorashrink.bases.rules import LAYOUTS, Rules, spell
 from lorashrink.bases.views import View, Views, views_id
-from lorashrink.names import address, flat
+from lorashrink.names import DENOISERS, address, flat
 
 # Not part of what adapters change, though their names may look so.
 _IGNORED = ("first_stage_model.", "vae.", "model_ema.")
@@ -62,7 +62,8 @@ def name_weights(shapes: Shapes, family: BaseFamily) -> Weights:
     by_name: dict[tuple[str, str], Views] = {}
     layouts: dict[str, dict[tuple[str, str], Views]] = {layout: {} for layout in LAYOUTS}
     for part, modules in parts.items():
-        spelled = spell(modules, _rules(part, family))
+        rules = family.rules if part in DENOISERS else Rules(()) if part == "connectors" else encoders.RULES
+        spelled = spell(modules, rules)
         # A name that the base itself uses is no other weight's alias, and one name for two weights is no name at all.
         own = _unique((flat(module), views) for module, views in modules.items())
         short = ((address(module)[1], views) for module, views in modules.items())
@@ -72,12 +73,6 @@ def name_weights(shapes: Shapes, family: BaseFamily) -> Weights:
         for layout, spellings in spelled.layouts.items():
             layouts[layout] |= {(part, name): views for name, views in spellings.items()}
     return Weights(by_name, layouts)
-
-
-def _rules(part: str, family: BaseFamily) -> Rules:
-    if part in ("unet", "transformer_2"):
-        return family.rules
-    return Rules(()) if part == "connectors" else encoders.RULES
 
 
 def _locate(key: str, family: BaseFamily) -> tuple[str, str] | None:

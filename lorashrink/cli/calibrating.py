@@ -94,7 +94,7 @@ def calibrate(
 
     if base_table and (files or model):
         raise UsageError("--base-table: takes no adapters. Give the model first: calibrate MODEL ADAPTER...")
-    model, adapters = split_base(files or (), model or base_table, alone=True)
+    model, adapters = split_base("calibrate", files or (), model or base_table, alone=True)
     if model is None:
         if adapters and not Path(adapters[0]).exists():
             check_is_base(adapters[0])

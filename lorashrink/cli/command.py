@@ -15,13 +15,12 @@ import typer
 from lorashrink._version import __version__
 from lorashrink.cli.conditions import Condition, Measure
 from lorashrink.cli.help import print_help_all
-from lorashrink.cli.hints import running
 from lorashrink.cli.printing import print_json, say
 from lorashrink.cli.progress import progress_bars
-from lorashrink.cli.signals import ended_by_signals
 from lorashrink.errors import Progress, explained
 from lorashrink.files.disk import count_finished, discard_unfinished
 from lorashrink.results.shown import plain
+from lorashrink.signals import ended_by_signals
 from lorashrink.text import count_text, printable
 
 EXIT_SOME_FAILED, EXIT_NOTHING_DONE, EXIT_CONDITION, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -57,7 +56,6 @@ def command(
         @functools.wraps(function)
         def run(*, as_json: bool, verbose: int, quiet: bool, debug: bool, help_all: bool, **arguments: Any) -> None:
             name = function.__name__.replace("_", "-")
-            running.set(name)
             with session(name, as_json, verbose, quiet, debug) as progress:
                 conditions = [Condition.parse(text, quantities) for text in arguments.pop("fail_on", None) or ()]
                 terminal = Terminal(as_json, verbose, quiet, arguments.get("dry_run", False), progress)

@@ -129,7 +129,7 @@ def compare(
         from lorashrink.plots import style
 
         style.check(plot)
-    base, adapters = split_base(files, base)
+    base, adapters = split_base("compare", files, base)
     if len(adapters) != 2:
         taken = f" The first file, {base}, was taken as the base." if str(base) in files else ""
         checkpoints = " Two checkpoints are compared by: lorashrink extract TUNED BASE -o difference.safetensors"

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 
 from lorashrink.errors import UsageError
@@ -79,13 +78,9 @@ def check_names(names: Sequence[str]) -> None:
                 raise UsageError(f"{name}: {text(match)}")
 
 
-# The command that runs.
-running = ContextVar("running", default="resize")
-
-
-def line(*words: str | Path, command: str | None = None) -> str:
-    """A line to type: these arguments behind this command, or behind the one that runs."""
-    return shlex.join(["lorashrink", command or running.get(), *map(str, words)])
+def line(command: str, *words: str | Path) -> str:
+    """A line to type: these arguments behind this command."""
+    return shlex.join(["lorashrink", command, *map(str, words)])
 
 
 def option_hint(option: str, words: Sequence[str]) -> str:

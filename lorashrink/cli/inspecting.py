@@ -132,7 +132,7 @@ def inspect(
 
     spectra, heat = (plot and plot.with_name(f"{plot.stem}_{name}{plot.suffix}") for name in ("spectra", "norms"))
     check_outputs([*files, base], force, as_csv=as_csv, plots=[spectra, heat])
-    base, adapters = split_base(files, base)
+    base, adapters = split_base("inspect", files, base)
     if plot:
         from lorashrink.plots import style
 

@@ -44,15 +44,6 @@ def print_extraction(report: Report, terminal: Terminal) -> None:
         say(f"The LoRA turns {before} into {', '.join(after)}.")
 
 
-def _meant(lora: Path, second: Path) -> str:
-    """What to type in place of an extraction from a LoRA."""
-    from lorashrink.linking.inputs import is_lora
-
-    if is_lora(second):
-        return f"To measure how two LoRAs differ: {line(lora, second, command='compare')}"
-    return f"To shrink the LoRA: {line(second, lora, command='resize')}"
-
-
 @command(print_extraction)
 def extract(
     terminal: Terminal,
@@ -78,7 +69,10 @@ def extract(
     for checkpoint, model in ((tuned, base), (base, tuned)):
         check_names([str(checkpoint)])
         if is_lora(checkpoint):
-            raise UsageError(f"{checkpoint}: is a LoRA, and a base model is needed here. {_meant(checkpoint, model)}")
+            instead = f"To shrink the LoRA: {line('resize', model, checkpoint)}"
+            if is_lora(model):
+                instead = f"To measure how two LoRAs differ: {line('compare', checkpoint, model)}"
+            raise UsageError(f"{checkpoint}: is a LoRA, and a base model is needed here. {instead}")
         check_is_base(checkpoint)
     texts = recipe or [grammar.DEFAULT]
     grammar.parse_recipes(texts)
@@ -135,7 +129,7 @@ def convert(
     """
     from lorashrink.making.conversion import convert as run
 
-    base, adapters = split_base(files, base)
+    base, adapters = split_base("convert", files, base)
     return run(
         adapters,
         base=base,

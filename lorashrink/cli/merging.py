@@ -51,7 +51,7 @@ def merge(
 
     inputs = [*[path for text in files for path, _ in split_sum(text)], base]
     check_outputs(inputs, force, as_csv=as_csv, adapters=output)
-    base, adapters = split_base(files, base)
+    base, adapters = split_base("merge", files, base)
     from lorashrink.making.merging import EVERYTHING
     from lorashrink.making.merging import merge as run
 

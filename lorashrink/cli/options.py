@@ -84,8 +84,10 @@ ModelDtype = Annotated[str, typer.Option("--dtype", "-t", help="Of the model: au
 DrawnSeeds = Annotated[str, typer.Option("--seeds", help="Seeds for each prompt: 0,1,2.")]
 
 
-def split_base(files: Sequence[str], base: Path | None, *, alone: bool = False) -> tuple[Path | None, list[str]]:
-    """The base and the adapters: the first file is the base if it looks like one and no base is given.
+def split_base(
+    command: str, files: Sequence[str], base: Path | None, *, alone: bool = False
+) -> tuple[Path | None, list[str]]:
+    """The base and the adapters of a command: the first file is the base if it looks like one and no base is given.
 
     alone: whether there may be no adapters.
     """
@@ -96,7 +98,7 @@ def split_base(files: Sequence[str], base: Path | None, *, alone: bool = False) 
     if base is not None:
         if is_lora(base) and len(adapters) == 1 and looks_like_base(adapters[0]):
             raise UsageError(
-                f"{base} is a LoRA, and {adapters[0]} is the base model. Swap them: {line(adapters[0], base)}"
+                f"{base} is a LoRA, and {adapters[0]} is the base model. Swap them: {line(command, adapters[0], base)}"
             )
         check_is_base(base)
     if base is None and adapters and looks_like_base(adapters[0]):
@@ -104,17 +106,17 @@ def split_base(files: Sequence[str], base: Path | None, *, alone: bool = False) 
     if not adapters and not alone:
         raise UsageError(
             f"{base} is a base model, not a LoRA. Give the LoRA file or folder after it: "
-            f"{line(str(base), 'lora.safetensors')}"
+            f"{line(command, str(base), 'lora.safetensors')}"
         )
     if base is None and len(adapters) > 1 and looks_like_base(adapters[-1]):
         raise UsageError(
             f"{adapters[-1]} is a base model, not a LoRA. Give it first: "
-            f"{line(adapters[-1], *adapters[:-1][:2])}{' ...' if len(adapters) > 3 else ''}"
+            f"{line(command, adapters[-1], *adapters[:-1][:2])}{' ...' if len(adapters) > 3 else ''}"
         )
     if base is not None and len(adapters) == 1 and is_checkpoint(adapters[0]):
         raise UsageError(
             f"{adapters[0]} is a base model, not a LoRA, and so is {base}. To make a LoRA of their difference: "
-            f"{line(adapters[0], base, '-o', 'new.safetensors', command='extract')}"
+            f"{line('extract', adapters[0], base, '-o', 'new.safetensors')}"
         )
     return base, adapters
 

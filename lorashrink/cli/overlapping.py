@@ -143,7 +143,7 @@ def overlap(
     """
     from lorashrink.linking.inputs import split_weight
 
-    base, adapters = split_base(files, base)
+    base, adapters = split_base("overlap", files, base)
     check_outputs([*[split_weight(text)[0] for text in files], base], force, as_csv=as_csv, plots=[plot])
     if plot:
         from lorashrink.plots import style

@@ -30,7 +30,7 @@ def print_packed(report: PackReport, terminal: Terminal) -> None:
         for warning in result.warnings:
             say(f"{result.output}: {warning}", errors=True)
         for tensor in result.verbatim if terminal.verbose else ():
-            say(f"kept {tensor.key}: {tensor.reason}")
+            say(f"copied {tensor.key}: {tensor.reason}")
         for removed in result.removed if terminal.verbose else ():
             say(f"removed {removed.name}: {removed.reason}")
 
@@ -62,7 +62,7 @@ def pack(
         largest = None if size is None else int(bytes_in(size))  # a bare number is MiB, as in recipes
     except (ValueError, OverflowError):
         raise UsageError(f"--size {size}: a size is a number with a unit, such as 200kB or 1.5MB.") from None
-    base, adapters = split_base(files, base)
+    base, adapters = split_base("pack", files, base)
     from lorashrink.packing.pack import pack as run
 
     return run(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lorashrink.errors import LorashrinkError, UsageError
-from lorashrink.text import printable
+from lorashrink.text import names_text, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,6 +104,5 @@ def new_console() -> Console:
 
 
 def some_names(names: Sequence[str], verbose: int) -> str:
-    """The names, or the first ones and how many more there are."""
-    shown = names if verbose else names[:3]
-    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(shown) < len(names) else "")
+    """All names if `verbose`, else the first ones and how many more there are."""
+    return names_text(names, most=None if verbose else 3)

@@ -80,7 +80,7 @@ def report(
 
     Example: lorashrink report -o report.html model.safetensors lora.safetensors
     """
-    base, adapters = split_base(adapter, base)
+    base, adapters = split_base("report", adapter, base)
     if len(adapters) > 1:
         raise UsageError(f"{adapters[1]}: a report is about one adapter. To compare two: lorashrink compare A B")
     from lorashrink.reports.report import report as run

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 # An output that is larger by less is so for its metadata.
 _METADATA = 4096
 
-# Reasons for which tensors of one file are left out or copied as they are, without -v.
+# Reasons for which tensors of one file are removed or copied, without -v.
 _REASONS = 8
 
 
@@ -60,9 +60,9 @@ _FILES: Mapping[str, Callable[[FileResult], str]] = {
     "norm": lambda result: share_text(result.norm_ratio),
     "layers": lambda result: "skipped" if result.skipped else str(sum(bool(row.rank_after) for row in result.layers)),
     "removed": lambda result: str(len(result.removed)),
-    "verbatim": lambda result: str(len(result.verbatim)),
+    "copied": lambda result: str(len(result.verbatim)),
 }
-_LESS_OF_FILES = ("recipe", "energy", "layers", "norm", "removed", "verbatim")
+_LESS_OF_FILES = ("recipe", "energy", "layers", "norm", "removed", "copied")
 
 
 @with_section("Recipe keys, with commas between them", KEYS)
@@ -161,7 +161,7 @@ def resize(
         check_outputs([*files, base, calibration, group_by_base], force, as_csv=as_csv, adapters=output)
         recipes = recipe or []
         parse_recipes(recipes)  # before any file is read: a typo is answered at once
-        base, adapters = split_base(files, base)
+        base, adapters = split_base("resize", files, base)
         run = _runner(ray, ray_transfer, gpus_per_task)
         options |= {"base": base, "recipes": recipes, "quantiles": terminal.verbose > 0}
         report = run(adapters, each=gathered.add, progress=terminal.progress, **options)
@@ -256,9 +256,9 @@ def print_details(console: Console, result: FileResult, verbose: int) -> None:
         )
     reasons: dict[tuple[str, str], list[str]] = {}
     for removed in result.removed:
-        reasons.setdefault(("left out", removed.reason), []).append(removed.name)
+        reasons.setdefault(("removed", removed.reason), []).append(removed.name)
     for copied in result.verbatim:
-        reasons.setdefault(("copied as is", copied.reason), []).append(copied.key)
+        reasons.setdefault(("copied", copied.reason), []).append(copied.key)
     listed = list(reasons.items())[: None if verbose else _REASONS]
     lines += [f"{name}: {len(names)} {what}, first {names[0]}: {reason}" for (what, reason), names in listed]
     if more := len(reasons) - len(listed):
@@ -286,5 +286,5 @@ def _all_details(result: FileResult, verbose: int) -> list[str]:
         for cap in result.capped
     ]
     lines += [f"removed {removed.name}: {removed.reason}" for removed in result.removed]
-    lines += [f"verbatim {copied.key}: {copied.reason}" for copied in result.verbatim]
+    lines += [f"copied {copied.key}: {copied.reason}" for copied in result.verbatim]
     return lines

@@ -121,7 +121,7 @@ def shrink(
     Example: lorashrink shrink loras/
     Example: lorashrink shrink --model sdxl/ --quality same lora.safetensors
     """
-    base, adapters = (base, files) if model else split_base(files, base)
+    base, adapters = (base, files) if model else split_base("shrink", files, base)
     from lorashrink.automatic.run import shrink as run
 
     return run(

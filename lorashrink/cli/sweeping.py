@@ -164,7 +164,7 @@ def sweep(
         from lorashrink.plots import style
 
         style.check(plot)
-    base, adapters = split_base(adapter, base)
+    base, adapters = split_base("sweep", adapter, base)
     if len(adapters) > 1:
         raise UsageError(f"{adapters[1]}: a sweep takes one adapter.")
     from lorashrink.sweeping.sweep import sweep as run

@@ -35,7 +35,7 @@ def pick_device(device: str, files: Iterable[str | Path] | None = None) -> str:
     """
     size = 0.0 if files is None else sum(map(_size, files))
     if device == "auto":
-        if (files is not None and size < _SMALL_BYTES * _cores()) or not torch.cuda.is_available():
+        if (files is not None and size < _SMALL_BYTES * usable_cores()) or not torch.cuda.is_available():
             return "cpu"
         device = _gpus_for(size)
         try:
@@ -82,7 +82,9 @@ def worker_pool(jobs: int | None = None) -> Iterator[ThreadPoolExecutor]:
         raise UsageError(f"jobs: {jobs} is not a whole number of at least 1.")
     with (
         _single_threaded.use(),
-        ThreadPoolExecutor(jobs or _cores(), "lorashrink", initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ThreadPoolExecutor(
+            jobs or usable_cores(), "lorashrink", initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool,
     ):
         try:
             yield pool
@@ -90,7 +92,8 @@ def worker_pool(jobs: int | None = None) -> Iterator[ThreadPoolExecutor]:
             pool.shutdown(cancel_futures=True)
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

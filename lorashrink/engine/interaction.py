@@ -94,16 +94,18 @@ def interaction(
         up, down = ups.to(device).double() * scale, downs.to(device).double()
         core_up, core_down = (torch.linalg.qr(factor, mode="r").R for factor in (up, down.mT))
         return _of_matrices(_matrices(core_up, core_down.mT, ranks), weight)
-    return of_grams(gram_up, gram_down, products, ranks, weight)
+    return _of_grams(gram_up, gram_down, products, ranks, weight)
 
 
 # --- from Gram matrices -------------------------------------------------------------------------
 
 
-def of_grams(gram_up: Tensor, gram_down: Tensor, products: Tensor, ranks: Sequence[int], weight: Tensor) -> Interaction:
+def _of_grams(
+    gram_up: Tensor, gram_down: Tensor, products: Tensor, ranks: Sequence[int], weight: Tensor
+) -> Interaction:
     """The interaction from Gram matrices [R, R], which contain the scales, and <ΔW_i, ΔW_j>."""
     blocks = _blocks(ranks)
-    spectra = spectra_of_blocks(gram_up, gram_down, blocks)
+    spectra = _spectra_of_blocks(gram_up, gram_down, blocks)
     counts = _dimensions([sigma for sigma, _, _ in spectra])
     lefts, rights = [], []
     for (sigma, left, right), count in zip(spectra, counts, strict=True):
@@ -111,7 +113,7 @@ def of_grams(gram_up: Tensor, gram_down: Tensor, products: Tensor, ranks: Sequen
         lefts.append(left[:, :count] * inverse)
         rights.append(right[:count].mT * inverse)
     columns = weight.repeat_interleave(torch.tensor(ranks, device=weight.device))
-    first, second, top = _top(gram_up, gram_down, columns, first_vectors(blocks, rights, weight))
+    first, second, top = _top(gram_up, gram_down, columns, _first_vectors(blocks, rights, weight))
     parts = columns * top * (gram_up @ (columns * top))
     shares = torch.stack([parts[block].sum() for block in blocks])
     return Interaction(
@@ -137,7 +139,7 @@ def _membership(ranks: Sequence[int], device: torch.device) -> Tensor:
     return torch.nn.functional.one_hot(owner, len(ranks)).to(device, torch.float64)
 
 
-def spectra_of_blocks(
+def _spectra_of_blocks(
     gram_up: Tensor, gram_down: Tensor, blocks: Sequence[slice]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(sigma [r], left [r, r], right [r, r]) of each matrix as `solve` gives them, those of equal rank together."""
@@ -186,7 +188,7 @@ def _top(gram_up: Tensor, gram_down: Tensor, columns: Tensor, start: Tensor) -> 
     return float(sigma[0]), second, gram_down @ right[0] / sigma[0].sqrt().clamp(min=torch.finfo(sigma.dtype).tiny)
 
 
-def first_vectors(blocks: Sequence[slice], rights: Sequence[Tensor], weight: Tensor) -> Tensor:
+def _first_vectors(blocks: Sequence[slice], rights: Sequence[Tensor], weight: Tensor) -> Tensor:
     """[b, R]: the first right vectors of all matrices, from which an iteration for the sum begins."""
     share = max(1, _START // len(blocks))
     start = torch.zeros(_START, blocks[-1].stop, dtype=torch.float64, device=weight.device)

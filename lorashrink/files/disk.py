@@ -296,9 +296,17 @@ def check_output(path: Path, *, force: bool, inputs: Collection[Path] = ()) -> N
         raise OutputError(f"{path}: is a folder. Choose another name.")
     if os.path.exists(path) and not force:
         raise OutputError(f"{path}: exists already. Use --force to replace it, or choose another place.")
-    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OutputError(f"{path}: {folder} cannot be written to. Choose another place.")
+    check_folder(path.parent, path)
+
+
+def check_folder(folder: Path, what: object) -> None:
+    """Raises OutputError, which begins with `what`, if nothing can be written in a folder; it need not exist yet."""
+    absolute = folder.absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if os.path.exists(path))
+    if not existing.is_dir():
+        raise OutputError(f"{what}: {existing} is no folder. Choose another place.")
+    if not os.access(existing, os.W_OK):
+        raise OutputError(f"{what}: {existing} cannot be written to. Choose another place.")
 
 
 NamedPaths = Sequence[tuple[str, Path | None]]  # option, and what it names; None if nothing

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from lorashrink.text import json_in
+from lorashrink.text import json_in, names_text, printable
 
 _MOST_TAGS, _MOST_FOLDERS, _MOST_SIZES = 8, 4, 3
 
@@ -87,8 +87,7 @@ def training_notes(metadata: Mapping[str, str]) -> dict[str, str]:
     lines = {}
     for label, note in notes.items():
         if note:  # metadata may hold anything, and this is shown in terminals
-            printable = (letter if letter.isprintable() or letter.isspace() else "?" for letter in note)
-            line = " ".join("".join(printable).split())
+            line = printable(" ".join(note.split()))
             lines[label] = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
     return lines
 
@@ -238,12 +237,11 @@ class _Training:
             return None if shown is None else f"{_number_text(shown)} shown per epoch"
         listed = [
             f"{name} {_number_text(count)} × {_number_text(repeats)}{' (regularisation)' * is_reg}"
-            for name, count, repeats, is_reg in folders[:_MOST_FOLDERS]
+            for name, count, repeats, is_reg in folders
         ]
-        more = len(folders) - len(listed)
         total = _number_text(sum(folder.pictures for folder in folders if not folder.is_reg))
         per_epoch = f", {_number_text(shown)} shown per epoch" if shown is not None else ""
-        return f"{total}{per_epoch}: {', '.join(listed)}{f' and {more} more' if more else ''} (pictures × repeats)"
+        return f"{total}{per_epoch}: {names_text(listed, _MOST_FOLDERS)} (pictures × repeats)"
 
     def folders(self) -> Iterator[_Folder]:
         """The folders of pictures: of a dataset file, or else of the options."""

@@ -560,8 +560,8 @@ def open_for_8_bits(
         return adapter
     try:
         new_naming = naming_for_8_bits(adapter, base)
-    except BaseException as error:
-        if dtype == "auto" and isinstance(error, UsageError):
+    except UsageError:
+        if dtype == "auto":
             return adapter
         adapter.close()
         raise

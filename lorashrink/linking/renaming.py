@@ -18,11 +18,11 @@ from lorashrink.adapters import Adapter, Layer, adapter_of, layer_name, peft
 from lorashrink.adapters.family import Shape
 from lorashrink.adapters.peft_keys import refuse_new_names
 from lorashrink.bases import Base, BaseFamily, Views, views_shape
-from lorashrink.bases.family import DIFFUSERS_PARTS
 from lorashrink.errors import NonFinite, ShapeError, UsageError
 from lorashrink.files.store import ComputedStore, TensorInfo, cast, tensor_info
 from lorashrink.linking.matching import match
 from lorashrink.linking.rows import RowMap, RowRun, Rows, covers, joined_runs, row_intervals
+from lorashrink.names import DIFFUSERS_PARTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,20 +39,15 @@ LazyTensor = tuple[TensorInfo, Callable[[], "Tensor"]]
 _MAKE_LORA = "Make an ordinary LoRA of it first, with: lorashrink resize -r energy=1 --as lora --base BASE"
 
 
-def _check_meaning(adapter: Adapter, naming: str) -> None:
+def _check_meaning(adapter: Adapter, views: Sequence[Views], naming: str) -> None:
     """Raises UsageError if the tensors under other names would be another adapter."""
     for config in adapter.settings.values():
         if problem := refuse_new_names(config, naming):
             raise UsageError(f"{adapter.path}: {problem}")
-    for layer in adapter:
+    for layer, rows in zip(adapter, views, strict=True):
         if layer.family.changed_base or layer.family.becomes_lora:
             what = "init_lora_weights is" if layer.family.changed_base else "it is an adapter of"
             raise UsageError(f"{adapter.path}: {what} {layer.family.name}, which has no other names. {_MAKE_LORA}")
-
-
-def _check_settings(adapter: Adapter, views: Sequence[Views]) -> None:
-    """Raises UsageError for a layer whose tensors mean something else without PEFT's settings."""
-    for layer, rows in zip(adapter, views, strict=True):
         if layer.family.needs_settings(layer.config, views_shape(rows) if rows else ()):
             raise UsageError(
                 f"{adapter.path}: what {layer.name} means, which is {layer.algo}, depends on PEFT's settings. "
@@ -75,9 +70,8 @@ def renamed(adapter: Adapter, naming: str, base: Base, dtype: str | None = None)
     Raises UsageError (a naming that cannot hold the adapter), ShapeError (layers that overlap, or do not fit
     the base) and FamilyMismatch.
     """
-    _check_meaning(adapter, naming)
     views = match(adapter, base)
-    _check_settings(adapter, views)
+    _check_meaning(adapter, views, naming)
     modules = base.modules(layout_of(naming, base))
     targets, unnamed = _targets(adapter, views, modules)
     if naming == "peft":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorashrink._version import __version__
 from lorashrink.reports.card import plain as markdown_text
@@ -14,6 +14,9 @@ from lorashrink.reports.page import json_element, labelled_figure, new_environme
 from lorashrink.reports.tables import Column, number_column
 from lorashrink.results.evidence import Evidence
 from lorashrink.text import count_text, decibel_text, size_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _NONE = "–"
 
@@ -26,12 +29,10 @@ class _Row:
     attributes: dict[str, str]
 
 
-def web_page(result: Evidence) -> bytes:
-    """The page as UTF-8."""
-    from lorashrink.plots.rates import size_and_quality
+def web_page(result: Evidence, curves: Sequence[Figure]) -> bytes:
+    """The page as UTF-8; `curves` is the figure of each adapter."""
     from lorashrink.plots.style import ROLES
 
-    curves = [size_and_quality(result, adapter.name) for adapter in result.adapters]
     points = sorted(result.results, key=lambda point: (point.adapter, point.curve, point.plain, point.payload))
     figures = {f"curves-{number}": labelled_figure(curve, f"curves-{number}") for number, curve in enumerate(curves)}
     return rendered(
@@ -52,15 +53,14 @@ def web_page(result: Evidence) -> bytes:
     )
 
 
-def markdown_page(result: Evidence, figures: Path) -> bytes:
-    """The page as UTF-8; its figures are written into a folder, which is below that of the page."""
+def markdown_page(result: Evidence, curves: Sequence[Figure], figures: Path) -> bytes:
+    """The page as UTF-8; the figure of each adapter is written into a folder, which is below that of the page."""
     from lorashrink.plots import style
-    from lorashrink.plots.rates import size_and_quality
 
     figures.mkdir(exist_ok=True)
     names = []
-    for number, adapter in enumerate(result.adapters):
-        style.save(size_and_quality(result, adapter.name), figures / f"{number}.png")
+    for number, (adapter, curve) in enumerate(zip(result.adapters, curves, strict=True)):
+        style.save(curve, figures / f"{number}.png")
         names.append((adapter.name, f"{figures.name}/{number}.png"))
     environment = new_environment(autoescape=False)
     environment.filters["plain"] = markdown_text

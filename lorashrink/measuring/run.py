@@ -615,6 +615,8 @@ def _difference(adapter: str, name: str, against: str, pairs: Sequence[tuple[Cur
 
 def _write(result: Evidence, folder: Path) -> Evidence:
     """Write the page, its Markdown with figures, and the numbers, which name no folder of this machine."""
+    from lorashrink.plots.rates import size_and_quality
+
     public = replace(
         result,
         page=_PAGE,
@@ -625,7 +627,8 @@ def _write(result: Evidence, folder: Path) -> Evidence:
         ),
     )
     document = {"version": __version__, "command": "evidence", **plain(public)}
+    curves = [size_and_quality(public, adapter.name) for adapter in public.adapters]
     write_bytes(folder / _DATA, json.dumps(document, allow_nan=False).encode())
-    write_bytes(folder / _PAGE, web_page(public))
-    write_bytes(folder / _MARKDOWN, markdown_page(public, folder / _FIGURES))
+    write_bytes(folder / _PAGE, web_page(public, curves))
+    write_bytes(folder / _MARKDOWN, markdown_page(public, curves, folder / _FIGURES))
     return replace(result, page=str(folder / _PAGE), markdown=str(folder / _MARKDOWN), data=str(folder / _DATA))

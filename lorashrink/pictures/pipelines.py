@@ -242,11 +242,17 @@ def open_pipeline(model: Path, *, device: str, dtype: str, settings: Path | None
 
 def _load_folder(model: Path, name: str, dtype: torch.dtype, **parts: Any) -> Any:
     import diffusers
+    import transformers
 
     kind = KINDS[name]
     index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
     # Such as the third text encoder of SD 3, which many leave out; diffusers wants that said.
     absent = {part: None for part, value in index.items() if value == [None, None]}
+    for part, value in index.items():
+        class_name = value[1] if isinstance(value, list) and value[0] == "transformers" else ""
+        encoder = getattr(transformers, class_name, None)
+        if part not in parts and isinstance(encoder, type) and issubclass(encoder, transformers.PreTrainedModel):
+            parts[part] = load_part(encoder, model / part, dtype)  # diffusers does not see what it lacks
     return getattr(diffusers, name).from_pretrained(
         model,
         dtype=dtype,
@@ -319,6 +325,25 @@ def weights_variant(folder: Path, *, half: bool = False) -> str | None:
     return "fp16" if halves and (half or len(halves) == len(names)) else None
 
 
+def load_part(kind: Any, folder: Path, dtype: torch.dtype, hint: str = " The file is damaged.") -> Any:
+    """A part of a model, of a class of diffusers or transformers, from its folder.
+
+    Raises InputError, with `hint`, if it cannot be read, or lacks tensors, which transformers would draw at random.
+    """
+    import diffusers
+    import torch
+
+    named = "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"
+    variant = weights_variant(folder, half=dtype == torch.float16)
+    more = {named: dtype, "variant": variant, "local_files_only": True, "output_loading_info": True}
+    with loading(folder, hint):
+        part, info = kind.from_pretrained(folder, **more)
+    if missing := sorted(info["missing_keys"]):
+        lack = f"its {folder.name} lacks {len(missing)} tensors, such as {missing[0]}"
+        raise InputError(f"{folder.parent}: {lack}.{hint}")
+    return part
+
+
 def check_filled(model: Path, part: str, module: Any) -> None:
     """Raises InputError if a part of the loaded model, which need not be a module, has tensors without data."""
     tensors = module.state_dict() if hasattr(module, "state_dict") else {}
@@ -358,16 +383,16 @@ def scheduler_of_file(model: Path) -> Any:
     """The published scheduler of SDXL and SD 1, with the prediction that the keys of a single file speak of."""
     from diffusers import EulerDiscreteScheduler
 
+    from lorashrink.pictures.samplers import NOISE_SCHEDULE
+
     with open_base(model) as base:
         said, zero_signal = prediction_of_file(base)
         return EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
             steps_offset=1,
             timestep_spacing="leading",
             prediction_type=said or "epsilon",
             rescale_betas_zero_snr=zero_signal,
+            **NOISE_SCHEDULE,
         )
 
 

@@ -21,6 +21,9 @@ from diffusers import (
 from lorashrink.errors import UsageError
 from lorashrink.pictures.prompts import OWN, Prompt
 
+# The noise schedule of SD and SDXL.
+NOISE_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
 # Two settings differ from sd-scripts': there clip_sample cuts DDIM's latents to ±1, which washes pictures out, and
 # dpmsolver cannot run, because it needs a last sigma above zero.
 _KINDS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
@@ -46,10 +49,8 @@ def scheduler(sampler: str, *, v_parameterization: bool) -> Any:
     kind, settings = _KINDS[sampler.removeprefix("k_")]
     return kind(
         num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
         prediction_type="v_prediction" if v_parameterization else "epsilon",
+        **NOISE_SCHEDULE,
         **settings,
     )
 

@@ -46,7 +46,7 @@ class Shrunk:
     loads_in: tuple[str, ...] | None = None  # programs; None: the names tell no family of models
     skipped: str | None = None  # why nothing was written in this run
     warnings: tuple[str, ...] = ()
-    details: tuple[str, ...] = ()  # tensors that were copied or left out: how many, and why
+    details: tuple[str, ...] = ()  # tensors that were copied or removed: how many, and why
     # Of an adapter in memory: its tensors, and the metadata that a file would have
     state_dict: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False, metadata=NOT_PLAIN)
     metadata: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False, metadata=NOT_PLAIN)

@@ -32,7 +32,7 @@ class LayerResult:
 
 @dataclass(frozen=True, slots=True)
 class Verbatim:
-    """A tensor that was copied as it is."""
+    """A tensor that was copied, bit for bit."""
 
     key: str
     reason: str

@@ -16,6 +16,7 @@ from lorashrink.files.hashes import LEGACY_HASH, MODEL_HASH, with_placeholders
 from lorashrink.files.metadata_keys import BASE, ENERGY, ERROR, NORM_RATIO, OPTIONS, RECIPE, SOURCE, VERSION
 from lorashrink.recipes.grammar import Recipe
 from lorashrink.recipes.terms import TERMS
+from lorashrink.text import json_in
 
 # Arguments of sd-scripts' networks and LyCORIS that set ranks and alphas of the training.
 _RANKS = re.compile(r"(conv_|block_|conv_block_)(dims?|alphas?)")
@@ -68,7 +69,10 @@ def updated(
         # Whole numbers as text: words such as "Dynamic" break readers that parse them.
         new |= {"ss_network_dim": widest, "ss_network_alpha": widest if alpha is None else str(alpha)}
         if "ss_network_args" in old:
-            new["ss_network_args"] = _without_ranks(old["ss_network_args"])
+            arguments = json_in(old["ss_network_args"])
+            if isinstance(arguments, dict) and any(map(_RANKS.fullmatch, arguments)):  # those of the training
+                others = {key: value for key, value in arguments.items() if not _RANKS.fullmatch(key)}
+                new["ss_network_args"] = json.dumps(others)
     if became_lora and "ss_network_module" in old:
         new |= {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
     if any(key.startswith("ss_") for key in old):
@@ -118,14 +122,3 @@ def packed(new: Mapping[str, str], *, origin: Origin, how: str) -> dict[str, str
     entries = {**origin.entries(), OPTIONS: f"{how},{origin.options}"}
     del entries[RECIPE]
     return with_placeholders({**new, **entries, MODEL_HASH: "", LEGACY_HASH: ""})
-
-
-def _without_ranks(arguments: str) -> str:
-    """The JSON object of `ss_network_args` without the ranks of the training, which are not those of the file."""
-    try:
-        parsed = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-    if not isinstance(parsed, dict) or not any(map(_RANKS.fullmatch, parsed)):
-        return arguments
-    return json.dumps({key: value for key, value in parsed.items() if not _RANKS.fullmatch(key)})

@@ -315,7 +315,7 @@ def plan(
     tensors = layout.tensors(widths)
     verbatim, removed = dict(outlined.verbatim), dict(outlined.removed)
     for layer in layers:
-        sort_tensors(layer, tensors, verbatim, removed)
+        _sort_tensors(layer, tensors, verbatim, removed)
     uncut = [planned.layer.name for planned in layers if planned.stays and planned.limits is not None]
     for key in adapter.common:
         (verbatim if key in tensors else removed)[key] = "shared by layers"
@@ -401,7 +401,7 @@ def prediction(
     return lost, predicted_db(lost, anchor_of(anchor))
 
 
-def sort_tensors(
+def _sort_tensors(
     planned: LayerPlan, tensors: Mapping[str, TensorInfo], verbatim: dict[str, str], removed: dict[str, str]
 ) -> None:
     """Say why a layer's tensors are copied, or are not in the output."""

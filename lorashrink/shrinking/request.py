@@ -70,12 +70,7 @@ class Job:
 
 def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions) -> Job:
     """Check all that can be checked of a call of `resize` before any work. Raises as that does."""
-    if options.target not in (None, *TARGETS):
-        raise UsageError(f"target: '{options.target}' is not one of {', '.join(TARGETS)}.")
-    if options.verify and not options.skip_existing:
-        raise UsageError("--verify works with --skip-existing only. Add it, or leave --verify out.")
-    if options.base is not None and options.group_by_base is not None:
-        raise UsageError("give one base, or a table of them with --group-by-base, and not both.")
+    _check_options(options)
     reader = TARGETS[options.target] if options.target else None
     recipes = requested_recipes(options, reader)
     bases = read_table(options.group_by_base) if options.group_by_base is not None else {}
@@ -85,8 +80,6 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     entries = [adapters] if isinstance(adapters, (str, Path)) else adapters
     if not entries:
         raise UsageError("no adapters. Name files, folders or globs.")
-    if options.stack and options.dtype in MIXTURES:
-        raise UsageError(f"--stack: shares out bytes of one dtype; use -t fp8 or -t fp16 instead of {options.dtype}.")
     weights = stack_weights(entries, recipes, options) if options.stack else {}
     inputs = dict.fromkeys(weights) if options.stack else find_inputs(entries, recursive=options.recursive)
     inputs = _without_own_outputs(inputs, entries, options)
@@ -97,33 +90,8 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
     sources = [path for paths in files.values() for path in paths]
     if not any(map(os.path.exists, sources)):
         raise InputError(f"{sources[0]}: {absent_text(sources[0])}")
-    locations = {source: terms.location if terms else source for source, terms in inputs.items()}
-    folders = folders_of_outputs(locations.values(), options.output)
-    targets = {
-        source: name_outputs(
-            location,
-            [(recipe.file_items(), recipe) for recipe in recipes],
-            folders[location],
-            sources=len(inputs),
-            folder=becomes_folder(files[source][0], options.naming),
-        )
-        for source, location in locations.items()
-    }
-    check_outputs(
-        targets,
-        [
-            *sources,
-            *([Path(options.calibration)] if options.calibration else ()),
-            *(
-                path
-                for base in (options.base, *bases.values())
-                if isinstance(base, (str, Path))
-                for path in base_files(base)
-            ),
-        ],
-        force=options.force or options.skip_existing or options.dry_run,
-        hint="--force to replace it or --skip-existing to keep it",
-    )
+    targets = _targets(inputs, files, recipes, options)
+    _check_targets(targets, sources, bases, options)
     if not bases:
         first = next(iter(files.values()))[0]
         check_needs(recipes, options.base, first)
@@ -131,7 +99,7 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
             open_adapter(first).close()  # it may be the base that was meant, and its own error says more
     check_calibration(recipes, options.calibration)
     if options.space_check and not options.dry_run and sum(map(len, targets.values())) > _FEW_OUTPUTS:
-        check_space(most_bytes(targets, files, options))
+        check_space(_most_bytes(targets, files, options))
     folder = None if options.output is None or str(options.output).endswith(".safetensors") else Path(options.output)
     return Job(
         targets,
@@ -150,6 +118,53 @@ def prepare(adapters: str | Path | Sequence[str | Path], options: ResizeOptions)
         + (f",target={options.target}" if options.target else ""),
         journal=folder if options.skip_existing and not options.dry_run else None,
         weights=weights,
+    )
+
+
+def _check_options(options: ResizeOptions) -> None:
+    """Raises UsageError for options that contradict each other."""
+    if options.target not in (None, *TARGETS):
+        raise UsageError(f"target: '{options.target}' is not one of {', '.join(TARGETS)}.")
+    if options.verify and not options.skip_existing:
+        raise UsageError("--verify works with --skip-existing only. Add it, or leave --verify out.")
+    if options.base is not None and options.group_by_base is not None:
+        raise UsageError("give one base, or a table of them with --group-by-base, and not both.")
+    if options.stack and options.dtype in MIXTURES:
+        raise UsageError(f"--stack: shares out bytes of one dtype; use -t fp8 or -t fp16 instead of {options.dtype}.")
+
+
+def _targets(
+    inputs: Mapping[Path, Sum | None],
+    files: Mapping[Path, Sequence[Path]],
+    recipes: Sequence[Recipe],
+    options: ResizeOptions,
+) -> Targets:
+    """The outputs of each input, named and with their recipes."""
+    locations = {source: terms.location if terms else source for source, terms in inputs.items()}
+    folders = folders_of_outputs(locations.values(), options.output)
+    return {
+        source: name_outputs(
+            location,
+            [(recipe.file_items(), recipe) for recipe in recipes],
+            folders[location],
+            sources=len(inputs),
+            folder=becomes_folder(files[source][0], options.naming),
+        )
+        for source, location in locations.items()
+    }
+
+
+def _check_targets(
+    targets: Targets, sources: Sequence[Path], bases: Mapping[str, Path], options: ResizeOptions
+) -> None:
+    """Raises OutputError if an output would overwrite what is read, or what exists and may not be replaced."""
+    calibration = [Path(options.calibration)] if options.calibration else []
+    paths = (base for base in (options.base, *bases.values()) if isinstance(base, (str, Path)))
+    check_outputs(
+        targets,
+        [*sources, *calibration, *(file for base in paths for file in base_files(base))],
+        force=options.force or options.skip_existing or options.dry_run,
+        hint="--force to replace it or --skip-existing to keep it",
     )
 
 
@@ -214,7 +229,7 @@ def stack_weights(
     return weights
 
 
-def most_bytes(targets: Targets, files: Mapping[Path, Sequence[Path]], options: ResizeOptions) -> dict[Path, int]:
+def _most_bytes(targets: Targets, files: Mapping[Path, Sequence[Path]], options: ResizeOptions) -> dict[Path, int]:
     """How large each output that does not exist yet can become; in a stack, its part of the budget on average."""
     factor = 2 if options.dtype in ("fp32", "32") else 1
     most: dict[Path, int] = {}
@@ -282,7 +297,7 @@ def open_input(
         if strict and unknown:
             raise InputError(
                 f"{source}: no known family has {count_text(len(unknown), 'tensor')} of it, first {unknown[0]}. "
-                "Without --strict they are copied as they are."
+                "Without --strict they are copied."
             )
         return target.fit(adapter) if target else adapter
     except BaseException:

@@ -40,7 +40,7 @@ def shrink_together(session: Session, ledger: Ledger) -> None:
     An adapter that cannot be used is a failure, and the others share the budget. Raises RecipeError if they cannot
     reach it, and OutputError if existing outputs were made from another stack.
     """
-    job = replace(session.job, variant=f"{session.job.variant},stack={stack_id(session)}")
+    job = replace(session.job, variant=f"{session.job.variant},stack={_stack_id(session)}")
     session = replace(session, job=job)
     if session.options.skip_existing and (existing := _all_existing(job.targets, session, ledger)):
         for done in existing:
@@ -91,7 +91,7 @@ def select_by_recipe(
     return selections
 
 
-def stack_id(session: Session) -> str:
+def _stack_id(session: Session) -> str:
     """A text for the number, contents and weights of the adapters, in any order."""
     members = []
     for source, weight in session.job.weights.items():

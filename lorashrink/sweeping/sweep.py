@@ -185,7 +185,7 @@ def _source_and_recipes(
 def _sweep(
     results: Sequence[FileResult], points: Sequence[Point], drawn: Drawn | None = None, read: Read | None = None
 ) -> Sweep:
-    ordered, before = _with_front(points), results[0].bytes_before
+    ordered, before = with_front(points), results[0].bytes_before
     return Sweep(results[0].source, before, ordered, suggest(ordered, before, drawn, read), drawn, read)
 
 
@@ -292,7 +292,7 @@ def _point(result: FileResult) -> Point:
     )
 
 
-def _with_front(points: Sequence[Point]) -> tuple[Point, ...]:
+def with_front(points: Sequence[Point]) -> tuple[Point, ...]:
     """The points by size; `best` marks the Pareto front, whose points no other is both smaller and closer than.
 
     Closer by the worst picture or passage where there are some, else by the error of the weights, which does not rank

@@ -6,7 +6,6 @@ import contextlib
 import ipaddress
 import os
 import secrets
-import signal
 import socket
 import threading
 import webbrowser
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from lorashrink.errors import UsageError
 from lorashrink.files.disk import discard_unfinished
+from lorashrink.signals import handled
 
 if TYPE_CHECKING:
     import uvicorn
@@ -121,11 +121,5 @@ def _ended_by_signals(app: ASGIApp) -> Iterator[uvicorn.Server]:
         loop="asyncio",
     )
     server = Server(config)
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # under nohup not all
-    before = {number: signal.signal(number, server.handle_exit) for number in heard}
-    try:
+    with handled(server.handle_exit):
         yield server
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from fuzzing import FOLDER, add, limits
 from hypothesis import strategies as st
@@ -314,6 +313,8 @@ add("journal file", 150, check_journal_file, data=st.deferred(lambda: bytes_of(j
 
 def gguf_bytes() -> bytes:
     """A small file of GGUF."""
+    import gguf  # which is read with another extra
+
     path = FOLDER / "example.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)

@@ -132,7 +132,7 @@ def test_empty_metadata_has_no_notes() -> None:
 
 def test_notes_are_short_and_printable() -> None:
     notes = training_notes({"modelspec.title": "a\x1b[31mred\nline", "modelspec.description": "long " * 1000})
-    assert notes["title"] == "a?[31mred line"
+    assert notes["title"] == r"a\x1b[31mred line"
     assert len(notes["description"]) == 240
 
 

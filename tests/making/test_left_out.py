@@ -69,7 +69,7 @@ def test_merge_says_what_it_leaves_out_and_why(tmp_path: Path) -> None:
     a = distilled(tmp_path / "a.safetensors", 0, **{key: torch.randn(3, 8)})
     b = distilled(tmp_path / "b.safetensors", 1)
     text = run("merge", f"{a}:0.5", b, "-o", tmp_path / "sum.safetensors")
-    assert f"1 left out, first {key} (a.safetensors): an embedding that comes with the adapter, which cannot be" in text
+    assert f"1 removed, first {key} (a.safetensors): an embedding that comes with the adapter, which cannot be" in text
     assert key not in load_file(tmp_path / "sum.safetensors")
 
 
@@ -77,9 +77,9 @@ def test_extract_writes_only_what_loaders_map_and_lists_the_rest(tmp_path: Path)
     tuned, base = saved(tmp_path / "tuned.safetensors", wan(0)), saved(tmp_path / "wan.safetensors", wan(1))
     text = run("extract", tuned, base, "-r", "energy=1", "-o", tmp_path / "new.safetensors")
     assert not [key for key in load_file(tmp_path / "new.safetensors") if "modulation" in key]
-    assert "2 left out, first lora_unet_blocks_0_modulation: a parameter of another name than weight" in text
+    assert "2 removed, first lora_unet_blocks_0_modulation: a parameter of another name than weight" in text
 
 
 def test_resize_says_on_the_screen_what_is_copied_and_why(tmp_path: Path) -> None:
     text = run("resize", "-r", "rank=2", "-o", tmp_path / "out", distilled(tmp_path / "a.safetensors", 0))
-    assert "1 copied as is, first diffusion_model.blocks.0.diff_m: a difference of a modulation" in text
+    assert "1 copied, first diffusion_model.blocks.0.diff_m: a difference of a modulation" in text

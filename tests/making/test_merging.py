@@ -266,7 +266,7 @@ def test_an_input_is_not_overwritten_and_an_output_only_with_force(pair: tuple[P
 
 def test_an_unwritable_output_is_found_before_any_work(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    assert "cannot be written" in run(*pair, "-o", tmp_path / "file" / "out.safetensors", status=2)
+    assert "is no folder" in run(*pair, "-o", tmp_path / "file" / "out.safetensors", status=2)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from lorashrink.pictures.samplers import scheduler
 from lorashrink.plots.comparison_sheet import pictures_by_size
 from lorashrink.plots.quality import size_and_pictures
 from lorashrink.results.sweep import Drawn, Pictures, Point, Sweep
-from lorashrink.sweeping.sweep import _with_front, suggest
+from lorashrink.sweeping.sweep import suggest, with_front
 
 SMALL = Prompt("a cat", "bad", width=64, height=64, seed=3, steps=2, scale=4.0, sampler="euler_a")
 LINES = "a cat --n bad --w 64 --h 64 --s 2 --l 4 --ss euler_a --d 3\na dog --w 80 --h 64 --s 2\n"
@@ -506,10 +506,10 @@ def test_the_closest_file_is_recommended_if_all_recipes_change_the_pictures() ->
 def test_calibrated_recipes_are_not_ranked_by_the_error_of_the_weights() -> None:
     points = [Point("rank=1", "rank", 10, 0.5, 0.75, 1.0, 1), Point("rank=2", "rank", 30, 0.1, 0.99, 2.0, 1)]
     by_outputs = Point("calib=1,size=1", "calib=1,size", 20, 0.05, 0.6, 1.0, 1, calibrated=True)
-    assert [point.best for point in _with_front([*points, by_outputs])] == [True, False, True]
+    assert [point.best for point in with_front([*points, by_outputs])] == [True, False, True]
     close, closer = (replace(points[number], pictures=pictures(level, 0.9)) for number, level in enumerate((30, 40)))
     middle = replace(by_outputs, pictures=pictures(35, 0.9))
-    assert [point.best for point in _with_front([close, closer, middle])] == [True, True, True]
+    assert [point.best for point in with_front([close, closer, middle])] == [True, True, True]
 
 
 def test_the_figure_shows_both_measures_over_size_and_both_ends() -> None:

@@ -342,6 +342,19 @@ def test_a_single_file_that_lacks_tensors_is_refused(alone: Callable[[str], Path
         open_pipeline(model, device="cpu", dtype="float32", settings=folders[name])
 
 
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_no_tensor_of_a_text_encoder_is_left_at_random(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """transformers fills what is missing with random numbers, and diffusers does not tell."""
+    model = shutil.copytree(folders[name], tmp_path / "model")
+    [file] = (model / "text_encoder").glob("*.safetensors")
+    tensors = load_file(file)
+    lacking = next(key for key in tensors if key.endswith("mlp.fc1.bias"))
+    del tensors[lacking]
+    write_tensors(file, tensors)
+    with pytest.raises(InputError, match=r"its text_encoder lacks 1 tensors, such as .*mlp\.fc1\.bias"):
+        open_pipeline(model, device="cpu", dtype="float32")
+
+
 def test_single_files_that_say_too_little_are_refused(
     folders: dict[str, Path], single_files: dict[str, Path], tmp_path: Path
 ) -> None:

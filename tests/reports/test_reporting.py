@@ -242,7 +242,7 @@ def test_wrong_requests_fail_before_anything_is_written(adapter: Path, base: Pat
     wrong: list[tuple[dict, type[LorashrinkError], str]] = [
         ({"output": tmp_path / "page.txt"}, UsageError, "ends in .html"),
         ({"output": tmp_path / "there.html"}, OutputError, "--force"),
-        ({"output": tmp_path / "file" / "page.html"}, OutputError, "cannot be written"),
+        ({"output": tmp_path / "file" / "page.html"}, OutputError, "is no folder"),
         ({"output": tmp_path / "a.html", "recipes": "nonsense"}, UsageError, "nonsense"),
         ({"output": tmp_path / "a.html", "recipes": "fro_ckpt,thr=-3"}, UsageError, "compares with the base"),
         ({"output": tmp_path / "a.html", "recipes": "fro_lora,thr=9"}, InputError, "keeps nothing"),

@@ -17,7 +17,7 @@ from lorashrink.errors import InputError, RecipeError, UsageError
 from lorashrink.plots.quality import size_and_error
 from lorashrink.results.sweep import Point
 from lorashrink.sweeping.ranges import curve, expand
-from lorashrink.sweeping.sweep import _with_front, suggest
+from lorashrink.sweeping.sweep import suggest, with_front
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def point_of(bytes_: int, error: float) -> Point:
 
 
 def test_no_point_beats_a_point_of_the_front() -> None:
-    points = _with_front([point_of(*pair) for pair in ((40, 0.1), (10, 0.5), (20, 0.6), (20, 0.3), (50, 0.1))])
+    points = with_front([point_of(*pair) for pair in ((40, 0.1), (10, 0.5), (20, 0.6), (20, 0.3), (50, 0.1))])
     assert [(point.bytes, point.relative_error) for point in points if point.best] == [(10, 0.5), (20, 0.3), (40, 0.1)]
     assert [point.bytes for point in points] == sorted(point.bytes for point in points)
 
 
 def test_the_smallest_point_that_shrink_would_accept_is_recommended() -> None:
     """By energy or rank 7.1 % of error stands for high quality, compared with the base 10 %."""
-    points = _with_front([point_of(2**index, error) for index, error in enumerate([1, 0.2, 0.09, 0.07, 0])])
+    points = with_front([point_of(2**index, error) for index, error in enumerate([1, 0.2, 0.09, 0.07, 0])])
     chosen = suggest(points, 16)
     assert chosen is not None
     assert (chosen.bytes, chosen.relative_error) == (8, 0.07)
@@ -75,7 +75,7 @@ def test_the_smallest_point_that_shrink_would_accept_is_recommended() -> None:
 
 
 def test_the_closest_point_is_recommended_if_none_is_close_enough() -> None:
-    chosen = suggest(_with_front([point_of(4, 0.5), point_of(8, 0.3), point_of(9, 0.3)]), 16)
+    chosen = suggest(with_front([point_of(4, 0.5), point_of(8, 0.3), point_of(9, 0.3)]), 16)
     assert chosen is not None
     assert chosen.bytes == 8
     assert chosen.reason.startswith("the closest, because no recipe keeps the error of the weights at 7.08%: 50.00%")
@@ -87,11 +87,11 @@ def test_calibrated_points_are_recommended_by_their_prediction() -> None:
         replace(point_of(size, 0.5), recipe="calib,bytes,size=1", calibrated=True, predicted_db=level)
         for size, level in ((1, 35.0), (2, 41.0), (4, 50.0))
     ]
-    chosen = suggest(_with_front([*points, point_of(8, 0.01)]), 16)
+    chosen = suggest(with_front([*points, point_of(8, 0.01)]), 16)
     assert chosen is not None
     assert chosen.bytes == 2
     assert "predicted 41.0 dB" in chosen.reason
-    too_small = suggest(_with_front(points[:1]), 16)
+    too_small = suggest(with_front(points[:1]), 16)
     assert too_small is not None
     assert "no recipe is predicted to have 40.0 dB: 6.25% of the size; predicted 35.0 dB" in too_small.reason
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lorashrink.engine.devices import usable_cores
 from lorashrink.errors import LorashrinkError
 from lorashrink.train.data.buckets import Size, to_pixels
 from lorashrink.train.data.captions import draw_caption
@@ -56,13 +56,11 @@ def chunks(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
 
 def batch_count(data: Data) -> int:
     """Batches of one epoch, of all processes together."""
-    count = 0
-    for dataset in data.datasets:
-        showings: Counter[Size] = Counter()
-        for picture in dataset.pictures:
-            showings[picture.fit.bucket] += picture.repeats
-        count += sum(math.ceil(number / dataset.options.train_batch_size) for number in showings.values())
-    return count
+    return sum(
+        math.ceil(showings / dataset.options.train_batch_size)
+        for dataset in data.datasets
+        for showings in dataset.showings.values()
+    )
 
 
 def epoch_batches(data: Data, epoch: int, seed: int, *, world: int = 1) -> list[Sequence[Draw]]:
@@ -167,8 +165,7 @@ def read_ahead(
 
     It has --max_data_loader_n_workers, but no more than the processors that this process may use.
     """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(options.max_data_loader_n_workers, usable) if in_workers else 0
+    workers = min(options.max_data_loader_n_workers, usable_cores()) if in_workers else 0
     reader = _Reader(read)
     return DataLoader(
         reader,

@@ -32,12 +32,11 @@ from lorashrink.train.data.batches import chunks, generator, numbers, raising, r
 from lorashrink.train.data.captions import draw_caption, varies
 from lorashrink.train.data.scanning import Data, Picture, check_pixels
 from lorashrink.train.flags.options import Options
-from lorashrink.train.model.loading import Encoded, Model, encode_captions, encode_pixels, vae_stride
+from lorashrink.train.model.loading import Encoded, Model, encode_captions, encode_pixels
 
 _log = logging.getLogger(__name__)
 
 _Arrays = Mapping[str, npt.NDArray[Any]]
-
 
 _SOURCE_KEY = "source_hash"
 
@@ -71,7 +70,7 @@ def cache_latents(data: Data, vae: AutoencoderKL, options: Options, *, seed: int
     before the first `get`. Raises NonFinite (the VAE made NaN or infinity of a picture), InputError (a picture cannot
     be read, or two would have the same cache file) and OutputError.
     """
-    stride, quiet = vae_stride(vae), rank > 0
+    stride, quiet = 2 ** (len(vae.config.block_out_channels) - 1), rank > 0
     pictures = list({_identity(picture): picture for picture in data.pictures}.values())
     if not options.cache_latents_to_disk:
         check_pixels(pictures)

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lorashrink.errors import InputError, UsageError, nearest
-from lorashrink.text import count_text
+from lorashrink.text import count_text, names_text
 from lorashrink.train.data.buckets import Fit, Size, bucket_table, fit, prepare
 from lorashrink.train.data.captions import read_caption
 from lorashrink.train.flags.checks import check_sizes, check_values
@@ -74,6 +75,14 @@ class Dataset:
     pictures: tuple[Picture, ...]
     options: Options  # those of batches and buckets are its own
 
+    @property
+    def showings(self) -> Counter[Size]:
+        """How many pictures an epoch shows of each bucket."""
+        counts: Counter[Size] = Counter()
+        for picture in self.pictures:
+            counts[picture.fit.bucket] += picture.repeats
+        return counts
+
 
 @dataclass(frozen=True, slots=True)
 class Data:
@@ -125,12 +134,12 @@ def scan(options: Options) -> Data:
             datasets.append(Dataset(evened, settings))
     folders = {subset.folder for subset in used}  # of which one may lie in another
     notes[_NESTED] = {path: "" for path in notes.get(_NESTED, ()) if path.parent not in folders}
-    for words, files in notes.items():
-        names = [f"{path}{reason}" for path, reason in files.items()]
-        few = names if words == _UNUSABLE else names[:3]
-        more = f" and {len(names) - len(few)} more" if few != names else ""
-        if names:
-            _log.warning("%s: %s%s", _counted(len(names), words), ", ".join(few), more)
+    for (noun, words), files in notes.items():
+        if files:
+            names = names_text(
+                [f"{path}{reason}" for path, reason in files.items()], most=None if words == _UNUSABLE[1] else 3
+            )
+            _log.warning("%s %s: %s", count_text(len(files), noun), words, names)
     if not datasets:
         where = options.dataset_config or options.train_data_dir
         raise InputError(
@@ -141,44 +150,28 @@ def scan(options: Options) -> Data:
     return Data(tuple(datasets), tuple(used))
 
 
-# A warning about files -> these files, with what follows the name of each in the warning.
-_Notes = dict[str, dict[Path, str]]
+# What a warning says of how many pictures or caption files -> these files, with what follows the name of each.
+_Notes = dict[tuple[str, str], dict[Path, str]]
 
-# Words in braces depend on how many files there are.
-_UNUSABLE = "{pictures} cannot be used and {are} left out"
-_TURNED = "{pictures} {are} turned only by a note in the file (EXIF), which is not read; save {them} upright"
-_SEEN_THROUGH = (
-    "{pictures} {have} transparency, which is not read: the colours stored below it are trained on; fill {them}"
-)
-_MOVING = "{pictures} {are} animated; only {their} first frame is used"
-_DEEP = "16-bit grey {pictures} {are} read with 8 bits"
-_NESTED = (
-    "{pictures} {lie} {in folders} inside a folder of pictures and {are} not used; move {them} up, or name {their} "
-    "{folders}"
-)
-_OTHER_ENDING = "{pictures} {have} an ending that is not read and {are} not used; save {them} as .png"
-_BARE = "{pictures} {have} no caption file; the words of {their} folder are used, even if empty"
-_BLANK = "caption {files} {begin} with a blank line; an empty caption is trained on"
-_SEVERAL_LINES = "caption {files} {have} more than one line; only the first is used"
-_LONELY = "caption {files} {belong} to no picture and {are} not used"
-
-_OF_ONE = {
-    "pictures": "picture", "files": "file", "folders": "folder", "in folders": "in a folder", "are": "is",
-    "have": "has", "lie": "lies", "begin": "begins", "belong": "belongs", "them": "it", "their": "its",
-}  # fmt: skip
-
-
-def _counted(count: int, words: str) -> str:
-    """A number of pictures or files, and what is said of them, in the words for one or for several."""
-    return f"{count} {words.format_map(_OF_ONE if count == 1 else {word: word for word in _OF_ONE})}"
+_UNUSABLE = "picture", "left out"
+_TURNED = "picture", "turned only by a note in the file (EXIF), which is not read; save upright"
+_SEEN_THROUGH = "picture", "with transparency, which is not read: the colours stored below it are trained on; fill it"
+_MOVING = "picture", "animated; only the first frame is used"
+_DEEP = "picture", "in 16-bit grey, read with 8 bits"
+_NESTED = "picture", "not used, in a folder inside a folder of pictures; move up, or name the inner folder"
+_OTHER_ENDING = "picture", "not used, with an ending that is not read; save as .png"
+_BARE = "picture", "without a caption file; the words of the folder are used, even if empty"
+_BLANK = "caption file", "with a blank first line; an empty caption is trained on"
+_SEVERAL_LINES = "caption file", "with more than one line; only the first is used"
+_LONELY = "caption file", "not used, because no picture has its name"
 
 
 def _read(subset: Subset, options: Options, table: tuple[Size, ...], notes: _Notes) -> Iterator[Picture]:
     """The pictures of a folder; `notes` takes what the user should know about its files."""
 
-    def note(words: str, path: Path, applies: object = True, *, reason: str = "") -> None:
+    def note(kind: tuple[str, str], path: Path, applies: object = True, *, reason: str = "") -> None:
         if applies:
-            notes.setdefault(words, {})[path] = reason  # a file of two datasets is named once
+            notes.setdefault(kind, {})[path] = reason  # a file of two datasets is named once
 
     extension = subset.options.caption_extension
     pictures = _picture_files(subset.folder)
@@ -228,9 +221,8 @@ def _evened(pictures: Sequence[Picture]) -> tuple[Picture, ...]:
     reg = [picture for picture in pictures if picture.subset.is_reg]
     remaining, reg_showings = (sum(picture.repeats for picture in part) for part in (train, reg))
     if reg_showings > remaining:
-        counts = f"{count_text(reg_showings, 'regularisation picture')} for {count_text(remaining, 'training picture')}"
-        verb = "is" if reg_showings == 1 else "are"
-        _log.warning("there %s %s (with repeats); only as many are used", verb, counts)
+        counts = count_text(reg_showings, "regularisation picture"), count_text(remaining, "training picture")
+        _log.warning("%s for %s (with repeats); only as many are used", *counts)
     more, rest = divmod(max(remaining - reg_showings, 0), len(reg) or 1)
     for index, picture in enumerate(reg):
         repeats = min(remaining, picture.repeats + more + (index < rest))
@@ -257,8 +249,9 @@ def _named(options: Options) -> Iterator[tuple[Options, list[Subset]]]:
                 note = "%s is ignored: its name must begin with how often to show its pictures, as in 10_words"
                 _log.warning(note, folder)
         if loose := len(_picture_files(parent)):
-            note = "{pictures} directly in %s {are} not used; only those in its folders are"
-            _log.warning(_counted(loose, note), parent)
+            _log.warning(
+                "%s directly in %s, not used; only those in its folders are", count_text(loose, "picture"), parent
+            )
         if is_reg and len(subsets) == count:
             raise InputError(f"{parent}: no folders named as in {parent / '1_words'}, of regularisation pictures")
     yield options, subsets
@@ -409,6 +402,5 @@ def check_pixels(pictures: Iterable[Picture]) -> None:
     with ThreadPoolExecutor() as threads:
         damaged = list(filter(None, threads.map(damage, paths)))
     if damaged:
-        are, them = ("is", "it") if len(damaged) == 1 else ("are", "them")
-        of = f"of {count_text(len(paths), 'picture')} {len(damaged)} {are} damaged"
-        raise InputError(f"{of}: {'; '.join(damaged)}; replace or remove {them}")
+        share = f"{len(damaged)} of {count_text(len(paths), 'picture')}"
+        raise InputError(f"{share} damaged; replace or remove: {'; '.join(damaged)}")

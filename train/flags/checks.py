@@ -5,14 +5,13 @@ Nothing heavy is imported, so that a mistake on the command line costs no waitin
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lorashrink.errors import UsageError
+from lorashrink.files.disk import check_folder
 from lorashrink.recipes.grammar import parse_recipes
 from lorashrink.train.flags.network_args import read_network_args
 from lorashrink.train.flags.options import Options
@@ -27,8 +26,8 @@ LEARNING_RATES = (
 def check(options: Options) -> list[str]:
     """What the user should know about these options before training starts, one line each.
 
-    Raises UsageError (training with them is impossible, or would not do what one of them asks for) and InputError (a
-    file of settings, such as a preset, cannot be read).
+    Raises UsageError (training with them is impossible, or would not do what one of them asks for), InputError (a file
+    of settings, such as a preset, cannot be read) and OutputError (a folder cannot be written to).
     """
     if not options.plan:  # which needs neither base nor pictures
         _check_paths(options)
@@ -75,12 +74,7 @@ def _check_paths(options: Options) -> None:
                     raise UsageError(f"--{name}: there is no {kind} {path}{hint}")
     for name in ("output_dir", "logging_dir"):
         if path := getattr(options, name):
-            folder = Path(path).absolute()
-            existing = next(path for path in (folder, *folder.parents) if path.exists())
-            if not existing.is_dir():
-                raise UsageError(f"--{name}: {existing} is a file; name a folder, which is made if it is not there")
-            if not os.access(existing, os.W_OK):
-                raise UsageError(f"--{name}: nothing can be written in {existing}; choose another folder")
+            check_folder(Path(path), f"--{name}")
 
 
 def _values(options: Options, name: str) -> tuple[object, ...]:
@@ -114,16 +108,15 @@ _RANGES: tuple[tuple[tuple[str, ...], float, float], ...] = (
 
 def check_values(options: Options) -> None:
     """Raises UsageError for numbers that are out of their range."""
-    for row in dataclasses.fields(options):
-        for value in _values(options, row.name):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"--{row.name}={value}: must be a finite number")
-    for names, low, high in _RANGES:
+    ranges = {name: (low, high) for names, low, high in _RANGES for name in names}
+    for name in Options.__dataclass_fields__:
+        low, high = ranges.get(name, (-math.inf, math.inf))
         allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high}"
-        for name in names:
-            for value in _values(options, name):
-                if not low <= float(str(value)) <= high:
-                    raise UsageError(f"--{name}={value}: must be {allowed}")
+        for value in _values(options, name):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{name}={value}: must be a finite number")
+            if name in ranges and not low <= float(str(value)) <= high:
+                raise UsageError(f"--{name}={value}: must be {allowed}")
 
 
 def parse_resolution(text: str | None) -> tuple[int, int]:
@@ -210,7 +203,7 @@ _IDLE_WITHOUT = {
 }
 # Of two that are given, the first decides, and the second does nothing.
 _DECIDES = {"max_train_epochs": "max_train_steps", "save_n_epoch_ratio": "save_every_n_epochs"}
-_IDLE = ("clip_skip", "highvram", "disable_mmap_load_safetensors", "xformers", "mem_eff_attn", "skip_cache_check")
+IDLE = ("clip_skip", "highvram", "disable_mmap_load_safetensors", "xformers", "mem_eff_attn", "skip_cache_check")
 
 
 def _is_set(options: Options, name: str) -> bool:
@@ -225,7 +218,7 @@ def _check_pairs(options: Options) -> Iterator[str]:
     for name, excluded in _EXCLUDE:
         if _is_set(options, name) and _is_set(options, excluded):
             raise UsageError(f"--{name} and --{excluded} exclude each other; leave one of them out")
-    for name in filter(lambda name: _is_set(options, name), _IDLE):
+    for name in filter(lambda name: _is_set(options, name), IDLE):
         yield f"--{name} has no effect here"
     for name, needed in _IDLE_WITHOUT.items():
         if _is_set(options, name) and not getattr(options, needed):

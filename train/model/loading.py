@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -90,7 +89,7 @@ def load_model(options: Options, device: torch.device) -> Model:
     vae_path, vae_dtype = Path(options.vae or path), torch.float32 if options.no_half_vae else dtype
     if vae_path.is_dir():
         inner = vae_path / "vae"
-        vae = _load_part(AutoencoderKL, inner if inner.is_dir() else vae_path, vae_dtype)
+        vae = pipelines.load_part(AutoencoderKL, inner if inner.is_dir() else vae_path, vae_dtype, _DOUBT)
     else:
         open_tensors(vae_path).close()
         more = {"config": str(settings), "torch_dtype": vae_dtype, "local_files_only": True}
@@ -99,7 +98,8 @@ def load_model(options: Options, device: torch.device) -> Model:
         pipelines.check_filled(vae_path, "vae", vae)
     vae = vae.to(target)
     if path.is_dir():
-        unet, first, second = (_load_part(kind, path / part, dtype).to(target) for part, kind in CLASSES.items())
+        parts = (pipelines.load_part(kind, path / part, dtype, _DOUBT) for part, kind in CLASSES.items())
+        unet, first, second = (part.to(target) for part in parts)
     else:
         absent = dict.fromkeys(("vae", "tokenizer", "tokenizer_2", "scheduler"))
         with pipelines.loading(path, _DOUBT):
@@ -163,21 +163,6 @@ def _check_base(path: Path, options: Options) -> None:
         _log.warning("%s predicts noise, and --v_parameterization trains the adapter for a model that predicts v", path)
 
 
-def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    named = "torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype"
-    more = {
-        "variant": pipelines.weights_variant(folder, half=dtype == torch.float16),
-        named: dtype,
-        "local_files_only": True,
-    }
-    with pipelines.loading(folder, _DOUBT):
-        part, info = kind.from_pretrained(folder, output_loading_info=True, **more)
-    if missing := sorted(info["missing_keys"]):
-        lack = f"its {folder.name} lacks {len(missing)} tensors, such as {missing[0]}"
-        raise InputError(f"{folder.parent}: {lack}.{_DOUBT}")
-    return part
-
-
 def _check_fit(path: Path, model: Model) -> None:
     takes, width = (model.unet.config[key] for key in ("in_channels", "cross_attention_dim"))
     channels = model.vae.config["latent_channels"]
@@ -208,11 +193,6 @@ def set_checkpointing(model: Model, options: Options) -> None:
         enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
         enable()
         encoder.train()
-
-
-def vae_stride(vae: AutoencoderKL) -> int:
-    """Pixels per latent along each side; 8 for SDXL."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def encode_pixels(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

@@ -37,6 +37,7 @@ from lorashrink.errors import InputError, UsageError
 from lorashrink.files.store import pickled_store
 from lorashrink.linking.matching import bind, match
 from lorashrink.linking.renaming import layer_name_in, renamed
+from lorashrink.text import names_text
 from lorashrink.train.data.batches import generator
 from lorashrink.train.flags.network_args import PRESETS, NetworkArgs, read_network_args
 from lorashrink.train.flags.options import Options, read_toml
@@ -56,14 +57,6 @@ class NormReport(NamedTuple):
     largest: float
 
 
-class Part(NamedTuple):
-    """A part of the network and its size."""
-
-    name: str
-    modules: int
-    parameters: int
-
-
 class Network(nn.Module):
     """LyCORIS' layers, applied to a model: calling the model computes with them. All parameters are float32."""
 
@@ -77,12 +70,12 @@ class Network(nn.Module):
         return list(self.module.loras)
 
     @property
-    def summary(self) -> tuple[Part, ...]:
-        """Modules and parameters of each part that is trained."""
+    def sizes(self) -> dict[str, list[int]]:
+        """Part of the network -> the numbers of parameters of its modules; of those that are trained."""
         sizes: dict[str, list[int]] = {name: [] for name in _PARTS}
         for layer in self.layers:
             sizes[_part(layer)].append(sum(parameter.numel() for parameter in layer.parameters()))
-        return tuple(Part(name, len(numbers), sum(numbers)) for name, numbers in sizes.items() if numbers)
+        return {name: numbers for name, numbers in sizes.items() if numbers}
 
     @property
     def dims(self) -> dict[str, object]:
@@ -130,7 +123,8 @@ class Network(nn.Module):
         own = self._raw()
         if wrong := own.keys() ^ state.keys() or {key for key in own if own[key].shape != state[key].shape}:
             raise InputError(
-                f"the saved state is of another network: {_some(wrong)}. Resume with the network options of that run"
+                f"the saved state is of another network: {names_text(sorted(wrong))}. "
+                "Resume with the network options of that run"
             )
         for key, value in own.items():
             value.copy_(state[key])
@@ -148,23 +142,20 @@ class Network(nn.Module):
         training = self.module.training
         self.module.eval()  # dropout would shorten what is measured
         factors = [layer for layer in self.layers if isinstance(layer, LoConModule) and not layer.tucker]
-        measured: list[tuple[Any, Tensor]] = []  # layers that are not of two factors, and their norms, 0-dim
-        for layer in self.layers:
+        measured = list(zip((layer.scalar for layer in factors), _norms_of_factors(factors), strict=True))
+        for layer in self.layers:  # what is scaled in each other layer, and its norm, 0-dim
             if isinstance(layer, LoConModule) and layer.tucker:
-                measured.append((layer, layer.make_weight().norm() * layer.scale))
+                measured.append((layer.scalar, layer.make_weight().norm() * layer.scale))
             elif isinstance(layer, (LohaModule, LokrModule)):
-                measured.append((layer, (layer.get_weight(layer.shape) * layer.scalar).norm()))
-            elif isinstance(layer, _ROTATIONS):
-                measured.append((layer, layer.oft_blocks.norm()))
+                measured.append((layer.scalar, (layer.get_weight(layer.shape) * layer.scalar).norm()))
+            elif isinstance(layer, (DiagOFTModule, ButterflyOFTModule)):
+                measured.append((layer.oft_blocks, layer.oft_blocks.norm()))
         self.module.train(training)
-        if not factors and not measured:
+        if not measured:
             return NormReport(0, 0.0, 0.0)
-        norms = torch.cat([*_norms_of_factors(factors), *(norm[None] for _, norm in measured)])
+        scaled_tensors, lengths = zip(*measured, strict=True)
+        norms = torch.stack(lengths)
         ratios = (limit / norms).clamp(max=1)
-        scaled_tensors = [
-            layer.oft_blocks if isinstance(layer, _ROTATIONS) else layer.scalar
-            for layer in (*factors, *(layer for layer, _ in measured))
-        ]
         torch._foreach_mul_(scaled_tensors, list(ratios.unbind()))
         after = norms * ratios
         scaled, average, largest = torch.stack([(ratios < 1).sum(), after.mean(), after.max()]).tolist()
@@ -178,7 +169,6 @@ _LINEAR = "UNet linear and 1×1"
 _NORMALISATION = "normalisation"
 _ENCODERS = {"lora_te1": "text encoder 1", "lora_te2": "text encoder 2"}
 _PARTS = (_LINEAR, CONVOLUTIONS, *_ENCODERS.values(), _NORMALISATION)
-_ROTATIONS = (DiagOFTModule, ButterflyOFTModule)
 
 
 def _part(layer: Any) -> str:
@@ -188,40 +178,36 @@ def _part(layer: Any) -> str:
 
 
 def _norms_of_factors(layers: Sequence[LoConModule]) -> list[Tensor]:
-    """‖ΔW‖_F of layers of two factors, one tensor [layers] on their device, or none without layers.
+    """‖ΔW‖_F of layers of two factors, 0-dim each.
 
     ‖BA‖_F² is the sum over BᵀB ∘ AAᵀ. A GPU takes longer to start products of this size than to compute them, so that
-    factors of equal shape are multiplied together.
+    layers of equal shape are computed together.
     """
     if not layers:
         return []
-    by_rank: dict[int, list[int]] = defaultdict(list)
-    for index, layer in enumerate(layers):
-        by_rank[len(layer.lora_down.weight)].append(index)
-    squares = []
-    for indices in by_rank.values():
-        ups = [layers[index].lora_up.weight.flatten(1) for index in indices]
-        downs = [layers[index].lora_down.weight.flatten(1) for index in indices]
-        squares.append((_grams(ups, columns=True) * _grams(downs, columns=False)).sum((1, 2)))
-    order = [index for indices in by_rank.values() for index in indices]
-    device = squares[0].device
-    scales = torch.tensor([float(layers[index].scale) for index in order], device=device)
-    scalars = torch.stack([layers[index].scalar.detach() for index in order])
-    norms = torch.cat(squares).clamp(min=0).sqrt() * scalars.abs() * scales
-    return [norms[torch.tensor(order, device=device).argsort()]]
+
+    def grams(matrices: Tensor) -> Tensor:
+        return matrices @ matrices.mT
+
+    ups = _by_shape(grams, [layer.lora_up.weight.flatten(1).mT for layer in layers])
+    downs = _by_shape(grams, [layer.lora_down.weight.flatten(1) for layer in layers])
+    squares = torch.stack(_by_shape(lambda up, down: (up * down).sum((1, 2)), ups, downs))
+    norms = squares.clamp(min=0).sqrt()
+    scales = torch.tensor([float(layer.scale) for layer in layers], device=norms.device)
+    scalars = torch.stack([layer.scalar.detach() for layer in layers])
+    return list((norms * scalars.abs() * scales).unbind())
 
 
-def _grams(matrices: Sequence[Tensor], *, columns: bool) -> Tensor:
-    """[L, r, r] of L matrices [r, n], or [n, r] if `columns`, of one rank."""
-    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-    for index, matrix in enumerate(matrices):
-        by_shape[matrix.shape].append(index)
-    grams = []
+def _by_shape(compute: Callable[..., Tensor], *columns: Sequence[Tensor]) -> list[Tensor]:
+    """What `compute` makes of each row of the columns, computed for all rows of equal shapes together, as a stack."""
+    by_shape: dict[tuple[torch.Size, ...], list[int]] = defaultdict(list)
+    for index, row in enumerate(zip(*columns, strict=True)):
+        by_shape[tuple(tensor.shape for tensor in row)].append(index)
+    results: dict[int, Tensor] = {}
     for indices in by_shape.values():
-        stacked = torch.stack([matrices[index] for index in indices])
-        grams.append(stacked.mT @ stacked if columns else stacked @ stacked.mT)
-    order = [index for indices in by_shape.values() for index in indices]
-    return torch.cat(grams)[torch.tensor(order, device=grams[0].device).argsort()]
+        stacks = [torch.stack([column[index] for index in indices]) for column in columns]
+        results |= zip(indices, compute(*stacks).unbind(), strict=True)
+    return [results[index] for index in sorted(results)]
 
 
 # --- building -----------------------------------------------------------------------------------
@@ -424,10 +410,10 @@ def _load(module: LycorisNetworkKohya, weights: Mapping[str, Tensor], path: Path
     """Take over the numbers of a file with the tensors of the network, no more and no fewer."""
     own: Mapping[str, Tensor] = module.state_dict()
     if own.keys() != weights.keys():
+        more, fewer = (names_text(sorted(names)) or "nothing" for names in (weights.keys() - own, own.keys() - weights))
         raise UsageError(
-            f"--network_weights {path} does not fit this network: not in the network: "
-            f"{_some(weights.keys() - own.keys())}; not in the file: {_some(own.keys() - weights.keys())}. "
-            "--dim_from_weights takes the layers of the file"
+            f"--network_weights {path} does not fit this network: not in the network: {more}; not in the file: {fewer}."
+            " --dim_from_weights takes the layers of the file"
         )
     if options.dim_from_weights:
         return  # the network was made of them
@@ -447,10 +433,3 @@ def _load(module: LycorisNetworkKohya, weights: Mapping[str, Tensor], path: Path
                 "--dim_from_weights, or --network_dim, --network_alpha, conv_dim and conv_alpha as in the file"
             )
     module.load_state_dict(numbers, strict=False)
-
-
-def _some(names: set[str]) -> str:
-    """A few of the names, and how many there are."""
-    few = sorted(names)[:3]
-    rest = len(names) - len(few)
-    return ", ".join(few) + (f" and {rest} more" if rest else "") or "nothing"

@@ -6,7 +6,6 @@ are added when it is written. ModelSpec: https://github.com/Stability-AI/ModelSp
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -19,8 +18,7 @@ from pathlib import Path
 
 from lorashrink._version import __version__
 from lorashrink.files.disk import sha256_file
-from lorashrink.files.hashes import LEGACY_BYTES, LEGACY_START
-from lorashrink.train.data.buckets import Size
+from lorashrink.files.hashes import legacy_hash
 from lorashrink.train.data.captions import tag_counts
 from lorashrink.train.data.scanning import Data, Dataset, Picture, Subset
 from lorashrink.train.flags.checks import bucket_limits, parse_resolution
@@ -33,7 +31,7 @@ _AS_GIVEN = (
     "network_module", "network_dim", "network_alpha", "network_dropout", "mixed_precision", "clip_skip",
     "max_token_length", "cache_latents", "lowram", "noise_offset", "multires_noise_iterations",
     "multires_noise_discount", "adaptive_noise_scale", "zero_terminal_snr", "training_comment", "max_grad_norm",
-    "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "prior_loss_weight",
+    "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "prior_loss_weight", "seed",
     "min_snr_gamma", "scale_weight_norms", "noise_offset_random_strength", "resize_interpolation",
 )  # fmt: skip
 # What sd-scripts writes for options that are not supported here, and for what does not vary.
@@ -67,7 +65,6 @@ def run_entries(
     length: Length,
     processes: int,
     *,
-    seed: int,
     optimizer: str,
     dims: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
@@ -94,7 +91,6 @@ def run_entries(
         "ss_num_epochs": length.epochs,
         "ss_max_train_steps": length.steps,
         "ss_lr_warmup_steps": int(warmup) if warmup == int(warmup) else warmup,
-        "ss_seed": seed,
         "ss_optimizer": optimizer,
         "ss_debiased_estimation": options.debiased_estimation_loss,
         **_picture_entries(data, options, processes),
@@ -141,11 +137,8 @@ def _source(kind: str, text: str) -> dict[str, object]:
     name = os.path.basename(os.path.abspath(text)) if os.path.exists(text) else text
     if not os.path.isfile(text):
         return {f"ss_{kind}_name": name}
-    sha256 = sha256_file(Path(text))
-    with open(text, "rb") as handle:
-        handle.seek(LEGACY_START)
-        old = hashlib.sha256(handle.read(LEGACY_BYTES)).hexdigest()[:8]
-    return {f"ss_{kind}_hash": old, f"ss_new_{kind}_hash": sha256, f"ss_{kind}_name": name}
+    old, new = legacy_hash(Path(text)), sha256_file(Path(text))
+    return {f"ss_{kind}_hash": old, f"ss_new_{kind}_hash": new, f"ss_{kind}_name": name}
 
 
 _Subsets = Sequence[tuple[Subset, Sequence[Picture]]]
@@ -244,11 +237,8 @@ def _bucket_info(dataset: Dataset) -> dict[str, object] | None:
     """Showings per bucket, and the mean difference of the pictures' aspect to that of their buckets."""
     if not dataset.options.enable_bucket:
         return None
-    counts: Counter[Size] = Counter()
-    errors = []
-    for picture in dataset.pictures:
-        (width, height), (original_width, original_height) = picture.fit.bucket, picture.fit.original
-        counts[width, height] += picture.repeats
-        errors.append(abs(width / height - original_width / original_height))
-    buckets = {index: {"resolution": list(size), "count": counts[size]} for index, size in enumerate(sorted(counts))}
+    sizes = sorted(dataset.showings.items())
+    buckets = {index: {"resolution": list(size), "count": count} for index, (size, count) in enumerate(sizes)}
+    fits = [picture.fit for picture in dataset.pictures]
+    errors = [abs(fit.bucket[0] / fit.bucket[1] - fit.original[0] / fit.original[1]) for fit in fits]
     return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors)}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import math
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -77,8 +76,8 @@ def draw(
     rank: int,
     world: int,
     device: torch.device,
-) -> list[Path]:
-    """Draw this process's share of the prompts and write it below output_dir/sample; the paths of the pictures.
+) -> dict[int, Path]:
+    """Draw this process's share of the prompts and write it below output_dir/sample: number of a prompt -> picture.
 
     The UNet is on `device` and the network in eval mode. Encoders and VAE may be elsewhere and go back there. The state
     of the global random numbers stays. Raises OutputError if a picture cannot be written.
@@ -93,7 +92,7 @@ def draw(
         # As in sd-scripts an empty text is encoded, not replaced by zeros.
         pairs = ([prompt.negative, prompt.prompt] for _, prompt in share)
         encoded = [encode_captions(model, pair, options.max_token_length).to(device, dtype) for pair in pairs]
-    paths = []
+    paths: dict[int, Path] = {}
     with autocast, _moved([model.vae], device, torch.float32):
         pipeline: Any = StableDiffusionXLPipeline(
             unet=model.unet,
@@ -120,8 +119,8 @@ def draw(
                 continue
             ending = "" if prompt.seed is None else f"_{prompt.seed}"
             start = _start(options, step, epoch)
-            paths.append(Path(f"{start}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{ending}.png"))
-            write_picture(paths[-1], picture)
+            path = Path(f"{start}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{ending}.png")
+            paths[number] = write_picture(path, picture)
     return paths
 
 
@@ -145,18 +144,17 @@ def _start(options: Options, step: int, epoch: int | None) -> Path:
     return Path(options.output_dir or "", "sample", name + moment)
 
 
-def write_sheet(prompts: Sequence[Prompt], options: Options, *, step: int, epoch: int | None = None) -> Path:
-    """One page with the pictures of this moment; called by one process, after all have drawn."""
-    start = _start(options, step, epoch)
+def write_sheet(
+    prompts: Sequence[Prompt], drawn: Mapping[int, Path], options: Options, *, step: int, epoch: int | None = None
+) -> Path:
+    """One page with the pictures that all processes have drawn at this moment; called by one of them."""
     cells = []
-    for number, prompt in enumerate(prompts):
-        drawn = start.parent.glob(f"{glob.escape(f'{start.name}_{number:02d}')}_*.png")
-        # An earlier run may have left others; names begin with the time, so they sort.
-        if path := max(drawn, key=lambda path: path.name, default=None):
-            seed = "random seed" if prompt.seed is None else f"seed {prompt.seed}"
-            size = f"{prompt.width} × {prompt.height}"
-            settings = f"{size}, {seed}, {prompt.sampler}, {prompt.steps} steps, scale {prompt.scale:g}"
-            cells.append(Cell(Image.open(path), f"{number:02d}  {prompt.prompt}", settings))
+    for number, path in sorted(drawn.items()):
+        prompt = prompts[number]
+        seed = "random seed" if prompt.seed is None else f"seed {prompt.seed}"
+        size = f"{prompt.width} × {prompt.height}"
+        settings = f"{size}, {seed}, {prompt.sampler}, {prompt.steps} steps, scale {prompt.scale:g}"
+        cells.append(Cell(Image.open(path), f"{number:02d}  {prompt.prompt}", settings))
     moment = f"step {step}" if epoch is None else f"epoch {epoch}, step {step}"
     title = f"{options.output_name}, {moment}" if options.output_name else moment
-    return write_picture(Path(f"{start}_sheet.png"), contact_sheet(title, cells))
+    return write_picture(Path(f"{_start(options, step, epoch)}_sheet.png"), contact_sheet(title, cells))

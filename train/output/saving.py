@@ -34,6 +34,7 @@ from lorashrink.files.store import cast
 from lorashrink.files.writing import save_tensors
 from lorashrink.text import share_text, size_text
 from lorashrink.train.data.scanning import Data
+from lorashrink.train.flags.checks import IDLE
 from lorashrink.train.flags.options import Options
 
 _log = logging.getLogger(__name__)
@@ -45,10 +46,9 @@ _PRECISIONS = {"float": "F32", "fp16": "F16", "bf16": "BF16"}
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """How long a run is. An epoch ends with a step even if fewer batches than `accumulation` are left for it."""
+    """How long a run is. An epoch ends with a step even if fewer batches than for other steps are left for it."""
 
     batches_per_epoch: int  # of one process
-    accumulation: int  # batches of one process per step
     steps_per_epoch: int
     epochs: int
     steps: int
@@ -56,10 +56,9 @@ class Length:
 
 def run_length(options: Options, batches_per_epoch: int) -> Length:
     """The length of a run whose processes have `batches_per_epoch` batches each; --max_train_epochs wins."""
-    accumulation = options.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(batches_per_epoch / accumulation)
+    steps_per_epoch = math.ceil(batches_per_epoch / options.gradient_accumulation_steps)
     steps = options.max_train_steps if options.max_train_epochs is None else options.max_train_epochs * steps_per_epoch
-    return Length(batches_per_epoch, accumulation, steps_per_epoch, math.ceil(steps / steps_per_epoch), steps)
+    return Length(batches_per_epoch, steps_per_epoch, math.ceil(steps / steps_per_epoch), steps)
 
 
 def never(options: Options, length: Length) -> list[str]:
@@ -193,12 +192,10 @@ _HARMLESS_BEGINNINGS = ("output_", "save_", "metadata_", "sample_", "log_", "wan
 _HARMLESS = frozenset(
     {
         "cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk",
-        "caption_extention", "clip_skip", "config_file", "dataset_config", "dataset_repeats", "debug",
-        "disable_mmap_load_safetensors", "gradient_checkpointing", "highvram", "logging_dir", "lowram",
-        "max_data_loader_n_workers", "mem_eff_attn", "network_weights", "no_metadata",
-        "persistent_data_loader_workers", "plan", "reg_data_dir", "resume", "sdpa", "seed", "shrink",
-        "skip_cache_check", "text_encoder_batch_size", "tokenizer_cache_dir", "train_data_dir", "training_comment",
-        "vae_batch_size", "xformers",
+        *IDLE, "caption_extention", "config_file", "dataset_config", "dataset_repeats", "debug",
+        "gradient_checkpointing", "logging_dir", "lowram", "max_data_loader_n_workers", "network_weights",
+        "no_metadata", "persistent_data_loader_workers", "plan", "reg_data_dir", "resume", "sdpa", "seed", "shrink",
+        "text_encoder_batch_size", "tokenizer_cache_dir", "train_data_dir", "training_comment", "vae_batch_size",
     }
 )  # fmt: skip
 
@@ -306,6 +303,7 @@ def load_state(
         _log.warning("--resume: not as if the run had not been interrupted, because these changed: %s", changed)
     if seed is not None and seed != position.seed:
         _log.warning("--resume: --seed %d is ignored; the run goes on with its own, %d", seed, position.seed)
+    _log.info("resumed at step %d", position.step)
     return position
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
@@ -27,6 +27,7 @@ from lorashrink.errors import LorashrinkError, NonFinite
 from lorashrink.pictures.prompts import Prompt
 from lorashrink.plots.loss import loss_curve, read_scalars
 from lorashrink.plots.style import save
+from lorashrink.signals import handled
 from lorashrink.train.data.batches import Loader
 from lorashrink.train.flags.options import Options
 from lorashrink.train.model.loading import Model
@@ -71,7 +72,8 @@ class Session:
         self._recent = deque(maxlen=length.steps_per_epoch)
         is_main = self.accelerator.is_main_process
         bar = tqdm(total=length.steps, initial=self.position.step, desc="steps", disable=not is_main, unit="step")
-        with logging_redirect_tqdm([logging.getLogger("lorashrink")]), bar, self._heeding_signals():
+        signals = handled(self._heed_signal, (signal.SIGINT, signal.SIGTERM))
+        with logging_redirect_tqdm([logging.getLogger("lorashrink")]), bar, signals:
             if self.position.step == 0:
                 self._sample()
             while self.position.step < length.steps:
@@ -93,7 +95,9 @@ class Session:
         losses: list[float] = []
         accumulated: list[Tensor] = []
         for number, batch in enumerate(self.loader.epoch(epoch, start), start + 1):
-            ends_step = number % self.length.accumulation == 0 or number == self.length.batches_per_epoch
+            ends_step = (
+                number % self.options.gradient_accumulation_steps == 0 or number == self.length.batches_per_epoch
+            )
             with nullcontext() if ends_step else self.accelerator.no_sync(self.batch_loss):
                 loss = self.batch_loss(batch)
                 self.accelerator.backward(loss)
@@ -138,27 +142,12 @@ class Session:
                 self._remove(saving.expired(self.options, due.step, epoch=epoch))
             self._sample(epoch)
 
-    @contextmanager
-    def _heeding_signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM is a request, and the second a KeyboardInterrupt."""
-
-        def request(number: int, frame: FrameType | None) -> None:
-            if self._ending:
-                raise KeyboardInterrupt
-            self._ending = True
-            _log.warning("the run ends after this step and saves its state; a second signal ends it at once")
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        heeded = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # nohup ignores them
-        if threading.current_thread() is not threading.main_thread():
-            heeded = []  # signals reach the main thread alone
-        for number in heeded:
-            signal.signal(number, request)
-        try:
-            yield
-        finally:
-            for number in heeded:
-                signal.signal(number, before[number])
+    def _heed_signal(self, number: int, frame: FrameType | None) -> None:
+        """The first signal is a request to end, and the second a KeyboardInterrupt."""
+        if self._ending:
+            raise KeyboardInterrupt
+        self._ending = True
+        _log.warning("the run ends after this step and saves its state; a second signal ends it at once")
 
     def _after_step(self) -> None:
         options, step = self.options, self.position.step
@@ -201,12 +190,13 @@ class Session:
         options, step, accelerator = self.options, self.position.step, self.accelerator
         if not samples.due(options, step=step, epoch=epoch):
             return
+        model, prompts, device = self.model, self.prompts, accelerator.device
         share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
         with self._at_rest():
-            samples.draw(self.model, self.prompts, options, step=step, epoch=epoch, device=accelerator.device, **share)
-        accelerator.wait_for_everyone()
+            own = samples.draw(model, prompts, options, step=step, epoch=epoch, device=device, **share)
+        drawn = {number: path for paths in gather_object([own]) for number, path in paths.items()}
         if accelerator.is_main_process:
-            _log.info("samples: %s", samples.write_sheet(self.prompts, options, step=step, epoch=epoch))
+            _log.info("samples: %s", samples.write_sheet(prompts, drawn, options, step=step, epoch=epoch))
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from diffusers.training_utils import compute_snr
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from lorashrink.pictures.samplers import NOISE_SCHEDULE
 from lorashrink.train.data.batches import Batch, chunks, generator, numbers
 from lorashrink.train.data.caches import posterior
 from lorashrink.train.data.scanning import Data
@@ -91,14 +92,8 @@ class Objective:
     """
 
     def __init__(self, options: Options) -> None:
-        self.noise_schedule = DDPMScheduler(
-            num_train_timesteps=TIMESTEPS,
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            rescale_betas_zero_snr=options.zero_terminal_snr,
-        )
+        to_zero = options.zero_terminal_snr
+        self.noise_schedule = DDPMScheduler(TIMESTEPS, **NOISE_SCHEDULE, rescale_betas_zero_snr=to_zero)
         self._options = options
         first, end = options.min_timestep or 0, options.max_timestep or TIMESTEPS
         self._range = first, max(end, first + 1)  # equal limits mean that one timestep, as in sd-scripts

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -21,18 +20,21 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    compute_module_sizes,
     gather_object,
     set_seed,
 )
+from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKL, ModelMixin
 from torch import nn
+from transformers import CLIPTokenizer
 
 from lorashrink.errors import InputError, LorashrinkError, UsageError
 from lorashrink.pictures.pipelines import quiet_libraries
 from lorashrink.pictures.prompts import Prompt, read_prompts
 from lorashrink.pictures.samplers import check_samplers
 from lorashrink.text import count_text, size_text
-from lorashrink.train.data.batches import Loader, batch_count, epoch_batches
+from lorashrink.train.data.batches import Loader, batch_count
 from lorashrink.train.data.buckets import Size
 from lorashrink.train.data.caches import LatentCache, cache_latents, cache_texts
 from lorashrink.train.data.scanning import Data, check_pixels, scan
@@ -52,34 +54,25 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(options: Options) -> Session:
-    """Load, check and cache everything that the run needs; each part raises its own errors."""
+    """Load, check and cache everything that the run needs; each step raises its own errors."""
     quiet_libraries()
-    prompts: tuple[Prompt, ...] = ()
-    if options.sample_prompts:
-        prompts = read_prompts(Path(options.sample_prompts), sampler=options.sample_sampler)
-        check_samplers(prompts)
+    prompt_file = options.sample_prompts
+    prompts = read_prompts(Path(prompt_file), sampler=options.sample_sampler) if prompt_file else ()
+    check_samplers(prompts)
     accelerator = _accelerator(options)
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    chosen_seed = options.seed
+    processes, chosen_seed = accelerator.num_processes, options.seed
     resumed = saving.peek_state(Path(options.resume))[0] if options.resume else None
     drawn = random.SystemRandom().getrandbits(32) if chosen_seed is None else chosen_seed
     [seed] = broadcast_object_list([resumed.seed if resumed else drawn])  # that of the main process
     options = replace(options, seed=seed)
-
     data = scan(options)
     length = run_length(options, -(-batch_count(data) // processes))
     if resumed and resumed.step >= length.steps:
         end = f"it stands at step {resumed.step}, and training ends at step {length.steps}"
         raise UsageError(f"--resume {options.resume}: {end}; raise --max_train_steps or --max_train_epochs")
     model = loading.load_model(options, accelerator.device)
-    prompt_warnings = samples.check_prompts(prompts, model.tokenizers[0], processes, options)
-    for warning in (*saving.never(options, length), *prompt_warnings):
+    for warning in _warnings(options, data, length, prompts, model.tokenizers[0], processes):
         _log.warning(warning)
-    limit = options.max_token_length or CHUNK
-    captions = [picture.caption for picture in data.pictures]
-    if long := sum(loading.token_count(model.tokenizers[0], caption) > limit for caption in captions):
-        counts = f"{long} of {len(captions)} captions have more than {limit} tokens"
-        _log.warning("%s, the rest is not read (--max_token_length)", counts)
     network = build_network(model, options).to(accelerator.device)
     if options.full_bf16:
         network.to(torch.bfloat16)
@@ -90,44 +83,22 @@ def prepare(options: Options) -> Session:
     batch_loss = BatchLoss(options, data, model, network, seed=seed, trains_text=trains_text)
     batch_loss, optimizer, scheduler = accelerator.prepare(batch_loss, optimizer, scheduler)
     # What takes long comes when nothing is left that could be wrong with the options.
-    if not options.cache_latents:
-        check_pixels(data.pictures)
-    latents: LatentCache | None = None
-    texts: Mapping[str, Encoded] | None = None
-    if options.cache_latents:
-        with _encoding([model.vae], accelerator):
-            latents = cache_latents(data, model.vae, options, seed=seed, rank=rank, world=processes)
-    if options.cache_text_encoder_outputs:
-        with _encoding(model.encoders, accelerator):
-            texts = cache_texts(data, model, options, quiet=rank > 0)
-    for module in (model.unet, *([] if latents else [model.vae]), *([] if texts else model.encoders)):
-        module.to(accelerator.device)
+    loader = _load_data(options, data, model, accelerator, seed)
     loading.set_checkpointing(model, options)
     batch_loss.train()
-    loader = Loader(data, options, seed, rank, processes, latents, texts)
     fingerprint = saving.fingerprint(options, data, processes)
-    position = Position(epoch=1, batch=0, step=0, seed=seed)
     if options.resume:
         state = Path(options.resume)
         position = saving.load_state(state, accelerator, network.load_raw, fingerprint, chosen_seed)
-        _log.info("resumed at step %d", position.step)
     else:
+        position = Position(epoch=1, batch=0, step=0, seed=seed)
         # From here on only what LyCORIS drops is drawn from global random numbers, and each process drops its own.
         set_seed(seed, device_specific=True)
-
-    dims = network.dims if options.dim_from_weights else None
-    metadata: dict[str, object] = {}
-    if accelerator.is_main_process:  # which writes the files, and hashes the base for them
-        metadata = run_entries(options, data, length, processes, seed=seed, optimizer=description, dims=dims)
+    dims, writes = network.dims if options.dim_from_weights else None, accelerator.is_main_process
+    # The process that writes the files also hashes the base for them, which takes long.
+    metadata = run_entries(options, data, length, processes, optimizer=description, dims=dims) if writes else {}
     _log.info("%s", describe(options, data, network, length, processes))
-    if accelerator.log_with:
-        shown = {
-            name: value if isinstance(value, (bool, int, float)) else str(value)  # what loggers take
-            for name, value in dataclasses.asdict(options).items()
-        }
-        extra: dict[str, Any] = {"wandb": {"name": options.wandb_run_name}} if options.wandb_run_name else {}
-        tracker = options.log_tracker_name or "network_train"
-        accelerator.init_trackers(tracker, shown if options.log_config else None, extra)
+    _start_log(accelerator, options)
     return Session(
         options=options,
         accelerator=accelerator,
@@ -169,6 +140,37 @@ def _accelerator(options: Options) -> Accelerator:
     return accelerator
 
 
+def _warnings(
+    options: Options, data: Data, length: Length, prompts: Sequence[Prompt], tokenizer: CLIPTokenizer, processes: int
+) -> Iterator[str]:
+    """What the user should know before training starts: what cannot happen, and texts that are cut off."""
+    yield from saving.never(options, length)
+    yield from samples.check_prompts(prompts, tokenizer, processes, options)
+    limit = options.max_token_length or CHUNK
+    captions = [picture.caption for picture in data.pictures]
+    if long := sum(loading.token_count(tokenizer, caption) > limit for caption in captions):
+        counts = f"{long} of {len(captions)} captions have more than {limit} tokens"
+        yield f"{counts}, the rest is not read (--max_token_length)"
+
+
+def _load_data(options: Options, data: Data, model: Model, accelerator: Accelerator, seed: int) -> Loader:
+    """Encode what is to be cached, and put what each step runs on the device."""
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    latents: LatentCache | None = None
+    texts: Mapping[str, Encoded] | None = None
+    if options.cache_latents:
+        with _encoding([model.vae], accelerator):
+            latents = cache_latents(data, model.vae, options, seed=seed, rank=rank, world=processes)
+    else:
+        check_pixels(data.pictures)
+    if options.cache_text_encoder_outputs:
+        with _encoding(model.encoders, accelerator):
+            texts = cache_texts(data, model, options, quiet=rank > 0)
+    for module in (model.unet, *([] if latents else [model.vae]), *([] if texts else model.encoders)):
+        module.to(accelerator.device)
+    return Loader(data, options, seed, rank, processes, latents, texts)
+
+
 @contextmanager
 def _encoding(modules: Sequence[nn.Module], accelerator: Accelerator) -> Iterator[None]:
     """Modules on the device while each process encodes its share; what stops one process is raised in all of them."""
@@ -184,9 +186,18 @@ def _encoding(modules: Sequence[nn.Module], accelerator: Accelerator) -> Iterato
             raise reason
     for module in modules:
         module.to("cpu")
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)
+
+
+def _start_log(accelerator: Accelerator, options: Options) -> None:
+    if accelerator.log_with:
+        shown = {
+            name: value if isinstance(value, (bool, int, float)) else str(value)  # what loggers take
+            for name, value in dataclasses.asdict(options).items()
+        }
+        extra: dict[str, Any] = {"wandb": {"name": options.wandb_run_name}} if options.wandb_run_name else {}
+        tracker = options.log_tracker_name or "network_train"
+        accelerator.init_trackers(tracker, shown if options.log_config else None, extra)
 
 
 # --- what a run will be -------------------------------------------------------------------------
@@ -194,30 +205,28 @@ def _encoding(modules: Sequence[nn.Module], accelerator: Accelerator) -> Iterato
 
 def describe(options: Options, data: Data | None, network: Network, length: Length | None, processes: int) -> str:
     """A few lines about pictures, network, batches and length; `data` and `length` are None while there are none."""
-    parameters = sum(part.parameters for part in network.summary)
+    modules, parameters = (sum(map(count, network.sizes.values())) for count in (len, sum))
     precision = options.save_precision if options.save_precision in ("fp16", "bf16") else "float32"
     size = size_text(parameters * (4 if precision == "float32" else 2))
     batch, accumulation = options.train_batch_size, options.gradient_accumulation_steps
-    pictures = f"none in {options.train_data_dir or '--train_data_dir'}"
-    epochs = options.max_train_epochs
-    duration = count_text(epochs, "epoch") if epochs else count_text(options.max_train_steps, "step")
-    duration += "; without pictures it is not known how many steps an epoch has"
-    if data:
+    if data and length:
         batch = max(dataset.options.train_batch_size for dataset in data.datasets)
         buckets = count_text(len({picture.fit.bucket for picture in data.pictures}), "bucket")
         showings = count_text(sum(picture.repeats for picture in data.pictures), "showing")
         folders = count_text(len(data.subsets), "folder")
         pictures = f"{len(data.pictures)} in {folders} and {buckets}, {showings} per epoch"
-    if length:
         batches = count_text(length.batches_per_epoch, "batch", "batches")
         per_epoch = f"{batches} or {count_text(length.steps_per_epoch, 'step')} per epoch"
         duration = f"{per_epoch}, {count_text(length.epochs, 'epoch')}, {count_text(length.steps, 'step')}"
+    else:
+        pictures, epochs = f"none in {options.train_data_dir or '--train_data_dir'}", options.max_train_epochs
+        duration = count_text(epochs, "epoch") if epochs else count_text(options.max_train_steps, "step")
+        duration += "; without pictures it is not known how many steps an epoch has"
     return "\n".join(
         [
             f"pictures: {pictures}",
-            f"network: {sum(part.modules for part in network.summary)} modules, {parameters / 1e6:.1f} million "
-            f"parameters; a file has {size} in {precision}",
-            *(f"  {part.name}: {part.modules} modules, {part.parameters:,} parameters" for part in network.summary),
+            f"network: {modules} modules, {parameters / 1e6:.1f} million parameters; a file has {size} in {precision}",
+            *(f"  {part}: {len(sizes)} modules, {sum(sizes):,} parameters" for part, sizes in network.sizes.items()),
             f"batch: {batch} × {accumulation} accumulated × {count_text(processes, 'process', 'processes')}"
             f" = {count_text(batch * accumulation * processes, 'picture')} per step",
             f"length: {duration}",
@@ -237,10 +246,13 @@ def plan(options: Options) -> str:
     batch, size = options.train_batch_size, parse_resolution(options.resolution or "1024")
     if options.dataset_config or (options.train_data_dir and Path(options.train_data_dir).is_dir()):
         data = scan(options)
-        batches = epoch_batches(data, 1, 0)
-        shapes = [(len(batch), data.pictures_of(batch)[0].fit.bucket) for batch in batches]
+        shapes = (
+            (min(showings, dataset.options.train_batch_size), bucket)
+            for dataset in data.datasets
+            for bucket, showings in dataset.showings.items()
+        )
         batch, size = max(shapes, key=lambda shape: shape[0] * math.prod(shape[1]))
-        length = run_length(options, -(-len(batches) // processes))
+        length = run_length(options, -(-batch_count(data) // processes))
         for warning in saving.never(options, length):
             _log.warning(warning)
     name = options.pretrained_model_name_or_path or ""
@@ -313,17 +325,17 @@ def step_memory(model: Model, network: Network, options: Options, batch: int, si
     network.groups(options)  # freezes what has a learning rate of 0
     if options.full_bf16:
         network.to(torch.bfloat16)
-    parts: dict[str, float] = {f"UNet, {_dtype(model.unet)}": _bytes([model.unet])}
+    parts: dict[str, float] = {f"UNet, {_dtype(model.unet)}": _bytes(model.unet)}
     if not options.cache_text_encoder_outputs:
-        parts[f"text encoders, {_dtype(model.encoders[0])}"] = _bytes(model.encoders)
+        parts[f"text encoders, {_dtype(model.encoders[0])}"] = _bytes(*model.encoders)
     if not options.cache_latents:
-        parts[f"VAE, {_dtype(model.vae)}"] = _bytes([model.vae])
+        parts[f"VAE, {_dtype(model.vae)}"] = _bytes(model.vae)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     name = optimizer_name(options)
     activations = _ACTIVATIONS[options.mixed_precision != "no", options.gradient_checkpointing]
     return parts | {
-        f"adapter, {_dtype(network)}": _bytes([network]),
+        f"adapter, {_dtype(network)}": _bytes(network),
         "its gradients": sum(parameter.numel() * parameter.element_size() for parameter in trained),
         f"states of {name}": STATES.get(name.lower().rpartition(".")[2], _TWO_FLOATS) * count,
         "activations": batch * activations * GIB * math.prod(size) / 1024**2,
@@ -331,12 +343,8 @@ def step_memory(model: Model, network: Network, options: Options, batch: int, si
     }
 
 
-def _bytes(modules: Iterable[nn.Module]) -> int:
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for module in modules
-        for tensor in (*module.parameters(), *module.buffers())
-    )
+def _bytes(*modules: nn.Module) -> int:
+    return sum(compute_module_sizes(module)[""] for module in modules)
 
 
 def _dtype(module: nn.Module) -> str:

@@ -54,7 +54,7 @@ def test_pictures_directly_in_the_parent_beside_good_folders_are_named(
 ) -> None:
     write_pictures(pictures, {"lost.png": SQUARE})
     assert "lost.png" not in shown(scan(options(pictures)))
-    assert f"1 picture directly in {pictures} is not used" in caplog.text
+    assert f"1 picture directly in {pictures}, not used" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["cat", "0_cat", "-1_cat", "x2_cat", "1.5_cat"])
@@ -133,7 +133,7 @@ def test_folder_words_replace_missing_captions_with_one_warning(
     data = scan(options(pictures, caption_extension=".caption"))
     assert {picture.caption for picture in data.datasets[0].pictures} == {"big_cat", "dog"}
     [record] = caplog.records
-    assert record.message.startswith("4 pictures have no caption file")
+    assert record.message.startswith("4 pictures without a caption file")
     assert "d.caption" in record.message
 
 
@@ -144,7 +144,7 @@ def test_without_words_missing_captions_are_empty_with_one_warning(
     data = scan(options(tmp_path))
     assert [picture.caption for picture in data.datasets[0].pictures] == ["", ""]
     [record] = caplog.records
-    assert record.message.startswith("2 pictures have no caption file")
+    assert record.message.startswith("2 pictures without a caption file")
     assert "empty" in record.message
 
 
@@ -348,8 +348,8 @@ def test_pictures_that_a_note_turns_are_counted(tmp_path: Path, caplog: pytest.L
     exif[0x0112] = 6  # a quarter turn
     Image.open(folder / "b.jpg").save(folder / "b.jpg", exif=exif)
     scan(options(tmp_path))
-    assert "1 picture is turned only by a note" in caplog.text
-    assert "save it upright" in caplog.text
+    assert "1 picture turned only by a note" in caplog.text
+    assert "save upright" in caplog.text
 
 
 def test_files_that_are_unused_cut_or_changed_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -378,10 +378,10 @@ def test_files_that_are_unused_cut_or_changed_are_named_once(tmp_path: Path, cap
         (1, "animated", "d.png"),
         (1, "16-bit grey", "e.png"),
         (4, "ending that is not read", "g.gif h.TIFF i.jfif 1 more"),
-        (1, "picture lies in a folder inside", "k.png"),
-        (1, "caption file begins with a blank line", "b.txt"),
+        (1, "in a folder inside", "k.png"),
+        (1, "caption file with a blank first line", "b.txt"),
         (1, "more than one line", "a.txt"),
-        (1, "belongs to no picture", "lost.txt"),
+        (1, "no picture has its name", "lost.txt"),
     ):
         [line] = [line for line in lines if words in line]
         assert line.startswith(f"{number} ")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorashrink.errors import InputError, UsageError
+from lorashrink.errors import InputError, OutputError, UsageError
 from lorashrink.train.flags.checks import LEARNING_RATES, check, parse_resolution
 from lorashrink.train.flags.options import parse
 from lorashrink.train.run.optimizers import make_optimizer, make_scheduler
@@ -33,7 +33,7 @@ def good(tmp_path: Path) -> list[str]:
 
 
 def refused(arguments: list[str]) -> str:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises((UsageError, OutputError)) as caught:
         check(parse(arguments))
     text = str(caught.value)
     assert "\n" not in text
@@ -74,7 +74,7 @@ def test_a_path_that_does_not_exist_is_refused(name: str, good: list[str], tmp_p
 
 def test_a_file_is_no_folder_for_pictures_or_results(good: list[str], tmp_path: Path) -> None:
     assert "no folder" in refused([*good, f"--train_data_dir={tmp_path / 'prompts.txt'}"])
-    assert "is a file" in refused([*good, f"--output_dir={tmp_path / 'prompts.txt'}"])
+    assert "is no folder" in refused([*good, f"--output_dir={tmp_path / 'prompts.txt'}"])
 
 
 # What sd-scripts refuses (library/train_util.py, sdxl_train_network.py), with what the message must name.

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import diffusers
 import fixtures
 import pytest
 import tiny_sdxl
@@ -404,7 +405,7 @@ def test_parts_of_different_models_are_refused(copy):
 
 
 def test_quiet_libraries_say_nothing_while_a_model_is_loaded(folder, single, capfd):
-    libraries = (transformers.utils.logging, model_module.diffusers.utils.logging)
+    libraries = (transformers.utils.logging, diffusers.utils.logging)
     before = [library.get_verbosity() for library in libraries]
     try:
         quiet_libraries()

@@ -73,7 +73,7 @@ PICTURES = Data(
 def entries_of(options: Options, data: Data = PICTURES) -> dict[str, str]:
     """The metadata of a file, with times and numbers that tests can name."""
     adamw = "torch.optim.adamw.AdamW(weight_decay=0.1)"
-    run = run_entries(options, data, run_length(options, 20), 2, seed=42, optimizer=adamw)
+    run = run_entries(dataclasses.replace(options, seed=42), data, run_length(options, 20), 2, optimizer=adamw)
     run |= {"ss_session_id": 123, "ss_training_started_at": 1700000000.25}
     return file_metadata(options, run, steps=100, epoch=25, finished_at=1700003600.5)
 

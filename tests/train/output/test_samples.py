@@ -91,7 +91,7 @@ def paths(
     world: int = 1,
 ) -> list[Path]:
     options = replace(options or Options(), output_dir=str(folder))
-    return draw(model, prompts, options, step=step, epoch=epoch, rank=rank, world=world, device=CPU)
+    return list(draw(model, prompts, options, step=step, epoch=epoch, rank=rank, world=world, device=CPU).values())
 
 
 def farthest(first: Image.Image, second: Image.Image) -> int:
@@ -222,20 +222,21 @@ def test_names_of_pictures_are_those_of_sd_scripts(
 # --- contact sheet ---
 
 
-def test_the_sheet_shows_the_newest_picture_of_each_prompt(tmp_path: Path) -> None:
+def test_the_sheet_shows_what_was_drawn_and_nothing_of_an_earlier_run(tmp_path: Path) -> None:
+    """The second prompt gave NaN this time, and a picture in an earlier run."""
     (tmp_path / "sample").mkdir()
     files = {
-        "a[1]_000010_00_20250101000000_1.png": "black",
-        "a[1]_000010_00_20250101000001.png": "red",
-        "a[1]_000010_01_20240101000000_5.png": "blue",
-        "a[1]_000020_00_20260101000000.png": "yellow",
+        "a_000010_00_20250101000001.png": "red",
+        "a_000010_01_20240101000000_5.png": "black",
+        "a_000010_02_20250101000001.png": "blue",
     }
     for name, colour in files.items():
         Image.new("RGB", (64, 64), colour).save(tmp_path / "sample" / name)
-    path = write_sheet(
-        [Prompt("one"), Prompt("two", seed=5)], Options(output_dir=str(tmp_path), output_name="a[1]"), step=10
-    )
-    assert path == tmp_path / "sample" / "a[1]_000010_sheet.png"
+    first, _, third = (tmp_path / "sample" / name for name in files)
+    prompts = [Prompt("one"), Prompt("two", seed=5), Prompt("three")]
+    options = Options(output_dir=str(tmp_path), output_name="a")
+    path = write_sheet(prompts, {2: third, 0: first}, options, step=10)
+    assert path == tmp_path / "sample" / "a_000010_sheet.png"
     colours = {colour for count, colour in Image.open(path).getcolors(1 << 20) if count >= 64 * 64}
     assert colours == {(255, 255, 255), (255, 0, 0), (0, 0, 255)}
 

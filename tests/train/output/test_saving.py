@@ -40,16 +40,16 @@ def adapter(rank: int = 4) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("options", "batches", "expected"),
     [
-        (Options(max_train_steps=400), 10, Length(10, 1, 10, 40, 400)),
-        (Options(max_train_steps=401), 10, Length(10, 1, 10, 41, 401)),
-        (Options(max_train_steps=400, gradient_accumulation_steps=6), 10, Length(10, 6, 2, 200, 400)),
-        (Options(max_train_steps=5, gradient_accumulation_steps=6), 3, Length(3, 6, 1, 5, 5)),
+        (Options(max_train_steps=400), 10, Length(10, 10, 40, 400)),
+        (Options(max_train_steps=401), 10, Length(10, 10, 41, 401)),
+        (Options(max_train_steps=400, gradient_accumulation_steps=6), 10, Length(10, 2, 200, 400)),
+        (Options(max_train_steps=5, gradient_accumulation_steps=6), 3, Length(3, 1, 5, 5)),
         (
             Options(max_train_steps=5, max_train_epochs=3, gradient_accumulation_steps=4),
             9,
-            Length(9, 4, 3, 3, 9),
+            Length(9, 3, 3, 9),
         ),
-        (Options(), 7, Length(7, 1, 7, 229, 1600)),
+        (Options(), 7, Length(7, 7, 229, 1600)),
     ],
 )
 def test_steps_and_epochs_follow_from_batches_and_accumulation(

@@ -305,7 +305,7 @@ def test_all_damaged_pictures_are_named_before_training(
         path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(InputError) as caught, training.session(flags(model, data, tmp_path / "out", *more)):
         pass
-    assert str(caught.value).startswith("of 3 pictures 2 are damaged: ")
+    assert str(caught.value).startswith("2 of 3 pictures damaged; replace or remove: ")
     assert all(f"{path}: " in str(caught.value) for path in damaged)
 
 
