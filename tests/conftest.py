@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import pytest
 import stand_in
 import torch
 from hypothesis import settings
+from threadpoolctl import threadpool_limits
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -22,12 +24,22 @@ settings.load_profile("lorashrink")
 
 # Small tensors gain nothing from threads, and on a shared machine threads wait for each other.
 torch.set_num_threads(1)
+threadpool_limits(1, user_api="blas")
+
+# Files in memory, and the bytes that must be free for them.
+MEMORY, ROOM = Path("/dev/shm"), 8 << 30
 
 PARITY = Path(__file__).parent / "data" / "parity"
 
 GPU = torch.cuda.is_available()
 if GPU:
     torch.cuda.init()  # before tests hide it from the processes that they start
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put temporary files into memory where there is room: every output is flushed, and a disk takes its time."""
+    if config.option.basetemp is None and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= ROOM:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.fixture(scope="module")

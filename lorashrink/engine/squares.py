@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ def square(rows: Tensor) -> Tensor:
     """
     if rows.device.type == "cpu":
         array = rows.detach().numpy()
-        return torch.from_numpy(array @ array.swapaxes(-1, -2))
+        with np.errstate(all="ignore"):  # NaN and infinity are for callers to see, as torch has it
+            return torch.from_numpy(array @ array.swapaxes(-1, -2))
     rank = rows.shape[-2]
     strips = max(1, min(rank // _STRIP_ROWS, _MOST_STRIPS))
     if strips == 1:

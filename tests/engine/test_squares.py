@@ -27,3 +27,12 @@ def test_squares_of_transposed_rows_and_of_float32(columns: bool) -> None:
     rows = rows.T.contiguous().T if columns else rows
     assert torch.equal(square(rows), rows @ rows.T)
     assert torch.equal(square(rows.requires_grad_()), rows @ rows.T)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e300])
+def test_a_row_that_overflows_gives_no_warning(number: float) -> None:
+    rows = torch.ones(2, 3, 4, dtype=torch.float64)
+    rows[1, 0, 0] = number
+    products = square(rows)
+    assert not products[1, 0, 0].isfinite()
+    assert torch.equal(products[0], torch.full((3, 3), 4.0, dtype=torch.float64))
