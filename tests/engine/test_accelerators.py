@@ -304,7 +304,7 @@ def test_auto_is_the_cpu_for_work_that_ends_before_a_gpu_starts(
 ) -> None:
     monkeypatch.setattr(devices, "_SMALL_BYTES", 1000)
     monkeypatch.setattr(devices, "_LARGE_BYTES", 10**5)
-    monkeypatch.setattr(devices, "_cores", lambda: 2)
+    monkeypatch.setattr(devices, "usable_cores", lambda: 2)
     small, folder = tmp_path / "small", tmp_path / "folder"
     small.write_bytes(bytes(900))
     folder.mkdir()
