@@ -91,7 +91,9 @@ def rounded(name: str, form: Form, factors: Sequence[Tensor], classes: Sequence[
 
     Where a class would need larger numbers than the format has, a coarser one is used.
     """
-    sizes = [torch.linalg.vector_norm(factor.double(), dim=1) / math.sqrt(factor.shape[1]) for factor in factors]
+    sizes = [
+        torch.linalg.vector_norm(factor, dim=1, dtype=torch.float64) / math.sqrt(factor.shape[1]) for factor in factors
+    ]
     common = (sizes[0] * sizes[1]).sqrt()  # of both sides, when they are balanced
     quarters = [round(4 * math.log2(size)) if size > 0 else SCALES.start for size in common.tolist()]  # of powers of 2
     scales = [min(max(scale, SCALES.start), SCALES.stop - 1) for scale in quarters]
@@ -117,22 +119,26 @@ def rounded(name: str, form: Form, factors: Sequence[Tensor], classes: Sequence[
     fits = all(bool(half.isfinite().all()) for half in (*values, *halves))
     return Rounded(
         *(name, form, scales, used, numbers, values),
-        error=_product_error(balanced, values) if fits else math.inf,
-        coding=_product_error(balanced, coded),
-        narrowing=_product_error(balanced, halves) if fits else math.inf,
+        error=_product_error(balanced, values, common) if fits else math.inf,
+        coding=_product_error(balanced, coded, common) if fits else 0.0,
+        narrowing=_product_error(balanced, halves, common) if fits else math.inf,
     )
 
 
-def _product_error(exact: Sequence[Tensor], stored: Sequence[Tensor]) -> float:
-    """‖u vᵀ - u' v'ᵀ‖² of all dimensions, from the differences, so that small errors are exact."""
-    (u, v), (new_u, new_v) = (map(torch.Tensor.double, factors) for factors in (exact, stored))  # room for squares
+def _product_error(exact: Sequence[Tensor], stored: Sequence[Tensor], common: Tensor) -> float:
+    """‖u vᵀ - u' v'ᵀ‖² of all dimensions, from the differences, so that small errors are exact.
+
+    common [k] float64: the size of the numbers of each dimension, by which they are divided, so that squares fit.
+    """
+    unit = torch.where(common > 0, 1 / common, 0).clamp(max=1e38).float()[:, None]
+    (u, v), (new_u, new_v) = ([factor.float() * unit for factor in factors] for factors in (exact, stored))
     du, dv = new_u - u, new_v - v
 
     def dots(first: Tensor, second: Tensor) -> Tensor:
-        return (first * second).sum(1)
+        return (first * second).sum(1).double()
 
     squares = dots(du, du) * dots(v, v) + dots(new_u, new_u) * dots(dv, dv) + 2 * dots(du, new_u) * dots(v, dv)
-    return max(0.0, float(squares.sum()))
+    return max(0.0, float((squares * common**4).sum()))
 
 
 class Encoder:
