@@ -130,7 +130,7 @@ def attempt(work: Callable[[], Any]) -> Any:
 
 
 # Products of small factors that are whole weights of real size, whose directions take a minute.
-LARGE, SLOW = ("flux_lokr_bfl",), ("compare", "overlap")
+LARGE, SLOW = ("flux_lokr_bfl", "sd35_medium_lokr_simpletuner"), ("compare", "overlap", "pack")
 
 for listed in NAMES:
     commands = st.sampled_from([command for command in COMMANDS if not (listed in LARGE and command in SLOW)])
