@@ -150,7 +150,9 @@ def test_signals_in_any_number_leave_no_temporary_file(tmp_path: Path, number: s
         peft_folder(tmp_path / "in" / f"{seed}", 16, seed)
     slow = f"""
 import os, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent ignores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent ignores, as under nohup
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 real = os.fsync
 def slowly(number):
     open({str(tmp_path / "working")!r}, "a").write("x")
