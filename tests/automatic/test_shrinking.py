@@ -173,7 +173,7 @@ def test_a_damaged_record_costs_a_rerun_and_nothing_else(collection: Path) -> No
     assert [result.skipped for result in report.results] == [None, None]
 
 
-def test_a_rerun_says_what_was_copied_and_left_out(collection: Path) -> None:
+def test_a_rerun_says_what_was_copied_and_removed(collection: Path) -> None:
     source = collection / "lora.safetensors"
     tensors = load_file(source)
     layer = next(key for key in tensors if key.endswith("lora_up.weight"))

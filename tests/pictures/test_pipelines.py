@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -296,6 +297,7 @@ def published(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_pat
     (settings / "model_index.json").write_text(json.dumps({**index, "scheduler": [None, None]}))
     (settings.parent / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "package", raising=False)  # that of the test before
     changed = replace(KINDS["StableDiffusionXLPipeline"], settings=("package", "settings"))
     monkeypatch.setitem(KINDS, "StableDiffusionXLPipeline", changed)  # type: ignore[arg-type]
     return folder
