@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def check(infos: Infos) -> str | None:
-    """A matrix."""
+    """Why the block is no matrix, None if it is one."""
     block = infos["block"].shape
     return None if len(block) == 2 and 0 not in block else f"miss_block {list(block)} is no matrix"
 
 
 def carried(infos: Infos) -> str | None:
-    """Blocks of "bat" are three-dimensional."""
+    """Why the layer is copied: a block of three dimensions is one of "bat"."""
     return "MiSS by `bat`, which multiplies the base weight" if len(infos["block"].shape) == 3 else None
 
 
@@ -48,7 +48,7 @@ FAMILIES = (
         suffixes={"block": r"\.miss_block(?:\.[^.]+)?"},
         required=(frozenset({"block"}),),
         check=check,
-        shape=lambda infos: (),  # the rows, too, are not told by a block of "mini"
+        shape=lambda infos: (),  # a block of "mini" does not tell the rows either
         rank=lambda infos: infos["block"].shape[0],
         delta=delta,
         own_scale=unscaled,

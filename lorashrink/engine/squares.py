@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# On a GPU: rows of a strip, the least that fill it, and the most strips; with 8 of them 9/16 of all products are left.
+# On a GPU: how many rows a strip has at least, and how many strips there are at most. Eight leave 9/16 of the work.
 _STRIP_ROWS, _MOST_STRIPS = 48, 8
 
 
@@ -16,7 +16,8 @@ def square(rows: Tensor) -> Tensor:
     """rows · rowsᵀ [..., r, r] of rows [..., r, n] in float32 or float64, in their dtype and on their device.
 
     On a CPU numpy computes it, by BLAS's syrk: 1.6 to 1.8 times as fast as a product of torch, which has no syrk, and
-    more where OpenBLAS uses AVX-512. On other devices the products of strips are left out above the diagonal.
+    more where OpenBLAS uses AVX-512. On other devices it goes by strips of rows, and what lies above the diagonal is
+    mirrored.
     """
     if rows.device.type == "cpu":
         array = rows.detach().numpy()

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    Whole = np.ndarray[Any, np.dtype[np.int32]]
+    Whole = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
+    Steps = np.ndarray[Any, np.dtype[np.float64]]
 
 VERSION = 1
 
@@ -40,8 +41,8 @@ INDEX, CODE = f"{PREFIX}index", f"{PREFIX}code"
 CLASSES = range(-2, 17)
 
 # Scales and steps are quarters of a power of two: 2^(i/4) in 12 bits.
-QUARTERS = (2048, 2435, 2896, 3444)
-QUARTER_BITS = 11
+_QUARTERS = (2048, 2435, 2896, 3444)
+_QUARTER_BITS = 11
 
 MOST = 4095  # the largest whole number: with 12 bits of the step it fits into the 24 bits of float32
 SCALES = range(-200, 121)  # in quarters: from far below the smallest float16 to above the largest
@@ -63,10 +64,13 @@ def low_bits(class_: int) -> int:
     return max(0, (class_ - 6) // 2)
 
 
-def step(scale: int, class_: int) -> float:
-    """The distance between neighbouring values, a number of 12 bits."""
-    quarters = scale - 2 * class_
-    return math.ldexp(QUARTERS[quarters % 4], quarters // 4 - QUARTER_BITS)
+def steps_of(scales: Whole, classes: Whole) -> Steps:
+    """The distances between neighbouring values, float64 of 12 bits, for scales and classes of equal shape."""
+    import numpy as np
+
+    quarters = scales - 2 * classes
+    steps: Steps = np.ldexp(np.array(_QUARTERS, dtype=np.float64)[quarters % 4], quarters // 4 - _QUARTER_BITS)
+    return steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,7 +440,7 @@ def decode(words: Any, runs: Runs, tables: Mapping[str, tuple[int, ...]], path: 
         numbers = [_decode_class(ans, class_, count, tables[str(class_)]) for class_, count in totals.items()]
     except ValueError as error:
         raise DamagedFile(f"{path}: the code of the packed file is damaged. Download or copy it again.") from error
-    steps = np.array([step(*pair) for pair in zip(runs.scales[by_class].tolist(), classes.tolist(), strict=True)])
+    steps = steps_of(runs.scales[by_class], classes)
     values = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int32), *numbers]).astype(np.float32))
     values *= torch.from_numpy(np.repeat(steps.astype(np.float32), counts))
     ordered: list[Tensor] = [values] * len(counts)

@@ -56,13 +56,13 @@ def in_8_bits(adapter: Adapter, family: str | None, losses: dict[str, float]) ->
             coarse.append(layer.name)
         for role in ("up", "down"):
             info = tensor_info(FP8 if small else FP16, layer.infos[role].shape)
-            tensors[layer.keys[role]] = (info, partial(_written, layer, keeps_alpha, role, small, losses))
+            tensors[layer.keys[role]] = (info, partial(_factor, layer, keeps_alpha, role, small, losses))
         if "alpha" in layer.keys:
             alphas.add(layer.keys["alpha"])
             if "bias" in layer.keys:  # programs multiply it with the scale of the factors
                 tensors[layer.keys["bias"]] = (
                     tensor_info(FP16, layer.infos["bias"].shape),
-                    partial(_written, layer, keeps_alpha, "bias", small, losses),
+                    partial(_bias, layer, keeps_alpha, losses),
                 )
     for key in alphas:
         if keeps_alpha:
@@ -84,6 +84,11 @@ def _factor_of_scale(layer: Layer, keeps_alpha: bool) -> float:
     return (layer.scale * (layer.rank if keeps_alpha else 1)) if "alpha" in layer.keys else 1.0
 
 
+def _bias(layer: Layer, keeps_alpha: bool, losses: dict[str, float]) -> Tensor:
+    bias = layer.store.read(layer.keys["bias"]).double() * _factor_of_scale(layer, keeps_alpha)
+    return narrowed(bias, FP16, layer.keys["bias"], layer.store.path, losses)
+
+
 def _scaled(layer: Layer, keeps_alpha: bool) -> tuple[Tensor, Tensor]:
     """up [out, r] and down [r, n] as they are written: with the scale of an alpha that is no more, or is 1 now."""
     up, down = (layer.store.read(layer.keys[role]).flatten(1).double() for role in ("up", "down"))
@@ -98,14 +103,9 @@ def _rounded(layer: Layer, keeps_alpha: bool) -> Rounded:
     return to_float8(*_scaled(layer, keeps_alpha))
 
 
-def _written(layer: Layer, keeps_alpha: bool, role: str, small: bool, losses: dict[str, float]) -> Tensor:
-    """A factor, in 8 bits if they are precise enough (`small`) and else in fp16, or the bias, in fp16."""
-    if role == "bias":
-        tensor = layer.store.read(layer.keys["bias"]).double() * _factor_of_scale(layer, keeps_alpha)
-    elif small:
+def _factor(layer: Layer, keeps_alpha: bool, role: str, small: bool, losses: dict[str, float]) -> Tensor:
+    if small:
         rounded = _rounded(layer, keeps_alpha)
         return rounded.up if role == "up" else rounded.down
-    else:
-        up, down = balanced(*_scaled(layer, keeps_alpha), FP16)
-        tensor = up if role == "up" else down
-    return narrowed(tensor, FP16, layer.keys[role], layer.store.path, losses)
+    up, down = balanced(*_scaled(layer, keeps_alpha), FP16)
+    return narrowed(up if role == "up" else down, FP16, layer.keys[role], layer.store.path, losses)

@@ -86,7 +86,7 @@ class Method:
 
 
 def methods_of(texts: Sequence[str], dtypes: Sequence[str]) -> tuple[tuple[Method, ...], tuple[str, ...]]:
-    """(the methods that texts name, which of them have no packed form though `dtypes` asks for it).
+    """(the methods that texts name, notes on those that have no packed form though `dtypes` asks for it).
 
     texts: with colons between several; by default the usual methods. dtypes: of texts that name none; of the usual
     methods those with these dtypes. Raises UsageError or RecipeError.

@@ -116,7 +116,7 @@ def evidence(
     UsageError, InputError or OutputError if nothing can be done at all.
     """
     check_packages()
-    chosen, unpacked = methods_of([methods] if isinstance(methods, str) else methods, dtypes)
+    chosen, notes = methods_of([methods] if isinstance(methods, str) else methods, dtypes)
     request = _Request(chosen, tuple(sizes), tuple(seeds), draws, steps, quality, with_prompts, judge)
     model_path, folder = Path(model), Path(output)
     companion = None if settings is None else Path(settings)
@@ -137,7 +137,7 @@ def evidence(
     with Studio(
         model_path, (), folder=folder / "pictures", device=device, settings=companion, pixels_at_once=PIXELS_AT_ONCE
     ) as studio:
-        study = _Study(request, studio, Journal(folder), folder, progress, notes=list(unpacked))
+        study = _Study(request, studio, Journal(folder), folder, progress, notes=list(notes))
         for number, (name, source) in enumerate(sources.items()):
             with boundary(source, partial(_failed, study.failed, source)):
                 subject = _Subject(study, name, source, trials[name]())

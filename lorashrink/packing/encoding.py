@@ -21,8 +21,6 @@ from lorashrink.files.packed import (
     MOST_NUMBERS,
     MOST_SIDES,
     NUMBERS_PER_BYTE,
-    QUARTER_BITS,
-    QUARTERS,
     SCALES,
     Form,
     Index,
@@ -30,6 +28,7 @@ from lorashrink.files.packed import (
     coder,
     little_endian,
     low_bits,
+    steps_of,
     table_model,
     uniform_model,
 )
@@ -116,7 +115,7 @@ def rounded(name: str, form: Form, factors: Sequence[Tensor], classes: Whole) ->
     for factor, balance, requested in zip(exact, balances, classes.T, strict=True):
         largest = balance * np.maximum(factor.max(1), -factor.min(1))
         fitting = _fitting(scales, requested, largest)
-        steps = _steps(scales, fitting)
+        steps = steps_of(scales, fitting)
         fits &= bool((np.maximum(largest, np.minimum(np.rint(largest / steps), MOST) * steps) < _BEYOND_HALF).all())
         # One buffer is worked on in place: large new ones cost more than the arithmetic.
         buffer = factor * (balance / steps).astype(np.float32)[:, None]
@@ -142,7 +141,7 @@ def rounded(name: str, form: Form, factors: Sequence[Tensor], classes: Whole) ->
 def _with_narrowing(layer: Rounded, factors: Sequence[Values], balances: Values) -> Rounded:
     """The same with what the whole numbers change, and what float16 alone does."""
     exact = [factor * balance[:, None] for factor, balance in zip(factors, balances, strict=True)]  # float64
-    steps = [_steps(layer.scales, classes) for classes in layer.classes]
+    steps = [steps_of(layer.scales, classes) for classes in layer.classes]
     coded = [whole * step[:, None] for whole, step in zip(layer.numbers, steps, strict=True)]
     halves = [factor.astype(np.float16).astype(np.float64) for factor in exact]
     lengths = np.stack([_dots(factor, factor) for factor in exact])
@@ -168,16 +167,9 @@ def _dots(first: Values, second: Values) -> Values:
 def _fitting(scales: Whole, classes: Whole, largest: Values) -> Whole:
     """[k] the finest class up to the requested one in which `largest`, [k], is no more than MOST steps."""
     fitting = classes.copy()
-    while (wide := (fitting > CLASSES.start) & (largest > MOST * _steps(scales, fitting))).any():
+    while (wide := (fitting > CLASSES.start) & (largest > MOST * steps_of(scales, fitting))).any():
         fitting[wide] -= 1
     return fitting
-
-
-def _steps(scales: Whole, classes: Whole) -> Values:
-    """[k] float64, `files.packed.step` of many scales and classes."""
-    quarters = scales - 2 * classes
-    steps: Values = np.ldexp(np.array(QUARTERS, dtype=np.float64)[quarters % 4], quarters // 4 - QUARTER_BITS)
-    return steps
 
 
 def _error(factor: Values, balance: Values, half: Tensor, buffer: Values) -> tuple[Values, Values]:

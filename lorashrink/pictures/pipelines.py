@@ -380,17 +380,17 @@ def clip_tokenizers(folder: Path | None) -> tuple[Any, Any]:
 
 
 def scheduler_of_file(model: Path) -> Any:
-    """The published scheduler of SDXL and SD 1, with the prediction that the keys of a single file speak of."""
+    """The published scheduler of SDXL and SD 1, with what a single file says of its prediction."""
     from diffusers import EulerDiscreteScheduler
 
     from lorashrink.pictures.samplers import NOISE_SCHEDULE
 
     with open_base(model) as base:
-        said, zero_signal = prediction_of_file(base)
+        prediction, zero_signal = prediction_of_file(base)
         return EulerDiscreteScheduler(
             steps_offset=1,
             timestep_spacing="leading",
-            prediction_type=said or "epsilon",
+            prediction_type=prediction or "epsilon",
             rescale_betas_zero_snr=zero_signal,
             **NOISE_SCHEDULE,
         )

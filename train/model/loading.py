@@ -135,7 +135,7 @@ def _check_base(path: Path, options: Options) -> None:
         if base.family.name != "sdxl":
             raise NotABase(f"{path}: this is {base.family.title}, and lorashrink trains on SDXL only")
         names = base.store.tensors if base.store else ()
-        said, zero_signal = pipelines.prediction_of_file(base)
+        prediction, zero_signal = pipelines.prediction_of_file(base)
         parts = [part for part in _PARTS if part != "vae" or options.vae is None]
         if path.is_dir():
             missing = [part for part in parts if not (path / part / "config.json").is_file()]
@@ -148,18 +148,18 @@ def _check_base(path: Path, options: Options) -> None:
         file = path / "scheduler" / "scheduler_config.json"
         try:
             config = json.loads(read_text(file)) if is_file(file) else {}
-            said, zero_signal = config.get("prediction_type", ""), config.get("rescale_betas_zero_snr", False)
+            prediction, zero_signal = config.get("prediction_type", ""), config.get("rescale_betas_zero_snr", False)
         except (ValueError, AttributeError) as error:
             raise InputError(f"{file}: cannot be read ({error}). Copy it again") from error
-    if said not in ("", "epsilon", "v_prediction"):
-        raise UsageError(f"{path}: this model predicts {said!r}, and training knows noise (epsilon) and v alone")
-    if said == "v_prediction" and not options.v_parameterization:
+    if prediction not in ("", "epsilon", "v_prediction"):
+        raise UsageError(f"{path}: this model predicts {prediction!r}, and training knows noise (epsilon) and v alone")
+    if prediction == "v_prediction" and not options.v_parameterization:
         more = " and --zero_terminal_snr" if zero_signal else ""
         raise UsageError(
             f"{path}: this model predicts v and not noise; add --v_parameterization{more}. Adapters trained without it "
             "spoil every picture"
         )
-    if said == "epsilon" and options.v_parameterization:
+    if prediction == "epsilon" and options.v_parameterization:
         _log.warning("%s predicts noise, and --v_parameterization trains the adapter for a model that predicts v", path)
 
 
