@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from lorashrink import compare, overlap
 from lorashrink.adapters import open_adapter
 from lorashrink.engine.devices import worker_pool
+from lorashrink.engine.products import square
 from lorashrink.engine.spectrum import Item, decompose
-from lorashrink.engine.squares import square
 
 LAYERS, SIDE, RANK = 200, 640, 32
 COUNTS = (2, 5, 20)

@@ -58,6 +58,7 @@ def usage_of(command: Sequence[str], env: Mapping[str, str] | None = None) -> Us
 def main() -> int:
     """Run the command in the arguments; its own output goes to standard error."""
     environment = {**os.environ, STARTED: repr(time.time())}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled once, and not at every start
     start = time.perf_counter()
     child = subprocess.Popen(sys.argv[1:], stdout=sys.stderr, env=environment)
     _, status, usage = os.wait4(child.pid, 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lorashrink.engine.devices import worker_pool
-from lorashrink.engine.squares import square
+from lorashrink.engine.products import square
 
 _CHUNK = 1 << 24  # bytes read or written at a time
 _WRITTEN = 1 << 28  # bytes written to measure the disk

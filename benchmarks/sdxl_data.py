@@ -115,7 +115,7 @@ def _write_base(path: Path, base_shapes: Mapping[str, Shape]) -> None:
         for name in write_order(infos):
             count = math.prod(infos[name].shape)
             start = random.Random(name).randrange(len(block) - count)
-            writer.write(name, block[start : start + count] * _std(name))
+            writer.write({name: block[start : start + count] * _std(name)})
         writer.commit()
 
 
@@ -137,9 +137,8 @@ def write_lora(path: Path, rank: int, layers: Mapping[str, Shape], names: Mappin
         for name, shape in layers.items():
             size = strength(name, rank) * _std(names[name]) * math.sqrt(math.prod(shape))
             up, down = factors(shape, rank, size, generator)
-            writer.write(f"{name}.lora_up.weight", up)
-            writer.write(f"{name}.lora_down.weight", down)
-            writer.write(f"{name}.alpha", torch.tensor(_ALPHA).half())
+            alpha = torch.tensor(_ALPHA).half()
+            writer.write({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": alpha})
         writer.commit()
     torch.set_num_threads(before)
 

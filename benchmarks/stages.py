@@ -7,6 +7,7 @@ Runs the command's work in this fresh process, with clocks around the functions 
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -19,9 +20,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-_WRITE, _CHECKS, _COMMIT = "write", ("verify", "hash"), "fsync, rename"
+_WRITE, _COMMIT = "form, write, check", "fsync, rename"
 # Functions that run one after another, by the stage they belong to; a missing one is left out of the table.
-# The stages of writing are cut where the first of `_CHECKS` begins, because those may run side by side.
 STAGES = {
     "open base": ["lorashrink.shrinking.prepared:open_base"],
     "open adapter, match": ["lorashrink.shrinking.request:open_adapter", "lorashrink.shrinking.work:match"],
@@ -29,8 +29,6 @@ STAGES = {
     "norms look-up": ["lorashrink.shrinking.session:BaseNorms"],
     "select, plan": ["lorashrink.shrinking.work:plan"],
     _WRITE: ["lorashrink.shrinking.pipeline:write"],
-    "verify": ["lorashrink.shrinking.write:SafetensorsWriter.flush", "lorashrink.shrinking.write:_verify"],
-    "hash": ["lorashrink.shrinking.write:hashes.with_hashes"],
     _COMMIT: ["lorashrink.shrinking.write:SafetensorsWriter.commit"],
     "report": ["lorashrink.shrinking.pipeline:file_result"],
 }
@@ -38,8 +36,9 @@ _LOOK_UP = "lorashrink.bases.norms:BaseNorms.look_up"
 # Functions of the worker threads; some contain others.
 WORK = {
     "hash of the source": "lorashrink.shrinking.reuse:contents_sha256",
-    "hash of the output": "lorashrink.shrinking.write:hashes.with_hashes",
-    "read tensors": "lorashrink.files.store:TensorStore.read",
+    "hash of the output": "lorashrink.files.writing:Hashes.update",
+    "check the output": "lorashrink.shrinking.write:_Checks.check",
+    "read tensors": "lorashrink.files.store:TensorStore._read_at",
     "Gram matrices": "lorashrink.engine.spectrum:grams",
     "r×r algebra": "lorashrink.engine.spectrum:solve",
     "form factors": "lorashrink.shrinking.write:truncate_together",
@@ -53,7 +52,6 @@ class Clocks:
     def __init__(self) -> None:
         self.wall: dict[str, float] = defaultdict(float)
         self.cpu: dict[str, float] = defaultdict(float)
-        self.begun: dict[str, float] = {}  # when the first call of each began
         self._lock = threading.Lock()
 
     def timed(self, name: str, function: Callable[..., Any], *, cpu: bool = False) -> Callable[..., Any]:
@@ -62,7 +60,6 @@ class Clocks:
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            self.begun.setdefault(name, time.perf_counter())
             start = clock()
             try:
                 return function(*args, **kwargs)
@@ -111,18 +108,10 @@ def install(clocks: Clocks) -> None:
         replace(address, functools.partial(clocks.timed, name, cpu=True))
 
 
-def cut_writing(clocks: Clocks) -> None:
-    """Replace the time of writing and of its checks by stages that follow one another."""
-    checked = min(clocks.begun[name] for name in _CHECKS if name in clocks.begun)
-    for name in (_WRITE, *_CHECKS):
-        clocks.wall.pop(name, None)
-    clocks.wall["form, write"] = checked - clocks.begun[_WRITE]
-    clocks.wall["verify, hash"] = clocks.begun[_COMMIT] - checked
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run one resize and write the table of its stages."""
     result, base, lora, out, recipe = arguments
+    gc.set_threshold(100_000)  # as the command does
     clocks = Clocks()
     started = float(os.environ["BENCH_STARTED"])
     clocks.wall["start Python"] = time.time() - started
@@ -132,7 +121,7 @@ def main(arguments: Sequence[str]) -> None:
     from lorashrink.shrinking.run import resize
 
     resize(lora, base=base, recipes=recipe, output=out, force=True)
-    cut_writing(clocks)
+    clocks.wall[_WRITE] -= clocks.wall[_COMMIT]  # which is its end
     total = time.time() - started
     clocks.wall["rest"] = total - sum(clocks.wall.values())
     text = json.dumps({"stages": clocks.wall, "cpu": clocks.cpu, "total": total})

@@ -50,8 +50,7 @@ def infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     with SafetensorsWriter(path, infos(tensors), metadata or {}) as writer:
-        for name, value in tensors.items():
-            writer.write(name, value)
+        writer.write(tensors)
         writer.commit()
     return path
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -166,6 +168,17 @@ class Adapter:
     def common(self) -> frozenset[str]:
         """Keys that several layers use."""
         return frozenset(key for layer in self.layers for key in layer.common.values())
+
+    @contextmanager
+    def reading(self, indices: Iterable[int]) -> Iterator[None]:
+        """While this thread reads the layers with these indices: few reads of the file are made for all of them."""
+        keys: dict[TensorStore, list[str]] = defaultdict(list)
+        for index in indices:
+            keys[self.layers[index].store] += self.layers[index].own.values()
+        with ExitStack() as stack:
+            for store, names in keys.items():
+                stack.enter_context(store.together(names))
+            yield
 
     def close(self) -> None:
         """Close the file."""

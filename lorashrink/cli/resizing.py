@@ -32,7 +32,7 @@ from lorashrink.cli.printing import check_outputs, new_console, say
 from lorashrink.cli.streams import Gathered
 from lorashrink.cli.tables import table_of
 from lorashrink.errors import UsageError
-from lorashrink.files.disk import write_bytes
+from lorashrink.files.disk import begin_sha256, write_bytes
 from lorashrink.recipes.explained import KEYS
 from lorashrink.text import count_text, share_text, size_text
 
@@ -162,6 +162,8 @@ def resize(
         recipes = recipe or []
         parse_recipes(recipes)  # before any file is read: a typo is answered at once
         base, adapters = split_base("resize", files, base)
+        if len(adapters) == 1:
+            begin_sha256(Path(adapters[0]))  # beside the import of torch, which takes as long
         run = _runner(ray, ray_transfer, gpus_per_task)
         options |= {"base": base, "recipes": recipes, "quantiles": terminal.verbose > 0}
         report = run(adapters, each=gathered.add, progress=terminal.progress, **options)

@@ -7,12 +7,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lorashrink.engine.delta import Delta
 from lorashrink.engine.eigen import eigh
-from lorashrink.engine.squares import square
+from lorashrink.engine.products import square
 
 # A Gram matrix squares the condition number. Rounding gives it false eigenvalues of up to about 6·eps64·λ_1 at 1280
 # rows, more at more rows and in float32 sketches, so below this share of σ_1 nothing is trustworthy, and counts as 0.
@@ -154,29 +155,41 @@ def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
 # --- Gram matrices ------------------------------------------------------------------------------
 
 
-def grams(deltas: Sequence[Delta], device: torch.device) -> Grams:
-    """The Gram matrices of layers of equal rank, both stacked to [L, r, r]; the scale is not contained."""
+def grams(deltas: Sequence[Delta], device: torch.device, dtype: torch.dtype = torch.float64) -> Grams:
+    """The Gram matrices of layers of equal rank, both stacked to [L, r, r], computed in `dtype`, without the scale."""
     return Grams(
-        _stacked_grams([delta.down for delta in deltas], device, columns=False),
-        _stacked_grams([delta.up for delta in deltas], device, columns=True),
+        _stacked_grams([delta.down for delta in deltas], device, dtype, columns=False),
+        _stacked_grams([delta.up for delta in deltas], device, dtype, columns=True),
     )
 
 
-def _stacked_grams(factors: Sequence[Tensor], device: torch.device, *, columns: bool) -> Tensor:
-    """[L, r, r] of factors [r, n], or [n, r] if `columns`; equal shapes go through one batched product."""
+def product_squares(deltas: Sequence[Delta], device: torch.device, dtype: torch.dtype) -> list[float]:
+    """‖up · down‖_F² of layers of equal rank, computed in `dtype`, without the scale; NaN if numbers overflow."""
+    if device.type != "cpu":
+        own = grams(deltas, device, dtype)
+        return (own.down * own.up).sum((-2, -1), dtype=torch.float64).tolist()
+    sides = [
+        (factor_gram(delta.down, columns=False, dtype=dtype), factor_gram(delta.up, columns=True, dtype=dtype))
+        for delta in deltas
+    ]
+    return [float(np.vdot(down.numpy(), up.numpy())) for down, up in sides]
+
+
+def _stacked_grams(factors: Sequence[Tensor], device: torch.device, dtype: torch.dtype, *, columns: bool) -> Tensor:
+    """[L, r, r] of factors [r, n], or [n, r] if `columns`; on a GPU equal shapes go through one batched product."""
+    if device.type == "cpu":
+        return torch.stack([factor_gram(factor, columns=columns, dtype=dtype) for factor in factors])
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, factor in enumerate(factors):
-        # On a CPU stacking pays only for small layers; a large one fills the machine by itself.
-        alone = device.type == "cpu" and factor.numel() > CPU_BLOCK // 4
-        groups[(factor.shape, factor.dtype, index if alone else None)].append(index)
+        groups[factor.shape, factor.dtype].append(index)
     rank = factors[0].shape[1 if columns else 0]
-    result = torch.empty(len(factors), rank, rank, dtype=torch.float64, device=device)
+    result = torch.empty(len(factors), rank, rank, dtype=dtype, device=device)
     for indices in groups.values():
         first = factors[indices[0]]
         most = max(1, _DEVICE_BYTES // max(1, first.numel() * (first.element_size() + 4 + 8)))
         for start in range(0, len(indices), most):
             part = indices[start : start + most]
-            result[part] = factor_gram(stacked([factors[i] for i in part], device), columns=columns)
+            result[part] = factor_gram(stacked([factors[i] for i in part], device), columns=columns, dtype=dtype)
     return result
 
 
@@ -201,20 +214,21 @@ def on_cpu(*tensors: Tensor) -> list[Tensor]:
     return copies
 
 
-def factor_gram(factors: Tensor, *, columns: bool) -> Tensor:
-    """[L, r, r] float64 of factors [L, r, n], or [L, n, r] if `columns`."""
-    count, rank, width = factors.mT.shape if columns else factors.shape
+def factor_gram(factors: Tensor, *, columns: bool, dtype: torch.dtype = torch.float64) -> Tensor:
+    """[..., r, r] in `dtype` of factors [..., r, n], or [..., n, r] if `columns`."""
+    dim = -2 if columns else -1
+    width, rank = factors.shape[dim], factors.shape[-3 - dim]
     # Blocks that are shorter than the rank would be less work than adding their squares.
-    block = max(64, rank, CPU_BLOCK // (count * rank)) if factors.device.type == "cpu" else max(1, width)
+    block = max(64, rank, CPU_BLOCK // rank) if factors.device.type == "cpu" else width
     total: Tensor | None = None
-    for part in torch.split(factors, block, dim=1 if columns else 2):
-        rows = doubled(part)
-        part_of_sum = square(rows.mT if columns else rows)
+    for part in torch.split(factors, block, dim) if width > block else [factors]:
+        wide = widened(part, dtype)
+        part_of_sum = square(wide.mT if columns else wide)
         total = part_of_sum if total is None else total.add_(part_of_sum)
-    assert total is not None  # torch makes one part of an empty tensor, too
+    assert total is not None
     return total
 
 
-def doubled(tensor: Tensor) -> Tensor:
-    """The same numbers in float64: half precision by float32, which is one instruction where float64 is not."""
-    return (tensor.float() if tensor.element_size() <= 2 else tensor).double()
+def widened(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The same numbers in a wider dtype: half precision by float32, which is one instruction where float64 is not."""
+    return (tensor.float() if tensor.element_size() <= 2 else tensor).to(dtype)

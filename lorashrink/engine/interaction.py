@@ -23,7 +23,7 @@ from torch import Tensor
 from lorashrink.engine.eigen import eigh, eigvalsh
 from lorashrink.engine.gram import SIGMA_FLOOR, factor_gram, solve
 from lorashrink.engine.norms import still_to_come
-from lorashrink.engine.squares import square
+from lorashrink.engine.products import square
 
 _ENERGY = 0.9  # share of Σσ² in the dimensions whose subspaces are compared
 _TIE = 1e-6  # singular values this close, relative, are in a subspace together: their vectors are not unique
@@ -76,8 +76,8 @@ def interaction(
     if rank * (rows + width) > count * rows * width:
         up, down = ups.to(device).double() * scale, downs.to(device).double()
         return _of_matrices(_matrices(up, down, ranks), weight)
-    gram_up = factor_gram(ups.to(device)[None], columns=True)[0].mul_(scale).mul_(scale[:, None])
-    gram_down = factor_gram(downs.to(device)[None], columns=False)[0]
+    gram_up = factor_gram(ups.to(device), columns=True).mul_(scale).mul_(scale[:, None])
+    gram_down = factor_gram(downs.to(device), columns=False)
     # before any sums over blocks, which would carry NaN from one to the next
     squares = gram_up.diagonal() * gram_down.diagonal()
     if broken := _not_finite([part.sum() for part in torch.split(squares, list(ranks))]):

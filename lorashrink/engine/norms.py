@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lorashrink.engine.eigen import eigh, eigvalsh
-from lorashrink.engine.gram import doubled
-from lorashrink.engine.squares import square
+from lorashrink.engine.gram import widened
+from lorashrink.engine.products import square
 
 # Numbers squared at a time in float64: still in a core's cache when they are summed.
 _FRO_BLOCK = 1 << 16
@@ -38,7 +38,7 @@ def frobenius(weight: Tensor) -> float:
     """‖W‖_F of a tensor of any shape and float dtype, summed in float64."""
     total = 0.0
     for block in torch.split(weight.reshape(-1), _FRO_BLOCK):
-        wide = doubled(block)
+        wide = widened(block)
         total += float(wide @ wide)
     return math.sqrt(total)
 

@@ -26,6 +26,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -40,8 +41,10 @@ from lorashrink.engine.delta import AnyDelta, Delta, Dense, Experts, Kronecker, 
 from lorashrink.engine.devices import core_device
 from lorashrink.engine.eigen import eigh, eigvalsh, solver_device
 from lorashrink.engine.gram import CPU_BLOCK, SIGMA_FLOOR, Grams, factor_gram, grams, on_cpu, solve, stacked
+from lorashrink.engine.products import product
 
 Values = np.ndarray[tuple[int], np.dtype[np.float64]]
+Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 # Statistics were summed up in half or single precision while a model ran: eigenvalues of a singular Gram matrix below
 # this part of the largest are rounding.
@@ -199,13 +202,21 @@ def spectrum(delta: AnyDelta, grams: Grams | None = None, *, limit: int | None =
     return outcome
 
 
-def decompose(items: Sequence[Item], pool: Executor, *, device: str | torch.device = "cpu") -> list[PendingSpectrum]:
+def decompose(
+    items: Sequence[Item],
+    pool: Executor,
+    *,
+    device: str | torch.device = "cpu",
+    reading: Callable[[Sequence[int]], AbstractContextManager[None]] | None = None,
+) -> list[PendingSpectrum]:
     """The spectra of many layers, in the order of `items`, while the threads of the pool compute them.
 
     Layers of equal rank are solved together as [L, r, r] problems. Each chunk of layers is read, decomposed and
     forgotten by one thread, so that the factors of no more than a few layers per thread are in memory. On a GPU the
     last bits of a layer may depend on its chunk, and so on `items`, but not on what else is computed meanwhile. Cost:
     O((out + in)·r²) per layer.
+
+    reading: what a thread is in while it loads the items with these indices.
     """
     device = core_device(device)
     if device.type != "cpu":
@@ -218,7 +229,8 @@ def decompose(items: Sequence[Item], pool: Executor, *, device: str | torch.devi
         size = _chunk_size(rank, device)
         for low in range(0, len(indices), size):
             chunk = indices[low : low + size]
-            future = pool.submit(_decompose_chunk, [items[index] for index in chunk], device)
+            loading = partial(reading, chunk) if reading else nullcontext[None]
+            future = pool.submit(_decompose_chunk, [items[index] for index in chunk], device, loading)
             pending |= {index: PendingSpectrum(future, position) for position, index in enumerate(chunk)}
     return [pending[index] for index in range(len(items))]
 
@@ -260,18 +272,20 @@ class Cut(NamedTuple):
         return math.copysign(half, self.scale), half
 
     @property
-    def dimensions(self) -> Tensor:
-        """[k] int64, the dimensions that are kept."""
-        return torch.as_tensor(self.kept, dtype=torch.long)
+    def dimensions(self) -> Indices:
+        """[k], the dimensions that are kept."""
+        return np.asarray(self.kept, np.int64)
 
     def finished(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         """Both factors times the roots of `factors`, and as wide as `width`."""
         count, experts = len(self.kept), len(self.delta.up) if isinstance(self.delta, Experts) else 1
+        extra = (self.width or count) - count
+        if self.factors is None and not extra:
+            return up, down
         up, down = up.reshape(len(up), experts, count), down.reshape(experts, count, down.shape[1])
         if self.factors is not None:
             root = self.factors.sqrt().to(up)
             up, down = up * root, down * root[:, None]
-        extra = (self.width or count) - count
         if extra:
             up = torch.nn.functional.pad(up, (0, extra))
             down = torch.nn.functional.pad(down, (0, 0, 0, extra))
@@ -337,15 +351,17 @@ def _product_dtype(delta: AnyDelta, device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cuda" else delta.precision
 
 
-def _scaled_maps(spectrum: Spectrum, index: Tensor, factors: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def _scaled_maps(spectrum: Spectrum, index: Indices, factors: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """(left [r, k], right [k, r]) of the dimensions in `index`, each side times its factor."""
     assert spectrum.left is not None
     assert spectrum.right is not None
-    return spectrum.left[..., index] * factors[0], spectrum.right[..., index, :] * factors[1]
+    # numpy, whose calls cost a third of torch's
+    left, right = spectrum.left.numpy()[..., index] * factors[0], spectrum.right.numpy()[..., index, :] * factors[1]
+    return torch.from_numpy(left), torch.from_numpy(right)
 
 
 def _vectors(
-    delta: AnyDelta, spectrum: Spectrum, index: Tensor, factors: tuple[float, float], device: torch.device
+    delta: AnyDelta, spectrum: Spectrum, index: Indices, factors: tuple[float, float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """√σ_i·u_i [out, k] and √σ_i·v_iᵀ [k, in·kh·kw] of the dimensions in `index`, each side times its factor."""
     if isinstance(delta, Experts):
@@ -359,15 +375,15 @@ def _vectors(
         dtype = _product_dtype(delta, device)
         left, right = _scaled_maps(spectrum, index, factors)
         return (
-            delta.up.to(device, dtype) @ left.to(device, dtype),
-            right.to(device, dtype) @ delta.down.to(device, dtype),
+            product(delta.up.to(device, dtype), left.to(device, dtype)),
+            product(right.to(device, dtype), delta.down.to(device, dtype)),
         )
     if isinstance(delta, Dense):
         return _dense_vectors(delta, spectrum, index, factors, device)
     assert isinstance(delta, Kronecker)
     assert spectrum.pair is not None
     first, second, order = spectrum.pair
-    grid, count = order[index], len(second.sigma)
+    grid, count = order.numpy()[index], len(second.sigma)
     up_1, down_1 = _vectors(delta.first, first, grid // count, factors, device)
     up_2, down_2 = _vectors(delta.second, second, grid % count, (1.0, 1.0), device)
     dtype = _product_dtype(delta, device)
@@ -377,7 +393,7 @@ def _vectors(
 
 
 def _dense_vectors(
-    delta: Dense, spectrum: Spectrum, index: Tensor, factors: tuple[float, float], device: torch.device
+    delta: Dense, spectrum: Spectrum, index: Indices, factors: tuple[float, float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`_vectors` of a matrix, whose vectors on the shorter side are the eigenvectors of its Gram matrix."""
     if spectrum.limit is not None:
@@ -385,7 +401,7 @@ def _dense_vectors(
         return _vectors(sketch, maps, index, factors, device)
     dtype = _product_dtype(delta, device)
     matrix = delta.matrix.to(device)
-    vectors = eigh(_dense_gram(matrix))[1].flip(-1)[:, index.to(device)]  # [r, k]
+    vectors = eigh(_dense_gram(matrix))[1].flip(-1)[:, torch.from_numpy(index).to(device)]  # [r, k]
     half = spectrum.sigma[index].sqrt().to(device)
     inverse = torch.where(half > 0, 1 / half, 0) * abs(delta.scale)
     short, long = (vectors * half).to(dtype), (vectors * inverse).to(dtype)
@@ -439,7 +455,7 @@ def _of_dense(delta: Dense, limit: int | None, device: torch.device) -> Spectrum
 
 def _dense_gram(matrix: Tensor) -> Tensor:
     """[r, r] float64 of the shorter side."""
-    return factor_gram(matrix[None], columns=matrix.shape[0] > matrix.shape[1])[0]
+    return factor_gram(matrix, columns=matrix.shape[0] > matrix.shape[1])
 
 
 def _sketch(delta: Dense, limit: int, device: torch.device) -> tuple[Delta, Spectrum]:
@@ -485,14 +501,19 @@ def _chunk_size(rank: int, device: torch.device) -> int:
     return 1 if rank >= _LARGE_RANK else max(4, 1024 // rank)
 
 
-def _decompose_chunk(items: Sequence[Item], device: torch.device) -> list[Spectrum | Exception]:
+def _decompose_chunk(
+    items: Sequence[Item],
+    device: torch.device,
+    loading: Callable[[], AbstractContextManager[None]] = nullcontext[None],
+) -> list[Spectrum | Exception]:
     """The spectrum of each layer, or the error with which it could not be loaded."""
     deltas: list[AnyDelta | Exception] = []
-    for item in items:
-        try:
-            deltas.append(item.load())
-        except Exception as error:
-            deltas.append(error)
+    with loading():
+        for item in items:
+            try:
+                deltas.append(item.load())
+            except Exception as error:
+                deltas.append(error)
     solutions = spectra_of_factors(items, deltas, device)
     outcomes: list[Spectrum | Exception] = []
     for index, (item, delta) in enumerate(zip(items, deltas, strict=True)):

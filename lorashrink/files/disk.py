@@ -11,6 +11,7 @@ import secrets
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from io import FileIO
 from pathlib import Path
 
@@ -333,13 +334,46 @@ def check_apart(files: NamedPaths, folders: NamedPaths = ()) -> None:
 # --- identity -----------------------------------------------------------------------------------
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits. Raises InputError."""
-    digest = hashlib.sha256()
+def sha256_file(path: Path, contents: memoryview | None = None) -> str:
+    """SHA-256 of a file, whose contents may have been read, as 64 hexadecimal digits. Raises InputError."""
+    try:
+        begun = _begun.pop(_identity(path), None)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if begun:
+        return begun.result()
+    return _sha256(path) if contents is None else hashlib.sha256(contents).hexdigest()
+
+
+def begin_sha256(path: Path) -> None:
+    """Begin to hash a file that `sha256_file` is about to be asked for, while the program starts."""
+    with contextlib.suppress(OSError):
+        _begun[_identity(path)] = begun = Future[str]()
+        threading.Thread(target=_hash_for, args=(path, begun), daemon=True).start()
+
+
+_begun: dict[tuple[int, ...], Future[str]] = {}
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes if the file changes."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _hash_for(path: Path, begun: Future[str]) -> None:
+    try:
+        begun.set_result(_sha256(path))
+    except BaseException as error:
+        begun.set_exception(error)
+
+
+def _sha256(path: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_CHUNK))
     try:
         with open_file(path) as handle:
-            while chunk := handle.read(COPY_CHUNK):
-                digest.update(chunk)
+            while count := handle.readinto(buffer):
+                digest.update(buffer[:count])
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
     return digest.hexdigest()
@@ -347,8 +381,7 @@ def sha256_file(path: Path) -> str:
 
 def sha256_store(store: TensorStore) -> str:
     """SHA-256 of a store's first file, from memory if it is there. Raises InputError."""
-    whole = store.loaded(0)
-    return sha256_file(store.files[0]) if whole is None else hashlib.sha256(whole).hexdigest()
+    return sha256_file(store.files[0], store.loaded(0))
 
 
 def content_fingerprint(store: TensorStore) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lorashrink.files.header import Arrangement
@@ -28,28 +28,49 @@ def with_placeholders(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: _PLACEHOLDERS.get(key, text) for key, text in metadata.items()}
 
 
-def with_hashes(
-    metadata: Mapping[str, str], tensors: Arrangement, data: Callable[[], Iterable[bytes | memoryview]]
-) -> dict[str, str]:
-    """`metadata` with the placeholders replaced. `data()` yields the bytes behind the header.
+class Hashes:
+    """Replaces the placeholders in metadata, from the bytes behind the header as they come.
 
     sd-scripts hashes a re-save that keeps only the `ss_*` entries. The legacy hash reads at a fixed position of
-    that file, so the length of its header matters. Nothing is read if the metadata has no hashes.
+    that file, so the length of its header matters. Nothing is hashed if the metadata has no placeholders.
     """
-    if not metadata.keys() & _PLACEHOLDERS.keys():
-        return dict(metadata)
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    header = tensors.header(training)
-    window, position = bytearray(header[_LEGACY_START : _LEGACY_START + _LEGACY_BYTES]), len(header)
-    digest = hashlib.sha256()
-    for chunk in data():
-        digest.update(chunk)
-        begin, end = max(_LEGACY_START - position, 0), max(_LEGACY_START + _LEGACY_BYTES - position, 0)
-        window += chunk[begin:end]
-        position += len(chunk)
-    hashes = {
-        MODEL_HASH: digest.hexdigest(),
-        LEGACY_HASH: hashlib.sha256(window).hexdigest()[:8],
-        SPEC_HASH: "0x" + digest.hexdigest(),
-    }
-    return {key: hashes.get(key, text) for key, text in metadata.items()}
+
+    def __init__(self, metadata: Mapping[str, str], tensors: Arrangement) -> None:
+        self._metadata = metadata
+        self._digest = hashlib.sha256() if metadata.keys() & _PLACEHOLDERS.keys() else None
+        training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+        header = tensors.header(training) if self._digest else b""
+        self._window, self._position = bytearray(header[_LEGACY_START : _LEGACY_START + _LEGACY_BYTES]), len(header)
+
+    @property
+    def needed(self) -> bool:
+        """Whether the metadata has placeholders."""
+        return self._digest is not None
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        if self._digest:
+            self._digest.update(data)
+            begin = max(_LEGACY_START - self._position, 0)
+            end = max(_LEGACY_START + _LEGACY_BYTES - self._position, 0)
+            self._window += data[begin:end]
+            self._position += len(data)
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata with the hashes of all bytes so far."""
+        if self._digest is None:
+            return dict(self._metadata)
+        digest = self._digest.hexdigest()
+        legacy = hashlib.sha256(self._window).hexdigest()[:8]
+        hashes = {MODEL_HASH: digest, LEGACY_HASH: legacy, SPEC_HASH: "0x" + digest}
+        return {key: hashes.get(key, text) for key, text in self._metadata.items()}
+
+
+def with_hashes(
+    metadata: Mapping[str, str], tensors: Arrangement, data: Iterable[bytes | memoryview]
+) -> dict[str, str]:
+    """`metadata` with the placeholders replaced; `data` are all bytes behind the header."""
+    hashes = Hashes(metadata, tensors)
+    for chunk in data:
+        hashes.update(chunk)
+    return hashes.metadata()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
 import stat
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from io import FileIO
@@ -121,6 +122,9 @@ def read_text(path: Path, *, limit: int = MAX_TEXT_BYTES) -> str:
         return handle.readall().decode("utf-8")
 
 
+# Bytes between two tensors that are read with them.
+_NEAR = 4096
+
 # A whole file is copied out of the system's cache by a few threads.
 _READERS, _READ_CHUNK = 4, 1 << 25
 
@@ -184,6 +188,7 @@ class TensorStore:
         self._slabs = dict(slabs or {})  # whole files, by their index, that belong to someone else
         self._own_slabs: list[mmap] = []
         self._open_files: dict[int, Any] = {}
+        self._near = threading.local()  # see `together`
         self._lock = threading.Lock()
 
     @property
@@ -199,14 +204,12 @@ class TensorStore:
         info = self.tensors[name]
         if info.dtype not in DTYPES:
             raise DamagedFile(f"{self.path}: tensor {name} has the unknown dtype {info.dtype}.")
-        slab = self._slabs.get(info.file)
-        if slab is not None and rows is None and info.nbytes and info.offset % DTYPES[info.dtype][0] == 0:
+        block, block_start = self._block_of(info)
+        if block is not None and rows is None and info.nbytes and info.offset % DTYPES[info.dtype][0] == 0:
             import torch
 
-            count = info.nbytes // DTYPES[info.dtype][0]
-            return torch.frombuffer(slab, dtype=torch_dtype(info.dtype), count=count, offset=info.offset).reshape(
-                info.shape
-            )
+            count, start = info.nbytes // DTYPES[info.dtype][0], info.offset - block_start
+            return torch.frombuffer(block, dtype=torch_dtype(info.dtype), count=count, offset=start).reshape(info.shape)
         shape, start, nbytes = info.shape, 0, info.nbytes
         if rows is not None:
             per_row = info.nbytes // shape[0]
@@ -228,6 +231,46 @@ class TensorStore:
                 with ThreadPoolExecutor(_READERS) as readers:
                     list(readers.map(partial(self._read_at, index), parts, starts))
                 self._slabs[index] = slab
+
+    @contextlib.contextmanager
+    def together(self, names: Iterable[str]) -> Iterator[None]:
+        """Read in one go what lies together of these tensors; until the end, this thread gets views of it.
+
+        Reading them one by one gives the same, and costs small tensors more time than their bytes take.
+        """
+        import torch
+
+        blocks: list[tuple[int, int, int, memoryview]] = []
+        for file, start, end in self._stretches(names):
+            block = memory_of(torch.empty(end - start, dtype=torch.uint8))
+            self._read_at(file, block, start)
+            blocks.append((file, start, end, block))
+        self._near.blocks = blocks
+        try:
+            yield
+        finally:
+            self._near.blocks = []
+
+    def _stretches(self, names: Iterable[str]) -> list[tuple[int, int, int]]:
+        """(file, first byte, end) of stretches of the files that hold these tensors and are not in memory."""
+        runs: list[tuple[int, int, int]] = []
+        for info in sorted((self.tensors[name] for name in names), key=lambda info: (info.file, info.offset)):
+            file, start, end = runs[-1] if runs else (-1, 0, 0)
+            last = info.offset + info.nbytes
+            if file == info.file and info.offset <= end + _NEAR and last <= start + COPY_CHUNK:
+                runs[-1] = file, start, max(end, last)
+            elif info.file not in self._slabs:
+                runs.append((info.file, info.offset, last))
+        return runs
+
+    def _block_of(self, info: TensorInfo) -> tuple[Any, int]:
+        """(bytes that have been read and hold the tensor, where they begin in its file); None without any."""
+        if slab := self._slabs.get(info.file):
+            return slab, 0
+        for file, start, end, block in getattr(self._near, "blocks", ()):
+            if file == info.file and start <= info.offset and info.offset + info.nbytes <= end:
+                return block, start
+        return None, 0
 
     def loaded(self, index: int) -> memoryview | None:
         """All bytes of a file that `load` has read."""
@@ -324,6 +367,9 @@ class ComputedStore(TensorStore):
 
     def load(self) -> None:
         """Nothing: what is computed is not what the files hold."""
+
+    def _stretches(self, names: Iterable[str]) -> list[tuple[int, int, int]]:
+        return []  # the files hold something else
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The raw bytes of a tensor, which is computed once."""

@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorashrink.errors import OutputError
 from lorashrink.files.disk import as_output_error, cannot_write, complete_files, create_temporary, discard, publish
-from lorashrink.files.hashes import with_hashes, with_placeholders
+from lorashrink.files.hashes import Hashes, with_placeholders
 from lorashrink.files.header import Arrangement, read_header
 from lorashrink.files.memory import SLABS
 from lorashrink.files.store import COPY_CHUNK, TensorInfo, TensorStore, info_of, memory_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_PIECE = 1 << 22  # bytes that are hashed in one go
+
+_OTHERWISE = "{}: what was written reads back otherwise; check the disk and the memory."
 
 
 def save_tensors(
@@ -45,12 +50,12 @@ def save_tensors(
     with SafetensorsWriter(path, infos, entries) as writer:
         for name in infos:
             if name in tensors:
-                writer.write(name, tensors[name].cpu())
+                writer.write({name: tensors[name].cpu()})
             elif source is not None:
                 writer.copy(name, source, name)
         if writer.readable_names() != infos.keys():
             raise OutputError(f"{path}: the written file has other tensors than planned; please report this.")
-        writer.replace_metadata(with_hashes(entries, writer.tensors, writer.data_chunks))
+        writer.write_hashes()
         writer.commit(companions)
 
 
@@ -62,6 +67,8 @@ class SafetensorsWriter:
 
     in_memory: the file is put together in memory, where there is room, and written at once by `flush`. Otherwise
     memory use does not depend on the size of the file.
+
+    What is complete is hashed while the rest is written, if the metadata has placeholders for hashes.
     """
 
     def __init__(
@@ -77,6 +84,11 @@ class SafetensorsWriter:
         header = self.tensors.header(metadata)
         self._header_length = len(header)
         self._lock = threading.Lock()
+        nbytes = self.tensors.nbytes
+        self._hashes = Hashes(metadata, self.tensors)
+        self._hashed = 0  # pieces
+        self._missing = [min(_PIECE, nbytes - low) for low in range(0, nbytes, _PIECE)]  # bytes of each piece
+        self._hashing = threading.Lock()
         self._slab = SLABS.take(len(header) + self.tensors.nbytes) if in_memory else None
         try:
             with as_output_error(path):
@@ -86,27 +98,39 @@ class SafetensorsWriter:
             raise
         self._file = FileIO(number, "r+b")
         try:
-            self._write_at(0, header)
+            with as_output_error(path):
+                os.ftruncate(number, len(header) + self.tensors.nbytes)
+            self._write_header(header)
         except BaseException:
             self._discard()
             raise
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor that is on the CPU. Raises OutputError (disk full, ...)."""
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors that are on the CPU, in one go what lies together in the file.
+
+        Raises OutputError (disk full, ...).
+        """
         import torch
 
-        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-        if flat.numel() != self.tensors.tensors[name].nbytes:
-            raise ValueError(f"{name}: {flat.numel()} bytes for {self.tensors.tensors[name]}")
-        if flat.numel():
-            self._write_at(self._header_length + self.tensors.offsets[name], memory_of(flat))
+        runs: list[tuple[int, list[memoryview]]] = []
+        end = -1
+        for name in sorted(tensors, key=self.tensors.offsets.__getitem__):
+            start, flat = self.tensors.offsets[name], tensors[name].contiguous().reshape(-1).view(torch.uint8)
+            if flat.numel() != self.tensors.tensors[name].nbytes:
+                raise ValueError(f"{name}: {flat.numel()} bytes for {self.tensors.tensors[name]}")
+            if start != end:
+                runs.append((start, []))
+            runs[-1][1].append(memory_of(flat))
+            end = start + flat.numel()
+        for start, parts in runs:
+            self._fill(start, parts[0] if len(parts) == 1 else b"".join(parts))
 
     def copy(self, name: str, source: TensorStore, source_name: str) -> None:
         """Copy the bytes of a tensor of another file."""
-        offset = self._header_length + self.tensors.offsets[name]
+        start = self.tensors.offsets[name]
         for chunk in source.chunks(source_name):
-            self._write_at(offset, chunk)
-            offset += len(chunk)
+            self._fill(start, chunk)
+            start += len(chunk)
 
     def flush(self) -> None:
         """Write what was put together in memory, read it back and compare. Raises OutputError."""
@@ -123,23 +147,13 @@ class SafetensorsWriter:
                     break
                 start += len(chunk)
         if start != len(whole):
-            raise OutputError(f"{self.path}: what was written reads back otherwise; check the disk and the memory.")
+            raise OutputError(_OTHERWISE.format(self.path))
 
     def opened(self) -> TensorStore:
-        """What was written, as a reader of the file sees it; its tensors come from memory if they are there still."""
+        """The file as a reader sees it, where tensors are zeros until they are written; from memory if it is there."""
         tensors, metadata, raw = read_header(self.temporary)
         slabs = {} if self._slab is None else {0: self._slab}
         return TensorStore(self.temporary, tensors, metadata, [self.temporary], [raw], slabs)
-
-    def data_chunks(self) -> Iterator[bytes | memoryview]:
-        """All bytes behind the header, as written, for hashes."""
-        if self._slab is not None:
-            yield memoryview(self._slab)[self._header_length :]
-            return
-        with as_output_error(self.path), open(self.temporary, "rb", buffering=0) as handle:
-            handle.seek(self._header_length)
-            while chunk := handle.read(COPY_CHUNK):
-                yield chunk
 
     def readable_names(self) -> set[str]:
         """The tensors that the reference library finds in what was written. Raises OutputError if it finds no file."""
@@ -151,14 +165,14 @@ class SafetensorsWriter:
         except (SafetensorError, OSError) as error:
             raise OutputError(f"{self.path}: the written file cannot be read back ({error}).") from error
 
-    def replace_metadata(self, metadata: Mapping[str, str]) -> None:
-        """Write the header again, with other metadata of the same encoded length."""
-        header = self.tensors.header(metadata)
-        if len(header) != self._header_length:
-            raise ValueError("the header changed its length")
-        self._write_at(0, header)
-        if self._slab is not None:
-            self._write_file(0, header)
+    def write_hashes(self) -> None:
+        """Replace placeholders in the metadata by the hashes of all tensors, which are written by now."""
+        if any(self._missing):
+            raise ValueError(f"{self.path}: not all tensors are written")
+        self._hash_complete_pieces()
+        header = self.tensors.header(self._hashes.metadata())
+        assert len(header) == self._header_length  # hashes are as long as their placeholders
+        self._write_header(header)
 
     def commit(self, companions: Mapping[Path, bytes] | None = None) -> None:
         """Flush to the disk and give the file its name, together with `companions`. Raises OutputError."""
@@ -187,11 +201,53 @@ class SafetensorsWriter:
             self._file.close()
         discard(self.temporary)
 
-    def _write_at(self, offset: int, data: bytes | memoryview) -> None:
+    def _write_header(self, header: bytes) -> None:
+        if self._slab is not None:
+            memoryview(self._slab)[: len(header)] = header
+        self._write_file(0, header)
+
+    def _fill(self, start: int, data: bytes | memoryview) -> None:
+        """Write bytes of the data; `start` is counted from the end of the header."""
+        offset, end = self._header_length + start, start + len(data)
         if self._slab is None:
             self._write_file(offset, data)
         else:
             memoryview(self._slab)[offset : offset + len(data)] = data
+        with self._lock:
+            for piece in range(start // _PIECE, -(-end // _PIECE)):
+                low = piece * _PIECE
+                self._missing[piece] -= min(end, low + _PIECE) - max(start, low)
+        self._hash_complete_pieces()
+
+    def _hash_complete_pieces(self) -> None:
+        """Hash what is there already, in order, unless another thread does it: hashing is one thread's work."""
+        pieces = len(self._missing) if self._hashes.needed else 0
+        while self._hashed < pieces and not self._missing[self._hashed] and self._hashing.acquire(blocking=False):
+            try:
+                while self._hashed < pieces and not self._missing[self._hashed]:
+                    start = self._header_length + self._hashed * _PIECE
+                    end = min(start + _PIECE, self._header_length + self.tensors.nbytes)
+                    self._hashes.update(self._read(start, end - start))
+                    if self._slab is None and hasattr(os, "posix_fadvise"):
+                        # Linux begins to write these bytes to the disk, and the flush at the end has less to do.
+                        os.posix_fadvise(self._file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
+                    self._hashed += 1
+            finally:
+                self._hashing.release()
+
+    def _read(self, offset: int, length: int) -> bytes | memoryview:
+        if self._slab is not None:
+            return memoryview(self._slab)[offset : offset + length]
+        with as_output_error(self.path):
+            if hasattr(os, "pread"):
+                data = os.pread(self._file.fileno(), length, offset)
+            else:  # Windows has no positioned read
+                with self._lock:
+                    self._file.seek(offset)
+                    data = self._file.read(length)
+        if len(data) != length:
+            raise OutputError(_OTHERWISE.format(self.path))
+        return data
 
     def _write_file(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)

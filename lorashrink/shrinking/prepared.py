@@ -151,7 +151,7 @@ class Prepared:
             for name in arrangement.offsets:
                 yield memory_of(tensors[name].contiguous().reshape(-1).view(torch.uint8))
 
-        metadata = with_hashes(planned.metadata, arrangement, data)
+        metadata = with_hashes(planned.metadata, arrangement, data())
         result = file_result(planned, _OUTPUT, started=self._work.started, warnings=warnings)
         return replace(result, output="", state_dict=tensors, metadata=metadata, settings=planned.settings)
 

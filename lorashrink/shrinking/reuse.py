@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ class OpenSource:
         if end != size:  # programs refuse a file with bytes that belong to no tensor
             raise DamagedFile(f"{output}: its header promises {end} bytes, the file has {size}.")
         if self.session.options.verify:
-            data = partial(_data_behind, output, 8 + len(header))
+            data = _data_behind(output, 8 + len(header))
             if with_hashes(with_placeholders(entries), Arrangement(tensors), data) != entries:
                 raise DamagedFile(f"{output}: its contents are not those whose hash is in its header.")
         energy = float(entries[ENERGY])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -73,8 +74,12 @@ class Work:
                 for layer, of_layer in zip(self.adapter.layers, statistics, strict=True)
             ]
         flat = [item for layers in items.values() for item in layers]
-        pending = iter(decompose(flat, session.pool, device=session.device))
+        pending = iter(decompose(flat, session.pool, device=session.device, reading=self._reading))
         self.spectra = {calibrated: [next(pending) for _ in layers] for calibrated, layers in items.items()}
+
+    def _reading(self, items: Sequence[int]) -> AbstractContextManager[None]:
+        """While these items are read; there is one for each layer, or two."""
+        return self.adapter.reading(item % len(self.adapter) for item in items)
 
     def decomposed(self) -> dict[bool, Decomposed]:
         """The adapter with spectra, base norms and alignments, calibrated or not; waits for the spectra."""

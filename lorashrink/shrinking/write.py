@@ -7,23 +7,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorashrink.adapters import Adapter, Layer, adapter_of, peft
+from lorashrink.adapters import Adapter, adapter_of, peft
 from lorashrink.engine.accelerators import computed
 from lorashrink.engine.delta import AnyDelta, Delta, Experts
 from lorashrink.engine.devices import core_device
-from lorashrink.engine.gram import grams
+from lorashrink.engine.gram import product_squares
 from lorashrink.engine.rounding import to_float8
 from lorashrink.engine.spectrum import Cut, truncate_together
 from lorashrink.errors import OutputError
-from lorashrink.files import hashes
-from lorashrink.files.in_memory import MemoryStore
-from lorashrink.files.store import TensorStore, torch_dtype
+from lorashrink.files.store import COPY_CHUNK, ComputedStore, TensorStore, torch_dtype
 from lorashrink.files.writing import SafetensorsWriter
 from lorashrink.shrinking.layout import FP8
 from lorashrink.shrinking.plan import LayerPlan, Plan
@@ -31,6 +30,8 @@ from lorashrink.shrinking.remarks import below_precision
 
 # Relative difference of a layer's norm before and after rounding to the dtype that still is rounding.
 _NORM_TOLERANCE = {"F64": 1e-6, "F32": 1e-5, "F16": 1e-2, "BF16": 2e-2, "F8_E4M3": 1e-3}
+
+_HALVES = frozenset({"F16", "BF16", "F8_E4M3"})
 
 # What rounding to 8 bits may change of a layer, as a part of its norm; and of a layer that changes more, as a part of
 # the file's.
@@ -40,12 +41,9 @@ _COARSEST, _COARSEST_IN_FILE = 0.4, 1e-2
 # than it takes from the others.
 NEGLIGIBLE = 1e-5
 
-_CHUNK = 16  # layers per task
+_CHUNK_LAYERS, _CHUNK_BYTES = 16, COPY_CHUNK  # of a task, at most
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 Changes = dict[int, float]  # index of a layer -> ‖ΔW'' − ΔW'‖_F by rounding to 8 bits
 
@@ -70,40 +68,27 @@ def write(
     OutputError, after which no unfinished output of this adapter is left.
     """
     written = {}
-    layers = next(iter(plans.values())).adapter.layers
-    steps = _Steps(progress, len(layers) + sum(len(plan.written) for plan in plans.values()))
+    source = next(iter(plans.values())).adapter
     with ExitStack() as stack:
-        outputs = [
-            _Output(
-                plan, stack.enter_context(SafetensorsWriter(path, plan.arrangement, plan.metadata, in_memory=True)), {}
-            )
-            for path, plan in plans.items()
-        ]
-        # A GPU computes many layers at once, which are in memory together.
-        together = 1 if core_device(device).type == "cpu" else _CHUNK
+        outputs = [_Output.begin(path, plan, device, stack) for path, plan in plans.items()]
 
         def write_layers(chunk: Sequence[int]) -> None:
-            for start in range(0, len(chunk), together):
-                deltas: dict[int, AnyDelta] = {}
-                for plan, writer, changes in outputs:
-                    for key, value in _values(plan, chunk[start : start + together], deltas, device, changes):
-                        writer.write(key, value)
+            deltas: dict[int, AnyDelta] = {}
+            with source.reading(chunk):
+                for plan, writer, checks in outputs:
+                    writer.write(dict(_values(plan, chunk, deltas, device, checks.changes)))
+                    checks.check(chunk)
 
-        _run(pool, _chunks(range(len(layers))), write_layers, steps)
+        _run(pool, _chunks(source), write_layers, _Steps(progress, len(source)))
         for plan, writer, _ in outputs:
             for key in plan.verbatim:
                 writer.copy(key, plan.adapter.store, key)
-        # Hashing is one thread's work; it goes on while the others read the files back.
-        hashed = [
-            pool.submit(hashes.with_hashes, plan.metadata, plan.arrangement, writer.data_chunks)
-            for plan, writer, _ in outputs
-        ]
-        for (plan, writer, changes), entries in zip(outputs, hashed, strict=True):
+        for plan, writer, checks in outputs:
             writer.flush()
-            with writer.opened() as store:
-                names = writer.readable_names()
-                written[writer.path] = _verify(plan, writer.path, names, store, changes, pool, device, steps)
-            writer.replace_metadata(entries.result())
+            checks.check_names(writer.readable_names())
+            checks.adapter.close()
+            written[writer.path] = Written(checks.adapter, checks.warnings())
+            writer.write_hashes()
             folder = writer.path.parent
             writer.commit({folder / peft.CONFIG_FILE: peft.to_file(plan.settings)} if plan.adapter.as_folder else None)
     return written
@@ -114,18 +99,19 @@ def compute(plan: Plan, *, pool: Executor, device: str = "cpu") -> tuple[dict[st
 
     Raises OutputError as `write`.
     """
-    layers, store = plan.adapter.layers, plan.adapter.store
+    store = plan.adapter.store
     tensors = {key: store.read(key).clone() for key in plan.verbatim}
-    changes: Changes = {}
+    computed = {key: (info, partial(tensors.__getitem__, key)) for key, info in plan.tensors.items()}
+    path = Path("the shrunk adapter")
+    checks = _Checks(plan, path, ComputedStore(plan.adapter.path, computed, plan.metadata, ()), device)
 
-    def of_chunk(chunk: Sequence[int]) -> dict[str, Tensor]:
-        return dict(_values(plan, chunk, {}, device, changes))
+    def compute_layers(chunk: Sequence[int]) -> None:
+        tensors.update(_values(plan, chunk, {}, device, checks.changes))
+        checks.check(chunk)
 
-    for values in _run(pool, _chunks(range(len(layers))), of_chunk, _Steps(None, 0)):
-        tensors |= values
-    output = MemoryStore(str(plan.adapter.path), tensors, plan.metadata)
-    name = Path("the shrunk adapter")
-    return tensors, _verify(plan, name, set(tensors), output, changes, pool, device, _Steps(None, 0)).warnings
+    _run(pool, _chunks(plan.adapter), compute_layers, _Steps(None, len(plan.adapter)))
+    checks.check_names(set(tensors))
+    return tensors, checks.warnings()
 
 
 class _Output(NamedTuple):
@@ -133,7 +119,13 @@ class _Output(NamedTuple):
 
     plan: Plan
     writer: SafetensorsWriter
-    changes: Changes
+    checks: _Checks
+
+    @classmethod
+    def begin(cls, path: Path, plan: Plan, device: str, stack: ExitStack) -> _Output:
+        """Create the file, which is removed at the end of the stack unless it is complete then."""
+        writer = stack.enter_context(SafetensorsWriter(path, plan.arrangement, plan.metadata, in_memory=True))
+        return cls(plan, writer, _Checks(plan, path, stack.enter_context(writer.opened()), device))
 
 
 class _Steps:
@@ -146,19 +138,27 @@ class _Steps:
             self.report(self.done, self.total)
 
 
-def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
-    return [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
+def _chunks(adapter: Adapter) -> list[list[int]]:
+    """The layers in chunks of neighbours, which are in memory together."""
+    chunks: list[list[int]] = [[]]
+    nbytes = 0
+    for index, layer in enumerate(adapter.layers):
+        size = sum(info.nbytes for info in layer.infos.values())
+        if chunks[-1] and (len(chunks[-1]) == _CHUNK_LAYERS or nbytes + size > _CHUNK_BYTES):
+            chunks.append([])
+            nbytes = 0
+        chunks[-1].append(index)
+        nbytes += size
+    return chunks
 
 
-def _run(pool: Executor, chunks: Sequence[Sequence[T]], task: Callable[[Sequence[T]], R], steps: _Steps) -> list[R]:
-    """What the task returns for every chunk, in the pool; the first error stops the rest."""
+def _run(pool: Executor, chunks: Sequence[Sequence[int]], task: Callable[[Sequence[int]], None], steps: _Steps) -> None:
+    """Do the task for every chunk, in the pool; the first error stops the rest."""
     futures = [pool.submit(task, chunk) for chunk in chunks]
-    results = []
     try:
         for chunk, future in zip(chunks, futures, strict=True):
-            results.append(future.result())
+            future.result()
             steps(len(chunk))
-        return results
     finally:
         for future in futures:
             future.cancel()
@@ -195,71 +195,87 @@ def _values(
             yield keys[role], values[role].to(torch_dtype(info.dtype)).reshape(info.shape)
 
 
-def _verify(
-    plan: Plan,
-    path: Path,
-    names: set[str],
-    store: TensorStore,
-    changes: Changes,
-    pool: Executor,
-    device: str,
-    steps: _Steps,
-) -> Written:
-    """Open the output as every loader does, and compare the norm of each layer with the input's."""
-    by_name = {layer.name: layer for layer in plan.adapter.layers}
-    gone = {key for name in plan.removed for key in (by_name[name].keys.values() if name in by_name else [name])}
-    replaced = {key for planned in plan.written.values() for key in planned.layer.keys.values()}
-    stored = plan.adapter.store.tensors.keys()
-    if names != set(plan.tensors) or not gone & stored <= stored - names <= gone | replaced:
-        raise OutputError(f"{path}: the written file has other tensors than planned; please report this.")
-    by_width: dict[int, list[LayerPlan]] = defaultdict(list)
-    for planned in plan.written.values():
-        by_width[planned.width].append(planned)
-    chunks = [chunk for layers in by_width.values() for chunk in _chunks(layers)]
-    adapter = adapter_of(path, store, plan.settings)
-    layers = {layer.name: layer for layer in adapter}
-    flushed = _run(pool, chunks, lambda chunk: below_tolerance(plan, path, changes, layers, chunk, device), steps)
-    return Written(adapter, below_precision([name for names in flushed for name in names]))
+class _Checks:
+    """Compares an output, as every program opens it, with its plan and with the norms of its input.
 
-
-def below_tolerance(
-    plan: Plan, path: Path, changes: Changes, written: Mapping[str, Layer], chunk: Sequence[LayerPlan], device: str
-) -> list[str]:
-    """The names of layers whose numbers are too small for the dtype, where that is nothing beside the file.
-
-    The norms of layers of one width as a reader of the file gets them, scale included, are compared with what was to
-    be kept. Raises OutputError where they differ otherwise.
+    store: what is written; a layer is read when it is checked, and no sooner.
     """
-    layers = [written[planned.form.name] for planned in chunk]
-    deltas = [delta for layer in layers for delta in [layer.delta] if isinstance(delta, Delta | Experts)]
-    squares = computed(_squares, deltas, core_device(device))
-    rescale, flushed = abs(plan.recipe.rescale), []
-    for planned, layer, square in zip(chunk, layers, squares, strict=True):
-        norm = abs(layer.scale) * math.sqrt(max(square, 0.0))  # NaN, if a number overflowed
-        expected = rescale * planned.norm
-        # a norm moves by no more than what rounding changed, and mostly by far less
-        change = changes.get(planned.index, 0.0)
-        tolerance = _NORM_TOLERANCE[planned.dtype] + (change / expected if expected else 0.0)
-        # Singular values cannot vouch for themselves: the norm of the input, less what was cut off, must be left.
-        remaining = rescale * planned.remaining
-        if change <= _COARSEST * expected and (
-            abs(norm - expected) <= tolerance * expected
-            and abs(norm**2 - remaining**2) <= (2 + tolerance) * tolerance * rescale**2 * planned.total
-        ):
-            continue
+
+    def __init__(self, plan: Plan, path: Path, store: TensorStore, device: str) -> None:
+        self.adapter = adapter_of(path, store, plan.settings)
+        self.changes: Changes = {}  # to be filled
+        self._plan, self._path, self._device = plan, path, core_device(device)
+        self._layers = {layer.name: layer for layer in self.adapter}
+        self._below: dict[int, str] = {}
+
+    def check(self, indices: Sequence[int]) -> None:
+        """Compare the norms of layers, by their index. Raises OutputError where they differ."""
+        by_width: dict[int, list[LayerPlan]] = defaultdict(list)
+        for index in indices:
+            if planned := self._plan.written.get(index):
+                by_width[planned.width].append(planned)
+        written = [self._layers[planned.form.name] for layers in by_width.values() for planned in layers]
+        with self.adapter.store.together(key for layer in written for key in layer.keys.values()):
+            for layers in by_width.values():
+                # On a CPU float32 takes half the time, and tells nearly always that all is well.
+                quick = self._device.type == "cpu" and all(layer.dtype in _HALVES for layer in layers)
+                doubtful = [layer for layer, _ in self._differing(layers, torch.float32)] if quick else layers
+                for layer, norm in self._differing(doubtful, torch.float64) if doubtful else ():
+                    self._judge(layer, norm)
+
+    def check_names(self, names: set[str]) -> None:
+        """Compare the names of all tensors. Raises OutputError where they differ from the planned ones."""
+        plan = self._plan
+        by_name = {layer.name: layer for layer in plan.adapter.layers}
+        gone = {key for name in plan.removed for key in (by_name[name].keys.values() if name in by_name else [name])}
+        replaced = {key for planned in plan.written.values() for key in planned.layer.keys.values()}
+        stored = plan.adapter.store.tensors.keys()
+        if names != set(plan.tensors) or not gone & stored <= stored - names <= gone | replaced:
+            raise OutputError(f"{self._path}: the written file has other tensors than planned; please report this.")
+
+    def warnings(self) -> list[str]:
+        """About layers whose numbers are too small for the dtype."""
+        return below_precision([name for _, name in sorted(self._below.items())])
+
+    def _differing(self, layers: Sequence[LayerPlan], dtype: torch.dtype) -> list[tuple[LayerPlan, float]]:
+        """Those of layers of one width that have another norm, which is computed in `dtype`, and this norm."""
+        rescale = abs(self._plan.recipe.rescale)
+        written = [self._layers[planned.form.name] for planned in layers]
+        deltas = [delta for layer in written for delta in [layer.delta] if isinstance(delta, Delta | Experts)]
+        squares = computed(partial(_squares, dtype=dtype), deltas, self._device)
+        differing = []
+        for planned, layer, square in zip(layers, written, squares, strict=True):
+            norm = abs(layer.scale) * math.sqrt(max(square, 0.0))  # NaN, if a number overflowed
+            expected = rescale * planned.norm
+            # a norm moves by no more than what rounding changed, and mostly by far less
+            change = self.changes.get(planned.index, 0.0)
+            tolerance = _NORM_TOLERANCE[planned.dtype] + (change / expected if expected else 0.0)
+            # Singular values cannot vouch for themselves: the norm of the input, less what was cut off, must be left.
+            remaining = rescale * planned.remaining
+            if not (
+                change <= _COARSEST * expected
+                and abs(norm - expected) <= tolerance * expected
+                and abs(norm**2 - remaining**2) <= (2 + tolerance) * tolerance * rescale**2 * planned.total
+            ):
+                differing.append((planned, norm))
+        return differing
+
+    def _judge(self, planned: LayerPlan, norm: float) -> None:
+        """Note a layer that differs where that is nothing beside the file. Raises OutputError otherwise."""
+        rescale, change = abs(self._plan.recipe.rescale), self.changes.get(planned.index, 0.0)
+        name, expected = self._layers[planned.form.name].name, rescale * planned.norm
         negligible = _COARSEST_IN_FILE if change else NEGLIGIBLE
-        if math.isnan(norm) or max(change, abs(norm - expected)) > negligible * rescale * plan.norm:
+        if math.isnan(norm) or max(change, abs(norm - expected)) > negligible * rescale * self._plan.norm:
             raise OutputError(
-                f"{path}: layer {layer.name} has norm {norm:.4g} after writing, {expected:.4g} before. "
+                f"{self._path}: layer {name} has norm {norm:.4g} after writing, {expected:.4g} before. "
                 f"Its numbers do not fit the dtype; use -t {'fp16' if change else 'fp32 or -t bf16'}. "
                 "Nothing was written."
             )
-        flushed.append(layer.name)
-    return flushed
+        self._below[planned.index] = name
 
 
-def _squares(deltas: Sequence[Delta | Experts], device: torch.device) -> list[float]:
+def _squares(deltas: Sequence[Delta | Experts], device: torch.device, dtype: torch.dtype) -> list[float]:
     """‖up · down‖_F² of each layer, of all its experts together; they are of equal rank."""
     parts = [delta.parts if isinstance(delta, Experts) else [delta] for delta in deltas]
-    squares = grams([part for of_layer in parts for part in of_layer], device).squares()[0]
-    return [float(of_layer.sum()) for of_layer in torch.split(squares.cpu(), list(map(len, parts)))]
+    squares = iter(product_squares([part for of_layer in parts for part in of_layer], device, dtype))
+    return [sum(next(squares) for _ in of_layer) for of_layer in parts]

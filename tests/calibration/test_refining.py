@@ -103,7 +103,7 @@ def test_only_hashes_and_the_refinement_are_new_in_the_metadata(small: Path, ref
     with open_tensors(output) as store:
         names = sorted(store.tensors, key=lambda key: store.tensors[key].offset)
         data = [bytes(chunk) for key in names for chunk in store.chunks(key)]
-        assert with_hashes(new, Arrangement(store.tensors), lambda: data) == new
+        assert with_hashes(new, Arrangement(store.tensors), data) == new
 
 
 def test_the_reported_loss_is_that_of_the_written_file(prompts: Path, refined: dict[str, Any], tmp_path: Path) -> None:

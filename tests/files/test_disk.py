@@ -1,5 +1,6 @@
 """Atomic writes of small files, and the identity of files."""
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from tensor_files import disk_full, inside, shards, tensor
 
 from lorashrink.errors import InputError, OutputError
 from lorashrink.files import disk
-from lorashrink.files.disk import content_fingerprint, sha256_file, write_bytes
+from lorashrink.files.disk import begin_sha256, content_fingerprint, sha256_file, write_bytes
 from lorashrink.files.reading import open_tensors
 
 
@@ -112,3 +113,28 @@ def test_the_hash_of_a_file_is_its_sha_256(tmp_path: Path, monkeypatch: pytest.M
     assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     with pytest.raises(InputError, match="none"):
         sha256_file(tmp_path / "none")
+
+
+def test_a_hash_that_was_begun_is_used_unless_the_file_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / name for name in ("same", "changed")]
+    for path in paths:
+        path.write_bytes(b"abc")
+        begin_sha256(path)
+    paths[1].write_bytes(b"changed")
+    expected = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    read: list[Path] = []
+
+    def hashed(path: Path) -> str:
+        read.append(path)
+        return expected[1]
+
+    monkeypatch.setattr(disk, "_sha256", hashed)
+    assert list(map(sha256_file, paths)) == expected
+    assert read == paths[1:]
+
+
+def test_a_hash_that_was_begun_in_vain_is_no_error(tmp_path: Path) -> None:
+    begin_sha256(tmp_path / "none")
+    begin_sha256(tmp_path)
+    with pytest.raises(InputError, match="cannot be read"):
+        sha256_file(tmp_path)

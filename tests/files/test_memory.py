@@ -15,7 +15,7 @@ from tensor_files import assert_same, inside, raw_file, write, zoo
 from lorashrink.errors import OutputError
 from lorashrink.files import memory, store
 from lorashrink.files.disk import sha256_file, sha256_store
-from lorashrink.files.hashes import MODEL_HASH, with_hashes, with_placeholders
+from lorashrink.files.hashes import MODEL_HASH, with_placeholders
 from lorashrink.files.memory import SLABS, Slabs
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import info_of
@@ -37,13 +37,12 @@ def assemble(path: Path, *, in_memory: bool) -> bytes:
     tensors, entries = zoo(), with_placeholders({"a": "b", MODEL_HASH: ""})
     infos = {name: info_of(value) for name, value in tensors.items()}
     with SafetensorsWriter(path, infos, entries, in_memory=in_memory) as writer:
-        for name, value in tensors.items():
-            writer.write(name, value)
+        writer.write(tensors)
         writer.flush()
         with writer.opened() as opened:
             for name, value in tensors.items():
                 assert_same(opened.read(name), value)
-        writer.replace_metadata(with_hashes(entries, writer.tensors, writer.data_chunks))
+        writer.write_hashes()
         writer.commit()
     return path.read_bytes()
 
@@ -65,6 +64,31 @@ def test_a_loaded_file_reads_the_same(tmp_path: Path) -> None:
         kept = {name: loaded.read(name) for name in zoo()}
     for name, value in zoo().items():  # views outlive the store
         assert_same(kept[name], value)
+
+
+@pytest.mark.parametrize("near", [0, 1 << 20])
+@pytest.mark.parametrize("most", [1, 50, 1 << 24])
+def test_tensors_read_together_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near: int, most: int
+) -> None:
+    monkeypatch.setattr(store, "_NEAR", near)
+    monkeypatch.setattr(store, "COPY_CHUNK", most)
+    path = write(tmp_path / "a.safetensors", zoo())
+    some = list(zoo())[::2]
+    with open_tensors(path) as opened:
+        with opened.together(some):
+            kept = {name: opened.read(name) for name in zoo()}
+        for name, value in zoo().items():  # views outlive the block
+            assert_same(kept[name], value)
+            assert_same(opened.read(name), value)
+
+
+def test_tensors_read_together_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.safetensors", zoo())
+    with open_tensors(path) as opened, opened.together(zoo()):
+        monkeypatch.setattr(os, "preadv", None)
+        for name, value in zoo().items():
+            assert_same(opened.read(name), value)
 
 
 def test_numbers_at_odd_addresses_are_read(tmp_path: Path) -> None:

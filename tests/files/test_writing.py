@@ -16,9 +16,10 @@ from tensor_files import UNICODE, assert_same, disk_full, infos, inside, raw, te
 
 from lorashrink.errors import OutputError
 from lorashrink.files import store as stores
+from lorashrink.files import writing
 from lorashrink.files.disk import write_bytes
-from lorashrink.files.hashes import LEGACY_HASH, MODEL_HASH, SPEC_HASH
-from lorashrink.files.header import header_bytes, read_header, write_order
+from lorashrink.files.hashes import LEGACY_HASH, MODEL_HASH, SPEC_HASH, with_hashes, with_placeholders
+from lorashrink.files.header import Arrangement, header_bytes, read_header, write_order
 from lorashrink.files.reading import open_tensors
 from lorashrink.files.store import TensorInfo
 from lorashrink.files.writing import SafetensorsWriter, save_tensors
@@ -85,7 +86,7 @@ def test_tensors_may_be_written_in_any_order_from_many_threads(tmp_path: Path) -
     tensors = zoo()
     path = tmp_path / "zoo.safetensors"
     with SafetensorsWriter(path, infos(tensors), {}) as writer, ThreadPoolExecutor(8) as pool:
-        for future in [pool.submit(writer.write, name, tensors[name]) for name in reversed(tensors)]:
+        for future in [pool.submit(writer.write, {name: tensors[name]}) for name in reversed(tensors)]:
             future.result()
         writer.commit()
     assert path.read_bytes() == save(tensors)
@@ -101,7 +102,7 @@ def test_a_tensor_of_another_size_is_not_written(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "x.safetensors", infos({"x": tensor("F32", 4)}), {}) as writer:
         for wrong in (tensor("F32", 5), tensor("F16", 4)):
             with pytest.raises(ValueError, match="x: "):
-                writer.write("x", wrong)
+                writer.write({"x": wrong})
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 24])
@@ -118,34 +119,47 @@ def test_tensors_are_copied_in_chunks_of_any_size(
     with open_tensors(source) as store, SafetensorsWriter(path, infos(renamed), {}) as writer:
         for name in renamed:
             writer.copy(name, store, name.replace("new", "old"))
-        assert b"".join(writer.data_chunks()) == b"".join(raw(renamed[name]) for name in write_order(infos(renamed)))
         writer.commit()
     assert path.read_bytes() == save(renamed)
 
 
-def test_metadata_of_equal_length_is_replaced_and_the_tensors_stay(tmp_path: Path) -> None:
+def test_hashes_replace_their_placeholders_and_the_tensors_stay(tmp_path: Path) -> None:
     tensors = {"a": tensor("F32", 3), "b": tensor("F16", 2)}
     path = tmp_path / "x.safetensors"
-    with SafetensorsWriter(path, infos(tensors), {"hash": "0" * 8, "name": "é"}) as writer:
-        for name, value in tensors.items():
-            writer.write(name, value)
-        writer.replace_metadata({"hash": "deadbeef", "name": "é"})
+    with SafetensorsWriter(path, infos(tensors), with_placeholders({MODEL_HASH: "", "name": "é"})) as writer:
+        writer.write(tensors)
+        writer.write_hashes()
         writer.commit()
+    data = b"".join(raw(tensors[name]) for name in write_order(infos(tensors)))
     with safe_open(path, "pt") as reference:
-        assert reference.metadata() == {"hash": "deadbeef", "name": "é"}
+        assert reference.metadata() == {MODEL_HASH: hashlib.sha256(data).hexdigest(), "name": "é"}
         for name, expected in tensors.items():
             assert_same(reference.get_tensor(name), expected)
 
 
-def test_metadata_of_another_length_is_refused_and_nothing_changes(tmp_path: Path) -> None:
-    tensors = {"a": tensor("F32", 3)}
-    path = tmp_path / "x.safetensors"
-    with SafetensorsWriter(path, infos(tensors), {"hash": "0" * 8}) as writer:
-        writer.write("a", tensors["a"])
-        with pytest.raises(ValueError, match="length"):
-            writer.replace_metadata({"hash": "0" * 16})
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_hashes_do_not_depend_on_the_order_of_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(writing, "_PIECE", piece)
+    tensors, entries = zoo(), with_placeholders({MODEL_HASH: "", SPEC_HASH: "", LEGACY_HASH: ""})
+    path = tmp_path / "zoo.safetensors"
+    with SafetensorsWriter(path, infos(tensors), entries) as writer, ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(writer.write, {name: tensors[name]}) for name in reversed(tensors)]:
+            future.result()
+        writer.write_hashes()
         writer.commit()
-    assert path.read_bytes() == save(tensors, {"hash": "0" * 8})
+    data = b"".join(raw(tensors[name]) for name in write_order(infos(tensors)))
+    with safe_open(path, "pt") as reference:
+        assert reference.metadata() == with_hashes(entries, Arrangement(infos(tensors)), [data])
+
+
+def test_hashes_of_half_a_file_are_refused(tmp_path: Path) -> None:
+    tensors = {"a": tensor("F32", 3), "b": tensor("F16", 2)}
+    with SafetensorsWriter(tmp_path / "x.safetensors", infos(tensors), {}) as writer:
+        writer.write({"a": tensors["a"]})
+        with pytest.raises(ValueError, match="not all tensors"):
+            writer.write_hashes()
 
 
 # --- whole files ---------------------------------------------------------------------------------
@@ -210,7 +224,7 @@ def test_the_name_appears_with_the_commit_and_not_before(tmp_path: Path) -> None
     tensors = {"a": tensor("F32", 3)}
     path = tmp_path / "out" / "deep" / "x.safetensors"
     with SafetensorsWriter(path, infos(tensors), {}) as writer:
-        writer.write("a", tensors["a"])
+        writer.write(tensors)
         assert not path.exists()
         assert inside(path.parent) == [writer.temporary.name]
         writer.commit()
@@ -222,7 +236,7 @@ def test_a_block_left_without_commit_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with SafetensorsWriter(out / "x.safetensors", infos({"a": tensor("F32", 3)}), {}) as writer:
         assert len(inside(out)) == 1
-        writer.write("a", tensor("F32", 3))
+        writer.write({"a": tensor("F32", 3)})
     assert inside(out) == []
 
 
@@ -246,7 +260,7 @@ def test_an_existing_file_is_replaced_by_the_commit_alone(tmp_path: Path) -> Non
     before = path.read_bytes()
     new = {"new": tensor("F16", 9)}
     with SafetensorsWriter(path, infos(new), {}) as writer:
-        writer.write("new", new["new"])
+        writer.write(new)
     assert path.read_bytes() == before
     write(path, new)
     assert path.read_bytes() == save(new)
@@ -270,7 +284,7 @@ def test_a_disk_that_fills_up_later_leaves_nothing(
     def fill() -> None:
         with SafetensorsWriter(out / "x.safetensors", infos({"a": tensor("F32", 3)}), {}) as writer:
             monkeypatch.setattr(os, function, disk_full)
-            writer.write("a", tensor("F32", 3))
+            writer.write({"a": tensor("F32", 3)})
             writer.commit()
 
     with pytest.raises(OutputError, match=r"x\.safetensors.*No space left"):
@@ -289,7 +303,7 @@ def test_a_commit_onto_a_folder_fails_and_leaves_no_temporary_file(tmp_path: Pat
     path = tmp_path / "out" / "x.safetensors"
     path.mkdir(parents=True)
     with SafetensorsWriter(path, infos({"a": tensor("F32", 3)}), {}) as writer:
-        writer.write("a", tensor("F32", 3))
+        writer.write({"a": tensor("F32", 3)})
         with pytest.raises(OutputError, match=r"x\.safetensors"):
             writer.commit()
     assert inside(tmp_path / "out") == ["x.safetensors"]

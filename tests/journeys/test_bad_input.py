@@ -601,10 +601,10 @@ def test_an_interruption_while_writing_leaves_finished_files_alone(
 ) -> None:
     write = SafetensorsWriter.write
 
-    def interrupted(self: SafetensorsWriter, name: str, tensor: Tensor) -> None:
+    def interrupted(self: SafetensorsWriter, tensors: dict[str, Tensor]) -> None:
         if self.path.name.startswith("lora"):
             raise KeyboardInterrupt
-        write(self, name, tensor)
+        write(self, tensors)
 
     monkeypatch.setattr(SafetensorsWriter, "write", interrupted)
     last = adapter(tmp_path / "last.safetensors")
@@ -620,7 +620,7 @@ from lorashrink.cli import main
 from lorashrink.files.writing import SafetensorsWriter
 write = SafetensorsWriter.write
 def slow(*arguments):
-    time.sleep(0.02)
+    time.sleep(0.3)
     write(*arguments)
 SafetensorsWriter.write = slow
 main()

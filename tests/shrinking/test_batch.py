@@ -357,6 +357,20 @@ def test_an_overflow_in_half_precision_fails_and_leaves_no_file(tmp_path: Path) 
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("size", [1e-24, 1e24])
+def test_norms_beyond_float32_are_checked_in_float64(tmp_path: Path, size: float) -> None:
+    up, down = (factor.to(torch.bfloat16) for factor in pair())
+    source = make(tmp_path / "a.safetensors", {"lora_unet_a": (up * size, down * size, 8.0)})
+    report = resize(source, recipes="rank=2", output=tmp_path / "out")
+    written = load_file(only(report))
+    assert not report.results[0].warnings
+    up, down = (written[f"lora_unet_a.lora_{side}.weight"].double() / size for side in ("up", "down"))
+    (before,) = deltas(make(tmp_path / "b.safetensors", {"lora_unet_a": (*pair(), 8.0)})).values()
+    expected = torch.linalg.svdvals(before.double())[:2]
+    scale = float(written["lora_unet_a.alpha"]) / 2
+    assert scale * torch.linalg.svdvals(up @ down)[:2] == pytest.approx(expected.numpy(), rel=0.02)
+
+
 def test_a_layer_too_weak_for_the_dtype_is_named_beside_others(tmp_path: Path) -> None:
     (up, down), names = pair(), ("lora_unet_a", "lora_unet_b")
     source = make(tmp_path / "a.safetensors", {names[0]: (up, down, 8.0), names[1]: (up * 1e-7, down * 1e-6, 8.0)})
@@ -387,8 +401,9 @@ def test_a_recipe_that_keeps_nothing_fails_and_leaves_no_file(adapter: Path, tmp
 def test_a_damaged_output_is_not_published(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = SafetensorsWriter.write
 
-    def damaged(self: SafetensorsWriter, name: str, tensor: Tensor) -> None:
-        original(self, name, tensor * 0 if "middle_block_0_in_layers_2.lora_up" in name else tensor)
+    def damaged(self: SafetensorsWriter, tensors: dict[str, Tensor]) -> None:
+        damage = dict.fromkeys((name for name in tensors if "middle_block_0_in_layers_2.lora_up" in name), 0)
+        original(self, {name: tensor * damage.get(name, 1) for name, tensor in tensors.items()})
 
     monkeypatch.setattr(SafetensorsWriter, "write", damaged)
     report = resize(adapter, recipes="rank=2", output=tmp_path)

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from lorashrink.engine.accelerators import computed, start
 from lorashrink.engine.devices import core_device
-from lorashrink.engine.squares import square
+from lorashrink.engine.products import square
 
 
 @pytest.mark.parametrize("rank", [1, 47, 97, 150, 500])
