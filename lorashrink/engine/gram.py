@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +33,9 @@ _ROUNDING, _CANCELLATION = 2.0**-34, 2.0**-44
 
 # Numbers converted to float64 at a time, so that on a CPU they are used while still in its cache.
 CPU_BLOCK = 1 << 17
+
+# On a CPU stacking pays for factors of so many numbers; a larger one fills the machine by itself.
+_STACKED = 1 << 15
 
 # Bytes of the factors that a GPU has at once, in their own dtype, float32 and float64.
 _DEVICE_BYTES = 1 << 29
@@ -165,25 +167,20 @@ def grams(deltas: Sequence[Delta], device: torch.device, dtype: torch.dtype = to
 
 def product_squares(deltas: Sequence[Delta], device: torch.device, dtype: torch.dtype) -> list[float]:
     """‖up · down‖_F² of layers of equal rank, computed in `dtype`, without the scale; NaN if numbers overflow."""
-    if device.type != "cpu":
-        own = grams(deltas, device, dtype)
-        return (own.down * own.up).sum((-2, -1), dtype=torch.float64).tolist()
-    sides = [
-        (factor_gram(delta.down, columns=False, dtype=dtype), factor_gram(delta.up, columns=True, dtype=dtype))
-        for delta in deltas
-    ]
-    return [float(np.vdot(down.numpy(), up.numpy())) for down, up in sides]
+    own = grams(deltas, device, dtype)
+    return own.down.mul_(own.up).sum((-2, -1), dtype=torch.float64).tolist()
 
 
 def _stacked_grams(factors: Sequence[Tensor], device: torch.device, dtype: torch.dtype, *, columns: bool) -> Tensor:
-    """[L, r, r] of factors [r, n], or [n, r] if `columns`; on a GPU equal shapes go through one batched product."""
-    if device.type == "cpu":
-        return torch.stack([factor_gram(factor, columns=columns, dtype=dtype) for factor in factors])
-    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for index, factor in enumerate(factors):
-        groups[factor.shape, factor.dtype].append(index)
+    """[L, r, r] of factors [r, n], or [n, r] if `columns`; equal shapes go through one batched product."""
     rank = factors[0].shape[1 if columns else 0]
     result = torch.empty(len(factors), rank, rank, dtype=dtype, device=device)
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, factor in enumerate(factors):
+        if device.type == "cpu" and factor.numel() > _STACKED:
+            result[index] = factor_gram(factor, columns=columns, dtype=dtype)
+        else:
+            groups[factor.shape, factor.dtype].append(index)
     for indices in groups.values():
         first = factors[indices[0]]
         most = max(1, _DEVICE_BYTES // max(1, first.numel() * (first.element_size() + 4 + 8)))
