@@ -51,7 +51,7 @@ def of_experts(count: int) -> Family:
         shape=lambda infos: (count * infos["up"].shape[0], infos["down"].shape[1]),
         rank=lambda infos: infos["down"].shape[0] // count,
         delta=delta,
-        carried=lambda infos: None,
+        carried=lambda infos, config: None,
         experts=count,
         written=lambda infos, rank: {
             "up": (infos["up"].shape[0], rank * count),

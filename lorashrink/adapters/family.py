@@ -24,6 +24,7 @@ SHARED = {
 Shape = tuple[int, ...]
 # role ("up", "down", ...) -> what the header says of the tensor that plays it
 Infos = Mapping[str, TensorInfo]
+Carried = Callable[[Infos, Mapping[str, Any]], str | None]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -80,8 +81,8 @@ class Family:
     own_scale: Callable[[Infos, float | None, float], float] | None = None
     marks: frozenset[str] = frozenset()  # roles that prove the family; empty means all of its own
     flat: Callable[[Infos], bool] = lambda infos: False
-    # why a complete layer is no ΔW of a matrix, and is copied along; None if it is one
-    carried: Callable[[Infos], str | None] = lambda infos: None
+    # (infos, PEFT's settings) -> why a complete layer is no ΔW of a matrix, and is copied; None if it is one
+    carried: Carried = lambda infos, config: None
     needs: Needs = Needs.NOTHING
     changed_base: str = ""  # the initialisation by which PEFT changes the base at load; "" if it does not
     experts: int = 1  # weights of one shape, one below another; they and others of their module have one rank

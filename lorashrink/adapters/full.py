@@ -41,6 +41,6 @@ FAMILIES = (
         rank=lambda infos: min(infos["diff"].shape[0], math.prod(infos["diff"].shape[1:])),
         delta=delta,
         own_scale=unscaled,
-        carried=lambda infos: "a difference of a vector" if is_vector(infos) else None,
+        carried=lambda infos, config: "a difference of a vector" if is_vector(infos) else None,
     ),
 )

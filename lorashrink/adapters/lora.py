@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from lorashrink.adapters.factors import fold
-from lorashrink.adapters.family import Family, Infos, Shape, Stored
+from lorashrink.adapters.family import Carried, Family, Infos, Shape, Stored
 from lorashrink.files.store import TensorInfo
 
 if TYPE_CHECKING:
@@ -38,11 +38,14 @@ def check(infos: Infos) -> str | None:
     return f"the factors {list(up)} and {list(down)} are empty" if 0 in (*up, *down) else None
 
 
-def in_groups(infos: Infos) -> str | None:
-    """Why a grouped convolution as PEFT stores it is no ΔW = up · down: up [out, r/groups, 1, 1] has blocks of rows.
+def in_blocks(infos: Infos, config: Mapping[str, Any]) -> str | None:
+    """Why a layer as PEFT stores it is no ΔW = up · down: one of its factors is stored as a row of blocks.
 
-    Source: `lora_B` of peft/tuners/lora/layer.py has the groups of the convolution that it belongs to.
+    This is so in block-diagonal LoRA, and in grouped convolutions, where up is [out, r/groups, 1, 1]. Source: `lora_B`
+    of peft/tuners/lora/layer.py has the groups of the convolution that it belongs to.
     """
+    if config.get("use_bdlora"):
+        return "block-diagonal LoRA (use_bdlora), one of whose factors is stored as a row of blocks"
     if not infos.keys() >= {"up", "down"}:
         return None
     up, down = infos["up"].shape, infos["down"].shape
@@ -76,7 +79,7 @@ def written(infos: Infos, rank: int) -> Mapping[str, Shape]:
     return shapes | ({"alpha": infos["alpha"].shape} if "alpha" in infos else {})
 
 
-def spelled(up: str, down: str, *, carried: Callable[[Infos], str | None] = lambda infos: None, **more: str) -> Family:
+def spelled(up: str, down: str, *, carried: Carried = lambda infos, config: None, **more: str) -> Family:
     """LoRA whose tensors' names end so; `carried` is that of `Family`."""
     return Family(
         name="lora",
@@ -96,7 +99,7 @@ PEFT = spelled(
     r"\.lora_B(?:\.[^.]+)?\.weight",
     r"\.lora_A(?:\.[^.]+)?\.weight",
     bias=r"\.lora_B(?:\.[^.]+)?\.bias",
-    carried=in_groups,
+    carried=in_blocks,
 )  # and diffusers; the bias is that of PEFT's `lora_bias` and of control LoRAs
 FAMILIES = (
     KOHYA,

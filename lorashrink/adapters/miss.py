@@ -6,7 +6,8 @@ So ΔW = Bᵀ · [I I ...], of rank r. With `init_weights` "mini" B is [r, mini_
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from lorashrink.adapters.family import Family, Infos, Needs, Stored, unscaled
 from lorashrink.errors import ShapeError
@@ -21,9 +22,13 @@ def check(infos: Infos) -> str | None:
     return None if len(block) == 2 and 0 not in block else f"miss_block {list(block)} is no matrix"
 
 
-def carried(infos: Infos) -> str | None:
-    """Why the layer is copied: a block of three dimensions is one of "bat"."""
-    return "MiSS by `bat`, which multiplies the base weight" if len(infos["block"].shape) == 3 else None
+def carried(infos: Infos, config: Mapping[str, Any]) -> str | None:
+    """Why the layer is copied: "bat" has blocks of three dimensions, and an unknown variant may multiply, too."""
+    if len(infos["block"].shape) == 3:
+        return "MiSS by `bat`, which multiplies the base weight"
+    if config.get("init_weights") not in (None, True, False, "mini"):
+        return "MiSS whose init_weights is not true, false or mini; then it may multiply the base weight"
+    return None
 
 
 def delta(stored: Stored) -> Delta:

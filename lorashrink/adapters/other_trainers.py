@@ -42,7 +42,7 @@ MLX = Family(
     shape=lambda infos: (infos["b"].shape[1], infos["a"].shape[0]),
     rank=lambda infos: infos["a"].shape[1],
     delta=delta,
-    carried=lambda infos: "experts of mlx-lm" if len(infos["a"].shape) == len(infos["b"].shape) == 3 else None,
+    carried=lambda infos, config: "experts of mlx-lm" if len(infos["a"].shape) == len(infos["b"].shape) == 3 else None,
     becomes_lora=True,
 )
 TORCHTUNE = replace(

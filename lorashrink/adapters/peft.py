@@ -86,16 +86,6 @@ def config(settings: Settings, layer: str) -> Mapping[str, Any]:
     return settings.get(_module(settings, layer)[0], {})
 
 
-def carried(settings: Settings, layer: str) -> str | None:
-    """Why the settings make a layer's factors no ΔW = up · down, if they do; shapes alone do not tell all of these."""
-    of_layer = config(settings, layer)
-    if of_layer.get("use_bdlora"):
-        return "block-diagonal LoRA (use_bdlora), one of whose factors is stored as a row of blocks"
-    if of_layer.get("peft_type") == "MISS" and of_layer.get("init_weights") not in (None, True, False, "mini"):
-        return "MiSS whose init_weights is not true, false or mini; then it may multiply the base weight"
-    return None
-
-
 def scale(settings: Settings, layer: str, rank: int, patterns: Patterns) -> float:
     """alpha/r of a layer, or alpha/√r with rsLoRA; 1 if the settings say nothing.
 

@@ -184,9 +184,10 @@ def _layer(
     }
     infos = {role: store.tensors[key] for role, key in {**keys, **common}.items()}
     try:
+        config = peft.config(settings, name)
         complete = family.common.keys() <= infos.keys()
         reason = None if complete else "its shared matrices are not in the file"
-        reason = reason or family.carried(infos) or peft.carried(settings, name)
+        reason = reason or family.carried(infos, config)
         if not reason and family.name == "lora" and "lora_A" in family.suffixes["down"] and "down" in infos:
             count = peft.experts(settings, name, next(iter(infos["down"].shape), 0), patterns)
             family = of_experts(count) if isinstance(count, int) and count else family
@@ -201,7 +202,6 @@ def _layer(
         raise ShapeError(
             f"{store.path}: layer {name}: its lora_alpha or a pattern is broken ({error}). Export it again."
         ) from error
-    config = peft.config(settings, name)
     if family.name == "lora" and (initialisation := changes_base(config)):
         family = against_true_base(family, initialisation)
     return Layer(name, family, keys, infos, store, scale, config, common), stay
