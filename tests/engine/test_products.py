@@ -1,4 +1,4 @@
-"""A matrix times its own transpose: by numpy on a CPU, in strips on a GPU."""
+"""Products of matrices: by numpy on a CPU, those with a transpose in strips on a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ from torch.testing import assert_close
 
 from lorashrink.engine.accelerators import computed, start
 from lorashrink.engine.devices import core_device
-from lorashrink.engine.products import square
+from lorashrink.engine.products import product, square
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kept", [0, 1, 31, 64])
+def test_a_product_has_the_shape_dtype_and_numbers_of_torchs(engine_device: str, dtype: torch.dtype, kept: int) -> None:
+    device = core_device(engine_device)
+    start(device)
+    left, right = (torch.randint(-9, 9, shape).to(dtype) for shape in ((70, 64), (kept, 64)))  # nothing is rounded
+    right.requires_grad_()
+    (ours,) = computed(
+        lambda pairs, device: [product(*(factor.to(device) for factor in pair)).cpu() for pair in pairs],
+        [(left, right.T)],
+        device,
+    )
+    assert torch.equal(ours, left @ right.T)
 
 
 @pytest.mark.parametrize("rank", [1, 47, 97, 150, 500])
@@ -36,3 +51,4 @@ def test_a_row_that_overflows_gives_no_warning(number: float) -> None:
     products = square(rows)
     assert not products[1, 0, 0].isfinite()
     assert torch.equal(products[0], torch.full((3, 3), 4.0, dtype=torch.float64))
+    assert torch.equal(product(rows[1], rows[1].T).isfinite(), products[1].isfinite())
