@@ -423,14 +423,13 @@ def say_limits(bench: Bench, profile: Mapping[str, Mapping[str, float]], rates: 
         f"flushed write {rates.write / 1e9:.2f} GB/s"
     )
     start = stages["start Python"] + stages["import torch"]
-    writing = cpu["write tensors"] - cpu["hash of the output"]  # which goes on at the same time
     rows = [
         ("Python and torch", "", bench.import_torch.wall, start),
         ("read", f"{read / 1e6:.0f} MB", read / rates.read, cpu["read tensors"]),
         ("Gram matrices", f"{gram / 1e9:.1f} GFLOP", gram / rates.gram, cpu["Gram matrices"]),
         ("r×r algebra", f"{eigen / 1e9:.1f} GFLOP", eigen / rates.core, cpu["r×r algebra"]),
         ("form factors", f"{form / 1e9:.1f} GFLOP", form / rates.form, cpu["form factors"]),
-        ("write", f"{written / 1e6:.0f} MB", written / rates.write, writing + stages["fsync, rename"]),
+        ("write", f"{written / 1e6:.0f} MB", written / rates.write, cpu["write tensors"] + stages["fsync, rename"]),
     ]
     rows.append(("whole command", "", sum(row[2] for row in rows), float(profile["total"])))
     bench.say(f"{'part':<18}{'amount':>14}{'limit':>10}{'measured':>10}{'of limit':>10}")

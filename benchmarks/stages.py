@@ -42,7 +42,7 @@ WORK = {
     "Gram matrices": "lorashrink.engine.spectrum:grams",
     "r×r algebra": "lorashrink.engine.spectrum:solve",
     "form factors": "lorashrink.shrinking.write:truncate_together",
-    "write tensors": "lorashrink.files.writing:SafetensorsWriter.write",
+    "write tensors": "lorashrink.files.writing:SafetensorsWriter._write_file",
 }
 
 

@@ -162,7 +162,7 @@ def resize(
         recipes = recipe or []
         parse_recipes(recipes)  # before any file is read: a typo is answered at once
         base, adapters = split_base("resize", files, base)
-        if len(adapters) == 1:
+        if len(adapters) == 1 and not (ray or skip_existing):
             begin_sha256(Path(adapters[0]))  # beside the import of torch, which takes as long
         run = _runner(ray, ray_transfer, gpus_per_task)
         options |= {"base": base, "recipes": recipes, "quantiles": terminal.verbose > 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ _ROUNDING, _CANCELLATION = 2.0**-34, 2.0**-44
 # Numbers converted to float64 at a time, so that on a CPU they are used while still in its cache.
 CPU_BLOCK = 1 << 17
 
-# On a CPU stacking pays for factors of so many numbers; a larger one fills the machine by itself.
+# On a CPU stacking pays for factors of at most so many numbers; a larger one fills the machine by itself.
 _STACKED = 1 << 15
 
 # Bytes of the factors that a GPU has at once, in their own dtype, float32 and float64.
@@ -213,17 +214,14 @@ def on_cpu(*tensors: Tensor) -> list[Tensor]:
 
 def factor_gram(factors: Tensor, *, columns: bool, dtype: torch.dtype = torch.float64) -> Tensor:
     """[..., r, r] in `dtype` of factors [..., r, n], or [..., n, r] if `columns`."""
-    dim = -2 if columns else -1
-    width, rank = factors.shape[dim], factors.shape[-3 - dim]
-    # Blocks that are shorter than the rank would be less work than adding their squares.
-    block = max(64, rank, CPU_BLOCK // rank) if factors.device.type == "cpu" else width
-    total: Tensor | None = None
-    for part in torch.split(factors, block, dim) if width > block else [factors]:
-        wide = widened(part, dtype)
-        part_of_sum = square(wide.mT if columns else wide)
-        total = part_of_sum if total is None else total.add_(part_of_sum)
-    assert total is not None
-    return total
+    rank, width = (factors.mT if columns else factors).shape[-2:]
+    block = width
+    if factors.device.type == "cpu":
+        # Blocks that are shorter than the rank would be less work than adding their squares.
+        block = max(64, rank, CPU_BLOCK * width // max(1, factors.numel()))
+    parts = torch.split(factors, block, -2 if columns else -1) if width > block else [factors]
+    wide = (widened(part, dtype) for part in parts)  # one at a time
+    return reduce(Tensor.add_, (square(part.mT if columns else part) for part in wide))
 
 
 def widened(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -229,7 +229,7 @@ def decompose(
         size = _chunk_size(rank, device)
         for low in range(0, len(indices), size):
             chunk = indices[low : low + size]
-            loading = partial(reading, chunk) if reading else nullcontext[None]
+            loading = reading(chunk) if reading else nullcontext()
             future = pool.submit(_decompose_chunk, [items[index] for index in chunk], device, loading)
             pending |= {index: PendingSpectrum(future, position) for position, index in enumerate(chunk)}
     return [pending[index] for index in range(len(items))]
@@ -355,8 +355,9 @@ def _scaled_maps(spectrum: Spectrum, index: Indices, factors: tuple[float, float
     """(left [r, k], right [k, r]) of the dimensions in `index`, each side times its factor."""
     assert spectrum.left is not None
     assert spectrum.right is not None
-    # numpy, whose calls cost a third of torch's
-    left, right = spectrum.left.numpy()[..., index] * factors[0], spectrum.right.numpy()[..., index, :] * factors[1]
+    left, right = spectrum.left.numpy(), spectrum.right.numpy()  # whose calls cost a third of torch's
+    with np.errstate(all="ignore"):
+        left, right = left[..., index] * factors[0], right[..., index, :] * factors[1]
     return torch.from_numpy(left), torch.from_numpy(right)
 
 
@@ -504,11 +505,11 @@ def _chunk_size(rank: int, device: torch.device) -> int:
 def _decompose_chunk(
     items: Sequence[Item],
     device: torch.device,
-    loading: Callable[[], AbstractContextManager[None]] = nullcontext[None],
+    loading: AbstractContextManager[None] = nullcontext(),
 ) -> list[Spectrum | Exception]:
     """The spectrum of each layer, or the error with which it could not be loaded."""
     deltas: list[AnyDelta | Exception] = []
-    with loading():
+    with loading:
         for item in items:
             try:
                 deltas.append(item.load())

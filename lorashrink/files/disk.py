@@ -336,10 +336,9 @@ def check_apart(files: NamedPaths, folders: NamedPaths = ()) -> None:
 
 def sha256_file(path: Path, contents: memoryview | None = None) -> str:
     """SHA-256 of a file, whose contents may have been read, as 64 hexadecimal digits. Raises InputError."""
-    try:
-        begun = _begun.pop(_identity(path), None)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    begun = None
+    with contextlib.suppress(OSError):
+        begun = _begun.pop(_identity(path), None) if _begun else None
     if begun:
         return begun.result()
     return _sha256(path) if contents is None else hashlib.sha256(contents).hexdigest()
@@ -347,25 +346,26 @@ def sha256_file(path: Path, contents: memoryview | None = None) -> str:
 
 def begin_sha256(path: Path) -> None:
     """Begin to hash a file that `sha256_file` is about to be asked for, while the program starts."""
-    with contextlib.suppress(OSError):
-        _begun[_identity(path)] = begun = Future[str]()
-        threading.Thread(target=_hash_for, args=(path, begun), daemon=True).start()
+    with contextlib.suppress(OSError, ValueError):  # a file that cannot be read is not asked for
+        identity, future = _identity(path), Future[str]()
+        threading.Thread(target=_hash_for, args=(path, future), daemon=True).start()
+        _begun[identity] = future
 
 
 _begun: dict[tuple[int, ...], Future[str]] = {}
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """What changes if the file changes."""
+    """Device, inode, size and time of the last change of a file. Raises OSError, or ValueError for a broken name."""
     status = os.stat(path)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _hash_for(path: Path, begun: Future[str]) -> None:
+def _hash_for(path: Path, future: Future[str]) -> None:
     try:
-        begun.set_result(_sha256(path))
+        future.set_result(_sha256(path))
     except BaseException as error:
-        begun.set_exception(error)
+        future.set_exception(error)
 
 
 def _sha256(path: Path) -> str:

@@ -32,34 +32,25 @@ class Hashes:
     """Replaces the placeholders in metadata, from the bytes behind the header as they come.
 
     sd-scripts hashes a re-save that keeps only the `ss_*` entries. The legacy hash reads at a fixed position of
-    that file, so the length of its header matters. Nothing is hashed if the metadata has no placeholders.
+    that file, so the length of its header matters. `needed` is False if the metadata has no placeholders.
     """
 
     def __init__(self, metadata: Mapping[str, str], tensors: Arrangement) -> None:
+        self.needed = bool(metadata.keys() & _PLACEHOLDERS.keys())
         self._metadata = metadata
-        self._digest = hashlib.sha256() if metadata.keys() & _PLACEHOLDERS.keys() else None
-        training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-        header = tensors.header(training) if self._digest else b""
+        self._digest = hashlib.sha256()
+        header = tensors.header({key: value for key, value in metadata.items() if key.startswith("ss_")})
         self._window, self._position = bytearray(header[_LEGACY_START : _LEGACY_START + _LEGACY_BYTES]), len(header)
 
-    @property
-    def needed(self) -> bool:
-        """Whether the metadata has placeholders."""
-        return self._digest is not None
-
-    def update(self, data: bytes | memoryview) -> None:
+    def update(self, data: bytes | bytearray | memoryview) -> None:
         """Take the next bytes."""
-        if self._digest:
-            self._digest.update(data)
-            begin = max(_LEGACY_START - self._position, 0)
-            end = max(_LEGACY_START + _LEGACY_BYTES - self._position, 0)
-            self._window += data[begin:end]
-            self._position += len(data)
+        self._digest.update(data)
+        begin, end = (max(edge - self._position, 0) for edge in (_LEGACY_START, _LEGACY_START + _LEGACY_BYTES))
+        self._window += data[begin:end]
+        self._position += len(data)
 
     def metadata(self) -> dict[str, str]:
         """The metadata with the hashes of all bytes so far."""
-        if self._digest is None:
-            return dict(self._metadata)
         digest = self._digest.hexdigest()
         legacy = hashlib.sha256(self._window).hexdigest()[:8]
         hashes = {MODEL_HASH: digest, LEGACY_HASH: legacy, SPEC_HASH: "0x" + digest}
@@ -69,8 +60,11 @@ class Hashes:
 def with_hashes(
     metadata: Mapping[str, str], tensors: Arrangement, data: Iterable[bytes | memoryview]
 ) -> dict[str, str]:
-    """`metadata` with the placeholders replaced; `data` are all bytes behind the header."""
+    """`metadata` with the placeholders replaced; `data` are all bytes behind the header.
+
+    Without placeholders nothing is read.
+    """
     hashes = Hashes(metadata, tensors)
-    for chunk in data:
+    for chunk in data if hashes.needed else ():
         hashes.update(chunk)
     return hashes.metadata()

@@ -122,8 +122,8 @@ def read_text(path: Path, *, limit: int = MAX_TEXT_BYTES) -> str:
         return handle.readall().decode("utf-8")
 
 
-# Bytes between two tensors that are read with them.
-_NEAR = 4096
+# Bytes between two tensors that are read with them, and of the largest number.
+_NEAR, _ALIGNED = 4096, 8
 
 # A whole file is copied out of the system's cache by a few threads.
 _READERS, _READ_CHUNK = 4, 1 << 25
@@ -187,8 +187,8 @@ class TensorStore:
         self.headers = tuple(headers)  # raw header of each file: part of a base's identity
         self._slabs = dict(slabs or {})  # whole files, by their index, that belong to someone else
         self._own_slabs: list[mmap] = []
-        self._open_files: dict[int, Any] = {}
-        self._near = threading.local()  # see `together`
+        self._open_files: dict[int, FileIO] = {}
+        self._near = threading.local()  # what `together` has read for a thread
         self._lock = threading.Lock()
 
     @property
@@ -204,7 +204,7 @@ class TensorStore:
         info = self.tensors[name]
         if info.dtype not in DTYPES:
             raise DamagedFile(f"{self.path}: tensor {name} has the unknown dtype {info.dtype}.")
-        block, block_start = self._block_of(info)
+        block, block_start = self._block_of(name)
         if block is not None and rows is None and info.nbytes and info.offset % DTYPES[info.dtype][0] == 0:
             import torch
 
@@ -240,37 +240,38 @@ class TensorStore:
         """
         import torch
 
-        blocks: list[tuple[int, int, int, memoryview]] = []
-        for file, start, end in self._stretches(names):
+        blocks: dict[str, tuple[memoryview, int]] = {}
+        for file, start, end, inside in self._stretches(names):
             block = memory_of(torch.empty(end - start, dtype=torch.uint8))
             self._read_at(file, block, start)
-            blocks.append((file, start, end, block))
+            blocks |= dict.fromkeys(inside, (block, start))
         self._near.blocks = blocks
         try:
             yield
         finally:
-            self._near.blocks = []
+            self._near.blocks = {}
 
-    def _stretches(self, names: Iterable[str]) -> list[tuple[int, int, int]]:
-        """(file, first byte, end) of stretches of the files that hold these tensors and are not in memory."""
-        runs: list[tuple[int, int, int]] = []
-        for info in sorted((self.tensors[name] for name in names), key=lambda info: (info.file, info.offset)):
-            file, start, end = runs[-1] if runs else (-1, 0, 0)
+    def _stretches(self, names: Iterable[str]) -> list[tuple[int, int, int, list[str]]]:
+        """(file, first byte, end, tensors) of stretches that hold these tensors; none of files that are in memory."""
+        stretches: list[tuple[int, int, int, list[str]]] = []
+        for name in sorted(names, key=lambda name: (self.tensors[name].file, self.tensors[name].offset)):
+            info = self.tensors[name]
+            file, start, end, inside = stretches[-1] if stretches else (-1, 0, 0, [])
             last = info.offset + info.nbytes
             if file == info.file and info.offset <= end + _NEAR and last <= start + COPY_CHUNK:
-                runs[-1] = file, start, max(end, last)
+                inside.append(name)
+                stretches[-1] = file, start, max(end, last), inside
             elif info.file not in self._slabs:
-                runs.append((info.file, info.offset, last))
-        return runs
+                # numbers are as aligned in the stretch as in the file
+                stretches.append((info.file, info.offset - info.offset % _ALIGNED, last, [name]))
+        return stretches
 
-    def _block_of(self, info: TensorInfo) -> tuple[Any, int]:
+    def _block_of(self, name: str) -> tuple[Any, int]:
         """(bytes that have been read and hold the tensor, where they begin in its file); None without any."""
-        if slab := self._slabs.get(info.file):
+        if slab := self._slabs.get(self.tensors[name].file):
             return slab, 0
-        for file, start, end, block in getattr(self._near, "blocks", ()):
-            if file == info.file and start <= info.offset and info.offset + info.nbytes <= end:
-                return block, start
-        return None, 0
+        blocks: dict[str, tuple[memoryview, int]] = getattr(self._near, "blocks", {})
+        return blocks.get(name, (None, 0))
 
     def loaded(self, index: int) -> memoryview | None:
         """All bytes of a file that `load` has read."""
@@ -322,13 +323,16 @@ class TensorStore:
             self._read_at(info.file, memory_of(buffer), info.offset + start)
         return buffer
 
+    def _handle(self, index: int) -> FileIO:
+        with self._lock:
+            if index not in self._open_files:
+                self._open_files[index] = open_file(self.files[index])
+            return self._open_files[index]
+
     def _read_at(self, index: int, view: memoryview, offset: int) -> None:
         path = self.files[index]
         try:
-            with self._lock:
-                if index not in self._open_files:
-                    self._open_files[index] = open_file(path)
-                handle = self._open_files[index]
+            handle = self._handle(index)
             while view:
                 if hasattr(os, "preadv"):
                     count = os.preadv(handle.fileno(), [view], offset)
@@ -368,7 +372,7 @@ class ComputedStore(TensorStore):
     def load(self) -> None:
         """Nothing: what is computed is not what the files hold."""
 
-    def _stretches(self, names: Iterable[str]) -> list[tuple[int, int, int]]:
+    def _stretches(self, names: Iterable[str]) -> list[tuple[int, int, int, list[str]]]:
         return []  # the files hold something else
 
     def chunks(self, name: str) -> Iterator[memoryview]:

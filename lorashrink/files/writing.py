@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorashrink.errors import OutputError
 from lorashrink.files.disk import as_output_error, cannot_write, complete_files, create_temporary, discard, publish
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 22  # bytes that are hashed in one go
 
-_OTHERWISE = "{}: what was written reads back otherwise; check the disk and the memory."
+_READS_BACK_OTHERWISE = "{}: what was written reads back otherwise; check the disk and the memory."
 
 
 def save_tensors(
@@ -59,6 +59,17 @@ def save_tensors(
         writer.commit(companions)
 
 
+class _Unfinished(TensorStore):
+    """A file that is being written, read through the writer's own descriptor, under the name that it will have."""
+
+    def __init__(self, file: FileIO, lock: threading.Lock, *rest: Any) -> None:
+        super().__init__(*rest)
+        self._file, self._lock = file, lock
+
+    def _handle(self, index: int) -> FileIO:
+        return self._file
+
+
 class SafetensorsWriter:
     """A safetensors file of known shapes, filled in any order and from any thread.
 
@@ -87,6 +98,7 @@ class SafetensorsWriter:
         nbytes = self.tensors.nbytes
         self._hashes = Hashes(metadata, self.tensors)
         self._hashed = 0  # pieces
+        self._begun: set[str] = set()
         self._missing = [min(_PIECE, nbytes - low) for low in range(0, nbytes, _PIECE)]  # bytes of each piece
         self._hashing = threading.Lock()
         self._slab = SLABS.take(len(header) + self.tensors.nbytes) if in_memory else None
@@ -118,15 +130,21 @@ class SafetensorsWriter:
             start, flat = self.tensors.offsets[name], tensors[name].contiguous().reshape(-1).view(torch.uint8)
             if flat.numel() != self.tensors.tensors[name].nbytes:
                 raise ValueError(f"{name}: {flat.numel()} bytes for {self.tensors.tensors[name]}")
+            self._begin(name)
             if start != end:
                 runs.append((start, []))
             runs[-1][1].append(memory_of(flat))
             end = start + flat.numel()
         for start, parts in runs:
-            self._fill(start, parts[0] if len(parts) == 1 else b"".join(parts))
+            if self._slab is None and len(parts) > 1:
+                parts = [memoryview(b"".join(parts))]
+            for part in parts:
+                self._fill(start, part)
+                start += len(part)
 
     def copy(self, name: str, source: TensorStore, source_name: str) -> None:
         """Copy the bytes of a tensor of another file."""
+        self._begin(name)
         start = self.tensors.offsets[name]
         for chunk in source.chunks(source_name):
             self._fill(start, chunk)
@@ -147,13 +165,13 @@ class SafetensorsWriter:
                     break
                 start += len(chunk)
         if start != len(whole):
-            raise OutputError(_OTHERWISE.format(self.path))
+            raise OutputError(_READS_BACK_OTHERWISE.format(self.path))
 
     def opened(self) -> TensorStore:
         """The file as a reader sees it, where tensors are zeros until they are written; from memory if it is there."""
         tensors, metadata, raw = read_header(self.temporary)
         slabs = {} if self._slab is None else {0: self._slab}
-        return TensorStore(self.temporary, tensors, metadata, [self.temporary], [raw], slabs)
+        return _Unfinished(self._file, self._lock, self.path, tensors, metadata, [self.path], [raw], slabs)
 
     def readable_names(self) -> set[str]:
         """The tensors that the reference library finds in what was written. Raises OutputError if it finds no file."""
@@ -167,15 +185,16 @@ class SafetensorsWriter:
 
     def write_hashes(self) -> None:
         """Replace placeholders in the metadata by the hashes of all tensors, which are written by now."""
-        if any(self._missing):
-            raise ValueError(f"{self.path}: not all tensors are written")
         self._hash_complete_pieces()
         header = self.tensors.header(self._hashes.metadata())
-        assert len(header) == self._header_length  # hashes are as long as their placeholders
+        if any(self._missing) or len(header) != self._header_length:
+            raise ValueError(f"{self.path}: not all tensors are written, or a hash is longer than its placeholder")
         self._write_header(header)
 
     def commit(self, companions: Mapping[Path, bytes] | None = None) -> None:
         """Flush to the disk and give the file its name, together with `companions`. Raises OutputError."""
+        if any(self._missing):
+            raise ValueError(f"{self.path}: not all tensors are written")
         with complete_files(companions or {}) as temporaries:
             with as_output_error(self.path):
                 os.fsync(self._file.fileno())
@@ -206,6 +225,12 @@ class SafetensorsWriter:
             memoryview(self._slab)[: len(header)] = header
         self._write_file(0, header)
 
+    def _begin(self, name: str) -> None:
+        with self._lock:
+            if name in self._begun:
+                raise ValueError(f"{self.path}: {name} is written twice")
+            self._begun.add(name)
+
     def _fill(self, start: int, data: bytes | memoryview) -> None:
         """Write bytes of the data; `start` is counted from the end of the header."""
         offset, end = self._header_length + start, start + len(data)
@@ -228,25 +253,30 @@ class SafetensorsWriter:
                     start = self._header_length + self._hashed * _PIECE
                     end = min(start + _PIECE, self._header_length + self.tensors.nbytes)
                     self._hashes.update(self._read(start, end - start))
+                    self._hashed += 1
                     if self._slab is None and hasattr(os, "posix_fadvise"):
                         # Linux begins to write these bytes to the disk, and the flush at the end has less to do.
-                        os.posix_fadvise(self._file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
-                    self._hashed += 1
+                        with contextlib.suppress(OSError):
+                            os.posix_fadvise(self._file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
             finally:
                 self._hashing.release()
 
-    def _read(self, offset: int, length: int) -> bytes | memoryview:
+    def _read(self, offset: int, length: int) -> bytearray | memoryview:
         if self._slab is not None:
             return memoryview(self._slab)[offset : offset + length]
+        data = bytearray(length)
+        view = memoryview(data)
         with as_output_error(self.path):
-            if hasattr(os, "pread"):
-                data = os.pread(self._file.fileno(), length, offset)
-            else:  # Windows has no positioned read
-                with self._lock:
-                    self._file.seek(offset)
-                    data = self._file.read(length)
-        if len(data) != length:
-            raise OutputError(_OTHERWISE.format(self.path))
+            while view:
+                if hasattr(os, "preadv"):
+                    count = os.preadv(self._file.fileno(), [view], offset)
+                else:  # Windows has no positioned read
+                    with self._lock:
+                        self._file.seek(offset)
+                        count = self._file.readinto(view)
+                if not count:
+                    raise OutputError(_READS_BACK_OTHERWISE.format(self.path))
+                view, offset = view[count:], offset + count
         return data
 
     def _write_file(self, offset: int, data: bytes | memoryview) -> None:

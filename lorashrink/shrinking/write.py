@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from lorashrink.engine.gram import product_squares
 from lorashrink.engine.rounding import to_float8
 from lorashrink.engine.spectrum import Cut, truncate_together
 from lorashrink.errors import OutputError
-from lorashrink.files.store import COPY_CHUNK, ComputedStore, TensorStore, torch_dtype
+from lorashrink.files.store import DTYPES, ComputedStore, TensorStore, torch_dtype
 from lorashrink.files.writing import SafetensorsWriter
 from lorashrink.shrinking.layout import FP8
 from lorashrink.shrinking.plan import LayerPlan, Plan
@@ -30,8 +30,6 @@ from lorashrink.shrinking.remarks import below_precision
 
 # Relative difference of a layer's norm before and after rounding to the dtype that still is rounding.
 _NORM_TOLERANCE = {"F64": 1e-6, "F32": 1e-5, "F16": 1e-2, "BF16": 2e-2, "F8_E4M3": 1e-3}
-
-_HALVES = frozenset({"F16", "BF16", "F8_E4M3"})
 
 # What rounding to 8 bits may change of a layer, as a part of its norm; and of a layer that changes more, as a part of
 # the file's.
@@ -41,7 +39,7 @@ _COARSEST, _COARSEST_IN_FILE = 0.4, 1e-2
 # than it takes from the others.
 NEGLIGIBLE = 1e-5
 
-_CHUNK_LAYERS, _CHUNK_BYTES = 16, COPY_CHUNK  # of a task, at most
+_CHUNK_LAYERS, _CHUNK_BYTES = 16, 1 << 25  # of a task, at most
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
@@ -74,7 +72,7 @@ def write(
 
         def write_layers(chunk: Sequence[int]) -> None:
             deltas: dict[int, AnyDelta] = {}
-            with source.reading(chunk):
+            with source.reading(index for index in chunk if any(index in plan.written for plan in plans.values())):
                 for plan, writer, checks in outputs:
                     writer.write(dict(_values(plan, chunk, deltas, device, checks.changes)))
                     checks.check(chunk)
@@ -143,7 +141,7 @@ def _chunks(adapter: Adapter) -> list[list[int]]:
     chunks: list[list[int]] = [[]]
     nbytes = 0
     for index, layer in enumerate(adapter.layers):
-        size = sum(info.nbytes for info in layer.infos.values())
+        size = 4 * layer.width * layer.numbers  # of its factors, which may be far more than what is stored
         if chunks[-1] and (len(chunks[-1]) == _CHUNK_LAYERS or nbytes + size > _CHUNK_BYTES):
             chunks.append([])
             nbytes = 0
@@ -162,6 +160,7 @@ def _run(pool: Executor, chunks: Sequence[Sequence[int]], task: Callable[[Sequen
     finally:
         for future in futures:
             future.cancel()
+        wait(futures)  # those that run have files open
 
 
 def _values(
@@ -206,7 +205,7 @@ class _Checks:
         self.changes: Changes = {}  # to be filled
         self._plan, self._path, self._device = plan, path, core_device(device)
         self._layers = {layer.name: layer for layer in self.adapter}
-        self._below: dict[int, str] = {}
+        self._too_weak: dict[int, str] = {}
 
     def check(self, indices: Sequence[int]) -> None:
         """Compare the norms of layers, by their index. Raises OutputError where they differ."""
@@ -218,10 +217,10 @@ class _Checks:
         with self.adapter.store.together(key for layer in written for key in layer.keys.values()):
             for layers in by_width.values():
                 # On a CPU float32 takes half the time, and tells nearly always that all is well.
-                quick = self._device.type == "cpu" and all(layer.dtype in _HALVES for layer in layers)
+                quick = self._device.type == "cpu" and all(DTYPES[layer.dtype][0] <= 2 for layer in layers)
                 doubtful = [layer for layer, _ in self._differing(layers, torch.float32)] if quick else layers
                 for layer, norm in self._differing(doubtful, torch.float64) if doubtful else ():
-                    self._judge(layer, norm)
+                    self._note_or_refuse(layer, norm)
 
     def check_names(self, names: set[str]) -> None:
         """Compare the names of all tensors. Raises OutputError where they differ from the planned ones."""
@@ -235,10 +234,10 @@ class _Checks:
 
     def warnings(self) -> list[str]:
         """About layers whose numbers are too small for the dtype."""
-        return below_precision([name for _, name in sorted(self._below.items())])
+        return below_precision([name for _, name in sorted(self._too_weak.items())])
 
     def _differing(self, layers: Sequence[LayerPlan], dtype: torch.dtype) -> list[tuple[LayerPlan, float]]:
-        """Those of layers of one width that have another norm, which is computed in `dtype`, and this norm."""
+        """The layers, all of one width, whose norm is not the expected one, and that norm, computed in `dtype`."""
         rescale = abs(self._plan.recipe.rescale)
         written = [self._layers[planned.form.name] for planned in layers]
         deltas = [delta for layer in written for delta in [layer.delta] if isinstance(delta, Delta | Experts)]
@@ -260,7 +259,7 @@ class _Checks:
                 differing.append((planned, norm))
         return differing
 
-    def _judge(self, planned: LayerPlan, norm: float) -> None:
+    def _note_or_refuse(self, planned: LayerPlan, norm: float) -> None:
         """Note a layer that differs where that is nothing beside the file. Raises OutputError otherwise."""
         rescale, change = abs(self._plan.recipe.rescale), self.changes.get(planned.index, 0.0)
         name, expected = self._layers[planned.form.name].name, rescale * planned.norm
@@ -271,7 +270,7 @@ class _Checks:
                 f"Its numbers do not fit the dtype; use -t {'fp16' if change else 'fp32 or -t bf16'}. "
                 "Nothing was written."
             )
-        self._below[planned.index] = name
+        self._too_weak[planned.index] = name
 
 
 def _squares(deltas: Sequence[Delta | Experts], device: torch.device, dtype: torch.dtype) -> list[float]:

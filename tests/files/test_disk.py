@@ -136,5 +136,6 @@ def test_a_hash_that_was_begun_is_used_unless_the_file_changed(tmp_path: Path, m
 def test_a_hash_that_was_begun_in_vain_is_no_error(tmp_path: Path) -> None:
     begin_sha256(tmp_path / "none")
     begin_sha256(tmp_path)
+    begin_sha256(Path("a\0b"))
     with pytest.raises(InputError, match="cannot be read"):
         sha256_file(tmp_path)

@@ -83,6 +83,20 @@ def test_tensors_read_together_are_the_same(
             assert_same(opened.read(name), value)
 
 
+def test_numbers_read_together_are_aligned_as_in_the_file(tmp_path: Path) -> None:
+    entries = {
+        "half": {"dtype": "F16", "shape": [1], "data_offsets": [2, 4]},
+        "byte": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]},
+        "number": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+    }
+    data = b"\0\0" + torch.tensor([0.5]).half().numpy().tobytes() + torch.tensor([1.5, -2.0]).numpy().tobytes()
+    with open_tensors(raw_file(tmp_path / "a.safetensors", entries, data)) as opened:
+        with opened.together(["half", "number"]):
+            number = opened.read("number")
+        assert number.tolist() == [1.5, -2.0]
+        assert number.data_ptr() % 4 == 0
+
+
 def test_tensors_read_together_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.safetensors", zoo())
     with open_tensors(path) as opened, opened.together(zoo()):
@@ -143,3 +157,12 @@ def test_outputs_do_not_depend_on_room_in_memory(
     monkeypatch.setattr(store, "SLABS", FULL)
     monkeypatch.setattr("lorashrink.files.writing.SLABS", FULL)
     assert outputs("stream") == in_memory
+
+
+def test_the_hash_of_a_loaded_file_needs_no_disk(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", zoo())
+    expected = sha256_file(path)
+    with open_tensors(path) as loaded:
+        loaded.load()
+        path.unlink()
+        assert sha256_store(loaded) == expected

@@ -154,12 +154,37 @@ def test_hashes_do_not_depend_on_the_order_of_writing(
         assert reference.metadata() == with_hashes(entries, Arrangement(infos(tensors)), [data])
 
 
-def test_hashes_of_half_a_file_are_refused(tmp_path: Path) -> None:
-    tensors = {"a": tensor("F32", 3), "b": tensor("F16", 2)}
+def test_half_a_file_gets_neither_hashes_nor_its_name(tmp_path: Path) -> None:
+    tensors = {"a": tensor("F32", 3), "b": tensor("F16", 6)}
     with SafetensorsWriter(tmp_path / "x.safetensors", infos(tensors), {}) as writer:
         writer.write({"a": tensors["a"]})
-        with pytest.raises(ValueError, match="not all tensors"):
-            writer.write_hashes()
+        with pytest.raises(ValueError, match="a is written twice"):
+            writer.write({"a": tensors["a"]})
+        for publish in (writer.write_hashes, writer.commit):
+            with pytest.raises(ValueError, match="not all tensors"):
+                publish()
+    assert inside(tmp_path) == []
+
+
+def test_short_reads_and_refused_hints_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda number, views, offset: preadv(number, [views[0][:3]], offset))
+    monkeypatch.setattr(os, "posix_fadvise", disk_full, raising=False)
+    save_tensors(tmp_path / "x.safetensors", zoo(), {MODEL_HASH: ""})
+    data = b"".join(raw(zoo()[name]) for name in write_order(infos(zoo())))
+    assert read_header(tmp_path / "x.safetensors")[1] == {MODEL_HASH: hashlib.sha256(data).hexdigest()}
+
+
+def test_an_unfinished_file_is_read_through_its_writer(tmp_path: Path) -> None:
+    tensors = zoo()
+    with SafetensorsWriter(tmp_path / "x.safetensors", infos(tensors), {}) as writer:
+        before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+        with writer.opened() as opened:
+            writer.write(tensors)
+            for name, value in tensors.items():
+                assert_same(opened.read(name), value)
+            assert before in (0, len(os.listdir("/proc/self/fd")))
+        writer.commit()  # the descriptor is still the writer's
 
 
 # --- whole files ---------------------------------------------------------------------------------
