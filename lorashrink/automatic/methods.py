@@ -84,8 +84,8 @@ class Methods:
         """The best method for an adapter. Raises InputError if the adapter cannot be read."""
         alone = Method(
             "adapter",
-            "method: the LoRA alone. For models that draw, a calibration table makes files about half as large: "
-            f"{_CALIBRATE}",
+            "method: the LoRA alone. Files become smaller with --base MODEL, and about half as large with a "
+            f"calibration table of the model: {_CALIBRATE}",
         )
         if self._base is None and not self._tables:
             return alone
@@ -98,7 +98,7 @@ class Methods:
         if base and self._base:
             why = f"method: compared with {self._base.path.name}"
             if self._base.family.name in _CAN_BE_CALIBRATED:
-                why += f". With a calibration table of it, files become about a third smaller: {_CALIBRATE}"
+                why += f". With a calibration table of this model, files become smaller still: {_CALIBRATE}"
             return Method("base", why, base)
         if named := self._calibration or (self._base and self._base.path):
             return Method("adapter", f"method: the LoRA alone. {named.name} is for another model")

@@ -150,6 +150,7 @@ class Run:
     failed: dict[Path, FailedInput] = field(default_factory=dict)
     _records: dict[Path, Record] = field(default_factory=dict)
     _stamps: dict[Path, object] = field(default_factory=dict)
+    _replaced: dict[Path, int] = field(default_factory=dict)  # bytes of outputs of earlier runs
 
     def of_all(self, items: Sequence[Item]) -> None:
         """Shrink what no equal run has shrunk."""
@@ -163,6 +164,8 @@ class Run:
                 self._stamps[item.source] = source_stamp(item)
                 if not (earlier or self.request.force):
                     check_existing(item)
+                if not earlier and item.output.is_file():
+                    self._replaced[item.source] = item.output.stat().st_size
                 method = self.methods.of(item.source)
                 if self.gallery is None:
                     groups[method].append(item)
@@ -182,8 +185,11 @@ class Run:
         """Shrink adapters without a look at pictures."""
         request = self.request
         self._resize_all({item: request.recipe(method) for item in items}, method)
-        done = any(item.source in self.results for item in items)
-        if done and (note := request.note(method)):
+        done = [self.results[item.source] for item in items if item.source in self.results]
+        note = request.note(method)
+        if any(result.predicted_db is not None for result in done):
+            note = "pictures not checked: the quality is predicted. With --model MODEL the worst picture decides"
+        if done and note:
             self.notes = list(dict.fromkeys((*self.notes, note)))
 
     def _resize_all(
@@ -280,6 +286,9 @@ class Run:
 
     def _finish(self, item: Item, result: Shrunk) -> None:
         """Keep a result, and write down that the adapter is done."""
+        if result.output and (before := self._replaced.get(item.source)):
+            replaced = f"replaces a file of {size_text(before)}, which an earlier run made with other settings"
+            result = replace(result, warnings=(*result.warnings, replaced))
         self.results[item.source] = result
         if result.output:
             for sidecar, copy in sidecars(item.source, item.output):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from lorashrink.errors import UsageError
-from lorashrink.text import bytes_in
+from lorashrink.text import bytes_in, decibel_text, percent_text, size_text
 
 FailOn = Annotated[
     list[str] | None,
@@ -44,6 +44,8 @@ _LIMITS: Mapping[str, Callable[[str], float]] = {
     "size": bytes_in,
 }
 
+_TEXTS: Mapping[str, Callable[[float], str]] = {"error": percent_text, "psnr": decibel_text, "size": size_text}
+
 _CONDITION = re.compile(rf"\s*({'|'.join(_LIMITS)})\s*({'|'.join(_COMPARISONS)})\s*([\d.]+(?: ?[A-Za-z]+|%)?)\s*")
 
 
@@ -72,4 +74,7 @@ class Condition:
         value = measured.get(self.quantity)
         if value is None:
             return f"{self.text} cannot be checked: no pictures were drawn"
-        return f"{self.text} is true" if _COMPARISONS[self.comparison](value, self.limit) else ""
+        return f"{self.text} is true: {_TEXTS[self.quantity](value)}" if self._met_by(value) else ""
+
+    def _met_by(self, value: float) -> bool:
+        return _COMPARISONS[self.comparison](value, self.limit)

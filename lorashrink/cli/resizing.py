@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -173,7 +173,7 @@ def resize(
             gathered.print_json(report)
         elif not terminal.quiet:
             if not recipes and base is None and group_by_base is None:
-                say(f"no base: every layer keeps {DEFAULT_ALONE}. With --base MODEL files become smaller.", errors=True)
+                say(f"no base: every layer keeps {DEFAULT_ALONE}. For a smaller file: lorashrink shrink", errors=True)
             print_report(report, terminal, gathered)
     return report
 
@@ -262,13 +262,17 @@ def print_details(console: Console, result: FileResult, verbose: int) -> None:
     for copied in result.verbatim:
         reasons.setdefault(("copied", copied.reason), []).append(copied.key)
     listed = list(reasons.items())[: None if verbose else _REASONS]
-    lines += [f"{name}: {len(names)} {what}, first {names[0]}: {reason}" for (what, reason), names in listed]
+    lines += [f"{name}: {_count(names, what)} {what}, first {names[0]}: {reason}" for (what, reason), names in listed]
     if more := len(reasons) - len(listed):
         lines.append(f"and {more} more reasons; -v lists them")
     if verbose:
         lines += _all_details(result, verbose)
     for line in lines:
         console.print(line)
+
+
+def _count(names: Sequence[str], what: str) -> str:
+    return count_text(len(names), "layer" if what == "removed" else "tensor")
 
 
 def _all_details(result: FileResult, verbose: int) -> list[str]:

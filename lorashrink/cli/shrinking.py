@@ -63,8 +63,9 @@ def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
         before, after = sum(result.bytes_before for result in shrunk), sum(result.bytes_after for result in shrunk)
         new = sum(not result.skipped for result in shrunk)
         earlier = f", {len(shrunk) - new} already there" if new < len(shrunk) else ""
+        folder = os.path.commonpath([Path(str(result.output)).parent for result in shrunk])
         console.print(
-            f"{count_text(new, 'file')} written{earlier}: {size_text(before)} -> {size_text(after)}, "
+            f"{count_text(new, 'file')} written to {folder}{earlier}: {size_text(before)} -> {size_text(after)}, "
             f"{1 - after / before:.0%} saved"
         )
     elif not report.failed:
@@ -100,7 +101,8 @@ def shrink(
         str, typer.Option("--dtype", "-t", help="auto (fp8 where it is good enough), fp8, mixed, fp16, bf16 or same.")
     ] = "auto",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the results. The default is 'shrunk'.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the results. The default is 'shrunk' beside the input."),
     ] = None,
     prompts: Annotated[
         str | None,

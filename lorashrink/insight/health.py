@@ -92,7 +92,7 @@ def large_convolutions(layers: Sequence[LayerRow]) -> Finding | None:
         "conv_rank",
         len(kernels),
         f"convolutions have rank {rank}, other layers {usual}, and hold {100 * share:.0f} % of the bytes: "
-        "recipes that use the base (fro_ckpt=1,thr=-3.55) save most here",
+        "lorashrink shrink saves much here",
     )
 
 

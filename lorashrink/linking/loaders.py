@@ -18,6 +18,7 @@ from lorashrink.adapters.peft_keys import only_in_peft
 from lorashrink.bases import Base, BaseFamily, family_named
 from lorashrink.bases.rules import LAYOUTS
 from lorashrink.errors import UsageError
+from lorashrink.files.packed import PackedStore
 from lorashrink.files.store import IN_8_BITS
 from lorashrink.linking.renaming import layer_name_in
 from lorashrink.names import address, flat
@@ -404,6 +405,8 @@ def loads(adapter: Adapter, family: str | None = None) -> Loads:
 
     Answers from the header alone.
     """
+    if isinstance(adapter.store, PackedStore):
+        return Loads((), {}, {"all programs": f"lorashrink unpack {adapter.path} -o FOLDER"})
     if family not in _PICTURES | _DIFFUSERS_ONLY | _LANGUAGE:
         family = adapter_family(adapter)
     if family is None or not adapter.layers:

@@ -255,8 +255,9 @@ def check_needs(recipes: Sequence[Recipe], base: object, source: Path) -> None:
         if recipe.needs_base and base is None:
             # A base that is missing or damaged was taken for an adapter, and its own error says more.
             open_adapter(source).close()
-            own = "the default recipe" if str(recipe) == DEFAULT else f"recipe '{recipe}'"
-            raise RecipeError(f"{own} compares with the base model. Add --base MODEL, or use -r energy=0.99 without.")
+            raise RecipeError(
+                f"recipe '{recipe}' compares with the base model. Add --base MODEL, or use -r energy=0.99 without."
+            )
 
 
 def check_calibration(recipes: Sequence[Recipe], calibration: str | Path | None) -> None:

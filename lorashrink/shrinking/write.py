@@ -158,9 +158,7 @@ def _run(pool: Executor, chunks: Sequence[Sequence[int]], task: Callable[[Sequen
             future.result()
             steps(len(chunk))
     finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)  # those that run have files open
+        wait([future for future in futures if not future.cancel()])  # those that run have files open
 
 
 def _values(
