@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -262,17 +262,13 @@ def print_details(console: Console, result: FileResult, verbose: int) -> None:
     for copied in result.verbatim:
         reasons.setdefault(("copied", copied.reason), []).append(copied.key)
     listed = list(reasons.items())[: None if verbose else _REASONS]
-    lines += [f"{name}: {_count(names, what)} {what}, first {names[0]}: {reason}" for (what, reason), names in listed]
+    lines += [f"{name}: {len(names)} {what}, first {names[0]}: {reason}" for (what, reason), names in listed]
     if more := len(reasons) - len(listed):
         lines.append(f"and {more} more reasons; -v lists them")
     if verbose:
         lines += _all_details(result, verbose)
     for line in lines:
         console.print(line)
-
-
-def _count(names: Sequence[str], what: str) -> str:
-    return count_text(len(names), "layer" if what == "removed" else "tensor")
 
 
 def _all_details(result: FileResult, verbose: int) -> list[str]:

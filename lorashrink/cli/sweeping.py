@@ -69,7 +69,8 @@ def print_sweep(result: Sweep, terminal: Terminal) -> None:
         **means,
         "best": ["*" * point.best + " recommended" * (point is result.suggested) for point in points],
     }
-    console.print(TextTable(columns, extra=(*means, "energy", "mean rank"), everything=terminal.verbose > 0))
+    extra = ("error", "of before", "predicted", *means, "energy", "mean rank")
+    console.print(TextTable(columns, extra, everything=terminal.verbose > 0))
     console.print("* no other recipe is both smaller and closer")
     if any(point.calibrated for point in result.points):
         console.print("calibrated recipes keep what matters for outputs; their error of the weights says little")
