@@ -234,7 +234,7 @@ class TensorStore:
 
     @contextlib.contextmanager
     def together(self, names: Iterable[str]) -> Iterator[None]:
-        """Read in one go what lies together of these tensors; until the end, this thread gets views of it.
+        """Read in one go what lies together of these tensors; within the context, this thread's reads are views of it.
 
         Reading them one by one gives the same, and costs small tensors more time than their bytes take.
         """
