@@ -84,8 +84,8 @@ class Methods:
         """The best method for an adapter. Raises InputError if the adapter cannot be read."""
         alone = Method(
             "adapter",
-            "method: the LoRA alone. Files become smaller with --base MODEL, and about half as large with a "
-            f"calibration table of the model: {_CALIBRATE}",
+            "method: the LoRA alone. With --base MODEL files often become smaller. For models that draw, a calibration "
+            f"table makes them about half as large: {_CALIBRATE}",
         )
         if self._base is None and not self._tables:
             return alone

@@ -150,7 +150,7 @@ class Run:
     failed: dict[Path, FailedInput] = field(default_factory=dict)
     _records: dict[Path, Record] = field(default_factory=dict)
     _stamps: dict[Path, object] = field(default_factory=dict)
-    _replaced: dict[Path, int] = field(default_factory=dict)  # bytes of outputs of earlier runs
+    _replaced: dict[Path, int] = field(default_factory=dict)  # bytes of the outputs that are there before
 
     def of_all(self, items: Sequence[Item]) -> None:
         """Shrink what no equal run has shrunk."""
@@ -187,7 +187,7 @@ class Run:
         self._resize_all({item: request.recipe(method) for item in items}, method)
         done = [self.results[item.source] for item in items if item.source in self.results]
         note = request.note(method)
-        if any(result.predicted_db is not None for result in done):
+        if self.gallery is None and any(result.predicted_db is not None for result in done):
             note = "pictures not checked: the quality is predicted. With --model MODEL the worst picture decides"
         if done and note:
             self.notes = list(dict.fromkeys((*self.notes, note)))
@@ -287,8 +287,7 @@ class Run:
     def _finish(self, item: Item, result: Shrunk) -> None:
         """Keep a result, and write down that the adapter is done."""
         if result.output and (before := self._replaced.get(item.source)):
-            replaced = f"replaces a file of {size_text(before)}, which an earlier run made with other settings"
-            result = replace(result, warnings=(*result.warnings, replaced))
+            result = replace(result, warnings=(*result.warnings, f"replaced an earlier file of {size_text(before)}"))
         self.results[item.source] = result
         if result.output:
             for sidecar, copy in sidecars(item.source, item.output):

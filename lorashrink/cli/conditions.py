@@ -74,7 +74,5 @@ class Condition:
         value = measured.get(self.quantity)
         if value is None:
             return f"{self.text} cannot be checked: no pictures were drawn"
-        return f"{self.text} is true: {_TEXTS[self.quantity](value)}" if self._met_by(value) else ""
-
-    def _met_by(self, value: float) -> bool:
-        return _COMPARISONS[self.comparison](value, self.limit)
+        met = _COMPARISONS[self.comparison](value, self.limit)
+        return f"{self.text} is true: {_TEXTS[self.quantity](value)}" if met else ""

@@ -63,7 +63,8 @@ def print_shrunk(report: ShrinkReport, terminal: Terminal) -> None:
         before, after = sum(result.bytes_before for result in shrunk), sum(result.bytes_after for result in shrunk)
         new = sum(not result.skipped for result in shrunk)
         earlier = f", {len(shrunk) - new} already there" if new < len(shrunk) else ""
-        folder = os.path.commonpath([Path(str(result.output)).parent for result in shrunk])
+        folders = {str(Path(str(result.output)).parent) for result in shrunk}
+        folder = folders.pop() if len(folders) == 1 else count_text(len(folders), "folder")
         console.print(
             f"{count_text(new, 'file')} written to {folder}{earlier}: {size_text(before)} -> {size_text(after)}, "
             f"{1 - after / before:.0%} saved"

@@ -12,15 +12,15 @@ from torch import Tensor
 _STRIP_ROWS, _MOST_STRIPS = 48, 8
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left · right of matrices in float32 or float64, in their dtype and on their device.
+def product(first: Tensor, second: Tensor) -> Tensor:
+    """first · second of matrices in float32 or float64, in their dtype and on their device.
 
     On a CPU numpy computes it: a call costs less than torch's, and its BLAS is up to half as fast again at odd widths.
     """
-    if left.device.type != "cpu":
-        return left @ right
+    if first.device.type != "cpu":
+        return first @ second
     with np.errstate(all="ignore"):  # NaN and infinity are for callers to see, as torch has it
-        return torch.from_numpy(np.matmul(left.detach().numpy(), right.detach().numpy()))
+        return torch.from_numpy(np.matmul(first.detach().numpy(), second.detach().numpy()))
 
 
 def square(rows: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ _TEXTS = frozenset({".txt", ".md", ".json", ".toml", ".yaml", ".csv", ".html", "
 
 # How files begin that a download saved under the name of a model.
 _OTHER_FILES = (
-    *((begin, "a web page, perhaps because the download needs a login") for begin in (b"<!doctyp", b"<html", b"<?xml")),
-    *((begin, "a picture") for begin in (b"\x89png", b"\xff\xd8\xff", b"riff", b"gif8")),
+    ("a web page, perhaps because the download needs a login", (b"<!doctyp", b"<html", b"<?xml")),
+    ("a picture", (b"\x89png", b"\xff\xd8\xff", b"riff", b"gif8")),
 )
 
 _WRITE_ORDER = {dtype: position for position, dtype in enumerate(DTYPES)}
@@ -190,7 +190,7 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
     if path.suffix.lower() in _TEXTS:
         raise DamagedFile(f"{path}: not a .safetensors file. Give the LoRA or model itself.")
-    if kind := next((kind for begin, kind in _OTHER_FILES if start.lower().startswith(begin)), ""):
+    if kind := next((kind for kind, beginnings in _OTHER_FILES if start.lower().startswith(beginnings)), ""):
         raise DamagedFile(f"{path}: {kind}, and not a .safetensors file. Download it again.")
     # Without the brace of a header: a safetensors file that is cut short may begin like a pickle.
     if brace != b"{" and start.startswith((b"PK", b"\x80")):

@@ -332,19 +332,28 @@ class TensorStore:
     def _read_at(self, index: int, view: memoryview, offset: int) -> None:
         path = self.files[index]
         try:
-            handle = self._handle(index)
-            while view:
-                if hasattr(os, "preadv"):
-                    count = os.preadv(handle.fileno(), [view], offset)
-                else:  # Windows has no positioned read
-                    with self._lock:
-                        handle.seek(offset)
-                        count = handle.readinto(view)
-                if not count:
-                    raise DamagedFile(f"{path}: the file ends before its tensors do. Download or copy it again.")
-                view, offset = view[count:], offset + count
+            if not read_at(self._handle(index), view, offset, self._lock):
+                raise DamagedFile(f"{path}: the file ends before its tensors do. Download or copy it again.")
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
+def read_at(handle: FileIO, view: memoryview, offset: int, lock: threading.Lock) -> bool:
+    """Fill a view with the bytes of a file from an offset on; False if the file ends before. Raises OSError.
+
+    lock: of those who share the handle.
+    """
+    while view:
+        if hasattr(os, "preadv"):
+            count = os.preadv(handle.fileno(), [view], offset)
+        else:  # Windows has no positioned read
+            with lock:
+                handle.seek(offset)
+                count = handle.readinto(view)
+        if not count:
+            return False
+        view, offset = view[count:], offset + count
+    return True
 
 
 def memory_of(flat: Tensor) -> memoryview:

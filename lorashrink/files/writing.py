@@ -15,7 +15,7 @@ from lorashrink.files.disk import as_output_error, cannot_write, complete_files,
 from lorashrink.files.hashes import Hashes, with_placeholders
 from lorashrink.files.header import Arrangement, read_header
 from lorashrink.files.memory import SLABS
-from lorashrink.files.store import COPY_CHUNK, TensorInfo, TensorStore, info_of, memory_of
+from lorashrink.files.store import COPY_CHUNK, TensorInfo, TensorStore, info_of, memory_of, read_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,15 +156,15 @@ class SafetensorsWriter:
 
         if self._slab is None:
             return
-        whole = memoryview(self._slab)
-        self._write_file(0, whole)
-        expected, start = np.frombuffer(whole, np.uint8), 0
+        contents = memoryview(self._slab)
+        self._write_file(0, contents)
+        expected, start = np.frombuffer(contents, np.uint8), 0
         with open(self.temporary, "rb", buffering=0) as handle:
             while chunk := handle.read(COPY_CHUNK):
                 if not np.array_equal(np.frombuffer(chunk, np.uint8), expected[start : start + len(chunk)]):
                     break
                 start += len(chunk)
-        if start != len(whole):
+        if start != len(contents):
             raise OutputError(_READS_BACK_OTHERWISE.format(self.path))
 
     def opened(self) -> TensorStore:
@@ -265,18 +265,9 @@ class SafetensorsWriter:
         if self._slab is not None:
             return memoryview(self._slab)[offset : offset + length]
         data = bytearray(length)
-        view = memoryview(data)
         with as_output_error(self.path):
-            while view:
-                if hasattr(os, "preadv"):
-                    count = os.preadv(self._file.fileno(), [view], offset)
-                else:  # Windows has no positioned read
-                    with self._lock:
-                        self._file.seek(offset)
-                        count = self._file.readinto(view)
-                if not count:
-                    raise OutputError(_READS_BACK_OTHERWISE.format(self.path))
-                view, offset = view[count:], offset + count
+            if not read_at(self._file, memoryview(data), offset, self._lock):
+                raise OutputError(_READS_BACK_OTHERWISE.format(self.path))
         return data
 
     def _write_file(self, offset: int, data: bytes | memoryview) -> None:

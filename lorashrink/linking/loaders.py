@@ -8,6 +8,7 @@ program as a row of `LOADERS`.
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -406,7 +407,7 @@ def loads(adapter: Adapter, family: str | None = None) -> Loads:
     Answers from the header alone.
     """
     if isinstance(adapter.store, PackedStore):
-        return Loads((), {}, {"all programs": f"lorashrink unpack {adapter.path} -o FOLDER"})
+        return Loads((), {}, {"all programs": shlex.join(["lorashrink", "unpack", str(adapter.path), "-o", "FOLDER"])})
     if family not in _PICTURES | _DIFFUSERS_ONLY | _LANGUAGE:
         family = adapter_family(adapter)
     if family is None or not adapter.layers:

@@ -92,6 +92,18 @@ def test_a_folder_keeps_its_names_and_tree_below_shrunk(collection: Path) -> Non
         assert Path(result.output).stat().st_size == result.bytes_after < 0.9 * result.bytes_before
 
 
+def test_the_output_names_its_folder_and_what_it_replaced(collection: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(collection)
+    assert "1 file written to shrunk: " in run("shrink", "lora.safetensors")
+    size = (collection / "shrunk" / "lora.safetensors").stat().st_size
+    (result,) = ls.shrink("lora.safetensors", quality="small").results
+    assert result.warnings == (f"replaced an earlier file of {size / 1e3:.1f} kB",)
+    # relative and absolute names in one call
+    assert "2 files written to 2 folders: " in run(
+        "shrink", "--rank", "1", "lora.safetensors", collection / "styles" / "other.v2.safetensors"
+    )
+
+
 def test_notes_of_lora_manager_describe_the_smaller_file(collection: Path) -> None:
     notes = {"file_name": "lora", "size": 1, "sha256": "0", "file_path": "/loras/lora.safetensors", "tags": ["style"]}
     (collection / "lora.metadata.json").write_text(json.dumps(notes))

@@ -16,14 +16,14 @@ from lorashrink.engine.products import product, square
 def test_a_product_has_the_shape_dtype_and_numbers_of_torchs(engine_device: str, dtype: torch.dtype, kept: int) -> None:
     device = core_device(engine_device)
     start(device)
-    left, right = (torch.randint(-9, 9, shape).to(dtype) for shape in ((70, 64), (kept, 64)))  # nothing is rounded
-    right.requires_grad_()
+    first, second = (torch.randint(-9, 9, shape).to(dtype) for shape in ((70, 64), (kept, 64)))  # nothing is rounded
+    second.requires_grad_()
     (ours,) = computed(
         lambda pairs, device: [product(*(factor.to(device) for factor in pair)).cpu() for pair in pairs],
-        [(left, right.T)],
+        [(first, second.T)],
         device,
     )
-    assert torch.equal(ours, left @ right.T)
+    assert torch.equal(ours, first @ second.T)
 
 
 @pytest.mark.parametrize("rank", [1, 47, 97, 150, 500])

@@ -85,6 +85,22 @@ def test_a_file_cut_within_its_header_is_not_called_a_pickle(tmp_path: Path) -> 
         read_header(path)
 
 
+@pytest.mark.parametrize(
+    ("beginning", "kind"),
+    [
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"<html lang=en><head>", "a web page"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(20), "a picture"),
+        (b"\xff\xd8\xff\xe0" + bytes(20), "a picture"),
+    ],
+)
+def test_a_download_of_another_kind_is_called_what_it_is(tmp_path: Path, beginning: bytes, kind: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(beginning)
+    with pytest.raises(DamagedFile, match=f"x.safetensors: {kind}.*Download it again"):
+        read_header(path)
+
+
 DAMAGED_HEADERS = {
     "not JSON": b"{not json",
     "not UTF-8": b'{"\xff\xfe": 1}',

@@ -581,3 +581,11 @@ def test_a_layer_too_weak_for_fp16_is_said_beside_others(tmp_path: Path) -> None
     (result,) = lorashrink.pack(source, output=tmp_path / "packed.safetensors").results
     said = [item.name for item in result.removed] + [warning for warning in result.warnings if "lora_unet_k" in warning]
     assert said
+
+
+def test_no_program_is_said_to_load_a_packed_file(tmp_path: Path) -> None:
+    packed = tmp_path / "a file.safetensors"
+    lorashrink.pack(lorashrink_example.path("loras", "style.safetensors"), output=packed)
+    loads = lorashrink.inspect(packed, header=True).files[0].loads
+    assert loads.loads_in == ()
+    assert list(loads.loads_after.values()) == [f"lorashrink unpack '{packed}' -o FOLDER"]
